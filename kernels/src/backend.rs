@@ -1,0 +1,148 @@
+use crate::{Batch, KernelError, KvLayout, Matrix, RopeTable, SampleRow, Sampled};
+
+/// The heads of one attention layer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct AttentionShape {
+    /// Query heads.
+    pub heads: usize,
+    /// Key/value heads; a divisor of `heads`.
+    pub kv_heads: usize,
+    /// Elements of one head.
+    pub head_dim: usize,
+}
+
+impl AttentionShape {
+    /// Width of a fused projection row: all query heads, then all key heads, then all value heads.
+    pub const fn qkv_width(&self) -> usize {
+        (self.heads + 2 * self.kv_heads) * self.head_dim
+    }
+
+    /// Width of the attention output: `heads × head_dim`.
+    pub const fn q_width(&self) -> usize {
+        self.heads * self.head_dim
+    }
+}
+
+/// RMS norms over each query and key head before rotation (Qwen3).
+#[derive(Debug)]
+pub struct QkNorm<'a, V> {
+    /// Weight of the query norm, `[head_dim]`.
+    pub q: &'a V,
+    /// Weight of the key norm, `[head_dim]`.
+    pub k: &'a V,
+    /// Added to the mean square.
+    pub eps: f32,
+}
+
+/// The fused operations one forward pass is made of.
+///
+/// Every operation treats each row (token) by itself and reduces in an order that depends on that row's shape alone, so a
+/// row's result is bit for bit the same whatever else is in the batch. Working buffers are made once, at the largest size
+/// ([`Backend::activations`]); operations set the row count of what they write and allocate nothing.
+pub trait Backend: Send + 'static {
+    /// A weight matrix `[out, in]` in the layout this backend's kernels want.
+    type Linear: Send + Sync;
+    /// A vector of f32 weights: norms and biases.
+    type Vector: Send + Sync;
+    /// Cosines and sines for [`Backend::rope_and_cache`].
+    type Rope: Send + Sync;
+    /// A working buffer `[rows, cols]`, rows varying up to a maximum.
+    type Activations: Send;
+    /// Keys and values of all layers.
+    type KvCache: Send;
+
+    /// Takes over a weight; `parts` are stacked along their rows (q, k and v into one product), and may differ in type.
+    /// The result keeps the file's precision: quantised blocks stay quantised.
+    fn linear_weight(&mut self, parts: &[Matrix<'_>]) -> Result<Self::Linear, KernelError>;
+
+    /// Bytes a weight occupies in this backend.
+    fn linear_bytes(&self, weight: &Self::Linear) -> usize;
+
+    /// Takes over a norm weight or bias.
+    fn vector(&mut self, values: &[f32]) -> Self::Vector;
+
+    /// Takes over a rotation table.
+    fn rope(&mut self, table: RopeTable) -> Self::Rope;
+
+    /// A buffer of `cols` columns for up to `rows_max` rows, holding no rows yet.
+    fn activations(&mut self, rows_max: usize, cols: usize) -> Self::Activations;
+
+    /// Reserves the KV cache.
+    fn kv_cache(&mut self, layout: KvLayout) -> Result<Self::KvCache, KernelError>;
+
+    /// `out[t] = table[tokens[t]]`; sets `out` to `[tokens.len(), hidden]`.
+    fn embed(&mut self, table: &Self::Linear, tokens: &[u32], out: &mut Self::Activations);
+
+    /// `out = x / sqrt(mean(x²) + eps) * weight`, row by row (Zhang and Sennrich 2019).
+    fn rms_norm(&mut self, x: &Self::Activations, weight: &Self::Vector, eps: f32, out: &mut Self::Activations);
+
+    /// `residual += delta`, then `out = rms_norm(residual)`.
+    fn add_rms_norm(
+        &mut self,
+        residual: &mut Self::Activations,
+        delta: &Self::Activations,
+        weight: &Self::Vector,
+        eps: f32,
+        out: &mut Self::Activations,
+    );
+
+    /// `out[t] = weight · x[t] + bias`; sets `out` to `[x.rows, weight.out]`.
+    fn linear(
+        &mut self,
+        x: &Self::Activations,
+        weight: &Self::Linear,
+        bias: Option<&Self::Vector>,
+        out: &mut Self::Activations,
+    );
+
+    /// For each token of `batch`: norms its query and key heads if asked to, rotates both to the token's position, and
+    /// stores key and value in `layer` of the cache. `qkv` is `[tokens, shape.qkv_width()]`; its query part is updated in
+    /// place, its key and value parts are unspecified afterwards.
+    #[allow(clippy::too_many_arguments, reason = "one fused operation over everything attention needs")]
+    fn rope_and_cache(
+        &mut self,
+        qkv: &mut Self::Activations,
+        shape: AttentionShape,
+        norm: Option<QkNorm<'_, Self::Vector>>,
+        rope: &Self::Rope,
+        cache: &mut Self::KvCache,
+        layer: usize,
+        batch: &Batch,
+    );
+
+    /// Causal attention of every query over its own sequence's pages: `out[t, h] = softmax(scale · q·K) V`, keys and
+    /// values read from `layer` of the cache (this step's included, so a prefix hit and a fresh prefill read the same
+    /// bits). Sets `out` to `[tokens, shape.q_width()]`.
+    #[allow(clippy::too_many_arguments, reason = "one fused operation over everything attention needs")]
+    fn attention(
+        &mut self,
+        qkv: &Self::Activations,
+        shape: AttentionShape,
+        scale: f32,
+        cache: &Self::KvCache,
+        layer: usize,
+        batch: &Batch,
+        out: &mut Self::Activations,
+    );
+
+    /// `out = silu(gate) * up` for `gate_up` of `[rows, 2 × ffn]`: gate first, then up.
+    fn silu_mul(&mut self, gate_up: &Self::Activations, out: &mut Self::Activations);
+
+    /// `out[i] = x[rows[i]]`.
+    fn select_rows(&mut self, x: &Self::Activations, rows: &[u32], out: &mut Self::Activations);
+
+    /// Samples or scores each row of `logits` (`[rows, vocabulary]`, which it may overwrite) into `out[row]`; `row(i)`
+    /// describes row `i` and may be called from several threads.
+    fn sample<'a>(
+        &mut self,
+        logits: &mut Self::Activations,
+        row: &(dyn Fn(usize) -> SampleRow<'a> + Sync),
+        out: &mut [Sampled],
+    );
+
+    /// Copies rows of a buffer out to the host: `[rows, cols]`, row-major. For tests and tools, not for the hot path.
+    fn read(&self, x: &Self::Activations) -> Vec<f32>;
+
+    /// Fills a buffer from the host; the inverse of [`Backend::read`].
+    fn write(&mut self, values: &[f32], out: &mut Self::Activations);
+}

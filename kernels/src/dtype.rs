@@ -1,0 +1,112 @@
+use crate::KernelError;
+
+/// Element type of a weight as it stands in a model file. The quantised ones are GGML's block formats
+/// (ggml-common.h of llama.cpp describes them; the bit layouts are repeated where they are decoded).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum DType {
+    /// IEEE single precision.
+    F32,
+    /// IEEE half precision.
+    F16,
+    /// bfloat16: the upper half of an f32.
+    BF16,
+    /// 32 weights: f16 scale, 4-bit values offset by 8.
+    Q4_0,
+    /// 32 weights: f16 scale and minimum, 4-bit values.
+    Q4_1,
+    /// 32 weights: f16 scale, 5-bit values offset by 16.
+    Q5_0,
+    /// 32 weights: f16 scale and minimum, 5-bit values.
+    Q5_1,
+    /// 32 weights: f16 scale, 8-bit signed values.
+    Q8_0,
+    /// 256 weights: f16 super-scale and super-minimum, 8 sub-blocks with 6-bit scales and minimums, 4-bit values.
+    Q4K,
+    /// As [`DType::Q4K`] with 5-bit values.
+    Q5K,
+    /// 256 weights: f16 super-scale, 16 sub-blocks with signed 8-bit scales, 6-bit values offset by 32.
+    Q6K,
+}
+
+impl DType {
+    /// Elements in one block; 1 for the float types.
+    pub const fn block_len(self) -> usize {
+        match self {
+            Self::F32 | Self::F16 | Self::BF16 => 1,
+            Self::Q4_0 | Self::Q4_1 | Self::Q5_0 | Self::Q5_1 | Self::Q8_0 => 32,
+            Self::Q4K | Self::Q5K | Self::Q6K => 256,
+        }
+    }
+
+    /// Bytes of one block.
+    pub const fn block_bytes(self) -> usize {
+        match self {
+            Self::F32 => 4,
+            Self::F16 | Self::BF16 => 2,
+            Self::Q4_0 => 18,
+            Self::Q4_1 => 20,
+            Self::Q5_0 => 22,
+            Self::Q5_1 => 24,
+            Self::Q8_0 => 34,
+            Self::Q4K => 144,
+            Self::Q5K => 176,
+            Self::Q6K => 210,
+        }
+    }
+
+    /// Whether values are stored in quantised blocks.
+    pub const fn is_quantized(self) -> bool {
+        self.block_len() > 1
+    }
+}
+
+/// A weight matrix `[rows, cols]` = `[output features, input features]`, row-major, borrowed from a (mapped) file.
+/// The bytes carry no alignment promise.
+#[derive(Debug, Clone, Copy)]
+pub struct Matrix<'a> {
+    dtype: DType,
+    rows: usize,
+    cols: usize,
+    data: &'a [u8],
+}
+
+impl<'a> Matrix<'a> {
+    /// Checks that `data` holds exactly `[rows, cols]` elements of `dtype`.
+    pub fn new(dtype: DType, rows: usize, cols: usize, data: &'a [u8]) -> Result<Self, KernelError> {
+        let block = dtype.block_len();
+        if !cols.is_multiple_of(block) {
+            return Err(KernelError::BlockSize { dtype, block, cols });
+        }
+        let expected = (cols / block * dtype.block_bytes()).saturating_mul(rows);
+        if data.len() != expected {
+            return Err(KernelError::MatrixSize { dtype, rows, cols, expected, actual: data.len() });
+        }
+        Ok(Self { dtype, rows, cols, data })
+    }
+
+    /// Element type.
+    pub fn dtype(&self) -> DType {
+        self.dtype
+    }
+
+    /// Output features.
+    pub fn rows(&self) -> usize {
+        self.rows
+    }
+
+    /// Input features.
+    pub fn cols(&self) -> usize {
+        self.cols
+    }
+
+    /// All bytes, row after row.
+    pub fn data(&self) -> &'a [u8] {
+        self.data
+    }
+
+    /// The bytes of one row.
+    pub fn row(&self, row: usize) -> &'a [u8] {
+        let bytes = self.cols / self.dtype.block_len() * self.dtype.block_bytes();
+        &self.data[row * bytes..(row + 1) * bytes]
+    }
+}

@@ -1,0 +1,69 @@
+use half::{bf16, f16};
+
+/// Element type of the KV cache.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum KvDType {
+    /// Single precision: for f32 models and oracles.
+    F32,
+    /// Half precision: what quantised models use, as in llama.cpp.
+    F16,
+    /// bfloat16: for bf16 models.
+    BF16,
+}
+
+impl KvDType {
+    /// Bytes of one element.
+    pub const fn bytes(self) -> usize {
+        match self {
+            Self::F32 => 4,
+            Self::F16 | Self::BF16 => 2,
+        }
+    }
+
+    /// The nearest value this type holds: what reading back a stored `x` gives.
+    pub fn round(self, x: f32) -> f32 {
+        match self {
+            Self::F32 => x,
+            Self::F16 => f16::from_f32(x).to_f32(),
+            Self::BF16 => bf16::from_f32(x).to_f32(),
+        }
+    }
+}
+
+/// Shape of the KV cache. One region a layer, and in it `[page][kv_head]` each with its keys, then its values:
+/// a page of one layer is contiguous, and the heads of a tensor-parallel rank are a contiguous slice of it.
+///
+/// How the `block_size × head_dim` keys (or values) of one page and head are ordered is the backend's choice, because
+/// that is what its attention kernel is built around; it is part of what workers must agree on before they exchange pages.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct KvLayout {
+    /// Layers of the model.
+    pub layers: usize,
+    /// Key/value heads of a layer.
+    pub kv_heads: usize,
+    /// Elements of one head.
+    pub head_dim: usize,
+    /// Tokens a page holds.
+    pub block_size: usize,
+    /// Pages.
+    pub blocks: usize,
+    /// Element type.
+    pub dtype: KvDType,
+}
+
+impl KvLayout {
+    /// Bytes of one page of one layer, keys and values.
+    pub const fn block_bytes_per_layer(&self) -> usize {
+        2 * self.kv_heads * self.head_dim * self.block_size * self.dtype.bytes()
+    }
+
+    /// Bytes of one page over all layers.
+    pub const fn block_bytes(&self) -> usize {
+        self.layers * self.block_bytes_per_layer()
+    }
+
+    /// Bytes of the whole cache.
+    pub const fn total_bytes(&self) -> usize {
+        self.blocks * self.block_bytes()
+    }
+}

@@ -1,0 +1,23 @@
+//! The arithmetic of `engine`.
+//!
+//! [`Backend`] lists the fused operations a transformer needs; models are written once against it. [`reference`]
+//! is the naive f32 version of every operation and the oracle of the conformance suite; [`cpu`] is the fast one.
+//! Nothing here knows a model, a request or a socket.
+
+mod backend;
+mod batch;
+pub mod cpu;
+mod dtype;
+mod error;
+mod kv;
+pub mod reference;
+mod rope;
+mod sampling;
+
+pub use backend::{AttentionShape, Backend, QkNorm};
+pub use batch::{Batch, SequenceSpan};
+pub use dtype::{DType, Matrix};
+pub use error::KernelError;
+pub use kv::{KvDType, KvLayout};
+pub use rope::RopeTable;
+pub use sampling::{MAX_TOP_LOGPROBS, RowTask, SampleRow, Sampled, SamplingParams};

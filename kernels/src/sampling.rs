@@ -1,0 +1,98 @@
+/// Most alternatives a request may ask log-probabilities for (OpenAI's limit for chat).
+pub const MAX_TOP_LOGPROBS: usize = 20;
+
+/// How the next token is drawn from its logits. Values are checked where requests enter; here they are trusted.
+///
+/// Order of application, as in vLLM: `logit_bias`, suppressed tokens, repetition, presence and frequency penalties,
+/// temperature, then `top_k`, `top_p`, `min_p` each on what the previous one left.
+#[derive(Debug, Clone, PartialEq)]
+pub struct SamplingParams {
+    /// 0 is greedy: the highest logit, the lowest id on ties.
+    pub temperature: f32,
+    /// Keep the `top_k` most likely tokens; 0 keeps all.
+    pub top_k: u32,
+    /// Keep the smallest set of most likely tokens whose probability reaches `top_p`; 1 keeps all.
+    pub top_p: f32,
+    /// Keep tokens at least `min_p` times as likely as the likeliest; 0 keeps all.
+    pub min_p: f32,
+    /// Divides positive and multiplies negative logits of tokens seen in prompt or output (Keskar et al. 2019); 1 is off.
+    pub repetition_penalty: f32,
+    /// Subtracted from the logits of tokens seen in the output; 0 is off.
+    pub presence_penalty: f32,
+    /// Subtracted once for each time a token was seen in the output; 0 is off.
+    pub frequency_penalty: f32,
+    /// Added to the logits of single tokens.
+    pub logit_bias: Vec<(u32, f32)>,
+    /// Seed of this request's random numbers. The draw depends on it and on the token's position alone, so neither the
+    /// batch nor a preemption changes it.
+    pub seed: u64,
+}
+
+impl Default for SamplingParams {
+    /// Greedy.
+    fn default() -> Self {
+        Self {
+            temperature: 0.0,
+            top_k: 0,
+            top_p: 1.0,
+            min_p: 0.0,
+            repetition_penalty: 1.0,
+            presence_penalty: 0.0,
+            frequency_penalty: 0.0,
+            logit_bias: Vec::new(),
+            seed: 0,
+        }
+    }
+}
+
+/// What to do with one row of logits.
+#[derive(Debug, Clone, Copy)]
+pub enum RowTask<'a> {
+    /// Draw a token.
+    Sample {
+        /// How.
+        params: &'a SamplingParams,
+        /// Tokens that must not be drawn now (end-of-sequence below `min_tokens`).
+        suppress: &'a [u32],
+    },
+    /// The token is known (a prompt's log-probabilities): only look it up.
+    Score {
+        /// The known token.
+        token: u32,
+    },
+}
+
+/// One row to sample or score.
+#[derive(Debug, Clone, Copy)]
+pub struct SampleRow<'a> {
+    /// What to do.
+    pub task: RowTask<'a>,
+    /// Prompt of the request: its repetition penalty looks at it.
+    pub prompt: &'a [u32],
+    /// Tokens generated so far. `prompt.len() + output.len()` is the position drawn, which with the seed determines
+    /// the random number.
+    pub output: &'a [u32],
+    /// Alternatives to report, at most [`MAX_TOP_LOGPROBS`]; `None`: not even the token's own log-probability is
+    /// wanted, and `Sampled::logprob` is unspecified.
+    pub logprobs: Option<u32>,
+}
+
+/// The outcome for one row. Log-probabilities are of the model's own distribution: natural logarithm, taken before any
+/// penalty, bias or temperature.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Sampled {
+    /// The token drawn (or scored).
+    pub token: u32,
+    /// Its log-probability.
+    pub logprob: f32,
+    /// Valid entries in `top`.
+    pub top_len: u32,
+    /// The likeliest tokens and their log-probabilities, best first, lower id first on ties.
+    pub top: [(u32, f32); MAX_TOP_LOGPROBS],
+}
+
+impl Default for Sampled {
+    fn default() -> Self {
+        Self { token: 0, logprob: 0.0, top_len: 0, top: [(0, 0.0); MAX_TOP_LOGPROBS] }
+    }
+}
