@@ -3,6 +3,7 @@
 //! Nothing here knows a request or a socket.
 
 mod config;
+pub mod gguf;
 mod model;
 
 pub use config::{Architecture, ModelConfig, RopeConfig, RopeScaling};
