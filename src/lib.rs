@@ -1,1 +1,3 @@
-//! x
+//! An LLM inference server that disaggregates prefill and decode, decode first.
+
+pub mod api;
