@@ -1,0 +1,15 @@
+//! Continuous batching: which tokens of which sequences the next step computes.
+//!
+//! There is no prefill phase and no decode phase (the idea is vLLM V1's): a sequence has `num_computed` and `num_tokens`,
+//! and each step moves the first towards the second under a budget of tokens. Chunked prefill, prefix hits and preemption
+//! are all changes of `num_computed`. Planning does no I/O and knows no clock; a step is
+//! [`Scheduler::plan`], the computation itself elsewhere, [`Scheduler::commit`], and [`Scheduler::push_token`] for what
+//! was sampled.
+
+mod plan;
+mod queue;
+mod sequence;
+
+pub use plan::{PlanEntry, StepPlan};
+pub use queue::{Scheduler, SchedulerLimits, SlotId};
+pub use sequence::Sequence;

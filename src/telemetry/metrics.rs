@@ -1,0 +1,187 @@
+use std::time::Duration;
+
+use prometheus::{
+    Encoder, Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry,
+    TextEncoder, core::Collector,
+};
+
+/// Seconds, from a millisecond to minutes: waiting for the first token.
+const FIRST_TOKEN_BUCKETS: &[f64] =
+    &[0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0];
+/// Seconds: one step, or the gap between two tokens.
+const STEP_BUCKETS: &[f64] =
+    &[0.000_5, 0.001, 0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0, 2.5, 10.0];
+
+/// All metrics of the process and the registry they are read from. Cheap to clone.
+#[derive(Debug, Clone)]
+pub struct Metrics {
+    registry: Registry,
+    /// `engine_requests_total{endpoint,status}`: HTTP requests answered.
+    pub requests: IntCounterVec,
+    /// What the engine thread counts.
+    pub engine: EngineMetrics,
+}
+
+/// The engine thread's metrics, each resolved to its labels once, so that a step touches atomics and nothing else.
+#[derive(Debug, Clone)]
+pub struct EngineMetrics {
+    /// Requests that hold KV pages and take part in steps.
+    pub running: IntGauge,
+    /// Requests accepted and not running: not started yet, or preempted.
+    pub waiting: IntGauge,
+    /// Pages holding nothing.
+    pub pages_free: IntGauge,
+    /// Pages that no sequence uses, kept for prefix hits until they are needed.
+    pub pages_cached: IntGauge,
+    /// Pages in use by sequences.
+    pub pages_owned: IntGauge,
+    /// Prompt tokens of the requests started, found in the cache or not.
+    pub prompt_tokens: IntCounter,
+    /// Tokens generated.
+    pub generation_tokens: IntCounter,
+    /// Prompt tokens found in the cache.
+    pub prefix_hit_tokens: IntCounter,
+    /// Sequences that had to give back their pages and start again.
+    pub preemptions: IntCounter,
+    /// From submission to the first token.
+    pub time_to_first_token: Histogram,
+    /// Between two tokens of an answer.
+    pub inter_token_latency: Histogram,
+    step_prefill: Histogram,
+    step_decode: Histogram,
+    step_mixed: Histogram,
+}
+
+/// What a step was made of.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum StepKind {
+    /// Prompts only.
+    Prefill,
+    /// One token a sequence.
+    Decode,
+    /// Both.
+    Mixed,
+}
+
+impl EngineMetrics {
+    /// Records the duration of a step.
+    pub fn observe_step(&self, kind: StepKind, duration: Duration) {
+        let histogram = match kind {
+            StepKind::Prefill => &self.step_prefill,
+            StepKind::Decode => &self.step_decode,
+            StepKind::Mixed => &self.step_mixed,
+        };
+        histogram.observe(duration.as_secs_f64());
+    }
+}
+
+impl Metrics {
+    /// Fresh metrics in a registry of their own.
+    pub fn new() -> Self {
+        let registry = Registry::new();
+        let steps = histograms(&registry, "engine_step_seconds", "Duration of one step.", &["kind"]);
+        let pages = IntGaugeVec::new(Opts::new("engine_kv_pages", "KV pages by state."), &["state"]);
+        let pages = registered(&registry, pages);
+        let requests = Opts::new("engine_requests_total", "HTTP requests answered.");
+        let requests = registered(&registry, IntCounterVec::new(requests, &["endpoint", "status"]));
+        let engine = EngineMetrics {
+            running: gauge(&registry, "engine_running_requests", "Requests taking part in steps."),
+            waiting: gauge(&registry, "engine_waiting_requests", "Requests accepted and not running."),
+            pages_free: pages.with_label_values(&["free"]),
+            pages_cached: pages.with_label_values(&["cached"]),
+            pages_owned: pages.with_label_values(&["owned"]),
+            prompt_tokens: counter(&registry, "engine_prompt_tokens_total", "Prompt tokens of requests started."),
+            generation_tokens: counter(&registry, "engine_generation_tokens_total", "Tokens generated."),
+            prefix_hit_tokens: counter(
+                &registry,
+                "engine_prefix_hit_tokens_total",
+                "Prompt tokens whose keys and values were found in the cache.",
+            ),
+            preemptions: counter(&registry, "engine_preemptions_total", "Sequences preempted for lack of KV pages."),
+            time_to_first_token: histogram(
+                &registry,
+                "engine_time_to_first_token_seconds",
+                "From submission to the first token.",
+                FIRST_TOKEN_BUCKETS,
+            ),
+            inter_token_latency: histogram(
+                &registry,
+                "engine_inter_token_latency_seconds",
+                "Between two tokens of an answer.",
+                STEP_BUCKETS,
+            ),
+            step_prefill: steps.with_label_values(&["prefill"]),
+            step_decode: steps.with_label_values(&["decode"]),
+            step_mixed: steps.with_label_values(&["mixed"]),
+        };
+        Self { registry, requests, engine }
+    }
+
+    /// Everything in Prometheus' text format.
+    pub fn render(&self) -> String {
+        let mut text = Vec::new();
+        // Writing to memory cannot fail, and the encoder writes UTF-8 only.
+        let _ = TextEncoder::new().encode(&self.registry.gather(), &mut text);
+        String::from_utf8_lossy(&text).into_owned()
+    }
+}
+
+impl Default for Metrics {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+/// Registers a metric made from a constant name; both steps fail only on a malformed or repeated name, which the first
+/// test to make a [`Metrics`] would find.
+fn registered<C: Collector + Clone + 'static>(registry: &Registry, metric: prometheus::Result<C>) -> C {
+    let metric = metric.expect("metric names are well-formed constants");
+    registry.register(Box::new(metric.clone())).expect("metric names are distinct constants");
+    metric
+}
+
+fn gauge(registry: &Registry, name: &str, help: &str) -> IntGauge {
+    registered(registry, IntGauge::new(name, help))
+}
+
+fn counter(registry: &Registry, name: &str, help: &str) -> IntCounter {
+    registered(registry, IntCounter::new(name, help))
+}
+
+fn histogram(registry: &Registry, name: &str, help: &str, buckets: &[f64]) -> Histogram {
+    registered(registry, Histogram::with_opts(HistogramOpts::new(name, help).buckets(buckets.to_vec())))
+}
+
+fn histograms(registry: &Registry, name: &str, help: &str, labels: &[&str]) -> HistogramVec {
+    registered(registry, HistogramVec::new(HistogramOpts::new(name, help).buckets(STEP_BUCKETS.to_vec()), labels))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_metric_is_rendered_under_its_documented_name() {
+        let metrics = Metrics::new();
+        metrics.requests.with_label_values(&["/v1/completions", "200"]).inc();
+        metrics.engine.observe_step(StepKind::Mixed, Duration::from_millis(3));
+        let text = metrics.render();
+        for expected in [
+            "engine_requests_total{endpoint=\"/v1/completions\",status=\"200\"} 1",
+            "engine_time_to_first_token_seconds_count 0",
+            "engine_inter_token_latency_seconds_count 0",
+            "engine_prompt_tokens_total 0",
+            "engine_generation_tokens_total 0",
+            "engine_prefix_hit_tokens_total 0",
+            "engine_running_requests 0",
+            "engine_waiting_requests 0",
+            "engine_kv_pages{state=\"free\"} 0",
+            "engine_kv_pages{state=\"cached\"} 0",
+            "engine_kv_pages{state=\"owned\"} 0",
+            "engine_preemptions_total 0",
+            "engine_step_seconds_count{kind=\"mixed\"} 1",
+        ] {
+            assert!(text.contains(expected), "{expected} not in\n{text}");
+        }
+    }
+}

@@ -1,0 +1,246 @@
+use std::{
+    any::Any,
+    panic::{AssertUnwindSafe, catch_unwind},
+    sync::{
+        Arc,
+        atomic::Ordering,
+        mpsc::{Receiver, TryRecvError, sync_channel},
+    },
+    thread,
+    time::Instant,
+};
+
+use super::{
+    ConfigError, EngineConfig, EngineHandle, EngineStatus, FinishReason, Runner, RunnerError,
+    handle::{Message, Shared},
+    session::{Session, Terms},
+    step::Step,
+};
+use crate::{
+    cache::PageHasher,
+    scheduler::{Scheduler, SchedulerLimits, SlotId},
+    telemetry::EngineMetrics,
+};
+
+/// Room in the channel for wake-ups beside the requests.
+const WAKE_UPS: usize = 8;
+
+/// The engine thread: the only one that touches the model, the scheduler and the KV pages.
+pub struct Engine<R> {
+    runner: R,
+    scheduler: Scheduler,
+    /// By slot, as the sessions are.
+    terms: Box<[Option<Terms>]>,
+    sessions: Box<[Option<Session>]>,
+    step: Step,
+    messages: Receiver<Message>,
+    shared: Arc<Shared>,
+    /// Cancellations looked after so far.
+    cancellations: usize,
+}
+
+/// What a turn that took what arrived goes on with.
+#[derive(PartialEq, Eq)]
+enum Turn {
+    Compute,
+    Stop,
+}
+
+impl<R: Runner> Engine<R> {
+    /// Starts the engine thread, which serves until it is told to stop or every handle is gone.
+    pub fn start(runner: R, config: EngineConfig, metrics: EngineMetrics) -> Result<EngineHandle, ConfigError> {
+        config.validate()?;
+        let hasher = PageHasher::new(&config.model_key, config.block_size);
+        let limits = SchedulerLimits {
+            max_num_seqs: config.max_num_seqs,
+            max_num_batched_tokens: config.max_num_batched_tokens,
+            max_sequences: config.max_requests(),
+        };
+        let (sender, messages) = sync_channel(config.max_requests() + WAKE_UPS);
+        let shared = Shared::new(config, metrics);
+        let mut engine = Self {
+            runner,
+            scheduler: Scheduler::new(limits, hasher, shared.config.blocks),
+            terms: (0..limits.max_sequences).map(|_| None).collect(),
+            sessions: (0..limits.max_sequences).map(|_| None).collect(),
+            step: Step::new(&shared.config),
+            messages,
+            shared: shared.clone(),
+            cancellations: 0,
+        };
+        engine.publish_gauges();
+        let handle = EngineHandle::new(shared.clone(), hasher, sender);
+        thread::Builder::new()
+            .name("engine".to_owned())
+            .spawn(move || serve(engine, &shared))
+            .map_err(|source| ConfigError::Thread { reason: source.to_string() })?;
+        Ok(handle)
+    }
+
+    fn run(&mut self) -> Result<(), RunnerError> {
+        while self.take_arrivals() == Turn::Compute {
+            self.forget_cancelled();
+            if self.scheduler.is_empty() {
+                continue;
+            }
+            self.scheduler.plan(&mut self.step.plan);
+            self.step.fill(&self.scheduler, &self.terms);
+            let launched = Instant::now();
+            self.compute()?;
+            let done = Instant::now();
+            self.scheduler.commit(&self.step.plan);
+            self.deliver(done);
+            self.publish_gauges();
+            let metrics = &self.shared.metrics;
+            metrics.preemptions.inc_by(self.step.plan.preempted() as u64);
+            metrics.observe_step(self.step.plan.kind(), done - launched);
+            if cfg!(debug_assertions) {
+                self.scheduler.check_integrity();
+            }
+        }
+        Ok(())
+    }
+
+    /// Takes new requests in; sleeps for one if there is nothing else to do.
+    fn take_arrivals(&mut self) -> Turn {
+        if self.scheduler.is_empty() {
+            self.scheduler.check_integrity();
+            self.publish_gauges();
+            match self.messages.recv() {
+                Ok(message) => self.take(message),
+                Err(_) => return Turn::Stop,
+            }
+        }
+        loop {
+            if self.shared.stopping.load(Ordering::Acquire) {
+                return Turn::Stop;
+            }
+            match self.messages.try_recv() {
+                Ok(message) => self.take(message),
+                Err(TryRecvError::Empty | TryRecvError::Disconnected) => return Turn::Compute,
+            }
+        }
+    }
+
+    fn take(&mut self, message: Message) {
+        let Message::Request(request) = message else { return };
+        let (sequence, terms, session) = *request;
+        // Who left before arriving here may have been counted before, so nobody would look again.
+        if session.is_abandoned() {
+            return;
+        }
+        // There are as many slots as places, so this succeeds; if not, dropping the session aborts the request.
+        if let Some(slot) = self.scheduler.add(sequence) {
+            self.terms[slot.index()] = Some(terms);
+            self.sessions[slot.index()] = Some(session);
+        }
+    }
+
+    /// Frees everything of requests whose readers have gone.
+    fn forget_cancelled(&mut self) {
+        let cancellations = self.shared.cancellations.load(Ordering::Acquire);
+        if cancellations == self.cancellations {
+            return;
+        }
+        self.cancellations = cancellations;
+        for slot in self.scheduler.slots() {
+            let session = &self.sessions[slot.index()];
+            if session.as_ref().is_some_and(|session| session.is_abandoned()) {
+                self.retire(slot, FinishReason::Aborted);
+            }
+        }
+    }
+
+    fn compute(&mut self) -> Result<(), RunnerError> {
+        let Self { runner, scheduler, terms, step: Step { batch, rows, out, .. }, .. } = self;
+        let (scheduler, terms, rows) = (&*scheduler, &**terms, &*rows);
+        let row = |i| rows.task(i, scheduler, terms).expect("a planned sequence has its terms");
+        runner.execute(batch, &row, &mut out[..rows.len()])
+    }
+
+    /// Passes on what the step computed.
+    fn deliver(&mut self, now: Instant) {
+        let mut next_row = 0;
+        for at in 0..self.step.plan.entries().len() {
+            let entry = self.step.plan.entries()[at];
+            let rows = next_row..next_row + self.step.rows.counts()[at];
+            next_row = rows.end;
+            let Self { scheduler, terms, sessions, step, shared, .. } = self;
+            let (Some(terms), Some(session)) = (&terms[entry.slot.index()], &mut sessions[entry.slot.index()]) else {
+                continue;
+            };
+            if entry.first {
+                session.begin(scheduler.sequence(entry.slot).prompt(), entry.start, &shared.metrics);
+            }
+            let mut end = None;
+            for (position, sampled) in (entry.start + entry.logits_from..).zip(&step.out[rows]) {
+                let sequence = scheduler.sequence(entry.slot);
+                if let Some(&token) = sequence.prompt().get(position + 1) {
+                    session.prompt_token(token, sampled);
+                } else {
+                    let generated = sequence.output().len() + 1;
+                    scheduler.push_token(entry.slot, sampled.token);
+                    session.token(sampled, now, &shared.metrics);
+                    end = terms.end(sampled.token, generated);
+                }
+            }
+            let prompt_done = entry.start + entry.len == scheduler.sequence(entry.slot).prompt().len();
+            if prompt_done && !terms.generates() {
+                end = Some(FinishReason::Length);
+            }
+            match end {
+                Some(reason) => self.retire(entry.slot, reason),
+                None => session.wake(),
+            }
+        }
+    }
+
+    /// Ends a request. Its pages are free before its reader hears of it.
+    fn retire(&mut self, slot: SlotId, reason: FinishReason) {
+        self.scheduler.remove(slot);
+        self.publish_gauges();
+        self.terms[slot.index()] = None;
+        if let Some(session) = self.sessions[slot.index()].take() {
+            session.finish(reason);
+        }
+    }
+
+    fn publish_gauges(&mut self) {
+        let metrics = &self.shared.metrics;
+        let pages = self.scheduler.pages();
+        metrics.running.set(self.scheduler.running() as i64);
+        metrics.waiting.set(self.scheduler.waiting() as i64);
+        metrics.pages_free.set(pages.free as i64);
+        metrics.pages_cached.set(pages.cached as i64);
+        metrics.pages_owned.set(pages.owned as i64);
+    }
+}
+
+/// The thread's main function: whatever happens inside, every request ends and everybody learns of it.
+fn serve<R: Runner>(mut engine: Engine<R>, shared: &Shared) {
+    let outcome = catch_unwind(AssertUnwindSafe(|| engine.run()));
+    let failure = match outcome {
+        Ok(Ok(())) => None,
+        Ok(Err(error)) => Some(error.to_string()),
+        Err(panic) => Some(format!("the engine thread panicked: {}", panic_message(&*panic))),
+    };
+    if let Some(reason) = failure {
+        tracing::error!(%reason, "the engine failed; all requests are aborted");
+        // First, so that whoever is aborted below finds it said already.
+        shared.status.send_replace(EngineStatus::Failed { reason });
+    }
+    // Drops sessions and messages, which aborts their requests, and the model.
+    drop(engine);
+    shared.status.send_if_modified(|status| {
+        let running = *status == EngineStatus::Running;
+        if running {
+            *status = EngineStatus::Stopped;
+        }
+        running
+    });
+    shared.gone.send_replace(true);
+}
+
+fn panic_message(panic: &(dyn Any + Send)) -> &str {
+    panic.downcast_ref::<&str>().copied().or_else(|| panic.downcast_ref::<String>().map(String::as_str)).unwrap_or("?")
+}

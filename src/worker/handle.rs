@@ -1,0 +1,309 @@
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering},
+        mpsc::SyncSender,
+    },
+    time::Instant,
+};
+
+use engine_kernels::MAX_TOP_LOGPROBS;
+use tokio::sync::watch;
+
+use super::{
+    Request, SubmitError,
+    generation::{self, EventBounds, Generation},
+    session::{Session, Terms},
+};
+use crate::{cache::PageHasher, scheduler::Sequence, telemetry::EngineMetrics};
+
+/// The engine's limits and sizes, all fixed at start.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct EngineConfig {
+    /// Sequences in one step at most (`--max-num-seqs`).
+    pub max_num_seqs: usize,
+    /// Tokens in one step at most (`--max-num-batched-tokens`); at least `max_num_seqs`, so that decodes never crowd out a
+    /// prefill entirely.
+    pub max_num_batched_tokens: usize,
+    /// Requests that may wait beyond those that run (`--max-waiting-requests`).
+    pub max_waiting_requests: usize,
+    /// Tokens of prompt and answer together at most (`--max-model-len`).
+    pub max_model_len: usize,
+    /// Token ids are below this.
+    pub vocab_size: usize,
+    /// Tokens a KV page holds (`--block-size`).
+    pub block_size: usize,
+    /// KV pages; enough for one sequence of `max_model_len`.
+    pub blocks: usize,
+    /// Digest of everything that keys and values depend on besides tokens: weights, dtype, layout.
+    pub model_key: Vec<u8>,
+}
+
+/// Why an [`EngineConfig`] does not work.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum ConfigError {
+    /// A limit is zero.
+    #[error("{name} must be at least 1")]
+    Zero {
+        /// Flag.
+        name: &'static str,
+    },
+    /// Decodes alone could fill a step.
+    #[error("--max-num-batched-tokens ({tokens}) must be at least --max-num-seqs ({seqs})")]
+    Budget {
+        /// `max_num_batched_tokens`.
+        tokens: usize,
+        /// `max_num_seqs`.
+        seqs: usize,
+    },
+    /// The longest sequence would never fit.
+    #[error(
+        "{blocks} KV pages of {block_size} tokens cannot hold one sequence of --max-model-len {max_model_len}; \
+         raise --kv-blocks or --kv-cache-memory, or lower --max-model-len"
+    )]
+    Pages {
+        /// Pages.
+        blocks: usize,
+        /// Tokens a page holds.
+        block_size: usize,
+        /// Tokens of the longest sequence.
+        max_model_len: usize,
+    },
+    /// The system gave no thread.
+    #[error("cannot start the engine thread: {reason}")]
+    Thread {
+        /// What the system said.
+        reason: String,
+    },
+}
+
+impl EngineConfig {
+    /// Checks the limits against each other.
+    pub fn validate(&self) -> Result<(), ConfigError> {
+        let Self { max_num_seqs, max_num_batched_tokens, max_model_len, block_size, blocks, .. } = *self;
+        for (name, value) in [
+            ("--max-num-seqs", max_num_seqs),
+            ("--max-model-len", max_model_len),
+            ("--block-size", block_size),
+            ("the vocabulary", self.vocab_size),
+        ] {
+            if value == 0 {
+                return Err(ConfigError::Zero { name });
+            }
+        }
+        if max_num_batched_tokens < max_num_seqs {
+            return Err(ConfigError::Budget { tokens: max_num_batched_tokens, seqs: max_num_seqs });
+        }
+        if blocks < max_model_len.div_ceil(block_size) {
+            return Err(ConfigError::Pages { blocks, block_size, max_model_len });
+        }
+        Ok(())
+    }
+
+    /// Requests in the engine at most, running and waiting.
+    pub(super) fn max_requests(&self) -> usize {
+        self.max_num_seqs + self.max_waiting_requests
+    }
+}
+
+/// Whether the engine serves.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum EngineStatus {
+    /// It does.
+    Running,
+    /// It finishes what it has and takes nothing new.
+    Draining,
+    /// It has gone, as it was told to.
+    Stopped,
+    /// It has gone, and its requests were aborted.
+    Failed {
+        /// What happened.
+        reason: String,
+    },
+}
+
+/// What the engine is doing, as of its latest step.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Snapshot {
+    /// Requests taking part in steps.
+    pub running: usize,
+    /// Requests accepted and not running.
+    pub waiting: usize,
+    /// Pages holding nothing.
+    pub pages_free: usize,
+    /// Pages kept for prefix hits.
+    pub pages_cached: usize,
+    /// Pages in use.
+    pub pages_owned: usize,
+}
+
+/// What travels to the engine thread.
+pub(super) enum Message {
+    /// A new request.
+    Request(Box<(Sequence, Terms, Session)>),
+    /// Look at the flags.
+    Wake,
+}
+
+/// What handles and the engine thread share.
+pub(super) struct Shared {
+    pub(super) config: EngineConfig,
+    pub(super) metrics: EngineMetrics,
+    /// Counts generations that were dropped; the engine looks for them when it changes.
+    pub(super) cancellations: Arc<AtomicUsize>,
+    pub(super) stopping: AtomicBool,
+    pub(super) status: watch::Sender<EngineStatus>,
+    /// Whether the engine thread has let go of everything.
+    pub(super) gone: watch::Sender<bool>,
+    draining: AtomicBool,
+    /// Requests in the engine or on the way to it.
+    live: watch::Sender<usize>,
+    next_id: AtomicU64,
+}
+
+impl Shared {
+    pub(super) fn new(config: EngineConfig, metrics: EngineMetrics) -> Arc<Self> {
+        Arc::new(Self {
+            config,
+            metrics,
+            cancellations: Arc::default(),
+            stopping: AtomicBool::new(false),
+            status: watch::Sender::new(EngineStatus::Running),
+            gone: watch::Sender::new(false),
+            draining: AtomicBool::new(false),
+            live: watch::Sender::new(0),
+            next_id: AtomicU64::new(1),
+        })
+    }
+
+    /// Takes a place among the live requests, if there is one.
+    fn enter(self: &Arc<Self>) -> Result<Place, SubmitError> {
+        let mut refused = None;
+        self.live.send_if_modified(|live| {
+            if self.draining.load(Ordering::Acquire) {
+                refused = Some(SubmitError::ShuttingDown);
+            } else if *live >= self.config.max_requests() {
+                let running = self.metrics.running.get().max(0) as usize;
+                refused = Some(SubmitError::QueueFull { waiting: live.saturating_sub(running) });
+            } else {
+                *live += 1;
+            }
+            refused.is_none()
+        });
+        refused.map_or_else(|| Ok(Place(self.clone())), Err)
+    }
+}
+
+/// A request's place in the engine, given up when it is dropped.
+pub(super) struct Place(Arc<Shared>);
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        self.0.live.send_modify(|live| *live -= 1);
+    }
+}
+
+/// The way to the engine thread, for any number of threads. When all handles are gone, the engine finishes what it has and ends.
+#[derive(Clone)]
+pub struct EngineHandle {
+    shared: Arc<Shared>,
+    hasher: PageHasher,
+    messages: SyncSender<Message>,
+}
+
+impl EngineHandle {
+    pub(super) fn new(shared: Arc<Shared>, hasher: PageHasher, messages: SyncSender<Message>) -> Self {
+        Self { shared, hasher, messages }
+    }
+
+    /// Hands a request to the engine. Never waits. `max_tokens` beyond the context length is cut to it.
+    pub fn submit(&self, request: Request) -> Result<Generation, SubmitError> {
+        let submitted = Instant::now();
+        let max_tokens = self.check(&request)?;
+        let place = self.shared.enter()?;
+        let id = self.shared.next_id.fetch_add(1, Ordering::Relaxed);
+        let alternatives = |wanted: Option<u32>| (wanted.unwrap_or(0) as usize).min(MAX_TOP_LOGPROBS);
+        let bounds = EventBounds {
+            prompt_tokens: if request.prompt_logprobs.is_some() { request.prompt.len() } else { 0 },
+            prompt_top: alternatives(request.prompt_logprobs),
+            tokens: max_tokens,
+            top: alternatives(request.logprobs),
+        };
+        let (outlet, generation) = generation::channel(id, bounds, self.shared.cancellations.clone());
+        let sequence = Sequence::new(&request.prompt, max_tokens, request.prompt_logprobs.is_some(), &self.hasher);
+        let session = Session::new(&request, outlet, submitted, place);
+        let terms = Terms::new(request, max_tokens, self.shared.config.vocab_size);
+        // The channel has room for every live request, so this fails only if the engine has gone.
+        match self.messages.try_send(Message::Request(Box::new((sequence, terms, session)))) {
+            Ok(()) => Ok(generation),
+            Err(_) => Err(SubmitError::ShuttingDown),
+        }
+    }
+
+    /// The limits the engine was started with.
+    pub fn limits(&self) -> &EngineConfig {
+        &self.shared.config
+    }
+
+    /// Whether it serves.
+    pub fn status(&self) -> EngineStatus {
+        let status = self.shared.status.borrow().clone();
+        match status {
+            EngineStatus::Running if self.shared.draining.load(Ordering::Acquire) => EngineStatus::Draining,
+            other => other,
+        }
+    }
+
+    /// What it is doing.
+    pub fn snapshot(&self) -> Snapshot {
+        let read = |gauge: &prometheus::IntGauge| gauge.get().max(0) as usize;
+        let metrics = &self.shared.metrics;
+        Snapshot {
+            running: read(&metrics.running),
+            waiting: read(&metrics.waiting),
+            pages_free: read(&metrics.pages_free),
+            pages_cached: read(&metrics.pages_cached),
+            pages_owned: read(&metrics.pages_owned),
+        }
+    }
+
+    /// Refuses new requests from now on, for good, and returns when the last one has finished.
+    pub async fn drain(&self) {
+        self.shared.draining.store(true, Ordering::Release);
+        // The sender lives in `shared`, so waiting cannot fail.
+        let _ = self.shared.live.subscribe().wait_for(|&live| live == 0).await;
+    }
+
+    /// Ends the engine now: every request is aborted.
+    pub fn stop(&self) {
+        self.shared.draining.store(true, Ordering::Release);
+        self.shared.stopping.store(true, Ordering::Release);
+        // If the channel is full the engine is awake and sees the flag by itself; if it has gone there is nobody to tell.
+        let _ = self.messages.try_send(Message::Wake);
+    }
+
+    /// Returns when the engine thread has released the model: after [`EngineHandle::stop`] or a failure.
+    pub async fn stopped(&self) -> EngineStatus {
+        // The sender lives in `shared`, so waiting cannot fail.
+        let _ = self.shared.gone.subscribe().wait_for(|&gone| gone).await;
+        self.status()
+    }
+
+    /// Refuses what the engine could not work on; returns how many tokens the answer may have.
+    fn check(&self, request: &Request) -> Result<usize, SubmitError> {
+        let EngineConfig { max_model_len: limit, vocab_size, .. } = self.shared.config;
+        let prompt = request.prompt.len();
+        if prompt == 0 {
+            return Err(SubmitError::EmptyPrompt);
+        }
+        let room = limit.checked_sub(prompt).ok_or(SubmitError::PromptTooLong { prompt, limit })?;
+        if room == 0 && request.max_tokens > 0 {
+            return Err(SubmitError::PromptTooLong { prompt, limit });
+        }
+        let biased = request.sampling.logit_bias.iter().map(|&(token, _)| token);
+        if let Some(token) = request.prompt.iter().copied().chain(biased).find(|&token| token as usize >= vocab_size) {
+            return Err(SubmitError::UnknownToken { token, vocab_size });
+        }
+        Ok(room.min(request.max_tokens as usize))
+    }
+}

@@ -1,0 +1,60 @@
+use engine_kernels::{Backend, Batch, KernelError, KvLayout, SampleRow, Sampled};
+use engine_models::Model;
+
+/// A step failed, for instance because the device did; the engine ends with it.
+#[derive(Debug, thiserror::Error)]
+#[error("a step failed: {0}")]
+pub struct RunnerError(pub String);
+
+/// Computes steps. The engine thread owns it; [`ModelRunner`] is the real one.
+pub trait Runner: Send + 'static {
+    /// Computes `batch`, then samples or scores each of `batch.logit_rows` into `out`, in order; `row(i)` says what is
+    /// wanted of the i-th.
+    fn execute<'a>(
+        &mut self,
+        batch: &Batch,
+        row: &(dyn Fn(usize) -> SampleRow<'a> + Sync),
+        out: &mut [Sampled],
+    ) -> Result<(), RunnerError>;
+}
+
+/// A model, the backend that computes it, and its KV cache.
+pub struct ModelRunner<B: Backend> {
+    backend: B,
+    model: Box<dyn Model<B>>,
+    cache: B::KvCache,
+    max_logit_rows: usize,
+}
+
+impl<B: Backend> ModelRunner<B> {
+    /// Reserves the KV cache. `max_logit_rows` is what the model was loaded with.
+    pub fn new(
+        mut backend: B,
+        model: Box<dyn Model<B>>,
+        layout: KvLayout,
+        max_logit_rows: usize,
+    ) -> Result<Self, KernelError> {
+        assert!(max_logit_rows > 0, "a step needs logits");
+        let cache = backend.kv_cache(layout)?;
+        Ok(Self { backend, model, cache, max_logit_rows })
+    }
+}
+
+impl<B: Backend> Runner for ModelRunner<B> {
+    fn execute<'a>(
+        &mut self,
+        batch: &Batch,
+        row: &(dyn Fn(usize) -> SampleRow<'a> + Sync),
+        out: &mut [Sampled],
+    ) -> Result<(), RunnerError> {
+        let Self { backend, model, cache, max_logit_rows } = self;
+        model.forward(backend, cache, batch);
+        // A prompt's log-probabilities can want logits of every row, too many to hold at once: tile by tile.
+        for (tile, rows) in batch.logit_rows.chunks(*max_logit_rows).enumerate() {
+            let first = tile * *max_logit_rows;
+            let logits = model.logits(backend, rows);
+            backend.sample(logits, &|i| row(first + i), &mut out[first..first + rows.len()]);
+        }
+        Ok(())
+    }
+}

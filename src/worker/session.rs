@@ -1,0 +1,123 @@
+use std::time::Instant;
+
+use engine_kernels::{RowTask, SampleRow, Sampled, SamplingParams};
+
+use super::{FinishReason, Request, generation::Outlet, handle::Place};
+use crate::{scheduler::Sequence, telemetry::EngineMetrics};
+
+/// How a request's tokens are drawn and when its answer ends. Apart from [`Session`] because samplers read it from
+/// several threads.
+pub(super) struct Terms {
+    sampling: SamplingParams,
+    max_tokens: usize,
+    min_tokens: usize,
+    stop_token_ids: Vec<u32>,
+    logprobs: Option<u32>,
+    prompt_logprobs: Option<u32>,
+}
+
+impl Terms {
+    /// `max_tokens` is the request's, cut to the context.
+    pub(super) fn new(request: Request, max_tokens: usize, vocab_size: usize) -> Self {
+        let mut stop_token_ids = request.stop_token_ids;
+        // An id beyond the vocabulary is never drawn, and kernels may index by what is left.
+        stop_token_ids.retain(|&token| (token as usize) < vocab_size);
+        Self {
+            sampling: request.sampling,
+            max_tokens,
+            min_tokens: request.min_tokens as usize,
+            stop_token_ids,
+            logprobs: request.logprobs,
+            prompt_logprobs: request.prompt_logprobs,
+        }
+    }
+
+    /// Whether anything is generated, or only the prompt asked about.
+    pub(super) fn generates(&self) -> bool {
+        self.max_tokens > 0
+    }
+
+    /// What is wanted of the logits at `position` of `sequence`.
+    pub(super) fn row<'a>(&'a self, sequence: &'a Sequence, position: usize) -> SampleRow<'a> {
+        let (prompt, output) = (sequence.prompt(), sequence.output());
+        if let Some(&token) = prompt.get(position + 1) {
+            return SampleRow { task: RowTask::Score { token }, prompt, output, logprobs: self.prompt_logprobs };
+        }
+        let suppress = if output.len() < self.min_tokens { &self.stop_token_ids[..] } else { &[] };
+        let task = RowTask::Sample { params: &self.sampling, suppress };
+        SampleRow { task, prompt, output, logprobs: self.logprobs }
+    }
+
+    /// Whether `token`, the `generated`-th, is the last.
+    pub(super) fn end(&self, token: u32, generated: usize) -> Option<FinishReason> {
+        if generated > self.min_tokens && self.stop_token_ids.contains(&token) {
+            Some(FinishReason::Stop)
+        } else {
+            (generated == self.max_tokens).then_some(FinishReason::Length)
+        }
+    }
+}
+
+/// Where a request's tokens go.
+pub(super) struct Session {
+    outlet: Outlet,
+    submitted: Instant,
+    /// When its latest token came out.
+    last_token: Option<Instant>,
+    with_logprobs: bool,
+    with_prompt: bool,
+    _place: Place,
+}
+
+impl Session {
+    pub(super) fn new(request: &Request, outlet: Outlet, submitted: Instant, place: Place) -> Self {
+        Self {
+            outlet,
+            submitted,
+            last_token: None,
+            with_logprobs: request.logprobs.is_some(),
+            with_prompt: request.prompt_logprobs.is_some(),
+            _place: place,
+        }
+    }
+
+    /// Whether nobody waits for the answer any more.
+    pub(super) fn is_abandoned(&self) -> bool {
+        self.outlet.is_abandoned()
+    }
+
+    /// The first step that computed some of the prompt is done; `cached` of its tokens were found.
+    pub(super) fn begin(&mut self, prompt: &[u32], cached: usize, metrics: &EngineMetrics) {
+        metrics.prompt_tokens.inc_by(prompt.len() as u64);
+        metrics.prefix_hit_tokens.inc_by(cached as u64);
+        self.outlet.set_cached_tokens(cached);
+        if self.with_prompt {
+            self.outlet.prompt(prompt[0], None);
+        }
+    }
+
+    /// Passes on a scored token of the prompt.
+    pub(super) fn prompt_token(&mut self, token: u32, scored: &Sampled) {
+        self.outlet.prompt(token, Some(scored));
+    }
+
+    /// Passes on a generated token.
+    pub(super) fn token(&mut self, sampled: &Sampled, now: Instant, metrics: &EngineMetrics) {
+        self.outlet.token(sampled, self.with_logprobs);
+        metrics.generation_tokens.inc();
+        match self.last_token.replace(now) {
+            None => metrics.time_to_first_token.observe((now - self.submitted).as_secs_f64()),
+            Some(last) => metrics.inter_token_latency.observe((now - last).as_secs_f64()),
+        }
+    }
+
+    /// Wakes the reader, once a step.
+    pub(super) fn wake(&self) {
+        self.outlet.wake();
+    }
+
+    /// Says the last word.
+    pub(super) fn finish(self, reason: FinishReason) {
+        self.outlet.finish(reason);
+    }
+}
