@@ -4,7 +4,10 @@ pub const MAX_TOP_LOGPROBS: usize = 20;
 /// How the next token is drawn from its logits. Values are checked where requests enter; here they are trusted.
 ///
 /// Order of application, as in vLLM: `logit_bias`, suppressed tokens, repetition, presence and frequency penalties,
-/// temperature, then `top_k`, `top_p`, `min_p` each on what the previous one left.
+/// temperature, then `top_k`, `top_p`, `min_p` each on what the previous one left. Of equally likely tokens the lower id
+/// counts as the likelier. A logit that is NaN counts as impossible (-inf), +inf as the largest finite number; if every
+/// token is impossible, the first is drawn. The draw inverts the cumulative distribution of the kept tokens, taken in the
+/// order of their ids.
 #[derive(Debug, Clone, PartialEq)]
 pub struct SamplingParams {
     /// 0 is greedy: the highest logit, the lowest id on ties.
@@ -95,4 +98,33 @@ impl Default for Sampled {
     fn default() -> Self {
         Self { token: 0, logprob: 0.0, top_len: 0, top: [(0, 0.0); MAX_TOP_LOGPROBS] }
     }
+}
+
+/// A number in `[0, 1)` for the draw at `position` of a request: SplitMix64 (Steele, Lea and Flood 2014) used as a counter
+/// based generator, its output function applied to the seed, stepped by the position, twice. It depends on its two
+/// arguments alone, so nothing has to be stored, and any backend on any worker draws the same.
+pub(crate) fn uniform(seed: u64, position: u64) -> f64 {
+    let bits = mix(mix(seed).wrapping_add((position + 1).wrapping_mul(GOLDEN_GAMMA)));
+    // The 53 bits an f64 holds exactly.
+    (bits >> 11) as f64 * (1.0 / (1u64 << 53) as f64)
+}
+
+const GOLDEN_GAMMA: u64 = 0x9e37_79b9_7f4a_7c15;
+
+fn mix(z: u64) -> u64 {
+    let z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    let z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+    z ^ (z >> 31)
+}
+
+/// The logit of a token that was seen in prompt or output, `times` in the output, after all penalties. Single precision,
+/// in this order, on every backend: a greedy choice must not hang on how it was rounded.
+pub(crate) fn penalized(logit: f32, times: u32, params: &SamplingParams) -> f32 {
+    let r = params.repetition_penalty;
+    let mut logit = if logit > 0.0 { logit / r } else { logit * r };
+    if times > 0 {
+        logit -= params.frequency_penalty * times as f32;
+        logit -= params.presence_penalty;
+    }
+    logit
 }
