@@ -1,0 +1,21 @@
+//! Mutational fuzzing of everything that reads bytes from strangers: request bodies, the inputs of chat templates, and the
+//! headers of model files. None of them may panic, hang or allocate without bound.
+//!
+//! `make test` replays the corpus in `tests/corpus` and fuzzes each target for a few seconds; `make fuzz` does it for ten
+//! minutes. An input that fails is saved as `tests/corpus/*/crash-*`, to be committed with its fix. There is no coverage
+//! feedback (that needs a nightly compiler): an input whose outcome is new is mutated further instead.
+
+mod driver;
+mod memory;
+mod mutate;
+mod targets;
+
+#[test]
+fn gguf_headers_are_read_or_refused() {
+    driver::fuzz(targets::GgufHeader);
+}
+
+#[test]
+fn messages_render_or_are_refused() {
+    driver::fuzz(targets::TemplateInput::new());
+}
