@@ -128,3 +128,8 @@ pub(crate) fn penalized(logit: f32, times: u32, params: &SamplingParams) -> f32 
     }
     logit
 }
+
+/// NaN counts as impossible, and +inf as the largest number there is.
+pub(crate) fn finite_or_impossible(logit: f32) -> f32 {
+    if logit.is_nan() { f32::NEG_INFINITY } else { logit.min(f32::MAX) }
+}

@@ -5,7 +5,7 @@
 
 mod backend;
 mod dequant;
-mod sample;
+pub(crate) mod sample;
 
 pub use backend::{ReferenceActivations, ReferenceBackend, ReferenceKvCache, ReferenceLinear};
 pub use dequant::{dequantize, dequantize_row};

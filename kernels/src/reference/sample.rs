@@ -1,8 +1,8 @@
-use crate::sampling::{penalized, uniform};
+use crate::sampling::{finite_or_impossible, penalized, uniform};
 use crate::{RowTask, SampleRow, Sampled, SamplingParams};
 
 /// Samples or scores one row straight from the definitions: sort everything, then filter.
-pub(super) fn sample_row(logits: &[f32], row: &SampleRow<'_>) -> Sampled {
+pub(crate) fn sample_row(logits: &[f32], row: &SampleRow<'_>) -> Sampled {
     let logits: Vec<f32> = logits.iter().map(|&logit| finite_or_impossible(logit)).collect();
     let token = match row.task {
         RowTask::Score { token } => token,
@@ -24,11 +24,6 @@ pub(super) fn sample_row(logits: &[f32], row: &SampleRow<'_>) -> Sampled {
         }
     }
     sampled
-}
-
-/// NaN counts as impossible, and infinity as the largest number there is.
-fn finite_or_impossible(logit: f32) -> f32 {
-    if logit.is_nan() { f32::NEG_INFINITY } else { logit.min(f32::MAX) }
 }
 
 /// All ids, the highest logit first, the lower id first on ties.
