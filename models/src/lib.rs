@@ -1,10 +1,28 @@
 //! Model files, tokenizers and architectures, written once against [`engine_kernels::Backend`].
 //!
-//! Nothing here knows a request or a socket.
+//! [`ModelSource::open`] finds a model (a Hugging Face directory, a GGUF file, a hub id) and reads its configuration;
+//! [`ModelSource::load`] hands its weights to a backend and returns a [`Model`], which is one forward pass for all
+//! architectures. Nothing here knows a request or a socket.
 
 mod config;
+mod decoder;
+mod defaults;
+mod error;
+mod family;
 pub mod gguf;
+mod hub;
+mod llama;
 mod model;
+mod qwen2;
+mod qwen3;
+mod rope;
+mod source;
+mod weights;
 
 pub use config::{Architecture, ModelConfig, RopeConfig, RopeScaling};
+pub use defaults::{ChatTemplate, GenerationDefaults};
+pub use error::ModelError;
+pub use hub::HubError;
 pub use model::{ForwardLimits, Model};
+pub use source::{LoadFormat, LoadedModel, ModelSource, OpenOptions};
+pub use weights::LoadReport;

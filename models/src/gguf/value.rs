@@ -227,7 +227,8 @@ impl<'a> Array<'a> {
     /// The elements of an array of a type of fixed size.
     fn numbers(&self) -> Option<impl Iterator<Item = Value<'a>> + use<'a>> {
         let element = self.element;
-        (!matches!(element, Kind::String | Kind::Array))
-            .then(|| self.bytes.chunks_exact(element.bytes()).take(self.len).map(move |bytes| Value::decode(element, bytes)))
+        (!matches!(element, Kind::String | Kind::Array)).then(|| {
+            self.bytes.chunks_exact(element.bytes()).take(self.len).map(move |bytes| Value::decode(element, bytes))
+        })
     }
 }

@@ -1,0 +1,109 @@
+use super::*;
+use crate::Architecture;
+use crate::gguf::testing::GgufWriter;
+
+fn writer() -> GgufWriter {
+    let mut writer = GgufWriter::default();
+    writer
+        .string("general.architecture", "llama")
+        .u32("llama.block_count", 2)
+        .u32("llama.context_length", 2048)
+        .u32("llama.embedding_length", 64)
+        .u32("llama.feed_forward_length", 128)
+        .u32("llama.attention.head_count", 4)
+        .u32("llama.attention.head_count_kv", 2)
+        .f32("llama.attention.layer_norm_rms_epsilon", 1e-5)
+        .f32("llama.rope.freq_base", 100_000.0)
+        .tensor("token_embd.weight", &[100, 64], 1, vec![0; 100 * 64 * 2]);
+    writer
+}
+
+fn parse_file(writer: &GgufWriter) -> Result<ModelConfig, ModelError> {
+    let file = Gguf::from_bytes(writer.build()).unwrap();
+    parse(&file, Path::new("m.gguf"), |name| file.tensor(name).is_some())
+}
+
+#[test]
+fn metadata_becomes_a_configuration() {
+    let config = parse_file(&writer()).unwrap();
+    assert_eq!((config.architecture, config.vocab_size, config.head_dim), (Architecture::Llama, 100, 16));
+    assert_eq!((config.kv_heads, config.tie_word_embeddings, config.qkv_bias), (2, true, false));
+    assert_eq!(config.rope, RopeConfig { theta: 100_000.0, scaling: RopeScaling::None });
+
+    let mut untied = writer();
+    untied.u32("llama.attention.key_length", 32).tensor("output.weight", &[1], 0, vec![0; 4]);
+    untied.tensor("blk.0.attn_q.bias", &[1], 0, vec![0; 4]);
+    let config = parse_file(&untied).unwrap();
+    assert_eq!((config.head_dim, config.tie_word_embeddings, config.qkv_bias), (32, false, true));
+}
+
+#[test]
+fn frequency_factors_are_read_from_their_tensor() {
+    let mut factors = writer();
+    let values: Vec<u8> = (1..=8).flat_map(|i| (i as f32).to_le_bytes()).collect();
+    factors.tensor("rope_freqs.weight", &[8], 0, values);
+    let scaling = parse_file(&factors).unwrap().rope.scaling;
+    assert_eq!(scaling, RopeScaling::PerFrequency { factors: (1..=8).map(|i| i as f32).collect() });
+
+    let mut wrong = writer();
+    wrong.tensor("rope_freqs.weight", &[4], 0, vec![0; 16]);
+    assert!(parse_file(&wrong).unwrap_err().to_string().contains("`rope_freqs.weight` has shape [4]"));
+    let mut negative = writer();
+    negative.tensor("rope_freqs.weight", &[8], 0, vec![0; 32]);
+    assert!(parse_file(&negative).unwrap_err().to_string().contains("frequency factor 0"));
+}
+
+#[test]
+fn yarn_has_llama_cpps_temperature() {
+    let mut yarn = writer();
+    yarn.string("llama.rope.scaling.type", "yarn")
+        .f32("llama.rope.scaling.factor", 4.0)
+        .u32("llama.rope.scaling.original_context_length", 512);
+    let expected = |attention_factor| RopeScaling::Yarn {
+        factor: 4.0,
+        beta_fast: 32.0,
+        beta_slow: 1.0,
+        attention_factor,
+        original_max_position: 512,
+        truncate: true,
+    };
+    assert_eq!(parse_file(&yarn).unwrap().rope.scaling, expected(None));
+    yarn.f32("llama.rope.scaling.attn_factor", 0.5);
+    assert_eq!(parse_file(&yarn).unwrap().rope.scaling, expected(Some(0.5 * (0.1 * 4f32.ln() + 1.0))));
+}
+
+#[test]
+fn what_is_wrong_is_named() {
+    let changed = |key: &str, value: u32| {
+        let mut changed = writer();
+        changed.u32(key, value);
+        parse_file(&changed).unwrap_err().to_string()
+    };
+    assert!(changed("llama.expert_count", 8).contains("llama with experts"));
+    assert!(changed("llama.rope.dimension_count", 8).contains("`llama.rope.dimension_count`"));
+    assert!(changed("llama.attention.value_length", 8).contains("`llama.attention.value_length`"));
+    assert!(changed("llama.attention.key_length", 0).contains("`head_dim` is 0"));
+
+    let error = parse_file(GgufWriter::default().string("general.architecture", "rwkv7")).unwrap_err().to_string();
+    assert!(error.contains("`rwkv7`") && error.contains("llama, qwen2, qwen3"), "{error}");
+    let error = parse_file(GgufWriter::default().string("general.architecture", "qwen3")).unwrap_err().to_string();
+    assert!(error.contains("`qwen3.embedding_length`: is missing"), "{error}");
+    let error = parse_file(&GgufWriter::default()).unwrap_err().to_string();
+    assert!(error.contains("none declared"), "{error}");
+}
+
+#[test]
+fn head_counts_of_each_layer_must_agree() {
+    let list = |values: &[i32]| {
+        let mut writer = GgufWriter::default();
+        writer
+            .string("general.architecture", "qwen3")
+            .u32("qwen3.embedding_length", 64)
+            .i32s("qwen3.attention.head_count", values);
+        parse_file(&writer).unwrap_err().to_string()
+    };
+    assert!(list(&[4, 2]).contains("differs from layer to layer"));
+    assert!(list(&[]).contains("is empty"));
+    // Agreeing ones are accepted: what is missing then is the next thing.
+    assert!(list(&[4, 4]).contains("token_embd.weight"));
+}

@@ -1,0 +1,195 @@
+use engine_kernels::{AttentionShape, Backend, Batch, QkNorm};
+
+use crate::weights::{Loader, WeightSource};
+use crate::{ForwardLimits, LoadReport, Model, ModelConfig, ModelError, rope};
+
+/// The decoder Llama, Qwen2 and Qwen3 share (pre-norm, rotary positions, grouped query heads, SwiGLU), in terms of a
+/// backend's fused operations. q, k and v are one product, gate and up another.
+pub(crate) struct Decoder<B: Backend> {
+    config: ModelConfig,
+    shape: AttentionShape,
+    embedding: B::Linear,
+    layers: Vec<Layer<B>>,
+    norm: B::Vector,
+    /// `None`: the embedding is the output projection too.
+    head: Option<B::Linear>,
+    rope: B::Rope,
+    buffers: Buffers<B>,
+}
+
+struct Layer<B: Backend> {
+    attention_norm: B::Vector,
+    qkv: B::Linear,
+    qkv_bias: Option<B::Vector>,
+    q_norm: Option<B::Vector>,
+    k_norm: Option<B::Vector>,
+    output: B::Linear,
+    output_bias: Option<B::Vector>,
+    mlp_norm: B::Vector,
+    gate_up: B::Linear,
+    gate_up_bias: Option<B::Vector>,
+    down: B::Linear,
+    down_bias: Option<B::Vector>,
+}
+
+/// Made once at the largest size of a step.
+struct Buffers<B: Backend> {
+    /// The residual stream, `[tokens, hidden]`.
+    residual: B::Activations,
+    /// Normed for the next product; after the last layer, the final hidden states. `[tokens, hidden]`.
+    normed: B::Activations,
+    /// What attention or MLP adds to the residual stream, `[tokens, hidden]`.
+    delta: B::Activations,
+    /// `[tokens, qkv_width]`.
+    qkv: B::Activations,
+    /// `[tokens, q_width]`.
+    attention: B::Activations,
+    /// `[tokens, 2 × intermediate]`.
+    gate_up: B::Activations,
+    /// `[tokens, intermediate]`.
+    mlp: B::Activations,
+    /// Hidden states logits are wanted of, `[rows, hidden]`.
+    selected: B::Activations,
+    /// `[rows, vocabulary]`.
+    logits: B::Activations,
+}
+
+impl<B: Backend> Buffers<B> {
+    fn new(backend: &mut B, config: &ModelConfig, shape: AttentionShape, limits: ForwardLimits) -> Self {
+        let (tokens, rows) = (limits.max_tokens, limits.max_logit_rows);
+        Self {
+            residual: backend.activations(tokens, config.hidden_size),
+            normed: backend.activations(tokens, config.hidden_size),
+            delta: backend.activations(tokens, config.hidden_size),
+            qkv: backend.activations(tokens, shape.qkv_width()),
+            attention: backend.activations(tokens, shape.q_width()),
+            gate_up: backend.activations(tokens, 2 * config.intermediate_size),
+            mlp: backend.activations(tokens, config.intermediate_size),
+            selected: backend.activations(rows, config.hidden_size),
+            logits: backend.activations(rows, config.vocab_size),
+        }
+    }
+}
+
+impl<B: Backend> Decoder<B> {
+    /// Loads all weights of `config` from `source` into `backend`.
+    pub(crate) fn load(
+        source: &dyn WeightSource,
+        backend: &mut B,
+        config: &ModelConfig,
+        limits: ForwardLimits,
+        progress: bool,
+    ) -> Result<(Self, LoadReport), ModelError> {
+        let shape = AttentionShape { heads: config.heads, kv_heads: config.kv_heads, head_dim: config.head_dim };
+        let hidden = config.hidden_size;
+        let mut loader = Loader::new(source, backend, progress);
+        let embedding = loader.linear(&[("model.embed_tokens.weight", config.vocab_size)], hidden)?;
+        let layers =
+            (0..config.layers).map(|index| Layer::load(&mut loader, config, index)).collect::<Result<_, _>>()?;
+        let norm = loader.vector(&[("model.norm.weight", hidden)])?;
+        let head = if config.tie_word_embeddings {
+            loader.leave("lm_head.weight");
+            None
+        } else {
+            Some(loader.linear(&[("lm_head.weight", config.vocab_size)], hidden)?)
+        };
+        let table = rope::table(config, limits.max_positions);
+        let rope = loader.backend().rope(table);
+        let buffers = Buffers::new(loader.backend(), config, shape, limits);
+        let report = loader.finish();
+        Ok((Self { config: config.clone(), shape, embedding, layers, norm, head, rope, buffers }, report))
+    }
+}
+
+impl<B: Backend> Layer<B> {
+    fn load(loader: &mut Loader<'_, B>, config: &ModelConfig, index: usize) -> Result<Self, ModelError> {
+        let (hidden, inner, head_dim) = (config.hidden_size, config.intermediate_size, config.head_dim);
+        let (q, kv) = (config.heads * head_dim, config.kv_heads * head_dim);
+        let name = |rest: &str| format!("model.layers.{index}.{rest}");
+        let weight = |module: &str| name(&format!("{module}.weight"));
+        let bias = |module: &str| name(&format!("{module}.bias"));
+
+        let qkv = [("self_attn.q_proj", q), ("self_attn.k_proj", kv), ("self_attn.v_proj", kv)];
+        let gate_up = [("mlp.gate_proj", inner), ("mlp.up_proj", inner)];
+        let output = [("self_attn.o_proj", hidden)];
+        let down = [("mlp.down_proj", hidden)];
+
+        let mut linear = |modules: &[(&str, usize)], cols: usize, biased: bool| {
+            let names: Vec<_> = modules.iter().map(|&(module, rows)| (weight(module), rows)).collect();
+            let parts: Vec<_> = names.iter().map(|(name, rows)| (name.as_str(), *rows)).collect();
+            let matrix = loader.linear(&parts, cols)?;
+            let names: Vec<_> = modules.iter().map(|&(module, rows)| (bias(module), rows)).collect();
+            let parts: Vec<_> = names.iter().map(|(name, rows)| (name.as_str(), *rows)).collect();
+            let bias = if biased { Some(loader.vector(&parts)?) } else { None };
+            Ok::<_, ModelError>((matrix, bias))
+        };
+        let (qkv, qkv_bias) = linear(&qkv, hidden, config.qkv_bias)?;
+        let (output, output_bias) = linear(&output, q, config.o_bias)?;
+        let (gate_up, gate_up_bias) = linear(&gate_up, hidden, config.mlp_bias)?;
+        let (down, down_bias) = linear(&down, inner, config.mlp_bias)?;
+
+        let mut norm = |module: &str, len: usize| loader.vector(&[(&weight(module), len)]);
+        let (mut q_norm, mut k_norm) = (None, None);
+        if config.architecture.family().qk_norm {
+            q_norm = Some(norm("self_attn.q_norm", head_dim)?);
+            k_norm = Some(norm("self_attn.k_norm", head_dim)?);
+        }
+        Ok(Self {
+            attention_norm: norm("input_layernorm", hidden)?,
+            mlp_norm: norm("post_attention_layernorm", hidden)?,
+            qkv,
+            qkv_bias,
+            q_norm,
+            k_norm,
+            output,
+            output_bias,
+            gate_up,
+            gate_up_bias,
+            down,
+            down_bias,
+        })
+    }
+}
+
+impl<B: Backend> Model<B> for Decoder<B> {
+    fn config(&self) -> &ModelConfig {
+        &self.config
+    }
+
+    fn forward(&mut self, backend: &mut B, cache: &mut B::KvCache, batch: &Batch) {
+        let Self { config, shape, embedding, layers, norm, rope, buffers: b, .. } = self;
+        let (shape, eps) = (*shape, config.rms_norm_eps);
+        let scale = 1.0 / (config.head_dim as f32).sqrt();
+
+        backend.embed(embedding, &batch.tokens, &mut b.residual);
+        for (index, layer) in layers.iter().enumerate() {
+            if index == 0 {
+                backend.rms_norm(&b.residual, &layer.attention_norm, eps, &mut b.normed);
+            } else {
+                backend.add_rms_norm(&mut b.residual, &b.delta, &layer.attention_norm, eps, &mut b.normed);
+            }
+            backend.linear(&b.normed, &layer.qkv, layer.qkv_bias.as_ref(), &mut b.qkv);
+            let qk_norm = layer.q_norm.as_ref().zip(layer.k_norm.as_ref()).map(|(q, k)| QkNorm { q, k, eps });
+            backend.rope_and_cache(&mut b.qkv, shape, qk_norm, rope, cache, index, batch);
+            backend.attention(&b.qkv, shape, scale, cache, index, batch, &mut b.attention);
+            backend.linear(&b.attention, &layer.output, layer.output_bias.as_ref(), &mut b.delta);
+
+            backend.add_rms_norm(&mut b.residual, &b.delta, &layer.mlp_norm, eps, &mut b.normed);
+            backend.linear(&b.normed, &layer.gate_up, layer.gate_up_bias.as_ref(), &mut b.gate_up);
+            backend.silu_mul(&b.gate_up, &mut b.mlp);
+            backend.linear(&b.mlp, &layer.down, layer.down_bias.as_ref(), &mut b.delta);
+        }
+        backend.add_rms_norm(&mut b.residual, &b.delta, norm, eps, &mut b.normed);
+    }
+
+    fn logits(&mut self, backend: &mut B, rows: &[u32]) -> &mut B::Activations {
+        let b = &mut self.buffers;
+        let head = self.head.as_ref().unwrap_or(&self.embedding);
+        backend.select_rows(&b.normed, rows, &mut b.selected);
+        backend.linear(&b.selected, head, None, &mut b.logits);
+        &mut b.logits
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,222 @@
+//! What a model's authors recommend beside the weights: end tokens, sampling, and the chat template.
+
+use std::path::Path;
+
+use serde_json::Value;
+
+use crate::ModelError;
+use crate::config::json::Fields;
+use crate::gguf::{Gguf, GgufError};
+
+/// Recommended generation settings. `None` where nothing is recommended.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct GenerationDefaults {
+    /// Tokens that end an answer. Empty if the model declares none.
+    pub eos_token_ids: Vec<u32>,
+    /// Sampling temperature.
+    pub temperature: Option<f32>,
+    /// Nucleus size.
+    pub top_p: Option<f32>,
+    /// Candidates kept.
+    pub top_k: Option<u32>,
+    /// Least probability relative to the likeliest.
+    pub min_p: Option<f32>,
+    /// Penalty on repeated tokens.
+    pub repetition_penalty: Option<f32>,
+}
+
+/// A chat template (Jinja, in the dialect of Hugging Face) and the texts it refers to.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ChatTemplate {
+    /// The template's text.
+    pub source: String,
+    /// Text of the token that begins a sequence.
+    pub bos_token: Option<String>,
+    /// Text of the token that ends one.
+    pub eos_token: Option<String>,
+}
+
+/// Tokens that end an answer by their text alone, as llama.cpp has it: many files name only one end token, and another is
+/// what their chat template ends turns with.
+const END_TEXTS: [&str; 12] = [
+    "<|eot_id|>",
+    "<|im_end|>",
+    "<|end|>",
+    "<|return|>",
+    "<|call|>",
+    "<end_of_turn>",
+    "<|endoftext|>",
+    "<|eom_id|>",
+    "<|end_of_text|>",
+    "<EOT>",
+    "<end_of_utterance>",
+    "</s>",
+];
+
+/// `tokenizer.ggml.token_type` of control tokens.
+const CONTROL_TOKEN: i64 = 3;
+
+impl GenerationDefaults {
+    /// From `generation_config.json` if there is one; end tokens it does not name are looked up in `config`.
+    pub(crate) fn from_directory(directory: &Path, config: &Fields<'_>) -> Result<Self, ModelError> {
+        let path = directory.join("generation_config.json");
+        let value = read_json(&path)?.unwrap_or_else(|| Value::Object(serde_json::Map::new()));
+        let fields = Fields::new(&path, &value)?;
+        let eos_token_ids = match fields.token_ids("eos_token_id")? {
+            Some(ids) => ids,
+            None => config.token_ids("eos_token_id")?.unwrap_or_default(),
+        };
+        Ok(Self {
+            eos_token_ids,
+            temperature: fields.float("temperature")?,
+            top_p: fields.float("top_p")?,
+            top_k: fields.size("top_k")?.map(|k| k.min(u32::MAX as usize) as u32),
+            min_p: fields.float("min_p")?,
+            repetition_penalty: fields.float("repetition_penalty")?,
+        })
+    }
+
+    /// From GGUF metadata.
+    pub(crate) fn from_gguf(file: &Gguf) -> Result<Self, GgufError> {
+        let mut eos_token_ids = Vec::new();
+        for key in ["eos", "eot", "eom"] {
+            eos_token_ids.extend(token_id(file, key)?);
+        }
+        let tokens = file.array("tokenizer.ggml.tokens")?.and_then(|array| array.strings());
+        let kinds = file.array("tokenizer.ggml.token_type")?.and_then(|array| array.integers());
+        if let Some((tokens, kinds)) = tokens.zip(kinds) {
+            let ends = tokens.zip(kinds).zip(0u32..);
+            let ends = ends.filter(|&((text, kind), _)| kind == CONTROL_TOKEN && END_TEXTS.contains(&text));
+            eos_token_ids.extend(ends.map(|(_, id)| id));
+        }
+        eos_token_ids.sort_unstable();
+        eos_token_ids.dedup();
+        let float = |key: &str| Ok::<_, GgufError>(file.float(&format!("general.sampling.{key}"))?.map(|x| x as f32));
+        Ok(Self {
+            eos_token_ids,
+            temperature: float("temp")?,
+            top_p: float("top_p")?,
+            top_k: file.unsigned("general.sampling.top_k")?.map(|k| k.min(u32::MAX.into()) as u32),
+            min_p: float("min_p")?,
+            repetition_penalty: float("penalty_repeat")?,
+        })
+    }
+}
+
+impl ChatTemplate {
+    /// From `chat_template.jinja`, else `tokenizer_config.json`, where it is a string or a list of named ones.
+    pub(crate) fn from_directory(directory: &Path) -> Result<Option<Self>, ModelError> {
+        let path = directory.join("tokenizer_config.json");
+        let tokenizer = read_json(&path)?.unwrap_or(Value::Null);
+        let own_file = directory.join("chat_template.jinja");
+        let source = match std::fs::read_to_string(&own_file) {
+            Ok(source) => Some(source),
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => match &tokenizer["chat_template"] {
+                Value::String(source) => Some(source.clone()),
+                Value::Array(named) => {
+                    let default = named.iter().find(|entry| entry["name"] == "default");
+                    default.and_then(|entry| entry["template"].as_str()).map(str::to_owned)
+                }
+                _ => None,
+            },
+            Err(error) => return Err(ModelError::io(&own_file)(error)),
+        };
+        // A special token is its text, or an object that describes it.
+        let text = |name: &str| {
+            let token = &tokenizer[name];
+            token.as_str().or_else(|| token["content"].as_str()).map(str::to_owned)
+        };
+        Ok(source.map(|source| Self { source, bos_token: text("bos_token"), eos_token: text("eos_token") }))
+    }
+
+    /// From GGUF metadata.
+    pub(crate) fn from_gguf(file: &Gguf) -> Result<Option<Self>, GgufError> {
+        let Some(source) = file.string("tokenizer.chat_template")? else { return Ok(None) };
+        let text = |key: &str| {
+            let tokens = file.array("tokenizer.ggml.tokens")?.and_then(|array| array.strings());
+            let id = token_id(file, key)?;
+            Ok::<_, GgufError>(tokens.zip(id).and_then(|(mut tokens, id)| tokens.nth(id as usize)).map(str::to_owned))
+        };
+        Ok(Some(Self { source: source.into(), bos_token: text("bos")?, eos_token: text("eos")? }))
+    }
+}
+
+fn token_id(file: &Gguf, name: &str) -> Result<Option<u32>, GgufError> {
+    let key = format!("tokenizer.ggml.{name}_token_id");
+    // 2^32-1 and -1 are how some converters write "none".
+    Ok(file.unsigned(&key).unwrap_or(None).and_then(|id| u32::try_from(id).ok()).filter(|&id| id != u32::MAX))
+}
+
+/// A JSON file's value; `None` if there is no such file.
+pub(crate) fn read_json(path: &Path) -> Result<Option<Value>, ModelError> {
+    match std::fs::read(path) {
+        Ok(text) => {
+            serde_json::from_slice(&text).map(Some).map_err(|source| ModelError::Json { path: path.into(), source })
+        }
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(ModelError::io(path)(error)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::gguf::testing::GgufWriter;
+
+    fn directory(files: &[(&str, &str)]) -> tempfile::TempDir {
+        let directory = tempfile::tempdir().unwrap();
+        for (name, text) in files {
+            std::fs::write(directory.path().join(name), text).unwrap();
+        }
+        directory
+    }
+
+    #[test]
+    fn generation_config_counts_before_config() {
+        let config = serde_json::json!({"eos_token_id": 2});
+        let fields = Fields::new(Path::new("config.json"), &config).unwrap();
+        let empty = directory(&[]);
+        assert_eq!(GenerationDefaults::from_directory(empty.path(), &fields).unwrap().eos_token_ids, [2]);
+        let text =
+            r#"{"eos_token_id": [151645, 151643], "temperature": 0.6, "top_k": 20, "top_p": 0.95, "do_sample": true}"#;
+        let qwen = directory(&[("generation_config.json", text)]);
+        let defaults = GenerationDefaults::from_directory(qwen.path(), &fields).unwrap();
+        assert_eq!(defaults.eos_token_ids, [151645, 151643]);
+        assert_eq!((defaults.temperature, defaults.top_k, defaults.min_p), (Some(0.6), Some(20), None));
+    }
+
+    #[test]
+    fn the_template_is_found_wherever_it_may_be() {
+        let string = r#"{"chat_template": "inline", "bos_token": "<s>", "eos_token": {"content": "</s>"}}"#;
+        let list = r#"{"chat_template": [{"name": "tools", "template": "t"}, {"name": "default", "template": "d"}]}"#;
+        let cases: [(&[(&str, &str)], Option<&str>); 4] = [
+            (&[], None),
+            (&[("tokenizer_config.json", string)], Some("inline")),
+            (&[("tokenizer_config.json", list)], Some("d")),
+            (&[("tokenizer_config.json", string), ("chat_template.jinja", "own file")], Some("own file")),
+        ];
+        for (files, expected) in cases {
+            let template = ChatTemplate::from_directory(directory(files).path()).unwrap();
+            assert_eq!(template.as_ref().map(|t| t.source.as_str()), expected);
+        }
+        let template = ChatTemplate::from_directory(directory(&[("tokenizer_config.json", string)]).path()).unwrap();
+        let template = template.unwrap();
+        assert_eq!((template.bos_token.as_deref(), template.eos_token.as_deref()), (Some("<s>"), Some("</s>")));
+    }
+
+    #[test]
+    fn gguf_ends_are_the_declared_ones_and_the_known_texts() {
+        let mut writer = GgufWriter::default();
+        writer
+            .strings("tokenizer.ggml.tokens", &["<|endoftext|>", "<s>", "<|im_end|>", "a", "</s>"])
+            .i32s("tokenizer.ggml.token_type", &[3, 3, 3, 1, 1])
+            .u32("tokenizer.ggml.bos_token_id", 1)
+            .u32("tokenizer.ggml.eos_token_id", 2)
+            .u32("tokenizer.ggml.eot_token_id", u32::MAX)
+            .string("tokenizer.chat_template", "hello");
+        let file = Gguf::from_bytes(writer.build()).unwrap();
+        assert_eq!(GenerationDefaults::from_gguf(&file).unwrap().eos_token_ids, [0, 2]);
+        let template = ChatTemplate::from_gguf(&file).unwrap().unwrap();
+        assert_eq!((template.bos_token.as_deref(), template.eos_token.as_deref()), (Some("<s>"), Some("<|im_end|>")));
+    }
+}

@@ -1,0 +1,169 @@
+use std::collections::HashMap;
+use std::io::{BufRead, BufReader, Write};
+use std::net::{TcpListener, TcpStream};
+use std::sync::mpsc;
+
+use super::*;
+
+const COMMIT: &str = "0123456789abcdef0123456789abcdef01234567";
+
+/// A hub of one model, on a port of its own. Serves until the test ends, and reports the paths it was asked for.
+struct FakeHub {
+    endpoint: String,
+    asked: mpsc::Receiver<String>,
+}
+
+impl FakeHub {
+    /// `files` of `org/tiny`; with a `refusal`, every answer is that status.
+    fn start(files: &[(&str, &str)], refusal: Option<u16>) -> Self {
+        let files: HashMap<String, String> = files.iter().map(|&(name, text)| (name.into(), text.into())).collect();
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let endpoint = format!("http://{}", listener.local_addr().unwrap());
+        let (sender, asked) = mpsc::channel();
+        std::thread::spawn(move || {
+            for stream in listener.incoming() {
+                if let Some(path) = stream.ok().and_then(|stream| answer(stream, &files, refusal)) {
+                    let _ = sender.send(path);
+                }
+            }
+        });
+        Self { endpoint, asked }
+    }
+
+    fn hub(&self, home: &Path, more: &[(&str, &str)]) -> Hub {
+        let mut vars: HashMap<_, _> = more.iter().copied().collect();
+        vars.insert("HF_HOME", home.to_str().unwrap());
+        vars.insert("HF_ENDPOINT", &self.endpoint);
+        Hub::from_vars(|name| vars.get(name).map(|value| value.to_string()), false).unwrap()
+    }
+}
+
+/// Answers one request as the hub does, and returns its path.
+fn answer(mut stream: TcpStream, files: &HashMap<String, String>, refusal: Option<u16>) -> Option<String> {
+    let mut lines = BufReader::new(stream.try_clone().ok()?).lines();
+    let path = lines.next()?.ok()?.split(' ').nth(1)?.to_owned();
+    let mut first_byte_only = false;
+    for line in lines.map_while(Result::ok).take_while(|line| !line.is_empty()) {
+        first_byte_only |= line.eq_ignore_ascii_case("range: bytes=0-0");
+    }
+    let (status, headers, body) = if let Some(status) = refusal {
+        (status, String::new(), String::new())
+    } else if path == "/api/models/org/tiny/revision/main" {
+        let siblings: Vec<_> = files.keys().map(|name| serde_json::json!({"rfilename": name})).collect();
+        (200, String::new(), serde_json::json!({"sha": COMMIT, "siblings": siblings}).to_string())
+    } else if let Some((name, text)) =
+        path.strip_prefix("/org/tiny/resolve/main/").and_then(|name| Some((name, files.get(name)?)))
+    {
+        let body = if first_byte_only { &text[..1] } else { text };
+        let range = format!("content-range: bytes 0-{}/{}\r\n", body.len() - 1, text.len());
+        (206, format!("x-repo-commit: {COMMIT}\r\netag: \"{name}\"\r\n{range}"), body.to_owned())
+    } else {
+        (404, String::new(), String::new())
+    };
+    let len = body.len();
+    write!(stream, "HTTP/1.1 {status} x\r\n{headers}content-length: {len}\r\nconnection: close\r\n\r\n{body}").ok()?;
+    Some(path)
+}
+
+const SHARDED: [(&str, &str); 7] = [
+    ("config.json", "{}"),
+    ("tokenizer.json", "{}"),
+    ("README.md", "not wanted"),
+    ("pytorch_model.bin", "not wanted"),
+    ("model.safetensors.index.json", r#"{"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}"#),
+    ("model-1.safetensors", "one"),
+    ("model-2.safetensors", "two"),
+];
+
+#[test]
+fn a_model_is_fetched_once_and_then_found_offline() {
+    let home = tempfile::tempdir().unwrap();
+    let server = FakeHub::start(&SHARDED, None);
+    let directory = server.hub(home.path(), &[]).snapshot("org/tiny", "main", true).unwrap();
+    let mut names: Vec<_> =
+        std::fs::read_dir(&directory).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
+    names.sort();
+    let wanted =
+        ["config.json", "model-1.safetensors", "model-2.safetensors", "model.safetensors.index.json", "tokenizer.json"];
+    assert_eq!(names, wanted);
+    assert_eq!(std::fs::read_to_string(directory.join("model-2.safetensors")).unwrap(), "two");
+    assert!(server.asked.try_iter().count() > 0);
+
+    for settings in [&[][..], &[("HF_HUB_OFFLINE", "1")]] {
+        let hub = server.hub(home.path(), settings);
+        assert_eq!(hub.snapshot("org/tiny", "main", true).unwrap(), directory);
+        assert_eq!(hub.snapshot("org/tiny", COMMIT, true).unwrap(), directory);
+    }
+    assert_eq!(server.asked.try_iter().count(), 0, "a cached model must not be asked for");
+
+    // A shard short, the copy counts no more.
+    std::fs::remove_file(directory.join("model-2.safetensors")).unwrap();
+    let error = server.hub(home.path(), &[("HF_HUB_OFFLINE", "true")]).snapshot("org/tiny", "main", true).unwrap_err();
+    assert!(error.to_string().contains("HF_HUB_OFFLINE is set"), "{error}");
+    server.hub(home.path(), &[]).snapshot("org/tiny", "main", true).unwrap();
+}
+
+#[test]
+fn made_up_weights_are_not_fetched() {
+    let home = tempfile::tempdir().unwrap();
+    let server = FakeHub::start(&SHARDED, None);
+    server.hub(home.path(), &[]).snapshot("org/tiny", "main", false).unwrap();
+    assert!(server.asked.try_iter().all(|path| !path.contains("safetensors")));
+}
+
+#[test]
+fn refusals_say_what_to_do() {
+    let home = tempfile::tempdir().unwrap();
+    let error = |status, settings: &[(&str, &str)]| {
+        let server = FakeHub::start(&[], Some(status));
+        server.hub(home.path(), settings).snapshot("org/tiny", "main", true).unwrap_err().to_string()
+    };
+    assert!(error(401, &[]).contains("set HF_TOKEN"));
+    assert!(error(401, &[("HF_TOKEN", "t")]).contains("accept its terms"));
+    assert!(error(403, &[]).contains("accept its terms"));
+    assert!(error(404, &[]).contains("check the id and --revision"));
+    assert!(error(500, &[]).contains("cannot be reached"));
+
+    let server = FakeHub::start(&[("config.json", "{}"), ("m.Q4_0.gguf", "x")], None);
+    let error = server.hub(home.path(), &[]).snapshot("org/tiny", "main", true).unwrap_err().to_string();
+    assert!(error.contains("m.Q4_0.gguf"), "{error}");
+}
+
+#[test]
+fn no_network_is_an_error_that_names_the_ways_out() {
+    let home = tempfile::tempdir().unwrap();
+    // A port nobody listens on: bound, then released.
+    let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+    let endpoint = format!("http://127.0.0.1:{port}");
+    let vars = HashMap::from([("HF_HOME", home.path().to_str().unwrap()), ("HF_ENDPOINT", &endpoint)]);
+    let hub = Hub::from_vars(|name| vars.get(name).map(|value| value.to_string()), false).unwrap();
+    let error = hub.snapshot("org/tiny", "main", true).unwrap_err().to_string();
+    for expected in ["`org/tiny`", &endpoint, "cannot be reached", "hf download org/tiny", "HF_ENDPOINT"] {
+        assert!(error.contains(expected), "{error}");
+    }
+}
+
+#[test]
+fn settings_are_read_as_huggingface_hub_reads_them() {
+    let hub = |vars: &[(&str, &str)]| {
+        let vars: HashMap<_, _> = vars.iter().copied().collect();
+        Hub::from_vars(|name| vars.get(name).map(|value| value.to_string()), false)
+    };
+    assert_eq!(hub(&[("HOME", "/h")]).unwrap().cache, Path::new("/h/.cache/huggingface/hub"));
+    assert_eq!(hub(&[("HOME", "/h"), ("XDG_CACHE_HOME", "/x")]).unwrap().cache, Path::new("/x/huggingface/hub"));
+    assert_eq!(hub(&[("HF_HOME", "/f"), ("HF_HUB_CACHE", "/c")]).unwrap().cache, Path::new("/c"));
+    assert_eq!(hub(&[("HF_HOME", "/f"), ("HF_ENDPOINT", "http://m/")]).unwrap().endpoint, "http://m");
+    assert!(hub(&[("HF_HOME", "/f"), ("HF_ENDPOINT", "m.example")]).is_err());
+    assert!(hub(&[]).is_err());
+    assert!(hub(&[("HF_HOME", "/f")]).unwrap().snapshot("org/tiny", "../x", true).is_err());
+}
+
+#[test]
+fn ids_are_told_from_paths() {
+    for id in ["Qwen/Qwen3-0.6B", "HuggingFaceTB/SmolLM2-135M-Instruct", "a/b_c.d"] {
+        assert!(is_hub_id(id), "{id}");
+    }
+    for path in ["./a/b", "/a/b", "a", "a/b/c", "../b", "a/..", "a/b:c", "~/b", "a/", "/b", "a/b c"] {
+        assert!(!is_hub_id(path), "{path}");
+    }
+}

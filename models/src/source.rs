@@ -1,0 +1,232 @@
+use std::path::{Path, PathBuf};
+
+use engine_kernels::{Backend, DType, KvDType};
+
+use crate::config::json::Fields;
+use crate::config::{gguf as gguf_config, hf};
+use crate::decoder::Decoder;
+use crate::defaults::read_json;
+use crate::gguf::{Gguf, GgufError};
+use crate::hub::{Hub, is_hub_id};
+use crate::weights::{DummyWeights, GgufWeights, SafetensorsFiles, WeightSource, kv_dtype};
+use crate::{ChatTemplate, ForwardLimits, GenerationDefaults, LoadReport, Model, ModelConfig, ModelError};
+
+/// Where weights come from: `--load-format`.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum LoadFormat {
+    /// From the model's files.
+    #[default]
+    Auto,
+    /// Made up, from `config.json` alone: for measuring a shape.
+    Dummy,
+}
+
+/// How to open a model.
+#[derive(Debug, Clone, Default)]
+pub struct OpenOptions {
+    /// Where weights come from.
+    pub load_format: LoadFormat,
+    /// Branch, tag or commit of a model on the hub; `None`: `main`.
+    pub revision: Option<String>,
+    /// Show progress bars where standard error is a terminal.
+    pub progress: bool,
+    /// Seed of made-up weights.
+    pub dummy_seed: u64,
+}
+
+/// An opened model: its configuration read and checked, its files mapped, its weights not yet taken over by a backend.
+pub struct ModelSource {
+    name: String,
+    path: PathBuf,
+    files: Files,
+    config: ModelConfig,
+    generation_defaults: GenerationDefaults,
+    chat_template: Option<ChatTemplate>,
+    progress: bool,
+}
+
+enum Files {
+    /// A Hugging Face directory.
+    Safetensors(SafetensorsFiles),
+    /// A GGUF file, or the parts of a split one.
+    Gguf(Vec<Gguf>),
+    /// A `config.json` whose weights are made up.
+    Dummy(DummyWeights),
+}
+
+/// A model in a backend.
+pub struct LoadedModel<B: Backend> {
+    /// The model.
+    pub model: Box<dyn Model<B>>,
+    /// What was loaded.
+    pub report: LoadReport,
+    /// The KV cache's element type unless the user says otherwise: that of the weights, f16 for quantised ones.
+    pub kv_dtype: KvDType,
+}
+
+impl ModelSource {
+    /// Opens a directory with a `config.json`, a `.gguf` file, or a model of the Hugging Face hub (`organisation/name`), which
+    /// is fetched if it is not in the local cache.
+    pub fn open(model: &str, options: &OpenOptions) -> Result<Self, ModelError> {
+        let path = Path::new(model);
+        let own_name = |name: Option<&std::ffi::OsStr>| {
+            name.map_or_else(|| model.to_owned(), |name| name.to_string_lossy().into_owned())
+        };
+        if path.is_dir() {
+            let canonical = path.canonicalize().map_err(ModelError::io(path))?;
+            Self::open_directory(own_name(canonical.file_name()), path, options)
+        } else if path.is_file() {
+            Self::open_gguf(own_name(path.file_stem()), path, options)
+        } else if is_hub_id(model) {
+            let revision = options.revision.as_deref().unwrap_or("main");
+            let weights = options.load_format == LoadFormat::Auto;
+            let directory = Hub::from_env(options.progress)?.snapshot(model, revision, weights)?;
+            Self::open_directory(model.into(), &directory, options)
+        } else {
+            Err(ModelError::NotFound { model: model.into() })
+        }
+    }
+
+    fn open_directory(name: String, directory: &Path, options: &OpenOptions) -> Result<Self, ModelError> {
+        let config_path = directory.join("config.json");
+        let value = match read_json(&config_path)? {
+            Some(value) => value,
+            None => {
+                let source = std::io::Error::new(
+                    std::io::ErrorKind::NotFound,
+                    "no such file; a model directory has a config.json (for GGUF, give the path of the .gguf file)",
+                );
+                return Err(ModelError::Io { path: config_path, source });
+            }
+        };
+        let fields = Fields::new(&config_path, &value)?;
+        let config = hf::parse(&fields)?;
+        let files = match options.load_format {
+            LoadFormat::Auto => Files::Safetensors(SafetensorsFiles::open(directory)?),
+            LoadFormat::Dummy => {
+                let dtype = declared_dtype(&fields)?;
+                Files::Dummy(DummyWeights { seed: options.dummy_seed, dtype, parameters: config.parameters() })
+            }
+        };
+        Ok(Self {
+            name,
+            path: directory.into(),
+            files,
+            generation_defaults: GenerationDefaults::from_directory(directory, &fields)?,
+            chat_template: ChatTemplate::from_directory(directory)?,
+            config,
+            progress: options.progress,
+        })
+    }
+
+    fn open_gguf(name: String, path: &Path, options: &OpenOptions) -> Result<Self, ModelError> {
+        if options.load_format == LoadFormat::Dummy {
+            let what = "load format `dummy` for GGUF files (it needs a directory with a config.json)".into();
+            return Err(ModelError::Unsupported { path: path.into(), what });
+        }
+        let parts = open_parts(path)?;
+        let error = ModelError::gguf(path);
+        let has_tensor = |name: &str| parts.iter().any(|part| part.tensor(name).is_some());
+        let config = gguf_config::parse(&parts[0], path, has_tensor)?;
+        Ok(Self {
+            name,
+            path: path.into(),
+            config,
+            generation_defaults: GenerationDefaults::from_gguf(&parts[0]).map_err(&error)?,
+            chat_template: ChatTemplate::from_gguf(&parts[0]).map_err(&error)?,
+            files: Files::Gguf(parts),
+            progress: options.progress,
+        })
+    }
+
+    /// The model's shape.
+    pub fn config(&self) -> &ModelConfig {
+        &self.config
+    }
+
+    /// End tokens and sampling parameters its authors recommend.
+    pub fn generation_defaults(&self) -> &GenerationDefaults {
+        &self.generation_defaults
+    }
+
+    /// Its chat template, if it has one.
+    pub fn chat_template(&self) -> Option<&ChatTemplate> {
+        self.chat_template.as_ref()
+    }
+
+    /// The name to serve it under unless the user says otherwise: the hub id, or the name of the directory or file.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Where it was found: the directory (the snapshot in the cache for a hub id) or GGUF file.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// The KV cache's element type unless the user says otherwise: f32 for f32 weights, bf16 for bf16 ones, else f16.
+    pub fn kv_dtype(&self) -> KvDType {
+        match &self.files {
+            Files::Safetensors(files) => kv_dtype(files.bytes_by_type()),
+            Files::Dummy(weights) => kv_dtype([(weights.dtype, 1)].into_iter()),
+            Files::Gguf(parts) => {
+                let tensors = parts.iter().flat_map(Gguf::tensors);
+                kv_dtype(tensors.filter_map(|(_, info)| Some((info.dtype()?, info.bytes()))))
+            }
+        }
+    }
+
+    /// Hands all weights over to `backend` and makes working buffers for steps up to `limits`. Logs what was loaded.
+    pub fn load<B: Backend>(&self, backend: &mut B, limits: ForwardLimits) -> Result<LoadedModel<B>, ModelError> {
+        let gguf;
+        let source: &dyn WeightSource = match &self.files {
+            Files::Safetensors(files) => files,
+            Files::Dummy(weights) => weights,
+            Files::Gguf(parts) => {
+                let interleaved = self.config.architecture.family().gguf_interleaved_qk;
+                let interleaved_head_dim = interleaved.then_some(self.config.head_dim);
+                gguf = GgufWeights { parts, path: &self.path, interleaved_head_dim };
+                &gguf
+            }
+        };
+        let (decoder, report) = Decoder::load(source, backend, &self.config, limits, self.progress)?;
+        tracing::info!(model = self.name, "loaded {report}");
+        Ok(LoadedModel { model: Box::new(decoder), report, kv_dtype: self.kv_dtype() })
+    }
+}
+
+/// Opens a GGUF file, and the others of its set if it is the first part of a split one.
+fn open_parts(path: &Path) -> Result<Vec<Gguf>, ModelError> {
+    let open = |path: &Path| Gguf::open(path).map_err(ModelError::gguf(path));
+    let first = open(path)?;
+    let error = ModelError::gguf(path);
+    let count = first.unsigned("split.count").map_err(&error)?.unwrap_or(1);
+    if count <= 1 {
+        return Ok(vec![first]);
+    }
+    let problem = |problem: String| error(GgufError::Value { key: "split.count".into(), problem });
+    if first.unsigned("split.no").map_err(&error)? != Some(0) {
+        return Err(problem(format!("this is a later part of a file split in {count}; give the path of the first")));
+    }
+    let name = path.file_name().map(|name| name.to_string_lossy()).unwrap_or_default();
+    let suffix = format!("-00001-of-{count:05}.gguf");
+    let Some(stem) = name.strip_suffix(&suffix) else {
+        return Err(problem(format!("a file split in {count} is expected to be named …{suffix}, this is `{name}`")));
+    };
+    let mut parts = vec![first];
+    for part in 2..=count {
+        parts.push(open(&path.with_file_name(format!("{stem}-{part:05}-of-{count:05}.gguf")))?);
+    }
+    Ok(parts)
+}
+
+/// Element type `config.json` declares (`dtype`, or `torch_dtype` before transformers 5); bf16 if none.
+fn declared_dtype(fields: &Fields<'_>) -> Result<DType, ModelError> {
+    let field = if fields.get("dtype").is_some() { "dtype" } else { "torch_dtype" };
+    match fields.string(field)? {
+        Some("float32") => Ok(DType::F32),
+        Some("float16") => Ok(DType::F16),
+        Some("bfloat16") | None => Ok(DType::BF16),
+        Some(other) => Err(fields.error(field, format!("is `{other}`; supported are float32, float16 and bfloat16"))),
+    }
+}

@@ -1,0 +1,229 @@
+use std::borrow::Cow;
+use std::collections::{BTreeSet, HashMap, HashSet};
+use std::ops::Range;
+use std::path::{Component, Path, PathBuf};
+
+use engine_kernels::{DType, MappedFile};
+use safetensors::{Dtype, SafeTensors};
+use serde::Deserialize;
+
+use super::{Tensor, WeightSource};
+use crate::ModelError;
+
+/// The file of a model that fits in one.
+pub(crate) const SINGLE_FILE: &str = "model.safetensors";
+/// The list of files of one that does not.
+pub(crate) const INDEX_FILE: &str = "model.safetensors.index.json";
+
+/// A directory's safetensors files, mapped, their tables checked.
+pub(crate) struct SafetensorsFiles {
+    directory: PathBuf,
+    files: Vec<MappedFile>,
+    tensors: HashMap<String, Entry>,
+}
+
+struct Entry {
+    file: usize,
+    dtype: Dtype,
+    shape: Vec<usize>,
+    range: Range<usize>,
+}
+
+impl SafetensorsFiles {
+    /// Opens `model.safetensors`, or the files its index names.
+    pub(crate) fn open(directory: &Path) -> Result<Self, ModelError> {
+        let mut this = Self { directory: directory.into(), files: Vec::new(), tensors: HashMap::new() };
+        let index = directory.join(INDEX_FILE);
+        if index.exists() {
+            for name in shards(&index)? {
+                this.add(&directory.join(name))?;
+            }
+        } else {
+            this.add(&directory.join(SINGLE_FILE))?;
+        }
+        Ok(this)
+    }
+
+    fn add(&mut self, path: &Path) -> Result<(), ModelError> {
+        let map = MappedFile::open(path).map_err(ModelError::io(path))?;
+        let error = |problem: String| ModelError::Safetensors { path: path.into(), problem };
+        // Checks the header's length and JSON, and that offsets and shapes fit each other and the file.
+        let (header_len, table) = SafeTensors::read_metadata(&map)
+            .map_err(|source| error(format!("{source}: the file is damaged or incomplete, download it again")))?;
+        let data_start = header_len + size_of::<u64>();
+        for (name, info) in table.tensors() {
+            let (start, end) = info.data_offsets;
+            let range = data_start + start..data_start + end;
+            if range.end > map.len() || start > end {
+                return Err(error(format!("tensor `{name}` reaches beyond the end of the file")));
+            }
+            let entry = Entry { file: self.files.len(), dtype: info.dtype, shape: info.shape.clone(), range };
+            if self.tensors.insert(name.clone(), entry).is_some() {
+                return Err(error(format!("tensor `{name}` is in another file of the model too")));
+            }
+        }
+        self.files.push(map);
+        Ok(())
+    }
+
+    /// Bytes of the tensors of each type that is read.
+    pub(crate) fn bytes_by_type(&self) -> impl Iterator<Item = (DType, usize)> {
+        self.tensors.values().filter_map(|entry| Some((dtype_of(entry.dtype)?, entry.range.len())))
+    }
+}
+
+impl WeightSource for SafetensorsFiles {
+    fn tensor(&self, name: &str, _: &[usize]) -> Result<Tensor<'_>, ModelError> {
+        let missing = || ModelError::MissingTensor { name: name.into(), path: self.directory.clone() };
+        let entry = self.tensors.get(name).ok_or_else(missing)?;
+        let dtype = dtype_of(entry.dtype).ok_or_else(|| ModelError::TensorType {
+            name: name.into(),
+            found: format!("{:?}", entry.dtype),
+            advice: "; supported are F32, F16 and BF16",
+        })?;
+        let data = Cow::Borrowed(&self.files[entry.file][entry.range.clone()]);
+        Ok(Tensor { dtype, shape: entry.shape.clone(), data })
+    }
+
+    fn contains(&self, name: &str) -> bool {
+        self.tensors.contains_key(name)
+    }
+
+    fn total_bytes(&self) -> u64 {
+        self.tensors.values().map(|entry| entry.range.len() as u64).sum()
+    }
+
+    fn unused(&self, used: &HashSet<String>) -> Vec<String> {
+        // Old conversions stored the rotary frequencies, which follow from the configuration.
+        let names = self.tensors.keys().filter(|name| !used.contains(*name) && !name.ends_with(".rotary_emb.inv_freq"));
+        names.cloned().collect()
+    }
+}
+
+fn dtype_of(dtype: Dtype) -> Option<DType> {
+    match dtype {
+        Dtype::F32 => Some(DType::F32),
+        Dtype::F16 => Some(DType::F16),
+        Dtype::BF16 => Some(DType::BF16),
+        _ => None,
+    }
+}
+
+/// The files an index names, each a plain name beside it: an index from the network must not lead out of its directory.
+pub(crate) fn shards(index: &Path) -> Result<BTreeSet<String>, ModelError> {
+    #[derive(Deserialize)]
+    struct Index {
+        weight_map: HashMap<String, String>,
+    }
+    let text = std::fs::read(index).map_err(ModelError::io(index))?;
+    let parsed: Index =
+        serde_json::from_slice(&text).map_err(|source| ModelError::Json { path: index.into(), source })?;
+    let files: BTreeSet<_> = parsed.weight_map.into_values().collect();
+    let plain = |name: &&String| {
+        let mut components = Path::new(name.as_str()).components();
+        matches!((components.next(), components.next()), (Some(Component::Normal(_)), None))
+            && name.ends_with(".safetensors")
+    };
+    match files.iter().find(|name| !plain(name)) {
+        Some(name) => Err(ModelError::Safetensors {
+            path: index.into(),
+            problem: format!("names the file `{name}`, which is not a .safetensors file beside it"),
+        }),
+        None if files.is_empty() => {
+            Err(ModelError::Safetensors { path: index.into(), problem: "names no file".into() })
+        }
+        None => Ok(files),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn file(header: &str, data: &[u8]) -> Vec<u8> {
+        let mut out = (header.len() as u64).to_le_bytes().to_vec();
+        out.extend_from_slice(header.as_bytes());
+        out.extend_from_slice(data);
+        out
+    }
+
+    fn open(bytes: &[u8]) -> Result<SafetensorsFiles, ModelError> {
+        let directory = tempfile::tempdir().unwrap();
+        std::fs::write(directory.path().join(SINGLE_FILE), bytes).unwrap();
+        SafetensorsFiles::open(directory.path())
+    }
+
+    const HEADER: &str = r#"{"a":{"dtype":"BF16","shape":[2,2],"data_offsets":[0,8]},
+        "b":{"dtype":"I64","shape":[1],"data_offsets":[8,16]}}"#;
+
+    #[test]
+    fn reads_tensors_and_refuses_types_by_name() {
+        let files = open(&file(HEADER, &[1; 16])).unwrap();
+        let a = files.tensor("a", &[]).unwrap();
+        assert_eq!((a.dtype, a.shape.as_slice(), a.data.len()), (DType::BF16, &[2, 2][..], 8));
+        let error = files.tensor("b", &[]).err().unwrap().to_string();
+        assert!(error.contains("`b` has type I64"), "{error}");
+        let error = files.tensor("c", &[]).err().unwrap().to_string();
+        assert!(error.contains("`c` is missing"), "{error}");
+    }
+
+    #[test]
+    fn truncated_and_hostile_headers_are_errors() {
+        let whole = file(HEADER, &[1; 16]);
+        for len in 0..whole.len() {
+            assert!(open(&whole[..len]).is_err(), "{len} of {} bytes were accepted", whole.len());
+        }
+        let deep = format!("{}{}", "[".repeat(50_000), "]".repeat(50_000));
+        let huge = r#"{"a":{"dtype":"F32","shape":[4294967296,4294967296,4294967296],"data_offsets":[0,0]}}"#;
+        let reversed = r#"{"a":{"dtype":"F32","shape":[1],"data_offsets":[4,0]}}"#;
+        for header in [&deep, huge, reversed, "{", "[]", "null", ""] {
+            assert!(open(&file(header, &[0; 8])).is_err());
+        }
+        assert!(open(&u64::MAX.to_le_bytes()).is_err());
+    }
+
+    #[test]
+    fn an_index_may_not_name_files_elsewhere() {
+        let directory = tempfile::tempdir().unwrap();
+        let index = directory.path().join(INDEX_FILE);
+        for name in ["../model.safetensors", "/etc/passwd", "sub/model.safetensors", "..", "", "model.bin"] {
+            std::fs::write(&index, serde_json::json!({"weight_map": {"a": name}}).to_string()).unwrap();
+            assert!(SafetensorsFiles::open(directory.path()).is_err(), "`{name}` was accepted");
+        }
+    }
+
+    #[test]
+    fn the_files_of_an_index_are_read_as_one() {
+        let directory = tempfile::tempdir().unwrap();
+        let one = |name: &str| format!(r#"{{"{name}":{{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}}}"#);
+        for (name, tensor) in [("m-1.safetensors", "a"), ("m-2.safetensors", "b")] {
+            std::fs::write(directory.path().join(name), file(&one(tensor), &[0; 4])).unwrap();
+        }
+        let index = serde_json::json!({"metadata": {}, "weight_map": {"a": "m-1.safetensors", "b": "m-2.safetensors"}});
+        std::fs::write(directory.path().join(INDEX_FILE), index.to_string()).unwrap();
+        let files = SafetensorsFiles::open(directory.path()).unwrap();
+        assert!(files.contains("a") && files.contains("b"));
+        std::fs::remove_file(directory.path().join("m-2.safetensors")).unwrap();
+        let error = SafetensorsFiles::open(directory.path()).err().unwrap().to_string();
+        assert!(error.contains("m-2.safetensors"), "{error}");
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(64))]
+        #[test]
+        fn damaged_headers_never_panic(damage in proptest::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 1..6)) {
+            let mut bytes = file(HEADER, &[1; 16]);
+            for (at, value) in damage {
+                let at = at.index(bytes.len());
+                bytes[at] = value;
+            }
+            if let Ok(files) = open(&bytes) {
+                for name in ["a", "b"] {
+                    let _ = files.tensor(name, &[]);
+                }
+            }
+        }
+    }
+}
