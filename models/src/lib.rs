@@ -17,6 +17,7 @@ mod qwen2;
 mod qwen3;
 mod rope;
 mod source;
+pub mod tokenizer;
 mod weights;
 
 pub use config::{Architecture, ModelConfig, RopeConfig, RopeScaling};
@@ -25,4 +26,5 @@ pub use error::ModelError;
 pub use hub::HubError;
 pub use model::{ForwardLimits, Model};
 pub use source::{LoadFormat, LoadedModel, ModelSource, OpenOptions};
+pub use tokenizer::{DecodeStream, EncodeError, Tokenizer, TokenizerError};
 pub use weights::LoadReport;
