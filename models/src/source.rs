@@ -9,7 +9,10 @@ use crate::defaults::read_json;
 use crate::gguf::{Gguf, GgufError};
 use crate::hub::{Hub, is_hub_id};
 use crate::weights::{DummyWeights, GgufWeights, SafetensorsFiles, WeightSource, kv_dtype};
-use crate::{ChatTemplate, ForwardLimits, GenerationDefaults, LoadReport, Model, ModelConfig, ModelError};
+use crate::{
+    ChatTemplate, ForwardLimits, GenerationDefaults, LoadReport, Model, ModelConfig, ModelError, Tokenizer,
+    TokenizerError,
+};
 
 /// Where weights come from: `--load-format`.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -152,6 +155,14 @@ impl ModelSource {
     /// Its chat template, if it has one.
     pub fn chat_template(&self) -> Option<&ChatTemplate> {
         self.chat_template.as_ref()
+    }
+
+    /// Reads its tokenizer: `tokenizer.json` of a directory, the metadata of a GGUF file.
+    pub fn tokenizer(&self) -> Result<Tokenizer, TokenizerError> {
+        match &self.files {
+            Files::Gguf(parts) => Tokenizer::from_gguf(&parts[0]),
+            Files::Safetensors(_) | Files::Dummy(_) => Tokenizer::from_file(&self.path.join("tokenizer.json")),
+        }
     }
 
     /// The name to serve it under unless the user says otherwise: the hub id, or the name of the directory or file.
