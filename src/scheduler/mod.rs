@@ -13,3 +13,8 @@ mod sequence;
 pub use plan::{PlanEntry, StepPlan};
 pub use queue::{Scheduler, SchedulerLimits, SlotId};
 pub use sequence::Sequence;
+
+#[cfg(test)]
+mod properties;
+#[cfg(test)]
+mod tests;
