@@ -18,3 +18,8 @@ pub use handle::{ConfigError, EngineConfig, EngineHandle, EngineStatus, Snapshot
 pub use request::{Event, FinishReason, Request, SubmitError, TokenOutput};
 pub use runner::{ModelRunner, Runner, RunnerError};
 pub use sizing::{KvRequest, KvSizing, SizingError, available_memory, size_kv};
+
+#[cfg(test)]
+mod fake;
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,163 @@
+//! A runner without a model. Its cache holds digests of tokens and positions, and the token it draws is a digest of what
+//! it reads back through the block table, so that any mix-up of pages changes the text.
+
+use std::sync::{
+    Arc, Condvar, Mutex,
+    atomic::{AtomicUsize, Ordering},
+};
+
+use engine_kernels::{Batch, RowTask, SampleRow, Sampled};
+
+use super::{Runner, RunnerError};
+
+pub(super) const VOCAB_SIZE: usize = 1000;
+
+/// What a test does to a runner from outside.
+#[derive(Default)]
+pub(super) struct Control {
+    gate: Mutex<Gate>,
+    changed: Condvar,
+    /// Tokens computed in all steps.
+    pub(super) computed: AtomicUsize,
+}
+
+#[derive(Default)]
+struct Gate {
+    closed: bool,
+    /// Steps let through although it is closed.
+    permits: usize,
+    /// A step is held back.
+    held: bool,
+    fault: Option<Fault>,
+}
+
+/// How the next step goes wrong.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Fault {
+    Panic,
+    Error,
+}
+
+impl Control {
+    /// Holds steps back from now on.
+    pub(super) fn close(&self) {
+        self.gate.lock().unwrap().closed = true;
+    }
+
+    /// Returns once a step is held back.
+    pub(super) fn wait_until_held(&self) {
+        let gate = self.gate.lock().unwrap();
+        drop(self.changed.wait_while(gate, |gate| !gate.held || gate.permits > 0).unwrap());
+    }
+
+    /// Lets the step that is held back go on, and no other.
+    pub(super) fn let_one(&self) {
+        self.gate.lock().unwrap().permits += 1;
+        self.changed.notify_all();
+    }
+
+    /// Lets steps go on.
+    pub(super) fn open(&self) {
+        self.gate.lock().unwrap().closed = false;
+        self.changed.notify_all();
+    }
+
+    /// Makes the next step to pass the gate fail.
+    pub(super) fn fail(&self, fault: Fault) {
+        self.gate.lock().unwrap().fault = Some(fault);
+    }
+
+    fn pass(&self) -> Result<(), RunnerError> {
+        let mut gate = self.gate.lock().unwrap();
+        gate.held = true;
+        self.changed.notify_all();
+        gate = self.changed.wait_while(gate, |gate| gate.closed && gate.permits == 0).unwrap();
+        gate.held = false;
+        gate.permits = gate.permits.saturating_sub(1);
+        let fault = gate.fault.take();
+        drop(gate);
+        match fault {
+            None => Ok(()),
+            Some(Fault::Panic) => panic!("a test wants this"),
+            Some(Fault::Error) => Err(RunnerError("a test wants this".to_owned())),
+        }
+    }
+}
+
+pub(super) struct FakeRunner {
+    cache: Vec<u64>,
+    block_size: usize,
+    control: Arc<Control>,
+}
+
+impl FakeRunner {
+    pub(super) fn new(blocks: usize, block_size: usize, control: Arc<Control>) -> Self {
+        Self { cache: vec![0; blocks * block_size], block_size, control }
+    }
+}
+
+fn mix(state: u64, value: u64) -> u64 {
+    (state ^ value).wrapping_mul(0x9E37_79B9_7F4A_7C15).rotate_left(29)
+}
+
+fn cell(token: u32, position: usize) -> u64 {
+    mix(u64::from(token) + 1, position as u64)
+}
+
+/// What follows a sequence whose cache reads `state`.
+fn answer(state: u64, row: &SampleRow<'_>) -> Sampled {
+    let (token, state) = match row.task {
+        RowTask::Score { token } => (token, state),
+        RowTask::Sample { params, suppress } => {
+            let mut state = mix(state, params.seed);
+            let mut token = (state >> 32) as u32 % VOCAB_SIZE as u32;
+            while suppress.contains(&token) {
+                state = mix(state, 1);
+                token = (state >> 32) as u32 % VOCAB_SIZE as u32;
+            }
+            (token, state)
+        }
+    };
+    let mut sampled = Sampled { token, logprob: (state as u16).into(), ..Sampled::default() };
+    for i in 0..row.logprobs.unwrap_or(0) {
+        sampled.top[i as usize] = (token + i, sampled.logprob - i as f32);
+        sampled.top_len = i + 1;
+    }
+    sampled
+}
+
+/// What the engine must answer: the same arithmetic over the sequence's own tokens.
+pub(super) fn expected(tokens: &[u32], row: &SampleRow<'_>) -> Sampled {
+    let state = tokens.iter().enumerate().fold(0, |state, (position, &token)| mix(state, cell(token, position)));
+    answer(state, row)
+}
+
+impl Runner for FakeRunner {
+    fn execute<'a>(
+        &mut self,
+        batch: &Batch,
+        row: &(dyn Fn(usize) -> SampleRow<'a> + Sync),
+        out: &mut [Sampled],
+    ) -> Result<(), RunnerError> {
+        self.control.pass()?;
+        self.control.computed.fetch_add(batch.tokens.len(), Ordering::Relaxed);
+        let slot = |table_start: u32, position: usize| {
+            let page = batch.block_tables[table_start as usize + position / self.block_size] as usize;
+            page * self.block_size + position % self.block_size
+        };
+        for span in &batch.sequences {
+            for token in span.query_start as usize..(span.query_start + span.query_len) as usize {
+                let position = batch.positions[token] as usize;
+                self.cache[slot(span.table_start, position)] = cell(batch.tokens[token], position);
+            }
+        }
+        for (i, (&logit_row, out)) in batch.logit_rows.iter().zip(out).enumerate() {
+            let in_span = |span: &&engine_kernels::SequenceSpan| logit_row < span.query_start + span.query_len;
+            let span = batch.sequences.iter().find(in_span).unwrap();
+            let state = (0..=batch.positions[logit_row as usize] as usize)
+                .fold(0, |state, position| mix(state, self.cache[slot(span.table_start, position)]));
+            *out = answer(state, &row(i));
+        }
+        Ok(())
+    }
+}
