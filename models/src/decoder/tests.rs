@@ -45,10 +45,6 @@ impl WeightSource for Lively {
         Ok(Tensor { dtype: DType::F32, shape: shape.into(), data: Cow::Owned(data) })
     }
 
-    fn contains(&self, _: &str) -> bool {
-        true
-    }
-
     fn total_bytes(&self) -> u64 {
         0
     }

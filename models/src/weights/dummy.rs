@@ -45,10 +45,6 @@ impl WeightSource for DummyWeights {
         Ok(Tensor { dtype: self.dtype, shape: shape.into(), data: Cow::Owned(data) })
     }
 
-    fn contains(&self, _: &str) -> bool {
-        true
-    }
-
     fn total_bytes(&self) -> u64 {
         self.parameters * self.dtype.block_bytes() as u64
     }

@@ -40,11 +40,6 @@ impl WeightSource for GgufWeights<'_> {
         Ok(Tensor { dtype, shape: info.shape.clone(), data })
     }
 
-    fn contains(&self, name: &str) -> bool {
-        let stored = file_name(name);
-        self.parts.iter().any(|part| part.tensor(&stored).is_some())
-    }
-
     fn total_bytes(&self) -> u64 {
         self.parts.iter().flat_map(Gguf::tensors).map(|(_, info)| info.bytes() as u64).sum()
     }

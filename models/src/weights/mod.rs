@@ -32,9 +32,6 @@ pub(crate) trait WeightSource {
     /// The tensor of a canonical name. `shape` is what the caller will insist on; a source of made-up weights makes it.
     fn tensor(&self, name: &str, shape: &[usize]) -> Result<Tensor<'_>, ModelError>;
 
-    /// Whether there is a tensor of a canonical name.
-    fn contains(&self, name: &str) -> bool;
-
     /// Bytes of all tensors, for progress.
     fn total_bytes(&self) -> u64;
 
