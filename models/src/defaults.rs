@@ -189,16 +189,15 @@ mod tests {
     fn the_template_is_found_wherever_it_may_be() {
         let string = r#"{"chat_template": "inline", "bos_token": "<s>", "eos_token": {"content": "</s>"}}"#;
         let list = r#"{"chat_template": [{"name": "tools", "template": "t"}, {"name": "default", "template": "d"}]}"#;
-        let cases: [(&[(&str, &str)], Option<&str>); 4] = [
-            (&[], None),
-            (&[("tokenizer_config.json", string)], Some("inline")),
-            (&[("tokenizer_config.json", list)], Some("d")),
-            (&[("tokenizer_config.json", string), ("chat_template.jinja", "own file")], Some("own file")),
-        ];
-        for (files, expected) in cases {
+        let found = |files: &[(&str, &str)]| {
             let template = ChatTemplate::from_directory(directory(files).path()).unwrap();
-            assert_eq!(template.as_ref().map(|t| t.source.as_str()), expected);
-        }
+            template.map(|template| template.source)
+        };
+        assert_eq!(found(&[]), None);
+        assert_eq!(found(&[("tokenizer_config.json", string)]).as_deref(), Some("inline"));
+        assert_eq!(found(&[("tokenizer_config.json", list)]).as_deref(), Some("d"));
+        let both = [("tokenizer_config.json", string), ("chat_template.jinja", "own file")];
+        assert_eq!(found(&both).as_deref(), Some("own file"));
         let template = ChatTemplate::from_directory(directory(&[("tokenizer_config.json", string)]).path()).unwrap();
         let template = template.unwrap();
         assert_eq!((template.bos_token.as_deref(), template.eos_token.as_deref()), (Some("<s>"), Some("</s>")));

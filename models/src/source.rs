@@ -241,3 +241,6 @@ fn declared_dtype(fields: &Fields<'_>) -> Result<DType, ModelError> {
         Some(other) => Err(fields.error(field, format!("is `{other}`; supported are float32, float16 and bfloat16"))),
     }
 }
+
+#[cfg(test)]
+mod tests;

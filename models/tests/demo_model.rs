@@ -44,7 +44,10 @@ fn the_demo_model_knows_the_capital_of_france() {
     let mut loaded = source.load(&mut backend, limits).unwrap();
     let report = &loaded.report;
     assert_eq!((report.parameters, report.unused_tensors, loaded.kv_dtype), (134_515_008, 0, KvDType::F16));
-    assert_eq!(report.dtypes.iter().map(|(dtype, _)| *dtype).collect::<Vec<_>>(), [DType::Q4_1, DType::Q8_0, DType::F32]);
+    assert_eq!(
+        report.dtypes.iter().map(|(dtype, _)| *dtype).collect::<Vec<_>>(),
+        [DType::Q4_1, DType::Q8_0, DType::F32]
+    );
 
     let layout = KvLayout {
         layers: config.layers,

@@ -13,7 +13,7 @@ fn check(theta: f32, scaling: RopeScaling, expected: [f32; 8], scale: f32) {
 #[test]
 fn linear_scaling_agrees_with_transformers() {
     let expected =
-        [0.25, 0.187_473_55, 0.033_338_036, 0.005_928_434, 0.0025, 0.000_790_569_47, 0.000_250_000_01, 3.333_803_8e-5];
+        [0.25, 0.187_473_55, 0.033_338_036, 0.005_928_434, 0.0025, 0.000_790_569_47, 0.000_25, 3.333_803_8e-5];
     check(10_000.0, RopeScaling::Linear { factor: 4.0 }, expected, 1.0);
 }
 
