@@ -242,10 +242,13 @@ impl Backend for ReferenceBackend {
                 let max = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
                 let weights: Vec<f64> = scores.iter().map(|score| (score - max).exp()).collect();
                 let sum: f64 = weights.iter().sum();
-                for i in 0..head_dim {
-                    let mixed: f64 = (0..keys).map(|key| weights[key] * cache.values[slot(key) + i] as f64).sum();
-                    out.row_mut(token)[head * head_dim + i] = (mixed / sum) as f32;
+                let mut mixed = vec![0.0; head_dim];
+                for (key, weight) in weights.iter().enumerate() {
+                    let value = &cache.values[slot(key)..][..head_dim];
+                    mixed.iter_mut().zip(value).for_each(|(mixed, &value)| *mixed += weight * value as f64);
                 }
+                let out = &mut out.row_mut(token)[head * head_dim..][..head_dim];
+                out.iter_mut().zip(mixed).for_each(|(out, mixed)| *out = (mixed / sum) as f32);
             }
         }
     }

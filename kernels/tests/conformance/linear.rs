@@ -1,0 +1,204 @@
+//! Products with weights of every type.
+
+use engine_kernels::reference::{ReferenceBackend, dequantize};
+use engine_kernels::{DType, KernelError, Matrix};
+
+use crate::support::{FLOATS, QUANTIZED, Random, Subject, Weight, assert_near, assert_same_bits};
+
+fn product<B: Subject>(backend: &mut B, parts: &[Matrix<'_>], x: &[f32], bias: Option<&[f32]>) -> Vec<f32> {
+    let weight = backend.linear_weight(parts).unwrap();
+    let bias = bias.map(|bias| backend.vector(bias));
+    let x = backend.filled(x, parts[0].cols());
+    let rows = backend.read(&x).len() / parts[0].cols();
+    let mut out = backend.activations(rows, parts.iter().map(Matrix::rows).sum());
+    backend.linear(&x, &weight, bias.as_ref(), &mut out);
+    backend.read(&out)
+}
+
+const BLOCK: usize = 32;
+
+/// Activations as a backend that rounds them sees them: int8 in blocks of 32, scaled by the largest magnitude.
+fn rounded(x: &[f32]) -> Vec<f32> {
+    let block = |block: &[f32]| {
+        let largest = block.iter().fold(0.0f32, |max, x| max.max(x.abs()));
+        let inverse = if largest > 0.0 { 127.0 / largest } else { 0.0 };
+        block.iter().map(|x| (x * inverse).round_ties_even() * (largest / 127.0)).collect::<Vec<_>>()
+    };
+    x.chunks(BLOCK).flat_map(block).collect()
+}
+
+/// For each output: what a sum of products in single precision may be off. A sum of `k` terms is off by less than
+/// `k · 2^-24` of the sum of magnitudes, and by the root of that as a rule: 2e-5 is the latter with much to spare at the
+/// widths here. The magnitude of a quantised weight is that of its row: scale and minimum may be large and cancel.
+fn rounding(parts: &[Matrix<'_>], x: &[f32]) -> Vec<f32> {
+    let cols = parts[0].cols();
+    let weights: Vec<f32> = parts.iter().flat_map(dequantize).collect();
+    let mut out = Vec::new();
+    for x in x.chunks_exact(cols) {
+        let sum: f32 = x.iter().map(|x| x.abs()).sum();
+        out.extend(weights.chunks_exact(cols).map(|row| {
+            let largest = row.iter().fold(0.0f32, |max, w| max.max(w.abs()));
+            2e-5 * largest * sum + 1e-6
+        }));
+    }
+    out
+}
+
+/// How far int8 activations can move each output: half a unit of each, which is a 254th of its block's largest.
+fn int8_bound(parts: &[Matrix<'_>], x: &[f32]) -> Vec<f32> {
+    let cols = parts[0].cols();
+    let weights: Vec<f32> = parts.iter().flat_map(dequantize).collect();
+    let mut out = Vec::new();
+    for x in x.chunks_exact(cols) {
+        let units: Vec<f32> =
+            x.chunks(BLOCK).map(|block| block.iter().fold(0.0f32, |max, x| max.max(x.abs())) / 254.0).collect();
+        out.extend(
+            weights
+                .chunks_exact(cols)
+                .map(|row| row.iter().enumerate().map(|(k, w)| w.abs() * units[k / BLOCK]).sum::<f32>() * 1.001 + 1e-6),
+        );
+    }
+    out
+}
+
+fn check<B: Subject>(parts: &[Matrix<'_>], x: &[f32], bias: Option<&[f32]>, what: &str) {
+    let ours = product(&mut B::new(), parts, x, bias);
+    let rounds = B::ROUNDS_ACTIVATIONS && parts.iter().all(|part| part.dtype().is_quantized());
+    let seen = if rounds { rounded(x) } else { x.to_vec() };
+    let tight = rounding(parts, x);
+    assert_near(&ours, &product(&mut ReferenceBackend, parts, &seen, bias), |i| tight[i], what);
+    if rounds {
+        let loose = int8_bound(parts, x);
+        let exact = product(&mut ReferenceBackend, parts, x, bias);
+        assert_near(&ours, &exact, |i| tight[i] + loose[i], &format!("{what}, activations unrounded"));
+    }
+}
+
+/// Row counts around every tile height a kernel is likely to have.
+const ROWS: [usize; 14] = [1, 2, 3, 4, 5, 7, 8, 9, 15, 17, 31, 33, 64, 70];
+
+pub(crate) fn float_weights_match_the_reference<B: Subject>() {
+    let mut random = Random::new(1);
+    for dtype in FLOATS {
+        for (i, rows) in ROWS.into_iter().enumerate() {
+            // Widths and heights that are no multiple of anything, and some that are.
+            let cols = [1, 7, 33, 64, 129, 255, 256, 577][i % 8];
+            let out = [1, 3, 15, 16, 17, 31, 48, 65, 100][i % 9];
+            let weight = Weight::random(dtype, out, cols, &mut random);
+            let x = random.normals(rows * cols);
+            let bias = random.normals(out);
+            let bias = (i % 2 == 0).then_some(bias.as_slice());
+            check::<B>(&[weight.matrix()], &x, bias, &format!("{dtype:?} [{out}, {cols}] x {rows}"));
+        }
+    }
+}
+
+pub(crate) fn quantized_weights_match_the_reference<B: Subject>() {
+    let mut random = Random::new(2);
+    for dtype in QUANTIZED {
+        for (i, rows) in ROWS.into_iter().enumerate() {
+            let cols = dtype.block_len() * [1, 2, 3, 5, 18][i % 5].min(1280 / dtype.block_len());
+            let out = [1, 3, 15, 16, 17, 31, 48, 65, 100][i % 9];
+            let weight = Weight::random(dtype, out, cols, &mut random);
+            let x = random.normals(rows * cols);
+            let bias = random.normals(out);
+            let bias = (i % 2 == 0).then_some(bias.as_slice());
+            check::<B>(&[weight.matrix()], &x, bias, &format!("{dtype:?} [{out}, {cols}] x {rows}"));
+        }
+    }
+}
+
+pub(crate) fn stacked_parts_of_mixed_types_stand_one_after_the_other<B: Subject>() {
+    let mut random = Random::new(3);
+    let all: Vec<DType> = FLOATS.into_iter().chain(QUANTIZED).collect();
+    for rows in [1, 6, 19] {
+        for i in 0..all.len() {
+            // Heights that put the seams inside tiles.
+            let parts: Vec<Weight> = [(0, 24), (3, 7), (7, 33)]
+                .map(|(step, height)| Weight::random(all[(i + step) % all.len()], height, 512, &mut random))
+                .into();
+            let x = random.normals(rows * 512);
+            let bias = random.normals(64);
+            let matrices: Vec<Matrix<'_>> = parts.iter().map(Weight::matrix).collect();
+            let stacked = product(&mut B::new(), &matrices, &x, Some(&bias));
+            let mut start = 0;
+            for matrix in matrices {
+                let bias = &bias[start..start + matrix.rows()];
+                let alone = product(&mut B::new(), &[matrix], &x, Some(bias));
+                for row in 0..rows {
+                    let part = &stacked[row * 64 + start..][..matrix.rows()];
+                    let what = format!("row {row}, {:?} at {start}", matrix.dtype());
+                    assert_same_bits(part, &alone[row * matrix.rows()..][..matrix.rows()], &what);
+                }
+                start += matrix.rows();
+            }
+        }
+    }
+}
+
+pub(crate) fn every_row_count_gives_the_same_bits<B: Subject>() {
+    let mut random = Random::new(4);
+    for dtype in FLOATS.into_iter().chain(QUANTIZED) {
+        let (out, cols) = (37, 256);
+        let mut backend = B::new();
+        let weight = Weight::random(dtype, out, cols, &mut random);
+        let weight = backend.linear_weight(&[weight.matrix()]).unwrap();
+        let x = random.normals(70 * cols);
+        let mut results = backend.activations(70, out);
+        let all = backend.filled(&x, cols);
+        backend.linear(&all, &weight, None, &mut results);
+        let all = backend.read(&results);
+        for rows in 1..70 {
+            // From another start each time, so that a row meets every place in a tile.
+            let start = random.below(70 - rows + 1);
+            let some = backend.filled(&x[start * cols..(start + rows) * cols], cols);
+            backend.linear(&some, &weight, None, &mut results);
+            let what = format!("{dtype:?}, {rows} rows from {start}");
+            assert_same_bits(&backend.read(&results), &all[start * out..(start + rows) * out], &what);
+        }
+    }
+}
+
+pub(crate) fn the_number_of_threads_changes_no_bit<B: Subject>() {
+    let mut random = Random::new(5);
+    for dtype in FLOATS.into_iter().chain(QUANTIZED) {
+        let weight = Weight::random(dtype, 333, 512, &mut random);
+        for rows in [1, 5, 40] {
+            let x = random.normals(rows * 512);
+            let one = product(&mut B::with_threads(1), &[weight.matrix()], &x, None);
+            for threads in [2, 3] {
+                let more = product(&mut B::with_threads(threads), &[weight.matrix()], &x, None);
+                assert_same_bits(&more, &one, &format!("{dtype:?}, {rows} rows, {threads} threads"));
+            }
+        }
+    }
+}
+
+pub(crate) fn the_identity_gives_its_input_back<B: Subject>() {
+    let mut random = Random::new(6);
+    for dtype in FLOATS {
+        for cols in [1, 5, 16, 40] {
+            let identity: Vec<f32> = (0..cols * cols).map(|i| (i % (cols + 1) == 0) as u8 as f32).collect();
+            let x = random.normals(9 * cols);
+            let out = product(&mut B::new(), &[Weight::of(dtype, cols, &identity).matrix()], &x, None);
+            assert_near(&out, &x, |_| 0.0, &format!("{dtype:?} identity of {cols}"));
+        }
+    }
+}
+
+pub(crate) fn parts_of_different_widths_are_refused<B: Subject>() {
+    let mut random = Random::new(7);
+    let (a, b) = (Weight::random(DType::F32, 2, 32, &mut random), Weight::random(DType::F32, 2, 64, &mut random));
+    let refused = B::new().linear_weight(&[a.matrix(), b.matrix()]);
+    assert!(matches!(refused, Err(KernelError::StackedColumns { first: 32, other: 64 })));
+}
+
+pub(crate) fn rows_of_zeros_give_the_bias<B: Subject>() {
+    let mut random = Random::new(8);
+    for dtype in FLOATS.into_iter().chain(QUANTIZED) {
+        let weight = Weight::random(dtype, 20, 256, &mut random);
+        let bias = random.normals(20);
+        let out = product(&mut B::new(), &[weight.matrix()], &[0.0; 512], Some(&bias));
+        assert_near(&out, &bias.repeat(2), |_| 0.0, &format!("{dtype:?}"));
+    }
+}

@@ -1,0 +1,161 @@
+//! Random numbers, random weights, and comparisons.
+
+use engine_kernels::reference::ReferenceBackend;
+use engine_kernels::{Backend, DType, Matrix};
+use half::{bf16, f16};
+
+/// A backend under test.
+pub(crate) trait Subject: Backend + Sized {
+    /// Whether [`Backend::linear`] rounds activations to int8 before it multiplies them with quantised weights.
+    const ROUNDS_ACTIVATIONS: bool;
+
+    /// One that works with so many threads.
+    fn with_threads(threads: usize) -> Self;
+
+    /// One for tests in which the number of threads plays no part.
+    fn new() -> Self {
+        Self::with_threads(2)
+    }
+
+    /// A buffer holding rows of `cols` values.
+    fn filled(&mut self, values: &[f32], cols: usize) -> Self::Activations {
+        let mut out = self.activations(values.len() / cols, cols);
+        self.write(values, &mut out);
+        out
+    }
+}
+
+impl Subject for ReferenceBackend {
+    const ROUNDS_ACTIVATIONS: bool = false;
+
+    fn with_threads(_: usize) -> Self {
+        Self
+    }
+}
+
+/// A small seeded generator: xorshift64* (Vigna 2016).
+pub(crate) struct Random(u64);
+
+impl Random {
+    pub(crate) fn new(seed: u64) -> Self {
+        Self(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1)
+    }
+
+    pub(crate) fn bits(&mut self) -> u64 {
+        self.0 ^= self.0 >> 12;
+        self.0 ^= self.0 << 25;
+        self.0 ^= self.0 >> 27;
+        self.0.wrapping_mul(0x2545_f491_4f6c_dd1d)
+    }
+
+    /// In `0..n`.
+    pub(crate) fn below(&mut self, n: usize) -> usize {
+        (self.bits() >> 33) as usize % n
+    }
+
+    /// In `[0, 1)`.
+    pub(crate) fn unit(&mut self) -> f32 {
+        (self.bits() >> 40) as f32 / (1u32 << 24) as f32
+    }
+
+    pub(crate) fn pick<T: Copy>(&mut self, from: &[T]) -> T {
+        from[self.below(from.len())]
+    }
+
+    /// Roughly normal: variance 1, mean 0.
+    pub(crate) fn normal(&mut self) -> f32 {
+        (0..12).map(|_| self.unit()).sum::<f32>() - 6.0
+    }
+
+    pub(crate) fn normals(&mut self, len: usize) -> Vec<f32> {
+        (0..len).map(|_| self.normal()).collect()
+    }
+
+    /// `0..n` in random order.
+    pub(crate) fn shuffled(&mut self, n: usize) -> Vec<u32> {
+        let mut ids: Vec<u32> = (0..n as u32).collect();
+        for i in (1..n).rev() {
+            ids.swap(i, self.below(i + 1));
+        }
+        ids
+    }
+}
+
+pub(crate) const FLOATS: [DType; 3] = [DType::F32, DType::F16, DType::BF16];
+pub(crate) const QUANTIZED: [DType; 8] =
+    [DType::Q4_0, DType::Q4_1, DType::Q5_0, DType::Q5_1, DType::Q8_0, DType::Q4K, DType::Q5K, DType::Q6K];
+
+/// A weight as it would stand in a file.
+pub(crate) struct Weight {
+    pub(crate) dtype: DType,
+    rows: usize,
+    cols: usize,
+    bytes: Vec<u8>,
+}
+
+impl Weight {
+    pub(crate) fn matrix(&self) -> Matrix<'_> {
+        Matrix::new(self.dtype, self.rows, self.cols, &self.bytes).unwrap()
+    }
+
+    /// Random weights. Blocks are any bits at all, with scales such that weights are around 1 in magnitude.
+    pub(crate) fn random(dtype: DType, rows: usize, cols: usize, random: &mut Random) -> Self {
+        let bytes = if dtype.is_quantized() {
+            let len = rows * cols / dtype.block_len() * dtype.block_bytes();
+            let mut bytes: Vec<u8> = (0..len).map(|_| random.bits() as u8).collect();
+            // Where the scales are, and the largest values they multiply.
+            let (scales, largest): (&[usize], f32) = match dtype {
+                DType::Q4_0 => (&[0], 8.0),
+                DType::Q4_1 => (&[0, 2], 16.0),
+                DType::Q5_0 => (&[0], 16.0),
+                DType::Q5_1 => (&[0, 2], 32.0),
+                DType::Q8_0 => (&[0], 128.0),
+                DType::Q4K => (&[0, 2], 16.0 * 64.0),
+                DType::Q5K => (&[0, 2], 32.0 * 64.0),
+                DType::Q6K => (&[208], 32.0 * 128.0),
+                DType::F32 | DType::F16 | DType::BF16 => unreachable!("not quantised"),
+            };
+            for block in bytes.chunks_exact_mut(dtype.block_bytes()) {
+                for &at in scales {
+                    let scale = f16::from_f32(2.0 * (random.unit() * 2.0 - 1.0) / largest);
+                    block[at..at + 2].copy_from_slice(&scale.to_le_bytes());
+                }
+            }
+            bytes
+        } else {
+            return Self::of(dtype, cols, &random.normals(rows * cols));
+        };
+        Self { dtype, rows, cols, bytes }
+    }
+
+    /// The given values, rounded to a float type.
+    pub(crate) fn of(dtype: DType, cols: usize, values: &[f32]) -> Self {
+        let bytes = match dtype {
+            DType::F32 => values.iter().flat_map(|v| v.to_le_bytes()).collect(),
+            DType::F16 => values.iter().flat_map(|&v| f16::from_f32(v).to_le_bytes()).collect(),
+            DType::BF16 => values.iter().flat_map(|&v| bf16::from_f32(v).to_le_bytes()).collect(),
+            _ => unreachable!("float types only"),
+        };
+        Self { dtype, rows: values.len() / cols, cols, bytes }
+    }
+}
+
+/// Bit for bit equality; any NaN fails.
+#[track_caller]
+pub(crate) fn assert_same_bits(ours: &[f32], theirs: &[f32], what: &str) {
+    assert_eq!(ours.len(), theirs.len(), "{what}: lengths");
+    for (i, (a, b)) in ours.iter().zip(theirs).enumerate() {
+        assert!(!a.is_nan() && a.to_bits() == b.to_bits(), "{what}: element {i} is {a:e} here and {b:e} there");
+    }
+}
+
+/// `|ours - theirs| <= tolerance(i)` everywhere; any NaN fails.
+#[track_caller]
+pub(crate) fn assert_near(ours: &[f32], theirs: &[f32], tolerance: impl Fn(usize) -> f32, what: &str) {
+    assert_eq!(ours.len(), theirs.len(), "{what}: lengths");
+    for (i, (a, b)) in ours.iter().zip(theirs).enumerate() {
+        let tolerance = tolerance(i);
+        // So written that a NaN fails.
+        assert!((a - b).abs() <= tolerance, "{what}: element {i} is {a:e}, should be {b:e} within {tolerance:e}");
+    }
+}
