@@ -168,8 +168,14 @@ impl Hub {
             .with_progress(self.progress)
             .build()
             .map_err(|error| self.explain(id, revision, &error))?;
-        let repo = api.repo(Repo::with_revision(id.into(), RepoType::Model, revision.into()));
-        let info = repo.info().map_err(|error| self.explain(id, revision, &error))?;
+        let named = Repo::with_revision(id.into(), RepoType::Model, revision.into());
+        let info = api.repo(named.clone()).info().map_err(|error| self.explain(id, revision, &error))?;
+        if info.sha.is_empty() || !info.sha.chars().all(|c| c.is_ascii_alphanumeric()) {
+            let problem = format!("{} answers with a commit `{}`, which is none", self.endpoint, info.sha);
+            return Err(HubError::Setting(problem).into());
+        }
+        // By commit, so that a branch that moves meanwhile, or has moved since some files were cached, is not mixed up.
+        let repo = api.repo(Repo::with_revision(id.into(), RepoType::Model, info.sha.clone()));
         let files: Vec<&str> = info.siblings.iter().map(|file| file.rfilename.as_str()).collect();
         if !files.contains(&"config.json") || (weights && !files.contains(&SINGLE_FILE) && !files.contains(&INDEX_FILE))
         {
@@ -194,6 +200,7 @@ impl Hub {
                 self.get(&repo, id, &name)?;
             }
         }
+        Cache::new(self.cache.clone()).repo(named).create_ref(&info.sha).map_err(ModelError::io(&self.cache))?;
         Ok(directory)
     }
 

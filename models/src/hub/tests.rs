@@ -52,7 +52,7 @@ fn answer(mut stream: TcpStream, files: &HashMap<String, String>, refusal: Optio
         let siblings: Vec<_> = files.keys().map(|name| serde_json::json!({"rfilename": name})).collect();
         (200, String::new(), serde_json::json!({"sha": COMMIT, "siblings": siblings}).to_string())
     } else if let Some((name, text)) =
-        path.strip_prefix("/org/tiny/resolve/main/").and_then(|name| Some((name, files.get(name)?)))
+        path.strip_prefix(&format!("/org/tiny/resolve/{COMMIT}/")).and_then(|name| Some((name, files.get(name)?)))
     {
         let body = if first_byte_only { &text[..1] } else { text };
         let range = format!("content-range: bytes 0-{}/{}\r\n", body.len() - 1, text.len());
@@ -101,6 +101,22 @@ fn a_model_is_fetched_once_and_then_found_offline() {
     let error = server.hub(home.path(), &[("HF_HUB_OFFLINE", "true")]).snapshot("org/tiny", "main", true).unwrap_err();
     assert!(error.to_string().contains("HF_HUB_OFFLINE is set"), "{error}");
     server.hub(home.path(), &[]).snapshot("org/tiny", "main", true).unwrap();
+}
+
+#[test]
+fn a_branch_that_has_moved_on_is_not_mixed_with_what_is_cached() {
+    let home = tempfile::tempdir().unwrap();
+    let model = home.path().join("hub/models--org--tiny");
+    for (file, text) in [("refs/main", "old"), ("snapshots/old/config.json", "{}")] {
+        std::fs::create_dir_all(model.join(file).parent().unwrap()).unwrap();
+        std::fs::write(model.join(file), text).unwrap();
+    }
+    let server = FakeHub::start(&SHARDED, None);
+    let hub = server.hub(home.path(), &[]);
+    let directory = hub.snapshot("org/tiny", "main", true).unwrap();
+    assert_eq!(directory, model.join("snapshots").join(COMMIT));
+    assert!(directory.join("config.json").exists() && directory.join("model-1.safetensors").exists());
+    assert_eq!(hub.cached("org/tiny", "main", true), Some(directory));
 }
 
 #[test]

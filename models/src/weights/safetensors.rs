@@ -38,8 +38,11 @@ impl SafetensorsFiles {
             for name in shards(&index)? {
                 this.add(&directory.join(name))?;
             }
-        } else {
+        } else if directory.join(SINGLE_FILE).exists() {
             this.add(&directory.join(SINGLE_FILE))?;
+        } else {
+            let problem = format!("has neither {SINGLE_FILE} nor {INDEX_FILE}; other formats have to be converted");
+            return Err(ModelError::Safetensors { path: directory.into(), problem });
         }
         Ok(this)
     }
@@ -202,8 +205,10 @@ mod tests {
         let files = SafetensorsFiles::open(directory.path()).unwrap();
         assert!(files.tensor("a", &[]).is_ok() && files.tensor("b", &[]).is_ok());
         std::fs::remove_file(directory.path().join("m-2.safetensors")).unwrap();
-        let error = SafetensorsFiles::open(directory.path()).err().unwrap().to_string();
-        assert!(error.contains("m-2.safetensors"), "{error}");
+        let error = || SafetensorsFiles::open(directory.path()).err().unwrap().to_string();
+        assert!(error().contains("m-2.safetensors"), "{}", error());
+        std::fs::remove_file(directory.path().join(INDEX_FILE)).unwrap();
+        assert!(error().contains("has neither model.safetensors nor"), "{}", error());
     }
 
     proptest! {
