@@ -1,7 +1,9 @@
 //! Replays a corpus and looks for new inputs that break its target.
 
 use std::collections::HashSet;
+use std::fs::File;
 use std::hash::{DefaultHasher, Hash, Hasher};
+use std::io::Write as _;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -19,16 +21,14 @@ const MAX_POOL: usize = 4096;
 
 /// Something that reads untrusted bytes. It may refuse them, with the error as text, but must return.
 pub(crate) trait Target {
-    /// Its name, and the corpus folder's.
-    const NAME: &'static str;
-
     /// Reads `input`; the text tells outcomes apart (an error message, say).
     fn run(&mut self, input: &[u8]) -> String;
 }
 
-/// Runs the whole corpus of a target, then mutations of it for `FUZZ_SECONDS` (10 unless set). `FUZZ_SEED` repeats a run.
-pub(crate) fn fuzz<T: Target>(mut target: T) {
-    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/corpus").join(T::NAME);
+/// Runs everything in a folder of the corpus, then mutations of it for `FUZZ_SECONDS` (10 unless set). `FUZZ_SEED` repeats
+/// a run of the target called `name`.
+pub(crate) fn fuzz<T: Target>(name: &str, corpus: &str, mut target: T) {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/corpus").join(corpus);
     let mut files: Vec<PathBuf> = std::fs::read_dir(&folder)
         .unwrap_or_else(|error| panic!("{}: {error}", folder.display()))
         .map(|entry| entry.unwrap().path())
@@ -36,7 +36,7 @@ pub(crate) fn fuzz<T: Target>(mut target: T) {
     files.sort();
     assert!(!files.is_empty(), "{} is empty", folder.display());
 
-    let watch = Watch::start(T::NAME);
+    let watch = Watch::start(name);
     let mut pool: Vec<Vec<u8>> = Vec::new();
     let mut outcomes = HashSet::new();
     for file in &files {
@@ -51,7 +51,7 @@ pub(crate) fn fuzz<T: Target>(mut target: T) {
     let seed = number("FUZZ_SEED").unwrap_or_else(|| {
         SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).map_or(0, |time| time.as_nanos() as u64)
     });
-    println!("{}: {} inputs of the corpus are fine; seed FUZZ_SEED={seed}", T::NAME, files.len());
+    println!("{}: {} inputs of the corpus are fine; seed FUZZ_SEED={seed}", name, files.len());
     let mut rng = Rng::new(seed);
     let end = Instant::now() + Duration::from_secs(number("FUZZ_SECONDS").unwrap_or(10));
     let mut runs = 0_u64;
@@ -74,7 +74,7 @@ pub(crate) fn fuzz<T: Target>(mut target: T) {
         }
         runs += 1;
     }
-    println!("{}: {runs} inputs, {} different outcomes, no failure", T::NAME, outcomes.len());
+    println!("{}: {runs} inputs, {} different outcomes, no failure", name, outcomes.len());
 }
 
 /// Outcomes that differ only in their numbers are the same.
@@ -128,7 +128,7 @@ impl Watch {
     }
 
     fn check<T: Target>(&self, target: &mut T, input: &[u8]) -> Result<String, String> {
-        std::fs::write(&self.running, input).unwrap();
+        overwrite(&self.running, input);
         self.state.began.store(self.state.epoch.elapsed().as_secs() + 1, Ordering::Relaxed);
         memory::reset();
         let outcome = catch_unwind(AssertUnwindSafe(|| target.run(input)));
@@ -146,4 +146,11 @@ impl Drop for Watch {
     fn drop(&mut self) {
         self.state.done.store(true, Ordering::Relaxed);
     }
+}
+
+/// Makes `input` the file's content. Not by truncating it first, which file systems answer with a flush to the disk.
+pub(crate) fn overwrite(file: &Path, input: &[u8]) {
+    let mut file = File::options().write(true).create(true).truncate(false).open(file).unwrap();
+    file.write_all(input).unwrap();
+    file.set_len(input.len() as u64).unwrap();
 }

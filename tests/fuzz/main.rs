@@ -12,10 +12,25 @@ mod targets;
 
 #[test]
 fn gguf_headers_are_read_or_refused() {
-    driver::fuzz(targets::GgufHeader);
+    driver::fuzz("gguf header", "gguf", targets::GgufHeader);
+}
+
+#[test]
+fn gguf_models_load_or_are_refused() {
+    driver::fuzz("gguf model", "gguf", targets::ModelFile::gguf());
+}
+
+#[test]
+fn safetensors_models_load_or_are_refused() {
+    driver::fuzz("safetensors model", "safetensors", targets::ModelFile::safetensors());
+}
+
+#[test]
+fn configurations_are_read_or_refused() {
+    driver::fuzz("configuration", "config", targets::ModelFile::config());
 }
 
 #[test]
 fn messages_render_or_are_refused() {
-    driver::fuzz(targets::TemplateInput::new());
+    driver::fuzz("template input", "template", targets::TemplateInput::new());
 }

@@ -1,16 +1,20 @@
 //! What is fuzzed, each through the function that production calls.
 
-use engine::api::{ChatTemplate, RenderOptions};
-use engine_models::gguf::{Gguf, Value};
+use std::path::PathBuf;
 
-use crate::driver::Target;
+use engine::api::{ChatTemplate, RenderOptions};
+use engine_kernels::reference::ReferenceBackend;
+use engine_kernels::{Backend, Batch, KvLayout};
+use engine_models::gguf::{Gguf, Value};
+use engine_models::{ForwardLimits, LoadFormat, ModelConfig, ModelError, ModelSource, OpenOptions};
+use tempfile::TempDir;
+
+use crate::driver::{Target, overwrite};
 
 /// A GGUF file: the header, every metadata value and every tensor it tells of.
 pub(crate) struct GgufHeader;
 
 impl Target for GgufHeader {
-    const NAME: &'static str = "gguf";
-
     fn run(&mut self, input: &[u8]) -> String {
         let file = match Gguf::from_bytes(input.to_vec()) {
             Ok(file) => file,
@@ -41,6 +45,94 @@ impl Target for GgufHeader {
     }
 }
 
+/// A model file or configuration beside files that are sound: opened, loaded and run for a token, as the server does.
+pub(crate) struct ModelFile {
+    directory: TempDir,
+    /// The file that is replaced by the input.
+    file: &'static str,
+    /// What is opened: the file itself, or its directory.
+    path: PathBuf,
+    options: OpenOptions,
+    /// Whether weights are taken over too. Those of [`LoadFormat::Dummy`] are as large as the configuration says.
+    load: bool,
+}
+
+impl ModelFile {
+    /// A GGUF file.
+    pub(crate) fn gguf() -> Self {
+        let directory = TempDir::new().unwrap();
+        let path = directory.path().join("model.gguf");
+        Self { directory, file: "model.gguf", path, options: OpenOptions::default(), load: true }
+    }
+
+    /// The safetensors file of a directory whose `config.json` is that of the corpus' `llama` seed.
+    pub(crate) fn safetensors() -> Self {
+        let directory = TempDir::new().unwrap();
+        std::fs::write(directory.path().join("config.json"), include_str!("../corpus/config/llama.json")).unwrap();
+        let path = directory.path().to_owned();
+        Self { directory, file: "model.safetensors", path, options: OpenOptions::default(), load: true }
+    }
+
+    /// The `config.json` of a directory without weights.
+    pub(crate) fn config() -> Self {
+        let directory = TempDir::new().unwrap();
+        let path = directory.path().to_owned();
+        let options = OpenOptions { load_format: LoadFormat::Dummy, ..OpenOptions::default() };
+        Self { directory, file: "config.json", path, options, load: false }
+    }
+
+    fn open(&self) -> Result<ModelSource, ModelError> {
+        ModelSource::open(self.path.to_str().unwrap(), &self.options)
+    }
+}
+
+impl Target for ModelFile {
+    fn run(&mut self, input: &[u8]) -> String {
+        overwrite(&self.directory.path().join(self.file), input);
+        let source = match self.open() {
+            Ok(source) => source,
+            Err(error) => return error.to_string(),
+        };
+        if !self.load {
+            return format!("{:?}", source.config());
+        }
+        if let Err(outcome) = check_text(&source) {
+            return outcome;
+        }
+        let mut backend = ReferenceBackend;
+        let limits = ForwardLimits { max_tokens: 1, max_logit_rows: 1, max_positions: 1 };
+        let mut loaded = match source.load(&mut backend, limits) {
+            Ok(loaded) => loaded,
+            Err(error) => return error.to_string(),
+        };
+        let ModelConfig { layers, kv_heads, head_dim, .. } = *source.config();
+        let dtype = loaded.kv_dtype;
+        let layout = KvLayout { layers, kv_heads, head_dim, block_size: 1, blocks: 1, dtype };
+        let mut cache = backend.kv_cache(layout).unwrap();
+        let mut batch = Batch::default();
+        batch.push(&[0], 0, &[0], 0);
+        loaded.model.forward(&mut backend, &mut cache, &batch);
+        loaded.model.logits(&mut backend, &[0]);
+        format!("ran {:?}", source.config())
+    }
+}
+
+/// Uses the tokenizer and the chat template that came with a model.
+fn check_text(source: &ModelSource) -> Result<(), String> {
+    if source.path().is_dir() {
+        return Ok(());
+    }
+    let tokenizer = source.tokenizer().map_err(|error| error.to_string())?;
+    let ids = tokenizer.encode("a ab é <s>", true).map_err(|error| error.to_string())?;
+    tokenizer.decode(&ids, false);
+    if let Some(template) = source.chat_template() {
+        let template = ChatTemplate::new(&template.source, "<s>", "</s>").map_err(|error| error.to_string())?;
+        let messages = serde_json::json!([{"role": "user", "content": "a"}]);
+        template.render(&messages, RenderOptions::default()).map_err(|error| error.to_string())?;
+    }
+    Ok(())
+}
+
 /// Messages and variables of a request, as JSON, rendered by real chat templates.
 pub(crate) struct TemplateInput {
     templates: Vec<ChatTemplate>,
@@ -56,8 +148,6 @@ impl TemplateInput {
 }
 
 impl Target for TemplateInput {
-    const NAME: &'static str = "template";
-
     fn run(&mut self, input: &[u8]) -> String {
         let request: serde_json::Value = match serde_json::from_slice(input) {
             Ok(request) => request,
