@@ -1,5 +1,6 @@
 use engine_kernels::reference::ReferenceBackend;
 use engine_kernels::{Batch, KvLayout};
+use proptest::prelude::*;
 use serde_json::{Map, Value, json};
 
 use super::*;
@@ -223,4 +224,23 @@ fn what_is_not_a_model_is_said_so() {
     let options = OpenOptions { load_format: LoadFormat::Dummy, ..OpenOptions::default() };
     let error = ModelSource::open(file.to_str().unwrap(), &options).err().unwrap().to_string();
     assert!(error.contains("needs a directory"), "{error}");
+}
+
+proptest! {
+    /// Damage in the metadata and the tensor table: the first 1,500 bytes of the file.
+    #[test]
+    fn a_damaged_file_is_an_error_or_a_model_and_never_a_panic(
+        damage in proptest::collection::vec((0usize..1500, any::<u8>()), 1..4),
+    ) {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("m.gguf");
+        let mut bytes = gguf(&table()).build();
+        for (at, value) in damage {
+            bytes[at] = value;
+        }
+        std::fs::write(&path, bytes).unwrap();
+        if let Ok(source) = open(&path) {
+            let _ = load(&source);
+        }
+    }
 }
