@@ -39,6 +39,7 @@ pub struct Scheduler {
     /// Both in order of arrival.
     running: Vec<SlotId>,
     waiting: VecDeque<SlotId>,
+    arrivals: u64,
 }
 
 /// Which part of a step is being planned.
@@ -61,12 +62,15 @@ impl Scheduler {
             free_slots: (0..max_sequences).rev().map(SlotId).collect(),
             running: Vec::with_capacity(limits.max_num_seqs),
             waiting: VecDeque::with_capacity(limits.max_sequences),
+            arrivals: 0,
         }
     }
 
     /// Queues a sequence, last. `None`: all slots are taken, and the sequence is gone.
-    pub fn add(&mut self, sequence: Sequence) -> Option<SlotId> {
+    pub fn add(&mut self, mut sequence: Sequence) -> Option<SlotId> {
         let slot = self.free_slots.pop()?;
+        sequence.arrival = self.arrivals;
+        self.arrivals += 1;
         self.slots[slot.index()] = Some(sequence);
         self.waiting.push_back(slot);
         Some(slot)
@@ -156,6 +160,8 @@ impl Scheduler {
         let taken = self.slots.iter().flatten().count();
         assert_eq!(taken, self.running.len() + self.waiting.len(), "a sequence is in no queue");
         assert_eq!(taken + self.free_slots.len(), self.slots.len(), "a slot is lost");
+        let in_order = self.running.iter().chain(&self.waiting).map(|&slot| self.sequence(slot).arrival);
+        assert!(in_order.is_sorted_by(|a, b| a < b), "who came first is not served first");
         for &slot in &self.waiting {
             assert!(self.sequence(slot).table.is_empty(), "a waiting sequence holds pages");
         }
@@ -182,9 +188,12 @@ impl Scheduler {
         let mut reserved: usize = self.running.iter().map(|&slot| self.missing_pages(slot)).sum();
         while self.running.len() < self.limits.max_num_seqs && plan.tokens() < self.limits.max_num_batched_tokens {
             let Some(&slot) = self.waiting.front() else { return };
-            let needed = self.missing_pages(slot) - self.shared_hits(slot);
             // One page beside for each running sequence: it may need it for its very next token.
-            if reserved + needed + self.running.len() > self.pool.available() && !self.running.is_empty() {
+            let spoken_for = reserved + self.running.len();
+            let fits = |needed| spoken_for + needed <= self.pool.available();
+            // Hits are looked up only if there is any room at all.
+            let enters = fits(1) && fits(self.missing_pages(slot) - self.shared_hits(slot));
+            if !enters && !self.running.is_empty() {
                 return;
             }
             self.waiting.pop_front();

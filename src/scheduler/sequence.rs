@@ -7,6 +7,8 @@ pub struct Sequence {
     /// Prompt, then output.
     tokens: Vec<u32>,
     prompt_len: usize,
+    /// How many were added before it.
+    pub(super) arrival: u64,
     /// Tokens whose keys and values are in the pages of `table`.
     pub(super) num_computed: usize,
     pub(super) table: BlockTable,
@@ -33,6 +35,7 @@ impl Sequence {
         Self {
             tokens,
             prompt_len: prompt.len(),
+            arrival: 0,
             num_computed: 0,
             table: BlockTable::with_capacity(pages),
             hashes,

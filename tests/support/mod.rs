@@ -1,0 +1,81 @@
+//! What the tests of the whole engine share.
+#![allow(dead_code, reason = "each test uses some of it")]
+
+use std::{
+    path::{Path, PathBuf},
+    sync::{Arc, Mutex},
+};
+
+use engine::worker::{ModelRunner, Runner, RunnerError};
+use engine_kernels::{Backend, Batch, KvLayout, SampleRow, Sampled};
+use engine_models::{ForwardLimits, LoadFormat, ModelSource, OpenOptions};
+
+/// The demo model's file.
+pub(crate) fn demo_model() -> PathBuf {
+    let cached = || {
+        let home = || PathBuf::from(std::env::var_os("HOME").unwrap_or_default()).join(".cache");
+        let cache = std::env::var_os("XDG_CACHE_HOME").map_or_else(home, PathBuf::from);
+        cache.join("engine/SmolLM2-135M-Instruct.Q4_1.gguf")
+    };
+    let path = std::env::var_os("ENGINE_DEMO_MODEL").map_or_else(cached, PathBuf::from);
+    assert!(path.is_file(), "{} is not there: run `make demo-model`", path.display());
+    path
+}
+
+/// A model with made-up weights of the shape that `config`, a `config.json`, describes.
+pub(crate) fn made_up(config: &str) -> ModelSource {
+    let folder = tempfile::tempdir().unwrap();
+    std::fs::write(folder.path().join("config.json"), config).unwrap();
+    let options = OpenOptions { load_format: LoadFormat::Dummy, dummy_seed: 7, ..OpenOptions::default() };
+    ModelSource::open(folder.path().to_str().unwrap(), &options).unwrap()
+}
+
+/// A model from its files.
+pub(crate) fn open(path: &Path) -> ModelSource {
+    ModelSource::open(path.to_str().unwrap(), &OpenOptions::default()).unwrap()
+}
+
+/// Loads a model into `backend`, with a KV cache of `blocks` pages.
+pub(crate) fn load<B: Backend>(
+    source: &ModelSource,
+    mut backend: B,
+    limits: ForwardLimits,
+    block_size: usize,
+    blocks: usize,
+) -> ModelRunner<B> {
+    let loaded = source.load(&mut backend, limits).unwrap();
+    let config = source.config();
+    let layout = KvLayout {
+        layers: config.layers,
+        kv_heads: config.kv_heads,
+        head_dim: config.head_dim,
+        block_size,
+        blocks,
+        dtype: loaded.kv_dtype,
+    };
+    ModelRunner::new(backend, loaded.model, layout, limits.max_logit_rows).unwrap()
+}
+
+/// One loaded model for several engines, one after the other.
+pub(crate) struct Lent<R>(Arc<Mutex<R>>);
+
+impl<R> Lent<R> {
+    pub(crate) fn new(runner: R) -> Self {
+        Self(Arc::new(Mutex::new(runner)))
+    }
+
+    pub(crate) fn again(&self) -> Self {
+        Self(self.0.clone())
+    }
+}
+
+impl<R: Runner> Runner for Lent<R> {
+    fn execute<'a>(
+        &mut self,
+        batch: &Batch,
+        row: &(dyn Fn(usize) -> SampleRow<'a> + Sync),
+        out: &mut [Sampled],
+    ) -> Result<(), RunnerError> {
+        self.0.lock().unwrap().execute(batch, row, out)
+    }
+}
