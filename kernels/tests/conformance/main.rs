@@ -52,7 +52,7 @@ macro_rules! suites {
                 position_zero_rotates_nothing,
                 elements_beyond_the_rotary_dimension_stay;
             rowwise:
-                embeddings_are_exact_for_every_type,
+                embeddings_are_the_rows_of_every_type,
                 rms_norms_match_the_reference,
                 silu_mul_matches_the_reference,
                 selecting_and_copying_rows_is_exact,

@@ -19,7 +19,7 @@ fn run<B: Subject>(
     qkv: &[f32],
     start: u32,
 ) -> Vec<f32> {
-    let mut backend = B::new();
+    let mut backend = B::any();
     let rows = qkv.len() / shape.qkv_width();
     let layout = KvLayout {
         layers: 1,

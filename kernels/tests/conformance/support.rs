@@ -9,11 +9,14 @@ pub(crate) trait Subject: Backend + Sized {
     /// Whether [`Backend::linear`] rounds activations to int8 before it multiplies them with quantised weights.
     const ROUNDS_ACTIVATIONS: bool;
 
+    /// Whether the two levels of scales of K-quants are multiplied out and rounded to f16.
+    const ROUNDS_SCALES: bool;
+
     /// One that works with so many threads.
     fn with_threads(threads: usize) -> Self;
 
     /// One for tests in which the number of threads plays no part.
-    fn new() -> Self {
+    fn any() -> Self {
         Self::with_threads(2)
     }
 
@@ -27,6 +30,7 @@ pub(crate) trait Subject: Backend + Sized {
 
 impl Subject for ReferenceBackend {
     const ROUNDS_ACTIVATIONS: bool = false;
+    const ROUNDS_SCALES: bool = false;
 
     fn with_threads(_: usize) -> Self {
         Self
@@ -137,6 +141,17 @@ impl Weight {
             _ => unreachable!("float types only"),
         };
         Self { dtype, rows: values.len() / cols, cols, bytes }
+    }
+}
+
+/// What a backend may make of a weight of `dtype` that is `value`: [`Weight::random`] makes minimums of at most 1/8, so scale
+/// times quant is within 1/8 of the value, and each of the two may be off by half a unit of f16 in the last place (or of
+/// its smallest numbers). Otherwise a fused multiply-add of scale, quant and minimum, which is nearer the truth than the two
+/// roundings of llama.cpp, may differ in the last bit.
+pub(crate) fn weight_tolerance<B: Subject>(dtype: DType, value: f32) -> f32 {
+    match dtype {
+        DType::Q4K | DType::Q5K | DType::Q6K if B::ROUNDS_SCALES => (value.abs() + 0.25) / 2048.0 + 1e-6,
+        _ => 5e-7,
     }
 }
 
