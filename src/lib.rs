@@ -1,9 +1,11 @@
 //! An LLM inference server that disaggregates prefill and decode, decode first.
 //!
-//! Imports run one way: `api → worker → scheduler → cache`, all over `engine_models` and `engine_kernels`.
+//! Imports run one way: `decode → api → worker → scheduler → cache`, all over `engine_models` and `engine_kernels`.
 
 pub mod api;
 pub mod cache;
+pub mod cli;
+pub mod decode;
 pub mod scheduler;
 pub mod telemetry;
 pub mod worker;

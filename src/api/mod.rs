@@ -1,5 +1,33 @@
 //! The OpenAI API: HTTP in, tokens out.
+//!
+//! A request goes through `extract` (bytes to JSON, bounded), `types` (JSON to fields, unknown ones refused), `validate`
+//! (fields to a `Plan`), `prompt` (text to tokens) and `answer` (to the engine and back). What comes back becomes
+//! text in `output`, behind the stop strings of `stop`, and goes out whole or through `stream`.
 
+mod answer;
+mod chat;
+mod completions;
+mod error;
+mod extract;
+mod info;
+mod logprobs;
+mod middleware;
+mod output;
+mod prompt;
+mod router;
+mod server;
+mod state;
+mod stop;
+mod stream;
 mod template;
+mod tokenize;
+mod types;
+mod validate;
+mod wire;
 
+pub use error::ApiError;
+pub use server::{Bound, ServerConfig, ServerError, bind, serve};
+pub use state::{ApiConfig, Defaults};
 pub use template::{ChatTemplate, RenderOptions, TemplateError};
+
+use state::{InFlight, Serving};

@@ -2,7 +2,7 @@ use std::{
     pin::Pin,
     sync::{
         Arc,
-        atomic::{AtomicUsize, Ordering},
+        atomic::{AtomicU32, AtomicUsize, Ordering},
     },
     task::{Context, Poll},
 };
@@ -48,7 +48,7 @@ pub(super) struct EventBounds {
 pub(super) fn channel(id: u64, bounds: EventBounds, cancellations: Arc<AtomicUsize>) -> (Outlet, Generation) {
     let (events_in, events_out) = RingBuffer::new(bounds.prompt_tokens + bounds.tokens + 1);
     let (tops_in, tops_out) = RingBuffer::new(bounds.prompt_tokens * bounds.prompt_top + bounds.tokens * bounds.top);
-    let reader = Arc::new(AtomicWaker::new());
+    let reader = Arc::new(Reader::default());
     (
         Outlet { events: events_in, tops: tops_in, reader: reader.clone(), cached_tokens: 0, finished: false },
         Generation {
@@ -62,12 +62,20 @@ pub(super) fn channel(id: u64, bounds: EventBounds, cancellations: Arc<AtomicUsi
     )
 }
 
+/// What both ends see.
+#[derive(Debug, Default)]
+struct Reader {
+    waker: AtomicWaker,
+    /// As [`Event::Finished`] will tell, for a reader that does not wait for it.
+    cached_tokens: AtomicU32,
+}
+
 /// The engine thread's end. However it goes away, its reader gets exactly one [`Event::Finished`].
 #[derive(Debug)]
 pub(super) struct Outlet {
     events: Producer<Record>,
     tops: Producer<(u32, f32)>,
-    reader: Arc<AtomicWaker>,
+    reader: Arc<Reader>,
     cached_tokens: u32,
     finished: bool,
 }
@@ -76,6 +84,7 @@ impl Outlet {
     /// Notes how much of the prompt was found in the cache; reported at the end.
     pub(super) fn set_cached_tokens(&mut self, tokens: usize) {
         self.cached_tokens = tokens as u32;
+        self.reader.cached_tokens.store(self.cached_tokens, Ordering::Relaxed);
     }
 
     /// Reports a token of the prompt; `None` for the first, which nothing predicts.
@@ -102,7 +111,7 @@ impl Outlet {
 
     /// Wakes the reader, if it sleeps.
     pub(super) fn wake(&self) {
-        self.reader.wake();
+        self.reader.waker.wake();
     }
 
     fn scored(&mut self, token: u32, sampled: Option<&Sampled>) -> Scored {
@@ -142,7 +151,7 @@ impl Drop for Outlet {
 pub struct Generation {
     id: u64,
     finished: bool,
-    reader: Arc<AtomicWaker>,
+    reader: Arc<Reader>,
     tops: Consumer<(u32, f32)>,
     events: Consumer<Record>,
     /// Declared after `events`, hence dropped after it: when the engine sees the count rise, it also sees who left.
@@ -153,6 +162,12 @@ impl Generation {
     /// Number of the request, for logs: unique in this process.
     pub fn id(&self) -> u64 {
         self.id
+    }
+
+    /// Prompt tokens found in the cache: certain once the first token has come, for a reader that leaves before
+    /// [`Event::Finished`] tells.
+    pub fn cached_tokens(&self) -> u32 {
+        self.reader.cached_tokens.load(Ordering::Relaxed)
     }
 
     /// The next event; `None` once [`Event::Finished`] has been returned. Safe to cancel and to call again.
@@ -180,7 +195,7 @@ impl Generation {
         if let Some(event) = self.try_next() {
             return Poll::Ready(Some(event));
         }
-        self.reader.register(context.waker());
+        self.reader.waker.register(context.waker());
         // Again, in case the event came just before the engine could have seen the waker.
         self.try_next().map_or(Poll::Pending, |event| Poll::Ready(Some(event)))
     }

@@ -1,0 +1,104 @@
+use std::sync::Arc;
+
+use axum::{
+    body::Body,
+    extract::State,
+    http::{HeaderMap, HeaderValue, header},
+    response::{IntoResponse, Response},
+};
+use serde_json::Value;
+
+use super::{
+    ApiError, Serving,
+    answer::{Answer, Endpoint, PreparedPrompt},
+    extract::read_json,
+    prompt::ChatOptions,
+    stream::stream,
+    types::ChatRequest,
+    validate::{Plan, chat_logprobs, max_tokens, refuse},
+};
+
+/// `POST /v1/chat/completions`.
+pub(crate) async fn chat_completions(
+    State(serving): State<Arc<Serving>>,
+    headers: HeaderMap,
+    body: Body,
+) -> Result<Response, ApiError> {
+    let mut request: ChatRequest = read_json(&headers, body, serving.config.body_bytes_max).await?;
+    let in_flight = serving.enter()?;
+    serving.check_model(request.model.as_deref())?;
+    refuse_unsupported(&request)?;
+    let (plan, max_field) = plan(&mut request, &serving)?;
+    let messages = request.messages.ok_or_else(|| missing("messages"))?;
+    let options = ChatOptions {
+        add_generation_prompt: request.add_generation_prompt,
+        continue_final_message: request.continue_final_message.unwrap_or(false),
+        add_special_tokens: request.add_special_tokens.unwrap_or(false),
+        kwargs: request.chat_template_kwargs,
+    };
+    let tokens = serving.encode_chat(messages, options).await?;
+    let prompts = vec![PreparedPrompt { tokens, echo: None }];
+    let fields = ("messages", max_field);
+    let answer = Answer::start(serving, in_flight, Endpoint::Chat, &plan, prompts, fields)?;
+    respond(answer, plan.stream).await
+}
+
+/// Streams `answer` or waits for it.
+pub(crate) async fn respond(answer: Answer, as_stream: bool) -> Result<Response, ApiError> {
+    if as_stream {
+        return Ok(stream(answer));
+    }
+    let body = answer.collect().await?;
+    let json = HeaderValue::from_static("application/json");
+    Ok(([(header::CONTENT_TYPE, json)], body).into_response())
+}
+
+/// 400: `field` is needed.
+pub(crate) fn missing(field: &'static str) -> ApiError {
+    ApiError::invalid(field, format!("Missing required parameter: '{field}'"))
+}
+
+fn plan(request: &mut ChatRequest, serving: &Serving) -> Result<(Plan, &'static str), ApiError> {
+    let seed = random_seed();
+    let mut plan = Plan::new(request.take_sampling(), serving.bounds(), seed)?;
+    plan.logprobs = chat_logprobs(request.logprobs, request.top_logprobs)?;
+    let older = max_tokens("max_tokens", request.max_tokens, 1)?;
+    let newer = max_tokens("max_completion_tokens", request.max_completion_tokens, 1)?;
+    plan.max_tokens = newer.or(older);
+    Ok((plan, if newer.is_some() { "max_completion_tokens" } else { "max_tokens" }))
+}
+
+/// A seed for a request that names none.
+pub(crate) fn random_seed() -> u64 {
+    uuid::Uuid::new_v4().as_u64_pair().1
+}
+
+fn refuse_unsupported(request: &ChatRequest) -> Result<(), ApiError> {
+    for (field, value) in [
+        ("tools", request.tools),
+        ("functions", request.functions),
+        ("audio", request.audio),
+        ("prediction", request.prediction),
+        ("reasoning_effort", request.reasoning_effort),
+        ("verbosity", request.verbosity),
+        ("web_search_options", request.web_search_options),
+    ] {
+        refuse(field, value)?;
+    }
+    // Without tools, these two change nothing.
+    for (field, value) in [("tool_choice", &request.tool_choice), ("function_call", &request.function_call)] {
+        if value.as_ref().is_some_and(|value| !matches!(value.as_str(), Some("none" | "auto")) && *value != Value::Null)
+        {
+            return Err(ApiError::unsupported(field, "there are no tools to choose"));
+        }
+    }
+    if let Some(format) = request.response_format.as_ref().filter(|format| format.kind != "text") {
+        let kind: String = format.kind.chars().take(40).collect();
+        let detail = format!("only {{\"type\": \"text\"}} is, not '{kind}'");
+        return Err(ApiError::unsupported("response_format", &detail));
+    }
+    if request.modalities.iter().flatten().any(|modality| modality != "text") {
+        return Err(ApiError::unsupported("modalities", "only [\"text\"] is"));
+    }
+    Ok(())
+}

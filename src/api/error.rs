@@ -1,0 +1,173 @@
+use std::borrow::Cow;
+
+use axum::{
+    http::{HeaderValue, StatusCode, header},
+    response::{IntoResponse, Response},
+};
+use serde::Serialize;
+
+use crate::worker::SubmitError;
+
+/// What a client is told when its request cannot be served: OpenAI's `{"error": {message, type, param, code}}`.
+#[derive(Debug, Clone, PartialEq)]
+pub struct ApiError {
+    status: StatusCode,
+    message: String,
+    param: Option<String>,
+    code: Option<&'static str>,
+}
+
+#[derive(Serialize)]
+struct ErrorBody<'a> {
+    error: ErrorFields<'a>,
+}
+
+#[derive(Serialize)]
+struct ErrorFields<'a> {
+    message: &'a str,
+    #[serde(rename = "type")]
+    kind: &'static str,
+    param: Option<&'a str>,
+    code: Option<&'static str>,
+}
+
+impl ApiError {
+    /// An error without a field to blame.
+    pub(crate) fn new(status: StatusCode, code: &'static str, message: impl Into<String>) -> Self {
+        Self { status, message: message.into(), param: None, code: Some(code) }
+    }
+
+    /// 400 because of the field `param`.
+    pub(crate) fn invalid(param: impl Into<Cow<'static, str>>, message: impl Into<String>) -> Self {
+        Self {
+            status: StatusCode::BAD_REQUEST,
+            message: message.into(),
+            param: Some(param.into().into_owned()),
+            code: Some("invalid_value"),
+        }
+    }
+
+    /// 400 because `param` asks for something this server does not do.
+    pub(crate) fn unsupported(param: impl Into<Cow<'static, str>>, detail: &str) -> Self {
+        let param = param.into();
+        let message = format!("'{param}' is not supported by this server: {detail}");
+        Self { code: Some("unsupported_parameter"), ..Self::invalid(param, message) }
+    }
+
+    /// 400 because `param` is no parameter of the endpoint.
+    pub(crate) fn unknown_parameter(param: &str) -> Self {
+        let message = format!("Unrecognized request argument supplied: {param}");
+        Self { code: Some("unknown_parameter"), ..Self::invalid(param.to_owned(), message) }
+    }
+
+    /// 404 because no such model is served.
+    pub(crate) fn unknown_model(model: &str, served: &[String]) -> Self {
+        let mut shown: String = model.chars().take(200).collect();
+        if shown.len() < model.len() {
+            shown.push('…');
+        }
+        let message = format!("The model '{shown}' does not exist; this server has: {}", served.join(", "));
+        Self { status: StatusCode::NOT_FOUND, code: Some("model_not_found"), ..Self::invalid("model", message) }
+    }
+
+    /// 400 because prompt and answer do not fit the context.
+    pub(crate) fn context_length(param: &'static str, message: impl Into<String>) -> Self {
+        Self { code: Some("context_length_exceeded"), ..Self::invalid(param, message) }
+    }
+
+    /// 503 while draining.
+    pub(crate) fn draining() -> Self {
+        Self::new(StatusCode::SERVICE_UNAVAILABLE, "draining", "The server is shutting down")
+    }
+
+    /// 500: the answer broke off for a reason on our side.
+    pub(crate) fn aborted() -> Self {
+        let message = "The engine stopped before the answer was complete";
+        Self::new(StatusCode::INTERNAL_SERVER_ERROR, "aborted", message)
+    }
+
+    /// 500: something that should not happen.
+    pub(crate) fn internal(message: &str) -> Self {
+        Self::new(StatusCode::INTERNAL_SERVER_ERROR, "internal_error", message)
+    }
+
+    /// 503: the engine thread is gone.
+    pub(crate) fn engine_failed() -> Self {
+        let message = "The engine has failed; the server's log says why, and a restart is needed";
+        Self::new(StatusCode::SERVICE_UNAVAILABLE, "engine_failed", message)
+    }
+
+    /// 504: the answer took longer than `--request-timeout`.
+    pub(crate) fn timeout() -> Self {
+        let message = "The answer took longer than this server allows (--request-timeout)";
+        Self::new(StatusCode::GATEWAY_TIMEOUT, "timeout", message)
+    }
+
+    /// The code, for tests and logs.
+    #[cfg(test)]
+    pub(crate) fn param(&self) -> Option<&str> {
+        self.param.as_deref()
+    }
+
+    /// The JSON body, as an event of a stream that has begun carries it too.
+    pub(crate) fn to_json(&self) -> String {
+        let kind = match self.status {
+            StatusCode::UNAUTHORIZED => "authentication_error",
+            StatusCode::NOT_FOUND => "not_found_error",
+            StatusCode::TOO_MANY_REQUESTS => "rate_limit_error",
+            status if status.is_server_error() => "server_error",
+            _ => "invalid_request_error",
+        };
+        let error = ErrorFields { message: &self.message, kind, param: self.param.as_deref(), code: self.code };
+        // Strings and options of strings always serialise.
+        serde_json::to_string(&ErrorBody { error }).unwrap_or_default()
+    }
+}
+
+impl From<SubmitError> for ApiError {
+    fn from(error: SubmitError) -> Self {
+        let message = error.to_string();
+        match error {
+            SubmitError::EmptyPrompt | SubmitError::UnknownToken { .. } => Self::invalid("prompt", message),
+            SubmitError::PromptTooLong { .. } => Self::context_length("prompt", message),
+            SubmitError::QueueFull { .. } => Self::new(StatusCode::TOO_MANY_REQUESTS, "queue_full", message),
+            SubmitError::ShuttingDown => Self::draining(),
+        }
+    }
+}
+
+impl IntoResponse for ApiError {
+    fn into_response(self) -> Response {
+        let mut response = (self.status, self.to_json()).into_response();
+        let headers = response.headers_mut();
+        headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
+        if matches!(self.status, StatusCode::TOO_MANY_REQUESTS | StatusCode::SERVICE_UNAVAILABLE) {
+            headers.insert(header::RETRY_AFTER, HeaderValue::from_static("1"));
+        }
+        if self.status == StatusCode::UNAUTHORIZED {
+            headers.insert(header::WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
+        }
+        response
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_error_has_openais_shape() {
+        let body = ApiError::invalid("top_p", "too large").to_json();
+        assert_eq!(
+            body,
+            r#"{"error":{"message":"too large","type":"invalid_request_error","param":"top_p","code":"invalid_value"}}"#
+        );
+    }
+
+    #[test]
+    fn a_full_queue_says_when_to_come_back() {
+        let response = ApiError::from(SubmitError::QueueFull { waiting: 3 }).into_response();
+        assert_eq!(response.status(), StatusCode::TOO_MANY_REQUESTS);
+        assert_eq!(response.headers()[header::RETRY_AFTER], "1");
+    }
+}

@@ -1,0 +1,84 @@
+use std::sync::Arc;
+
+use axum::{
+    Json,
+    extract::{Path, State},
+    http::{HeaderValue, header},
+    response::{IntoResponse, Response},
+};
+use serde::Serialize;
+
+use super::{ApiError, Serving};
+use crate::worker::EngineStatus;
+
+/// A model in `/v1/models`.
+#[derive(Serialize)]
+pub(crate) struct ModelCard {
+    id: String,
+    object: &'static str,
+    created: u64,
+    owned_by: &'static str,
+    root: String,
+    parent: Option<String>,
+    max_model_len: usize,
+}
+
+/// `/v1/models`.
+#[derive(Serialize)]
+pub(crate) struct ModelList {
+    object: &'static str,
+    data: Vec<ModelCard>,
+}
+
+fn card(serving: &Serving, name: &str) -> ModelCard {
+    ModelCard {
+        id: name.to_owned(),
+        object: "model",
+        created: serving.started,
+        owned_by: "engine",
+        root: serving.config.model_root.clone(),
+        parent: None,
+        max_model_len: serving.max_model_len(),
+    }
+}
+
+/// `GET /v1/models`.
+pub(crate) async fn models(State(serving): State<Arc<Serving>>) -> Json<ModelList> {
+    let data = serving.config.model_names.iter().map(|name| card(&serving, name)).collect();
+    Json(ModelList { object: "list", data })
+}
+
+/// `GET /v1/models/{id}`; ids may have slashes.
+pub(crate) async fn model(
+    State(serving): State<Arc<Serving>>,
+    Path(name): Path<String>,
+) -> Result<Json<ModelCard>, ApiError> {
+    serving.check_model(Some(&name))?;
+    Ok(Json(card(&serving, &name)))
+}
+
+/// `GET /health`: 200 while requests are taken.
+pub(crate) async fn health(State(serving): State<Arc<Serving>>) -> Result<&'static str, ApiError> {
+    match serving.engine.status() {
+        EngineStatus::Failed { .. } => Err(ApiError::engine_failed()),
+        EngineStatus::Running if !serving.is_draining() => Ok("ok\n"),
+        _ => Err(ApiError::draining()),
+    }
+}
+
+/// `/version`.
+#[derive(Serialize)]
+pub(crate) struct Version {
+    version: &'static str,
+}
+
+/// `GET /version`.
+pub(crate) async fn version() -> Json<Version> {
+    Json(Version { version: env!("CARGO_PKG_VERSION") })
+}
+
+/// `GET /metrics`, in Prometheus' text format.
+pub(crate) async fn metrics(State(serving): State<Arc<Serving>>) -> Response {
+    let text = HeaderValue::from_static("text/plain; version=0.0.4; charset=utf-8");
+    ([(header::CONTENT_TYPE, text)], serving.metrics.render()).into_response()
+}

@@ -1,0 +1,207 @@
+use engine_models::DecodeStream;
+
+use super::{stop::StopMatcher, validate::Plan};
+use crate::worker::{Event, FinishReason, TokenOutput};
+
+/// A token with its log-probability, and where in the text it stands.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) struct ScoredToken {
+    pub(crate) token: u32,
+    /// `None` for the first token of a prompt.
+    pub(crate) logprob: Option<f32>,
+    /// Alternatives, best first.
+    pub(crate) top: Vec<(u32, f32)>,
+    /// Characters of text before it, the echoed prompt included.
+    pub(crate) text_offset: usize,
+}
+
+/// How an answer ended, as clients hear it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Finish {
+    /// A stop token or stop string.
+    Stop,
+    /// `max_tokens` or the context.
+    Length,
+    /// Not at all: an error on our side.
+    Aborted,
+}
+
+impl Finish {
+    /// OpenAI's word.
+    pub(crate) fn as_str(self) -> &'static str {
+        match self {
+            Self::Stop => "stop",
+            Self::Length => "length",
+            Self::Aborted => "error",
+        }
+    }
+}
+
+/// A prompt that precedes its answer.
+pub(crate) struct Echo {
+    text: String,
+    with_logprobs: bool,
+    /// Tells how long each token's text is.
+    decoder: DecodeStream,
+    tokens: Vec<ScoredToken>,
+    decoded_chars: usize,
+}
+
+impl Echo {
+    /// The prompt is `text`; its tokens are shown too if they are asked for.
+    pub(crate) fn new(text: String, with_logprobs: bool, decoder: DecodeStream) -> Self {
+        Self { text, with_logprobs, decoder, tokens: Vec::new(), decoded_chars: 0 }
+    }
+
+    fn push(&mut self, output: TokenOutput) {
+        if self.with_logprobs {
+            let TokenOutput { token, logprob, top } = output;
+            self.tokens.push(ScoredToken { token, logprob, top, text_offset: self.decoded_chars });
+            self.decoded_chars += self.decoder.push(token).chars().count();
+        }
+    }
+}
+
+/// Turns one generation's events into text and log-probabilities that may be shown: whole characters, never a part of a
+/// stop string.
+pub(crate) struct Output {
+    /// The prompt, until all of it has come by.
+    echo: Option<Echo>,
+    decoder: DecodeStream,
+    matcher: StopMatcher,
+    stop_token_ids: Vec<u32>,
+    min_tokens: u32,
+    include_stop: bool,
+    /// Text to show that was not taken yet.
+    text: String,
+    /// Tokens whose text is not let out yet: where it starts and ends in bytes of everything decoded.
+    held: Vec<(usize, usize, ScoredToken)>,
+    /// Tokens to show that were not taken yet.
+    tokens: Vec<ScoredToken>,
+    decoded_bytes: usize,
+    decoded_chars: usize,
+    shown_bytes: usize,
+    pub(crate) completion_tokens: u32,
+    /// Set by whoever holds the generation.
+    pub(crate) cached_tokens: u32,
+    pub(crate) finish: Option<Finish>,
+}
+
+impl Output {
+    /// For a generation under `plan`.
+    pub(crate) fn new(plan: &Plan, decoder: DecodeStream, echo: Option<Echo>) -> Self {
+        Self {
+            decoded_chars: echo.as_ref().map_or(0, |echo| echo.text.chars().count()),
+            echo,
+            decoder,
+            matcher: StopMatcher::new(plan.stops.clone(), plan.include_stop),
+            stop_token_ids: plan.stop_token_ids.clone(),
+            min_tokens: plan.min_tokens,
+            include_stop: plan.include_stop,
+            text: String::new(),
+            held: Vec::new(),
+            tokens: Vec::new(),
+            decoded_bytes: 0,
+            shown_bytes: 0,
+            completion_tokens: 0,
+            cached_tokens: 0,
+            finish: None,
+        }
+    }
+
+    /// Takes the next event. Once [`Output::finish`] is set, later ones change nothing.
+    pub(crate) fn push(&mut self, event: Event) {
+        match event {
+            _ if self.finish.is_some() => {}
+            Event::Prompt(token) => {
+                if let Some(echo) = &mut self.echo {
+                    echo.push(token);
+                }
+            }
+            Event::Token(token) => {
+                self.show_echo();
+                self.push_token(token);
+            }
+            Event::Finished { reason, .. } => {
+                self.show_echo();
+                self.end(reason);
+            }
+        }
+    }
+
+    /// The engine went away without a word.
+    pub(crate) fn abort(&mut self) {
+        self.end(FinishReason::Aborted);
+    }
+
+    /// Text and tokens that may be shown now, each once. Give the buffers back with [`Output::clear`].
+    pub(crate) fn pending(&self) -> (&str, &[ScoredToken]) {
+        (&self.text, &self.tokens)
+    }
+
+    /// Forgets what [`Output::pending`] showed.
+    pub(crate) fn clear(&mut self) {
+        self.text.clear();
+        self.tokens.clear();
+    }
+
+    /// All of the prompt has been seen.
+    fn show_echo(&mut self) {
+        if let Some(echo) = self.echo.take() {
+            self.text.push_str(&echo.text);
+            self.tokens.extend(echo.tokens);
+        }
+    }
+
+    fn push_token(&mut self, output: TokenOutput) {
+        self.completion_tokens += 1;
+        // A stop token is no part of the answer's text unless that is asked for.
+        let shown = self.include_stop || self.stop_token_ids.binary_search(&output.token).is_err();
+        let piece = if shown { self.decoder.push(output.token) } else { "" };
+        let start = self.decoded_bytes;
+        let text_offset = self.decoded_chars;
+        self.decoded_bytes += piece.len();
+        self.decoded_chars += piece.chars().count();
+        if output.logprob.is_some() {
+            let TokenOutput { token, logprob, top } = output;
+            self.held.push((start, self.decoded_bytes, ScoredToken { token, logprob, top, text_offset }));
+        }
+        let before = self.text.len();
+        let mut stopped = false;
+        if self.completion_tokens <= self.min_tokens {
+            self.matcher.push_unchecked(piece, &mut self.text);
+        } else {
+            stopped = self.matcher.push(piece, &mut self.text);
+        }
+        self.shown_bytes += self.text.len() - before;
+        if stopped {
+            self.finish = Some(Finish::Stop);
+            // A token that begins in the stop string is not shown.
+            self.held.retain(|&(start, _, _)| start < self.shown_bytes);
+        }
+        self.release(stopped);
+    }
+
+    fn end(&mut self, reason: FinishReason) {
+        let before = self.text.len();
+        let stopped = self.matcher.push(self.decoder.finish(), &mut self.text);
+        if !stopped {
+            self.matcher.flush(&mut self.text);
+        }
+        self.shown_bytes += self.text.len() - before;
+        self.release(true);
+        self.finish = Some(match reason {
+            FinishReason::Aborted => Finish::Aborted,
+            _ if stopped => Finish::Stop,
+            FinishReason::Stop => Finish::Stop,
+            FinishReason::Length => Finish::Length,
+        });
+    }
+
+    /// Shows the tokens whose text is shown; all of them at the end.
+    fn release(&mut self, all: bool) {
+        let shown = self.shown_bytes;
+        let ready = self.held.iter().take_while(|&&(_, end, _)| all || end <= shown).count();
+        self.tokens.extend(self.held.drain(..ready).map(|(_, _, token)| token));
+    }
+}

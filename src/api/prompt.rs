@@ -1,0 +1,199 @@
+use std::sync::Arc;
+
+use engine_models::EncodeError;
+use serde_json::{Map, Value, json};
+
+use super::{
+    ApiError, RenderOptions, Serving, TemplateError,
+    types::{Content, ContentPart, Message},
+    validate::too_long,
+};
+
+/// How a conversation becomes a prompt.
+#[derive(Debug, Default)]
+pub(crate) struct ChatOptions {
+    pub(crate) add_generation_prompt: Option<bool>,
+    pub(crate) continue_final_message: bool,
+    pub(crate) add_special_tokens: bool,
+    pub(crate) kwargs: Option<Map<String, Value>>,
+}
+
+impl Serving {
+    /// Encodes the text of `field`. One that cannot fit the context is refused before all of it has been looked at.
+    pub(crate) async fn encode_text(
+        self: &Arc<Self>,
+        text: String,
+        add_special_tokens: bool,
+        field: &'static str,
+    ) -> Result<(Vec<u32>, String), ApiError> {
+        self.encode(text.len(), move |serving| {
+            let tokens = serving.encode_now(&text, add_special_tokens, field)?;
+            Ok((tokens, text))
+        })
+        .await?
+    }
+
+    /// Renders a conversation with the model's template and encodes it.
+    pub(crate) async fn encode_chat(
+        self: &Arc<Self>,
+        messages: Vec<Message>,
+        options: ChatOptions,
+    ) -> Result<Vec<u32>, ApiError> {
+        if messages.is_empty() {
+            return Err(ApiError::invalid("messages", "'messages' has to have at least one message"));
+        }
+        let bytes = messages.iter().map(Message::text_bytes).sum();
+        self.encode(bytes, move |serving| {
+            let text = serving.render(messages, &options)?;
+            serving.encode_now(&text, options.add_special_tokens, "messages")
+        })
+        .await?
+    }
+
+    fn encode_now(&self, text: &str, add_special_tokens: bool, field: &'static str) -> Result<Vec<u32>, ApiError> {
+        let limit = self.max_model_len();
+        self.config.tokenizer.encode_bounded(text, add_special_tokens, limit).map_err(|error| match error {
+            EncodeError::TooLong { at_least, limit } => too_long(field, &format!("at least {at_least}"), limit),
+            failed => ApiError::invalid(field, format!("'{field}' cannot be encoded: {failed}")),
+        })
+    }
+
+    fn render(&self, messages: Vec<Message>, options: &ChatOptions) -> Result<String, ApiError> {
+        let Some(template) = &self.config.template else {
+            let message = "This model has no chat template, so it cannot hold conversations; use /v1/completions";
+            return Err(ApiError::invalid("messages", message));
+        };
+        let continued = options.continue_final_message;
+        if continued && options.add_generation_prompt == Some(true) {
+            let message = "'continue_final_message' and 'add_generation_prompt' exclude each other";
+            return Err(ApiError::invalid("continue_final_message", message));
+        }
+        let last = messages.last().filter(|_| continued).map(|message| message.text()).transpose()?;
+        let parts = template.takes_content_parts();
+        let messages = messages.into_iter().enumerate().map(|(index, message)| message.for_template(index, parts));
+        let messages = Value::Array(messages.collect::<Result<_, _>>()?);
+        let add_generation_prompt = options.add_generation_prompt.unwrap_or(true) && !continued;
+        let render = RenderOptions { add_generation_prompt, kwargs: options.kwargs.as_ref() };
+        let mut text = template.render(&messages, render).map_err(|error| match error {
+            TemplateError::Compile(_) => ApiError::internal("The model's chat template is broken"),
+            refused => ApiError::invalid("messages", refused.to_string()),
+        })?;
+        if let Some(last) = last {
+            // What the template writes after the message closes it. As transformers does.
+            let last = last.trim();
+            let Some(start) = text.rfind(last).filter(|_| !last.is_empty()) else {
+                let message = "the chat template does not show the final message as it is, so it cannot be continued";
+                return Err(ApiError::invalid("continue_final_message", message));
+            };
+            text.truncate(start + last.len());
+        }
+        Ok(text)
+    }
+}
+
+impl Message {
+    fn text_bytes(&self) -> usize {
+        match &self.content {
+            None => 0,
+            Some(Content::Text(text)) => text.len(),
+            Some(Content::Parts(parts)) => parts.iter().map(|part| part.text.as_ref().map_or(0, String::len)).sum(),
+        }
+    }
+
+    /// The content as one text.
+    fn text(&self) -> Result<String, ApiError> {
+        match &self.content {
+            Some(Content::Text(text)) => Ok(text.clone()),
+            Some(Content::Parts(parts)) => Ok(joined(parts)),
+            None => Err(ApiError::invalid("messages", "the final message has no content to continue")),
+        }
+    }
+
+    /// The message as templates know it. `parts`: whether the template reads a list of parts.
+    fn for_template(self, index: usize, parts: bool) -> Result<Value, ApiError> {
+        let at = |field: &str| format!("messages[{index}].{field}");
+        let role = match self.role.as_str() {
+            // OpenAI's newer name, which models' templates do not know.
+            "developer" => "system",
+            role @ ("system" | "user" | "assistant" | "tool") => role,
+            other => {
+                let shown: String = other.chars().take(40).collect();
+                let message = format!(
+                    "'{}' is '{shown}', but has to be one of 'system', 'developer', 'user', 'assistant', 'tool'",
+                    at("role")
+                );
+                return Err(ApiError::invalid(at("role"), message));
+            }
+        };
+        let refused = [
+            ("refusal", self.refusal),
+            ("audio", self.audio),
+            ("function_call", self.function_call),
+            ("annotations", self.annotations),
+        ];
+        if let Some((field, _)) = refused.into_iter().find(|(_, value)| value.is_some_and(|value| value.asks)) {
+            return Err(ApiError::unsupported(at(field), "leave it out"));
+        }
+        let calls = self.tool_calls.unwrap_or_default();
+        if !calls.is_empty() && role != "assistant" {
+            let message = format!("'{}' is for messages of the assistant", at("tool_calls"));
+            return Err(ApiError::invalid(at("tool_calls"), message));
+        }
+        let mut message = Map::new();
+        message.insert("role".into(), role.into());
+        match self.content {
+            Some(Content::Text(text)) => message.insert("content".into(), text.into()),
+            Some(Content::Parts(list)) => {
+                for (part_index, part) in list.iter().enumerate() {
+                    check_part(part, || at(&format!("content[{part_index}]")))?;
+                }
+                let content = if parts { list.into_iter().map(as_part).collect() } else { joined(&list).into() };
+                message.insert("content".into(), content)
+            }
+            // As OpenAI has it, an assistant that calls tools may say nothing.
+            None if !calls.is_empty() => message.insert("content".into(), "".into()),
+            None => {
+                return Err(ApiError::invalid(
+                    at("content"),
+                    format!("Missing required parameter: '{}'", at("content")),
+                ));
+            }
+        };
+        if !calls.is_empty() {
+            let calls = calls.into_iter().map(|call| {
+                // Templates want the arguments as an object; clients send them as JSON in a string.
+                let arguments = serde_json::from_str::<Map<_, _>>(&call.function.arguments)
+                    .map_or(Value::String(call.function.arguments), Value::Object);
+                let function = json!({ "name": call.function.name, "arguments": arguments });
+                json!({ "id": call.id, "type": call.kind.unwrap_or_else(|| "function".into()), "function": function })
+            });
+            message.insert("tool_calls".into(), calls.collect());
+        }
+        let optional =
+            [("name", self.name), ("tool_call_id", self.tool_call_id), ("reasoning_content", self.reasoning_content)];
+        message.extend(optional.into_iter().filter_map(|(field, value)| Some((field.to_owned(), value?.into()))));
+        Ok(Value::Object(message))
+    }
+}
+
+fn check_part(part: &ContentPart, at: impl Fn() -> String) -> Result<(), ApiError> {
+    if part.kind != "text" {
+        let kind: String = part.kind.chars().take(40).collect();
+        return Err(ApiError::unsupported(format!("{}.type", at()), &format!("'{kind}' parts; this model reads text")));
+    }
+    match part.text {
+        Some(_) => Ok(()),
+        None => {
+            Err(ApiError::invalid(format!("{}.text", at()), format!("Missing required parameter: '{}.text'", at())))
+        }
+    }
+}
+
+fn as_part(part: ContentPart) -> Value {
+    json!({ "type": "text", "text": part.text })
+}
+
+fn joined(parts: &[ContentPart]) -> String {
+    let texts: Vec<&str> = parts.iter().filter_map(|part| part.text.as_deref()).collect();
+    texts.join("\n")
+}

@@ -1,0 +1,69 @@
+use std::sync::Arc;
+
+use axum::{
+    Router,
+    extract::Request,
+    http::{HeaderValue, StatusCode, header},
+    middleware::from_fn_with_state,
+    routing::{get, post},
+};
+use tower_http::cors::{AllowOrigin, Any, CorsLayer};
+
+use super::{
+    ApiError, Serving,
+    chat::chat_completions,
+    completions::completions,
+    extract::discard_body,
+    info::{health, metrics, model, models, version},
+    middleware::{observe, require_key},
+    tokenize::{detokenize, tokenize},
+};
+
+/// All endpoints. Those that show nothing of the model's work are open; the others want a key if there is one.
+pub(crate) fn router(serving: Arc<Serving>) -> Router {
+    let guarded = Router::new()
+        .route("/v1/models", get(models))
+        .route("/v1/models/{*id}", get(model))
+        .route("/v1/chat/completions", post(chat_completions))
+        .route("/v1/completions", post(completions))
+        .route("/tokenize", post(tokenize))
+        .route("/detokenize", post(detokenize))
+        .route_layer(from_fn_with_state(serving.clone(), require_key));
+    let origins = &serving.config.allowed_origins;
+    let cors = (!origins.is_empty()).then(|| cors(origins));
+    let router = guarded
+        .route("/health", get(health))
+        .route("/version", get(version))
+        .route("/metrics", get(metrics))
+        .method_not_allowed_fallback(method_not_allowed)
+        .fallback(not_found)
+        .layer(from_fn_with_state(serving.clone(), observe));
+    let router = match cors {
+        Some(cors) => router.layer(cors),
+        None => router,
+    };
+    router.with_state(serving)
+}
+
+async fn not_found(request: Request) -> ApiError {
+    let path: String = request.uri().path().chars().take(200).collect();
+    let message = format!("Unknown request URL: {} {path}", request.method());
+    discard_body(request).await;
+    ApiError::new(StatusCode::NOT_FOUND, "unknown_url", message)
+}
+
+async fn method_not_allowed(request: Request) -> ApiError {
+    let message = format!("Method {} is not allowed for {}", request.method(), request.uri().path());
+    discard_body(request).await;
+    ApiError::new(StatusCode::METHOD_NOT_ALLOWED, "method_not_allowed", message)
+}
+
+fn cors(origins: &[String]) -> CorsLayer {
+    let origin = if origins.iter().any(|origin| origin == "*") {
+        AllowOrigin::any()
+    } else {
+        AllowOrigin::list(origins.iter().filter_map(|origin| origin.parse::<HeaderValue>().ok()))
+    };
+    let headers = [header::CONTENT_TYPE, header::AUTHORIZATION];
+    CorsLayer::new().allow_origin(origin).allow_methods(Any).allow_headers(headers)
+}

@@ -1,0 +1,180 @@
+use std::{future::Future, io, net::SocketAddr, sync::Arc, time::Duration};
+
+use axum::{Router, body::Body, extract::Request};
+use hyper::{body::Incoming, server::conn::http1, service::service_fn};
+use hyper_util::rt::{TokioIo, TokioTimer};
+use socket2::{Domain, Protocol, Socket, Type};
+use tokio::{
+    net::{TcpListener, TcpStream},
+    sync::{Semaphore, watch},
+    time::{sleep, timeout},
+};
+use tower::ServiceExt;
+
+use super::{ApiConfig, Serving, router::router};
+use crate::{telemetry::Metrics, worker::EngineHandle};
+
+/// How long a client may take to send a request's headers, or leave a connection idle.
+const HEADERS_TIME_MAX: Duration = Duration::from_secs(75);
+/// Connections that wait to be accepted.
+const BACKLOG: i32 = 1024;
+/// How long connections may take to end once everything has been answered.
+const CLOSE_TIME_MAX: Duration = Duration::from_secs(5);
+/// Pause after the system refused a connection for lack of something.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+
+/// Limits of the server itself.
+#[derive(Debug, Clone, Copy)]
+pub struct ServerConfig {
+    /// Connections at a time; further ones wait to be accepted.
+    pub connections_max: usize,
+    /// How long running answers may take to end once the server is told to leave.
+    pub drain_timeout: Duration,
+}
+
+/// Why the server could not start.
+#[derive(Debug, thiserror::Error)]
+pub enum ServerError {
+    /// Host and port name no address.
+    #[error("cannot resolve --host {host}: {source}")]
+    Resolve {
+        /// As given.
+        host: String,
+        /// What the resolver said.
+        source: io::Error,
+    },
+    /// Another program listens there.
+    #[error("{address} is in use by another program; choose another port with --port, or stop that program")]
+    InUse {
+        /// The address.
+        address: SocketAddr,
+    },
+    /// The system refused the address.
+    #[error("cannot listen on {address}: {source}; choose another --host or --port")]
+    Listen {
+        /// The address.
+        address: SocketAddr,
+        /// What the system said.
+        source: io::Error,
+    },
+}
+
+/// An address that is taken but not listened on: connections are refused until the model is loaded, while an address
+/// that cannot be had is found out before.
+pub struct Bound {
+    socket: Socket,
+    address: SocketAddr,
+}
+
+/// Takes an address; port 0 takes any free one.
+pub async fn bind(host: &str, port: u16) -> Result<Bound, ServerError> {
+    let resolve = |source| ServerError::Resolve { host: host.to_owned(), source };
+    let address = tokio::net::lookup_host((host, port)).await.map_err(resolve)?.next();
+    let address = address.ok_or_else(|| resolve(io::Error::other("no such host")))?;
+    let socket = || {
+        let socket = Socket::new(Domain::for_address(address), Type::STREAM, Some(Protocol::TCP))?;
+        // A server that was just stopped leaves connections behind that would block its address for a minute.
+        socket.set_reuse_address(true)?;
+        socket.set_nonblocking(true)?;
+        socket.bind(&address.into())?;
+        Ok(socket)
+    };
+    Ok(Bound { socket: socket().map_err(|source| ServerError::listen(address, source))?, address })
+}
+
+impl Bound {
+    /// Starts to listen.
+    pub fn listen(self) -> Result<TcpListener, ServerError> {
+        let listen = self.socket.listen(BACKLOG).and_then(|()| TcpListener::from_std(self.socket.into()));
+        listen.map_err(|source| ServerError::listen(self.address, source))
+    }
+}
+
+impl ServerError {
+    fn listen(address: SocketAddr, source: io::Error) -> Self {
+        match source.kind() {
+            io::ErrorKind::AddrInUse => Self::InUse { address },
+            _ => Self::Listen { address, source },
+        }
+    }
+}
+
+/// Serves until `shutdown` resolves, then drains: new requests get 503, running ones end, the connections close.
+pub async fn serve(
+    listener: TcpListener,
+    api: ApiConfig,
+    engine: EngineHandle,
+    metrics: Metrics,
+    config: ServerConfig,
+    shutdown: impl Future<Output = ()>,
+) {
+    let serving = Serving::new(api, engine, metrics);
+    let close = watch::Sender::new(());
+    let accepting = accept(&listener, router(serving.clone()), config.connections_max, &close);
+    let draining = async {
+        shutdown.await;
+        tracing::info!("draining: no new requests are taken; a second signal leaves at once");
+        if timeout(config.drain_timeout, serving.drain()).await.is_err() {
+            tracing::warn!("some answers did not end within --shutdown-timeout and are broken off");
+        }
+    };
+    tokio::select! {
+        () = accepting => {}
+        () = draining => {}
+    }
+    drop(listener);
+    // Each connection ends when its current answer is out; those that take no more of it are cut.
+    close.send_replace(());
+    let _ = timeout(CLOSE_TIME_MAX, close.closed()).await;
+}
+
+/// Accepts connections for ever.
+async fn accept(listener: &TcpListener, router: Router, connections_max: usize, close: &watch::Sender<()>) {
+    let places = Arc::new(Semaphore::new(connections_max));
+    loop {
+        // The semaphore is never closed.
+        let Ok(place) = places.clone().acquire_owned().await else { return };
+        match listener.accept().await {
+            Ok((stream, _)) => {
+                let (router, closing) = (router.clone(), close.subscribe());
+                tokio::spawn(async move {
+                    connection(stream, router, closing).await;
+                    drop(place);
+                });
+            }
+            Err(error) => {
+                // A connection that broke before it was accepted, or no file descriptors left: the latter passes only
+                // when others close.
+                tracing::warn!(%error, "cannot accept a connection");
+                sleep(ACCEPT_PAUSE).await;
+            }
+        }
+    }
+}
+
+async fn connection(stream: TcpStream, router: Router, mut closing: watch::Receiver<()>) {
+    // A token's event goes out when it is written: it must not wait for the previous one to be acknowledged.
+    if let Err(error) = stream.set_nodelay(true) {
+        tracing::debug!(%error, "cannot set TCP_NODELAY");
+    }
+    let service = service_fn(move |request: Request<Incoming>| router.clone().oneshot(request.map(Body::new)));
+    let mut builder = http1::Builder::new();
+    builder.timer(TokioTimer::new()).header_read_timeout(HEADERS_TIME_MAX);
+    let connection = builder.serve_connection(TokioIo::new(stream), service);
+    tokio::pin!(connection);
+    let mut told = false;
+    loop {
+        tokio::select! {
+            ended = &mut connection => {
+                if let Err(error) = ended {
+                    tracing::debug!(%error, "connection ended");
+                }
+                return;
+            }
+            _ = closing.changed(), if !told => {
+                told = true;
+                connection.as_mut().graceful_shutdown();
+            }
+        }
+    }
+}

@@ -1,0 +1,175 @@
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::{Duration, SystemTime, UNIX_EPOCH},
+};
+
+use engine_models::Tokenizer;
+use tokio::sync::{Semaphore, watch};
+
+use super::{ApiError, ChatTemplate, validate::Bounds};
+use crate::{
+    telemetry::Metrics,
+    worker::{EngineHandle, EngineStatus},
+};
+
+/// Up to this much text is encoded where the request is handled: moving it to another thread would cost more.
+const INLINE_BYTES_MAX: usize = 2048;
+
+/// Sampling parameters for requests that leave them out: the model's own recommendation, else OpenAI's defaults.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Defaults {
+    /// 0 to 2.
+    pub temperature: f32,
+    /// 0 keeps all tokens.
+    pub top_k: u32,
+    /// Above 0, at most 1.
+    pub top_p: f32,
+    /// 0 to 1.
+    pub min_p: f32,
+    /// Above 0; 1 is off.
+    pub repetition_penalty: f32,
+}
+
+impl Default for Defaults {
+    /// OpenAI's.
+    fn default() -> Self {
+        Self { temperature: 1.0, top_k: 0, top_p: 1.0, min_p: 0.0, repetition_penalty: 1.0 }
+    }
+}
+
+/// What the API serves, and its limits.
+pub struct ApiConfig {
+    /// Names clients may use for the model, the first in answers; at least one.
+    pub model_names: Vec<String>,
+    /// Where the model came from, for `/v1/models`.
+    pub model_root: String,
+    /// Text to tokens and back.
+    pub tokenizer: Arc<Tokenizer>,
+    /// How a conversation becomes a prompt; without one, chats are refused.
+    pub template: Option<ChatTemplate>,
+    /// Sampling parameters where a request has none.
+    pub defaults: Defaults,
+    /// Tokens that end an answer.
+    pub eos_token_ids: Vec<u32>,
+    /// Clients have to know one of these; none: anyone may ask.
+    pub api_keys: Vec<String>,
+    /// Bytes of a request's body at most.
+    pub body_bytes_max: usize,
+    /// How long an answer may take from its request.
+    pub request_timeout: Duration,
+    /// Browsers' pages from these origins may ask; `*` allows all.
+    pub allowed_origins: Vec<String>,
+}
+
+/// Everything a handler needs.
+pub(crate) struct Serving {
+    pub(crate) config: ApiConfig,
+    pub(crate) engine: EngineHandle,
+    pub(crate) metrics: Metrics,
+    /// Start of the server, seconds since 1970: the model's `created`.
+    pub(crate) started: u64,
+    /// Threads that may tokenise at a time: the engine needs the cores more.
+    encoders: Arc<Semaphore>,
+    draining: AtomicBool,
+    in_flight: watch::Sender<()>,
+}
+
+/// Held while a request is answered; a drain waits for all of them.
+pub(crate) struct InFlight {
+    _receiver: watch::Receiver<()>,
+}
+
+impl Serving {
+    pub(crate) fn new(config: ApiConfig, engine: EngineHandle, metrics: Metrics) -> Arc<Self> {
+        debug_assert!(!config.model_names.is_empty());
+        let threads = std::thread::available_parallelism().map_or(1, |threads| threads.get() / 2).max(1);
+        Arc::new(Self {
+            config,
+            engine,
+            metrics,
+            started: unix_seconds(),
+            encoders: Arc::new(Semaphore::new(threads)),
+            draining: AtomicBool::new(false),
+            in_flight: watch::Sender::new(()),
+        })
+    }
+
+    /// Admits a request that generates, unless the server is going away.
+    pub(crate) fn enter(&self) -> Result<InFlight, ApiError> {
+        // Counted before the flag is looked at: whoever sets the flag and then waits for the count misses nobody.
+        let guard = InFlight { _receiver: self.in_flight.subscribe() };
+        if self.draining.load(Ordering::SeqCst) {
+            return Err(ApiError::draining());
+        }
+        match self.engine.status() {
+            EngineStatus::Running => Ok(guard),
+            EngineStatus::Draining | EngineStatus::Stopped => Err(ApiError::draining()),
+            EngineStatus::Failed { .. } => Err(ApiError::engine_failed()),
+        }
+    }
+
+    /// Refuses new requests from now on and returns when the last answer has been handed to its connection.
+    pub(crate) async fn drain(&self) {
+        self.draining.store(true, Ordering::SeqCst);
+        self.in_flight.closed().await;
+    }
+
+    pub(crate) fn is_draining(&self) -> bool {
+        self.draining.load(Ordering::SeqCst)
+    }
+
+    /// Checks a request's `model`. One that names none gets the only one there is.
+    pub(crate) fn check_model(&self, model: Option<&str>) -> Result<(), ApiError> {
+        match model {
+            Some(model) if !self.config.model_names.iter().any(|name| name == model) => {
+                Err(ApiError::unknown_model(model, &self.config.model_names))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// The name the model has in answers.
+    pub(crate) fn model_name(&self) -> &str {
+        &self.config.model_names[0]
+    }
+
+    pub(crate) fn max_model_len(&self) -> usize {
+        self.engine.limits().max_model_len
+    }
+
+    pub(crate) fn bounds(&self) -> Bounds<'_> {
+        Bounds {
+            defaults: &self.config.defaults,
+            eos_token_ids: &self.config.eos_token_ids,
+            vocab_size: self.engine.limits().vocab_size,
+        }
+    }
+
+    /// Runs `work` on `bytes` of text: long ones on a thread of their own, a few at a time, so that neither other
+    /// requests nor the engine wait for them.
+    pub(crate) async fn encode<T: Send + 'static>(
+        self: &Arc<Self>,
+        bytes: usize,
+        work: impl FnOnce(&Self) -> T + Send + 'static,
+    ) -> Result<T, ApiError> {
+        if bytes <= INLINE_BYTES_MAX {
+            return Ok(work(self));
+        }
+        // The semaphore is never closed.
+        let permit = self.encoders.clone().acquire_owned().await.map_err(|_| ApiError::draining())?;
+        let serving = self.clone();
+        let task = tokio::task::spawn_blocking(move || {
+            let _permit = permit;
+            work(&serving)
+        });
+        task.await.map_err(|_| ApiError::internal("The prompt could not be encoded"))
+    }
+}
+
+/// Seconds since 1970.
+pub(crate) fn unix_seconds() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs())
+}

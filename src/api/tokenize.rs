@@ -1,0 +1,86 @@
+use std::sync::Arc;
+
+use axum::{Json, body::Body, extract::State, http::HeaderMap};
+use serde::Serialize;
+
+use super::{
+    ApiError, Serving,
+    chat::missing,
+    extract::read_json,
+    prompt::ChatOptions,
+    types::{DetokenizeRequest, TokenizeRequest},
+};
+
+/// Answer of `POST /tokenize`.
+#[derive(Serialize)]
+pub(crate) struct Tokenized {
+    count: usize,
+    max_model_len: usize,
+    tokens: Vec<u32>,
+    token_strs: Option<Vec<String>>,
+}
+
+/// Answer of `POST /detokenize`.
+#[derive(Serialize)]
+pub(crate) struct Detokenized {
+    prompt: String,
+}
+
+/// `POST /tokenize`. Texts beyond the context length are refused: no prompt could be made of them.
+pub(crate) async fn tokenize(
+    State(serving): State<Arc<Serving>>,
+    headers: HeaderMap,
+    body: Body,
+) -> Result<Json<Tokenized>, ApiError> {
+    let request: TokenizeRequest = read_json(&headers, body, serving.config.body_bytes_max).await?;
+    serving.check_model(request.model.as_deref())?;
+    let tokens = match (request.prompt, request.messages) {
+        (Some(_), Some(_)) => {
+            return Err(ApiError::invalid("messages", "'prompt' and 'messages' exclude each other"));
+        }
+        (None, None) => return Err(missing("prompt")),
+        (Some(prompt), None) => {
+            serving.encode_text(prompt, request.add_special_tokens.unwrap_or(true), "prompt").await?.0
+        }
+        (None, Some(messages)) => {
+            let options = ChatOptions {
+                add_generation_prompt: request.add_generation_prompt,
+                continue_final_message: request.continue_final_message.unwrap_or(false),
+                add_special_tokens: request.add_special_tokens.unwrap_or(false),
+                kwargs: request.chat_template_kwargs,
+            };
+            serving.encode_chat(messages, options).await?
+        }
+    };
+    let token_strs = request
+        .return_token_strs
+        .unwrap_or(false)
+        .then(|| tokens.iter().map(|&token| serving.config.tokenizer.token_text(token)).collect());
+    Ok(Json(Tokenized { count: tokens.len(), max_model_len: serving.max_model_len(), tokens, token_strs }))
+}
+
+/// `POST /detokenize`.
+pub(crate) async fn detokenize(
+    State(serving): State<Arc<Serving>>,
+    headers: HeaderMap,
+    body: Body,
+) -> Result<Json<Detokenized>, ApiError> {
+    let request: DetokenizeRequest = read_json(&headers, body, serving.config.body_bytes_max).await?;
+    serving.check_model(request.model.as_deref())?;
+    serving.check_tokens(&request.tokens, "tokens")?;
+    Ok(Json(Detokenized { prompt: serving.config.tokenizer.decode(&request.tokens, false) }))
+}
+
+impl Serving {
+    /// Refuses token ids that the model does not have.
+    pub(crate) fn check_tokens(&self, tokens: &[u32], field: &'static str) -> Result<(), ApiError> {
+        let vocab_size = self.engine.limits().vocab_size;
+        match tokens.iter().find(|&&token| token as usize >= vocab_size) {
+            Some(token) => {
+                let message = format!("'{field}' has token {token}, but the vocabulary has {vocab_size} tokens");
+                Err(ApiError::invalid(field, message))
+            }
+            None => Ok(()),
+        }
+    }
+}

@@ -1,0 +1,137 @@
+use std::fmt;
+
+use serde::{
+    Deserialize, Deserializer,
+    de::{self, IgnoredAny, SeqAccess, Visitor},
+};
+use serde_json::Value;
+
+use super::{Refused, generating_request};
+
+generating_request! {
+    /// Body of `POST /v1/chat/completions`.
+    ChatRequest {
+        messages: Option<Vec<Message>>,
+        max_tokens: Option<i64>,
+        /// OpenAI's newer name of `max_tokens`.
+        max_completion_tokens: Option<i64>,
+        logprobs: Option<bool>,
+        top_logprobs: Option<i64>,
+        /// vLLM's: whether the template opens an assistant message at the end.
+        add_generation_prompt: Option<bool>,
+        /// vLLM's: whether the answer continues the last message.
+        continue_final_message: Option<bool>,
+        /// vLLM's: variables for the template.
+        chat_template_kwargs: Option<serde_json::Map<String, Value>>,
+        /// vLLM's: whether the tokenizer adds its begin-of-sequence token to the rendered text.
+        add_special_tokens: Option<bool>,
+        response_format: Option<ResponseFormat>,
+        modalities: Option<Vec<String>>,
+        tool_choice: Option<Value>,
+        tools: Option<Refused>,
+        functions: Option<Refused>,
+        function_call: Option<Value>,
+        audio: Option<Refused>,
+        prediction: Option<Refused>,
+        reasoning_effort: Option<Refused>,
+        verbosity: Option<Refused>,
+        web_search_options: Option<Refused>,
+        /// Chooses among OpenAI's price classes.
+        #[serde(rename = "service_tier")]
+        _service_tier: Option<IgnoredAny>,
+        /// Whether OpenAI keeps the answer.
+        #[serde(rename = "store")]
+        _store: Option<IgnoredAny>,
+        /// Routing hints and ids for OpenAI's own use.
+        #[serde(rename = "prompt_cache_key")]
+        _prompt_cache_key: Option<IgnoredAny>,
+        #[serde(rename = "prompt_cache_retention")]
+        _prompt_cache_retention: Option<IgnoredAny>,
+        #[serde(rename = "safety_identifier")]
+        _safety_identifier: Option<IgnoredAny>,
+        /// About tools, of which there are none.
+        #[serde(rename = "parallel_tool_calls")]
+        _parallel_tool_calls: Option<IgnoredAny>,
+    }
+}
+
+/// `response_format`; only its type matters, as only text is served.
+#[derive(Debug, Deserialize)]
+pub(crate) struct ResponseFormat {
+    #[serde(rename = "type")]
+    pub(crate) kind: String,
+}
+
+/// One message of a conversation.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct Message {
+    pub(crate) role: String,
+    pub(crate) content: Option<Content>,
+    pub(crate) name: Option<String>,
+    pub(crate) tool_calls: Option<Vec<ToolCall>>,
+    pub(crate) tool_call_id: Option<String>,
+    /// Thoughts of an earlier answer, which some templates show again.
+    pub(crate) reasoning_content: Option<String>,
+    pub(crate) refusal: Option<Refused>,
+    pub(crate) audio: Option<Refused>,
+    pub(crate) function_call: Option<Refused>,
+    pub(crate) annotations: Option<Refused>,
+}
+
+/// A call that an earlier assistant message made; templates show it.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct ToolCall {
+    pub(crate) id: Option<String>,
+    #[serde(rename = "type")]
+    pub(crate) kind: Option<String>,
+    pub(crate) function: FunctionCall,
+    #[serde(rename = "index")]
+    _index: Option<IgnoredAny>,
+}
+
+/// Name and arguments of such a call.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct FunctionCall {
+    pub(crate) name: String,
+    pub(crate) arguments: String,
+}
+
+/// A message's content: a string or parts.
+#[derive(Debug)]
+pub(crate) enum Content {
+    Text(String),
+    Parts(Vec<ContentPart>),
+}
+
+/// One part of a message's content.
+#[derive(Debug, Deserialize)]
+pub(crate) struct ContentPart {
+    #[serde(rename = "type")]
+    pub(crate) kind: String,
+    pub(crate) text: Option<String>,
+}
+
+impl<'de> Deserialize<'de> for Content {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct TextOrParts;
+        impl<'de> Visitor<'de> for TextOrParts {
+            type Value = Content;
+            fn expecting(&self, formatter: &mut fmt::Formatter) -> fmt::Result {
+                formatter.write_str("a string or a list of content parts")
+            }
+            fn visit_str<E>(self, value: &str) -> Result<Content, E> {
+                Ok(Content::Text(value.to_owned()))
+            }
+            fn visit_string<E>(self, value: String) -> Result<Content, E> {
+                Ok(Content::Text(value))
+            }
+            fn visit_seq<A: SeqAccess<'de>>(self, seq: A) -> Result<Content, A::Error> {
+                Vec::deserialize(de::value::SeqAccessDeserializer::new(seq)).map(Content::Parts)
+            }
+        }
+        deserializer.deserialize_any(TextOrParts)
+    }
+}

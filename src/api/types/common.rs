@@ -1,0 +1,210 @@
+use std::fmt;
+
+use serde::{
+    Deserialize, Deserializer,
+    de::{self, IgnoredAny, MapAccess, SeqAccess, Visitor},
+};
+
+/// A field of OpenAI's API that this server does not have. It is read only to tell whether it asks for anything: null,
+/// `false`, an empty string, list or object do not.
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
+pub(crate) struct Refused {
+    pub(crate) asks: bool,
+}
+
+impl<'de> Deserialize<'de> for Refused {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Any;
+        impl<'de> Visitor<'de> for Any {
+            type Value = bool;
+            fn expecting(&self, formatter: &mut fmt::Formatter) -> fmt::Result {
+                formatter.write_str("anything")
+            }
+            fn visit_bool<E>(self, value: bool) -> Result<bool, E> {
+                Ok(value)
+            }
+            fn visit_i64<E>(self, _: i64) -> Result<bool, E> {
+                Ok(true)
+            }
+            fn visit_u64<E>(self, _: u64) -> Result<bool, E> {
+                Ok(true)
+            }
+            fn visit_f64<E>(self, _: f64) -> Result<bool, E> {
+                Ok(true)
+            }
+            fn visit_str<E>(self, value: &str) -> Result<bool, E> {
+                Ok(!value.is_empty())
+            }
+            fn visit_unit<E>(self) -> Result<bool, E> {
+                Ok(false)
+            }
+            fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> Result<bool, A::Error> {
+                let mut asks = false;
+                while seq.next_element::<IgnoredAny>()?.is_some() {
+                    asks = true;
+                }
+                Ok(asks)
+            }
+            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<bool, A::Error> {
+                let mut asks = false;
+                while map.next_entry::<IgnoredAny, IgnoredAny>()?.is_some() {
+                    asks = true;
+                }
+                Ok(asks)
+            }
+        }
+        deserializer.deserialize_any(Any).map(|asks| Self { asks })
+    }
+}
+
+/// One string or several.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub(crate) struct Strings(pub(crate) Vec<String>);
+
+impl<'de> Deserialize<'de> for Strings {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct OneOrMany;
+        impl<'de> Visitor<'de> for OneOrMany {
+            type Value = Vec<String>;
+            fn expecting(&self, formatter: &mut fmt::Formatter) -> fmt::Result {
+                formatter.write_str("a string or a list of strings")
+            }
+            fn visit_str<E>(self, value: &str) -> Result<Vec<String>, E> {
+                Ok(vec![value.to_owned()])
+            }
+            fn visit_seq<A: SeqAccess<'de>>(self, seq: A) -> Result<Vec<String>, A::Error> {
+                Vec::deserialize(de::value::SeqAccessDeserializer::new(seq))
+            }
+        }
+        deserializer.deserialize_any(OneOrMany).map(Self)
+    }
+}
+
+/// `logit_bias`: token ids, as JSON object keys hence strings, and what is added to their logits.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub(crate) struct LogitBias(pub(crate) Vec<(u32, f64)>);
+
+impl<'de> Deserialize<'de> for LogitBias {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Biases;
+        impl<'de> Visitor<'de> for Biases {
+            type Value = Vec<(u32, f64)>;
+            fn expecting(&self, formatter: &mut fmt::Formatter) -> fmt::Result {
+                formatter.write_str("an object from token ids to numbers")
+            }
+            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Self::Value, A::Error> {
+                let mut biases = Vec::new();
+                while let Some(key) = map.next_key::<String>()? {
+                    let token = key.parse().map_err(|_| {
+                        let shown: String = key.chars().take(40).collect();
+                        de::Error::custom(format_args!("{shown:?} is not a token id"))
+                    })?;
+                    biases.push((token, map.next_value()?));
+                }
+                Ok(biases)
+            }
+        }
+        deserializer.deserialize_map(Biases).map(Self)
+    }
+}
+
+/// `stream_options`.
+#[derive(Debug, Clone, Copy, Default, Deserialize, PartialEq)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct StreamOptions {
+    /// Whether a last chunk tells the token counts.
+    #[serde(default)]
+    pub(crate) include_usage: Option<bool>,
+    /// Padding against traffic analysis: not done here.
+    #[serde(default)]
+    pub(crate) include_obfuscation: Option<Refused>,
+}
+
+/// How text is drawn and where it stops: the fields that both generating endpoints share, unchecked.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub(crate) struct SamplingFields {
+    pub(crate) temperature: Option<f64>,
+    pub(crate) top_p: Option<f64>,
+    pub(crate) top_k: Option<i64>,
+    pub(crate) min_p: Option<f64>,
+    pub(crate) repetition_penalty: Option<f64>,
+    pub(crate) presence_penalty: Option<f64>,
+    pub(crate) frequency_penalty: Option<f64>,
+    pub(crate) logit_bias: Option<LogitBias>,
+    pub(crate) seed: Option<i64>,
+    pub(crate) n: Option<i64>,
+    pub(crate) min_tokens: Option<i64>,
+    pub(crate) stop: Option<Strings>,
+    pub(crate) stop_token_ids: Option<Vec<i64>>,
+    pub(crate) ignore_eos: Option<bool>,
+    pub(crate) include_stop_str_in_output: Option<bool>,
+    pub(crate) skip_special_tokens: Option<bool>,
+    pub(crate) stream: Option<bool>,
+    pub(crate) stream_options: Option<StreamOptions>,
+}
+
+/// Declares a request's struct: the given fields, those of [`SamplingFields`], and the fields every endpoint accepts and
+/// needs not look at. A macro, because serde's `flatten` would forgo both the refusal of unknown fields and the field's
+/// name in errors.
+macro_rules! generating_request {
+    ($(#[$attribute:meta])* $name:ident { $($(#[$about:meta])* $field:ident: $type:ty,)* }) => {
+        $(#[$attribute])*
+        #[derive(Debug, Default, serde::Deserialize)]
+        #[serde(deny_unknown_fields, default)]
+        pub(crate) struct $name {
+            $($(#[$about])* pub(crate) $field: $type,)*
+            pub(crate) model: Option<String>,
+            temperature: Option<f64>,
+            top_p: Option<f64>,
+            top_k: Option<i64>,
+            min_p: Option<f64>,
+            repetition_penalty: Option<f64>,
+            presence_penalty: Option<f64>,
+            frequency_penalty: Option<f64>,
+            logit_bias: Option<crate::api::types::LogitBias>,
+            seed: Option<i64>,
+            n: Option<i64>,
+            min_tokens: Option<i64>,
+            stop: Option<crate::api::types::Strings>,
+            stop_token_ids: Option<Vec<i64>>,
+            ignore_eos: Option<bool>,
+            include_stop_str_in_output: Option<bool>,
+            skip_special_tokens: Option<bool>,
+            stream: Option<bool>,
+            stream_options: Option<crate::api::types::StreamOptions>,
+            /// Whose request this is: nothing here depends on it.
+            #[serde(rename = "user")]
+            _user: Option<serde::de::IgnoredAny>,
+            /// For OpenAI's dashboards.
+            #[serde(rename = "metadata")]
+            _metadata: Option<serde::de::IgnoredAny>,
+        }
+
+        impl $name {
+            /// The shared fields, moved out.
+            pub(crate) fn take_sampling(&mut self) -> crate::api::types::SamplingFields {
+                crate::api::types::SamplingFields {
+                    temperature: self.temperature,
+                    top_p: self.top_p,
+                    top_k: self.top_k,
+                    min_p: self.min_p,
+                    repetition_penalty: self.repetition_penalty,
+                    presence_penalty: self.presence_penalty,
+                    frequency_penalty: self.frequency_penalty,
+                    logit_bias: self.logit_bias.take(),
+                    seed: self.seed,
+                    n: self.n,
+                    min_tokens: self.min_tokens,
+                    stop: self.stop.take(),
+                    stop_token_ids: self.stop_token_ids.take(),
+                    ignore_eos: self.ignore_eos,
+                    include_stop_str_in_output: self.include_stop_str_in_output,
+                    skip_special_tokens: self.skip_special_tokens,
+                    stream: self.stream,
+                    stream_options: self.stream_options,
+                }
+            }
+        }
+    };
+}
+pub(crate) use generating_request;

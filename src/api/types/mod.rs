@@ -1,0 +1,11 @@
+//! What clients send and what they are sent, as JSON. Requests name every field they know; an unknown one is an error.
+
+mod chat;
+mod common;
+mod completion;
+mod tokenize;
+
+pub(crate) use chat::{ChatRequest, Content, ContentPart, Message};
+pub(crate) use common::{LogitBias, Refused, SamplingFields, StreamOptions, Strings, generating_request};
+pub(crate) use completion::{CompletionRequest, Prompt};
+pub(crate) use tokenize::{DetokenizeRequest, TokenizeRequest};

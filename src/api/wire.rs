@@ -1,0 +1,95 @@
+use serde::Serialize;
+
+use super::output::{Finish, Output};
+
+/// Token counts of an answer.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Serialize)]
+pub(crate) struct Usage {
+    prompt_tokens: u32,
+    completion_tokens: u32,
+    total_tokens: u32,
+    prompt_tokens_details: PromptDetails,
+}
+
+#[derive(Debug, Clone, Copy, Default, PartialEq, Serialize)]
+struct PromptDetails {
+    /// Of the prompt, how much was found in the cache.
+    cached_tokens: u32,
+}
+
+impl Usage {
+    /// Counts a prompt once and all of its choices' tokens. The first choice tells what was cached: the others find
+    /// what it computed.
+    pub(crate) fn add_prompt<'a>(&mut self, prompt_tokens: u32, choices: impl Iterator<Item = &'a Output>) {
+        self.prompt_tokens += prompt_tokens;
+        for (index, choice) in choices.enumerate() {
+            self.completion_tokens += choice.completion_tokens;
+            if index == 0 {
+                self.prompt_tokens_details.cached_tokens += choice.cached_tokens;
+            }
+        }
+        self.total_tokens = self.prompt_tokens + self.completion_tokens;
+    }
+}
+
+/// What all answers and chunks have around their choices.
+#[derive(Serialize)]
+pub(crate) struct Envelope<'a, C> {
+    pub(crate) id: &'a str,
+    pub(crate) object: &'static str,
+    pub(crate) created: u64,
+    pub(crate) model: &'a str,
+    pub(crate) choices: C,
+    /// `Some(None)` is null: chunks before the last of a stream that will tell.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) usage: Option<Option<Usage>>,
+}
+
+/// A choice of a completion, whole or the next piece of it.
+#[derive(Serialize)]
+pub(crate) struct CompletionChoice<'a, L> {
+    pub(crate) index: usize,
+    pub(crate) text: &'a str,
+    pub(crate) logprobs: Option<L>,
+    pub(crate) finish_reason: Option<&'static str>,
+}
+
+/// A choice of a chat.
+#[derive(Serialize)]
+pub(crate) struct ChatChoice<'a, L> {
+    pub(crate) index: usize,
+    pub(crate) message: ChatMessage<'a>,
+    pub(crate) logprobs: Option<L>,
+    pub(crate) finish_reason: Option<&'static str>,
+}
+
+/// The answer of a chat.
+#[derive(Serialize)]
+pub(crate) struct ChatMessage<'a> {
+    pub(crate) role: &'static str,
+    pub(crate) content: &'a str,
+    pub(crate) refusal: Option<()>,
+}
+
+/// The next piece of a chat's choice.
+#[derive(Serialize)]
+pub(crate) struct ChatChunkChoice<'a, L> {
+    pub(crate) index: usize,
+    pub(crate) delta: Delta<'a>,
+    pub(crate) logprobs: Option<L>,
+    pub(crate) finish_reason: Option<&'static str>,
+}
+
+/// What is new in a chat's answer.
+#[derive(Default, Serialize)]
+pub(crate) struct Delta<'a> {
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) role: Option<&'static str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) content: Option<&'a str>,
+}
+
+/// OpenAI's word for how an answer ended, once it has.
+pub(crate) fn finish_reason(finish: Option<Finish>) -> Option<&'static str> {
+    finish.map(Finish::as_str)
+}
