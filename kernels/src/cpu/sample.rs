@@ -17,6 +17,8 @@ pub(crate) struct SampleScratch {
     keys: Vec<u64>,
     /// Sums of weights, one a block of logits.
     sums: Vec<f64>,
+    /// Weights of all tokens, whole blocks of them.
+    weights: Vec<f32>,
     /// The logits as the model gave them, where they are still wanted after penalties.
     raw: Vec<f32>,
     /// How often each token was seen; all 0 between rows.
@@ -29,6 +31,7 @@ impl SampleScratch {
         Self {
             keys: Vec::with_capacity(vocab),
             sums: vec![0.0; vocab.div_ceil(scan::BLOCK)],
+            weights: vec![0.0; vocab.next_multiple_of(scan::BLOCK)],
             raw: vec![0.0; vocab],
             seen: vec![0; vocab],
         }
@@ -126,7 +129,7 @@ fn adjust(
 
 /// Draws from logits of which at least one, `max`, is finite, and none is NaN or +inf.
 fn draw(logits: &[f32], params: &SamplingParams, max: f32, position: u64, scratch: &mut SampleScratch) -> u32 {
-    let SampleScratch { keys, sums, .. } = scratch;
+    let SampleScratch { keys, sums, weights, .. } = scratch;
     // Finite, so that the likeliest token weighs e^(0 · x) = 1 however small the temperature.
     let inverse_temperature = (1.0 / params.temperature).min(f32::MAX);
     let mut weighing = Weighing { max, inverse_temperature, cut: scan::KEEP_ALL };
@@ -137,16 +140,12 @@ fn draw(logits: &[f32], params: &SamplingParams, max: f32, position: u64, scratc
         weighing.cut = keys[top_k - 1];
     }
     if params.top_p < 1.0 {
-        let total = if filters_k {
-            mass(keys, &weighing)
+        weighing.cut = if filters_k {
+            let wanted = params.top_p as f64 * mass(keys, &weighing);
+            nucleus(keys, &weighing, wanted)
         } else {
-            let total = scan::weigh(logits, &weighing, sums);
-            // Tokens lighter than this have, all together, less than the mass that may be left out.
-            let lightest = (1.0 - params.top_p as f64) * total / logits.len() as f64;
-            scan::collect(logits, logit_of_weight(lightest, max, params.temperature).next_down(), keys);
-            total
+            nucleus_of_all(logits, &weighing, params, keys, weights)
         };
-        weighing.cut = nucleus(keys, &weighing, params.top_p as f64 * total);
     }
     if params.min_p > 0.0 {
         // The key below all others with that logit, so that all of them are kept.
@@ -166,6 +165,47 @@ fn logit_of_weight(weight: f64, max: f32, temperature: f32) -> f32 {
 
 fn mass(keys: &[u64], weighing: &Weighing) -> f64 {
     keys.iter().map(|&key| weighing.weight(logit_and_id(key).0) as f64).sum()
+}
+
+/// [`nucleus`] of the whole vocabulary: first narrows down where it ends, by the masses above a few bars at a time, until few
+/// enough tokens are left to select among.
+fn nucleus_of_all(
+    logits: &[f32],
+    weighing: &Weighing,
+    params: &SamplingParams,
+    keys: &mut Vec<u64>,
+    weights: &mut [f32],
+) -> u64 {
+    const FEW: usize = 1024;
+    let total = scan::weigh_all(logits, weighing, weights);
+    let wanted = params.top_p as f64 * total;
+    // Tokens lighter than this have, all together, less than the mass that may be left out.
+    let lightest = (1.0 - params.top_p as f64) * total / logits.len() as f64;
+    let lowest = logit_of_weight(lightest, weighing.max, params.temperature).next_down();
+    // The nucleus ends at a token whose logit is in `from..to`; those from `to` up weigh `reached`.
+    let (mut from, mut to, mut reached) = (lowest.max(f32::MIN), f32::INFINITY, 0.0);
+    // Three passes divide the range by hundreds; what they cannot divide are ties.
+    for _ in 0..3 {
+        if scan::count(logits, from, to) <= FEW {
+            break;
+        }
+        let (low, high) = (from as f64, to.min(weighing.max) as f64);
+        let bars = std::array::from_fn(|i| (high - (high - low) * (i + 1) as f64 / (scan::BARS + 1) as f64) as f32);
+        let masses = scan::masses(logits, weights, &bars);
+        for (bar, mass) in bars.into_iter().zip(masses) {
+            if mass >= wanted {
+                from = bar;
+                break;
+            }
+            (to, reached) = (bar, mass);
+        }
+    }
+    scan::collect(logits, from, to, keys);
+    if keys.is_empty() {
+        // Only rounding can leave nobody to complete the mass.
+        return key(to, u32::MAX as usize);
+    }
+    nucleus(keys, weighing, wanted - reached)
 }
 
 /// The key of the token that completes `wanted` when weights are added up from the likeliest down: quickselect by mass

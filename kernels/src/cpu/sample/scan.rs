@@ -100,9 +100,13 @@ impl Weighing {
         if !any_at_least(logits, lowest) {
             return false;
         }
-        *weights = [0.0; BLOCK];
+        if logits.len() < BLOCK {
+            *weights = [0.0; BLOCK];
+        }
         for (weight, &x) in weights.iter_mut().zip(logits) {
-            *weight = if x >= lowest { self.weight(x) } else { 0.0 };
+            // The weight is worked out either way: a choice between two values needs no branch.
+            let full = self.weight(x);
+            *weight = if x >= lowest { full } else { 0.0 };
         }
         if (start..start + logits.len()).contains(&(last as usize)) {
             for i in last as usize - start + 1..logits.len() {
@@ -117,14 +121,21 @@ impl Weighing {
 
 #[inline(always)]
 fn any_at_least(logits: &[f32], lowest: f32) -> bool {
-    let mut any = [0u32; LANES];
+    highest(logits) >= lowest
+}
+
+/// The highest of a few logits, NaN passed over; -inf if there is none.
+#[inline(always)]
+fn highest(logits: &[f32]) -> f32 {
+    let mut max = [f32::NEG_INFINITY; LANES];
     let (groups, rest) = logits.as_chunks::<LANES>();
     for group in groups {
         for lane in 0..LANES {
-            any[lane] |= (group[lane] >= lowest) as u32;
+            max[lane] = if group[lane] > max[lane] { group[lane] } else { max[lane] };
         }
     }
-    any.iter().any(|&a| a != 0) || rest.iter().any(|&x| x >= lowest)
+    let larger = |a: f32, &b: &f32| if b > a { b } else { a };
+    max.iter().chain(rest).fold(f32::NEG_INFINITY, larger)
 }
 
 widest! {
@@ -137,19 +148,90 @@ fn weigh_body(logits: &[f32], weighing: &Weighing, sums: &mut [f64]) -> f64 {
     let mut total = 0.0;
     let mut weights = [0.0; BLOCK];
     for (block, (xs, sum)) in logits.chunks(BLOCK).zip(sums).enumerate() {
-        *sum = 0.0;
-        if weighing.block(block * BLOCK, xs, &mut weights) {
-            let mut lanes = [0.0f32; LANES];
-            for group in weights.as_chunks::<LANES>().0 {
-                for lane in 0..LANES {
-                    lanes[lane] += group[lane];
-                }
-            }
-            *sum = lanes.iter().map(|&lane| lane as f64).sum();
-        }
+        *sum = if weighing.block(block * BLOCK, xs, &mut weights) { self::sum(&weights) } else { 0.0 };
         total += *sum;
     }
     total
+}
+
+widest! {
+    /// [`weigh`] for a cut that nothing is below, keeping the weights: `weights` has room for those of whole blocks.
+    fn weigh_all(logits: &[f32], weighing: &Weighing, weights: &mut [f32]) -> f64 = weigh_all_body
+}
+
+#[inline(always)]
+fn weigh_all_body(logits: &[f32], weighing: &Weighing, weights: &mut [f32]) -> f64 {
+    let mut total = 0.0;
+    for (block, (xs, weights)) in logits.chunks(BLOCK).zip(weights.as_chunks_mut::<BLOCK>().0).enumerate() {
+        *weights = [0.0; BLOCK];
+        weighing.block(block * BLOCK, xs, weights);
+        total += sum(weights);
+    }
+    total
+}
+
+/// The sum of the weights of those logits of a block that reach `bar`: in lanes, then across.
+#[inline(always)]
+fn sum_from(weights: &[f32; BLOCK], logits: &[f32; BLOCK], bar: f32) -> f64 {
+    let mut lanes = [0.0f32; LANES];
+    for (weights, logits) in weights.as_chunks::<LANES>().0.iter().zip(logits.as_chunks::<LANES>().0) {
+        for lane in 0..LANES {
+            // All bits or none: a mask is sure to become vector code where a condition is not.
+            let mask = 0u32.wrapping_sub((logits[lane] >= bar) as u32);
+            lanes[lane] += f32::from_bits(weights[lane].to_bits() & mask);
+        }
+    }
+    lanes.iter().map(|&lane| lane as f64).sum()
+}
+
+/// The sum of the weights of a block: in lanes, then across.
+#[inline(always)]
+fn sum(weights: &[f32; BLOCK]) -> f64 {
+    let mut lanes = [0.0f32; LANES];
+    for group in weights.as_chunks::<LANES>().0 {
+        for lane in 0..LANES {
+            lanes[lane] += group[lane];
+        }
+    }
+    lanes.iter().map(|&lane| lane as f64).sum()
+}
+
+/// Bars whose masses one pass measures.
+pub(super) const BARS: usize = 8;
+
+widest! {
+    /// For each bar, what the tokens whose logits reach it weigh together. `weights` is what [`weigh_all`] filled.
+    fn masses(logits: &[f32], weights: &[f32], bars: &[f32; BARS]) -> [f64; BARS] = masses_body
+}
+
+#[inline(always)]
+fn masses_body(logits: &[f32], weights: &[f32], bars: &[f32; BARS]) -> [f64; BARS] {
+    let mut masses = [0.0; BARS];
+    let mut padded = [f32::NEG_INFINITY; BLOCK];
+    for (xs, weights) in logits.chunks(BLOCK).zip(weights.as_chunks::<BLOCK>().0) {
+        let xs = match xs.as_array::<BLOCK>() {
+            Some(xs) => xs,
+            None => {
+                padded[..xs.len()].copy_from_slice(xs);
+                &padded
+            }
+        };
+        for (mass, &bar) in masses.iter_mut().zip(bars) {
+            *mass += sum_from(weights, xs, bar);
+        }
+    }
+    masses
+}
+
+widest! {
+    /// How many logits are at least `lowest` and below `end`.
+    fn count(logits: &[f32], lowest: f32, end: f32) -> usize = count_body
+}
+
+#[inline(always)]
+fn count_body(logits: &[f32], lowest: f32, end: f32) -> usize {
+    let in_block = |xs: &[f32]| xs.iter().map(|&x| (x >= lowest && x < end) as u32).sum::<u32>() as usize;
+    logits.chunks(BLOCK).map(in_block).sum()
 }
 
 /// The first token, in the order of ids, at which the sum of weights exceeds `target`. `sums` is what [`weigh`] made of
@@ -186,18 +268,19 @@ fn within_block(block: usize, logits: &[f32], weighing: &Weighing, target: f64) 
 }
 
 widest! {
-    /// Collects the [`key`]s of all logits that are at least `lowest`, in the order of ids. `keys` has room for all.
-    fn collect(logits: &[f32], lowest: f32, keys: &mut Vec<u64>) = collect_body
+    /// Collects the [`key`]s of all logits that are at least `lowest` and below `end`, in the order of ids. `keys` has room
+    /// for all.
+    fn collect(logits: &[f32], lowest: f32, end: f32, keys: &mut Vec<u64>) = collect_body
 }
 
 #[inline(always)]
-fn collect_body(logits: &[f32], lowest: f32, keys: &mut Vec<u64>) {
+fn collect_body(logits: &[f32], lowest: f32, end: f32, keys: &mut Vec<u64>) {
     keys.clear();
-    for (block, xs) in logits.chunks(64).enumerate() {
-        // What is looked for is rare: most blocks are passed over at the speed of comparing.
-        if any_at_least(xs, lowest) {
-            let start = block * 64;
-            keys.extend(xs.iter().enumerate().filter(|(_, x)| **x >= lowest).map(|(i, &x)| key(x, start + i)));
+    for (group, xs) in logits.chunks(LANES).enumerate() {
+        // What is looked for is rare: most groups are passed over at the speed of comparing.
+        if xs.iter().map(|&x| (x >= lowest && x < end) as u32).sum::<u32>() > 0 {
+            let wanted = xs.iter().enumerate().filter(|(_, x)| **x >= lowest && **x < end);
+            keys.extend(wanted.map(|(i, &x)| key(x, group * LANES + i)));
         }
     }
 }
