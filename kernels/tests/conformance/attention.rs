@@ -22,7 +22,7 @@ struct Case {
 impl Case {
     fn new(heads: usize, kv_heads: usize, head_dim: usize, block_size: usize, dtype: KvDType) -> Self {
         let shape = AttentionShape { heads, kv_heads, head_dim };
-        Self { shape, block_size, dtype, qk_norm: (heads + head_dim / 8) % 2 == 0, rotary: head_dim }
+        Self { shape, block_size, dtype, qk_norm: (heads + head_dim / 8).is_multiple_of(2), rotary: head_dim }
     }
 
     /// What two right answers may differ by. Scores and sums in single precision are off by some 1e-6. The rest is keys

@@ -98,7 +98,7 @@ fn top_p_stops_where_it_is_reached_exactly() {
     // With equal weights all sums are exact.
     for vocab in [4, 64, 1024, 4096, 16_384] {
         let logits = vec![-2.5; vocab];
-        let counts = histogram(&logits, &SamplingParams { top_p: 0.5, seed: 5, ..params() }, 8 * vocab.min(500));
+        let counts = histogram(&logits, &SamplingParams { top_p: 0.5, seed: 5, ..params() }, 4 * vocab.min(200));
         let last = counts.iter().rposition(|&count| count > 0).unwrap();
         assert!(last < vocab / 2, "{last} of {vocab} was drawn");
         assert!(last >= vocab / 4);
