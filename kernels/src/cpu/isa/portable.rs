@@ -1,0 +1,179 @@
+use half::{bf16, f16};
+
+use super::{Isa, LANES};
+
+/// Arrays and loops, on any machine. Slow where `f32::mul_add` is a library call, but right.
+#[derive(Clone, Copy)]
+pub(super) struct Portable;
+
+type Lanes = [f32; LANES];
+
+#[inline(always)]
+fn zip(a: Lanes, b: Lanes, f: impl Fn(f32, f32) -> f32) -> Lanes {
+    std::array::from_fn(|i| f(a[i], b[i]))
+}
+
+#[inline(always)]
+fn dot(mut sum: [i32; LANES], w: &[i16; 4 * LANES], a: [i8; 4]) -> [i32; LANES] {
+    for (column, sum) in sum.iter_mut().enumerate() {
+        for (k, &a) in a.iter().enumerate() {
+            *sum += i32::from(w[column * 4 + k]) * i32::from(a);
+        }
+    }
+    sum
+}
+
+// SAFETY (of every block below): the trait's callers vouch for the elements behind each pointer; reads and writes are
+// unaligned.
+impl Isa for Portable {
+    type F = Lanes;
+    type W = [i16; 4 * LANES];
+    type I = [i32; LANES];
+    const WIDE: bool = false;
+
+    #[inline(always)]
+    fn splat(self, x: f32) -> Lanes {
+        [x; LANES]
+    }
+    #[inline(always)]
+    unsafe fn load(self, p: *const f32) -> Lanes {
+        // SAFETY: see above.
+        unsafe { p.cast::<Lanes>().read_unaligned() }
+    }
+    #[inline(always)]
+    unsafe fn store(self, p: *mut f32, x: Lanes) {
+        // SAFETY: see above.
+        unsafe { p.cast::<Lanes>().write_unaligned(x) }
+    }
+    #[inline(always)]
+    unsafe fn load_f16(self, p: *const u16) -> Lanes {
+        // SAFETY: see above.
+        let bits = unsafe { p.cast::<[u16; LANES]>().read_unaligned() };
+        bits.map(|b| f16::from_bits(b).to_f32())
+    }
+    #[inline(always)]
+    unsafe fn load_bf16(self, p: *const u16) -> Lanes {
+        // SAFETY: see above.
+        let bits = unsafe { p.cast::<[u16; LANES]>().read_unaligned() };
+        bits.map(|b| bf16::from_bits(b).to_f32())
+    }
+    #[inline(always)]
+    unsafe fn load_bf16_pairs(self, p: *const u16) -> (Lanes, Lanes) {
+        // SAFETY: see above; pairs are 32 elements.
+        let bits = unsafe { p.cast::<[[u16; 2]; LANES]>().read_unaligned() };
+        (bits.map(|b| bf16::from_bits(b[0]).to_f32()), bits.map(|b| bf16::from_bits(b[1]).to_f32()))
+    }
+    #[inline(always)]
+    unsafe fn store_f16(self, p: *mut u16, x: Lanes) {
+        // SAFETY: see above.
+        unsafe { p.cast::<[u16; LANES]>().write_unaligned(x.map(|v| f16::from_f32(v).to_bits())) }
+    }
+    #[inline(always)]
+    fn add(self, a: Lanes, b: Lanes) -> Lanes {
+        zip(a, b, |a, b| a + b)
+    }
+    #[inline(always)]
+    fn sub(self, a: Lanes, b: Lanes) -> Lanes {
+        zip(a, b, |a, b| a - b)
+    }
+    #[inline(always)]
+    fn mul(self, a: Lanes, b: Lanes) -> Lanes {
+        zip(a, b, |a, b| a * b)
+    }
+    #[inline(always)]
+    fn div(self, a: Lanes, b: Lanes) -> Lanes {
+        zip(a, b, |a, b| a / b)
+    }
+    #[inline(always)]
+    fn fma(self, a: Lanes, b: Lanes, c: Lanes) -> Lanes {
+        std::array::from_fn(|i| a[i].mul_add(b[i], c[i]))
+    }
+    #[inline(always)]
+    fn max(self, a: Lanes, b: Lanes) -> Lanes {
+        zip(a, b, |a, b| if a > b { a } else { b })
+    }
+    #[inline(always)]
+    fn min(self, a: Lanes, b: Lanes) -> Lanes {
+        zip(a, b, |a, b| if a < b { a } else { b })
+    }
+    #[inline(always)]
+    fn abs(self, a: Lanes) -> Lanes {
+        a.map(f32::abs)
+    }
+    #[inline(always)]
+    fn round(self, a: Lanes) -> Lanes {
+        a.map(f32::round_ties_even)
+    }
+    #[inline(always)]
+    fn pow2(self, n: Lanes) -> Lanes {
+        n.map(|n| f32::from_bits(((n as i32).wrapping_add(127) as u32) << 23))
+    }
+    #[inline(always)]
+    fn zero_if_lt(self, x: Lanes, a: Lanes, b: Lanes) -> Lanes {
+        std::array::from_fn(|i| if a[i] < b[i] { 0.0 } else { x[i] })
+    }
+    #[inline(always)]
+    fn reduce_add(self, mut a: Lanes) -> f32 {
+        for step in [8, 4, 2, 1] {
+            for i in 0..step {
+                a[i] += a[i + step];
+            }
+        }
+        a[0]
+    }
+    #[inline(always)]
+    fn reduce_max(self, a: Lanes) -> f32 {
+        a.into_iter().fold(f32::NEG_INFINITY, |a, b| if a > b { a } else { b })
+    }
+    #[inline(always)]
+    unsafe fn store_i8(self, p: *mut i8, x: Lanes) -> i32 {
+        let bytes = x.map(|x| x.round_ties_even() as i8);
+        // SAFETY: see above.
+        unsafe { p.cast::<[i8; LANES]>().write_unaligned(bytes) };
+        bytes.into_iter().map(i32::from).sum()
+    }
+
+    #[inline(always)]
+    fn int_zero(self) -> Self::I {
+        [0; LANES]
+    }
+    #[inline(always)]
+    unsafe fn load_u4(self, p: *const u8) -> (Self::W, Self::W) {
+        // SAFETY: see above; 64 bytes.
+        let bytes = unsafe { p.cast::<[u8; 4 * LANES]>().read_unaligned() };
+        (bytes.map(|b| i16::from(b & 15)), bytes.map(|b| i16::from(b >> 4)))
+    }
+    #[inline(always)]
+    unsafe fn load_u8(self, p: *const u8) -> Self::W {
+        // SAFETY: see above; 64 bytes.
+        unsafe { p.cast::<[u8; 4 * LANES]>().read_unaligned() }.map(i16::from)
+    }
+    #[inline(always)]
+    unsafe fn store_u8(self, p: *mut u8, w: Self::W) {
+        // SAFETY: see above; 64 bytes.
+        unsafe { p.cast::<[u8; 4 * LANES]>().write_unaligned(w.map(|w| w as u8)) }
+    }
+    #[inline(always)]
+    unsafe fn load_i8(self, p: *const u8) -> Self::W {
+        // SAFETY: see above; 64 bytes.
+        unsafe { p.cast::<[i8; 4 * LANES]>().read_unaligned() }.map(i16::from)
+    }
+    #[inline(always)]
+    unsafe fn dot_u4(self, sum: Self::I, w: Self::W, a: *const i8) -> Self::I {
+        // SAFETY: see above; four activations.
+        dot(sum, &w, unsafe { a.cast::<[i8; 4]>().read_unaligned() })
+    }
+    #[inline(always)]
+    unsafe fn dot_i8(self, sum: Self::I, w: Self::W, a: *const i8) -> Self::I {
+        // SAFETY: see above; four activations.
+        dot(sum, &w, unsafe { a.cast::<[i8; 4]>().read_unaligned() })
+    }
+    #[inline(always)]
+    fn finish_u4(self, sum: Self::I) -> Lanes {
+        sum.map(|s| s as f32)
+    }
+    #[inline(always)]
+    fn finish_i8(self, sum: Self::I, _activations: i32) -> Lanes {
+        sum.map(|s| s as f32)
+    }
+}

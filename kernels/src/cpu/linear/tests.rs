@@ -1,0 +1,152 @@
+use super::*;
+use crate::DType;
+use crate::cpu::isa::Level;
+
+const ALL: [DType; 11] = [
+    DType::F32,
+    DType::F16,
+    DType::BF16,
+    DType::Q4_0,
+    DType::Q4_1,
+    DType::Q5_0,
+    DType::Q5_1,
+    DType::Q8_0,
+    DType::Q4K,
+    DType::Q5K,
+    DType::Q6K,
+];
+
+struct Machine {
+    dispatch: Dispatch,
+    pool: Pool,
+    scratch: Scratch,
+}
+
+impl Machine {
+    fn new(level: Level, threads: usize) -> Option<Self> {
+        Some(Self { dispatch: Dispatch::new(level)?, pool: Pool::new(threads), scratch: Scratch::new(threads) })
+    }
+
+    fn product(&mut self, x: &[f32], weight: &Linear, bias: &[f32]) -> Vec<f32> {
+        let rows = x.len() / weight.cols();
+        let mut input = Activations::new(rows, weight.cols());
+        input.set_rows(rows);
+        input.values_mut().copy_from_slice(x);
+        let mut out = Activations::new(rows, weight.rows());
+        weight.product(self.dispatch, &mut self.pool, &mut self.scratch, &input, Some(bias), &mut out);
+        out.values().to_vec()
+    }
+}
+
+fn noise(len: usize, seed: u32) -> Vec<f32> {
+    (0..len as u32).map(|i| ((i + seed).wrapping_mul(2_654_435_761) >> 8) as f32 / (1 << 23) as f32 - 1.0).collect()
+}
+
+/// Any bits, but every f16 in the blocks' heads (or elements) finite and small.
+fn bytes(dtype: DType, elements: usize) -> Vec<u8> {
+    let len = elements / dtype.block_len() * dtype.block_bytes();
+    let mut bytes: Vec<u8> = (0..len as u32).map(|i| (i.wrapping_mul(2_654_435_761) >> 13) as u8).collect();
+    match dtype {
+        DType::F32 => bytes = noise(elements, 5).iter().flat_map(|v| v.to_le_bytes()).collect(),
+        DType::F16 | DType::BF16 => bytes.chunks_exact_mut(2).for_each(|v| v[1] = v[1] & 0x83 | 0x38),
+        _ => {
+            for block in bytes.chunks_exact_mut(dtype.block_bytes()) {
+                for at in if dtype == DType::Q6K { [209, 209] } else { [1, 3] } {
+                    block[at] = block[at] & 0x83 | 0x20;
+                }
+            }
+        }
+    }
+    bytes
+}
+
+/// 37 output features: two whole groups of columns and a part of one.
+fn weight(pool: &mut Pool, dtype: DType, cols: usize) -> Linear {
+    let bytes = bytes(dtype, 37 * cols);
+    Linear::new(pool, &[Matrix::new(dtype, 37, cols, &bytes).expect("matrix")]).expect("weight")
+}
+
+#[test]
+fn one_row_gives_the_bits_it_gives_among_many() {
+    // Wide enough that a panel does not hold all of `k`.
+    let cols = 1024;
+    let mut machine = Machine::new(Level::detect(), 2).expect("detected");
+    for dtype in ALL {
+        let weight = weight(&mut machine.pool, dtype, cols);
+        let (x, bias) = (noise(135 * cols, 1), noise(37, 2));
+        let all = machine.product(&x, &weight, &bias);
+        assert!(all.iter().all(|v| v.is_finite()), "{dtype:?}");
+        for rows in [1, 2, 3, 4, 5, 13, 64] {
+            let first = 135 - rows;
+            let some = machine.product(&x[first * cols..], &weight, &bias);
+            assert!(some == all[first * 37..], "{dtype:?}: {rows} rows");
+        }
+    }
+}
+
+#[test]
+fn every_instruction_set_and_thread_count_gives_the_same_bits() {
+    let cols = 256;
+    let mut portable = Machine::new(Level::Portable, 1).expect("always there");
+    for dtype in ALL {
+        let weight = weight(&mut portable.pool, dtype, cols);
+        let (x, bias) = (noise(9 * cols, 3), noise(37, 4));
+        let expected = portable.product(&x, &weight, &bias);
+        for level in [Level::Avx2, Level::Avx512] {
+            for threads in [1, 3] {
+                let Some(mut machine) = Machine::new(level, threads) else { continue };
+                assert!(machine.product(&x, &weight, &bias) == expected, "{dtype:?}, {level:?}, {threads} threads");
+            }
+        }
+    }
+}
+
+#[test]
+fn a_product_is_that_of_the_unpacked_rows() {
+    let cols = 512;
+    let mut machine = Machine::new(Level::detect(), 1).expect("detected");
+    for dtype in ALL {
+        let weight = weight(&mut machine.pool, dtype, cols);
+        let (x, bias) = (noise(6 * cols, 7), noise(37, 8));
+        let product = machine.product(&x, &weight, &bias);
+        let mut row = vec![0.0f32; cols];
+        for column in 0..37 {
+            weight.row(column, &mut row);
+            for (i, x) in x.chunks_exact(cols).enumerate() {
+                let terms = || row.iter().zip(x).map(|(w, x)| f64::from(w * x));
+                let exact = terms().sum::<f64>() + f64::from(bias[column]);
+                // Rounding an activation in ±1 to 8 bits is off by at most 1/254.
+                let room: f64 = row.iter().map(|w| f64::from(w.abs()) / 254.0).sum::<f64>() * 0.5 + 1e-3;
+                let off = (f64::from(product[i * 37 + column]) - exact).abs();
+                assert!(off <= room, "{dtype:?}: {off} off, {room} allowed");
+            }
+        }
+    }
+}
+
+#[test]
+fn the_largest_quants_do_not_overflow() {
+    // Largest weights against largest activations, where 16-bit sums come closest to their limits.
+    let cols = 64;
+    for level in [Level::Portable, Level::Avx2, Level::Avx512] {
+        let Some(mut machine) = Machine::new(level, 1) else { continue };
+        for (dtype, quant, largest) in
+            [(DType::Q4_1, 0xffu8, 15.0), (DType::Q8_0, 0x80, -128.0), (DType::Q8_0, 0x7f, 127.0)]
+        {
+            let head = dtype.block_bytes() - if dtype == DType::Q4_1 { 16 } else { 32 };
+            let mut block = vec![quant; dtype.block_bytes()];
+            block[..head].fill(0);
+            block[1] = 0x3c; // a scale of 1
+            let bytes = block.repeat(16 * cols / 32);
+            let weight = Linear::new(&mut machine.pool, &[Matrix::new(dtype, 16, cols, &bytes).expect("matrix")]);
+            for sign in [1.0, -1.0] {
+                let x = vec![sign * 127.0; cols];
+                let product = machine.product(&x, weight.as_ref().expect("weight"), &[0.0; 16]);
+                assert!(
+                    product.iter().all(|&v| v == largest * 127.0 * sign * cols as f32),
+                    "{level:?} {dtype:?} {product:?}"
+                );
+            }
+        }
+    }
+}

@@ -1,0 +1,238 @@
+//! Threads that share the chunks of one operation.
+//!
+//! [`Pool::run`] publishes a job and works on it itself; workers help. Chunks are claimed one by one from a counter, and
+//! the caller waits for chunks to be finished, not for workers to arrive: on shared cores a worker that the system has put
+//! aside delays nothing but the chunk it holds. A job costs no allocation, no lock and, while workers are
+//! awake, no system call. Workers spin for a moment after a job, because the next is usually microseconds away, then park.
+
+use std::hint::spin_loop;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU32, AtomicU64, AtomicUsize, Ordering::*};
+use std::thread::{self, JoinHandle, Thread};
+
+/// Times a worker looks for new work before it parks: some tens of microseconds.
+const WORKER_SPINS: u32 = 2_000;
+/// Times the caller looks for the last chunks before it starts to give up its core between looks.
+const CALLER_SPINS: u32 = 2_000;
+
+/// A job's function: `(context, thread, chunk)`.
+type Entry = unsafe fn(*const (), usize, usize);
+
+struct Shared {
+    /// Job number in the upper half, chunks not yet claimed in the lower. One word, so that a claim can never mix two jobs.
+    claim: AtomicU64,
+    /// The job. Written only while `claim` says that nothing is left and all chunks are finished.
+    entry: AtomicPtr<()>,
+    context: AtomicPtr<()>,
+    chunks: AtomicUsize,
+    finished: AtomicU32,
+    panicked: AtomicBool,
+    stop: AtomicBool,
+    /// One a worker: set while it is parked or about to park.
+    parked: Vec<AtomicBool>,
+}
+
+impl Shared {
+    /// Works on the current job until no chunk is left to claim.
+    fn help(&self, thread: usize) {
+        loop {
+            let word = self.claim.load(Acquire);
+            if word as u32 == 0 {
+                return;
+            }
+            // These belong to the job in `word` if the exchange below succeeds: until its last chunk is claimed and
+            // finished nobody writes them.
+            let (entry, context) = (self.entry.load(Relaxed), self.context.load(Relaxed));
+            let chunks = self.chunks.load(Relaxed);
+            if self.claim.compare_exchange_weak(word, word - 1, AcqRel, Relaxed).is_err() {
+                continue;
+            }
+            let chunk = chunks - word as u32 as usize;
+            // SAFETY: `run` stored an `Entry` here, and its context lives until `finished` reaches `chunks`.
+            let outcome = catch_unwind(AssertUnwindSafe(|| unsafe {
+                std::mem::transmute::<*mut (), Entry>(entry)(context, thread, chunk);
+            }));
+            if outcome.is_err() {
+                self.panicked.store(true, Relaxed);
+            }
+            self.finished.fetch_add(1, Release);
+        }
+    }
+
+    fn work(&self, thread: usize) {
+        let parked = &self.parked[thread - 1];
+        loop {
+            let mut spins = 0;
+            while self.claim.load(Acquire) as u32 == 0 && spins < WORKER_SPINS && !self.stop.load(Relaxed) {
+                spin_loop();
+                spins += 1;
+            }
+            if self.claim.load(Acquire) as u32 == 0 {
+                // Announce first, look again, then park; the caller publishes first and then looks for the announcement.
+                parked.store(true, SeqCst);
+                while parked.load(SeqCst) && self.claim.load(SeqCst) as u32 == 0 && !self.stop.load(SeqCst) {
+                    thread::park();
+                }
+                parked.store(false, SeqCst);
+            }
+            if self.stop.load(Relaxed) {
+                return;
+            }
+            self.help(thread);
+        }
+    }
+}
+
+/// Worker threads, and the thread that calls [`Pool::run`].
+pub(crate) struct Pool {
+    shared: Arc<Shared>,
+    workers: Vec<(Thread, Option<JoinHandle<()>>)>,
+}
+
+impl Pool {
+    /// A pool of `threads` in all, the caller's included. If the system refuses some, there are fewer.
+    pub(crate) fn new(threads: usize) -> Self {
+        let shared = Arc::new(Shared {
+            claim: AtomicU64::new(0),
+            entry: AtomicPtr::new(std::ptr::null_mut()),
+            context: AtomicPtr::new(std::ptr::null_mut()),
+            chunks: AtomicUsize::new(0),
+            finished: AtomicU32::new(0),
+            panicked: AtomicBool::new(false),
+            stop: AtomicBool::new(false),
+            parked: (1..threads).map(|_| AtomicBool::new(false)).collect(),
+        });
+        let spawn = |thread| {
+            let shared = Arc::clone(&shared);
+            let handle =
+                thread::Builder::new().name(format!("cpu-{thread}")).spawn(move || shared.work(thread)).ok()?;
+            Some((handle.thread().clone(), Some(handle)))
+        };
+        let workers = (1..threads).map_while(spawn).collect();
+        Self { shared, workers }
+    }
+
+    /// Threads that may run chunks at once, the caller's included.
+    pub(crate) fn threads(&self) -> usize {
+        self.workers.len() + 1
+    }
+
+    /// Calls `job(thread, chunk)` once for each `chunk` in `0..chunks`, on any threads in any order, and returns when all
+    /// have been called. No two calls at one time have the same `thread`, which is below [`Pool::threads`].
+    pub(crate) fn run<F: Fn(usize, usize) + Sync>(&mut self, chunks: usize, job: &F) {
+        if self.workers.is_empty() || chunks <= 1 {
+            for chunk in 0..chunks {
+                job(0, chunk);
+            }
+            return;
+        }
+        unsafe fn enter<F: Fn(usize, usize) + Sync>(context: *const (), thread: usize, chunk: usize) {
+            // SAFETY: `run` passes its own `job`, which it outlives.
+            unsafe { (*context.cast::<F>())(thread, chunk) }
+        }
+        let shared = &*self.shared;
+        let count = u32::try_from(chunks).expect("operations split into far fewer chunks");
+        shared.entry.store(enter::<F> as *mut (), Relaxed);
+        shared.context.store(std::ptr::from_ref(job).cast_mut().cast(), Relaxed);
+        shared.chunks.store(chunks, Relaxed);
+        shared.finished.store(0, Relaxed);
+        let epoch = (shared.claim.load(Relaxed) >> 32).wrapping_add(1);
+        shared.claim.store(epoch << 32 | u64::from(count), SeqCst);
+        for (parked, (worker, _)) in shared.parked.iter().zip(&self.workers).take(chunks - 1) {
+            if parked.load(SeqCst) && parked.swap(false, SeqCst) {
+                worker.unpark();
+            }
+        }
+        // Panics are caught within, so nothing unwinds past a job that workers may still be in.
+        shared.help(0);
+        let mut looks = 0u32;
+        while shared.finished.load(Acquire) != count {
+            looks += 1;
+            if looks < CALLER_SPINS {
+                spin_loop();
+            } else {
+                thread::yield_now();
+            }
+        }
+        if shared.panicked.swap(false, Relaxed) {
+            panic!("a kernel panicked");
+        }
+    }
+}
+
+impl Drop for Pool {
+    fn drop(&mut self) {
+        self.shared.stop.store(true, SeqCst);
+        for (worker, handle) in &mut self.workers {
+            worker.unpark();
+            if let Some(handle) = handle.take() {
+                // A worker catches its jobs' panics; there is nothing to report.
+                let _ = handle.join();
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn thousands_of_tiny_jobs_run_every_chunk_once() {
+        let mut pool = Pool::new(4);
+        for round in 0..5_000usize {
+            let counts: [AtomicU32; 13] = Default::default();
+            let chunks = round % 14;
+            pool.run(chunks, &|_, chunk| {
+                counts[chunk].fetch_add(1, Relaxed);
+            });
+            for (chunk, count) in counts.iter().enumerate() {
+                assert_eq!(count.load(Relaxed), u32::from(chunk < chunks));
+            }
+        }
+    }
+
+    #[test]
+    fn far_more_threads_than_cores_still_finish() {
+        let mut pool = Pool::new(24);
+        let busy: Vec<AtomicBool> = (0..24).map(|_| AtomicBool::new(false)).collect();
+        let sum = AtomicUsize::new(0);
+        for _ in 0..200 {
+            pool.run(64, &|thread, chunk| {
+                assert!(!busy[thread].swap(true, SeqCst));
+                thread::yield_now();
+                sum.fetch_add(chunk, Relaxed);
+                busy[thread].store(false, SeqCst);
+            });
+        }
+        assert_eq!(sum.into_inner(), 200 * (63 * 64 / 2));
+    }
+
+    #[test]
+    fn a_parked_pool_wakes_up() {
+        let mut pool = Pool::new(2);
+        for _ in 0..50 {
+            while !pool.shared.parked[0].load(SeqCst) {
+                thread::yield_now();
+            }
+            let done = AtomicUsize::new(0);
+            pool.run(8, &|_, _| {
+                done.fetch_add(1, Relaxed);
+            });
+            assert_eq!(done.into_inner(), 8);
+        }
+    }
+
+    #[test]
+    fn a_panic_in_a_chunk_reaches_the_caller_and_the_pool_lives_on() {
+        let mut pool = Pool::new(3);
+        let outcome = catch_unwind(AssertUnwindSafe(|| pool.run(10, &|_, chunk| assert_ne!(chunk, 5))));
+        assert!(outcome.is_err());
+        let done = AtomicUsize::new(0);
+        pool.run(10, &|_, _| {
+            done.fetch_add(1, Relaxed);
+        });
+        assert_eq!(done.into_inner(), 10);
+    }
+}
