@@ -68,4 +68,5 @@ macro_rules! suites {
 
 suites! {
     reference: engine_kernels::reference::ReferenceBackend;
+    cpu: engine_kernels::cpu::CpuBackend;
 }

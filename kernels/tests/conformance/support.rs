@@ -1,5 +1,6 @@
 //! Random numbers, random weights, and comparisons.
 
+use engine_kernels::cpu::{CpuBackend, CpuOptions};
 use engine_kernels::reference::ReferenceBackend;
 use engine_kernels::{Backend, DType, Matrix};
 use half::{bf16, f16};
@@ -34,6 +35,15 @@ impl Subject for ReferenceBackend {
 
     fn with_threads(_: usize) -> Self {
         Self
+    }
+}
+
+impl Subject for CpuBackend {
+    const ROUNDS_ACTIVATIONS: bool = true;
+    const ROUNDS_SCALES: bool = true;
+
+    fn with_threads(threads: usize) -> Self {
+        Self::new(CpuOptions { threads, level: None })
     }
 }
 
