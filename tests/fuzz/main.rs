@@ -8,6 +8,7 @@
 mod driver;
 mod memory;
 mod mutate;
+mod requests;
 mod targets;
 
 #[test]
@@ -33,4 +34,9 @@ fn configurations_are_read_or_refused() {
 #[test]
 fn messages_render_or_are_refused() {
     driver::fuzz("template input", "template", targets::TemplateInput::new());
+}
+
+#[test]
+fn request_bodies_are_answered_or_refused() {
+    driver::fuzz("request body", "json", requests::RequestBody::new());
 }
