@@ -66,4 +66,5 @@ def main():
     path.write_text("[\n" + ",\n".join(json.dumps(case, separators=(",", ":")) for case in out) + "\n]\n")
 
 
-main()
+if __name__ == "__main__":
+    main()
