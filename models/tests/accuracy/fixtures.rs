@@ -1,0 +1,106 @@
+//! Tiny random models in every architecture, dtype and tensor type.
+
+use engine_kernels::{Backend, KvDType};
+
+use crate::golden::{Goldens, reference};
+use crate::runner::{Runner, cpu_backend, reference_backend};
+use crate::stats::Regrets;
+
+const F32_MODELS: [&str; 7] =
+    ["llama-gqa", "llama-rope-llama3", "llama-rope-linear", "llama-bias", "qwen2", "qwen3", "qwen3-yarn"];
+const HALF_MODELS: [&str; 3] = ["llama-f16", "llama-bf16", "qwen3-bf16"];
+const GGUF_FILES: [&str; 5] = ["q4_0-q4_1", "q5_0-q5_1", "q8_0-q6_k", "q4_k-q5_k", "mixed"];
+const PROMPTS: usize = 3;
+const POSITIONS: usize = 400;
+
+/// The largest difference of logits, as a part of the range of the reference's.
+fn relative_error(ours: &[Vec<f32>], theirs: &[Vec<f32>]) -> f32 {
+    assert_eq!(ours.len(), theirs.len());
+    let bounds = |acc: (f32, f32), &x: &f32| (acc.0.min(x), acc.1.max(x));
+    let (low, high) = theirs.iter().flatten().fold((f32::INFINITY, f32::NEG_INFINITY), bounds);
+    let difference = ours.iter().flatten().zip(theirs.iter().flatten()).map(|(a, b)| (a - b).abs());
+    // `f32::max` would ignore a NaN.
+    difference.fold(0.0, |worst: f32, d| if d > worst || d.is_nan() { d } else { worst }) / (high - low)
+}
+
+fn f32_models_agree<B: Backend>(backend: impl Fn() -> B) {
+    for name in F32_MODELS {
+        let folder = format!("models/{name}");
+        let goldens = Goldens::open(&format!("{folder}/expected.safetensors"));
+        let mut runner = Runner::load(backend(), &reference(&folder), POSITIONS, None);
+        for prompt in 0..PROMPTS {
+            runner.restart();
+            let ours = runner.logits(&goldens.ids(&format!("ids.{prompt}")));
+            let error = relative_error(&ours, &goldens.rows(&format!("logits.{prompt}")));
+            println!("{name}, prompt of {}: largest error {error:.1e} of the range", ours.len());
+            assert!(error <= 1e-3, "{name}, prompt {prompt}: {error} of the logits' range");
+            let expected = goldens.ids(&format!("greedy.{prompt}"));
+            assert_eq!(runner.greedy(&ours[ours.len() - 1], expected.len()), expected, "{name}, prompt {prompt}");
+        }
+    }
+}
+
+fn half_models_agree<B: Backend>(backend: impl Fn() -> B) {
+    for name in HALF_MODELS {
+        let folder = format!("models/{name}");
+        let goldens = Goldens::open(&format!("{folder}/expected.safetensors"));
+        let mut runner = Runner::load(backend(), &reference(&folder), POSITIONS, None);
+        let (mut ours, mut theirs) = (Vec::new(), Vec::new());
+        for prompt in 0..PROMPTS {
+            runner.restart();
+            ours.extend(runner.logits(&goldens.ids(&format!("ids.{prompt}"))));
+            theirs.extend(goldens.rows(&format!("logits.{prompt}")));
+        }
+        let regrets = Regrets::of_logits(ours.iter().zip(&theirs));
+        println!("{name}: {regrets}, largest error {:.1e} of the range", relative_error(&ours, &theirs));
+        assert!(regrets.mean() <= 0.01 && regrets.p99() <= 0.05, "{name}: {regrets}");
+    }
+}
+
+fn gguf_logits<B: Backend>(backend: B, name: &str, kv_dtype: Option<KvDType>) -> (Vec<Vec<f32>>, Vec<Vec<f32>>) {
+    let goldens = Goldens::open(&format!("gguf/{name}.safetensors"));
+    let mut runner = Runner::load(backend, &reference(&format!("gguf/{name}.gguf")), POSITIONS, kv_dtype);
+    (runner.logits(&goldens.ids("ids")), goldens.rows("logits"))
+}
+
+#[test]
+fn f32_models_on_the_reference_backend_give_transformers_logits() {
+    f32_models_agree(reference_backend);
+}
+
+#[test]
+fn f32_models_on_the_cpu_backend_give_transformers_logits() {
+    f32_models_agree(cpu_backend);
+}
+
+#[test]
+fn half_precision_models_on_the_reference_backend_choose_transformers_tokens() {
+    half_models_agree(reference_backend);
+}
+
+#[test]
+fn half_precision_models_on_the_cpu_backend_choose_transformers_tokens() {
+    half_models_agree(cpu_backend);
+}
+
+#[test]
+fn every_gguf_type_means_what_it_means_to_llama_cpp() {
+    for name in GGUF_FILES {
+        let (ours, theirs) = gguf_logits(reference_backend(), name, Some(KvDType::F32));
+        let error = relative_error(&ours, &theirs);
+        println!("{name}: largest error {error:.1e} of the range");
+        assert!(error <= 1e-3, "{name}: {error} of the logits' range");
+    }
+}
+
+#[test]
+fn every_gguf_type_on_the_cpu_backend_chooses_transformers_tokens() {
+    for name in GGUF_FILES {
+        let (ours, theirs) = gguf_logits(cpu_backend(), name, None);
+        let regrets = Regrets::of_logits(ours.iter().zip(&theirs));
+        let error = relative_error(&ours, &theirs);
+        println!("{name}: {regrets}, largest error {error:.1e} of the range");
+        assert!(regrets.mean() <= 0.02 && regrets.p99() <= 0.2, "{name}: {regrets}");
+        assert!(error <= 0.05, "{name}: {error} of the logits' range");
+    }
+}
