@@ -6,9 +6,14 @@
 //! one thread merges as it goes or several threads have computed the partitions in advance: so the bits do not depend on
 //! batch, chunking or threads. A key that a query must not see is not computed with at all.
 //!
-//! This file plans the work and spreads it over threads; `attention_kernel.rs` computes.
+//! This file plans the work and spreads it over threads; [`kernel`] computes, [`merge`] merges.
 
-use super::attention_kernel::{PARTITION, Partition, ROWS_MAX, TileScratch, Unit, finish_rows, merge_rows};
+mod kernel;
+mod merge;
+
+use kernel::{PARTITION, ROWS_MAX, TileScratch, Unit};
+use merge::{Partition, finish_rows, merge_rows};
+
 use super::buffer::{Activations, Aligned, PerThread, Shared};
 use super::isa::Dispatch;
 use super::kv::KvCache;

@@ -110,10 +110,10 @@ impl FloatGemm<'_> {
                 while row < self.rows.end {
                     let place = Place { group, row, k: k.clone() };
                     row += match self.rows.end - row {
-                        12.. if I::WIDE => self.paneled::<I, 12>(isa, panel, &place),
-                        6.. => self.paneled::<I, 6>(isa, panel, &place),
-                        4.. => self.paneled::<I, 4>(isa, panel, &place),
-                        2.. => self.paneled::<I, 2>(isa, panel, &place),
+                        12.. if I::ROWS_MAX >= 12 => self.paneled::<I, 12>(isa, panel, &place),
+                        6.. if I::ROWS_MAX >= 6 => self.paneled::<I, 6>(isa, panel, &place),
+                        4.. if I::ROWS_MAX >= 6 => self.paneled::<I, 4>(isa, panel, &place),
+                        2.. if I::ROWS_MAX >= 6 => self.paneled::<I, 2>(isa, panel, &place),
                         _ => self.paneled::<I, 1>(isa, panel, &place),
                     };
                 }

@@ -154,10 +154,10 @@ impl QuantizedGemm<'_> {
         // SAFETY: the caller vouches for the operands of all rows that are left.
         unsafe {
             match self.rows.end - place.1 {
-                8.. if I::WIDE => self.tile::<I, L, 8, PANEL>(isa, operands, place),
-                4.. => self.tile::<I, L, 4, PANEL>(isa, operands, place),
-                3 => self.tile::<I, L, 3, PANEL>(isa, operands, place),
-                2 => self.tile::<I, L, 2, PANEL>(isa, operands, place),
+                8.. if I::ROWS_MAX >= 8 => self.tile::<I, L, 8, PANEL>(isa, operands, place),
+                4.. if I::ROWS_MAX >= 4 => self.tile::<I, L, 4, PANEL>(isa, operands, place),
+                3 if I::ROWS_MAX >= 4 => self.tile::<I, L, 3, PANEL>(isa, operands, place),
+                2 if I::ROWS_MAX >= 4 => self.tile::<I, L, 2, PANEL>(isa, operands, place),
                 _ => self.tile::<I, L, 1, PANEL>(isa, operands, place),
             }
         }

@@ -6,7 +6,6 @@
 //! threads nor on the processor.
 
 mod attention;
-mod attention_kernel;
 mod buffer;
 mod elementwise;
 mod gemm_f;
@@ -143,9 +142,9 @@ impl Backend for CpuBackend {
         let cols = out.cols();
         let out = Shared::new(out.values_mut());
         self.by_rows(tokens.len(), cols, |first, count| {
-            for row in first..first + count {
+            for (row, &token) in (first..).zip(&tokens[first..first + count]) {
                 // SAFETY: bands are different rows.
-                table.row(tokens[row] as usize, unsafe { out.slice(row * cols, cols) });
+                table.row(token as usize, unsafe { out.slice(row * cols, cols) });
             }
         });
     }

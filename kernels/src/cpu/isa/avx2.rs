@@ -51,7 +51,7 @@ impl Isa for Avx2 {
     type F = [__m256; 2];
     type W = [__m256i; 2];
     type I = [__m256i; 2];
-    const WIDE: bool = false;
+    const ROWS_MAX: usize = 6;
 
     #[inline(always)]
     fn splat(self, x: f32) -> Self::F {

@@ -28,7 +28,7 @@ impl Isa for Avx512 {
     type F = __m512;
     type W = __m512i;
     type I = __m512i;
-    const WIDE: bool = true;
+    const ROWS_MAX: usize = 12;
 
     #[inline(always)]
     fn splat(self, x: f32) -> __m512 {

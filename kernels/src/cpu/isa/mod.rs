@@ -24,8 +24,9 @@ pub(crate) trait Isa: Copy + Send + Sync + 'static {
     type W: Copy;
     /// Integer sums of sixteen columns, within one block.
     type I: Copy;
-    /// Whether there are 32 vector registers: tiles may be taller.
-    const WIDE: bool;
+    /// Rows of the tallest tiles: as many as the vector registers hold sums for. Plain Rust has no use for tiles, and is
+    /// compiled for single rows alone.
+    const ROWS_MAX: usize;
 
     /// All lanes `x`.
     fn splat(self, x: f32) -> Self::F;

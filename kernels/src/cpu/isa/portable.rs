@@ -29,7 +29,7 @@ impl Isa for Portable {
     type F = Lanes;
     type W = [i16; 4 * LANES];
     type I = [i32; LANES];
-    const WIDE: bool = false;
+    const ROWS_MAX: usize = 1;
 
     #[inline(always)]
     fn splat(self, x: f32) -> Lanes {
