@@ -3,7 +3,10 @@
 use std::{io::Write, net::SocketAddr, sync::Arc};
 
 use anyhow::{Context, Result, bail};
-use engine_kernels::{KvLayout, reference::ReferenceBackend as CpuBackend};
+use engine_kernels::{
+    KvLayout,
+    cpu::{CpuBackend, CpuOptions},
+};
 use engine_models::{ForwardLimits, ModelSource, OpenOptions, Tokenizer};
 use tokio::signal::unix::{SignalKind, signal};
 
@@ -72,7 +75,7 @@ fn load(cli: &Cli, metrics: &Metrics) -> Result<(ApiConfig, EngineHandle)> {
     if threads == 0 {
         bail!("--threads must be at least 1");
     }
-    let mut backend = CpuBackend;
+    let mut backend = CpuBackend::new(CpuOptions { threads, level: None });
     let limits = ForwardLimits {
         max_tokens: cli.max_num_batched_tokens,
         max_logit_rows: LOGIT_ROWS_MAX.min(cli.max_num_batched_tokens).max(1),

@@ -1,0 +1,252 @@
+//! Answers in every form: whole and streamed, with log-probabilities, stop strings, echo and several choices.
+
+mod program;
+mod support;
+
+use program::Server;
+use serde_json::{Value, json};
+
+const CHAT: &str = "/v1/chat/completions";
+const COMPLETIONS: &str = "/v1/completions";
+
+fn ok(server: &Server, path: &str, request: &Value) -> Value {
+    let response = server.post(path, request);
+    assert_eq!(response.status, 200, "{request}: {}", response.text());
+    response.json()
+}
+
+fn streamed(server: &Server, path: &str, request: &Value) -> Vec<Value> {
+    let mut request = request.clone();
+    request["stream"] = true.into();
+    server.stream(path, &request).finish()
+}
+
+/// The text of a choice, from the chunks of a stream.
+fn joined(chunks: &[Value], index: u64) -> String {
+    let choices = chunks.iter().flat_map(|chunk| chunk["choices"].as_array().unwrap());
+    let mine = choices.filter(|choice| choice["index"] == index);
+    mine.filter_map(|choice| choice["text"].as_str().or(choice["delta"]["content"].as_str())).collect()
+}
+
+#[test]
+fn a_chat_is_answered_whole_and_streamed_alike() {
+    let server = Server::shared();
+    let request = json!({
+        "model": "demo", "temperature": 0, "max_tokens": 24,
+        "messages": [{"role": "user", "content": "What is the capital of France?"}],
+    });
+    let whole = ok(&server, CHAT, &request);
+    assert_eq!(whole["object"], "chat.completion");
+    assert_eq!(whole["model"], "demo");
+    let choice = &whole["choices"][0];
+    assert_eq!(choice["message"]["role"], "assistant");
+    let text = choice["message"]["content"].as_str().unwrap();
+    assert!(text.len() > 20, "{text}");
+    let usage = &whole["usage"];
+    assert_eq!(
+        usage["total_tokens"],
+        usage["prompt_tokens"].as_u64().unwrap() + usage["completion_tokens"].as_u64().unwrap()
+    );
+
+    let mut request = request;
+    request["stream_options"] = json!({"include_usage": true});
+    let chunks = streamed(&server, CHAT, &request);
+    assert_eq!(joined(&chunks, 0), text);
+    assert_eq!(chunks[0]["choices"][0]["delta"], json!({"role": "assistant", "content": ""}));
+    assert!(chunks.iter().all(|chunk| chunk["object"] == "chat.completion.chunk" && chunk["id"] == chunks[0]["id"]));
+    let (last, before) = chunks.split_last().unwrap();
+    assert_eq!(last["choices"], json!([]));
+    assert_eq!(last["usage"]["completion_tokens"], usage["completion_tokens"]);
+    assert!(before.iter().all(|chunk| chunk["usage"].is_null()));
+    let finishes: Vec<_> = before.iter().map(|chunk| &chunk["choices"][0]["finish_reason"]).collect();
+    assert_eq!(finishes.last(), Some(&&choice["finish_reason"]));
+    assert!(finishes[..finishes.len() - 1].iter().all(|finish| finish.is_null()));
+}
+
+#[test]
+fn content_parts_and_all_roles_are_read() {
+    let server = Server::shared();
+    let plain = json!([{"role": "system", "content": "Be\nbrief."}, {"role": "user", "content": "Hi"}]);
+    let parts = json!([
+        {"role": "developer", "content": [{"type": "text", "text": "Be"}, {"type": "text", "text": "brief."}]},
+        {"role": "user", "content": [{"type": "text", "text": "Hi"}]},
+    ]);
+    let tokens = |messages: Value| ok(&server, "/tokenize", &json!({"messages": messages}))["tokens"].clone();
+    assert_eq!(tokens(plain), tokens(parts));
+    let history = json!([
+        {"role": "user", "content": "Weather?"},
+        {"role": "assistant", "content": null, "tool_calls": [
+            {"id": "c", "type": "function", "function": {"name": "weather", "arguments": "{\"place\": \"here\"}"}}]},
+        {"role": "tool", "tool_call_id": "c", "content": "Sunny"},
+    ]);
+    assert!(
+        ok(&server, CHAT, &json!({"messages": history, "max_tokens": 2}))["usage"]["prompt_tokens"].as_u64() > Some(5)
+    );
+}
+
+#[test]
+fn the_last_message_can_be_continued() {
+    let server = Server::shared();
+    let request = json!({
+        "messages": [{"role": "user", "content": "Count."}, {"role": "assistant", "content": "1, 2, 3,"}],
+        "continue_final_message": true, "add_generation_prompt": false,
+    });
+    let tokens = ok(&server, "/tokenize", &request)["tokens"].clone();
+    let text = ok(&server, "/detokenize", &json!({"tokens": tokens}))["prompt"].as_str().unwrap().to_owned();
+    assert!(text.ends_with("assistant\n1, 2, 3,"), "{text:?}");
+}
+
+#[test]
+fn a_stop_string_ends_the_answer_and_is_not_leaked() {
+    let server = Server::shared();
+    let request = json!({"prompt": "The first ten numbers are 1, 2, 3, 4,", "temperature": 0, "max_tokens": 24});
+    let free = ok(&server, COMPLETIONS, &request)["choices"][0]["text"].as_str().unwrap().to_owned();
+    // Every cut of the free text that first occurs there, in the middle of tokens and across them.
+    let chars: Vec<usize> = free.char_indices().map(|(at, _)| at).chain([free.len()]).collect();
+    for window in chars.windows(4).step_by(3) {
+        let stop = &free[window[0]..window[3]];
+        let expected = &free[..free.find(stop).unwrap()];
+        let mut request = request.clone();
+        request["stop"] = json!([stop, "never to be seen"]);
+        let choice = ok(&server, COMPLETIONS, &request)["choices"][0].clone();
+        assert_eq!((choice["text"].as_str(), choice["finish_reason"].as_str()), (Some(expected), Some("stop")));
+        assert_eq!(joined(&streamed(&server, COMPLETIONS, &request), 0), expected, "stop {stop:?}");
+        request["include_stop_str_in_output"] = true.into();
+        let text = ok(&server, COMPLETIONS, &request)["choices"][0]["text"].as_str().unwrap().to_owned();
+        assert_eq!(text, format!("{expected}{stop}"));
+    }
+    server.wait_until_idle();
+}
+
+#[test]
+fn several_prompts_and_choices_have_their_own_index_and_seed() {
+    let server = Server::shared();
+    let request = json!({"prompt": ["Once upon", "The sea"], "n": 3, "seed": 11, "temperature": 1, "max_tokens": 12});
+    let whole = ok(&server, COMPLETIONS, &request);
+    let choices = whole["choices"].as_array().unwrap();
+    assert_eq!(choices.len(), 6);
+    assert_ne!(choices[0]["text"], choices[1]["text"]);
+    let chunks = streamed(&server, COMPLETIONS, &request);
+    for (index, choice) in choices.iter().enumerate() {
+        assert_eq!(choice["index"], index);
+        assert_eq!(joined(&chunks, index as u64), choice["text"].as_str().unwrap());
+    }
+    // The second choice is what its seed alone gives.
+    let alone = json!({"prompt": "Once upon", "seed": 12, "temperature": 1, "max_tokens": 12});
+    assert_eq!(ok(&server, COMPLETIONS, &alone)["choices"][0]["text"], choices[1]["text"]);
+}
+
+#[test]
+fn log_probabilities_have_both_of_openais_forms() {
+    let server = Server::shared();
+    let request = json!({"prompt": "The capital of France is", "temperature": 0, "max_tokens": 6, "logprobs": 2});
+    let whole = ok(&server, COMPLETIONS, &request)["choices"][0].clone();
+    let logprobs = &whole["logprobs"];
+    let tokens: Vec<&str> =
+        logprobs["tokens"].as_array().unwrap().iter().map(|token| token.as_str().unwrap()).collect();
+    assert_eq!(tokens.concat(), whole["text"].as_str().unwrap());
+    let mut offset = 0;
+    for (i, token) in tokens.iter().enumerate() {
+        assert_eq!(logprobs["text_offset"][i], offset);
+        offset += token.chars().count();
+        let top = logprobs["top_logprobs"][i].as_object().unwrap();
+        assert_eq!(top.len(), 2);
+        assert_eq!(top[*token], logprobs["token_logprobs"][i], "greedy draws the likeliest");
+        assert!(logprobs["token_logprobs"][i].as_f64().unwrap() <= 0.0);
+    }
+    let pieces: Vec<Value> = streamed(&server, COMPLETIONS, &request)
+        .iter()
+        .flat_map(|chunk| chunk["choices"][0]["logprobs"]["token_logprobs"].as_array().cloned().unwrap_or_default())
+        .collect();
+    assert_eq!(Value::from(pieces), logprobs["token_logprobs"]);
+
+    let request = json!({
+        "messages": [{"role": "user", "content": "Write an emoji: 🙂"}],
+        "temperature": 0, "max_tokens": 12, "logprobs": true, "top_logprobs": 3,
+    });
+    let choice = ok(&server, CHAT, &request)["choices"][0].clone();
+    let content = choice["logprobs"]["content"].as_array().unwrap();
+    let bytes: Vec<u8> = content
+        .iter()
+        .flat_map(|token| token["bytes"].as_array().unwrap())
+        .map(|byte| byte.as_u64().unwrap() as u8)
+        .collect();
+    let text = choice["message"]["content"].as_str().unwrap();
+    assert!(bytes.starts_with(text.trim_end_matches('\u{fffd}').as_bytes()), "{text:?}");
+    assert!(content.iter().all(|token| token["top_logprobs"].as_array().unwrap().len() == 3));
+}
+
+#[test]
+fn echo_scores_the_prompt() {
+    let server = Server::shared();
+    let request = json!({"prompt": "The capital of France is", "max_tokens": 0, "echo": true, "logprobs": 1});
+    let scored = ok(&server, COMPLETIONS, &request)["choices"][0].clone();
+    assert_eq!(scored["text"], "The capital of France is");
+    assert_eq!(scored["finish_reason"], "length");
+    let logprobs = scored["logprobs"]["token_logprobs"].as_array().unwrap();
+    assert!(logprobs[0].is_null() && logprobs[1..].iter().all(Value::is_number));
+
+    let request =
+        json!({"prompt": "The capital of France is", "max_tokens": 4, "echo": true, "logprobs": 0, "temperature": 0});
+    let whole = ok(&server, COMPLETIONS, &request)["choices"][0].clone();
+    let tokens = whole["logprobs"]["tokens"].as_array().unwrap();
+    let text: String = tokens.iter().map(|token| token.as_str().unwrap()).collect();
+    assert_eq!(whole["text"], text.as_str());
+    assert_eq!(tokens.len(), logprobs.len() + 4);
+    assert_eq!(joined(&streamed(&server, COMPLETIONS, &request), 0), text);
+}
+
+#[test]
+fn an_answer_never_splits_a_character() {
+    let server = Server::shared();
+    let emoji = "🙂🚀".repeat(6);
+    let request = json!({"prompt": format!("Repeat: {emoji} {emoji} {emoji}"), "temperature": 0, "max_tokens": 48});
+    let whole = ok(&server, COMPLETIONS, &request)["choices"][0]["text"].as_str().unwrap().to_owned();
+    let chunks = streamed(&server, COMPLETIONS, &request);
+    assert_eq!(joined(&chunks, 0), whole);
+    let (_, all_but_last) = chunks.split_last().unwrap();
+    let replaced = |text: &str| text.matches('\u{fffd}').count();
+    let early: usize = all_but_last.iter().map(|chunk| replaced(chunk["choices"][0]["text"].as_str().unwrap())).sum();
+    assert!(early <= replaced(&whole));
+}
+
+#[test]
+fn tokens_and_text_are_each_others_inverse() {
+    let server = Server::shared();
+    let text = "Grüße, 世界! <|im_end|>";
+    let tokenized = ok(&server, "/tokenize", &json!({"prompt": text, "return_token_strs": true}));
+    assert_eq!(tokenized["count"], tokenized["tokens"].as_array().unwrap().len());
+    assert_eq!(tokenized["token_strs"].as_array().unwrap().len(), tokenized["count"].as_u64().unwrap() as usize);
+    assert_eq!(ok(&server, "/detokenize", &json!({"tokens": tokenized["tokens"]}))["prompt"], text);
+    let by_text = json!({"prompt": text, "temperature": 0, "max_tokens": 8});
+    let by_tokens = json!({"prompt": tokenized["tokens"], "temperature": 0, "max_tokens": 8});
+    assert_eq!(ok(&server, COMPLETIONS, &by_text)["choices"], ok(&server, COMPLETIONS, &by_tokens)["choices"]);
+}
+
+#[test]
+fn a_repeated_prompt_is_found_in_the_cache() {
+    let server = Server::shared();
+    let prompt = "In the beginning the universe was created. This has made a lot of people very angry. ".repeat(3);
+    let request = json!({"prompt": prompt, "temperature": 0, "max_tokens": 8});
+    let cached = |answer: &Value| answer["usage"]["prompt_tokens_details"]["cached_tokens"].as_u64().unwrap();
+    let first = ok(&server, COMPLETIONS, &request);
+    let second = ok(&server, COMPLETIONS, &request);
+    assert_eq!(first["choices"], second["choices"]);
+    assert!(cached(&second) >= 32 && cached(&second) < second["usage"]["prompt_tokens"].as_u64().unwrap());
+    // An answer that a stop string ends knows it too.
+    let first_char: String = second["choices"][0]["text"].as_str().unwrap().chars().take(1).collect();
+    let stopped =
+        ok(&server, COMPLETIONS, &json!({"prompt": prompt, "temperature": 0, "max_tokens": 8, "stop": first_char}));
+    assert_eq!(cached(&stopped), cached(&second));
+}
+
+#[test]
+fn below_min_tokens_nothing_ends_the_answer() {
+    let server = Server::shared();
+    let request = json!({
+        "messages": [{"role": "user", "content": "Say only: yes"}],
+        "temperature": 0, "max_tokens": 40, "min_tokens": 30, "stop": ["e", "a", "o"],
+    });
+    let tokens = ok(&server, CHAT, &request)["usage"]["completion_tokens"].as_u64().unwrap();
+    assert!((30..=40).contains(&tokens), "{tokens}");
+}

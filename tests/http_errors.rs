@@ -1,0 +1,260 @@
+//! Bad input is answered at once, with the right status and the name of the field, and never reaches the engine.
+
+mod program;
+mod support;
+
+use program::{Server, post_bytes};
+use serde_json::{Value, json};
+
+const CHAT: &str = "/v1/chat/completions";
+const COMPLETIONS: &str = "/v1/completions";
+
+/// A chat request with `fields` put over a good one.
+fn chat(fields: Value) -> Value {
+    with(json!({"model": "demo", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 4}), fields)
+}
+
+/// A completion request with `fields` put over a good one.
+fn completion(fields: Value) -> Value {
+    with(json!({"model": "demo", "prompt": "Hi", "max_tokens": 4}), fields)
+}
+
+fn with(mut request: Value, fields: Value) -> Value {
+    for (name, value) in fields.as_object().unwrap() {
+        request[name] = value.clone();
+    }
+    request
+}
+
+/// Each is refused with the status, and its error names the field.
+fn check(server: &Server, path: &str, status: u16, cases: impl IntoIterator<Item = (&'static str, Value)>) {
+    for (param, request) in cases {
+        let (actual, named, message) = server.post(path, &request).error();
+        let shown: String = request.to_string().chars().take(300).collect();
+        assert_eq!((actual, named.as_deref()), (status, Some(param)), "{shown}: {message}");
+        let field = param.rsplit('.').next().unwrap().split('[').next().unwrap();
+        assert!(message.contains(field), "{message:?} does not name {param}");
+    }
+}
+
+#[test]
+fn values_out_of_range_are_refused_by_name() {
+    let server = Server::shared();
+    for (path, request) in [(CHAT, chat as fn(Value) -> Value), (COMPLETIONS, completion)] {
+        let cases = [
+            ("temperature", json!({"temperature": -1})),
+            ("temperature", json!({"temperature": 2.1})),
+            ("top_p", json!({"top_p": 1.5})),
+            ("top_p", json!({"top_p": 0})),
+            ("top_k", json!({"top_k": -2})),
+            ("min_p", json!({"min_p": 2})),
+            ("repetition_penalty", json!({"repetition_penalty": 0})),
+            ("presence_penalty", json!({"presence_penalty": 3})),
+            ("frequency_penalty", json!({"frequency_penalty": -3})),
+            ("n", json!({"n": 0})),
+            ("n", json!({"n": 1000})),
+            ("max_tokens", json!({"max_tokens": 0})),
+            ("max_tokens", json!({"max_tokens": -5})),
+            ("max_tokens", json!({"max_tokens": 5000})),
+            ("min_tokens", json!({"min_tokens": 5})),
+            ("logit_bias", json!({"logit_bias": {"50": 101}})),
+            ("logit_bias", json!({"logit_bias": {"many": 1}})),
+            ("logit_bias", json!({"logit_bias": {"99999999": 1}})),
+            ("stop", json!({"stop": ""})),
+            ("stop", json!({"stop": vec!["x"; 17]})),
+            ("stop_token_ids", json!({"stop_token_ids": [9999999]})),
+            ("stream_options", json!({"stream_options": {"include_usage": true}})),
+        ];
+        check(&server, path, 400, cases.map(|(param, fields)| (param, request(fields))));
+    }
+    check(
+        &server,
+        CHAT,
+        400,
+        [
+            ("top_logprobs", chat(json!({"top_logprobs": 3}))),
+            ("top_logprobs", chat(json!({"logprobs": true, "top_logprobs": 21}))),
+            ("max_completion_tokens", chat(json!({"max_completion_tokens": 0}))),
+            ("messages", chat(json!({"messages": []}))),
+            ("messages[0].role", chat(json!({"messages": [{"role": "wizard", "content": "Hi"}]}))),
+            ("messages[1].content", chat(json!({"messages": [{"role": "user", "content": "Hi"}, {"role": "user"}]}))),
+        ],
+    );
+    check(
+        &server,
+        COMPLETIONS,
+        400,
+        [
+            ("logprobs", completion(json!({"logprobs": 6}))),
+            ("prompt", completion(json!({"prompt": []}))),
+            ("prompt", completion(json!({"prompt": ""}))),
+            ("prompt", completion(json!({"prompt": [[]]}))),
+            ("prompt", completion(json!({"prompt": [9999999]}))),
+            ("prompt", completion(json!({"prompt": vec!["a"; 129]}))),
+        ],
+    );
+}
+
+#[test]
+fn wrong_types_and_unknown_fields_are_refused_by_name() {
+    let server = Server::shared();
+    check(
+        &server,
+        CHAT,
+        400,
+        [
+            ("temperature", chat(json!({"temperature": "hot"}))),
+            ("n", chat(json!({"n": 1.5}))),
+            ("stream", chat(json!({"stream": "yes"}))),
+            ("stop[1]", chat(json!({"stop": ["a", 1]}))),
+            ("messages", chat(json!({"messages": "Hi"}))),
+            ("messages[0].content", chat(json!({"messages": [{"role": "user", "content": 7}]}))),
+            (
+                "messages[0].content[0].text",
+                chat(json!({"messages": [{"role": "user", "content": [{"type": "text"}]}]})),
+            ),
+            ("messages[0].colour", chat(json!({"messages": [{"role": "user", "content": "Hi", "colour": "red"}]}))),
+            ("messages[0].role", chat(json!({"messages": [{"content": "Hi"}]}))),
+            ("temprature", chat(json!({"temprature": 1}))),
+            ("stream_options.usage", chat(json!({"stream": true, "stream_options": {"usage": true}}))),
+        ],
+    );
+    check(
+        &server,
+        COMPLETIONS,
+        400,
+        [
+            ("prompt", completion(json!({"prompt": {"text": "Hi"}}))),
+            ("prompt", completion(json!({"prompt": null}))),
+            ("messages", completion(json!({"messages": []}))),
+        ],
+    );
+    check(&server, "/tokenize", 400, [("prompt", json!({})), ("text", json!({"text": "Hi"}))]);
+    check(&server, "/detokenize", 400, [("tokens", json!({})), ("tokens", json!({"tokens": [9999999]}))]);
+}
+
+#[test]
+fn what_is_not_supported_is_refused_by_name() {
+    let server = Server::shared();
+    let image = json!([{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:"}}]}]);
+    check(
+        &server,
+        CHAT,
+        400,
+        [
+            ("tools", chat(json!({"tools": [{"type": "function", "function": {"name": "f"}}]}))),
+            ("tool_choice", chat(json!({"tool_choice": "required"}))),
+            ("functions", chat(json!({"functions": [{"name": "f"}]}))),
+            ("response_format", chat(json!({"response_format": {"type": "json_object"}}))),
+            ("audio", chat(json!({"audio": {"voice": "alloy", "format": "wav"}}))),
+            ("modalities", chat(json!({"modalities": ["text", "audio"]}))),
+            ("prediction", chat(json!({"prediction": {"type": "content", "content": "x"}}))),
+            ("reasoning_effort", chat(json!({"reasoning_effort": "high"}))),
+            ("messages[0].content[0].type", chat(json!({"messages": image}))),
+        ],
+    );
+    check(
+        &server,
+        COMPLETIONS,
+        400,
+        [("suffix", completion(json!({"suffix": "end"}))), ("best_of", completion(json!({"best_of": 3})))],
+    );
+}
+
+#[test]
+fn harmless_fields_of_openai_are_accepted() {
+    let server = Server::shared();
+    let fields = json!({
+        "user": "me", "metadata": {"a": "b"}, "store": false, "service_tier": "auto", "tools": [], "tool_choice": "none",
+        "response_format": {"type": "text"}, "modalities": ["text"], "parallel_tool_calls": true, "n": null,
+        "logit_bias": null, "stop": null, "seed": 3, "prompt_cache_key": "k", "safety_identifier": "s",
+    });
+    assert_eq!(server.post(CHAT, &chat(fields)).status, 200);
+    let fields = json!({"user": "me", "suffix": null, "best_of": 1, "echo": false, "logprobs": null});
+    assert_eq!(server.post(COMPLETIONS, &completion(fields)).status, 200);
+}
+
+#[test]
+fn an_unknown_model_or_url_is_not_found() {
+    let server = Server::shared();
+    check(&server, CHAT, 404, [("model", chat(json!({"model": "gpt-4"})))]);
+    check(&server, COMPLETIONS, 404, [("model", completion(json!({"model": "gpt-4"})))]);
+    assert_eq!(server.get("/v1/models/gpt-4").error().0, 404);
+    assert_eq!(server.get("/v1/unknown").error().0, 404);
+    assert_eq!(server.get(CHAT).error().0, 405);
+    assert_eq!(server.get("/v1/models/demo").json()["id"], "demo");
+}
+
+#[test]
+fn bodies_that_are_no_json_are_refused() {
+    let server = Server::shared();
+    for body in ["", "{", "null", "[]", "7", "\"x\"", "{\"model\": \"demo\",}", "{} {}"] {
+        assert_eq!(post_bytes(server.address, CHAT, body.as_bytes()).error().0, 400, "{body:?}");
+    }
+    assert_eq!(post_bytes(server.address, CHAT, b"{\"model\": \"\xff\"}").error().0, 400);
+    let form = [("Content-Type", "application/x-www-form-urlencoded")];
+    assert_eq!(server.request("POST", CHAT, &form, b"{}").error().0, 415);
+    let charset = [("Content-Type", "application/json; charset=utf-8")];
+    assert_eq!(server.request("POST", CHAT, &charset, chat(json!({})).to_string().as_bytes()).status, 200);
+}
+
+#[test]
+fn deep_nesting_is_refused_wherever_it_stands() {
+    let server = Server::shared();
+    let deep = format!("{}{}", "[".repeat(200_000), "]".repeat(200_000));
+    for field in ["messages", "stop", "logit_bias", "temperature", "chat_template_kwargs", "tool_choice", "unknown"] {
+        let body = format!(r#"{{"model": "demo", "{field}": {deep}}}"#);
+        assert_eq!(post_bytes(server.address, CHAT, body.as_bytes()).error().0, 400, "{field}");
+    }
+    assert_eq!(post_bytes(server.address, CHAT, deep.as_bytes()).error().0, 400);
+    let body = format!(r#"{{"model": "demo", "messages": [{{"role": "user", "content": "Hi"}}], "tools": {deep}}}"#);
+    assert_eq!(post_bytes(server.address, CHAT, body.as_bytes()).error().1.as_deref(), Some("tools"));
+}
+
+#[test]
+fn a_body_of_100_mb_is_refused_and_the_client_gets_to_read_why() {
+    let server = Server::shared();
+    let body = vec![b' '; 100 << 20];
+    for path in [CHAT, COMPLETIONS, "/tokenize"] {
+        let (status, _, message) = post_bytes(server.address, path, &body).error();
+        assert_eq!(status, 413);
+        assert!(message.contains("--max-body-size"), "{message}");
+    }
+}
+
+#[test]
+fn a_prompt_50_times_the_context_is_refused_while_others_are_served() {
+    let server = Server::shared();
+    let long = "All happy families are alike. ".repeat(50 * 1024 / 6);
+    let others: Vec<_> = (0..4).map(|seed| json!({"prompt": "Hi", "max_tokens": 8, "seed": seed})).collect();
+    std::thread::scope(|scope| {
+        let answers: Vec<_> = others.iter().map(|request| scope.spawn(|| server.post(COMPLETIONS, request))).collect();
+        check(
+            &server,
+            COMPLETIONS,
+            400,
+            [
+                ("prompt", completion(json!({"prompt": long}))),
+                ("prompt", completion(json!({"prompt": vec![1; 50 * 1024]}))),
+                ("prompt", completion(json!({"prompt": "x".repeat(1 << 20)}))),
+            ],
+        );
+        check(&server, CHAT, 400, [("messages", chat(json!({"messages": [{"role": "user", "content": long}]})))]);
+        for answer in answers {
+            assert_eq!(answer.join().unwrap().status, 200);
+        }
+    });
+    let code = server.post(COMPLETIONS, &completion(json!({"prompt": long}))).json()["error"]["code"].clone();
+    assert_eq!(code, "context_length_exceeded");
+}
+
+#[test]
+fn every_answer_has_its_requests_id() {
+    let server = Server::shared();
+    assert_eq!(
+        server.request("GET", "/health", &[("X-Request-Id", "mine-1")], b"").header("x-request-id"),
+        Some("mine-1")
+    );
+    let made = server.get("/nowhere");
+    assert!(made.header("x-request-id").is_some_and(|id| id.starts_with("req-")));
+}

@@ -1,0 +1,8 @@
+//! The real program on a free port with the demo model, and a client small enough to see every byte.
+#![allow(dead_code, reason = "each test uses some of it")]
+
+mod client;
+mod server;
+
+pub(crate) use client::{Events, Response, post_bytes};
+pub(crate) use server::Server;

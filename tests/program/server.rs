@@ -1,0 +1,153 @@
+use std::{
+    io::{BufRead, BufReader, Read},
+    net::SocketAddr,
+    process::{Child, Command, ExitStatus, Stdio},
+    sync::{Arc, Mutex, Weak},
+    thread,
+    time::{Duration, Instant},
+};
+
+use serde_json::Value;
+
+use super::client::{self, Events, Response};
+use crate::support::demo_model;
+
+/// How long anything may take before a test gives up. Not a measurement: the machine may be very busy.
+const PATIENCE: Duration = Duration::from_secs(120);
+
+/// A running server. It is killed when dropped.
+pub(crate) struct Server {
+    child: Mutex<Child>,
+    pub(crate) address: SocketAddr,
+    /// What it wrote to standard error so far.
+    log: Arc<Mutex<String>>,
+}
+
+impl Server {
+    /// Starts one with the demo model under the name `demo`, and further flags.
+    pub(crate) fn start(flags: &[&str]) -> Self {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_engine"));
+        command.arg("--model").arg(demo_model()).args(["--served-model-name", "demo", "--port", "0"]).args(flags);
+        command.env_remove("ENGINE_API_KEY").stdout(Stdio::piped()).stderr(Stdio::piped());
+        let mut child = command.spawn().expect("the program starts");
+        let mut stdout = BufReader::new(child.stdout.take().expect("stdout is piped"));
+        let log = Arc::new(Mutex::new(String::new()));
+        let mut stderr = BufReader::new(child.stderr.take().expect("stderr is piped"));
+        let sink = log.clone();
+        thread::spawn(move || {
+            let mut line = String::new();
+            while stderr.read_line(&mut line).is_ok_and(|read| read > 0) {
+                sink.lock().unwrap().push_str(&line);
+                line.clear();
+            }
+        });
+        let mut line = String::new();
+        stdout.read_line(&mut line).expect("stdout is read");
+        let Some(address) = line.trim().rsplit_once("http://").and_then(|(_, address)| address.parse().ok()) else {
+            let status = child.wait();
+            panic!("the server did not start: {status:?}\n{line}{}", log.lock().unwrap());
+        };
+        // What follows is for people; read, so that the pipe never fills.
+        thread::spawn(move || stdout.read_to_end(&mut Vec::new()));
+        Self { child: Mutex::new(child), address, log }
+    }
+
+    /// One server for all tests of a file that need nothing special. It ends with the last of them.
+    pub(crate) fn shared() -> Arc<Self> {
+        static SHARED: Mutex<Weak<Server>> = Mutex::new(Weak::new());
+        let mut shared = SHARED.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        shared.upgrade().unwrap_or_else(|| {
+            let server = Arc::new(Self::start(&["--max-model-len", "1024", "--kv-blocks", "256"]));
+            *shared = Arc::downgrade(&server);
+            server
+        })
+    }
+
+    /// `GET path`.
+    pub(crate) fn get(&self, path: &str) -> Response {
+        client::request(self.address, "GET", path, &[], b"")
+    }
+
+    /// `POST path` with JSON.
+    pub(crate) fn post(&self, path: &str, body: &Value) -> Response {
+        client::request(
+            self.address,
+            "POST",
+            path,
+            &[("Content-Type", "application/json")],
+            body.to_string().as_bytes(),
+        )
+    }
+
+    /// Any request.
+    pub(crate) fn request(&self, method: &str, path: &str, headers: &[(&str, &str)], body: &[u8]) -> Response {
+        client::request(self.address, method, path, headers, body)
+    }
+
+    /// `POST path` with JSON, to be read event by event.
+    pub(crate) fn stream(&self, path: &str, body: &Value) -> Events {
+        Events::open(self.address, path, body)
+    }
+
+    /// The value of a metric, by its name with labels.
+    pub(crate) fn metric(&self, name: &str) -> f64 {
+        let text = self.get("/metrics").text();
+        let line = text.lines().find(|line| line.strip_prefix(name).is_some_and(|rest| rest.starts_with(' ')));
+        line.and_then(|line| line.rsplit(' ').next()?.parse().ok()).unwrap_or_else(|| panic!("no {name} in\n{text}"))
+    }
+
+    /// Asks until `holds`.
+    pub(crate) fn wait_until(&self, what: &str, holds: impl Fn(&Self) -> bool) {
+        let started = Instant::now();
+        while !holds(self) {
+            assert!(started.elapsed() < PATIENCE, "still waiting until {what}\n{}", self.log());
+            thread::yield_now();
+        }
+    }
+
+    /// Waits until no page belongs to a request.
+    pub(crate) fn wait_until_idle(&self) {
+        self.wait_until("all pages are free", |server| {
+            server.metric("engine_kv_pages{state=\"owned\"}") == 0.0 && server.metric("engine_running_requests") == 0.0
+        });
+    }
+
+    /// Sends a signal by name.
+    pub(crate) fn signal(&self, name: &str) {
+        let id = self.child.lock().unwrap().id().to_string();
+        let sent = Command::new("kill").args(["-s", name, &id]).status().expect("kill runs");
+        assert!(sent.success());
+    }
+
+    /// Waits for its end.
+    pub(crate) fn wait(&self) -> ExitStatus {
+        let started = Instant::now();
+        loop {
+            if let Some(status) = self.child.lock().unwrap().try_wait().expect("the child can be waited for") {
+                return status;
+            }
+            assert!(started.elapsed() < PATIENCE, "the server does not end\n{}", self.log());
+            thread::yield_now();
+        }
+    }
+
+    /// Resident memory in bytes.
+    pub(crate) fn resident_bytes(&self) -> usize {
+        let status = std::fs::read_to_string(format!("/proc/{}/status", self.child.lock().unwrap().id())).unwrap();
+        let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).expect("it runs");
+        line.trim().trim_end_matches("kB").trim().parse::<usize>().unwrap() * 1024
+    }
+
+    /// What it wrote to standard error.
+    pub(crate) fn log(&self) -> String {
+        self.log.lock().unwrap().clone()
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        let child = self.child.get_mut().unwrap_or_else(|poisoned| poisoned.into_inner());
+        let _ = child.kill();
+        let _ = child.wait();
+    }
+}
