@@ -19,8 +19,8 @@ use super::quant::{BLOCK, BlockInfo, QuantizedView};
 const PANEL_BLOCKS: usize = 24;
 /// A panel's block: 512 weights as bytes, 16 scales and 16 minimums as f32.
 const PANEL_STRIDE: usize = 512 + 2 * 4 * LANES;
-/// Rows from which unpacking into a panel pays.
-const PANEL_ROWS: usize = 5;
+/// Rows from which unpacking into a panel pays: measured on Zen 3, where at 16 rows unpacking each time is 20 % faster.
+const PANEL_ROWS: usize = 33;
 /// How far ahead of a product its weights are asked for.
 const PREFETCH_BYTES: usize = 2560;
 
