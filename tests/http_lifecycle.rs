@@ -48,8 +48,10 @@ fn a_client_that_hangs_up_frees_its_pages() {
 #[test]
 fn a_drain_ends_what_runs_and_refuses_what_comes() {
     let server = Server::start(&["--max-model-len", "1024", "--kv-blocks", "128"]);
-    let whole = server.stream(COMPLETIONS, &long()).finish();
-    let mut events = server.stream(COMPLETIONS, &long());
+    let mut request = long();
+    request["max_tokens"] = 300.into();
+    let whole = server.stream(COMPLETIONS, &request).finish();
+    let mut events = server.stream(COMPLETIONS, &request);
     events.next().unwrap();
     server.signal("TERM");
     server.wait_until("it drains", |server| server.get("/health").status == 503);

@@ -4,5 +4,5 @@
 mod client;
 mod server;
 
-pub(crate) use client::{Events, Response, post_bytes};
+pub(crate) use client::post_bytes;
 pub(crate) use server::Server;

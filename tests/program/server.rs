@@ -14,6 +14,8 @@ use crate::support::demo_model;
 
 /// How long anything may take before a test gives up. Not a measurement: the machine may be very busy.
 const PATIENCE: Duration = Duration::from_secs(120);
+/// Between two looks at something that is waited for: asking without a pause would take the server's core.
+const POLL_PAUSE: Duration = Duration::from_millis(5);
 
 /// A running server. It is killed when dropped.
 pub(crate) struct Server {
@@ -101,7 +103,7 @@ impl Server {
         let started = Instant::now();
         while !holds(self) {
             assert!(started.elapsed() < PATIENCE, "still waiting until {what}\n{}", self.log());
-            thread::yield_now();
+            thread::sleep(POLL_PAUSE);
         }
     }
 
@@ -127,7 +129,7 @@ impl Server {
                 return status;
             }
             assert!(started.elapsed() < PATIENCE, "the server does not end\n{}", self.log());
-            thread::yield_now();
+            thread::sleep(POLL_PAUSE);
         }
     }
 
