@@ -46,8 +46,9 @@ client: setup demo-model ## Run the stock OpenAI Python client against the serve
 	$(CARGO) build --locked
 	tests/openai_client/run.sh
 
-bench: setup $(if $(filter $(DEMO),$(MODEL)),demo-model) ## Measure speed beside llama.cpp (PEERS= leaves it out); writes benches/results/
-	scripts/bench.sh "$(MODEL)" "$(PEERS)"
+bench: setup $(if $(filter $(DEMO),$(MODEL)),demo-model) ## Measure beside llama.cpp, built at the first run (PEERS= leaves it out); writes benches/results/
+	$(if $(PEERS),scripts/fetch-llama-cpp.sh)
+	$(CARGO) bench --locked --bench suite -- --model $(MODEL) --results benches/results $(if $(PEERS),--llama "$$(scripts/fetch-llama-cpp.sh)") $(ARGS)
 
 fuzz: setup ## Fuzz every parser for FUZZ_SECONDS (600)
 	FUZZ_SECONDS=$(FUZZ_SECONDS) $(CARGO) test --locked --test fuzz -- --nocapture

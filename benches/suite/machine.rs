@@ -1,0 +1,87 @@
+//! The machine: what it is, and how fast it reads memory.
+
+use std::hint::black_box;
+use std::sync::Barrier;
+use std::time::Instant;
+
+use anyhow::Result;
+
+/// Bytes each thread reads in one pass: well beyond any cache.
+const BYTES: usize = 256 << 20;
+const PASSES: usize = 5;
+
+/// What is printed about the machine.
+pub(crate) struct Machine {
+    /// The processor's own name.
+    pub(crate) cpu: String,
+    /// Cores this process may use.
+    pub(crate) cores: usize,
+    /// Instruction sets that matter to the kernels.
+    pub(crate) features: Vec<&'static str>,
+    /// Memory in GiB.
+    pub(crate) memory_gib: f64,
+}
+
+/// Reads the machine's description from the system.
+pub(crate) fn describe() -> Result<Machine> {
+    let cpuinfo = std::fs::read_to_string("/proc/cpuinfo")?;
+    let field = |name: &str| {
+        cpuinfo
+            .lines()
+            .find(|line| line.starts_with(name))
+            .and_then(|line| line.split_once(':'))
+            .map_or(String::new(), |(_, value)| value.trim().to_string())
+    };
+    let flags = field("flags");
+    let features = ["avx2", "fma", "f16c", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8"]
+        .into_iter()
+        .filter(|feature| flags.split(' ').any(|flag| flag == *feature))
+        .collect();
+    let meminfo = std::fs::read_to_string("/proc/meminfo")?;
+    let kib = meminfo.split_whitespace().nth(1).and_then(|kib| kib.parse::<f64>().ok()).unwrap_or(0.0);
+    Ok(Machine {
+        cpu: format!("{} (family {}, model {})", field("model name"), field("cpu family"), field("model\t")),
+        cores: std::thread::available_parallelism()?.get(),
+        features,
+        memory_gib: kib / (1 << 20) as f64,
+    })
+}
+
+/// Bytes per second that `threads` threads read together, each from a buffer of its own; the best of a few passes.
+pub(crate) fn read_bandwidth(threads: usize) -> f64 {
+    let barrier = Barrier::new(threads);
+    let seconds = std::thread::scope(|scope| {
+        let handles: Vec<_> = (0..threads)
+            .map(|thread| {
+                let barrier = &barrier;
+                scope.spawn(move || {
+                    let buffer: Vec<u64> = (0..(BYTES / 8) as u64).map(|i| i ^ thread as u64).collect();
+                    (0..PASSES)
+                        .map(|_| {
+                            barrier.wait();
+                            let start = Instant::now();
+                            black_box(sum(black_box(&buffer)));
+                            start.elapsed().as_secs_f64()
+                        })
+                        .collect::<Vec<_>>()
+                })
+            })
+            .collect();
+        let passes: Vec<Vec<f64>> = handles.into_iter().map(|h| h.join().expect("a reader panicked")).collect();
+        (0..PASSES)
+            .map(|pass| passes.iter().map(|thread| thread[pass]).fold(0.0, f64::max))
+            .fold(f64::INFINITY, f64::min)
+    });
+    (threads * BYTES) as f64 / seconds
+}
+
+/// Adds everything up in independent lanes, which the compiler turns into vector loads.
+fn sum(values: &[u64]) -> u64 {
+    let mut lanes = [0u64; 32];
+    for chunk in values.chunks_exact(32) {
+        for (lane, value) in lanes.iter_mut().zip(chunk) {
+            *lane = lane.wrapping_add(*value);
+        }
+    }
+    lanes.into_iter().fold(0, u64::wrapping_add)
+}

@@ -1,0 +1,87 @@
+//! What the engine exists for, measured beside a peer: `make bench`.
+//!
+//! Everything runs in processes of its own, ours and the peer's alternating (A B A B …), so that both meet the same
+//! machine in the same minutes; a figure is the median of its rounds. [`offline`] times the forward pass alone, as
+//! llama-bench does; [`serving`] times whole servers over HTTP; [`machine`] measures the memory bandwidth that the
+//! floors in the report are derived from.
+
+mod http;
+mod load;
+mod machine;
+mod offline;
+mod report;
+mod server;
+mod serving;
+mod stats;
+
+use std::path::PathBuf;
+
+use anyhow::{Context, Result};
+use clap::{Parser, Subcommand};
+
+/// Compares the engine with llama.cpp on one GGUF file.
+#[derive(Parser)]
+struct Options {
+    #[command(subcommand)]
+    part: Option<Part>,
+    /// The model file.
+    #[arg(long, env = "ENGINE_DEMO_MODEL")]
+    model: Option<PathBuf>,
+    /// Folder of llama-bench and llama-server; without it the engine is measured alone.
+    #[arg(long)]
+    llama: Option<PathBuf>,
+    /// Rounds of each measurement.
+    #[arg(long, default_value_t = 3)]
+    rounds: usize,
+    /// Threads of the multi-threaded measurements [default: all].
+    #[arg(long)]
+    threads: Option<usize>,
+    /// Leaves out the forward pass alone.
+    #[arg(long)]
+    no_offline: bool,
+    /// Leaves out the servers.
+    #[arg(long)]
+    no_serving: bool,
+    /// Folder to write the report to.
+    #[arg(long)]
+    results: Option<PathBuf>,
+    /// What `cargo bench` passes to every benchmark.
+    #[arg(long, hide = true)]
+    bench: bool,
+}
+
+#[derive(Subcommand)]
+enum Part {
+    /// Times the engine's forward pass once, in this process, and prints tokens per second.
+    Forward(offline::Work),
+}
+
+fn main() -> Result<()> {
+    let options = Options::parse();
+    if let Some(Part::Forward(work)) = options.part {
+        println!("{}", offline::forward(&work)?);
+        return Ok(());
+    }
+    let model = options.model.context("--model names no file (make bench does)")?;
+    let threads = match options.threads {
+        Some(threads) => threads,
+        None => std::thread::available_parallelism()?.get(),
+    };
+    let mut report = report::Report::new(&model, machine::describe()?, options.rounds, threads);
+    for threads in [1, threads] {
+        report.bandwidth(threads, machine::read_bandwidth(threads));
+    }
+    if !options.no_offline {
+        report.offline(offline::compare(&model, options.llama.as_deref(), options.rounds, threads)?);
+    }
+    if !options.no_serving {
+        report.serving(serving::compare(&model, options.llama.as_deref(), options.rounds, threads)?);
+    }
+    let text = report.markdown();
+    println!("\n{text}");
+    if let Some(folder) = options.results {
+        let path = report.write(&folder, &text)?;
+        println!("written to {}", path.display());
+    }
+    Ok(())
+}
