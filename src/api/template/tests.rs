@@ -103,3 +103,9 @@ fn the_date_is_written_in_the_format_asked_for() {
     assert!(day.len() == 11 && day[7..].parse::<u32>().unwrap() >= 2024, "{date}");
     assert!(matches!(render("{{ strftime_now('%!') }}", &hello()), Err(TemplateError::Render(_))));
 }
+
+#[test]
+fn a_panic_of_the_template_engine_is_an_error() {
+    let result = render("{% for m in [][::-1] %}{% endfor %}", &hello());
+    assert!(matches!(result, Err(TemplateError::Render(_))), "{result:?}");
+}
