@@ -43,7 +43,8 @@ doc: ## Build the documentation; warnings are errors
 	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --workspace --no-deps --locked
 
 client: setup demo-model ## Run the stock OpenAI Python client against the server
-	$(CARGO) build --locked
+	@# As `cargo test --workspace` builds it: another selection means other features, and compiling everything again.
+	$(CARGO) build --workspace --tests --locked
 	tests/openai_client/run.sh
 
 bench: setup $(if $(filter $(DEMO),$(MODEL)),demo-model) ## Measure beside llama.cpp, built at the first run (PEERS= leaves it out); writes benches/results/

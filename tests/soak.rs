@@ -1,6 +1,6 @@
 //! Many streaming clients for a while: everyone gets its own answer, nothing is left behind.
 //!
-//! `cargo test` runs it briefly. `make soak` runs it for `SOAK_SECONDS` with the clients the issue of this test asks for.
+//! `cargo test` runs it briefly. `make soak` runs it for `SOAK_SECONDS` with 64 clients.
 
 mod program;
 mod support;

@@ -36,6 +36,8 @@ pub(crate) fn fuzz<T: Target>(name: &str, corpus: &str, mut target: T) {
     files.sort();
     assert!(!files.is_empty(), "{} is empty", folder.display());
 
+    // Without a backtrace: reading debug information would count as the target's memory.
+    std::panic::set_hook(Box::new(|panic| eprintln!("{panic}")));
     let watch = Watch::start(name);
     let mut pool: Vec<Vec<u8>> = Vec::new();
     let mut outcomes = HashSet::new();
