@@ -3,7 +3,7 @@
 mod program;
 mod support;
 
-use program::{Server, post_bytes};
+use program::{Server, client::post_bytes};
 use serde_json::{Value, json};
 
 const CHAT: &str = "/v1/chat/completions";

@@ -1,8 +1,7 @@
 //! The real program on a free port with the demo model, and a client small enough to see every byte.
 #![allow(dead_code, reason = "each test uses some of it")]
 
-mod client;
+pub(crate) mod client;
 mod server;
 
-pub(crate) use client::post_bytes;
 pub(crate) use server::Server;
