@@ -88,7 +88,7 @@ pub struct Cli {
     )]
     pub api_key: Vec<String>,
 
-    /// Origins whose pages may ask from a browser (https://example.org, or * for all); may be given several times
+    /// Origins whose pages may ask from a browser (as their Origin header names them, or * for all); may be given several times
     #[arg(long, value_name = "ORIGIN", help_heading = "Server")]
     pub allowed_origins: Vec<String>,
 

@@ -1,7 +1,7 @@
 //! Text to token ids and back.
 //!
 //! Encoding is Hugging Face's `tokenizers`, so that ids are those the model was trained on; a GGUF file's vocabulary is first
-//! translated into the `tokenizer.json` it came from ([`gguf`]). Decoding is our own: one table of the bytes of every token,
+//! translated into the `tokenizer.json` it came from (`gguf`). Decoding is our own: one table of the bytes of every token,
 //! which makes streaming ([`DecodeStream`]) and the bytes of log-probabilities cheap and exact.
 
 mod bounded;
