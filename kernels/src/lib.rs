@@ -1,6 +1,6 @@
 //! The arithmetic of `engine`.
 //!
-//! [`Backend`] lists the fused operations a transformer needs; models are written once against it. [`reference`]
+//! [`Backend`] lists the fused operations a transformer needs; models are written once against it. [`mod@reference`]
 //! is the naive f32 version of every operation and the oracle of the conformance suite; [`cpu`] is the fast one.
 //! Nothing here knows a model, a request or a socket.
 
