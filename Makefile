@@ -51,8 +51,8 @@ bench: setup $(if $(filter $(DEMO),$(MODEL)),demo-model) ## Measure beside llama
 	$(if $(PEERS),scripts/fetch-llama-cpp.sh)
 	$(CARGO) bench --locked --bench suite -- --model $(MODEL) --results benches/results $(if $(PEERS),--llama "$$(scripts/fetch-llama-cpp.sh)") $(ARGS)
 
-fuzz: setup ## Fuzz every parser for FUZZ_SECONDS (600)
-	FUZZ_SECONDS=$(FUZZ_SECONDS) $(CARGO) test --locked --test fuzz -- --nocapture
+fuzz: setup ## Fuzz each parser for FUZZ_SECONDS (600)
+	FUZZ_SECONDS=$(FUZZ_SECONDS) $(CARGO) test --workspace --locked --test fuzz -- --nocapture
 
 soak: setup demo-model ## 64 streaming clients, some of which hang up, for SOAK_SECONDS (120)
 	SOAK_SECONDS=$(SOAK_SECONDS) $(CARGO) test --release --locked --test soak -- --ignored --nocapture
