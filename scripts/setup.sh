@@ -18,6 +18,12 @@ fi
 # Rust links with cc, and the tokenizer's regular expressions (oniguruma) and TLS (ring) are C.
 need gcc cc --version
 need libc6-dev sh -c 'echo "#include <stdio.h>" | cc -E -'
+# etcd's protocol is compiled from its .proto files, which include Google's.
+need protobuf-compiler protoc --version
+need libprotobuf-dev test -e /usr/include/google/protobuf/empty.proto
+# The tests run real services.
+need etcd-server sh -c 'command -v etcd'
+need nats-server sh -c 'command -v nats-server || command -v /usr/sbin/nats-server'
 # The demo model and the client tests come from PyPI, each in an environment of its own.
 need python3 python3 --version
 need python3-venv python3 -c 'import venv, ensurepip'
