@@ -88,6 +88,7 @@ impl<R: Runner> Runner for Watch<R> {
         batch: &Batch,
         row: &(dyn Fn(usize) -> SampleRow<'a> + Sync),
         out: &mut [Sampled],
+        layer_done: &mut dyn FnMut(usize),
     ) -> Result<(), RunnerError> {
         if batch.tokens.len() == SEQUENCES && batch.sequences.len() == SEQUENCES {
             self.decodes += 1;
@@ -95,7 +96,7 @@ impl<R: Runner> Runner for Watch<R> {
         let watched = (SETTLING + 1..=SETTLING + WATCHED).contains(&self.decodes);
         WATCHED_THREAD.set(watched);
         WATCHED_STEPS.fetch_add(usize::from(watched), Ordering::Relaxed);
-        self.runner.execute(batch, row, out)
+        self.runner.execute(batch, row, out, layer_done)
     }
 }
 

@@ -145,7 +145,7 @@ pub(crate) fn forward(work: &Work) -> Result<f64> {
         for (step, chunk) in ids.chunks(steps).enumerate() {
             batch.clear();
             batch.push(chunk, (step * steps) as u32, &table, chunk.len() - 1);
-            loaded.model.forward(&mut backend, &mut cache, &batch);
+            loaded.model.forward(&mut backend, &mut cache, &batch, &mut |_| ());
             black_box(loaded.model.logits(&mut backend, &batch.logit_rows));
         }
         ids.len() as f64 / start.elapsed().as_secs_f64()

@@ -156,7 +156,7 @@ impl<B: Backend> Model<B> for Decoder<B> {
         &self.config
     }
 
-    fn forward(&mut self, backend: &mut B, cache: &mut B::KvCache, batch: &Batch) {
+    fn forward(&mut self, backend: &mut B, cache: &mut B::KvCache, batch: &Batch, layer_done: &mut dyn FnMut(usize)) {
         let Self { config, shape, embedding, layers, norm, rope, buffers: b, .. } = self;
         let (shape, eps) = (*shape, config.rms_norm_eps);
         let scale = 1.0 / (config.head_dim as f32).sqrt();
@@ -171,6 +171,7 @@ impl<B: Backend> Model<B> for Decoder<B> {
             backend.linear(&b.normed, &layer.qkv, layer.qkv_bias.as_ref(), &mut b.qkv);
             let qk_norm = layer.q_norm.as_ref().zip(layer.k_norm.as_ref()).map(|(q, k)| QkNorm { q, k, eps });
             backend.rope_and_cache(&mut b.qkv, shape, qk_norm, rope, cache, index, batch);
+            layer_done(index);
             backend.attention(&b.qkv, shape, scale, cache, index, batch, &mut b.attention);
             backend.linear(&b.attention, &layer.output, layer.output_bias.as_ref(), &mut b.delta);
 

@@ -60,7 +60,7 @@ fn the_demo_model_knows_the_capital_of_france() {
     let mut cache = backend.kv_cache(layout).unwrap();
     let mut batch = Batch::default();
     batch.push(&prompt, 0, &[0], prompt.len() - 1);
-    loaded.model.forward(&mut backend, &mut cache, &batch);
+    loaded.model.forward(&mut backend, &mut cache, &batch, &mut |_| ());
     let logits = loaded.model.logits(&mut backend, &batch.logit_rows);
     let logits = backend.read(logits);
     let best = (0..logits.len()).max_by(|&a, &b| logits[a].total_cmp(&logits[b])).unwrap();

@@ -1,12 +1,28 @@
-use super::{BlockTable, Page, PageHash, SharedPage, prefix::PrefixIndex};
+use super::{BlockTable, LentPage, Page, PageHash, SharedPage, prefix::PrefixIndex};
+
+/// Who has a page that is neither free nor published.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Holder {
+    /// Nobody: it is free or in the index.
+    Nobody,
+    /// A sequence, as a [`Page`].
+    Sequence,
+    /// Another worker, as a [`LentPage`].
+    Worker,
+    /// A worker that may still write to it although nobody wants that any more.
+    Quarantine,
+}
 
 /// Every page of the KV cache, in exactly one state each.
 #[derive(Debug)]
 pub struct KvPool {
     free: Vec<u32>,
-    /// Pages handed out as [`Page`], by number.
-    owned: Box<[bool]>,
-    owned_count: usize,
+    holders: Box<[Holder]>,
+    /// Pages handed out as [`Page`].
+    owned: usize,
+    /// Pages handed out as [`LentPage`], those in quarantine left out.
+    lent: usize,
+    quarantined: usize,
     index: PrefixIndex,
     /// References found by the integrity check, by page number.
     scratch: Box<[u32]>,
@@ -21,6 +37,10 @@ pub struct PageCounts {
     pub cached: usize,
     /// Used by sequences: owned by one, or shared.
     pub owned: usize,
+    /// Lent to other workers, which fill them.
+    pub lent: usize,
+    /// No longer wanted, and not free before it is certain that no worker writes to them.
+    pub quarantined: usize,
 }
 
 impl KvPool {
@@ -30,8 +50,10 @@ impl KvPool {
         Self {
             // Popped from the end: low numbers go first.
             free: (0..pages as u32).rev().collect(),
-            owned: vec![false; pages].into(),
-            owned_count: 0,
+            holders: vec![Holder::Nobody; pages].into(),
+            owned: 0,
+            lent: 0,
+            quarantined: 0,
             index: PrefixIndex::new(pages),
             scratch: vec![0; pages].into(),
         }
@@ -40,14 +62,48 @@ impl KvPool {
     /// Takes a page: a free one, else the cached one that has been unused for longest. `None`: all are in use.
     pub fn allocate(&mut self) -> Option<Page> {
         let page = self.free.pop().or_else(|| self.index.evict())?;
-        assert!(!std::mem::replace(&mut self.owned[page as usize], true), "page {page} has an owner");
-        self.owned_count += 1;
+        self.pass(page, Holder::Nobody, Holder::Sequence);
+        self.owned += 1;
         Some(Page(page))
     }
 
     /// Takes back a page with whatever was in it.
     pub fn free(&mut self, page: Page) {
         self.disown(&page);
+        self.free.push(page.0);
+    }
+
+    /// Lends a page to another worker.
+    pub fn lend(&mut self, page: Page) -> LentPage {
+        self.disown(&page);
+        self.pass(page.0, Holder::Nobody, Holder::Worker);
+        self.lent += 1;
+        LentPage(page.0)
+    }
+
+    /// Ends a loan whose page is wanted: the worker has filled it, or was never told of it.
+    pub fn take_back(&mut self, page: LentPage) -> Page {
+        self.pass(page.0, Holder::Worker, Holder::Sequence);
+        self.lent -= 1;
+        self.owned += 1;
+        Page(page.0)
+    }
+
+    /// Notes that the content of a lent page is not wanted any more, though it may still be written. Its [`LentPage`]
+    /// stays with whoever watches over the loan.
+    pub fn quarantine(&mut self, page: u32) {
+        self.pass(page, Holder::Worker, Holder::Quarantine);
+        self.lent -= 1;
+        self.quarantined += 1;
+    }
+
+    /// Ends a loan whose page nobody wants: no worker can write to it any more.
+    pub fn free_lent(&mut self, page: LentPage) {
+        match std::mem::replace(&mut self.holders[page.0 as usize], Holder::Nobody) {
+            Holder::Worker => self.lent -= 1,
+            Holder::Quarantine => self.quarantined -= 1,
+            holder => panic!("page {} is not lent but with {holder:?}", page.0),
+        }
         self.free.push(page.0);
     }
 
@@ -70,6 +126,11 @@ impl KvPool {
         Some(SharedPage(page))
     }
 
+    /// Whether a page is published under `hash`.
+    pub fn is_published(&self, hash: PageHash) -> bool {
+        self.index.find(hash).is_some()
+    }
+
     /// Whether a page is published under `hash` and in use: taking it costs no memory.
     pub fn is_in_use(&self, hash: PageHash) -> bool {
         self.index.find(hash).is_some_and(|page| self.index.references(page) > 0)
@@ -88,17 +149,24 @@ impl KvPool {
 
     /// Pages of each state; they add up to all.
     pub fn counts(&self) -> PageCounts {
-        let (free, cached) = (self.free.len(), self.index.unused());
-        PageCounts { free, cached, owned: self.owned.len() - free - cached }
+        let (free, cached, lent, quarantined) = (self.free.len(), self.index.unused(), self.lent, self.quarantined);
+        let owned = self.holders.len() - free - cached - lent - quarantined;
+        PageCounts { free, cached, owned, lent, quarantined }
+    }
+
+    /// Whether another worker may write to a page, wanted or not.
+    pub fn is_lent(&self, page: u32) -> bool {
+        matches!(self.holders[page as usize], Holder::Worker | Holder::Quarantine)
     }
 
     /// Panics unless every page is in exactly one state and every reference is held by one of `tables`, which are all
-    /// there are.
+    /// there are. Loans are in nobody's table; whoever lends compares [`KvPool::counts`] with what it lent.
     pub fn check_integrity<'a>(&mut self, tables: impl Iterator<Item = &'a BlockTable>) {
         self.index.check_integrity();
         self.scratch.fill(0);
         for &page in &self.free {
-            assert!(!self.owned[page as usize] && !self.index.contains(page), "free page {page} is in use");
+            let unused = self.holders[page as usize] == Holder::Nobody && !self.index.contains(page);
+            assert!(unused, "free page {page} is in use");
             self.scratch[page as usize] += 1;
         }
         assert!(self.scratch.iter().all(|&seen| seen <= 1), "a page is free twice");
@@ -106,7 +174,8 @@ impl KvPool {
         let mut owned = 0;
         for table in tables {
             for page in table.owned() {
-                assert!(self.owned[page.0 as usize] && !self.index.contains(page.0), "page {} has no owner", page.0);
+                let held = self.holders[page.0 as usize] == Holder::Sequence && !self.index.contains(page.0);
+                assert!(held, "page {} has no owner", page.0);
                 self.scratch[page.0 as usize] += 1;
                 owned += 1;
             }
@@ -114,18 +183,33 @@ impl KvPool {
                 self.scratch[page.0 as usize] += 1;
             }
         }
-        assert_eq!(owned, self.owned_count, "an owned page is in no block table");
+        assert_eq!(owned, self.owned, "an owned page is in no block table");
         for (page, &seen) in self.scratch.iter().enumerate() {
-            let expected = u32::from(self.owned[page]) + self.index.references(page as u32);
+            let holder = self.holders[page];
+            let expected = u32::from(holder == Holder::Sequence) + self.index.references(page as u32);
             assert_eq!(seen, expected, "page {page} is in {seen} block tables instead of {expected}");
+            let published = self.index.contains(page as u32);
+            assert!(!published || holder == Holder::Nobody, "published page {page} is with {holder:?}");
         }
-        let published = (0..self.owned.len() as u32).filter(|&page| self.index.contains(page)).count();
-        assert_eq!(self.free.len() + self.owned_count + published, self.owned.len(), "pages were lost");
+        let with = |wanted: Holder| self.holders.iter().filter(|&&holder| holder == wanted).count();
+        assert_eq!(
+            (with(Holder::Worker), with(Holder::Quarantine)),
+            (self.lent, self.quarantined),
+            "loans are miscounted"
+        );
+        let published = (0..self.holders.len() as u32).filter(|&page| self.index.contains(page)).count();
+        let accounted = self.free.len() + published + self.owned + self.lent + self.quarantined;
+        assert_eq!(accounted, self.holders.len(), "pages were lost");
     }
 
     fn disown(&mut self, page: &Page) {
-        assert!(std::mem::take(&mut self.owned[page.0 as usize]), "page {} has no owner", page.0);
-        self.owned_count -= 1;
+        self.pass(page.0, Holder::Sequence, Holder::Nobody);
+        self.owned -= 1;
+    }
+
+    fn pass(&mut self, page: u32, from: Holder, to: Holder) {
+        let holder = std::mem::replace(&mut self.holders[page as usize], to);
+        assert_eq!(holder, from, "page {page} is not where it should be");
     }
 }
 
@@ -133,6 +217,8 @@ impl KvPool {
 mod tests {
     use super::*;
     use crate::cache::PageHasher;
+
+    const NONE: PageCounts = PageCounts { free: 0, cached: 0, owned: 0, lent: 0, quarantined: 0 };
 
     fn hash(token: u32) -> PageHash {
         PageHasher::new(b"", 1).page(None, &[token])
@@ -149,7 +235,7 @@ mod tests {
         let shared = published(&mut pool, 7);
         let number = shared.number();
         pool.release(shared);
-        assert_eq!(pool.counts(), PageCounts { free: 1, cached: 1, owned: 0 });
+        assert_eq!(pool.counts(), PageCounts { free: 1, cached: 1, ..NONE });
         let again = pool.find(hash(7)).unwrap();
         assert_eq!(again.number(), number);
         pool.release(again);
@@ -194,11 +280,40 @@ mod tests {
         let first = published(&mut pool, 1);
         let second = published(&mut pool, 1);
         assert_eq!(first.number(), second.number());
-        assert_eq!(pool.counts(), PageCounts { free: 1, cached: 0, owned: 1 });
+        assert_eq!(pool.counts(), PageCounts { free: 1, owned: 1, ..NONE });
         pool.release(first);
         assert_eq!(pool.counts().owned, 1);
         pool.release(second);
-        assert_eq!(pool.counts(), PageCounts { free: 1, cached: 1, owned: 0 });
+        assert_eq!(pool.counts(), PageCounts { free: 1, cached: 1, ..NONE });
+    }
+
+    #[test]
+    fn a_lent_page_is_nobodys_until_its_loan_ends() {
+        let mut pool = KvPool::new(3);
+        let [first, second, third] = [(); 3].map(|()| pool.allocate().unwrap());
+        let [first, second, third] = [first, second, third].map(|page| pool.lend(page));
+        assert_eq!(pool.counts(), PageCounts { lent: 3, ..NONE });
+        assert!(pool.allocate().is_none());
+        let filled = pool.take_back(first);
+        let shared = pool.publish(filled, hash(1));
+        pool.release(shared);
+        pool.quarantine(second.number());
+        assert_eq!(pool.counts(), PageCounts { cached: 1, lent: 1, quarantined: 1, ..NONE });
+        pool.check_integrity(std::iter::empty());
+        pool.free_lent(third);
+        pool.free_lent(second);
+        assert_eq!(pool.counts(), PageCounts { free: 2, cached: 1, ..NONE });
+        pool.check_integrity(std::iter::empty());
+    }
+
+    #[test]
+    #[should_panic(expected = "not where it should be")]
+    fn a_page_in_quarantine_is_not_taken_back() {
+        let mut pool = KvPool::new(1);
+        let page = pool.allocate().unwrap();
+        let lent = pool.lend(page);
+        pool.quarantine(lent.number());
+        let _page = pool.take_back(lent);
     }
 
     #[test]

@@ -2,16 +2,20 @@
 //!
 //! There is no prefill phase and no decode phase (the idea is vLLM V1's): a sequence has `num_computed` and `num_tokens`,
 //! and each step moves the first towards the second under a budget of tokens. Chunked prefill, prefix hits and preemption
-//! are all changes of `num_computed`. Planning does no I/O and knows no clock; a step is
+//! are all changes of `num_computed`, and so is a prompt that another worker has prefilled. Planning does no I/O and knows no clock; a step is
 //! [`Scheduler::plan`], the computation itself elsewhere, [`Scheduler::commit`], and [`Scheduler::push_token`] for what
 //! was sampled.
 
+mod loans;
 mod plan;
+mod planner;
 mod queue;
+mod route;
 mod sequence;
 
-pub use plan::{PlanEntry, StepPlan};
+pub use plan::{Loan, PlanEntry, StepPlan};
 pub use queue::{Scheduler, SchedulerLimits, SlotId};
+pub use route::{AllLocal, Candidate, Route, Router};
 pub use sequence::Sequence;
 
 #[cfg(test)]

@@ -1,5 +1,5 @@
 use super::SlotId;
-use crate::telemetry::StepKind;
+use crate::{cache::LentPage, telemetry::StepKind};
 
 /// One sequence's part of a step.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -12,10 +12,22 @@ pub struct PlanEntry {
     pub len: usize,
     /// Leading tokens of these whose logits nobody wants.
     pub logits_from: usize,
-    /// Whether this is the first the sequence sees of a step; `start` is then how much of it was found in the cache.
+    /// Whether this is the first the sequence sees of a step.
     pub first: bool,
     /// Whether this is one token of a sequence that is otherwise computed.
     pub decode: bool,
+}
+
+/// A sequence whose prompt another worker is to prefill, and the pages to fill.
+#[derive(Debug)]
+pub struct Loan {
+    /// Which sequence. It is away until [`Scheduler::resume`](super::Scheduler::resume) or
+    /// [`Scheduler::restart`](super::Scheduler::restart).
+    pub slot: SlotId,
+    /// Position of the first token that `pages` hold, a multiple of the block size: those before were found in the cache.
+    pub first: usize,
+    /// The pages of the tokens from `first` to the last but one.
+    pub pages: Box<[LentPage]>,
 }
 
 /// What the next step computes: decodes first, then prefill chunks, each oldest first. Refilled, never reallocated.
@@ -24,12 +36,16 @@ pub struct StepPlan {
     entries: Vec<PlanEntry>,
     tokens: usize,
     preempted: usize,
+    /// Sequences that leave for another worker.
+    pub loans: Vec<Loan>,
+    /// Prefill-only sequences that were found in the cache from end to end: there is nothing to compute.
+    pub found: Vec<SlotId>,
 }
 
 impl StepPlan {
     /// An empty plan with room for `sequences`.
     pub fn with_capacity(sequences: usize) -> Self {
-        Self { entries: Vec::with_capacity(sequences), tokens: 0, preempted: 0 }
+        Self { entries: Vec::with_capacity(sequences), ..Self::default() }
     }
 
     /// The sequences that take part.
@@ -58,7 +74,9 @@ impl StepPlan {
     }
 
     pub(super) fn clear(&mut self) {
+        debug_assert!(self.loans.is_empty(), "loans are taken out of a plan before the next");
         self.entries.clear();
+        self.found.clear();
         self.tokens = 0;
         self.preempted = 0;
     }

@@ -1,6 +1,6 @@
 use std::collections::VecDeque;
 
-use super::{PlanEntry, Sequence, StepPlan};
+use super::{Sequence, StepPlan};
 use crate::cache::{KvPool, PageCounts, PageHasher};
 
 /// Where a sequence lives from [`Scheduler::add`] to [`Scheduler::remove`]; below [`SchedulerLimits::max_sequences`], and
@@ -26,27 +26,27 @@ pub struct SchedulerLimits {
     pub max_sequences: usize,
 }
 
-/// Who runs and who waits. First come, first served: every running sequence arrived before every waiting one, and the
-/// oldest progresses in every step, because pages are taken from the youngest when they run out and the pool holds the
-/// longest sequence.
+/// Who runs and who waits. First come, first served: who waits enters in order of arrival, and the oldest that runs
+/// progresses in every step, because pages are taken from the youngest when they run out and the pool holds the longest
+/// sequence. Only pages that are lent or in quarantine can make it wait, and those come back.
+///
+/// A sequence whose prompt another worker computes is *away*: neither running nor waiting. It keeps its slot, its prefix
+/// hits and its place among the running ones, to which it returns.
 #[derive(Debug)]
 pub struct Scheduler {
-    limits: SchedulerLimits,
-    hasher: PageHasher,
-    pool: KvPool,
-    slots: Box<[Option<Sequence>]>,
+    pub(super) limits: SchedulerLimits,
+    pub(super) hasher: PageHasher,
+    pub(super) pool: KvPool,
+    pub(super) slots: Box<[Option<Sequence>]>,
     free_slots: Vec<SlotId>,
     /// Both in order of arrival.
-    running: Vec<SlotId>,
-    waiting: VecDeque<SlotId>,
+    pub(super) running: Vec<SlotId>,
+    pub(super) waiting: VecDeque<SlotId>,
+    /// Sequences whose prompt another worker computes.
+    pub(super) away: Vec<SlotId>,
+    /// Prefill-only sequences that are computed, or stopped, and whose pages somebody reads.
+    pub(super) held: Vec<SlotId>,
     arrivals: u64,
-}
-
-/// Which part of a step is being planned.
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Pass {
-    Decodes,
-    Prefills,
 }
 
 impl Scheduler {
@@ -62,6 +62,8 @@ impl Scheduler {
             free_slots: (0..max_sequences).rev().map(SlotId).collect(),
             running: Vec::with_capacity(limits.max_num_seqs),
             waiting: VecDeque::with_capacity(limits.max_sequences),
+            away: Vec::with_capacity(limits.max_num_seqs),
+            held: Vec::with_capacity(limits.max_sequences),
             arrivals: 0,
         }
     }
@@ -76,11 +78,15 @@ impl Scheduler {
         Some(slot)
     }
 
-    /// Takes a sequence out, finished or not; its pages are free at once.
+    /// Takes a sequence out, finished or not. Its pages are free at once; those that are lent for it go into quarantine
+    /// until [`Scheduler::free_lent`].
     pub fn remove(&mut self, slot: SlotId) -> Option<Sequence> {
+        self.recall(slot);
         let mut sequence = self.slots[slot.index()].take()?;
         self.running.retain(|&other| other != slot);
         self.waiting.retain(|&other| other != slot);
+        self.away.retain(|&other| other != slot);
+        self.held.retain(|&other| other != slot);
         self.free_slots.push(slot);
         sequence.table.release(&mut self.pool);
         Some(sequence)
@@ -101,7 +107,7 @@ impl Scheduler {
         self.waiting.len()
     }
 
-    /// Whether there is nothing to do.
+    /// Whether there is nothing to compute.
     pub fn is_empty(&self) -> bool {
         self.running.is_empty() && self.waiting.is_empty()
     }
@@ -116,36 +122,37 @@ impl Scheduler {
         self.pool.counts()
     }
 
-    /// Decides what the next step computes: every sequence that decodes, then chunks of prompts, oldest first, then whoever
-    /// waits and fits. The pages for it are reserved. The plan is empty only if there is nothing to do.
-    pub fn plan(&mut self, plan: &mut StepPlan) {
-        plan.clear();
-        self.plan_running(Pass::Decodes, plan);
-        self.plan_running(Pass::Prefills, plan);
-        if plan.preempted() == 0 {
-            self.plan_waiting(plan);
-        }
-        debug_assert!(plan.tokens() <= self.limits.max_num_batched_tokens);
-        debug_assert!(!plan.entries().is_empty() || self.running.is_empty() && self.waiting.is_empty());
-    }
-
     /// Takes note that a plan has been computed: pages that are full now can be found by others.
     pub fn commit(&mut self, plan: &StepPlan) {
         for entry in plan.entries() {
             let Some(sequence) = &mut self.slots[entry.slot.index()] else { continue };
             sequence.advance(entry.len);
-            let full = sequence.num_computed / self.hasher.block_size();
-            if full > sequence.hashes.len() {
-                // The pages end where the computed tokens do, which may be one short of the tokens.
-                let computed = full * self.hasher.block_size();
-                let mut hashes = std::mem::take(&mut sequence.hashes);
-                self.hasher.extend(&mut hashes, &sequence.tokens()[..computed]);
-                sequence.hashes = hashes;
+            let done = sequence.prefill_only && sequence.remaining() == 0;
+            self.publish(entry.slot);
+            if done {
+                self.hold(entry.slot);
             }
-            while sequence.table.published() < full {
-                let hash = sequence.hashes[sequence.table.published()];
-                sequence.table.publish_next(hash, &mut self.pool);
+        }
+    }
+
+    /// Makes a sequence's full pages findable.
+    pub(super) fn publish(&mut self, slot: SlotId) {
+        let Some(sequence) = &mut self.slots[slot.index()] else { return };
+        let full = sequence.num_computed / self.hasher.block_size();
+        if full > sequence.hashes.len() {
+            // The pages end where the computed tokens do, which may be one short of the tokens.
+            let computed = full * self.hasher.block_size();
+            let mut hashes = std::mem::take(&mut sequence.hashes);
+            self.hasher.extend(&mut hashes, &sequence.tokens()[..computed]);
+            sequence.hashes = hashes;
+        }
+        while sequence.table.published() < full {
+            let hash = sequence.hashes[sequence.table.published()];
+            if sequence.prefill_only && self.pool.is_published(hash) {
+                // Publishing it again would free our copy, which somebody may be reading.
+                return;
             }
+            sequence.table.publish_next(hash, &mut self.pool);
         }
     }
 
@@ -158,10 +165,13 @@ impl Scheduler {
     pub fn check_integrity(&mut self) {
         self.pool.check_integrity(self.slots.iter().flatten().map(|sequence| &sequence.table));
         let taken = self.slots.iter().flatten().count();
-        assert_eq!(taken, self.running.len() + self.waiting.len(), "a sequence is in no queue");
+        let queued = self.running.len() + self.waiting.len() + self.away.len() + self.held.len();
+        assert_eq!(taken, queued, "a sequence is in no queue");
         assert_eq!(taken + self.free_slots.len(), self.slots.len(), "a slot is lost");
-        let in_order = self.running.iter().chain(&self.waiting).map(|&slot| self.sequence(slot).arrival);
-        assert!(in_order.is_sorted_by(|a, b| a < b), "who came first is not served first");
+        assert!(self.running.len() + self.away.len() <= self.limits.max_num_seqs, "more run than may");
+        let arrival = |&slot: &SlotId| self.sequence(slot).arrival;
+        let in_order = self.running.is_sorted_by_key(arrival) && self.waiting.iter().is_sorted_by_key(arrival);
+        assert!(in_order, "who came first is not served first");
         for &slot in &self.waiting {
             assert!(self.sequence(slot).table.is_empty(), "a waiting sequence holds pages");
         }
@@ -169,149 +179,20 @@ impl Scheduler {
             let sequence = self.sequence(slot);
             assert_eq!(sequence.table.len(), self.pages_for(sequence.num_computed), "pages and tokens disagree");
         }
-    }
-
-    fn plan_running(&mut self, pass: Pass, plan: &mut StepPlan) {
-        let mut at = 0;
-        while at < self.running.len() && plan.tokens() < self.limits.max_num_batched_tokens {
-            let slot = self.running[at];
-            if (self.sequence(slot).remaining() == 1) == (pass == Pass::Decodes) {
-                self.plan_one(at, pass, plan);
-            }
-            at += 1;
+        for &slot in &self.away {
+            let sequence = self.sequence(slot);
+            assert_eq!(sequence.lent.len(), self.pages_to_lend(slot), "pages were not lent or not for this");
+            assert!(sequence.lent.iter().all(|&page| self.pool.is_lent(page)), "a page is lent and in use");
         }
+        let lent: usize = self.slots.iter().flatten().map(|sequence| sequence.lent.len()).sum();
+        assert_eq!(lent, self.pool.counts().lent, "a page is lent for nobody");
     }
 
-    /// Lets sequences in, in order, while there are places, tokens in the budget and pages for all of the prompt: were
-    /// it let in with less, it would take what older prompts still need, and lose it again.
-    fn plan_waiting(&mut self, plan: &mut StepPlan) {
-        let mut reserved: usize = self.running.iter().map(|&slot| self.missing_pages(slot)).sum();
-        while self.running.len() < self.limits.max_num_seqs && plan.tokens() < self.limits.max_num_batched_tokens {
-            let Some(&slot) = self.waiting.front() else { return };
-            // One page beside for each running sequence: it may need it for its very next token.
-            let spoken_for = reserved + self.running.len();
-            let fits = |needed| spoken_for + needed <= self.pool.available();
-            // Hits are looked up only if there is any room at all.
-            let enters = fits(1) && fits(self.missing_pages(slot) - self.shared_hits(slot));
-            if !enters && !self.running.is_empty() {
-                return;
-            }
-            self.waiting.pop_front();
-            self.running.push(slot);
-            self.plan_one(self.running.len() - 1, Pass::Prefills, plan);
-            reserved = self.running.iter().map(|&slot| self.missing_pages(slot)).sum();
-        }
-    }
-
-    /// Plans the running sequence at `at`: as many tokens as the budget and the pages allow.
-    fn plan_one(&mut self, at: usize, pass: Pass, plan: &mut StepPlan) {
-        let slot = self.running[at];
-        if pass == Pass::Prefills && self.take_hits(at) == Next::IsBeingComputed {
-            return;
-        }
-        let budget = self.limits.max_num_batched_tokens - plan.tokens();
-        let wanted = self.sequence(slot).remaining().min(budget);
-        let len = self.reserve(at, wanted, plan);
-        if len == 0 {
-            return;
-        }
-        let sequence = self.sequence(slot);
-        let start = sequence.num_computed;
-        plan.push(PlanEntry {
-            slot,
-            start,
-            len,
-            logits_from: sequence.logits_from(start).min(start + len) - start,
-            first: !sequence.started,
-            decode: pass == Pass::Decodes,
-        });
-    }
-
-    /// Gives the sequence at `at` every next page that is in the index already, and says whether the one after is on its way.
-    fn take_hits(&mut self, at: usize) -> Next {
-        let slot = self.running[at];
-        let block_size = self.hasher.block_size();
-        loop {
-            let sequence = self.slots[slot.index()].as_mut().expect("a running sequence has its slot");
-            let page = sequence.num_computed / block_size;
-            let aligned = sequence.num_computed.is_multiple_of(block_size);
-            if !aligned || (page + 1) * block_size > sequence.cacheable_tokens() {
-                return Next::IsOurs;
-            }
-            let Some(&hash) = sequence.hashes.get(page) else { return Next::IsOurs };
-            if let Some(hit) = self.pool.find(hash) {
-                sequence.table.push_shared(hit);
-                sequence.num_computed += block_size;
-                continue;
-            }
-            // Asked anew in every step, so nothing is left behind when the other one is cancelled or preempted. Only
-            // older sequences are waited for, so the waiting has an end: the oldest waits for none.
-            let promised = self.running[..at].iter().any(|&other| {
-                let other = self.sequence(other);
-                other.hashes.get(page) == Some(&hash) && other.num_computed < (page + 1) * block_size
-            });
-            return if promised { Next::IsBeingComputed } else { Next::IsOurs };
-        }
-    }
-
-    /// Reserves pages for the next `wanted` tokens of the sequence at `at`, from those that arrived after it if need be.
-    /// Returns for how many there are pages.
-    fn reserve(&mut self, at: usize, wanted: usize, plan: &mut StepPlan) -> usize {
-        let slot = self.running[at];
-        let block_size = self.hasher.block_size();
-        loop {
-            let sequence = self.slots[slot.index()].as_mut().expect("a running sequence has its slot");
-            let covered = sequence.table.len() * block_size - sequence.num_computed;
-            if covered >= wanted {
-                return wanted;
-            }
-            if let Some(page) = self.pool.allocate() {
-                sequence.table.push(page);
-            } else if at + 1 < self.running.len() {
-                self.preempt_youngest(plan);
-            } else {
-                return covered;
-            }
-        }
-    }
-
-    fn preempt_youngest(&mut self, plan: &mut StepPlan) {
-        let Some(slot) = self.running.pop() else { return };
-        plan.preempt(slot);
-        let sequence = self.slots[slot.index()].as_mut().expect("a running sequence has its slot");
-        sequence.table.release(&mut self.pool);
-        sequence.restart();
-        // It is younger than all that run and older than all that wait.
-        self.waiting.push_front(slot);
-    }
-
-    /// Pages a sequence still needs for the tokens it has.
-    fn missing_pages(&self, slot: SlotId) -> usize {
-        let sequence = self.sequence(slot);
-        self.pages_for(sequence.tokens().len()) - sequence.table.len()
-    }
-
-    /// Pages of a waiting sequence that others use anyway.
-    fn shared_hits(&self, slot: SlotId) -> usize {
-        let sequence = self.sequence(slot);
-        let usable = sequence.cacheable_tokens() / self.hasher.block_size();
-        sequence.hashes.iter().take(usable).take_while(|&&hash| self.pool.is_in_use(hash)).count()
-    }
-
-    fn pages_for(&self, tokens: usize) -> usize {
+    pub(super) fn pages_for(&self, tokens: usize) -> usize {
         tokens.div_ceil(self.hasher.block_size())
     }
 
-    fn sequence_mut(&mut self, slot: SlotId) -> &mut Sequence {
+    pub(super) fn sequence_mut(&mut self, slot: SlotId) -> &mut Sequence {
         self.slots[slot.index()].as_mut().expect("a slot in a plan or queue is taken")
     }
-}
-
-/// The next page of a prefill.
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Next {
-    /// An older sequence is computing the same page: wait for it.
-    IsBeingComputed,
-    /// Nobody else is.
-    IsOurs,
 }

@@ -19,6 +19,26 @@ pub struct Sequence {
     pub(super) scored: usize,
     /// Whether a step has computed any of it.
     pub(super) started: bool,
+    /// Prompt tokens found in the cache when it was first looked at closely.
+    pub(super) cached: Option<usize>,
+    pub(super) place: Place,
+    /// Whether another worker's keys and values are what it continues from.
+    pub(super) from_afar: bool,
+    /// Numbers of the pages lent for it, while another worker fills them.
+    pub(super) lent: Vec<u32>,
+    /// Whether its keys and values are all that is wanted: no logits, no tokens.
+    pub(super) prefill_only: bool,
+}
+
+/// Where the prompt of a sequence is computed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Place {
+    /// Nobody has asked yet.
+    Undecided,
+    /// Here, until it has to start again.
+    Here,
+    /// Here, however often it starts again: another worker has failed it once.
+    HereForGood,
 }
 
 impl Sequence {
@@ -41,7 +61,18 @@ impl Sequence {
             hashes,
             scored: if score_prompt { 1 } else { prompt.len() },
             started: false,
+            cached: None,
+            place: Place::Undecided,
+            from_afar: false,
+            lent: Vec::new(),
+            prefill_only: false,
         }
+    }
+
+    /// A sequence whose keys and values are computed for another worker. All of it may come from the cache, nothing is
+    /// sampled, and once computed it is held until [`Scheduler::remove`](super::Scheduler::remove).
+    pub fn prefill_only(tokens: &[u32], hasher: &PageHasher) -> Self {
+        Self { prefill_only: true, place: Place::HereForGood, ..Self::new(tokens, 0, false, hasher) }
     }
 
     /// Prompt and output.
@@ -64,6 +95,36 @@ impl Sequence {
         self.table.numbers()
     }
 
+    /// Tokens whose keys and values are there.
+    pub fn num_computed(&self) -> usize {
+        self.num_computed
+    }
+
+    /// Prompt tokens found in the cache when it was first scheduled.
+    pub fn cached_tokens(&self) -> usize {
+        self.cached.unwrap_or(0)
+    }
+
+    /// Whether another worker has prefilled it.
+    pub fn is_from_afar(&self) -> bool {
+        self.from_afar
+    }
+
+    /// Whether only its keys and values are wanted.
+    pub fn is_prefill_only(&self) -> bool {
+        self.prefill_only
+    }
+
+    /// A number that no other sequence of the scheduler has or will have.
+    pub fn arrival(&self) -> u64 {
+        self.arrival
+    }
+
+    /// Whether one token is left, whose logits are wanted.
+    pub(super) fn decodes(&self) -> bool {
+        self.remaining() == 1 && !self.prefill_only
+    }
+
     /// Tokens not computed yet.
     pub(super) fn remaining(&self) -> usize {
         self.tokens.len() - self.num_computed
@@ -78,7 +139,13 @@ impl Sequence {
     /// How many leading tokens may come from the cache: not the last, whose logits are wanted, and no position that a
     /// prompt log-probability is still owed for.
     pub(super) fn cacheable_tokens(&self) -> usize {
-        if self.scored < self.prompt_len { self.scored - 1 } else { self.tokens.len() - 1 }
+        if self.prefill_only {
+            self.tokens.len()
+        } else if self.scored < self.prompt_len {
+            self.scored - 1
+        } else {
+            self.tokens.len() - 1
+        }
     }
 
     /// First position from `start` on whose logits are wanted, given that everything before `start` is computed.
@@ -95,7 +162,11 @@ impl Sequence {
 
     /// Forgets what was computed; the tokens stay.
     pub(super) fn restart(&mut self) {
-        debug_assert!(self.table.is_empty(), "pages are given back first");
+        debug_assert!(self.table.is_empty() && self.lent.is_empty(), "pages are given back first");
         self.num_computed = 0;
+        self.from_afar = false;
+        if self.place == Place::Here {
+            self.place = Place::Undecided;
+        }
     }
 }

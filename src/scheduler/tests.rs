@@ -23,7 +23,7 @@ impl Fixture {
 
     /// Plans a step and returns who takes part, from where, with how many tokens.
     fn plan(&mut self) -> Vec<(SlotId, usize, usize)> {
-        self.scheduler.plan(&mut self.plan);
+        self.scheduler.plan(&mut self.plan, &mut AllLocal);
         self.plan.entries().iter().map(|entry| (entry.slot, entry.start, entry.len)).collect()
     }
 
@@ -150,4 +150,132 @@ fn a_prompt_is_let_in_when_there_are_pages_for_all_of_it() {
     assert_eq!(fixture.scheduler.waiting(), 1);
     fixture.scheduler.remove(a);
     assert_eq!(fixture.step(), [(b, 0, 6)]);
+}
+
+/// Sends away whatever has more than so many uncached tokens.
+struct Threshold(usize);
+
+impl Router for Threshold {
+    fn is_open(&self) -> bool {
+        true
+    }
+
+    fn route(&mut self, candidate: Candidate) -> Route {
+        if candidate.tokens - candidate.cached > self.0 { Route::Remote } else { Route::Local }
+    }
+}
+
+impl Fixture {
+    /// Plans a step with another worker for prompts of more than 8 tokens; returns who takes part and what is lent.
+    fn step_with_worker(&mut self) -> (Vec<(SlotId, usize, usize)>, Vec<Loan>) {
+        self.scheduler.plan(&mut self.plan, &mut Threshold(8));
+        let loans = std::mem::take(&mut self.plan.loans);
+        self.commit();
+        (self.plan.entries().iter().map(|entry| (entry.slot, entry.start, entry.len)).collect(), loans)
+    }
+}
+
+#[test]
+fn a_long_prompt_leaves_and_comes_back_before_its_last_token_in_order_of_arrival() {
+    let mut fixture = Fixture::new(4, 100, 100);
+    let a = fixture.add(0..17);
+    let b = fixture.add(100..105);
+    let (entries, mut loans) = fixture.step_with_worker();
+    assert_eq!(entries, [(b, 0, 5)]);
+    let loan = loans.pop().unwrap();
+    assert_eq!((loan.slot, loan.first, loan.pages.len()), (a, 0, 4));
+    assert_eq!((fixture.scheduler.pages().lent, fixture.scheduler.away()), (4, 1));
+    assert_eq!(fixture.step_with_worker().0, [(b, 5, 1)]);
+    fixture.scheduler.resume(a, loan.pages);
+    assert!(fixture.scheduler.sequence(a).is_from_afar());
+    assert_eq!(fixture.step_with_worker().0, [(a, 16, 1), (b, 6, 1)]);
+    // What another worker computed is found by others.
+    let c = fixture.add(0..17);
+    assert_eq!(fixture.step_with_worker().0, [(a, 17, 1), (b, 7, 1), (c, 16, 1)]);
+}
+
+#[test]
+fn only_what_was_not_found_is_lent() {
+    let mut fixture = Fixture::new(4, 100, 100);
+    let a = fixture.add(0..9);
+    fixture.step();
+    let b = fixture.add((0..8).chain(50..62));
+    let (entries, mut loans) = fixture.step_with_worker();
+    assert_eq!(entries, [(a, 9, 1)]);
+    let loan = loans.pop().unwrap();
+    assert_eq!((loan.slot, loan.first, loan.pages.len()), (b, 8, 3));
+    fixture.scheduler.resume(b, loan.pages);
+    assert_eq!(fixture.scheduler.sequence(b).cached_tokens(), 8);
+    assert_eq!(fixture.step_with_worker().0, [(a, 10, 1), (b, 19, 1)]);
+}
+
+#[test]
+fn a_prompt_found_from_end_to_end_is_not_lent() {
+    let mut fixture = Fixture::new(4, 100, 100);
+    let a = fixture.add(0..33);
+    fixture.step();
+    fixture.scheduler.remove(a);
+    let b = fixture.add(0..33);
+    let (entries, loans) = fixture.step_with_worker();
+    assert_eq!(entries, [(b, 32, 1)]);
+    assert!(loans.is_empty());
+}
+
+#[test]
+fn a_prompt_that_no_worker_finished_is_computed_here_and_its_pages_wait() {
+    let mut fixture = Fixture::new(4, 100, 100);
+    let a = fixture.add(0..17);
+    let loan = fixture.step_with_worker().1.pop().unwrap();
+    fixture.scheduler.restart(a, None);
+    let pages = fixture.scheduler.pages();
+    assert_eq!((pages.lent, pages.quarantined), (0, 4));
+    assert_eq!(fixture.step_with_worker().0, [(a, 0, 17)]);
+    fixture.scheduler.free_lent(loan.pages);
+    assert_eq!(fixture.scheduler.pages().quarantined, 0);
+    fixture.scheduler.check_integrity();
+}
+
+#[test]
+fn equal_prompts_are_lent_once() {
+    let mut fixture = Fixture::new(4, 100, 100);
+    let slots = [(); 3].map(|()| fixture.add(0..17));
+    let (entries, mut loans) = fixture.step_with_worker();
+    assert!(entries.is_empty());
+    assert_eq!(loans.len(), 1);
+    fixture.scheduler.resume(slots[0], loans.pop().unwrap().pages);
+    assert_eq!(fixture.step_with_worker().0, slots.map(|slot| (slot, 16, 1)));
+}
+
+#[test]
+fn one_that_leaves_while_away_leaves_its_pages_in_quarantine() {
+    let mut fixture = Fixture::new(4, 100, 100);
+    let a = fixture.add(0..17);
+    let loan = fixture.step_with_worker().1.pop().unwrap();
+    fixture.scheduler.remove(a);
+    assert_eq!(fixture.scheduler.pages().quarantined, 4);
+    fixture.scheduler.free_lent(loan.pages);
+    assert_eq!(fixture.scheduler.pages().free, 100);
+}
+
+#[test]
+fn one_computed_for_another_worker_keeps_its_pages_until_it_is_removed() {
+    let mut fixture = Fixture::new(4, 8, 100);
+    let prompt: Vec<u32> = (0..13).collect();
+    let a = fixture.scheduler.add(Sequence::prefill_only(&prompt, &fixture.hasher)).unwrap();
+    assert_eq!(fixture.plan(), [(a, 0, 8)]);
+    assert_eq!(fixture.plan.entries()[0].logits_from, 8);
+    fixture.scheduler.commit(&fixture.plan);
+    assert_eq!(fixture.plan(), [(a, 8, 5)]);
+    assert_eq!(fixture.plan.entries()[0].logits_from, 5);
+    fixture.scheduler.commit(&fixture.plan);
+    assert!(fixture.plan().is_empty() && fixture.scheduler.is_empty());
+    assert_eq!(fixture.scheduler.pages().owned, 4);
+    fixture.scheduler.remove(a);
+    assert_eq!((fixture.scheduler.pages().owned, fixture.scheduler.pages().cached), (0, 3));
+    // All of the pages are found again: there is nothing to compute.
+    let again = fixture.scheduler.add(Sequence::prefill_only(&prompt[..12], &fixture.hasher)).unwrap();
+    assert!(fixture.plan().is_empty());
+    assert_eq!(fixture.plan.found, [again]);
+    fixture.scheduler.remove(again);
+    fixture.scheduler.check_integrity();
 }

@@ -27,7 +27,7 @@ pub struct Metrics {
 pub struct EngineMetrics {
     /// Requests that hold KV pages and take part in steps.
     pub running: IntGauge,
-    /// Requests accepted and not running: not started yet, or preempted.
+    /// Requests accepted and not running: not started yet, preempted, or prefilled elsewhere.
     pub waiting: IntGauge,
     /// Pages holding nothing.
     pub pages_free: IntGauge,
@@ -35,6 +35,10 @@ pub struct EngineMetrics {
     pub pages_cached: IntGauge,
     /// Pages in use by sequences.
     pub pages_owned: IntGauge,
+    /// Pages lent to prefill workers, which fill them.
+    pub pages_lent: IntGauge,
+    /// Pages no longer wanted that a prefill worker may still write to.
+    pub pages_quarantined: IntGauge,
     /// Prompt tokens of the requests started, found in the cache or not.
     pub prompt_tokens: IntCounter,
     /// Tokens generated.
@@ -90,6 +94,8 @@ impl Metrics {
             pages_free: pages.with_label_values(&["free"]),
             pages_cached: pages.with_label_values(&["cached"]),
             pages_owned: pages.with_label_values(&["owned"]),
+            pages_lent: pages.with_label_values(&["lent"]),
+            pages_quarantined: pages.with_label_values(&["quarantined"]),
             prompt_tokens: counter(&registry, "engine_prompt_tokens_total", "Prompt tokens of requests started."),
             generation_tokens: counter(&registry, "engine_generation_tokens_total", "Tokens generated."),
             prefix_hit_tokens: counter(
@@ -178,6 +184,8 @@ mod tests {
             "engine_kv_pages{state=\"free\"} 0",
             "engine_kv_pages{state=\"cached\"} 0",
             "engine_kv_pages{state=\"owned\"} 0",
+            "engine_kv_pages{state=\"lent\"} 0",
+            "engine_kv_pages{state=\"quarantined\"} 0",
             "engine_preemptions_total 0",
             "engine_step_seconds_count{kind=\"mixed\"} 1",
         ] {

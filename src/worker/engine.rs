@@ -18,7 +18,7 @@ use super::{
 };
 use crate::{
     cache::PageHasher,
-    scheduler::{Scheduler, SchedulerLimits, SlotId},
+    scheduler::{AllLocal, Scheduler, SchedulerLimits, SlotId},
     telemetry::EngineMetrics,
 };
 
@@ -83,7 +83,7 @@ impl<R: Runner> Engine<R> {
             if self.scheduler.is_empty() {
                 continue;
             }
-            self.scheduler.plan(&mut self.step.plan);
+            self.scheduler.plan(&mut self.step.plan, &mut AllLocal);
             self.step.fill(&self.scheduler, &self.terms);
             let launched = Instant::now();
             self.compute()?;
@@ -155,7 +155,7 @@ impl<R: Runner> Engine<R> {
         let Self { runner, scheduler, terms, step: Step { batch, rows, out, .. }, .. } = self;
         let (scheduler, terms, rows) = (&*scheduler, &**terms, &*rows);
         let row = |i| rows.task(i, scheduler, terms).expect("a planned sequence has its terms");
-        runner.execute(batch, &row, &mut out[..rows.len()])
+        runner.execute(batch, &row, &mut out[..rows.len()], &mut |_| ())
     }
 
     /// Passes on what the step computed.
@@ -170,7 +170,7 @@ impl<R: Runner> Engine<R> {
                 continue;
             };
             if entry.first {
-                session.begin(scheduler.sequence(entry.slot).prompt(), entry.start, &shared.metrics);
+                session.begin(scheduler.sequence(entry.slot), &shared.metrics);
             }
             let mut end = None;
             for (position, sampled) in (entry.start + entry.logits_from..).zip(&step.out[rows]) {
@@ -209,10 +209,12 @@ impl<R: Runner> Engine<R> {
         let metrics = &self.shared.metrics;
         let pages = self.scheduler.pages();
         metrics.running.set(self.scheduler.running() as i64);
-        metrics.waiting.set(self.scheduler.waiting() as i64);
+        metrics.waiting.set((self.scheduler.waiting() + self.scheduler.away()) as i64);
         metrics.pages_free.set(pages.free as i64);
         metrics.pages_cached.set(pages.cached as i64);
         metrics.pages_owned.set(pages.owned as i64);
+        metrics.pages_lent.set(pages.lent as i64);
+        metrics.pages_quarantined.set(pages.quarantined as i64);
     }
 }
 

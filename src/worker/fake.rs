@@ -138,6 +138,7 @@ impl Runner for FakeRunner {
         batch: &Batch,
         row: &(dyn Fn(usize) -> SampleRow<'a> + Sync),
         out: &mut [Sampled],
+        layer_done: &mut dyn FnMut(usize),
     ) -> Result<(), RunnerError> {
         self.control.pass()?;
         self.control.computed.fetch_add(batch.tokens.len(), Ordering::Relaxed);
@@ -151,6 +152,7 @@ impl Runner for FakeRunner {
                 self.cache[slot(span.table_start, position)] = cell(batch.tokens[token], position);
             }
         }
+        layer_done(0);
         for (i, (&logit_row, out)) in batch.logit_rows.iter().zip(out).enumerate() {
             let in_span = |span: &&engine_kernels::SequenceSpan| logit_row < span.query_start + span.query_len;
             let span = batch.sequences.iter().find(in_span).unwrap();

@@ -9,12 +9,14 @@ pub struct RunnerError(pub String);
 /// Computes steps. The engine thread owns it; [`ModelRunner`] is the real one.
 pub trait Runner: Send + 'static {
     /// Computes `batch`, then samples or scores each of `batch.logit_rows` into `out`, in order; `row(i)` says what is
-    /// wanted of the i-th.
+    /// wanted of the i-th. Calls `layer_done` with each layer whose keys and values of this step are in the cache; they
+    /// stay as they are until another step writes them.
     fn execute<'a>(
         &mut self,
         batch: &Batch,
         row: &(dyn Fn(usize) -> SampleRow<'a> + Sync),
         out: &mut [Sampled],
+        layer_done: &mut dyn FnMut(usize),
     ) -> Result<(), RunnerError>;
 }
 
@@ -46,9 +48,10 @@ impl<B: Backend> Runner for ModelRunner<B> {
         batch: &Batch,
         row: &(dyn Fn(usize) -> SampleRow<'a> + Sync),
         out: &mut [Sampled],
+        layer_done: &mut dyn FnMut(usize),
     ) -> Result<(), RunnerError> {
         let Self { backend, model, cache, max_logit_rows } = self;
-        model.forward(backend, cache, batch);
+        model.forward(backend, cache, batch, layer_done);
         // A prompt's log-probabilities can want logits of every row, too many to hold at once: tile by tile.
         for (tile, rows) in batch.logit_rows.chunks(*max_logit_rows).enumerate() {
             let first = tile * *max_logit_rows;

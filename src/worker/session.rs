@@ -86,8 +86,9 @@ impl Session {
         self.outlet.is_abandoned()
     }
 
-    /// The first step that computed some of the prompt is done; `cached` of its tokens were found.
-    pub(super) fn begin(&mut self, prompt: &[u32], cached: usize, metrics: &EngineMetrics) {
+    /// The first step that computed some of the sequence is done.
+    pub(super) fn begin(&mut self, sequence: &Sequence, metrics: &EngineMetrics) {
+        let (prompt, cached) = (sequence.prompt(), sequence.cached_tokens());
         metrics.prompt_tokens.inc_by(prompt.len() as u64);
         metrics.prefix_hit_tokens.inc_by(cached as u64);
         self.outlet.set_cached_tokens(cached);

@@ -50,7 +50,7 @@ impl Step {
             let before = rows.len();
             rows.extend((start + logits_from..start + len).map(|position| Row { slot, position }));
             let generates = terms[slot.index()].as_ref().is_some_and(Terms::generates);
-            if start + len == sequence.tokens().len() && !generates {
+            if start + len == sequence.tokens().len() && rows.len() > before && !generates {
                 // Only the prompt was asked about; nobody looks at what would follow it.
                 rows.pop();
                 batch.logit_rows.pop();

@@ -158,6 +158,7 @@ impl Runner for Dice {
         batch: &Batch,
         row: &(dyn Fn(usize) -> SampleRow<'a> + Sync),
         out: &mut [Sampled],
+        _: &mut dyn FnMut(usize),
     ) -> Result<(), RunnerError> {
         for (index, sampled) in out.iter_mut().enumerate().take(batch.logit_rows.len()) {
             let row = row(index);

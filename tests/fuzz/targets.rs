@@ -111,7 +111,7 @@ impl Target for ModelFile {
         let mut cache = backend.kv_cache(layout).unwrap();
         let mut batch = Batch::default();
         batch.push(&[0], 0, &[0], 0);
-        loaded.model.forward(&mut backend, &mut cache, &batch);
+        loaded.model.forward(&mut backend, &mut cache, &batch, &mut |_| ());
         loaded.model.logits(&mut backend, &[0]);
         format!("ran {:?}", source.config())
     }

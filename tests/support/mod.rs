@@ -75,7 +75,8 @@ impl<R: Runner> Runner for Lent<R> {
         batch: &Batch,
         row: &(dyn Fn(usize) -> SampleRow<'a> + Sync),
         out: &mut [Sampled],
+        layer_done: &mut dyn FnMut(usize),
     ) -> Result<(), RunnerError> {
-        self.0.lock().unwrap().execute(batch, row, out)
+        self.0.lock().unwrap().execute(batch, row, out, layer_done)
     }
 }

@@ -93,7 +93,7 @@ fn logits_of_every_position(config: &Value, source: &Lively, chunks: &[usize]) -
         let mut batch = Batch::default();
         batch.push(&[9, 8, 7], 0, &[11], 3);
         batch.push(&TOKENS[done..done + len], done as u32, &[5, 2, 7], 0);
-        model.forward(&mut backend, &mut cache, &batch);
+        model.forward(&mut backend, &mut cache, &batch, &mut |_| ());
         let logits = model.logits(&mut backend, &batch.logit_rows);
         all.extend(backend.read(logits).chunks_exact(VOCABULARY).map(<[f32]>::to_vec));
         done += len;

@@ -117,7 +117,7 @@ fn logits(source: &ModelSource) -> Vec<f32> {
     let mut cache = backend.kv_cache(layout).unwrap();
     let mut batch = Batch::default();
     batch.push(&[1, 47, 5, 5, 9], 0, &[0], 0);
-    loaded.model.forward(backend, &mut cache, &batch);
+    loaded.model.forward(backend, &mut cache, &batch, &mut |_| ());
     let logits = loaded.model.logits(backend, &batch.logit_rows);
     backend.read(logits)
 }

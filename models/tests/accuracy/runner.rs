@@ -64,7 +64,7 @@ impl<B: Backend> Runner<B> {
         for (number, chunk) in tokens.chunks(CHUNK).enumerate() {
             let mut batch = Batch::default();
             batch.push(chunk, self.position as u32, &self.table, 0);
-            self.loaded.model.forward(&mut self.backend, &mut self.cache, &batch);
+            self.loaded.model.forward(&mut self.backend, &mut self.cache, &batch, &mut |_| ());
             let logits = self.loaded.model.logits(&mut self.backend, &batch.logit_rows);
             let values = self.backend.read(logits);
             for (i, row) in values.chunks_exact(self.vocabulary).enumerate() {

@@ -1,0 +1,44 @@
+/// A prompt about to be computed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Candidate {
+    /// Tokens of the sequence.
+    pub tokens: usize,
+    /// Leading tokens that were found in the cache.
+    pub cached: usize,
+    /// Sequences that are generating, which a local prefill slows down.
+    pub decoding: usize,
+    /// Prompt tokens of other sequences that are to be computed here first.
+    pub queued: usize,
+}
+
+/// Where a prompt is computed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Route {
+    /// Here.
+    Local,
+    /// By another worker.
+    Remote,
+}
+
+/// Decides where prompts are computed. Asked when a sequence would otherwise get its first tokens computed.
+pub trait Router {
+    /// Whether any prompt could go to another worker now.
+    fn is_open(&self) -> bool;
+
+    /// Where this one goes.
+    fn route(&mut self, candidate: Candidate) -> Route;
+}
+
+/// Computes everything here.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct AllLocal;
+
+impl Router for AllLocal {
+    fn is_open(&self) -> bool {
+        false
+    }
+
+    fn route(&mut self, _: Candidate) -> Route {
+        Route::Local
+    }
+}
