@@ -6,6 +6,7 @@ pub mod api;
 pub mod cache;
 pub mod cli;
 pub mod decode;
+pub mod handoff;
 pub mod scheduler;
 pub mod telemetry;
 pub mod worker;

@@ -1,0 +1,533 @@
+use std::{collections::HashMap, time::Duration};
+
+use super::{
+    Epoch, Grant, HandoffId, Job, JobError, MailboxWord, SessionId, Slot, Status, ToDecode, ToPrefill, WorkerId,
+    clock::SteadyClock,
+};
+
+#[cfg(test)]
+mod tests;
+
+/// The prefill worker's side of all its handoffs: from a job on the queue to a word in the decode worker's mailbox.
+///
+/// ```text
+///  deliver        connected       granted                 all computed         posted
+///  ────────▶ Connecting ──▶ Claimed ──▶ Granted, computing ──▶ Granted, posting ──▶ acked
+///                 │             │            │
+///                 │ failed      │ gone       │ asked to release, failed: cancelled,
+///                 ▼             ▼            ▼ until no write is under way
+///               nak            ack        released, acked
+/// ```
+///
+/// Two promises keep the decode worker's pages safe. *Complete* goes to the writer behind the last write, and the writer
+/// keeps order. *Released* and *Failed* are said only once every write that was begun has ended, for they are what lets the
+/// decode worker use its pages again.
+///
+/// A job is acked when it can do no more good: its word is posted, its claim was refused, or its one grant was used up. Before
+/// that it goes back to the queue, for another worker to try.
+#[derive(Debug)]
+pub struct Borrower {
+    config: BorrowerConfig,
+    clock: SteadyClock,
+    jobs: HashMap<HandoffId, Held>,
+    peers: HashMap<WorkerId, Peer>,
+    draining: bool,
+    /// Jobs that something happens to; kept to be filled again.
+    scratch: Vec<HandoffId>,
+}
+
+/// What a [`Borrower`] needs to know about its worker.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct BorrowerConfig {
+    /// Jobs of other keys are refused.
+    pub model_key: String,
+    /// Tokens of a page.
+    pub block_size: u32,
+    /// Jobs held at the same time.
+    pub jobs_max: usize,
+    /// How long to wait for what.
+    pub timeouts: BorrowerTimeouts,
+}
+
+/// How long a prefill worker waits for what.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct BorrowerTimeouts {
+    /// An answer to a claim. Then the job goes back to the queue.
+    pub claim: Duration,
+    /// Between signs of life, to the queue and to decode workers: a fraction of the queue's `ack_wait` and of
+    /// [`silent`](super::LenderTimeouts::silent).
+    pub keep_alive: Duration,
+}
+
+/// One delivery of a job by the queue, numbered by whoever pulls.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct DeliveryId(pub u64);
+
+#[derive(Debug)]
+struct Held {
+    /// The latest one.
+    delivery: DeliveryId,
+    attempt: u32,
+    decode: WorkerId,
+    stage: Stage,
+    /// When the next sign of life is due, in steady time.
+    alive_due: Duration,
+}
+
+#[derive(Debug)]
+enum Stage {
+    /// Until there is a session to its decode worker.
+    Connecting,
+    /// Asked, and not yet answered.
+    Claimed { session: SessionId, deadline: Duration },
+    /// In possession of the grant.
+    Granted(Work),
+}
+
+#[derive(Debug)]
+struct Work {
+    session: SessionId,
+    slot: Slot,
+    epoch: Epoch,
+    /// Tokens to compute, from 0.
+    wanted: u32,
+    computed: u32,
+    /// Writes given to the writer of which it has not said that they ended.
+    writing: u64,
+    end: Option<End>,
+}
+
+/// How the work ends, once that is settled.
+#[derive(Debug)]
+enum End {
+    /// The word is with the writer.
+    Posting,
+    /// Asked to stop.
+    Released,
+    /// Unable to go on.
+    Failed(String),
+}
+
+/// A decode worker, as far as sessions go.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Peer {
+    Connecting,
+    Open(SessionId),
+}
+
+/// What a [`Borrower`] is told.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum BorrowerEvent {
+    /// The session asked for is open.
+    Connected {
+        /// To whom.
+        decode: WorkerId,
+        /// Its number here.
+        session: SessionId,
+    },
+    /// It could not be opened.
+    ConnectFailed {
+        /// To whom.
+        decode: WorkerId,
+        /// Discovery too says that this worker is no more.
+        gone: bool,
+    },
+    /// Something was said on a session.
+    Message {
+        /// Where.
+        session: SessionId,
+        /// What.
+        message: ToPrefill,
+    },
+    /// A session ended.
+    SessionClosed {
+        /// Which.
+        session: SessionId,
+    },
+    /// Writes were given to the writer.
+    Writing {
+        /// Under whose grant.
+        handoff: HandoffId,
+        /// How many.
+        writes: u64,
+    },
+    /// Writes ended: done or discarded, they will touch nothing any more.
+    Wrote {
+        /// Under whose grant.
+        handoff: HandoffId,
+        /// How many.
+        writes: u64,
+    },
+    /// So much of the prompt is computed, and all its writes are with the writer.
+    Computed {
+        /// Which.
+        handoff: HandoffId,
+        /// From the first one on, those found in the prefix index included.
+        tokens: u32,
+    },
+    /// The prompt cannot be computed here.
+    ComputeFailed {
+        /// Which.
+        handoff: HandoffId,
+        /// For the log.
+        reason: String,
+    },
+    /// The mailbox word is written.
+    Posted {
+        /// Which.
+        handoff: HandoffId,
+    },
+    /// The worker is to leave: hand back what is not begun, finish the rest.
+    Drain,
+    /// Time passed.
+    Tick,
+}
+
+/// What a [`Borrower`] wants done, in order.
+#[derive(Debug)]
+pub enum BorrowerAction {
+    /// Open a session; answered by `Connected` or `ConnectFailed`.
+    Connect {
+        /// To whom.
+        decode: WorkerId,
+        /// Where, from the job.
+        addresses: serde_json::Value,
+    },
+    /// Say something.
+    Send {
+        /// Where.
+        session: SessionId,
+        /// What.
+        message: ToDecode,
+    },
+    /// Compute this prompt and write its pages, telling of `Writing`, `Wrote` and `Computed`.
+    Prefill {
+        /// Where to write.
+        session: SessionId,
+        /// Which tokens, which pages.
+        grant: Grant,
+    },
+    /// Stop computing, and give the writer nothing more; it may discard what it has. Nothing under way is no error.
+    Cancel {
+        /// Which.
+        handoff: HandoffId,
+    },
+    /// Give the writer this word, behind all writes before it; answered by `Posted`.
+    Complete {
+        /// Where to write.
+        session: SessionId,
+        /// Which.
+        handoff: HandoffId,
+        /// Which word of the mailbox.
+        slot: Slot,
+        /// Its value.
+        word: MailboxWord,
+    },
+    /// Take the job off the queue.
+    Ack {
+        /// Which.
+        delivery: DeliveryId,
+    },
+    /// Let the queue deliver the job again, to anybody, but not before.
+    Nak {
+        /// Which.
+        delivery: DeliveryId,
+        /// Zero: at once.
+        delay: Duration,
+    },
+    /// Tell the queue that the job is being worked on.
+    InProgress {
+        /// Which.
+        delivery: DeliveryId,
+    },
+    /// Say nothing about this delivery: a later one of the same job has taken its place.
+    Forget {
+        /// Which.
+        delivery: DeliveryId,
+    },
+    /// Count and log a job that cannot be read. Its ack follows.
+    Refuse {
+        /// Which.
+        delivery: DeliveryId,
+        /// Why.
+        error: JobError,
+    },
+}
+
+impl Default for BorrowerTimeouts {
+    fn default() -> Self {
+        Self { claim: Duration::from_secs(5), keep_alive: Duration::from_secs(2) }
+    }
+}
+
+impl Borrower {
+    /// A worker without jobs.
+    pub fn new(config: BorrowerConfig) -> Self {
+        let BorrowerTimeouts { claim, keep_alive } = config.timeouts;
+        Self {
+            clock: SteadyClock::new(claim.min(keep_alive) / 2),
+            jobs: HashMap::with_capacity(config.jobs_max),
+            peers: HashMap::new(),
+            draining: false,
+            scratch: Vec::with_capacity(config.jobs_max),
+            config,
+        }
+    }
+
+    /// How many jobs may be pulled from the queue now.
+    pub fn room(&self) -> usize {
+        if self.draining { 0 } else { self.config.jobs_max.saturating_sub(self.jobs.len()) }
+    }
+
+    /// Jobs held.
+    pub fn held(&self) -> usize {
+        self.jobs.len()
+    }
+
+    /// Takes in a job from the queue, delivered for the `attempt`th time, counted from 1.
+    pub fn deliver(
+        &mut self,
+        delivery: DeliveryId,
+        attempt: u32,
+        payload: &[u8],
+        now: Duration,
+        actions: &mut Vec<BorrowerAction>,
+    ) {
+        let now = self.clock.advance(now);
+        let job = match Job::decode(payload, &self.config.model_key) {
+            Ok(job) => job,
+            Err(error) => {
+                actions.push(BorrowerAction::Refuse { delivery, error });
+                actions.push(BorrowerAction::Ack { delivery });
+                return;
+            }
+        };
+        if let Some(held) = self.jobs.get_mut(&job.handoff) {
+            let delivery = std::mem::replace(&mut held.delivery, delivery);
+            actions.push(BorrowerAction::Forget { delivery });
+            return;
+        }
+        if self.room() == 0 {
+            actions.push(BorrowerAction::Nak { delivery, delay: Duration::ZERO });
+            return;
+        }
+        let (handoff, decode) = (job.handoff, job.decode);
+        let alive_due = now + self.config.timeouts.keep_alive;
+        self.jobs.insert(handoff, Held { delivery, attempt, decode, stage: Stage::Connecting, alive_due });
+        match self.peers.get(&decode) {
+            Some(&Peer::Open(session)) => self.claim(handoff, session, now, actions),
+            Some(Peer::Connecting) => {}
+            None => {
+                self.peers.insert(decode, Peer::Connecting);
+                actions.push(BorrowerAction::Connect { decode, addresses: job.addresses });
+            }
+        }
+    }
+
+    /// Takes in what happened, and adds what is to be done about it.
+    pub fn on(&mut self, event: BorrowerEvent, now: Duration, actions: &mut Vec<BorrowerAction>) {
+        let now = self.clock.advance(now);
+        match event {
+            BorrowerEvent::Connected { decode, session } => {
+                self.peers.insert(decode, Peer::Open(session));
+                for handoff in self.select(|held| held.decode == decode && matches!(held.stage, Stage::Connecting)) {
+                    self.claim(handoff, session, now, actions);
+                }
+            }
+            BorrowerEvent::ConnectFailed { decode, gone } => {
+                self.peers.remove(&decode);
+                for handoff in self.select(|held| held.decode == decode && matches!(held.stage, Stage::Connecting)) {
+                    if gone { self.ack(handoff, actions) } else { self.nak(handoff, actions) }
+                }
+            }
+            BorrowerEvent::Message { session, message } => self.message(session, message, now, actions),
+            BorrowerEvent::SessionClosed { session } => self.session_closed(session, actions),
+            BorrowerEvent::Writing { handoff, writes } => {
+                if let Some(work) = self.work(handoff) {
+                    work.writing += writes;
+                }
+            }
+            BorrowerEvent::Wrote { handoff, writes } => {
+                if let Some(work) = self.work(handoff) {
+                    work.writing = work.writing.saturating_sub(writes);
+                    self.finish_stopping(handoff, actions);
+                }
+            }
+            BorrowerEvent::Computed { handoff, tokens } => self.computed(handoff, tokens, now, actions),
+            BorrowerEvent::ComputeFailed { handoff, reason } => self.stop(handoff, End::Failed(reason), actions),
+            BorrowerEvent::Posted { handoff } => {
+                if self.work(handoff).is_some_and(|work| matches!(work.end, Some(End::Posting))) {
+                    self.ack(handoff, actions);
+                }
+            }
+            BorrowerEvent::Drain => {
+                self.draining = true;
+                for handoff in self.select(|held| !matches!(held.stage, Stage::Granted(_))) {
+                    if let Some(Held { delivery, .. }) = self.jobs.remove(&handoff) {
+                        actions.push(BorrowerAction::Nak { delivery, delay: Duration::ZERO });
+                    }
+                }
+            }
+            BorrowerEvent::Tick => self.tick(now, actions),
+        }
+    }
+
+    fn claim(&mut self, handoff: HandoffId, session: SessionId, now: Duration, actions: &mut Vec<BorrowerAction>) {
+        let deadline = now + self.config.timeouts.claim;
+        if let Some(held) = self.jobs.get_mut(&handoff) {
+            held.stage = Stage::Claimed { session, deadline };
+            actions.push(BorrowerAction::Send { session, message: ToDecode::Claim { handoff } });
+        }
+    }
+
+    fn message(&mut self, from: SessionId, message: ToPrefill, now: Duration, actions: &mut Vec<BorrowerAction>) {
+        match message {
+            ToPrefill::Grant(grant) => self.granted(from, grant, now, actions),
+            ToPrefill::Gone { handoff, .. } => {
+                let stage = self.jobs.get(&handoff).map(|held| &held.stage);
+                if matches!(stage, Some(Stage::Claimed { session, .. }) if *session == from) {
+                    self.ack(handoff, actions);
+                }
+            }
+            ToPrefill::Release { handoff, epoch } => {
+                if self.work(handoff).is_some_and(|work| work.session == from && work.epoch == epoch) {
+                    self.stop(handoff, End::Released, actions);
+                }
+            }
+        }
+    }
+
+    fn granted(&mut self, session: SessionId, grant: Grant, now: Duration, actions: &mut Vec<BorrowerAction>) {
+        let (handoff, epoch) = (grant.handoff, grant.epoch);
+        let alive_due = now + self.config.timeouts.keep_alive;
+        let wrong = grant.check(self.config.block_size).err();
+        match self.jobs.get_mut(&handoff) {
+            Some(held) if matches!(held.stage, Stage::Claimed { session: claimed, .. } if claimed == session) => {
+                if let Some(wrong) = wrong {
+                    let message = ToDecode::Failed { handoff, epoch, reason: wrong.to_string() };
+                    actions.push(BorrowerAction::Send { session, message });
+                    self.ack(handoff, actions);
+                    return;
+                }
+                let wanted = grant.tokens.len() as u32;
+                let work = Work { session, slot: grant.slot, epoch, wanted, computed: 0, writing: 0, end: None };
+                held.stage = Stage::Granted(work);
+                held.alive_due = alive_due;
+                actions.push(BorrowerAction::Prefill { session, grant });
+            }
+            // To say "released" while writing under the grant would be a lie, and pages would pay for it.
+            Some(Held { stage: Stage::Granted(work), .. }) if work.epoch == epoch && work.session == session => {}
+            // The claim was given up before its answer came.
+            _ => actions.push(BorrowerAction::Send { session, message: ToDecode::Released { handoff, epoch } }),
+        }
+    }
+
+    fn computed(&mut self, handoff: HandoffId, tokens: u32, now: Duration, actions: &mut Vec<BorrowerAction>) {
+        let alive_due = now + self.config.timeouts.keep_alive;
+        let Some(held) = self.jobs.get_mut(&handoff) else { return };
+        let Stage::Granted(work @ Work { end: None, .. }) = &mut held.stage else { return };
+        let &mut Work { session, slot, epoch, wanted, .. } = work;
+        work.computed = tokens.min(wanted);
+        if work.computed == wanted {
+            work.end = Some(End::Posting);
+            let word = MailboxWord::new(epoch, Status::Done);
+            actions.push(BorrowerAction::Complete { session, handoff, slot, word });
+        } else {
+            held.alive_due = alive_due;
+            let message = ToDecode::Progress { handoff, epoch, tokens };
+            actions.push(BorrowerAction::Send { session, message });
+        }
+    }
+
+    /// Begins to stop, unless the end is settled. A word that is with the writer already says the same as a release.
+    fn stop(&mut self, handoff: HandoffId, end: End, actions: &mut Vec<BorrowerAction>) {
+        let Some(work @ Work { end: None, .. }) = self.work(handoff) else { return };
+        work.end = Some(end);
+        actions.push(BorrowerAction::Cancel { handoff });
+        self.finish_stopping(handoff, actions);
+    }
+
+    /// Gives the pages back, if the work was stopped and none of its writes is under way.
+    fn finish_stopping(&mut self, handoff: HandoffId, actions: &mut Vec<BorrowerAction>) {
+        let Some(Work { session, epoch, writing: 0, end: Some(end), .. }) = self.work(handoff) else { return };
+        let (session, epoch) = (*session, *epoch);
+        let message = match end {
+            End::Posting => return,
+            End::Released => ToDecode::Released { handoff, epoch },
+            End::Failed(reason) => ToDecode::Failed { handoff, epoch, reason: std::mem::take(reason) },
+        };
+        actions.push(BorrowerAction::Send { session, message });
+        self.ack(handoff, actions);
+    }
+
+    fn session_closed(&mut self, closed: SessionId, actions: &mut Vec<BorrowerAction>) {
+        self.peers.retain(|_, peer| *peer != Peer::Open(closed));
+        for handoff in self.select(|held| held.session() == Some(closed)) {
+            if self.work(handoff).is_some() {
+                // The grant went with the session, and there will be no other.
+                actions.push(BorrowerAction::Cancel { handoff });
+                self.ack(handoff, actions);
+            } else {
+                self.nak(handoff, actions);
+            }
+        }
+    }
+
+    fn tick(&mut self, now: Duration, actions: &mut Vec<BorrowerAction>) {
+        for (&handoff, held) in &mut self.jobs {
+            match &held.stage {
+                Stage::Claimed { deadline, .. } if now >= *deadline => self.scratch.push(handoff),
+                _ if now < held.alive_due => {}
+                stage => {
+                    actions.push(BorrowerAction::InProgress { delivery: held.delivery });
+                    if let Stage::Granted(Work { session, epoch, computed, end: None, .. }) = *stage {
+                        let message = ToDecode::Progress { handoff, epoch, tokens: computed };
+                        actions.push(BorrowerAction::Send { session, message });
+                    }
+                    held.alive_due = now + self.config.timeouts.keep_alive;
+                }
+            }
+        }
+        while let Some(handoff) = self.scratch.pop() {
+            self.nak(handoff, actions);
+        }
+    }
+
+    fn ack(&mut self, handoff: HandoffId, actions: &mut Vec<BorrowerAction>) {
+        if let Some(Held { delivery, .. }) = self.jobs.remove(&handoff) {
+            actions.push(BorrowerAction::Ack { delivery });
+        }
+    }
+
+    /// Back to the queue, for longer each time.
+    fn nak(&mut self, handoff: HandoffId, actions: &mut Vec<BorrowerAction>) {
+        if let Some(Held { delivery, attempt, .. }) = self.jobs.remove(&handoff) {
+            let delay = Duration::from_millis(100 << attempt.clamp(1, 6));
+            actions.push(BorrowerAction::Nak { delivery, delay });
+        }
+    }
+
+    fn work(&mut self, handoff: HandoffId) -> Option<&mut Work> {
+        match &mut self.jobs.get_mut(&handoff)?.stage {
+            Stage::Granted(work) => Some(work),
+            _ => None,
+        }
+    }
+
+    fn select(&self, like: impl Fn(&Held) -> bool) -> Vec<HandoffId> {
+        let mut selected: Vec<_> =
+            self.jobs.iter().filter(|(_, held)| like(held)).map(|(&handoff, _)| handoff).collect();
+        // A map's order differs from run to run; a simulation's must not.
+        selected.sort_unstable();
+        selected
+    }
+}
+
+impl Held {
+    fn session(&self) -> Option<SessionId> {
+        match &self.stage {
+            Stage::Connecting => None,
+            Stage::Claimed { session, .. } | Stage::Granted(Work { session, .. }) => Some(*session),
+        }
+    }
+}

@@ -1,0 +1,511 @@
+use std::{collections::HashMap, time::Duration};
+
+use super::{Epoch, Gone, HandoffId, MailboxWord, SessionId, Slot, Status, ToDecode, WorkerId, clock::SteadyClock};
+
+#[cfg(test)]
+mod tests;
+
+/// The decode worker's side of all its handoffs: what is lent to whom, and when it comes back.
+///
+/// `R` names the request that waits, `P` is its lent pages. Pages are *moved* in by [`lend`](Self::lend) and moved out in
+/// an action; in between nobody else has them, so nobody can reuse them. A loan goes one of these ways:
+///
+/// ```text
+///            lend                       claimed                      resolved
+///  pages ─────────▶ Queued ────────────────────────▶ Granted ───────────────────────▶ Resume or Restart, with the pages
+///                     │                                 │
+///                     │ withdrawn, not claimed          │ withdrawn, silent, session closed, lease lost
+///                     ▼                                 ▼                       resolved
+///         pages back at once:               Quarantined ────────────────────────────▶ Free, with the pages
+///         nobody ever could write           (the request itself goes on without)
+/// ```
+///
+/// A granted loan is *resolved* by exactly three things: its holder completed it (the mailbox word), its holder released it
+/// (a message, or a failed word, or the transport revoked it), or its session was fenced. The three call
+/// [`resolve`](Self::resolve), the only function that lets go of pages somebody could write to. Time resolves nothing: a
+/// timeout moves a loan into quarantine and asks, first the holder, then the transport.
+///
+/// Nothing here allocates while loans are merely open: [`poll`](Self::poll) and ticks walk an array of slots.
+#[derive(Debug)]
+pub struct Lender<R, P> {
+    timeouts: LenderTimeouts,
+    clock: SteadyClock,
+    seats: Box<[Seat<R, P>]>,
+    /// Slots without a loan.
+    free: Vec<Slot>,
+    /// Slots with one, in no order.
+    open: Vec<Slot>,
+    by_handoff: HashMap<HandoffId, Slot>,
+}
+
+/// A slot of the mailbox.
+#[derive(Debug)]
+struct Seat<R, P> {
+    /// Of its present loan, or else of its next.
+    epoch: Epoch,
+    loan: Option<Loan<R, P>>,
+}
+
+#[derive(Debug)]
+struct Loan<R, P> {
+    handoff: HandoffId,
+    pages: P,
+    state: State<R>,
+    /// When patience ends, in steady time.
+    deadline: Duration,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum State<R> {
+    /// The job is on the queue. Nobody may write.
+    Queued { request: R },
+    /// The holder may write, and the request waits for it.
+    Granted { request: R, holder: Holder },
+    /// The holder may write, or may be about to, and nobody waits for it.
+    Quarantined { holder: Holder },
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Holder {
+    session: SessionId,
+    worker: WorkerId,
+}
+
+/// How long to wait for what. None of them frees a page.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct LenderTimeouts {
+    /// A job that nobody claims: prefill here instead.
+    pub unclaimed: Duration,
+    /// A holder that gives no sign of life: start the request again and ask for the pages back. Several times the
+    /// [`keep_alive`](super::BorrowerTimeouts::keep_alive) of the prefill workers.
+    pub silent: Duration,
+    /// A holder that does not answer when asked for the pages: fence its session.
+    pub release: Duration,
+}
+
+/// What a [`Lender`] is told.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum LenderEvent {
+    /// The queue did not take the job, or did not say that it had.
+    EnqueueFailed {
+        /// Which.
+        handoff: HandoffId,
+    },
+    /// Nobody wants the answer any more.
+    Withdraw {
+        /// Of whom.
+        handoff: HandoffId,
+    },
+    /// Something was said on a session.
+    Message {
+        /// Where.
+        session: SessionId,
+        /// By whom.
+        worker: WorkerId,
+        /// What.
+        message: ToDecode,
+    },
+    /// The transport vouches that no write under this grant can land any more.
+    Revoked {
+        /// The holder's.
+        session: SessionId,
+        /// The grant's.
+        slot: Slot,
+        /// The grant's.
+        epoch: Epoch,
+    },
+    /// A session ended. Writes made on it may still land.
+    SessionClosed {
+        /// Which.
+        session: SessionId,
+    },
+    /// The transport vouches that no write made on this session can land any more.
+    SessionFenced {
+        /// Which.
+        session: SessionId,
+    },
+    /// A worker's lease ended. It may be alive, and writing.
+    WorkerGone {
+        /// Whose.
+        worker: WorkerId,
+    },
+    /// Time passed.
+    Tick,
+}
+
+/// What a [`Lender`] wants done, in order.
+#[derive(Debug, PartialEq, Eq)]
+pub enum LenderAction<R, P> {
+    /// Let the transport accept writes to [`pages`](Lender::pages) of `slot` under `epoch` from this session, then send the
+    /// [`Grant`](super::Grant) on it.
+    Grant {
+        /// The claimant's.
+        session: SessionId,
+        /// Claimed.
+        handoff: HandoffId,
+        /// The loan's.
+        slot: Slot,
+        /// The loan's.
+        epoch: Epoch,
+        /// Whose prompt it is.
+        request: R,
+    },
+    /// Answer a claim with [`ToPrefill::Gone`](super::ToPrefill::Gone).
+    Gone {
+        /// The claimant's.
+        session: SessionId,
+        /// Claimed.
+        handoff: HandoffId,
+        /// For the log.
+        why: Gone,
+    },
+    /// Send [`ToPrefill::Release`](super::ToPrefill::Release), and have the transport revoke the grant if it can. Either
+    /// may answer.
+    Reclaim {
+        /// The holder's.
+        session: SessionId,
+        /// Granted.
+        handoff: HandoffId,
+        /// The loan's.
+        slot: Slot,
+        /// The loan's.
+        epoch: Epoch,
+    },
+    /// Have the transport end this session and make sure that nothing more is written on it. Possibly repeated.
+    Fence {
+        /// Which.
+        session: SessionId,
+    },
+    /// The pages hold the keys and values of the whole prompt but its last token: go on from there.
+    Resume {
+        /// Which.
+        request: R,
+        /// Its pages.
+        pages: P,
+    },
+    /// The handoff came to nothing: prefill here, or hand off anew.
+    Restart {
+        /// Which.
+        request: R,
+        /// Its pages, content undefined; `None` if they are in quarantine, to follow as [`Free`](Self::Free).
+        pages: Option<P>,
+    },
+    /// Nobody waits for these pages, and nobody can write to them any more: give them back to the pool.
+    Free {
+        /// Content undefined.
+        pages: P,
+    },
+    /// A handoff ended, in this way. Exactly one for each that was lent.
+    Count(Outcome),
+}
+
+/// How a handoff ended: label of `engine_handoffs_total`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Outcome {
+    /// The request went on with the pages.
+    Completed,
+    /// The holder stopped, or was stopped, before or after the request gave it up.
+    Released,
+    /// The holder's session was cut off.
+    Fenced,
+    /// It was never granted.
+    Expired,
+}
+
+impl Outcome {
+    /// All, to register metrics by.
+    pub const ALL: [Self; 4] = [Self::Completed, Self::Released, Self::Fenced, Self::Expired];
+
+    /// Lower case.
+    pub fn label(self) -> &'static str {
+        match self {
+            Self::Completed => "completed",
+            Self::Released => "released",
+            Self::Fenced => "fenced",
+            Self::Expired => "expired",
+        }
+    }
+}
+
+impl Default for LenderTimeouts {
+    fn default() -> Self {
+        let seconds = Duration::from_secs;
+        Self { unclaimed: seconds(30), silent: seconds(10), release: seconds(5) }
+    }
+}
+
+impl<R: Copy, P> Lender<R, P> {
+    /// A lender with a mailbox of `slots` words: so many loans can be open, those in quarantine included.
+    pub fn new(slots: u32, timeouts: LenderTimeouts) -> Self {
+        let LenderTimeouts { unclaimed, silent, release } = timeouts;
+        Self {
+            timeouts,
+            clock: SteadyClock::new(unclaimed.min(silent).min(release) / 4),
+            seats: (0..slots).map(|_| Seat { epoch: Epoch::FIRST, loan: None }).collect(),
+            free: (0..slots).rev().map(Slot).collect(),
+            open: Vec::with_capacity(slots as usize),
+            by_handoff: HashMap::with_capacity(slots as usize),
+        }
+    }
+
+    /// Lends pages under a fresh `handoff`; then put the job on the queue. With no slot free they come back at once.
+    pub fn lend(&mut self, handoff: HandoffId, request: R, pages: P, now: Duration) -> Result<Slot, P> {
+        debug_assert!(!self.by_handoff.contains_key(&handoff), "{handoff} was lent before");
+        let Some(slot) = self.free.pop() else { return Err(pages) };
+        let deadline = self.clock.advance(now) + self.timeouts.unclaimed;
+        self.seat(slot).loan = Some(Loan { handoff, pages, state: State::Queued { request }, deadline });
+        self.open.push(slot);
+        self.by_handoff.insert(handoff, slot);
+        Ok(slot)
+    }
+
+    /// The pages lent under `slot`, whose numbers go into the grant.
+    pub fn pages(&self, slot: Slot) -> Option<&P> {
+        self.seats.get(slot.0 as usize)?.loan.as_ref().map(|loan| &loan.pages)
+    }
+
+    /// Every lent page, for the integrity check: `true` for those in quarantine.
+    pub fn lent(&self) -> impl Iterator<Item = (&P, bool)> {
+        self.open.iter().filter_map(|slot| self.seats[slot.0 as usize].loan.as_ref()).map(|loan| {
+            let quarantined = matches!(loan.state, State::Quarantined { .. });
+            (&loan.pages, quarantined)
+        })
+    }
+
+    /// Loans that are open, those in quarantine included.
+    pub fn open(&self) -> usize {
+        self.open.len()
+    }
+
+    /// Whether [`lend`](Self::lend) has a slot left.
+    pub fn can_lend(&self) -> bool {
+        !self.free.is_empty()
+    }
+
+    /// Looks into the mailbox: `load` reads a slot's word, with acquire ordering, so that the data it vouches for is
+    /// visible too. Between any two steps of the engine; best before [`on`](Self::on), since a worker that completes and
+    /// leaves does so in this order.
+    pub fn poll(&mut self, load: impl Fn(Slot) -> MailboxWord, now: Duration, actions: &mut Vec<LenderAction<R, P>>) {
+        self.clock.advance(now);
+        // Backwards, because resolving takes the slot out of the list.
+        for place in (0..self.open.len()).rev() {
+            let slot = self.open[place];
+            let Seat { epoch, loan: Some(loan) } = &self.seats[slot.0 as usize] else { continue };
+            // Nobody was granted a queued loan, so no word can be its own.
+            if matches!(loan.state, State::Queued { .. }) {
+                continue;
+            }
+            match load(slot).status_of(*epoch) {
+                Some(Status::Done) => self.resolve(slot, Outcome::Completed, actions),
+                Some(Status::Failed) => self.resolve(slot, Outcome::Released, actions),
+                None => {}
+            }
+        }
+    }
+
+    /// Takes in what happened, and adds what is to be done about it.
+    pub fn on(&mut self, event: LenderEvent, now: Duration, actions: &mut Vec<LenderAction<R, P>>) {
+        let now = self.clock.advance(now);
+        match event {
+            // It may be on the queue nevertheless: then its claim is refused, or it has been claimed and all is well.
+            LenderEvent::EnqueueFailed { handoff } => self.expire(handoff, true, actions),
+            LenderEvent::Withdraw { handoff } => self.withdraw(handoff, now, actions),
+            LenderEvent::Message { session, worker, message } => {
+                self.message(Holder { session, worker }, message, now, actions);
+            }
+            LenderEvent::Revoked { session, slot, epoch } => {
+                if self.is_lent(slot, epoch, session) {
+                    self.resolve(slot, Outcome::Released, actions);
+                }
+            }
+            LenderEvent::SessionClosed { session } => {
+                for slot in self.held_by(|holder| holder.session == session) {
+                    self.quarantine(slot, actions);
+                    // The transport is fencing it already.
+                    self.set_deadline(slot, Duration::MAX);
+                }
+            }
+            LenderEvent::SessionFenced { session } => {
+                for slot in self.held_by(|holder| holder.session == session) {
+                    self.resolve(slot, Outcome::Fenced, actions);
+                }
+            }
+            LenderEvent::WorkerGone { worker } => {
+                for slot in self.held_by(|holder| holder.worker == worker) {
+                    self.give_up(slot, now, actions);
+                }
+            }
+            LenderEvent::Tick => self.tick(now, actions),
+        }
+    }
+
+    fn message(&mut self, from: Holder, message: ToDecode, now: Duration, actions: &mut Vec<LenderAction<R, P>>) {
+        match message {
+            ToDecode::Claim { handoff } => self.claim(from, handoff, now, actions),
+            ToDecode::Progress { handoff, epoch, .. } => {
+                let Some(slot) = self.granted(handoff, epoch, from) else { return };
+                if let Some(Loan { state: State::Granted { .. }, .. }) = self.seat(slot).loan {
+                    self.set_deadline(slot, now + self.timeouts.silent);
+                }
+            }
+            ToDecode::Released { handoff, epoch } | ToDecode::Failed { handoff, epoch, .. } => {
+                if let Some(slot) = self.granted(handoff, epoch, from) {
+                    self.resolve(slot, Outcome::Released, actions);
+                }
+            }
+        }
+    }
+
+    /// The one place where somebody is allowed to write.
+    fn claim(&mut self, holder: Holder, handoff: HandoffId, now: Duration, actions: &mut Vec<LenderAction<R, P>>) {
+        let Holder { session, .. } = holder;
+        let Some(&slot) = self.by_handoff.get(&handoff) else {
+            actions.push(LenderAction::Gone { session, handoff, why: Gone::Unknown });
+            return;
+        };
+        let deadline = now + self.timeouts.silent;
+        let Seat { epoch, loan: Some(loan) } = &mut self.seats[slot.0 as usize] else { return };
+        let State::Queued { request } = loan.state else {
+            actions.push(LenderAction::Gone { session, handoff, why: Gone::Claimed });
+            return;
+        };
+        loan.state = State::Granted { request, holder };
+        loan.deadline = deadline;
+        actions.push(LenderAction::Grant { session, handoff, slot, epoch: *epoch, request });
+    }
+
+    fn withdraw(&mut self, handoff: HandoffId, now: Duration, actions: &mut Vec<LenderAction<R, P>>) {
+        let Some(&slot) = self.by_handoff.get(&handoff) else { return };
+        let Some(loan) = &mut self.seat(slot).loan else { return };
+        match loan.state {
+            State::Queued { .. } => self.expire(handoff, false, actions),
+            State::Granted { holder, .. } => {
+                // Nobody to restart: the request is forgotten before the loan is given up.
+                loan.state = State::Quarantined { holder };
+                self.reclaim(slot, holder.session, now, actions);
+            }
+            State::Quarantined { .. } => {}
+        }
+    }
+
+    fn tick(&mut self, now: Duration, actions: &mut Vec<LenderAction<R, P>>) {
+        for place in (0..self.open.len()).rev() {
+            let slot = self.open[place];
+            let Some(loan) = &mut self.seats[slot.0 as usize].loan else { continue };
+            if now < loan.deadline {
+                continue;
+            }
+            match loan.state {
+                State::Queued { .. } => {
+                    let handoff = loan.handoff;
+                    self.expire(handoff, true, actions);
+                }
+                State::Granted { .. } => self.give_up(slot, now, actions),
+                State::Quarantined { holder } => {
+                    loan.deadline = Duration::MAX;
+                    actions.push(LenderAction::Fence { session: holder.session });
+                }
+            }
+        }
+    }
+
+    /// Ends a loan that nobody was granted; its pages are as good as never lent.
+    fn expire(&mut self, handoff: HandoffId, restart: bool, actions: &mut Vec<LenderAction<R, P>>) {
+        let Some(&slot) = self.by_handoff.get(&handoff) else { return };
+        let Some(Loan { state: State::Queued { request }, .. }) = self.seat(slot).loan else { return };
+        let Some(Loan { pages, .. }) = self.close(slot) else { return };
+        actions.push(match restart {
+            true => LenderAction::Restart { request, pages: Some(pages) },
+            false => LenderAction::Free { pages },
+        });
+        actions.push(LenderAction::Count(Outcome::Expired));
+    }
+
+    /// The request goes on without its holder, whose pages are asked back.
+    fn give_up(&mut self, slot: Slot, now: Duration, actions: &mut Vec<LenderAction<R, P>>) {
+        if let Some(holder) = self.quarantine(slot, actions) {
+            self.reclaim(slot, holder.session, now, actions);
+        }
+    }
+
+    /// Parts a granted loan from its request: the latter restarts, the pages stay. `None` if that was done before.
+    fn quarantine(&mut self, slot: Slot, actions: &mut Vec<LenderAction<R, P>>) -> Option<Holder> {
+        let loan = self.seat(slot).loan.as_mut()?;
+        let State::Granted { request, holder } = loan.state else { return None };
+        loan.state = State::Quarantined { holder };
+        actions.push(LenderAction::Restart { request, pages: None });
+        Some(holder)
+    }
+
+    fn reclaim(&mut self, slot: Slot, session: SessionId, now: Duration, actions: &mut Vec<LenderAction<R, P>>) {
+        self.set_deadline(slot, now + self.timeouts.release);
+        let Seat { epoch, loan: Some(loan) } = &self.seats[slot.0 as usize] else { return };
+        actions.push(LenderAction::Reclaim { session, handoff: loan.handoff, slot, epoch: *epoch });
+    }
+
+    /// The end of a granted loan, and the one place where pages that somebody could write to are let go. Its callers are
+    /// the three resolutions: a mailbox word of the loan's epoch or a message of its holder (who then writes no more), a
+    /// revocation, and a fence (after which it cannot).
+    fn resolve(&mut self, slot: Slot, outcome: Outcome, actions: &mut Vec<LenderAction<R, P>>) {
+        let Some(Loan { pages, state, .. }) = self.close(slot) else { return };
+        actions.push(match state {
+            State::Granted { request, .. } if outcome == Outcome::Completed => LenderAction::Resume { request, pages },
+            State::Granted { request, .. } | State::Queued { request } => {
+                LenderAction::Restart { request, pages: Some(pages) }
+            }
+            State::Quarantined { .. } => LenderAction::Free { pages },
+        });
+        // Pages that nobody waited for served nobody, even if their holder got to the end.
+        let abandoned = matches!(state, State::Quarantined { .. }) && outcome == Outcome::Completed;
+        actions.push(LenderAction::Count(if abandoned { Outcome::Released } else { outcome }));
+    }
+
+    /// Takes the loan out of its slot, whose next loan is of another epoch.
+    fn close(&mut self, slot: Slot) -> Option<Loan<R, P>> {
+        let seat = self.seat(slot);
+        let loan = seat.loan.take()?;
+        seat.epoch = seat.epoch.next();
+        self.by_handoff.remove(&loan.handoff);
+        self.open.retain(|&open| open != slot);
+        self.free.push(slot);
+        Some(loan)
+    }
+
+    fn seat(&mut self, slot: Slot) -> &mut Seat<R, P> {
+        &mut self.seats[slot.0 as usize]
+    }
+
+    fn set_deadline(&mut self, slot: Slot, deadline: Duration) {
+        if let Some(loan) = &mut self.seat(slot).loan {
+            loan.deadline = deadline;
+        }
+    }
+
+    /// The slot of a loan that `holder` was granted under this name and epoch.
+    fn granted(&self, handoff: HandoffId, epoch: Epoch, holder: Holder) -> Option<Slot> {
+        let slot = *self.by_handoff.get(&handoff)?;
+        self.is_lent(slot, epoch, holder.session).then_some(slot)
+    }
+
+    /// Whether the slot's present loan is of this epoch and was granted on this session.
+    fn is_lent(&self, slot: Slot, epoch: Epoch, session: SessionId) -> bool {
+        let Some(seat) = self.seats.get(slot.0 as usize) else { return false };
+        seat.epoch == epoch && seat.loan.as_ref().and_then(Loan::holder).is_some_and(|holder| holder.session == session)
+    }
+
+    /// Slots of the loans whose holder is like this.
+    fn held_by(&self, like: impl Fn(Holder) -> bool) -> Vec<Slot> {
+        let holder = |slot: &Slot| self.seats[slot.0 as usize].loan.as_ref().and_then(Loan::holder);
+        self.open.iter().copied().filter(|slot| holder(slot).is_some_and(&like)).collect()
+    }
+}
+
+impl<R: Copy, P> Loan<R, P> {
+    /// Who may write to its pages.
+    fn holder(&self) -> Option<Holder> {
+        match self.state {
+            State::Queued { .. } => None,
+            State::Granted { holder, .. } | State::Quarantined { holder } => Some(holder),
+        }
+    }
+}

@@ -1,0 +1,104 @@
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+
+/// When to prefill remotely: from flags at start, and live from etcd.
+///
+/// In etcd they are a JSON object; fields it lacks keep the flags' values. A field nobody knows, or a value out of range,
+/// makes the whole object invalid, and whoever reads it keeps the limits it had.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Limits {
+    /// By which rule.
+    pub policy: Policy,
+    /// Prompts with at most this many uncached tokens are prefilled here.
+    pub max_local_prefill_length: u32,
+    /// Jobs on the queue, for each live prefill worker, from which on prompts are prefilled here.
+    pub max_prefill_queue_size: u32,
+    /// With [`Policy::Auto`]: longest gap, in milliseconds, that prefilling here may put between two tokens of the
+    /// requests that run. `null`: any.
+    pub itl_target_ms: Option<f64>,
+}
+
+/// How it is decided where a prompt is prefilled.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub enum Policy {
+    /// Here.
+    Never,
+    /// Remotely, whenever there is a prefill worker and a queue.
+    Always,
+    /// Remotely, if the prompt is long and the queue is short.
+    Threshold,
+    /// Wherever measurements promise the earlier first token.
+    Auto,
+}
+
+/// Why limits were refused.
+#[derive(Debug, thiserror::Error)]
+pub enum LimitsError {
+    /// Not JSON, not an object, an unknown field, or a value of the wrong type.
+    #[error("{0}")]
+    Unreadable(#[from] serde_json::Error),
+    /// Not an object.
+    #[error("expected an object with any of policy, max_local_prefill_length, max_prefill_queue_size, itl_target_ms")]
+    NotAnObject,
+    /// A value that makes no sense.
+    #[error("{field} is {value}; it must be {expected}")]
+    OutOfRange {
+        /// Which.
+        field: &'static str,
+        /// As given.
+        value: String,
+        /// What would make sense.
+        expected: &'static str,
+    },
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self {
+            policy: Policy::Threshold,
+            max_local_prefill_length: 512,
+            max_prefill_queue_size: 2,
+            itl_target_ms: None,
+        }
+    }
+}
+
+impl Limits {
+    /// These limits with the fields that `json` has, if all of them make sense.
+    pub fn overridden_by(&self, json: &[u8]) -> Result<Self, LimitsError> {
+        let serde_json::Value::Object(fields) = serde_json::from_slice(json)? else {
+            return Err(LimitsError::NotAnObject);
+        };
+        let mut merged = serde_json::to_value(self)?;
+        for (field, value) in fields {
+            merged[field] = value;
+        }
+        let limits: Self = serde_json::from_value(merged)?;
+        limits.check()?;
+        Ok(limits)
+    }
+
+    /// Whether every value makes sense.
+    pub fn check(&self) -> Result<(), LimitsError> {
+        if self.max_prefill_queue_size == 0 {
+            let expected = "at least 1; set policy to \"never\" to prefill everything locally";
+            return Err(LimitsError::OutOfRange { field: "max_prefill_queue_size", value: "0".into(), expected });
+        }
+        match self.itl_target_ms {
+            Some(target) if !(target > 0.0 && target <= 60_000.0) => Err(LimitsError::OutOfRange {
+                field: "itl_target_ms",
+                value: target.to_string(),
+                expected: "above 0 and at most 60000, or null",
+            }),
+            _ => Ok(()),
+        }
+    }
+
+    /// The target as a duration.
+    pub fn itl_target(&self) -> Option<Duration> {
+        self.itl_target_ms.and_then(|target| Duration::try_from_secs_f64(target / 1_000.0).ok())
+    }
+}

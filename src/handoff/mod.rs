@@ -1,0 +1,38 @@
+//! Remote prefill: who may write to whose pages, and until when.
+//!
+//! A decode worker lends KV pages to whichever prefill worker takes the job from the queue; that worker writes into them
+//! directly. What must never happen is a late write: one that lands after the pages have moved on to another request.
+//! The rule that excludes it: *the decode worker alone says who may write; a lent page is used for nothing else until its loan is
+//! resolved; and a loan is resolved by completion, by its holder's release, or by a fence, never by a clock.*
+//!
+//! [`Lender`] is the decode worker's side and [`Borrower`] the prefill worker's. Both are state machines without I/O and
+//! without a clock: something happens, `on(event, now, &mut actions)`, and somebody else carries out the actions. So a
+//! simulation (`tests/simulation`) can drive them through schedules no network would ever produce.
+//!
+//! They rely on this of the transport:
+//!
+//! - What is said on a session arrives in the order it was said, or not at all once the session is closed. Nothing of a
+//!   session is reported after `SessionClosed` but `SessionFenced`, which always follows, sooner or later.
+//! - A writer performs its writes and words in order, and nothing after one that failed, which ends the session. A word
+//!   that is visible in the mailbox vouches that all data before it is.
+//! - A prefill worker that learns that a session is closed stops its writer before it lets go of its own end. That, or
+//!   the death of the process, is when a session over shared memory is *fenced*; one over TCP is as soon as its receiver,
+//!   who does the writing, has stopped.
+//!
+//! And this of the queue: a job that was taken is delivered at least once, or given up after `max_deliver` attempts. Nothing else:
+//! duplicates, losses and delays cost time only.
+
+mod borrower;
+mod clock;
+mod job;
+mod lender;
+mod limits;
+mod message;
+mod words;
+
+pub use borrower::{Borrower, BorrowerAction, BorrowerConfig, BorrowerEvent, BorrowerTimeouts, DeliveryId};
+pub use job::{Job, JobError};
+pub use lender::{Lender, LenderAction, LenderEvent, LenderTimeouts, Outcome};
+pub use limits::{Limits, LimitsError, Policy};
+pub use message::{Gone, Grant, MessageError, ToDecode, ToPrefill};
+pub use words::{BadId, Epoch, HandoffId, MailboxWord, SessionId, Slot, Status, WorkerId};
