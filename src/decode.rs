@@ -12,7 +12,7 @@ use tokio::signal::unix::{SignalKind, signal};
 
 use crate::{
     api::{self, ApiConfig, ChatTemplate, Defaults, ServerConfig},
-    cli::Cli,
+    cli::WorkerArgs,
     telemetry::Metrics,
     worker::{Engine, EngineConfig, EngineHandle, EngineStatus, KvRequest, ModelRunner, available_memory, size_kv},
 };
@@ -21,9 +21,9 @@ use crate::{
 const LOGIT_ROWS_MAX: usize = 64;
 
 /// Loads the model and serves it until a signal comes.
-pub async fn run(cli: Cli) -> Result<()> {
+pub async fn run(cli: WorkerArgs) -> Result<()> {
     // An address that cannot be had is said now, not after minutes of loading.
-    let bound = api::bind(&cli.host, cli.port).await?;
+    let bound = api::bind(&cli.host, cli.port()).await?;
     let metrics = Metrics::new();
     let loading = tokio::task::spawn_blocking({
         let metrics = metrics.clone();
@@ -59,15 +59,15 @@ pub async fn run(cli: Cli) -> Result<()> {
 }
 
 /// Everything from the files to a running engine thread. Takes seconds to minutes, and blocks.
-fn load(cli: &Cli, metrics: &Metrics) -> Result<(ApiConfig, EngineHandle)> {
+fn load(cli: &WorkerArgs, metrics: &Metrics) -> Result<(ApiConfig, EngineHandle)> {
     let options = OpenOptions {
         load_format: cli.load_format.into(),
         revision: cli.revision.clone(),
         progress: true,
         ..OpenOptions::default()
     };
-    let source =
-        ModelSource::open(&cli.model, &options).with_context(|| format!("cannot open the model {}", cli.model))?;
+    let Some(model) = &cli.model else { bail!("--model is missing") };
+    let source = ModelSource::open(model, &options).with_context(|| format!("cannot open the model {model}"))?;
     let tokenizer = Arc::new(source.tokenizer()?);
     let template = chat_template(cli, &source)?;
     let model = source.config();
@@ -115,7 +115,12 @@ fn load(cli: &Cli, metrics: &Metrics) -> Result<(ApiConfig, EngineHandle)> {
     Ok((api_config(cli, &source, tokenizer, template), engine))
 }
 
-fn api_config(cli: &Cli, source: &ModelSource, tokenizer: Arc<Tokenizer>, template: Option<ChatTemplate>) -> ApiConfig {
+fn api_config(
+    cli: &WorkerArgs,
+    source: &ModelSource,
+    tokenizer: Arc<Tokenizer>,
+    template: Option<ChatTemplate>,
+) -> ApiConfig {
     let recommended = source.generation_defaults();
     let openai = Defaults::default();
     let mut model_names = cli.served_model_name.clone();
@@ -124,7 +129,7 @@ fn api_config(cli: &Cli, source: &ModelSource, tokenizer: Arc<Tokenizer>, templa
     }
     ApiConfig {
         model_names,
-        model_root: cli.model.clone(),
+        model_root: cli.model.clone().unwrap_or_default(),
         tokenizer,
         template,
         defaults: Defaults {
@@ -144,7 +149,7 @@ fn api_config(cli: &Cli, source: &ModelSource, tokenizer: Arc<Tokenizer>, templa
 
 /// The template of `--chat-template`, else the model's own. A broken one of the operator's is an error; a broken one of
 /// the model's leaves completions to be served.
-fn chat_template(cli: &Cli, source: &ModelSource) -> Result<Option<ChatTemplate>> {
+fn chat_template(cli: &WorkerArgs, source: &ModelSource) -> Result<Option<ChatTemplate>> {
     let own = source.chat_template();
     let token = |text: Option<&String>| text.cloned().unwrap_or_default();
     let (bos, eos) =

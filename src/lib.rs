@@ -5,6 +5,7 @@
 pub mod api;
 pub mod cache;
 pub mod cli;
+pub mod cluster;
 pub mod decode;
 pub mod handoff;
 pub mod scheduler;

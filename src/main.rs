@@ -2,8 +2,7 @@
 
 use std::process::ExitCode;
 
-use clap::Parser;
-use engine::{cli::Cli, decode, telemetry::init_logging};
+use engine::{cli::Role, decode, telemetry::init_logging};
 
 /// Threads for HTTP: few, because the engine needs the cores.
 fn io_threads() -> usize {
@@ -11,8 +10,8 @@ fn io_threads() -> usize {
 }
 
 fn main() -> ExitCode {
-    let cli = Cli::parse();
-    match start(cli) {
+    let role = Role::from_command_line();
+    match start(role) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("error: {error:#}");
@@ -21,10 +20,16 @@ fn main() -> ExitCode {
     }
 }
 
-fn start(cli: Cli) -> anyhow::Result<()> {
-    init_logging(&cli.log_level, cli.log_format.into())?;
+fn start(role: Role) -> anyhow::Result<()> {
+    init_logging(&role.log().log_level, role.log().log_format.into())?;
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(io_threads()).enable_all().build()?;
-    let result = runtime.block_on(decode::run(cli));
+    let result = runtime.block_on(async {
+        match role {
+            Role::Decode(args) => decode::run(args).await,
+            Role::Prefill(_) => anyhow::bail!("prefill workers are not part of this build"),
+            Role::Frontend(_) => anyhow::bail!("the frontend is not part of this build"),
+        }
+    });
     // Work on blocking threads (a prompt being encoded, a model being loaded) is left behind.
     runtime.shutdown_background();
     result

@@ -9,6 +9,7 @@ mod decoder;
 mod defaults;
 mod error;
 mod family;
+mod fingerprint;
 pub mod gguf;
 mod hub;
 mod llama;

@@ -6,6 +6,7 @@ use crate::config::json::Fields;
 use crate::config::{gguf as gguf_config, hf};
 use crate::decoder::Decoder;
 use crate::defaults::read_json;
+use crate::fingerprint::Fingerprint;
 use crate::gguf::{Gguf, GgufError};
 use crate::hub::{Hub, is_hub_id};
 use crate::weights::{DummyWeights, GgufWeights, SafetensorsFiles, WeightSource, kv_dtype};
@@ -185,6 +186,43 @@ impl ModelSource {
                 kv_dtype(tensors.filter_map(|(_, info)| Some((info.dtype()?, info.bytes()))))
             }
         }
+    }
+
+    /// A digest that two processes compute alike exactly if they have opened the same model: its shape, its tokenizer, each
+    /// tensor's name, type and shape, and samples of each tensor's contents (16 KiB, its first and last bytes among them;
+    /// small tensors whole). Reading every byte would take as long as loading; models that differ anywhere but in the
+    /// unread middle of tensors have different fingerprints, and training or merging leaves no tensor it touches the same
+    /// in all samples. It does not protect from somebody who makes such a model on purpose. Touches the files: call it where
+    /// blocking is allowed.
+    pub fn fingerprint(&self) -> Result<[u8; 32], ModelError> {
+        let mut fingerprint = Fingerprint::new();
+        fingerprint.part("shape", format!("{:?}", self.config).as_bytes());
+        match &self.files {
+            Files::Gguf(parts) => {
+                for part in parts {
+                    // Tokenizer and all other metadata, and the tensor table.
+                    fingerprint.part("header", part.header());
+                    let mut names: Vec<_> = part.tensors().collect();
+                    names.sort_unstable_by_key(|(name, _)| *name);
+                    for (name, info) in names {
+                        fingerprint.tensor(name, info.dtype(), &info.shape, part.data(name).unwrap_or_default());
+                    }
+                }
+                return Ok(fingerprint.finish());
+            }
+            Files::Safetensors(files) => files.fingerprint(&mut fingerprint),
+            Files::Dummy(weights) => {
+                fingerprint.part("made up", format!("{:?} {}", weights.dtype, weights.seed).as_bytes());
+            }
+        }
+        let tokenizer = self.path.join("tokenizer.json");
+        match std::fs::read(&tokenizer) {
+            Ok(bytes) => fingerprint.part("tokenizer", &bytes),
+            // Reading the tokenizer is where its absence is an error.
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
+            Err(error) => return Err(ModelError::io(&tokenizer)(error)),
+        }
+        Ok(fingerprint.finish())
     }
 
     /// Hands all weights over to `backend` and makes working buffers for steps up to `limits`. Logs what was loaded.

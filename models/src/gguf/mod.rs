@@ -212,6 +212,12 @@ impl Gguf {
         self.tensors.get(name)
     }
 
+    /// Everything before the tensors' data: metadata and tensor table.
+    pub(crate) fn header(&self) -> &[u8] {
+        let starts = self.tensors.values().filter_map(|info| Some(info.range.as_ref()?.start));
+        &self.bytes[..starts.min().unwrap_or(self.bytes.len())]
+    }
+
     /// A tensor's bytes; `None` if there is none of that name, or its type is unknown.
     pub fn data(&self, name: &str) -> Option<&[u8]> {
         let range = self.tensors.get(name)?.range.clone()?;

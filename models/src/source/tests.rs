@@ -244,3 +244,37 @@ proptest! {
         }
     }
 }
+
+#[test]
+fn a_fingerprint_is_the_same_for_the_same_model_and_for_no_other() {
+    let of = |directory: &tempfile::TempDir| open(directory.path()).unwrap().fingerprint().unwrap();
+    let same = directory(|_, _| {});
+    let base = of(&same);
+    assert_eq!(base, of(&directory(|_, _| {})), "another copy");
+    assert_ne!(base, of(&directory(|config, _| config["rope_theta"] = 5e5.into())), "another shape");
+    assert_ne!(base, of(&directory(|_, table| table.truncate(5))), "fewer tensors");
+    std::fs::write(same.path().join("tokenizer.json"), "{}").unwrap();
+    assert_ne!(base, of(&same), "another tokenizer");
+    let spoilt = directory(|_, _| {});
+    let path = spoilt.path().join("model.safetensors");
+    let mut bytes = std::fs::read(&path).unwrap();
+    *bytes.last_mut().unwrap() ^= 1;
+    std::fs::write(&path, bytes).unwrap();
+    assert_ne!(base, of(&spoilt), "other weights");
+}
+
+#[test]
+fn a_fingerprint_of_a_gguf_file_covers_metadata_and_weights() {
+    let directory = tempfile::tempdir().unwrap();
+    let of = |writer: &GgufWriter| {
+        let path = directory.path().join("m.gguf");
+        std::fs::write(&path, writer.build()).unwrap();
+        open(&path).unwrap().fingerprint().unwrap()
+    };
+    let base = of(&gguf(&table()));
+    assert_eq!(base, of(&gguf(&table())));
+    assert_ne!(base, of(gguf(&table()).string("general.name", "other")));
+    let mut surplus = gguf(&table());
+    surplus.tensor("surplus", &[1], 0, vec![0; 4]);
+    assert_ne!(base, of(&surplus));
+}

@@ -9,6 +9,7 @@ use serde::Deserialize;
 
 use super::{Tensor, WeightSource};
 use crate::ModelError;
+use crate::fingerprint::Fingerprint;
 
 /// The file of a model that fits in one.
 pub(crate) const SINGLE_FILE: &str = "model.safetensors";
@@ -67,6 +68,15 @@ impl SafetensorsFiles {
         }
         self.files.push(map);
         Ok(())
+    }
+
+    /// Adds all tensors, in the order of their names.
+    pub(crate) fn fingerprint(&self, fingerprint: &mut Fingerprint) {
+        let mut tensors: Vec<_> = self.tensors.iter().collect();
+        tensors.sort_unstable_by_key(|(name, _)| *name);
+        for (name, entry) in tensors {
+            fingerprint.tensor(name, dtype_of(entry.dtype), &entry.shape, &self.files[entry.file][entry.range.clone()]);
+        }
     }
 
     /// Bytes of the tensors of each type that is read.

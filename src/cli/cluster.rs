@@ -1,0 +1,78 @@
+use std::path::PathBuf;
+
+use clap::{Args, builder::NonEmptyStringValueParser};
+
+use super::values::parse_namespace;
+
+/// How to reach the cluster's services, and how to be reached.
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Cluster")]
+pub struct ClusterArgs {
+    /// etcd's endpoints, as http://host:2379 [default: 127.0.0.1:2379, if etcd and NATS answer there]
+    #[arg(long, value_name = "URL", env = "ETCD_ENDPOINTS", value_delimiter = ',', value_parser = NonEmptyStringValueParser::new())]
+    pub etcd: Vec<String>,
+
+    /// NATS's servers, as nats://host:4222 [default: 127.0.0.1:4222, if etcd and NATS answer there]
+    #[arg(long, value_name = "URL", env = "NATS_SERVER", value_delimiter = ',', value_parser = NonEmptyStringValueParser::new())]
+    pub nats: Vec<String>,
+
+    /// Which of the clusters that share etcd and NATS to join
+    #[arg(long, value_name = "NAME", default_value = "engine", value_parser = parse_namespace)]
+    pub namespace: String,
+
+    /// Secret that all workers and frontends of a cluster share, and without which none takes another's word
+    #[arg(long, value_name = "TOKEN", env = "ENGINE_CLUSTER_TOKEN", hide_env_values = true, value_parser = NonEmptyStringValueParser::new())]
+    pub cluster_token: Option<String>,
+
+    /// Name or address under which others reach this process [default: the address listened on, or the one that leads to etcd]
+    #[arg(long, value_name = "HOST")]
+    pub advertise_host: Option<String>,
+
+    /// Certificates (PEM) that may have signed etcd's, instead of the system's; its endpoints are then https://
+    #[arg(long, value_name = "FILE")]
+    pub etcd_ca: Option<PathBuf>,
+
+    /// Certificate (PEM) to show to etcd
+    #[arg(long, value_name = "FILE", requires = "etcd_key")]
+    pub etcd_cert: Option<PathBuf>,
+
+    /// Key (PEM) of that certificate
+    #[arg(long, value_name = "FILE", requires = "etcd_cert")]
+    pub etcd_key: Option<PathBuf>,
+
+    /// User of etcd
+    #[arg(long, value_name = "NAME", env = "ETCD_USER", requires = "etcd_password")]
+    pub etcd_user: Option<String>,
+
+    /// Password of that user
+    #[arg(long, value_name = "PASSWORD", env = "ETCD_PASSWORD", hide_env_values = true, requires = "etcd_user")]
+    pub etcd_password: Option<String>,
+
+    /// Certificates (PEM) that may have signed NATS's, instead of the system's; switches TLS on
+    #[arg(long, value_name = "FILE", env = "NATS_CA")]
+    pub nats_ca: Option<PathBuf>,
+
+    /// Certificate (PEM) to show to NATS
+    #[arg(long, value_name = "FILE", env = "NATS_CERT", requires = "nats_key")]
+    pub nats_cert: Option<PathBuf>,
+
+    /// Key (PEM) of that certificate
+    #[arg(long, value_name = "FILE", env = "NATS_KEY", requires = "nats_cert")]
+    pub nats_key: Option<PathBuf>,
+
+    /// User of NATS
+    #[arg(long, value_name = "NAME", env = "NATS_USER", requires = "nats_password")]
+    pub nats_user: Option<String>,
+
+    /// Password of that user
+    #[arg(long, value_name = "PASSWORD", env = "NATS_PASSWORD", hide_env_values = true, requires = "nats_user")]
+    pub nats_password: Option<String>,
+
+    /// Credentials file of NATS: a JWT and its key
+    #[arg(long, value_name = "FILE", env = "NATS_CREDS", conflicts_with_all = ["nats_user", "nats_nkey"])]
+    pub nats_creds: Option<PathBuf>,
+
+    /// File with an nkey's seed for NATS
+    #[arg(long, value_name = "FILE", env = "NATS_NKEY", conflicts_with = "nats_user")]
+    pub nats_nkey: Option<PathBuf>,
+}

@@ -1,0 +1,45 @@
+use std::time::Duration;
+
+use clap::Args;
+
+use super::{
+    ClusterArgs, LogArgs,
+    values::{parse_seconds, parse_size},
+    worker::DEFAULT_PORT,
+};
+
+/// Flags of `engine frontend`.
+#[derive(Debug, Args)]
+pub struct FrontendArgs {
+    /// Address to listen on; 0.0.0.0 for all interfaces
+    #[arg(long, value_name = "HOST", default_value = "127.0.0.1", help_heading = "Server")]
+    pub host: String,
+
+    /// Port to listen on; 0 for any free one
+    #[arg(long, value_name = "PORT", default_value_t = DEFAULT_PORT, help_heading = "Server")]
+    pub port: u16,
+
+    /// Largest body of a request
+    #[arg(long, value_name = "SIZE", value_parser = parse_size, default_value = "16MiB", help_heading = "Server")]
+    pub max_body_size: usize,
+
+    /// Connections at a time; further ones wait to be accepted
+    #[arg(long, value_name = "N", default_value_t = 4096, help_heading = "Server")]
+    pub max_connections: usize,
+
+    /// Seconds an answer may take, waiting and moving to another worker included
+    #[arg(long, value_name = "SECONDS", value_parser = parse_seconds, default_value = "3600", help_heading = "Server")]
+    pub request_timeout: Duration,
+
+    /// Seconds that running answers have to end after SIGTERM
+    #[arg(long, value_name = "SECONDS", value_parser = parse_seconds, default_value = "300", help_heading = "Server")]
+    pub shutdown_timeout: Duration,
+
+    /// The cluster's services.
+    #[command(flatten)]
+    pub cluster: ClusterArgs,
+
+    /// Logging.
+    #[command(flatten)]
+    pub log: LogArgs,
+}

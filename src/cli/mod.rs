@@ -1,0 +1,161 @@
+//! The command line: one struct a role. Every flag that vLLM has too has its name, and those of disaggregation have
+//! Dynamo's; each can also be given by environment where that is said.
+
+mod cluster;
+mod frontend;
+mod values;
+mod worker;
+
+pub use cluster::ClusterArgs;
+pub use frontend::FrontendArgs;
+pub use values::{DisaggPolicyArg, KvDTypeArg, LoadFormatArg, LogFormatArg, TransportArg};
+pub use worker::{DisaggArgs, WorkerArgs};
+
+use clap::{Args, CommandFactory, Parser, Subcommand, error::ErrorKind};
+
+/// Serves large language models behind the OpenAI API, alone or as part of a cluster.
+#[derive(Debug, Parser)]
+#[command(name = "engine", version, about, after_help = EXAMPLES)]
+#[command(args_conflicts_with_subcommands = true, subcommand_negates_reqs = true)]
+struct Cli {
+    #[command(subcommand)]
+    command: Option<Command>,
+
+    #[command(flatten)]
+    worker: WorkerArgs,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// The cluster's HTTP edge: spreads requests over decode workers, and moves them when one dies
+    Frontend(FrontendArgs),
+}
+
+/// What the process is asked to be.
+#[derive(Debug)]
+pub enum Role {
+    /// A decode worker, alone or in a cluster.
+    Decode(WorkerArgs),
+    /// A prefill worker.
+    Prefill(WorkerArgs),
+    /// A frontend.
+    Frontend(FrontendArgs),
+}
+
+impl Role {
+    /// Reads the process's command line. Ends the process if it is wrong or asks for help.
+    pub fn from_command_line() -> Self {
+        Self::try_parse_from(std::env::args_os()).unwrap_or_else(|error| error.exit())
+    }
+
+    /// Reads a command line, the program's name first.
+    pub fn try_parse_from<I, T>(line: I) -> Result<Self, clap::Error>
+    where
+        I: IntoIterator<Item = T>,
+        T: Into<std::ffi::OsString> + Clone,
+    {
+        let Cli { command, worker } = Cli::try_parse_from(line)?;
+        match command {
+            Some(Command::Frontend(frontend)) => Ok(Self::Frontend(frontend)),
+            None if worker.disagg.is_prefill_worker => Ok(Self::Prefill(worker)),
+            None if worker.model.is_none() => {
+                let say = "--model is missing: a directory, a .gguf file, or a model of the hub as Qwen/Qwen3-0.6B";
+                Err(Cli::command().error(ErrorKind::MissingRequiredArgument, say))
+            }
+            None => Ok(Self::Decode(worker)),
+        }
+    }
+
+    /// How it logs.
+    pub fn log(&self) -> &LogArgs {
+        match self {
+            Self::Decode(worker) | Self::Prefill(worker) => &worker.log,
+            Self::Frontend(frontend) => &frontend.log,
+        }
+    }
+}
+
+/// Logging, the same in every role.
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Log")]
+pub struct LogArgs {
+    /// How log lines are written
+    #[arg(long, value_enum, value_name = "FORMAT", default_value = "text")]
+    pub log_format: LogFormatArg,
+
+    /// What is logged, as `info` or `warn,engine=debug`
+    #[arg(long, value_name = "FILTER", env = "RUST_LOG", default_value = "info")]
+    pub log_level: String,
+}
+
+const EXAMPLES: &str = "\
+Examples:
+  engine --model Qwen/Qwen3-0.6B
+  engine --model ./SmolLM2-135M-Instruct.Q4_1.gguf --max-model-len 4096 --port 8080
+  ENGINE_API_KEY=secret engine --model ./model --host 0.0.0.0
+A cluster, where etcd and nats-server -js run on this machine:
+  engine --model Qwen/Qwen3-0.6B
+  engine --is-prefill-worker
+elsewhere:
+  engine --model Qwen/Qwen3-0.6B --etcd http://etcd:2379 --nats nats://nats:4222
+  engine --is-prefill-worker --etcd http://etcd:2379 --nats nats://nats:4222
+  engine frontend --etcd http://etcd:2379 --nats nats://nats:4222";
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(line: &[&str]) -> Result<Role, String> {
+        Role::try_parse_from([&["engine"], line].concat()).map_err(|error| error.to_string())
+    }
+
+    fn worker(line: &[&str]) -> WorkerArgs {
+        match parse(line) {
+            Ok(Role::Decode(worker) | Role::Prefill(worker)) => worker,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[test]
+    fn the_flags_do_not_contradict_each_other() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn flags_alone_are_a_worker_and_frontend_is_a_word() {
+        assert!(matches!(parse(&["--model", "m"]), Ok(Role::Decode(_))));
+        assert!(matches!(parse(&["--is-prefill-worker"]), Ok(Role::Prefill(_))));
+        assert!(matches!(parse(&["frontend"]), Ok(Role::Frontend(_))));
+    }
+
+    #[test]
+    fn a_decode_worker_needs_a_model_and_a_prefill_worker_does_not() {
+        assert!(parse(&[]).unwrap_err().contains("--model"));
+        assert!(parse(&["--is-prefill-worker"]).is_ok());
+    }
+
+    #[test]
+    fn what_a_prefill_worker_has_no_use_for_is_refused() {
+        for flag in [["--max-local-prefill-length", "1"], ["--disagg-policy", "never"], ["--served-model-name", "x"]] {
+            assert!(parse(&[&["--is-prefill-worker"], &flag[..]].concat()).is_err(), "{flag:?}");
+        }
+    }
+
+    #[test]
+    fn two_workers_on_one_host_do_not_collide_by_default() {
+        assert_eq!(worker(&["--model", "m"]).port(), 8000);
+        assert_eq!(worker(&["--is-prefill-worker"]).port(), 0);
+        assert_eq!(worker(&["--is-prefill-worker", "--port", "9"]).port(), 9);
+    }
+
+    #[test]
+    fn several_keys_may_be_given() {
+        let worker = worker(&["--model", "m", "--api-key", "a", "--api-key", "b,c"]);
+        assert_eq!(worker.api_key, ["a", "b", "c"]);
+    }
+
+    #[test]
+    fn an_empty_key_is_no_key() {
+        assert!(parse(&["--model", "m", "--api-key", ""]).is_err());
+    }
+}

@@ -1,0 +1,180 @@
+//! Values of flags.
+
+use std::time::Duration;
+
+use clap::ValueEnum;
+use engine_kernels::KvDType;
+use engine_models::LoadFormat;
+
+use crate::telemetry::LogFormat;
+
+/// `--load-format`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum LoadFormatArg {
+    /// The model's files.
+    Auto,
+    /// Made up from config.json alone, to measure a shape.
+    Dummy,
+}
+
+impl LoadFormatArg {
+    /// As it is written on the command line and in a worker's card.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Auto => "auto",
+            Self::Dummy => "dummy",
+        }
+    }
+}
+
+impl From<LoadFormatArg> for LoadFormat {
+    fn from(arg: LoadFormatArg) -> Self {
+        match arg {
+            LoadFormatArg::Auto => Self::Auto,
+            LoadFormatArg::Dummy => Self::Dummy,
+        }
+    }
+}
+
+/// `--kv-cache-dtype`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum KvDTypeArg {
+    /// Chosen by the weights.
+    Auto,
+    /// Single precision.
+    F32,
+    /// Half precision.
+    F16,
+    /// bfloat16.
+    Bf16,
+}
+
+impl KvDTypeArg {
+    /// The type, where `auto` stands for `default`.
+    pub fn or(self, default: KvDType) -> KvDType {
+        match self {
+            Self::Auto => default,
+            Self::F32 => KvDType::F32,
+            Self::F16 => KvDType::F16,
+            Self::Bf16 => KvDType::BF16,
+        }
+    }
+}
+
+/// `--log-format`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum LogFormatArg {
+    /// For people.
+    Text,
+    /// One JSON object a line.
+    Json,
+}
+
+impl From<LogFormatArg> for LogFormat {
+    fn from(arg: LogFormatArg) -> Self {
+        match arg {
+            LogFormatArg::Text => Self::Text,
+            LogFormatArg::Json => Self::Json,
+        }
+    }
+}
+
+/// `--disagg-policy`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum DisaggPolicyArg {
+    /// Prefill here.
+    Never,
+    /// Prefill remotely whenever a prefill worker is alive.
+    Always,
+    /// Prefill remotely what is long, while the queue is short.
+    Threshold,
+    /// Prefill where the first token is expected sooner, as measured.
+    Auto,
+}
+
+/// `--transport`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum TransportArg {
+    /// Shared memory on one host, else TCP.
+    Auto,
+    /// Shared memory, or not at all.
+    Shm,
+    /// TCP, on one host too.
+    Tcp,
+}
+
+/// Bytes, from a number with an optional unit: `1048576`, `512MiB`, `2GiB`, `1.5GB`.
+pub(super) fn parse_size(text: &str) -> Result<usize, String> {
+    let expected = || format!("'{text}' is no size; expected a number and KiB, MiB, GiB, KB, MB or GB, as in 2GiB");
+    let digits = text.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(text.len());
+    let (number, unit) = text.split_at(digits);
+    let number: f64 = number.parse().map_err(|_| expected())?;
+    let factor = match unit.trim().to_ascii_lowercase().as_str() {
+        "" | "b" => 1u64,
+        "k" | "kib" => 1 << 10,
+        "m" | "mib" => 1 << 20,
+        "g" | "gib" => 1 << 30,
+        "t" | "tib" => 1 << 40,
+        "kb" => 1_000,
+        "mb" => 1_000_000,
+        "gb" => 1_000_000_000,
+        _ => return Err(expected()),
+    };
+    let bytes = number * factor as f64;
+    if bytes < 1.0 || bytes > (1u64 << 50) as f64 {
+        return Err(format!("'{text}' is not between one byte and 1024 TiB"));
+    }
+    Ok(bytes as usize)
+}
+
+/// A duration from a number of seconds.
+pub(super) fn parse_seconds(text: &str) -> Result<Duration, String> {
+    let seconds: f64 = text.parse().map_err(|_| format!("'{text}' is no number of seconds"))?;
+    // About 31 years: anything beyond is a slip, and would not fit a timer.
+    if !(0.0..=1e9).contains(&seconds) {
+        return Err(format!("'{text}' is not between 0 and 1e9 seconds"));
+    }
+    Ok(Duration::from_secs_f64(seconds))
+}
+
+/// A duration from a number of milliseconds.
+pub(super) fn parse_millis(text: &str) -> Result<Duration, String> {
+    let millis: f64 = text.parse().map_err(|_| format!("'{text}' is no number of milliseconds"))?;
+    if !(0.0..=1e6).contains(&millis) || millis == 0.0 {
+        return Err(format!("'{text}' is not between 0 and 1e6 milliseconds"));
+    }
+    Ok(Duration::from_secs_f64(millis / 1e3))
+}
+
+/// A name that may stand in etcd's keys and NATS's subjects.
+pub(super) fn parse_namespace(text: &str) -> Result<String, String> {
+    let valid = |c: char| c.is_ascii_alphanumeric() || c == '-' || c == '_';
+    if text.is_empty() || text.len() > 64 || !text.chars().all(valid) {
+        return Err(format!("'{text}' is no namespace: expected up to 64 letters, digits, '-' and '_'"));
+    }
+    Ok(text.to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sizes_have_binary_and_decimal_units() {
+        assert_eq!(parse_size("2GiB"), Ok(2 << 30));
+        assert_eq!(parse_size("1.5k"), Ok(1536));
+        assert_eq!(parse_size("1 MB"), Ok(1_000_000));
+        assert_eq!(parse_size("4096"), Ok(4096));
+        for bad in ["", "GiB", "1XB", "-1", "0", "1e9GiB", "99999999TiB"] {
+            assert!(parse_size(bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn a_namespace_can_stand_in_a_key_and_a_subject() {
+        assert!(parse_namespace("team-a_1").is_ok());
+        for bad in ["", "a.b", "a/b", "a b", "*", ">", "ä"] {
+            assert!(parse_namespace(bad).is_err(), "{bad}");
+        }
+    }
+}

@@ -1,0 +1,182 @@
+use std::{path::PathBuf, time::Duration};
+
+use clap::Args;
+
+use super::{
+    ClusterArgs, LogArgs,
+    values::{DisaggPolicyArg, KvDTypeArg, LoadFormatArg, TransportArg, parse_millis, parse_seconds, parse_size},
+};
+
+/// Port of a decode worker, and of a frontend.
+pub(super) const DEFAULT_PORT: u16 = 8000;
+
+/// Flags of a worker: decode, or with `--is-prefill-worker` prefill.
+#[derive(Debug, Args)]
+pub struct WorkerArgs {
+    /// A directory with config.json and safetensors, a .gguf file, or a model of the Hugging Face hub (Qwen/Qwen3-0.6B); a prefill worker can take it from the cluster
+    #[arg(long, value_name = "PATH|ID", help_heading = "Model")]
+    pub model: Option<String>,
+
+    /// Names clients may use for the model [default: its directory, file or hub id]
+    #[arg(long, value_name = "NAME", num_args = 1.., conflicts_with = "is_prefill_worker", help_heading = "Model")]
+    pub served_model_name: Vec<String>,
+
+    /// Branch, tag or commit of a model on the hub
+    #[arg(long, value_name = "REVISION", help_heading = "Model")]
+    pub revision: Option<String>,
+
+    /// Where the weights come from
+    #[arg(long, value_enum, value_name = "FORMAT", default_value = "auto", help_heading = "Model")]
+    pub load_format: LoadFormatArg,
+
+    /// A Jinja chat template to use instead of the model's own
+    #[arg(long, value_name = "FILE", conflicts_with = "is_prefill_worker", help_heading = "Model")]
+    pub chat_template: Option<PathBuf>,
+
+    /// Tokens of a prompt and its answer together [default: what the model was made for, or the KV cache holds]
+    #[arg(long, value_name = "TOKENS", help_heading = "Engine")]
+    pub max_model_len: Option<usize>,
+
+    /// Sequences computed at the same time
+    #[arg(long, value_name = "N", default_value_t = 64, help_heading = "Engine")]
+    pub max_num_seqs: usize,
+
+    /// Tokens computed in one step: longer prompts are prefilled in several, between which others generate
+    #[arg(long, value_name = "TOKENS", default_value_t = 512, help_heading = "Engine")]
+    pub max_num_batched_tokens: usize,
+
+    /// Requests that may wait for a place among the running ones; beyond that, 429
+    #[arg(
+        long,
+        value_name = "N",
+        default_value_t = 1024,
+        conflicts_with = "is_prefill_worker",
+        help_heading = "Engine"
+    )]
+    pub max_waiting_requests: usize,
+
+    /// Threads that compute [default: one a core]
+    #[arg(long, value_name = "N", help_heading = "Engine")]
+    pub threads: Option<usize>,
+
+    /// Tokens of a KV page
+    #[arg(long, value_name = "TOKENS", default_value_t = 16, help_heading = "KV cache")]
+    pub block_size: usize,
+
+    /// KV pages [default: as --kv-cache-memory says]
+    #[arg(long, value_name = "PAGES", help_heading = "KV cache")]
+    pub kv_blocks: Option<usize>,
+
+    /// Memory of the KV cache, as 2GiB or 512MiB [default: a quarter of what is free, at most 4 GiB]
+    #[arg(long, value_name = "SIZE", value_parser = parse_size, conflicts_with = "kv_blocks", help_heading = "KV cache")]
+    pub kv_cache_memory: Option<usize>,
+
+    /// Element type of the KV cache; auto: that of the weights, f16 for quantised ones
+    #[arg(long, value_enum, value_name = "TYPE", default_value = "auto", help_heading = "KV cache")]
+    pub kv_cache_dtype: KvDTypeArg,
+
+    /// Address to listen on; 0.0.0.0 for all interfaces
+    #[arg(long, value_name = "HOST", default_value = "127.0.0.1", help_heading = "Server")]
+    pub host: String,
+
+    /// Port to listen on; 0 for any free one [default: 8000; a prefill worker's any free one]
+    #[arg(long, value_name = "PORT", help_heading = "Server")]
+    pub port: Option<u16>,
+
+    /// Key that clients have to send; may be given several times
+    #[arg(
+        long,
+        value_name = "KEY",
+        env = "ENGINE_API_KEY",
+        hide_env_values = true,
+        value_delimiter = ',',
+        value_parser = clap::builder::NonEmptyStringValueParser::new(),
+        help_heading = "Server"
+    )]
+    pub api_key: Vec<String>,
+
+    /// Origins whose pages may ask from a browser (as their Origin header names them, or * for all); may be given several times
+    #[arg(long, value_name = "ORIGIN", conflicts_with = "is_prefill_worker", help_heading = "Server")]
+    pub allowed_origins: Vec<String>,
+
+    /// Largest body of a request
+    #[arg(long, value_name = "SIZE", value_parser = parse_size, default_value = "16MiB", conflicts_with = "is_prefill_worker", help_heading = "Server")]
+    pub max_body_size: usize,
+
+    /// Connections at a time; further ones wait to be accepted
+    #[arg(long, value_name = "N", default_value_t = 1024, help_heading = "Server")]
+    pub max_connections: usize,
+
+    /// Seconds an answer may take, waiting included
+    #[arg(long, value_name = "SECONDS", value_parser = parse_seconds, default_value = "3600", conflicts_with = "is_prefill_worker", help_heading = "Server")]
+    pub request_timeout: Duration,
+
+    /// Seconds that running answers have to end after SIGTERM
+    #[arg(long, value_name = "SECONDS", value_parser = parse_seconds, default_value = "300", help_heading = "Server")]
+    pub shutdown_timeout: Duration,
+
+    /// How it shares prefills.
+    #[command(flatten)]
+    pub disagg: DisaggArgs,
+
+    /// The cluster's services.
+    #[command(flatten)]
+    pub cluster: ClusterArgs,
+
+    /// Logging.
+    #[command(flatten)]
+    pub log: LogArgs,
+}
+
+/// How a worker shares prefills with others.
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Disaggregation")]
+pub struct DisaggArgs {
+    /// Compute prompts for the cluster's decode workers instead of answering requests
+    #[arg(long)]
+    pub is_prefill_worker: bool,
+
+    /// Join no cluster, even if there is one on this machine
+    #[arg(long, conflicts_with_all = ["etcd", "nats", "is_prefill_worker"])]
+    pub standalone: bool,
+
+    /// Where prompts are prefilled
+    #[arg(long, value_enum, value_name = "POLICY", default_value = "threshold", conflicts_with = "is_prefill_worker")]
+    pub disagg_policy: DisaggPolicyArg,
+
+    /// Prompts with at most so many uncached tokens are prefilled by the decode worker itself
+    #[arg(long, value_name = "TOKENS", default_value_t = 512, conflicts_with = "is_prefill_worker")]
+    pub max_local_prefill_length: usize,
+
+    /// Jobs that may wait for each live prefill worker; beyond that, prompts are prefilled locally
+    #[arg(long, value_name = "N", default_value_t = 2, conflicts_with = "is_prefill_worker")]
+    pub max_prefill_queue_size: usize,
+
+    /// Milliseconds between two tokens of an answer that --disagg-policy auto keeps local prefills from exceeding
+    #[arg(long, value_name = "MS", value_parser = parse_millis, conflicts_with = "is_prefill_worker")]
+    pub itl_target: Option<Duration>,
+
+    /// How KV pages travel between workers
+    #[arg(long, value_enum, value_name = "TRANSPORT", default_value = "auto")]
+    pub transport: TransportArg,
+
+    /// Address to listen on for prefill workers' sessions [default: that of --host]
+    #[arg(long, value_name = "HOST", conflicts_with = "is_prefill_worker")]
+    pub session_host: Option<String>,
+
+    /// Port to listen on for prefill workers' sessions; 0 for any free one
+    #[arg(long, value_name = "PORT", default_value_t = 0, conflicts_with = "is_prefill_worker")]
+    pub session_port: u16,
+}
+
+impl WorkerArgs {
+    /// The port to listen on: two workers of one host must not collide by default.
+    pub fn port(&self) -> u16 {
+        self.port.unwrap_or(if self.disagg.is_prefill_worker { 0 } else { DEFAULT_PORT })
+    }
+
+    /// Where prefill workers' sessions are accepted.
+    pub fn session_host(&self) -> &str {
+        self.disagg.session_host.as_deref().unwrap_or(&self.host)
+    }
+}

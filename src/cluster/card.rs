@@ -1,0 +1,146 @@
+use std::fmt;
+
+use serde::{Deserialize, Serialize};
+
+use super::ModelKey;
+
+/// Version of [`WorkerCard`]'s meaning. Fields may be added under the same number; a reader ignores those it does not
+/// know, and cards of another number altogether.
+pub const CARD_SCHEMA: u32 = 1;
+
+/// What a worker does.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Role {
+    /// Answers requests.
+    Decode,
+    /// Computes prompts for decode workers.
+    Prefill,
+}
+
+impl Role {
+    /// As it stands in etcd's keys.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Decode => "decode",
+            Self::Prefill => "prefill",
+        }
+    }
+}
+
+impl fmt::Display for Role {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.as_str())
+    }
+}
+
+/// What a worker says of itself when it registers.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct WorkerCard {
+    /// [`CARD_SCHEMA`].
+    pub schema: u32,
+    /// The engine's version, for people.
+    pub version: String,
+    /// What it does.
+    pub role: Role,
+    /// `host:port` of its HTTP server, as others reach it.
+    pub address: String,
+    /// Where its transfer sessions are opened, in the transfer layer's words; null if it takes none.
+    #[serde(default)]
+    pub session: serde_json::Value,
+    /// Transports it speaks, best first.
+    #[serde(default)]
+    pub transports: Vec<String>,
+    /// Identity of its host (the boot id): workers that share it can share memory.
+    pub host_id: String,
+    /// What it serves.
+    pub model: ModelCard,
+    /// Everything it must agree on with a worker it exchanges pages with.
+    pub model_key: ModelKey,
+}
+
+/// A model as a frontend lists it and another worker loads it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ModelCard {
+    /// Names clients may use, the first one its own.
+    pub names: Vec<String>,
+    /// Tokens of a prompt and its answer together.
+    pub max_model_len: usize,
+    /// `--model` as it was given (made absolute if it is a path).
+    pub source: String,
+    /// `--revision`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub revision: Option<String>,
+    /// `--load-format`.
+    pub load_format: String,
+    /// `--kv-cache-dtype`, resolved: `f32`, `f16` or `bf16`.
+    pub kv_cache_dtype: String,
+    /// Tokens of a KV page.
+    pub block_size: usize,
+}
+
+impl WorkerCard {
+    /// Reads a card; `Err` says why it has to be ignored.
+    pub fn from_json(json: &[u8]) -> Result<Self, String> {
+        #[derive(Deserialize)]
+        struct Version {
+            schema: u32,
+        }
+        // The number first: a card of another schema may lack fields this one must have.
+        let Version { schema } = serde_json::from_slice(json).map_err(|error| error.to_string())?;
+        if schema != CARD_SCHEMA {
+            return Err(format!("it has schema {schema}, this engine reads {CARD_SCHEMA}"));
+        }
+        serde_json::from_slice(json).map_err(|error| error.to_string())
+    }
+
+    /// Its JSON.
+    pub fn to_json(&self) -> Vec<u8> {
+        // Strings, numbers and values that were JSON before: there is nothing that could fail.
+        serde_json::to_vec(self).unwrap_or_default()
+    }
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use super::*;
+
+    /// A card to put in tests' registrations.
+    pub(crate) fn card(role: Role, key: ModelKey, address: &str) -> WorkerCard {
+        WorkerCard {
+            schema: CARD_SCHEMA,
+            version: "0".into(),
+            role,
+            address: address.into(),
+            session: serde_json::json!({ "tcp": "127.0.0.1:1" }),
+            transports: vec!["shm".into(), "tcp".into()],
+            host_id: "host".into(),
+            model: ModelCard {
+                names: vec!["demo".into()],
+                max_model_len: 1024,
+                source: "/models/demo.gguf".into(),
+                revision: None,
+                load_format: "auto".into(),
+                kv_cache_dtype: "f16".into(),
+                block_size: 16,
+            },
+            model_key: key,
+        }
+    }
+
+    #[test]
+    fn a_card_reads_back_and_a_newer_one_of_the_same_schema_too() {
+        let card = card(Role::Decode, ModelKey::of(b"m"), "10.0.0.1:8000");
+        assert_eq!(WorkerCard::from_json(&card.to_json()).unwrap(), card);
+        let mut value = serde_json::to_value(&card).unwrap();
+        value["added_later"] = true.into();
+        assert_eq!(WorkerCard::from_json(value.to_string().as_bytes()).unwrap(), card);
+    }
+
+    #[test]
+    fn a_card_of_another_schema_is_refused_by_its_number() {
+        let error = WorkerCard::from_json(br#"{"schema": 99, "all": "different"}"#).unwrap_err();
+        assert!(error.contains("schema 99"), "{error}");
+        assert!(WorkerCard::from_json(b"no json").is_err());
+    }
+}

@@ -1,0 +1,51 @@
+//! What the processes of a cluster know of each other, and the queue between them.
+//!
+//! Three traits: [`Discovery`] (who is alive, and live configuration), [`Queue`] (prefill jobs) and [`Loads`] (how busy
+//! workers are). Each has an implementation over real services (`etcd`, NATS) and one in the process ([`Local`]), and
+//! nothing above can tell them apart. Losing a service never stops anything: what was known last stays until it is known
+//! to be wrong, publishing fails at once instead of hanging, and connections are made again in the background for ever.
+//!
+//! Jobs and session addresses are opaque here: bytes, and a JSON value.
+
+mod card;
+mod discovery;
+mod lease;
+mod load;
+mod local;
+mod model_key;
+mod queue;
+
+pub use card::{CARD_SCHEMA, ModelCard, Role, WorkerCard};
+pub use discovery::{Discovery, Lease, WorkerFilter, WorkerSet};
+pub use lease::LeaseId;
+pub use load::{LoadReport, LoadStream, Loads, report_load};
+pub use local::Local;
+pub use model_key::{ModelKey, ParseModelKeyError};
+pub use queue::{Consumer, Delivery, Queue, QueueDepth, QueueError, Settle};
+
+use std::sync::Arc;
+
+/// A worker's or frontend's way to the others. Cheap to clone.
+#[derive(Clone)]
+pub struct Cluster {
+    /// Who is alive.
+    pub discovery: Arc<dyn Discovery>,
+    /// Prefill jobs.
+    pub queue: Arc<dyn Queue>,
+    /// How busy workers are.
+    pub loads: Arc<dyn Loads>,
+}
+
+impl Cluster {
+    /// A cluster inside this process, for a worker that serves alone and for tests.
+    pub fn local() -> Self {
+        let local = Arc::new(Local::new());
+        Self { discovery: local.clone(), queue: local.clone(), loads: local }
+    }
+}
+
+impl std::fmt::Debug for Cluster {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Cluster").finish_non_exhaustive()
+    }
+}
