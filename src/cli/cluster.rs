@@ -3,6 +3,7 @@ use std::path::PathBuf;
 use clap::{Args, builder::NonEmptyStringValueParser};
 
 use super::values::parse_namespace;
+use crate::cluster::{ClusterOptions, EtcdOptions, NatsAuth, NatsOptions};
 
 /// How to reach the cluster's services, and how to be reached.
 #[derive(Debug, Args)]
@@ -75,4 +76,35 @@ pub struct ClusterArgs {
     /// File with an nkey's seed for NATS
     #[arg(long, value_name = "FILE", env = "NATS_NKEY", conflicts_with = "nats_user")]
     pub nats_nkey: Option<PathBuf>,
+}
+
+impl ClusterArgs {
+    /// Which cluster they name.
+    pub fn options(&self) -> ClusterOptions {
+        let pair = |a: &Option<PathBuf>, b: &Option<PathBuf>| a.clone().zip(b.clone());
+        let auth = if let Some((user, password)) = self.nats_user.clone().zip(self.nats_password.clone()) {
+            NatsAuth::Password { user, password }
+        } else if let Some(path) = self.nats_creds.clone() {
+            NatsAuth::Credentials(path)
+        } else if let Some(path) = self.nats_nkey.clone() {
+            NatsAuth::Nkey(path)
+        } else {
+            NatsAuth::None
+        };
+        ClusterOptions {
+            namespace: self.namespace.clone(),
+            etcd: EtcdOptions {
+                ca: self.etcd_ca.clone(),
+                identity: pair(&self.etcd_cert, &self.etcd_key),
+                user: self.etcd_user.clone().zip(self.etcd_password.clone()),
+                ..EtcdOptions::new(self.etcd.clone())
+            },
+            nats: NatsOptions {
+                ca: self.nats_ca.clone(),
+                identity: pair(&self.nats_cert, &self.nats_key),
+                auth,
+                ..NatsOptions::new(self.nats.clone())
+            },
+        }
+    }
 }

@@ -7,20 +7,30 @@
 //!
 //! Jobs and session addresses are opaque here: bytes, and a JSON value.
 
+mod address;
 mod card;
 mod discovery;
+mod etcd;
+mod find_model;
+mod join;
 mod lease;
 mod load;
 mod local;
 mod model_key;
+mod nats;
 mod queue;
 
+pub use address::{advertised_host, host_id};
 pub use card::{CARD_SCHEMA, ModelCard, Role, WorkerCard};
 pub use discovery::{Discovery, Lease, WorkerFilter, WorkerSet};
+pub use etcd::{Etcd, EtcdOptions};
+pub use find_model::{SeveralModels, find_model};
+pub use join::{ClusterError, ClusterOptions, Joined, LocalServices, Needs, join};
 pub use lease::LeaseId;
 pub use load::{LoadReport, LoadStream, Loads, report_load};
 pub use local::Local;
 pub use model_key::{ModelKey, ParseModelKeyError};
+pub use nats::{Nats, NatsAuth, NatsOptions};
 pub use queue::{Consumer, Delivery, Queue, QueueDepth, QueueError, Settle};
 
 use std::sync::Arc;

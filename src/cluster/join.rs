@@ -1,0 +1,209 @@
+use std::{fmt, path::PathBuf, sync::Arc, time::Duration};
+
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::TcpStream,
+    time::timeout,
+};
+
+use super::{Cluster, Etcd, EtcdOptions, Loads, Local, Nats, NatsOptions, Queue};
+
+/// Where etcd listens unless it is told otherwise.
+const LOCAL_ETCD: &str = "127.0.0.1:2379";
+/// Where NATS listens unless it is told otherwise.
+const LOCAL_NATS: &str = "127.0.0.1:4222";
+/// How long a service on this machine may take to say what it is.
+const PROBE_TIMEOUT: Duration = Duration::from_millis(500);
+/// How long services that were named are waited for before going on without them for now.
+const FIRST_CONTACT: Duration = Duration::from_secs(3);
+
+/// Which cluster to join.
+#[derive(Debug, Clone)]
+pub struct ClusterOptions {
+    /// Which of the clusters that share the services.
+    pub namespace: String,
+    /// etcd. No endpoints: those of this machine, if they answer.
+    pub etcd: EtcdOptions,
+    /// NATS. No servers: those of this machine, if they answer.
+    pub nats: NatsOptions,
+}
+
+/// Why the cluster cannot be joined as it was described.
+#[derive(Debug, thiserror::Error)]
+pub enum ClusterError {
+    /// An option is wrong, or two do not go together.
+    #[error("{0}")]
+    Option(String),
+    /// A file of certificates or credentials cannot be used.
+    #[error("cannot read {}: {source}", path.display())]
+    File {
+        /// The file.
+        path: PathBuf,
+        /// What the system said.
+        source: std::io::Error,
+    },
+}
+
+/// What came of joining.
+#[derive(Debug)]
+pub enum Joined {
+    /// Part of a cluster.
+    Member(Cluster),
+    /// None was named and there is none on this machine.
+    Alone(LocalServices),
+}
+
+/// What was found at the well-known addresses of this machine.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct LocalServices {
+    /// Whether etcd answers.
+    pub etcd: bool,
+    /// Whether NATS answers.
+    pub nats: bool,
+    /// Whether that NATS keeps streams.
+    pub jetstream: bool,
+}
+
+impl fmt::Display for LocalServices {
+    /// What is missing and how to mend it: `no etcd answers on 127.0.0.1:2379 …`.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mut missing = Vec::new();
+        if !self.etcd {
+            missing.push(format!("no etcd answers on {LOCAL_ETCD} (start `etcd`)"));
+        }
+        if !self.nats {
+            missing.push(format!("no NATS on {LOCAL_NATS} (start `nats-server -js`)"));
+        } else if !self.jetstream {
+            missing.push(format!("the NATS on {LOCAL_NATS} keeps no streams (start it as `nats-server -js`)"));
+        }
+        write!(f, "{}; or name them with --etcd and --nats", missing.join(", "))
+    }
+}
+
+impl LocalServices {
+    /// Tries the well-known addresses.
+    pub async fn probe() -> Self {
+        let (etcd, nats) = tokio::join!(timeout(PROBE_TIMEOUT, probe_etcd()), timeout(PROBE_TIMEOUT, probe_nats()));
+        let etcd = matches!(etcd, Ok(Ok(true)));
+        let nats = nats.ok().and_then(Result::ok).flatten();
+        Self { etcd, nats: nats.is_some(), jetstream: nats.unwrap_or(false) }
+    }
+}
+
+/// Whether what listens there speaks as etcd does.
+async fn probe_etcd() -> std::io::Result<bool> {
+    let mut stream = TcpStream::connect(LOCAL_ETCD).await?;
+    let request = format!("GET /version HTTP/1.1\r\nHost: {LOCAL_ETCD}\r\nConnection: close\r\n\r\n");
+    stream.write_all(request.as_bytes()).await?;
+    let mut answer = Vec::new();
+    stream.take(4096).read_to_end(&mut answer).await?;
+    Ok(String::from_utf8_lossy(&answer).contains("etcdserver"))
+}
+
+/// Whether what listens there greets as NATS does, and if so, whether it keeps streams.
+async fn probe_nats() -> std::io::Result<Option<bool>> {
+    let mut stream = TcpStream::connect(LOCAL_NATS).await?;
+    let mut greeting = Vec::new();
+    while !greeting.ends_with(b"\r\n") && greeting.len() < 1 << 16 {
+        if stream.read_buf(&mut greeting).await? == 0 {
+            break;
+        }
+    }
+    let greeting = String::from_utf8_lossy(&greeting);
+    let Some(info) = greeting.strip_prefix("INFO ") else { return Ok(None) };
+    let info: serde_json::Value = serde_json::from_str(info.trim()).unwrap_or_default();
+    Ok(Some(info["jetstream"].as_bool().unwrap_or(false)))
+}
+
+/// Whether the caller works without NATS.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Needs {
+    /// Both services: workers.
+    EtcdAndNats,
+    /// etcd; load reports come over NATS if it is named too: frontends.
+    Etcd,
+}
+
+/// Joins the cluster `options` names; if they name none, that of this machine, if there is one.
+pub async fn join(mut options: ClusterOptions, needs: Needs) -> Result<Joined, ClusterError> {
+    match (options.etcd.endpoints.is_empty(), options.nats.servers.is_empty()) {
+        (true, true) => {
+            let found = LocalServices::probe().await;
+            if !(found.etcd && found.jetstream) {
+                return Ok(Joined::Alone(found));
+            }
+            options.etcd.endpoints = vec![format!("http://{LOCAL_ETCD}")];
+            options.nats.servers = vec![format!("nats://{LOCAL_NATS}")];
+            tracing::info!(
+                "found etcd and NATS on this machine: joining the cluster `{}` (--standalone serves alone)",
+                options.namespace
+            );
+        }
+        (true, false) => return Err(ClusterError::Option("--nats is given and --etcd is missing".into())),
+        (false, true) if needs == Needs::EtcdAndNats => {
+            return Err(ClusterError::Option("--etcd is given and --nats is missing".into()));
+        }
+        (false, _) => {}
+    }
+    Cluster::connect(options).await.map(Joined::Member)
+}
+
+impl Cluster {
+    /// A cluster over real services. Waits for them a moment; if they are away it says so and goes on, and they are found
+    /// when they come. Without NATS servers, load reports are those of this process alone, and so is the queue.
+    pub async fn connect(options: ClusterOptions) -> Result<Self, ClusterError> {
+        let ClusterOptions { namespace, etcd, nats } = options;
+        let etcd = Arc::new(Etcd::new(etcd, &namespace)?);
+        let (queue, loads): (Arc<dyn Queue>, Arc<dyn Loads>);
+        let named = !nats.servers.is_empty();
+        let nats = if named { Some(Arc::new(Nats::new(nats, &namespace).await?)) } else { None };
+        let first_nats = async {
+            match &nats {
+                Some(nats) => timeout(FIRST_CONTACT, nats.reachable()).await,
+                None => Ok(Ok(())),
+            }
+        };
+        let (etcd_answer, nats_answer) = tokio::join!(timeout(FIRST_CONTACT, etcd.reachable()), first_nats);
+        for (name, answer) in [("etcd", etcd_answer), ("NATS", nats_answer)] {
+            let late = || Err(format!("no answer within {FIRST_CONTACT:?}"));
+            if let Err(error) = answer.unwrap_or_else(|_| late()) {
+                tracing::warn!("{name} cannot be used: {error}; going on without it until it can");
+            }
+        }
+        match nats {
+            Some(nats) => (queue, loads) = (nats.clone(), nats),
+            None => {
+                let local = Arc::new(Local::new());
+                (queue, loads) = (local.clone(), local);
+            }
+        }
+        Ok(Self { discovery: etcd, queue, loads })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_missing_is_said_with_what_to_start() {
+        let nothing = LocalServices { etcd: false, nats: false, jetstream: false };
+        let text = nothing.to_string();
+        assert!(text.contains("start `etcd`") && text.contains("start `nats-server -js`"), "{text}");
+        let no_streams = LocalServices { etcd: true, nats: true, jetstream: false }.to_string();
+        assert!(no_streams.starts_with("the NATS on 127.0.0.1:4222 keeps no streams"), "{no_streams}");
+    }
+
+    #[tokio::test]
+    async fn one_service_without_the_other_is_an_error_of_the_command_line() {
+        let options = |etcd: &[&str], nats: &[&str]| ClusterOptions {
+            namespace: "n".into(),
+            etcd: EtcdOptions::new(etcd.iter().map(ToString::to_string).collect()),
+            nats: NatsOptions::new(nats.iter().map(ToString::to_string).collect()),
+        };
+        for (etcd, nats) in [(&["http://127.0.0.1:1"][..], &[][..]), (&[][..], &["nats://127.0.0.1:1"][..])] {
+            let error = join(options(etcd, nats), Needs::EtcdAndNats).await.unwrap_err();
+            assert!(matches!(error, ClusterError::Option(_)), "{error}");
+        }
+    }
+}

@@ -1,0 +1,164 @@
+use std::{path::PathBuf, time::Duration};
+
+use async_nats::{Client, ConnectOptions, Event, ServerAddr, connection::State};
+use rand::RngExt;
+use tokio::sync::watch;
+
+use crate::cluster::{ClusterError, QueueError};
+
+/// How long a connection attempt may take.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
+/// How long one answer may take: a decode worker waits for it before it prefills itself.
+pub(super) const REQUEST_TIMEOUT: Duration = Duration::from_secs(2);
+/// Pings on a quiet connection; two without an answer end it.
+const PING_PERIOD: Duration = Duration::from_secs(10);
+/// Longest pause between attempts to connect.
+const RECONNECT_PAUSE_MAX: Duration = Duration::from_secs(2);
+
+/// How to reach NATS.
+#[derive(Debug, Clone)]
+pub struct NatsOptions {
+    /// Its servers, as `nats://host:4222`.
+    pub servers: Vec<String>,
+    /// Certificates (PEM) that may have signed the servers'; `None`: the system's, if a server asks for TLS.
+    pub ca: Option<PathBuf>,
+    /// Certificate and key (PEM) to show.
+    pub identity: Option<(PathBuf, PathBuf)>,
+    /// Who to be.
+    pub auth: NatsAuth,
+    /// How long a job may go without a sign of life before another worker gets it.
+    pub ack_wait: Duration,
+}
+
+impl NatsOptions {
+    /// Plain connections to `servers`, as nobody in particular.
+    pub fn new(servers: Vec<String>) -> Self {
+        Self { servers, ca: None, identity: None, auth: NatsAuth::None, ack_wait: Duration::from_secs(30) }
+    }
+}
+
+/// Who to be at NATS.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub enum NatsAuth {
+    /// Nobody.
+    #[default]
+    None,
+    /// A user with a password.
+    Password {
+        /// User.
+        user: String,
+        /// Password.
+        password: String,
+    },
+    /// A credentials file: a JWT and its key.
+    Credentials(PathBuf),
+    /// A file with an nkey's seed.
+    Nkey(PathBuf),
+}
+
+/// A connection that is made again for ever. Cheap to clone.
+#[derive(Clone)]
+pub(super) struct Connection {
+    pub(super) client: Client,
+    /// Counts connections made: whatever was asked over an earlier one is not answered any more.
+    made: watch::Receiver<u64>,
+}
+
+impl Connection {
+    pub(super) async fn new(options: &NatsOptions) -> Result<Self, ClusterError> {
+        let servers = options.servers.iter().map(|server| {
+            server.parse::<ServerAddr>().map_err(|error| {
+                ClusterError::Option(format!("`{server}` is no NATS server ({error}): expected nats://host:4222"))
+            })
+        });
+        let servers = servers.collect::<Result<Vec<_>, _>>()?;
+        let (count, made) = watch::channel(0);
+        let mut connect = ConnectOptions::new()
+            .name("engine")
+            .retry_on_initial_connect()
+            .connection_timeout(CONNECT_TIMEOUT)
+            .request_timeout(Some(REQUEST_TIMEOUT))
+            .ping_interval(PING_PERIOD)
+            .reconnect_delay_callback(reconnect_pause)
+            .event_callback(move |event| {
+                if event == Event::Connected {
+                    count.send_modify(|count| *count += 1);
+                }
+                log(&event);
+                std::future::ready(())
+            });
+        if let Some(ca) = &options.ca {
+            readable(ca)?;
+            connect = connect.add_root_certificates(ca.clone()).require_tls(true);
+        }
+        if let Some((certificate, key)) = &options.identity {
+            readable(certificate)?;
+            readable(key)?;
+            connect = connect.add_client_certificate(certificate.clone(), key.clone()).require_tls(true);
+        }
+        connect = match &options.auth {
+            NatsAuth::None => connect,
+            NatsAuth::Password { user, password } => connect.user_and_password(user.clone(), password.clone()),
+            NatsAuth::Credentials(path) => {
+                let text = read(path)?;
+                connect.credentials(&text).map_err(|source| ClusterError::File { path: path.clone(), source })?
+            }
+            NatsAuth::Nkey(path) => connect.nkey(read(path)?.trim().to_owned()),
+        };
+        let client = connect
+            .connect(servers)
+            .await
+            .map_err(|error| ClusterError::Option(format!("cannot use NATS: {error}")))?;
+        Ok(Self { client, made })
+    }
+
+    /// Waits for a connection.
+    pub(super) async fn connected(&self) {
+        // An error would mean that the client is gone, and the rest with it.
+        let _ = self.made.clone().wait_for(|made| *made > 0).await;
+    }
+
+    /// Resolves when a connection is made after this call.
+    pub(super) fn made_anew(&self) -> impl Future<Output = ()> + Send + use<> {
+        let mut made = self.made.clone();
+        made.mark_unchanged();
+        async move {
+            if made.changed().await.is_err() {
+                std::future::pending().await
+            }
+        }
+    }
+
+    /// An error if there is no connection now. The client would otherwise keep what it is given until there is one.
+    pub(super) fn check(&self) -> Result<(), QueueError> {
+        match self.client.connection_state() {
+            State::Connected => Ok(()),
+            State::Pending | State::Disconnected => Err(QueueError::Unavailable("not connected to NATS".into())),
+        }
+    }
+}
+
+/// The pause before the `attempt`th attempt: a little longer each time, and not the same in all processes.
+fn reconnect_pause(attempt: usize) -> Duration {
+    let longest = Duration::from_millis(100).saturating_mul(attempt as u32).min(RECONNECT_PAUSE_MAX);
+    longest.mul_f64(rand::rng().random_range(0.5..1.0))
+}
+
+fn log(event: &Event) {
+    match event {
+        Event::Connected => tracing::info!("connected to NATS"),
+        Event::Disconnected => tracing::warn!("lost the connection to NATS; connecting again until it works"),
+        Event::SlowConsumer(_) => tracing::debug!("{event}"),
+        Event::ServerError(_) | Event::ClientError(_) => tracing::debug!("NATS: {event}"),
+        _ => tracing::debug!("NATS: {event}"),
+    }
+}
+
+fn read(path: &PathBuf) -> Result<String, ClusterError> {
+    std::fs::read_to_string(path).map_err(|source| ClusterError::File { path: path.clone(), source })
+}
+
+/// The client opens the file itself, at each connection; that it is there is checked now.
+fn readable(path: &PathBuf) -> Result<(), ClusterError> {
+    std::fs::File::open(path).map(drop).map_err(|source| ClusterError::File { path: path.clone(), source })
+}
