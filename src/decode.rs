@@ -143,6 +143,7 @@ fn api_config(
         api_keys: cli.api_key.clone(),
         body_bytes_max: cli.max_body_size,
         request_timeout: cli.request_timeout,
+        cluster_token: None,
         allowed_origins: cli.allowed_origins.clone(),
     }
 }

@@ -53,6 +53,7 @@ fn requests(vocab_size: usize) -> Vec<Request> {
         }
         requests.push(Request {
             prompt: (0..length).map(token).collect(),
+            output: Vec::new(),
             sampling,
             max_tokens: 18 + i * 5 % 12,
             min_tokens: 4,

@@ -123,6 +123,7 @@ async fn steady_decode_allocates_nothing_on_the_engine_thread() {
         .map(|i| {
             let request = Request {
                 prompt: (0..3 + 5 * i).map(|position| 100 + i * 1000 + position * 17).collect(),
+                output: Vec::new(),
                 sampling: SamplingParams {
                     temperature: if i % 2 == 0 { 0.0 } else { 0.8 },
                     top_k: 40 * (i % 3),

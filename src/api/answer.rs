@@ -14,11 +14,11 @@ use super::{
     ApiError, InFlight, Serving,
     logprobs::{ChatLogprobs, CompletionLogprobs},
     output::{Echo, Finish, Output},
-    state::unix_seconds,
+    progress::{self, Head, Past, ProgressWriter, Relay},
     validate::Plan,
     wire::{ChatChoice, ChatChunkChoice, ChatMessage, CompletionChoice, Delta, Envelope, Usage, finish_reason},
 };
-use crate::worker::Generation;
+use crate::worker::{FinishReason, Generation, Request};
 
 /// Which of the two generating endpoints answers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -53,48 +53,80 @@ pub(crate) struct Answer {
     prompt_tokens: Vec<u32>,
     choices: Vec<Choice>,
     with_logprobs: bool,
+    /// For a frontend, which alone hears of it.
+    progress: Option<ProgressWriter>,
     pub(crate) include_usage: bool,
     pub(crate) deadline: Instant,
     _in_flight: InFlight,
 }
 
 impl Answer {
-    /// Hands all choices of all prompts to the engine; it takes all or none.
+    /// Hands all choices of all prompts to the engine; it takes all or none. Those that were begun elsewhere go on where
+    /// they were.
     pub(crate) fn start(
         serving: Arc<Serving>,
         in_flight: InFlight,
+        relay: Relay,
         endpoint: Endpoint,
         plan: &Plan,
         prompts: Vec<PreparedPrompt>,
         fields: (&'static str, &'static str),
     ) -> Result<Self, ApiError> {
         let max_model_len = serving.max_model_len();
+        let (created, journal) = (relay.created(), relay.journal);
+        if journal.is_some() && !plan.stream {
+            return Err(progress::malformed());
+        }
+        let (head, progress) = if relay.progress || journal.is_some() {
+            let echoed: Vec<_> = prompts.iter().map(|prompt| prompt.echo.is_some()).collect();
+            let digest = progress::digest(&prompts, &(endpoint, plan, max_model_len, serving.model_name(), echoed));
+            if journal.as_ref().is_some_and(|journal| journal.head.digest != digest) {
+                return Err(progress::incompatible());
+            }
+            let head = match &journal {
+                Some(journal) => journal.head.clone(),
+                None => Head { id: endpoint.new_id(), created, seed: plan.sampling.seed, digest },
+            };
+            let writer = match &journal {
+                Some(_) => ProgressWriter::continuing(),
+                None => ProgressWriter::beginning(head.clone()),
+            };
+            (head, relay.progress.then_some(writer))
+        } else {
+            (Head { id: endpoint.new_id(), created, seed: plan.sampling.seed, digest: String::new() }, None)
+        };
         let mut choices = Vec::with_capacity(prompts.len() * plan.n);
         for prompt in &prompts {
             for choice in 0..plan.n {
                 let request = plan.request(prompt.tokens.clone(), choice, max_model_len, fields)?;
-                let generation = serving.engine.submit(request)?;
                 let (tokenizer, skip_special) = (&serving.config.tokenizer, plan.skip_special_tokens);
                 let echo = prompt.echo.as_ref().map(|text| {
                     Echo::new(text.clone(), plan.logprobs.is_some(), tokenizer.decode_stream(skip_special))
                 });
-                let output = Output::new(plan, tokenizer.continue_stream(skip_special), echo);
-                choices.push(Choice { generation: Some(generation), output, opened: false });
+                let mut output = Output::new(plan, tokenizer.continue_stream(skip_special), echo);
+                let past = journal.as_ref().and_then(|journal| journal.choice(choices.len()));
+                let request = match past {
+                    Some(past) => continued(request, past, &mut output)?,
+                    None => Some(request),
+                };
+                if progress.is_some() {
+                    output.keep_unreported();
+                }
+                let generation = request.map(|request| serving.engine.submit(request)).transpose()?;
+                choices.push(Choice { generation, output, opened: past.is_some() });
             }
         }
-        let prefix = match endpoint {
-            Endpoint::Chat => "chatcmpl",
-            Endpoint::Completion => "cmpl",
-        };
+        let usage_told = journal.is_some_and(|journal| journal.usage_told);
         Ok(Self {
             endpoint,
-            id: format!("{prefix}-{}", Uuid::new_v4().simple()),
-            created: unix_seconds(),
+            id: head.id,
+            created,
             n: plan.n,
             prompt_tokens: prompts.iter().map(|prompt| prompt.tokens.len() as u32).collect(),
             choices,
             with_logprobs: plan.logprobs.is_some(),
-            include_usage: plan.include_usage,
+            progress,
+            include_usage: plan.include_usage && !usage_told,
             deadline: Instant::now() + serving.config.request_timeout,
             _in_flight: in_flight,
             serving,
@@ -112,8 +144,8 @@ impl Answer {
                     Poll::Ready(None) => choice.output.abort(),
                 }
                 news = true;
+                choice.output.cached_tokens.get_or_insert_with(|| generation.cached_tokens());
                 if choice.output.finish.is_some() {
-                    choice.output.cached_tokens = generation.cached_tokens();
                     choice.generation = None;
                 }
             }
@@ -172,6 +204,11 @@ impl Answer {
         self.choices.iter().any(|choice| choice.output.finish == Some(Finish::Aborted))
     }
 
+    /// Whether whoever reads the stream can have the answer continued elsewhere.
+    pub(crate) fn can_move(&self) -> bool {
+        self.progress.is_some()
+    }
+
     /// Appends server-sent events with what is new in each choice.
     pub(crate) fn write_chunks(&mut self, buffer: &mut BytesMut) -> Result<(), ApiError> {
         for index in 0..self.choices.len() {
@@ -182,6 +219,7 @@ impl Answer {
                 if !choice.opened {
                     self.write_opening(buffer, index)?;
                 }
+                self.write_progress(buffer, index, false);
                 self.write_piece(buffer, index)?;
                 let choice = &mut self.choices[index];
                 choice.opened = true;
@@ -194,6 +232,7 @@ impl Answer {
                 if !choice.opened {
                     self.write_opening(buffer, index)?;
                 }
+                self.write_progress(buffer, index, true);
                 self.write_ending(buffer, index, finish)?;
                 let choice = &mut self.choices[index];
                 choice.opened = true;
@@ -205,15 +244,28 @@ impl Answer {
     }
 
     /// Appends the chunk with the token counts.
-    pub(crate) fn write_usage(&self, buffer: &mut BytesMut) -> Result<(), ApiError> {
+    pub(crate) fn write_usage(&mut self, buffer: &mut BytesMut) -> Result<(), ApiError> {
         let none: [(); 0] = [];
+        if let Some(progress) = &mut self.progress {
+            progress.usage(buffer);
+        }
         write_event(buffer, &self.envelope(self.chunk_object(), none, Some(Some(self.usage()))))
     }
 
+    /// Precedes an event with what a frontend needs to know about it.
+    fn write_progress(&mut self, buffer: &mut BytesMut, index: usize, last: bool) {
+        if let Some(progress) = &mut self.progress {
+            progress.choice(buffer, index, &mut self.choices[index].output, last);
+        }
+    }
+
     /// A chat's first chunk tells who speaks.
-    fn write_opening(&self, buffer: &mut BytesMut, index: usize) -> Result<(), ApiError> {
+    fn write_opening(&mut self, buffer: &mut BytesMut, index: usize) -> Result<(), ApiError> {
         if self.endpoint == Endpoint::Completion {
             return Ok(());
+        }
+        if let Some(progress) = &mut self.progress {
+            progress.opening(buffer, index);
         }
         let delta = Delta { role: Some("assistant"), content: Some("") };
         let choice = ChatChunkChoice { index, delta, logprobs: None::<()>, finish_reason: None };
@@ -273,6 +325,38 @@ impl Answer {
         }
         usage
     }
+}
+
+impl Endpoint {
+    fn new_id(self) -> String {
+        let prefix = match self {
+            Self::Chat => "chatcmpl",
+            Self::Completion => "cmpl",
+        };
+        format!("{prefix}-{}", Uuid::new_v4().simple())
+    }
+}
+
+/// Brings `output` to where the choice was, and returns what is left for the engine to do, if anything is.
+fn continued(mut request: Request, past: &Past, output: &mut Output) -> Result<Option<Request>, ApiError> {
+    let (max_tokens, generated) = (request.max_tokens as usize, past.tokens.len());
+    if generated > max_tokens {
+        return Err(progress::malformed());
+    }
+    let stopped = past.tokens.last().is_some_and(|last| request.stop_token_ids.contains(last))
+        && generated > request.min_tokens as usize;
+    let end = match stopped {
+        true => Some(FinishReason::Stop),
+        false => (generated == max_tokens).then_some(FinishReason::Length),
+    };
+    output.replay(past, end);
+    if past.ended || output.finish.is_some() {
+        return Ok(None);
+    }
+    request.output.clone_from(&past.tokens);
+    // The prompt went out with the first event.
+    request.prompt_logprobs = None;
+    Ok(Some(request))
 }
 
 fn write_event(buffer: &mut BytesMut, event: &impl Serialize) -> Result<(), ApiError> {

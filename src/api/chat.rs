@@ -11,7 +11,7 @@ use serde_json::Value;
 use super::{
     ApiError, Serving,
     answer::{Answer, Endpoint, PreparedPrompt},
-    extract::read_json,
+    extract::read_relayed,
     prompt::ChatOptions,
     stream::stream,
     types::ChatRequest,
@@ -24,22 +24,23 @@ pub(crate) async fn chat_completions(
     headers: HeaderMap,
     body: Body,
 ) -> Result<Response, ApiError> {
-    let mut request: ChatRequest = read_json(&headers, body, serving.config.body_bytes_max).await?;
+    let (mut request, relay): (ChatRequest, _) = read_relayed(&headers, body, &serving).await?;
     let in_flight = serving.enter()?;
     serving.check_model(request.model.as_deref())?;
     refuse_unsupported(&request)?;
-    let (plan, max_field) = plan(&mut request, &serving)?;
+    let (plan, max_field) = plan(&mut request, &serving, relay.seed())?;
     let messages = request.messages.ok_or_else(|| missing("messages"))?;
     let options = ChatOptions {
         add_generation_prompt: request.add_generation_prompt,
         continue_final_message: request.continue_final_message.unwrap_or(false),
         add_special_tokens: request.add_special_tokens.unwrap_or(false),
         kwargs: request.chat_template_kwargs,
+        now: Some(relay.created()),
     };
     let tokens = serving.encode_chat(messages, options).await?;
     let prompts = vec![PreparedPrompt { tokens, echo: None }];
     let fields = ("messages", max_field);
-    let answer = Answer::start(serving, in_flight, Endpoint::Chat, &plan, prompts, fields)?;
+    let answer = Answer::start(serving, in_flight, relay, Endpoint::Chat, &plan, prompts, fields)?;
     respond(answer, plan.stream).await
 }
 
@@ -58,19 +59,13 @@ pub(crate) fn missing(field: &'static str) -> ApiError {
     ApiError::invalid(field, format!("Missing required parameter: '{field}'"))
 }
 
-fn plan(request: &mut ChatRequest, serving: &Serving) -> Result<(Plan, &'static str), ApiError> {
-    let seed = random_seed();
+fn plan(request: &mut ChatRequest, serving: &Serving, seed: u64) -> Result<(Plan, &'static str), ApiError> {
     let mut plan = Plan::new(request.take_sampling(), serving.bounds(), seed)?;
     plan.logprobs = chat_logprobs(request.logprobs, request.top_logprobs)?;
     let older = max_tokens("max_tokens", request.max_tokens, 1)?;
     let newer = max_tokens("max_completion_tokens", request.max_completion_tokens, 1)?;
     plan.max_tokens = newer.or(older);
     Ok((plan, if newer.is_some() { "max_completion_tokens" } else { "max_tokens" }))
-}
-
-/// A seed for a request that names none.
-pub(crate) fn random_seed() -> u64 {
-    uuid::Uuid::new_v4().as_u64_pair().1
 }
 
 fn refuse_unsupported(request: &ChatRequest) -> Result<(), ApiError> {

@@ -5,8 +5,8 @@ use axum::{body::Body, extract::State, http::HeaderMap, response::Response};
 use super::{
     ApiError, Serving,
     answer::{Answer, Endpoint, PreparedPrompt},
-    chat::{missing, random_seed, respond},
-    extract::read_json,
+    chat::{missing, respond},
+    extract::read_relayed,
     types::{CompletionRequest, Prompt},
     validate::{CHOICES_MAX, Plan, completion_logprobs, max_tokens, refuse},
 };
@@ -20,11 +20,11 @@ pub(crate) async fn completions(
     headers: HeaderMap,
     body: Body,
 ) -> Result<Response, ApiError> {
-    let mut request: CompletionRequest = read_json(&headers, body, serving.config.body_bytes_max).await?;
+    let (mut request, relay): (CompletionRequest, _) = read_relayed(&headers, body, &serving).await?;
     let in_flight = serving.enter()?;
     serving.check_model(request.model.as_deref())?;
     refuse("suffix", request.suffix)?;
-    let plan = plan(&mut request, &serving)?;
+    let plan = plan(&mut request, &serving, relay.seed())?;
     let prompts = request.prompt.take().ok_or_else(|| missing("prompt"))?.0;
     if prompts.is_empty() {
         return Err(ApiError::invalid("prompt", "'prompt' is an empty list"));
@@ -40,13 +40,13 @@ pub(crate) async fn completions(
         prepared.push(prepare(&serving, prompt, request.add_special_tokens.unwrap_or(true), echo, &plan).await?);
     }
     let fields = ("prompt", "max_tokens");
-    let answer = Answer::start(serving, in_flight, Endpoint::Completion, &plan, prepared, fields)?;
+    let answer = Answer::start(serving, in_flight, relay, Endpoint::Completion, &plan, prepared, fields)?;
     respond(answer, plan.stream).await
 }
 
-fn plan(request: &mut CompletionRequest, serving: &Serving) -> Result<Plan, ApiError> {
+fn plan(request: &mut CompletionRequest, serving: &Serving, seed: u64) -> Result<Plan, ApiError> {
     let echo = request.echo.unwrap_or(false);
-    let mut plan = Plan::new(request.take_sampling(), serving.bounds(), random_seed())?;
+    let mut plan = Plan::new(request.take_sampling(), serving.bounds(), seed)?;
     plan.logprobs = completion_logprobs(request.logprobs)?;
     let wanted = request.max_tokens.unwrap_or(MAX_TOKENS_DEFAULT);
     // Nothing but the prompt is an answer only where the prompt is shown.

@@ -129,6 +129,7 @@ impl From<SubmitError> for ApiError {
         let message = error.to_string();
         match error {
             SubmitError::EmptyPrompt | SubmitError::UnknownToken { .. } => Self::invalid("prompt", message),
+            SubmitError::NothingLeft { .. } => Self::new(StatusCode::BAD_REQUEST, "invalid_journal", message),
             SubmitError::PromptTooLong { .. } => Self::context_length("prompt", message),
             SubmitError::QueueFull { .. } => Self::new(StatusCode::TOO_MANY_REQUESTS, "queue_full", message),
             SubmitError::ShuttingDown => Self::draining(),

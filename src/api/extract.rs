@@ -9,7 +9,10 @@ use futures::StreamExt;
 use serde::de::DeserializeOwned;
 use tokio::time::timeout;
 
-use super::ApiError;
+use super::{
+    ApiError, Serving,
+    progress::{JOURNAL_BYTES_MAX, Journal, Relay, malformed},
+};
 
 /// Longest pause between two pieces of a body.
 const BODY_PAUSE_MAX: Duration = Duration::from_secs(30);
@@ -33,6 +36,26 @@ pub(crate) async fn read_json<T: DeserializeOwned>(
         return Err(ApiError::new(StatusCode::UNSUPPORTED_MEDIA_TYPE, "unsupported_media_type", message));
     }
     parse_json(&read_body(headers, body, limit).await?)
+}
+
+/// As [`read_json`], for a request that generates: with what a frontend asks for in headers, and before the body.
+pub(crate) async fn read_relayed<T: DeserializeOwned>(
+    headers: &HeaderMap,
+    body: Body,
+    serving: &Serving,
+) -> Result<(T, Relay), ApiError> {
+    let limit = serving.config.body_bytes_max;
+    let (progress, journal_bytes) = Relay::from_headers(headers, serving.config.cluster_token.as_deref())?;
+    let Some(journal_bytes) = journal_bytes else {
+        return Ok((read_json(headers, body, limit).await?, Relay { progress, journal: None }));
+    };
+    if journal_bytes > JOURNAL_BYTES_MAX {
+        return Err(malformed());
+    }
+    let bytes = read_body(headers, body, limit + journal_bytes).await?;
+    let (journal, request) = bytes.split_at_checked(journal_bytes).ok_or_else(malformed)?;
+    let journal = Journal::parse(journal, serving.engine.limits().vocab_size)?;
+    Ok((parse_json(request)?, Relay { progress, journal: Some(journal) }))
 }
 
 fn is_json(headers: &HeaderMap) -> bool {

@@ -13,6 +13,7 @@ mod info;
 mod logprobs;
 mod middleware;
 mod output;
+pub mod progress;
 mod prompt;
 mod router;
 mod server;

@@ -1,6 +1,6 @@
 use engine_models::DecodeStream;
 
-use super::{stop::StopMatcher, validate::Plan};
+use super::{progress::Past, stop::StopMatcher, validate::Plan};
 use crate::worker::{Event, FinishReason, TokenOutput};
 
 /// A token with its log-probability, and where in the text it stands.
@@ -81,9 +81,16 @@ pub(crate) struct Output {
     decoded_bytes: usize,
     decoded_chars: usize,
     shown_bytes: usize,
+    /// Bytes of text taken so far, those that were let out elsewhere included.
+    taken_bytes: usize,
+    /// Bytes at the beginning of what is yet to come that were let out elsewhere.
+    bytes_to_skip: usize,
+    /// For a frontend: tokens that its journal does not have yet; and whether it has the cached tokens.
+    unreported: Option<Vec<u32>>,
+    cached_reported: bool,
     pub(crate) completion_tokens: u32,
-    /// Set by whoever holds the generation.
-    pub(crate) cached_tokens: u32,
+    /// Set by whoever holds the generation, with the first token.
+    pub(crate) cached_tokens: Option<u32>,
     pub(crate) finish: Option<Finish>,
 }
 
@@ -103,16 +110,44 @@ impl Output {
             tokens: Vec::new(),
             decoded_bytes: 0,
             shown_bytes: 0,
+            taken_bytes: 0,
+            bytes_to_skip: 0,
+            unreported: None,
+            cached_reported: false,
             completion_tokens: 0,
-            cached_tokens: 0,
+            cached_tokens: None,
             finish: None,
+        }
+    }
+
+    /// Keeps tokens for a frontend's journal from now on.
+    pub(crate) fn keep_unreported(&mut self) {
+        self.unreported = Some(Vec::new());
+    }
+
+    /// Works through what was generated elsewhere, and forgets the text that was let out there. `end`: how the engine
+    /// ended the answer with the last of the tokens, if it did.
+    pub(crate) fn replay(&mut self, past: &Past, end: Option<FinishReason>) {
+        self.show_echo();
+        for &token in &past.tokens {
+            self.push(Event::Token(TokenOutput { token, logprob: None, top: Vec::new() }));
+        }
+        if let (Some(reason), None) = (end, self.finish) {
+            self.end(reason);
+        }
+        (self.taken_bytes, self.bytes_to_skip) = (past.bytes, past.bytes);
+        (self.cached_tokens, self.cached_reported) = (past.cached_tokens, past.cached_tokens.is_some());
+        self.skip();
+        if past.ended {
+            self.clear();
+            self.finish = None;
         }
     }
 
     /// Takes the next event. Once [`Output::finish`] is set, later ones change nothing.
     pub(crate) fn push(&mut self, event: Event) {
         match event {
-            _ if self.finish.is_some() => {}
+            _ if self.finish.is_some() => return,
             Event::Prompt(token) => {
                 if let Some(echo) = &mut self.echo {
                     echo.push(token);
@@ -120,6 +155,9 @@ impl Output {
             }
             Event::Token(token) => {
                 self.show_echo();
+                if let Some(unreported) = &mut self.unreported {
+                    unreported.push(token.token);
+                }
                 self.push_token(token);
             }
             Event::Finished { reason, .. } => {
@@ -127,6 +165,7 @@ impl Output {
                 self.end(reason);
             }
         }
+        self.skip();
     }
 
     /// The engine went away without a word.
@@ -141,8 +180,38 @@ impl Output {
 
     /// Forgets what [`Output::pending`] showed.
     pub(crate) fn clear(&mut self) {
+        self.taken_bytes += self.text.len();
         self.text.clear();
         self.tokens.clear();
+    }
+
+    /// Bytes of text let out, once what is pending has been.
+    pub(crate) fn bytes_shown(&self) -> usize {
+        self.taken_bytes + self.text.len()
+    }
+
+    /// Tokens that the journal is to have with the next event. A token whose log-probability is held back is not among
+    /// them: whoever continues the answer has to compute it once more.
+    pub(crate) fn take_unreported(&mut self) -> Vec<u32> {
+        let held = self.held.len();
+        let unreported = self.unreported.as_mut();
+        unreported.map(|tokens| tokens.drain(..tokens.len().saturating_sub(held)).collect()).unwrap_or_default()
+    }
+
+    /// The cached tokens, if the journal does not have them and they are known. Asked for once.
+    pub(crate) fn cached_tokens_unreported(&mut self) -> Option<u32> {
+        let unreported = self.cached_tokens.filter(|_| !self.cached_reported);
+        self.cached_reported |= unreported.is_some();
+        unreported
+    }
+
+    /// Forgets text that was let out elsewhere.
+    fn skip(&mut self) {
+        if self.bytes_to_skip > 0 {
+            let bytes = self.text.floor_char_boundary(self.bytes_to_skip);
+            self.text.drain(..bytes);
+            self.bytes_to_skip -= bytes;
+        }
     }
 
     /// All of the prompt has been seen.

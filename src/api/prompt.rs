@@ -16,6 +16,8 @@ pub(crate) struct ChatOptions {
     pub(crate) continue_final_message: bool,
     pub(crate) add_special_tokens: bool,
     pub(crate) kwargs: Option<Map<String, Value>>,
+    /// What time the template is told, in seconds since 1970.
+    pub(crate) now: Option<u64>,
 }
 
 impl Serving {
@@ -73,7 +75,7 @@ impl Serving {
         let messages = messages.into_iter().enumerate().map(|(index, message)| message.for_template(index, parts));
         let messages = Value::Array(messages.collect::<Result<_, _>>()?);
         let add_generation_prompt = options.add_generation_prompt.unwrap_or(true) && !continued;
-        let render = RenderOptions { add_generation_prompt, kwargs: options.kwargs.as_ref() };
+        let render = RenderOptions { add_generation_prompt, kwargs: options.kwargs.as_ref(), now: options.now };
         let mut text = template.render(&messages, render).map_err(|error| match error {
             TemplateError::Compile(_) => ApiError::internal("The model's chat template is broken"),
             refused => ApiError::invalid("messages", refused.to_string()),

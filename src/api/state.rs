@@ -60,6 +60,8 @@ pub struct ApiConfig {
     pub body_bytes_max: usize,
     /// How long an answer may take from its request.
     pub request_timeout: Duration,
+    /// What frontends have to send before the worker lets them continue answers; none: anyone may.
+    pub cluster_token: Option<String>,
     /// Browsers' pages from these origins may ask; `*` allows all.
     pub allowed_origins: Vec<String>,
 }

@@ -1,6 +1,6 @@
 use std::{
-    convert::Infallible,
     future::Future,
+    io,
     pin::Pin,
     task::{Context, Poll},
     time::Duration,
@@ -51,7 +51,7 @@ pub(crate) fn stream(answer: Answer) -> Response {
 }
 
 impl Stream for EventStream {
-    type Item = Result<Bytes, Infallible>;
+    type Item = io::Result<Bytes>;
 
     fn poll_next(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Self::Item>> {
         let this = self.get_mut();
@@ -59,6 +59,11 @@ impl Stream for EventStream {
             let Some(answer) = &mut this.answer else { return Poll::Ready(None) };
             match answer.poll_events(context) {
                 Poll::Ready(ended) => {
+                    if answer.has_aborted() && answer.can_move() {
+                        // A body that breaks off is what makes a frontend go elsewhere.
+                        this.answer = None;
+                        return Poll::Ready(Some(Err(io::Error::other("the engine stopped"))));
+                    }
                     if let Err(error) = write_news(answer, ended, &mut this.buffer) {
                         this.fail(&error);
                     } else if ended {

@@ -48,6 +48,7 @@ pub(crate) async fn tokenize(
                 continue_final_message: request.continue_final_message.unwrap_or(false),
                 add_special_tokens: request.add_special_tokens.unwrap_or(false),
                 kwargs: request.chat_template_kwargs,
+                now: None,
             };
             serving.encode_chat(messages, options).await?
         }

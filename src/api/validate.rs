@@ -129,6 +129,7 @@ impl Plan {
         }
         Ok(Request {
             prompt,
+            output: Vec::new(),
             sampling: SamplingParams { seed: self.sampling.seed.wrapping_add(choice as u64), ..self.sampling.clone() },
             max_tokens: wanted as u32,
             min_tokens: self.min_tokens,

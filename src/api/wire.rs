@@ -25,7 +25,7 @@ impl Usage {
         for (index, choice) in choices.enumerate() {
             self.completion_tokens += choice.completion_tokens;
             if index == 0 {
-                self.prompt_tokens_details.cached_tokens += choice.cached_tokens;
+                self.prompt_tokens_details.cached_tokens += choice.cached_tokens.unwrap_or(0);
             }
         }
         self.total_tokens = self.prompt_tokens + self.completion_tokens;

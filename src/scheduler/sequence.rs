@@ -75,6 +75,14 @@ impl Sequence {
         Self { prefill_only: true, place: Place::HereForGood, ..Self::new(tokens, 0, false, hasher) }
     }
 
+    /// Continues an answer whose first tokens were generated elsewhere: as after a preemption, they are computed like a
+    /// prompt. With the sequence's prompt unscored and nothing computed.
+    pub fn resume(&mut self, output: &[u32], hasher: &PageHasher) {
+        debug_assert!(output.is_empty() || self.scored >= self.prompt_len && self.num_computed == 0);
+        self.tokens.extend_from_slice(output);
+        hasher.extend(&mut self.hashes, &self.tokens);
+    }
+
     /// Prompt and output.
     pub fn tokens(&self) -> &[u32] {
         &self.tokens

@@ -226,11 +226,12 @@ impl EngineHandle {
         let bounds = EventBounds {
             prompt_tokens: if request.prompt_logprobs.is_some() { request.prompt.len() } else { 0 },
             prompt_top: alternatives(request.prompt_logprobs),
-            tokens: max_tokens,
+            tokens: max_tokens - request.output.len(),
             top: alternatives(request.logprobs),
         };
         let (outlet, generation) = generation::channel(id, bounds, self.shared.cancellations.clone());
-        let sequence = Sequence::new(&request.prompt, max_tokens, request.prompt_logprobs.is_some(), &self.hasher);
+        let mut sequence = Sequence::new(&request.prompt, max_tokens, request.prompt_logprobs.is_some(), &self.hasher);
+        sequence.resume(&request.output, &self.hasher);
         let session = Session::new(&request, outlet, submitted, place);
         let terms = Terms::new(request, max_tokens, self.shared.config.vocab_size);
         // The channel has room for every live request, so this fails only if the engine has gone.
@@ -301,9 +302,14 @@ impl EngineHandle {
             return Err(SubmitError::PromptTooLong { prompt, limit });
         }
         let biased = request.sampling.logit_bias.iter().map(|&(token, _)| token);
-        if let Some(token) = request.prompt.iter().copied().chain(biased).find(|&token| token as usize >= vocab_size) {
+        let given = request.prompt.iter().chain(&request.output).copied();
+        if let Some(token) = given.chain(biased).find(|&token| token as usize >= vocab_size) {
             return Err(SubmitError::UnknownToken { token, vocab_size });
         }
-        Ok(room.min(request.max_tokens as usize))
+        let (max_tokens, tokens) = (room.min(request.max_tokens as usize), request.output.len());
+        if tokens > 0 && tokens >= max_tokens {
+            return Err(SubmitError::NothingLeft { tokens });
+        }
+        Ok(max_tokens)
     }
 }

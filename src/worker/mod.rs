@@ -22,4 +22,6 @@ pub use sizing::{KvRequest, KvSizing, SizingError, available_memory, size_kv};
 #[cfg(test)]
 mod fake;
 #[cfg(test)]
+mod resumed;
+#[cfg(test)]
 mod tests;

@@ -5,6 +5,9 @@ use engine_kernels::SamplingParams;
 pub struct Request {
     /// The prompt, at least one token.
     pub prompt: Vec<u32>,
+    /// The beginning of the answer, where another worker has generated it: fewer than `max_tokens`. It counts as output in
+    /// every respect, but is not reported again.
+    pub output: Vec<u32>,
     /// How tokens are drawn.
     pub sampling: SamplingParams,
     /// Tokens to generate at most. 0 only with `prompt_logprobs`: score the prompt and stop.
@@ -81,6 +84,12 @@ pub enum SubmitError {
         token: u32,
         /// Size of the vocabulary.
         vocab_size: usize,
+    },
+    /// The answer to continue is complete.
+    #[error("the answer has all of its {tokens} tokens already")]
+    NothingLeft {
+        /// Tokens it has.
+        tokens: usize,
     },
     /// Too many requests wait already: answer 429.
     #[error("{waiting} requests are waiting already; try again later")]

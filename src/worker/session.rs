@@ -88,7 +88,9 @@ impl Session {
 
     /// The first step that computed some of the sequence is done.
     pub(super) fn begin(&mut self, sequence: &Sequence, metrics: &EngineMetrics) {
-        let (prompt, cached) = (sequence.prompt(), sequence.cached_tokens());
+        let prompt = sequence.prompt();
+        // Of an answer that began elsewhere, some of the output may have been found too.
+        let cached = sequence.cached_tokens().min(prompt.len());
         metrics.prompt_tokens.inc_by(prompt.len() as u64);
         metrics.prefix_hit_tokens.inc_by(cached as u64);
         self.outlet.set_cached_tokens(cached);

@@ -34,6 +34,7 @@ fn start(config: EngineConfig) -> (EngineHandle, Arc<Control>) {
 fn request(prompt: impl IntoIterator<Item = u32>, max_tokens: u32) -> Request {
     Request {
         prompt: prompt.into_iter().collect(),
+        output: Vec::new(),
         sampling: SamplingParams::default(),
         max_tokens,
         min_tokens: 0,

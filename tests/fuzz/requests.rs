@@ -46,6 +46,7 @@ impl RequestBody {
             api_keys: Vec::new(),
             body_bytes_max: 1 << 17,
             request_timeout: Duration::from_secs(60),
+            cluster_token: None,
             allowed_origins: Vec::new(),
         };
         let engine = EngineConfig {

@@ -156,6 +156,7 @@ impl Target for TemplateInput {
         let options = RenderOptions {
             add_generation_prompt: request["add_generation_prompt"] == true,
             kwargs: request["chat_template_kwargs"].as_object(),
+            now: None,
         };
         let mut outcome = String::new();
         for template in &self.templates {

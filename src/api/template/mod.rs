@@ -13,6 +13,7 @@ use std::fmt::Write as _;
 use std::io::{self, Write};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
+use chrono::TimeZone;
 use minijinja::syntax::SyntaxConfig;
 use minijinja::value::{Kwargs, Value};
 use minijinja::{Environment, Error, ErrorKind};
@@ -53,6 +54,8 @@ pub struct RenderOptions<'a> {
     /// Further variables (`chat_template_kwargs` of vLLM), such as Qwen3's `enable_thinking`. They cannot replace
     /// `messages` and the other variables above.
     pub kwargs: Option<&'a serde_json::Map<String, serde_json::Value>>,
+    /// What time it is, in seconds since 1970, so that a prompt can be rendered again later. `None`: now.
+    pub now: Option<u64>,
 }
 
 /// A compiled chat template.
@@ -62,6 +65,8 @@ pub struct ChatTemplate {
     bos_token: String,
     eos_token: String,
     takes_content_parts: bool,
+    /// Whether the template may ask for the time.
+    tells_time: bool,
 }
 
 impl ChatTemplate {
@@ -75,12 +80,17 @@ impl ChatTemplate {
         environment.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
         environment.add_filter("tojson", tojson);
         environment.add_function("raise_exception", raise_exception);
-        environment.add_function("strftime_now", strftime_now);
+        environment.add_function("strftime_now", |format: &str| strftime(chrono::Local::now(), format));
         environment
             .add_template_owned(NAME, without_generation_marks(source))
             .map_err(|error| TemplateError::Compile(describe(&error)))?;
-        let mut template =
-            Self { environment, bos_token: bos_token.into(), eos_token: eos_token.into(), takes_content_parts: false };
+        let mut template = Self {
+            environment,
+            bos_token: bos_token.into(),
+            eos_token: eos_token.into(),
+            takes_content_parts: false,
+            tells_time: source.contains("strftime_now"),
+        };
         template.takes_content_parts = template.probe_content_parts();
         Ok(template)
     }
@@ -109,6 +119,10 @@ impl ChatTemplate {
         // Fuel is a setting of the environment; cloning one copies a few reference-counted tables, no template.
         let mut environment = self.environment.clone();
         environment.set_fuel(Some(FUEL_BASE + FUEL_PER_VALUE * size.values));
+        let now = options.now.and_then(|seconds| chrono::Local.timestamp_opt(seconds.try_into().ok()?, 0).single());
+        if let Some(now) = now.filter(|_| self.tells_time) {
+            environment.add_function("strftime_now", move |format: &str| strftime(now, format));
+        }
         let template = environment.get_template(NAME).map_err(|error| TemplateError::Compile(describe(&error)))?;
         let mut out = BoundedOutput { bytes: Vec::new(), left: OUTPUT_BASE_BYTES + OUTPUT_PER_INPUT_BYTE * size.bytes };
         // minijinja 3.0.5 panics on some values (an empty list reversed by `[::-1]`, which fuzzing found). Nothing but
@@ -127,7 +141,7 @@ impl ChatTemplate {
     /// quotes of a printed list.
     fn probe_content_parts(&self) -> bool {
         let parts = serde_json::json!([{"role": "user", "content": [{"type": "text", "text": "probe-7f3a"}]}]);
-        let options = RenderOptions { add_generation_prompt: true, kwargs: None };
+        let options = RenderOptions { add_generation_prompt: true, ..RenderOptions::default() };
         self.render(&parts, options).is_ok_and(|text| {
             text.contains("probe-7f3a") && !text.contains("'probe-7f3a'") && !text.contains("\"probe-7f3a\"")
         })
@@ -196,10 +210,10 @@ fn raise_exception(message: String) -> Result<Value, Error> {
     Err(Error::new(ErrorKind::InvalidOperation, message).with_source(RaisedByTemplate))
 }
 
-/// Today's date and time as `datetime.now().strftime(format)` writes it.
-fn strftime_now(format: &str) -> Result<String, Error> {
+/// Date and time as `datetime.now().strftime(format)` writes it.
+fn strftime(now: chrono::DateTime<chrono::Local>, format: &str) -> Result<String, Error> {
     let mut out = String::new();
-    write!(out, "{}", chrono::Local::now().format(format)).map_err(|_| {
+    write!(out, "{}", now.format(format)).map_err(|_| {
         Error::new(ErrorKind::InvalidOperation, format!("strftime_now does not know the format {format:?}"))
     })?;
     Ok(out)

@@ -8,7 +8,7 @@ fn goldens() -> Value {
 }
 
 fn render(source: &str, messages: &Value) -> Result<String, TemplateError> {
-    let options = RenderOptions { add_generation_prompt: true, kwargs: None };
+    let options = RenderOptions { add_generation_prompt: true, ..RenderOptions::default() };
     ChatTemplate::new(source, "<s>", "</s>")?.render(messages, options)
 }
 
@@ -26,6 +26,7 @@ fn templates_render_as_transformers_renders_them() {
         let options = RenderOptions {
             add_generation_prompt: case["add_generation_prompt"].as_bool().unwrap(),
             kwargs: case["kwargs"].as_object(),
+            now: None,
         };
         let rendered = template.render(&case["messages"], options);
         if rendered.as_deref() != Ok(case["expected"].as_str().unwrap()) {
@@ -77,7 +78,7 @@ fn a_long_conversation_stays_within_the_limits() {
 #[test]
 fn request_variables_do_not_replace_the_messages() {
     let kwargs = json!({"messages": [], "add_generation_prompt": false, "extra": 1});
-    let options = RenderOptions { add_generation_prompt: true, kwargs: kwargs.as_object() };
+    let options = RenderOptions { add_generation_prompt: true, kwargs: kwargs.as_object(), now: None };
     let template =
         ChatTemplate::new("{{ messages | length }} {{ add_generation_prompt }} {{ extra }}", "", "").unwrap();
     assert_eq!(template.render(&hello(), options).unwrap(), "1 True 1");

@@ -1,0 +1,254 @@
+//! An answer that was cut off anywhere goes on, on another worker, as if it had not been.
+
+#[allow(dead_code, reason = "of the client, a part is used here")]
+#[path = "program/client.rs"]
+mod client;
+mod served;
+mod support;
+
+use std::time::Duration;
+
+use serde_json::{Value, json};
+use served::{Options, Worker};
+
+const CHAT: &str = "/v1/chat/completions";
+const COMPLETIONS: &str = "/v1/completions";
+
+/// A server-sent event as a frontend sees it.
+#[derive(Debug, Clone)]
+struct Event {
+    /// JSON of the comments before it, a line each.
+    progress: String,
+    data: String,
+}
+
+/// Asks as a frontend does. `journal`: where the answer is.
+fn relayed(worker: &Worker, path: &str, request: &Value, journal: &str) -> Vec<Event> {
+    let length = journal.len().to_string();
+    let mut headers = vec![("Content-Type", "application/json"), ("X-Engine-Progress", "1")];
+    if !journal.is_empty() {
+        headers.push(("X-Engine-Resume", &length));
+    }
+    let body = format!("{journal}{request}");
+    let response = client::request(worker.address, "POST", path, &headers, body.as_bytes());
+    assert_eq!(response.status, 200, "{}\n{body}", response.text());
+    let text = response.text();
+    let events = text.strip_suffix("\n\n").expect("events end with an empty line").split("\n\n");
+    events
+        .map(|event| {
+            let (mut progress, mut data) = (String::new(), None);
+            for line in event.lines() {
+                match line.strip_prefix(": ") {
+                    Some(json) => progress.extend([json, "\n"]),
+                    None => assert!(data.replace(line.to_owned()).is_none(), "one line of data an event: {event:?}"),
+                }
+            }
+            Event { progress, data: data.unwrap() }
+        })
+        .collect()
+}
+
+/// An answer, however its text was cut into events.
+#[derive(Debug, Default, PartialEq)]
+struct Answer {
+    ids: Vec<Value>,
+    choices: Vec<Choice>,
+    usage: Vec<Value>,
+    done: usize,
+}
+
+#[derive(Debug, Default, Clone, PartialEq)]
+struct Choice {
+    text: String,
+    roles: usize,
+    logprobs: Vec<Value>,
+    finishes: Vec<Value>,
+}
+
+fn merged<'a>(events: impl IntoIterator<Item = &'a Event>) -> Answer {
+    let mut answer = Answer::default();
+    for event in events {
+        let data = event.data.strip_prefix("data: ").unwrap();
+        if data == "[DONE]" {
+            answer.done += 1;
+            continue;
+        }
+        assert_eq!(answer.done, 0, "more after the end");
+        let chunk: Value = serde_json::from_str(data).unwrap();
+        let id = json!([chunk["id"], chunk["created"], chunk["object"], chunk["model"]]);
+        if !answer.ids.contains(&id) {
+            answer.ids.push(id);
+        }
+        if chunk["usage"].is_object() {
+            answer.usage.push(chunk["usage"].clone());
+        }
+        for choice in chunk["choices"].as_array().unwrap() {
+            let index = choice["index"].as_u64().unwrap() as usize;
+            answer.choices.resize(answer.choices.len().max(index + 1), Choice::default());
+            let into = &mut answer.choices[index];
+            let delta = &choice["delta"];
+            into.text += choice["text"].as_str().or(delta["content"].as_str()).unwrap_or_default();
+            into.roles += usize::from(delta["role"].is_string());
+            let logprobs = &choice["logprobs"];
+            into.logprobs.extend(logprobs["content"].as_array().into_iter().flatten().cloned());
+            for (at, token) in logprobs["tokens"].as_array().into_iter().flatten().enumerate() {
+                let field = |name: &str| logprobs[name][at].clone();
+                into.logprobs.push(json!([
+                    token,
+                    field("token_logprobs"),
+                    field("top_logprobs"),
+                    field("text_offset")
+                ]));
+            }
+            if !choice["finish_reason"].is_null() {
+                into.finishes.push(choice["finish_reason"].clone());
+            }
+        }
+    }
+    answer
+}
+
+/// Cuts the answer to `request` after every event, continues it on another worker, and there again cuts it in the middle.
+fn assert_cuts_do_not_show(path: &str, mut request: Value) -> Answer {
+    let (first, second, third) = (start(), start(), start());
+    request["stream"] = true.into();
+    request["stream_options"] = json!({"include_usage": true});
+    let whole = relayed(&first, path, &request, "");
+    let expected = merged(&whole);
+    assert_eq!((expected.done, expected.ids.len(), expected.usage.len()), (1, 1, 1));
+    for cut in 1..whole.len() {
+        let journal: String = whole[..cut].iter().map(|event| event.progress.as_str()).collect();
+        let rest = relayed(&second, path, &request, &journal);
+        assert_eq!(merged(whole[..cut].iter().chain(&rest)), expected, "cut after {cut}: {:?}", whole[cut - 1]);
+        let middle = rest.len() / 2;
+        if middle > 0 {
+            let journal: String = rest[..middle].iter().fold(journal, |all, event| all + &event.progress);
+            let last = relayed(&third, path, &request, &journal);
+            let all = whole[..cut].iter().chain(&rest[..middle]).chain(&last);
+            assert_eq!(merged(all), expected, "cut after {cut} and {middle}");
+        }
+    }
+    expected
+}
+
+fn start() -> Worker {
+    Worker::start(Options { step: Duration::from_micros(300), ..Options::default() })
+}
+
+#[test]
+fn a_chat_goes_on_where_it_was_cut() {
+    let messages = json!([{"role": "user", "content": "Tell me something."}]);
+    let answer = assert_cuts_do_not_show(CHAT, json!({"messages": messages, "max_tokens": 40, "ignore_eos": true}));
+    assert_eq!((answer.choices[0].roles, &answer.choices[0].finishes[..]), (1, &[json!("length")][..]));
+    // To the end that the model sets, with log-probabilities.
+    let request = json!({"messages": messages, "max_tokens": 400, "seed": 3, "logprobs": true, "top_logprobs": 2});
+    let answer = assert_cuts_do_not_show(CHAT, request);
+    assert_eq!(answer.choices[0].finishes, ["stop"]);
+    assert_eq!(answer.choices[0].logprobs.len() as u64, answer.usage[0]["completion_tokens"].as_u64().unwrap());
+}
+
+#[test]
+fn a_stop_string_across_the_cut_is_found() {
+    let free = json!({"prompt": "Once", "max_tokens": 60, "ignore_eos": true, "seed": 5});
+    let text = assert_cuts_do_not_show(COMPLETIONS, free.clone()).choices[0].text.clone();
+    let chars: Vec<usize> = text.char_indices().map(|(at, _)| at).collect();
+    for window in chars.windows(7).skip(chars.len() / 3).step_by(chars.len() / 5) {
+        let stop = &text[window[0]..window[6]];
+        for (logprobs, include) in [(None, false), (Some(1), false), (Some(0), true)] {
+            let mut request = free.clone();
+            // The second begins often and never ends.
+            request["stop"] = json!([stop, format!("{}never", &stop[..text[window[0]..window[4]].len()])]);
+            request["logprobs"] = json!(logprobs);
+            request["include_stop_str_in_output"] = include.into();
+            let choice = &assert_cuts_do_not_show(COMPLETIONS, request).choices[0];
+            assert_eq!(choice.finishes, ["stop"]);
+            assert_eq!(choice.text.contains(stop), include);
+        }
+    }
+}
+
+#[test]
+fn choices_that_ended_stay_ended() {
+    let request = json!({"prompt": ["One", "Two"], "n": 3, "seed": 1, "max_tokens": 30, "min_tokens": 2});
+    let answer = assert_cuts_do_not_show(COMPLETIONS, request);
+    assert_eq!(answer.choices.len(), 6);
+    let stopped = answer.choices.iter().filter(|choice| choice.finishes == ["stop"]).count();
+    assert!(stopped > 0 && stopped < 6, "{stopped}");
+}
+
+#[test]
+fn an_echoed_prompt_is_shown_once() {
+    for logprobs in [None, Some(2)] {
+        for max_tokens in [0, 12] {
+            let request = json!({
+                "prompt": "Grüße an alle 🙂", "echo": true, "max_tokens": max_tokens, "logprobs": logprobs, "n": 2,
+                "ignore_eos": true,
+            });
+            let answer = assert_cuts_do_not_show(COMPLETIONS, request);
+            assert!(answer.choices.iter().all(|choice| choice.text.starts_with("Grüße an alle 🙂")));
+        }
+    }
+}
+
+#[test]
+fn penalties_and_seeds_go_on_where_they_were() {
+    // No seed: the first worker's is carried along.
+    let request = json!({
+        "prompt": "Count", "max_tokens": 24, "temperature": 1.3, "frequency_penalty": 0.7, "repetition_penalty": 1.2,
+        "logit_bias": {"100": 3}, "min_tokens": 20, "stop_token_ids": [260, 28],
+    });
+    assert_cuts_do_not_show(COMPLETIONS, request);
+}
+
+#[test]
+fn nobody_else_sees_progress() {
+    let worker = start();
+    let request = json!({"prompt": "a", "max_tokens": 3, "stream": true});
+    let json = [("Content-Type", "application/json")];
+    let plain = client::request(worker.address, "POST", COMPLETIONS, &json, request.to_string().as_bytes());
+    assert!(
+        !plain.text().contains("\n: {")
+            && plain.text().starts_with("data: {")
+            && plain.text().ends_with("data: [DONE]\n\n")
+    );
+
+    let guarded = Worker::start(Options { cluster_token: Some("secret".into()), ..Options::default() });
+    let ask = |headers: &[(&str, &str)]| {
+        let headers = [&json[..], headers].concat();
+        client::request(guarded.address, "POST", COMPLETIONS, &headers, request.to_string().as_bytes())
+    };
+    let progress = ("X-Engine-Progress", "1");
+    assert!(!ask(&[progress]).text().contains("\"t\":["));
+    assert!(!ask(&[progress, ("X-Engine-Cluster-Token", "guess")]).text().contains("\"t\":["));
+    assert!(ask(&[progress, ("X-Engine-Cluster-Token", "secret")]).text().contains("\"t\":["));
+    assert_eq!(ask(&[("X-Engine-Resume", "0")]).error().0, 403);
+}
+
+#[test]
+fn a_worker_that_would_answer_otherwise_says_so() {
+    let first = start();
+    let request = json!({"prompt": "a", "max_tokens": 8, "ignore_eos": true, "stream": true});
+    let whole = relayed(&first, COMPLETIONS, &request, "");
+    let journal: String = whole[..4].iter().map(|event| event.progress.as_str()).collect();
+    let ask = |worker: &Worker, journal: &str, request: &Value, length: usize| {
+        let length = length.to_string();
+        let headers = [("Content-Type", "application/json"), ("X-Engine-Resume", length.as_str())];
+        let body = format!("{journal}{request}");
+        client::request(worker.address, "POST", COMPLETIONS, &headers, body.as_bytes()).status
+    };
+    assert_eq!(ask(&first, &journal, &request, journal.len()), 200);
+    let shorter = Worker::start(Options { max_model_len: 1024, ..Options::default() });
+    assert_eq!(ask(&shorter, &journal, &request, journal.len()), 409);
+    let mut other = request.clone();
+    other["temperature"] = json!(0.5);
+    assert_eq!(ask(&first, &journal, &other, journal.len()), 409);
+    other = request.clone();
+    other["stream"] = false.into();
+    assert_eq!(ask(&first, &journal, &other, journal.len()), 400);
+    assert_eq!(ask(&first, &journal, &request, journal.len() + 10_000), 400);
+    assert_eq!(ask(&first, "", &request, 0), 400);
+    assert_eq!(ask(&first, &journal, &request, usize::MAX), 400);
+    let complete: String = whole.iter().map(|event| event.progress.as_str()).collect();
+    let more = format!("{complete}{{\"i\":0,\"t\":[1,2,3,4,5,6,7,8]}}\n");
+    assert_eq!(ask(&first, &more, &request, more.len()), 400);
+}
