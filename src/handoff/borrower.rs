@@ -1,4 +1,4 @@
-use std::{collections::HashMap, time::Duration};
+use std::{collections::BTreeMap, time::Duration};
 
 use super::{
     Epoch, Grant, HandoffId, Job, JobError, MailboxWord, SessionId, Slot, Status, ToDecode, ToPrefill, WorkerId,
@@ -29,8 +29,9 @@ mod tests;
 pub struct Borrower {
     config: BorrowerConfig,
     clock: SteadyClock,
-    jobs: HashMap<HandoffId, Held>,
-    peers: HashMap<WorkerId, Peer>,
+    // Sorted, so that the same events give the same actions in the same order, in every run.
+    jobs: BTreeMap<HandoffId, Held>,
+    peers: BTreeMap<WorkerId, Peer>,
     draining: bool,
     /// Jobs that something happens to; kept to be filled again.
     scratch: Vec<HandoffId>,
@@ -266,8 +267,8 @@ impl Borrower {
         let BorrowerTimeouts { claim, keep_alive } = config.timeouts;
         Self {
             clock: SteadyClock::new(claim.min(keep_alive) / 2),
-            jobs: HashMap::with_capacity(config.jobs_max),
-            peers: HashMap::new(),
+            jobs: BTreeMap::new(),
+            peers: BTreeMap::new(),
             draining: false,
             scratch: Vec::with_capacity(config.jobs_max),
             config,
@@ -353,7 +354,7 @@ impl Borrower {
                     self.finish_stopping(handoff, actions);
                 }
             }
-            BorrowerEvent::Computed { handoff, tokens } => self.computed(handoff, tokens, now, actions),
+            BorrowerEvent::Computed { handoff, tokens } => self.computed(handoff, tokens, actions),
             BorrowerEvent::ComputeFailed { handoff, reason } => self.stop(handoff, End::Failed(reason), actions),
             BorrowerEvent::Posted { handoff } => {
                 if self.work(handoff).is_some_and(|work| matches!(work.end, Some(End::Posting))) {
@@ -422,20 +423,16 @@ impl Borrower {
         }
     }
 
-    fn computed(&mut self, handoff: HandoffId, tokens: u32, now: Duration, actions: &mut Vec<BorrowerAction>) {
-        let alive_due = now + self.config.timeouts.keep_alive;
-        let Some(held) = self.jobs.get_mut(&handoff) else { return };
-        let Stage::Granted(work @ Work { end: None, .. }) = &mut held.stage else { return };
+    fn computed(&mut self, handoff: HandoffId, tokens: u32, actions: &mut Vec<BorrowerAction>) {
+        let Some(work @ Work { end: None, .. }) = self.work(handoff) else { return };
         let &mut Work { session, slot, epoch, wanted, .. } = work;
         work.computed = tokens.min(wanted);
+        let message = ToDecode::Progress { handoff, epoch, tokens: work.computed };
+        actions.push(BorrowerAction::Send { session, message });
         if work.computed == wanted {
             work.end = Some(End::Posting);
             let word = MailboxWord::new(epoch, Status::Done);
             actions.push(BorrowerAction::Complete { session, handoff, slot, word });
-        } else {
-            held.alive_due = alive_due;
-            let message = ToDecode::Progress { handoff, epoch, tokens };
-            actions.push(BorrowerAction::Send { session, message });
         }
     }
 
@@ -515,11 +512,7 @@ impl Borrower {
     }
 
     fn select(&self, like: impl Fn(&Held) -> bool) -> Vec<HandoffId> {
-        let mut selected: Vec<_> =
-            self.jobs.iter().filter(|(_, held)| like(held)).map(|(&handoff, _)| handoff).collect();
-        // A map's order differs from run to run; a simulation's must not.
-        selected.sort_unstable();
-        selected
+        self.jobs.iter().filter(|(_, held)| like(held)).map(|(&handoff, _)| handoff).collect()
     }
 }
 

@@ -102,3 +102,37 @@ impl Limits {
         self.itl_target_ms.and_then(|target| Duration::try_from_secs_f64(target / 1_000.0).ok())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_etcd_does_not_say_stays_as_the_flags_have_it() {
+        let flags = Limits { max_local_prefill_length: 77, itl_target_ms: Some(40.0), ..Limits::default() };
+        let live = flags.overridden_by(br#"{"policy": "auto", "max_prefill_queue_size": 5}"#).unwrap();
+        assert_eq!(live, Limits { policy: Policy::Auto, max_prefill_queue_size: 5, ..flags });
+        assert_eq!(flags.overridden_by(b"{}").unwrap(), flags);
+        assert_eq!(flags.overridden_by(br#"{"itl_target_ms": null}"#).unwrap().itl_target(), None);
+        assert_eq!(flags.itl_target(), Some(Duration::from_millis(40)));
+    }
+
+    #[test]
+    fn a_bad_value_is_refused_by_name() {
+        for (json, complaint) in [
+            ("", "EOF"),
+            ("[]", "expected an object"),
+            ("17", "expected an object"),
+            (r#"{"polcy": "auto"}"#, "unknown field `polcy`"),
+            (r#"{"policy": "sometimes"}"#, "unknown variant `sometimes`"),
+            (r#"{"max_local_prefill_length": -1}"#, "-1"),
+            (r#"{"max_local_prefill_length": "512"}"#, "invalid type: string"),
+            (r#"{"max_prefill_queue_size": 0}"#, "max_prefill_queue_size is 0; it must be at least 1"),
+            (r#"{"itl_target_ms": 0}"#, "itl_target_ms is 0; it must be above 0"),
+            (r#"{"itl_target_ms": 1e9}"#, "itl_target_ms is 1000000000; it must be"),
+        ] {
+            let error = Limits::default().overridden_by(json.as_bytes()).unwrap_err().to_string();
+            assert!(error.contains(complaint), "{json}: {error}");
+        }
+    }
+}

@@ -24,6 +24,8 @@
 
 mod borrower;
 mod clock;
+mod cost;
+mod decide;
 mod job;
 mod lender;
 mod limits;
@@ -31,6 +33,8 @@ mod message;
 mod words;
 
 pub use borrower::{Borrower, BorrowerAction, BorrowerConfig, BorrowerEvent, BorrowerTimeouts, DeliveryId};
+pub use cost::CostModel;
+pub use decide::{Decision, HANDOFFS_MAX, Reason, Situation, decide};
 pub use job::{Job, JobError};
 pub use lender::{Lender, LenderAction, LenderEvent, LenderTimeouts, Outcome};
 pub use limits::{Limits, LimitsError, Policy};

@@ -1,0 +1,214 @@
+use std::time::Duration;
+
+use super::{CostModel, Limits, Policy};
+
+/// Handoffs that a request may lose before it is prefilled by its own worker: a prompt that kills prefill workers must not
+/// meet them all.
+pub const HANDOFFS_MAX: u32 = 2;
+
+/// What a decision about one prompt rests on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Situation {
+    /// Tokens of the prompt, its last one included, that the prefix index lacks.
+    pub uncached_tokens: u32,
+    /// Live prefill workers of this worker's model key.
+    pub prefill_workers: u32,
+    /// Jobs on the queue; `None` if it cannot be reached.
+    pub queue_depth: Option<u64>,
+    /// Handoffs of this request that came to nothing.
+    pub lost_handoffs: u32,
+    /// Uncached tokens of the prompts that would be prefilled here before this one.
+    pub backlog_tokens: u64,
+    /// Requests that generate here.
+    pub running: u32,
+    /// Prompt tokens that one step takes, at most.
+    pub chunk_tokens: u32,
+}
+
+/// Where a prompt is prefilled.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Decision {
+    /// By a prefill worker.
+    Remote,
+    /// By the decode worker itself.
+    Local(Reason),
+}
+
+/// Why a prompt is prefilled by the decode worker itself.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Reason {
+    /// [`Policy::Never`].
+    Policy,
+    /// All but the last token is in the prefix index.
+    Cached,
+    /// [`HANDOFFS_MAX`] handoffs were lost.
+    Lost,
+    /// No prefill worker is alive.
+    Alone,
+    /// The queue cannot be reached.
+    Unreachable,
+    /// Within [`Limits::max_local_prefill_length`].
+    Short,
+    /// The queue is as long as [`Limits::max_prefill_queue_size`] allows.
+    Busy,
+    /// The first token is expected earlier so.
+    Sooner,
+}
+
+/// Decides. Pure: the same situation, limits and measurements give the same answer.
+pub fn decide(limits: &Limits, situation: &Situation, costs: &CostModel, now: Duration) -> Decision {
+    if limits.policy == Policy::Never {
+        return Decision::Local(Reason::Policy);
+    }
+    // The last token stays here in any case.
+    if situation.uncached_tokens <= 1 {
+        return Decision::Local(Reason::Cached);
+    }
+    if situation.lost_handoffs >= HANDOFFS_MAX {
+        return Decision::Local(Reason::Lost);
+    }
+    if situation.prefill_workers == 0 {
+        return Decision::Local(Reason::Alone);
+    }
+    let Some(queue_depth) = situation.queue_depth else {
+        return Decision::Local(Reason::Unreachable);
+    };
+    match limits.policy {
+        Policy::Never | Policy::Always => Decision::Remote,
+        Policy::Threshold => by_thresholds(limits, situation, queue_depth),
+        Policy::Auto => by_measurements(limits, situation, queue_depth, costs, now)
+            .unwrap_or_else(|| by_thresholds(limits, situation, queue_depth)),
+    }
+}
+
+fn by_thresholds(limits: &Limits, situation: &Situation, queue_depth: u64) -> Decision {
+    if situation.uncached_tokens <= limits.max_local_prefill_length {
+        return Decision::Local(Reason::Short);
+    }
+    if queue_depth >= u64::from(limits.max_prefill_queue_size) * u64::from(situation.prefill_workers) {
+        return Decision::Local(Reason::Busy);
+    }
+    Decision::Remote
+}
+
+/// `None` until there is something to compare.
+fn by_measurements(
+    limits: &Limits,
+    situation: &Situation,
+    queue_depth: u64,
+    costs: &CostModel,
+    now: Duration,
+) -> Option<Decision> {
+    if let (Some(target), Some(gap)) = (limits.itl_target(), costs.gap(situation))
+        && gap > target
+    {
+        return Some(Decision::Remote);
+    }
+    let local = costs.local(situation)?;
+    let remote = costs.remote(situation, queue_depth, now)?;
+    Some(if remote < local { Decision::Remote } else { Decision::Local(Reason::Sooner) })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const NOW: Duration = Duration::from_secs(100);
+
+    fn situation() -> Situation {
+        Situation {
+            uncached_tokens: 2_000,
+            prefill_workers: 3,
+            queue_depth: Some(0),
+            lost_handoffs: 0,
+            backlog_tokens: 0,
+            running: 0,
+            chunk_tokens: 500,
+        }
+    }
+
+    fn limits(policy: Policy) -> Limits {
+        Limits { policy, max_local_prefill_length: 1_000, max_prefill_queue_size: 2, itl_target_ms: None }
+    }
+
+    fn decided(policy: Policy, situation: Situation) -> Decision {
+        decide(&limits(policy), &situation, &CostModel::default(), NOW)
+    }
+
+    /// 1 ms a token here, 0.5 ms there, 100 ms a place in the queue, 20 ms to transfer, 10 ms a decoding step.
+    fn costs() -> CostModel {
+        let mut costs = CostModel::default();
+        costs.observe_step(0, Duration::from_millis(10));
+        costs.observe_step(1_000, Duration::from_secs(1));
+        costs.observe_handoff(0, Duration::from_millis(100), 1_000, Duration::from_millis(500), NOW);
+        costs.observe_transfer(Duration::from_millis(20));
+        costs
+    }
+
+    #[test]
+    fn the_threshold_rule_is_a_long_prompt_a_live_worker_and_a_short_queue() {
+        let decided = |situation| decided(Policy::Threshold, situation);
+        assert_eq!(decided(situation()), Decision::Remote);
+        assert_eq!(decided(Situation { uncached_tokens: 1_001, ..situation() }), Decision::Remote);
+        assert_eq!(decided(Situation { uncached_tokens: 1_000, ..situation() }), Decision::Local(Reason::Short));
+        assert_eq!(decided(Situation { queue_depth: Some(5), ..situation() }), Decision::Remote);
+        assert_eq!(decided(Situation { queue_depth: Some(6), ..situation() }), Decision::Local(Reason::Busy));
+        assert_eq!(decided(Situation { prefill_workers: 0, ..situation() }), Decision::Local(Reason::Alone));
+        assert_eq!(decided(Situation { queue_depth: None, ..situation() }), Decision::Local(Reason::Unreachable));
+        assert_eq!(decided(Situation { lost_handoffs: 2, ..situation() }), Decision::Local(Reason::Lost));
+    }
+
+    #[test]
+    fn always_needs_somebody_to_do_it_and_something_to_do() {
+        let decided = |situation| decided(Policy::Always, situation);
+        let eager = Situation { uncached_tokens: 2, queue_depth: Some(1_000), ..situation() };
+        assert_eq!(decided(eager), Decision::Remote);
+        assert_eq!(decided(Situation { uncached_tokens: 1, ..eager }), Decision::Local(Reason::Cached));
+        assert_eq!(decided(Situation { prefill_workers: 0, ..eager }), Decision::Local(Reason::Alone));
+        assert_eq!(decided(Situation { queue_depth: None, ..eager }), Decision::Local(Reason::Unreachable));
+        assert_eq!(decided(Situation { lost_handoffs: 2, ..eager }), Decision::Local(Reason::Lost));
+    }
+
+    #[test]
+    fn never_is_never() {
+        assert_eq!(decided(Policy::Never, situation()), Decision::Local(Reason::Policy));
+    }
+
+    #[test]
+    fn auto_takes_the_earlier_first_token() {
+        let auto = |situation| decide(&limits(Policy::Auto), &situation, &costs(), NOW);
+        // Here 2.0 s, there 0.1 + 1.0 + 0.02.
+        assert_eq!(auto(situation()), Decision::Remote);
+        // Here 0.1 s, there 0.1 + 0.05 + 0.02.
+        let short = Situation { uncached_tokens: 100, ..situation() };
+        assert_eq!(auto(short), Decision::Local(Reason::Sooner));
+        // Somebody's prompt comes first here.
+        assert_eq!(auto(Situation { backlog_tokens: 500, ..short }), Decision::Remote);
+        // Thirty jobs for three workers.
+        assert_eq!(auto(Situation { queue_depth: Some(30), ..situation() }), Decision::Local(Reason::Sooner));
+    }
+
+    #[test]
+    fn auto_spares_the_requests_that_run() {
+        let limits = Limits { itl_target_ms: Some(60.0), ..limits(Policy::Auto) };
+        let auto = |situation| decide(&limits, &situation, &costs(), NOW);
+        let short = Situation { uncached_tokens: 100, ..situation() };
+        assert_eq!(auto(short), Decision::Local(Reason::Sooner));
+        // A step of 100 prompt tokens takes 110 ms.
+        assert_eq!(auto(Situation { running: 1, ..short }), Decision::Remote);
+        assert_eq!(auto(Situation { running: 1, chunk_tokens: 40, ..short }), Decision::Local(Reason::Sooner));
+        assert_eq!(auto(Situation { running: 1, prefill_workers: 0, ..short }), Decision::Local(Reason::Alone));
+    }
+
+    #[test]
+    fn auto_goes_by_the_thresholds_until_it_has_measured_and_when_that_was_long_ago() {
+        let decided = |costs: &CostModel, now| decide(&limits(Policy::Auto), &situation(), costs, now);
+        assert_eq!(decided(&CostModel::default(), NOW), Decision::Remote);
+        let mut slow = costs();
+        for _ in 0..50 {
+            slow.observe_handoff(0, Duration::from_secs(9), 1_000, Duration::from_secs(9), NOW);
+        }
+        assert_eq!(decided(&slow, NOW), Decision::Local(Reason::Sooner));
+        assert_eq!(decided(&slow, NOW + Duration::from_secs(61)), Decision::Remote);
+    }
+}
