@@ -1,4 +1,4 @@
-use crate::{Batch, KernelError, KvLayout, Matrix, RopeTable, SampleRow, Sampled};
+use crate::{Batch, KernelError, KvLayout, KvRegion, Matrix, RopeTable, SampleRow, Sampled};
 
 /// The heads of one attention layer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -69,6 +69,9 @@ pub trait Backend: Send + 'static {
 
     /// Reserves the KV cache.
     fn kv_cache(&mut self, layout: KvLayout) -> Result<Self::KvCache, KernelError>;
+
+    /// The memory of a cache's pages, for whoever moves pages between workers; none from a backend whose pages cannot be moved.
+    fn kv_region(&self, cache: &Self::KvCache) -> Option<KvRegion>;
 
     /// `out[t] = table[tokens[t]]`; sets `out` to `[tokens.len(), hidden]`.
     fn embed(&mut self, table: &Self::Linear, tokens: &[u32], out: &mut Self::Activations);

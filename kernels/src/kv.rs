@@ -1,5 +1,7 @@
 use half::{bf16, f16};
 
+use crate::RegionShape;
+
 /// Element type of the KV cache.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum KvDType {
@@ -65,5 +67,10 @@ impl KvLayout {
     /// Bytes of the whole cache.
     pub const fn total_bytes(&self) -> usize {
         self.blocks * self.block_bytes()
+    }
+
+    /// The pages as plain memory.
+    pub const fn region_shape(&self) -> RegionShape {
+        RegionShape { layers: self.layers, pages: self.blocks, page_bytes: self.block_bytes_per_layer() }
     }
 }

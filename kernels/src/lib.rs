@@ -12,6 +12,7 @@ mod error;
 mod kv;
 mod mapped;
 pub mod reference;
+mod region;
 mod rope;
 mod sampling;
 
@@ -21,5 +22,6 @@ pub use dtype::{DType, Matrix};
 pub use error::KernelError;
 pub use kv::{KvDType, KvLayout};
 pub use mapped::MappedFile;
+pub use region::{KvRegion, RegionShape};
 pub use rope::RopeTable;
 pub use sampling::{MAX_TOP_LOGPROBS, RowTask, SampleRow, Sampled, SamplingParams};

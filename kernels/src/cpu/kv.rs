@@ -1,32 +1,37 @@
 //! The KV cache: pages of all layers.
 
-use memmap2::{MmapOptions, MmapRaw};
-
-use crate::{KernelError, KvLayout};
+use crate::{KernelError, KvLayout, KvRegion};
 
 /// Keys and values of all layers. A page of one layer and head holds its keys as `[head_dim][token]`, because score
 /// lanes are tokens, then its values as `[token][head_dim]`. Memory is taken from the system as pages are first written.
 pub struct KvCache {
-    memory: MmapRaw,
+    region: KvRegion,
     layout: KvLayout,
 }
 
 impl KvCache {
-    pub(crate) fn new(layout: KvLayout) -> Result<Self, KernelError> {
-        let bytes = layout.total_bytes();
-        let map = MmapOptions::new().len(bytes.max(1)).map_anon();
-        let map = map.map_err(|source| KernelError::KvMemory { bytes, source })?;
+    /// Reserves the pages, in memory that other processes may map if `shared`.
+    pub(crate) fn new(layout: KvLayout, shared: bool) -> Result<Self, KernelError> {
+        let shape = layout.region_shape();
         #[cfg(target_os = "linux")]
-        if bytes >= 1 << 22 {
-            // Fewer misses of the translation buffer; a system that cannot is no worse off.
-            let _ = map.advise(memmap2::Advice::HugePage);
-        }
-        Ok(Self { memory: MmapRaw::from(map), layout })
+        let region = if shared { KvRegion::shared(shape) } else { KvRegion::private(shape) };
+        #[cfg(not(target_os = "linux"))]
+        let region = {
+            let _ = shared;
+            KvRegion::private(shape)
+        };
+        let region = region.map_err(|source| KernelError::KvMemory { bytes: layout.total_bytes(), source })?;
+        Ok(Self { region, layout })
     }
 
     /// Shape of the cache.
     pub fn layout(&self) -> &KvLayout {
         &self.layout
+    }
+
+    /// The memory of the pages, for whoever moves them.
+    pub fn region(&self) -> &KvRegion {
+        &self.region
     }
 
     /// Where the keys and the values of one page of one head start. Both are `block_size × head_dim` elements; who
@@ -39,7 +44,7 @@ impl KvCache {
         let start = ((layer * blocks + page) * kv_heads + head) * 2 * half;
         // SAFETY: within the mapping by the assertion.
         unsafe {
-            let keys = self.memory.as_mut_ptr().add(start);
+            let keys = self.region.base().add(start);
             (keys, keys.add(half))
         }
     }

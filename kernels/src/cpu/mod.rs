@@ -31,7 +31,9 @@ use isa::Dispatch;
 use pool::Pool;
 use sample::{SampleScratch, sample_row};
 
-use crate::{AttentionShape, Backend, Batch, KernelError, KvLayout, Matrix, QkNorm, RopeTable, SampleRow, Sampled};
+use crate::{
+    AttentionShape, Backend, Batch, KernelError, KvLayout, KvRegion, Matrix, QkNorm, RopeTable, SampleRow, Sampled,
+};
 
 /// Elements of a row-wise operation that one chunk takes: some microseconds of work.
 const CHUNK_ELEMENTS: usize = 1 << 14;
@@ -64,6 +66,8 @@ pub struct CpuBackend {
     vocab_max: usize,
     /// Most rows of any activations made.
     rows_max: usize,
+    /// Whether KV caches are made of memory that other processes may map.
+    share_kv_cache: bool,
 }
 
 impl CpuBackend {
@@ -83,7 +87,13 @@ impl CpuBackend {
             samplers: PerThread::new(threads, || SampleScratch::new(0)),
             vocab_max: 0,
             rows_max: 0,
+            share_kv_cache: false,
         }
+    }
+
+    /// From now on KV caches are made of memory that other processes of this host may map ([`KvRegion::shared`]).
+    pub fn share_kv_cache(&mut self) {
+        self.share_kv_cache = true;
     }
 
     /// Threads that compute, the caller's included.
@@ -134,7 +144,11 @@ impl Backend for CpuBackend {
 
     fn kv_cache(&mut self, layout: KvLayout) -> Result<KvCache, KernelError> {
         self.attention.reserve(layout.kv_heads, layout.head_dim, self.rows_max);
-        KvCache::new(layout)
+        KvCache::new(layout, self.share_kv_cache)
+    }
+
+    fn kv_region(&self, cache: &KvCache) -> Option<KvRegion> {
+        Some(cache.region().clone())
     }
 
     fn embed(&mut self, table: &Linear, tokens: &[u32], out: &mut Activations) {

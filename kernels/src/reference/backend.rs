@@ -1,6 +1,7 @@
 use super::{dequantize_row, sample::sample_row};
 use crate::{
-    AttentionShape, Backend, Batch, KernelError, KvLayout, Matrix, QkNorm, RopeTable, SampleRow, Sampled, SequenceSpan,
+    AttentionShape, Backend, Batch, KernelError, KvLayout, KvRegion, Matrix, QkNorm, RopeTable, SampleRow, Sampled,
+    SequenceSpan,
 };
 
 /// The naive backend.
@@ -135,6 +136,10 @@ impl Backend for ReferenceBackend {
     fn kv_cache(&mut self, layout: KvLayout) -> Result<Self::KvCache, KernelError> {
         let elements = layout.total_bytes() / layout.dtype.bytes() / 2;
         Ok(ReferenceKvCache { layout, keys: vec![f32::NAN; elements], values: vec![f32::NAN; elements] })
+    }
+
+    fn kv_region(&self, _: &Self::KvCache) -> Option<KvRegion> {
+        None
     }
 
     fn embed(&mut self, table: &Self::Linear, tokens: &[u32], out: &mut Self::Activations) {
