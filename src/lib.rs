@@ -10,4 +10,5 @@ pub mod decode;
 pub mod handoff;
 pub mod scheduler;
 pub mod telemetry;
+pub mod transfer;
 pub mod worker;

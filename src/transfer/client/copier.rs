@@ -1,0 +1,145 @@
+//! The thread that copies pages into other processes' memory.
+//!
+//! It does what it is told strictly in order, so a completion follows the data it completes, and it alone holds the
+//! mappings of peers' memory: once it has dropped one, nothing in this process can write there.
+
+use std::collections::HashMap;
+use std::io;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::mpsc::{self, Receiver, Sender};
+use std::sync::{Arc, Mutex, MutexGuard};
+use std::thread;
+
+use tokio::sync::{mpsc as async_mpsc, oneshot};
+
+use super::reply::Reply;
+use super::session::Command;
+use crate::handoff::{Epoch, MailboxWord, SessionId, Slot};
+use crate::transfer::frame::{Frame, Loan};
+use crate::transfer::runs::RunCopy;
+use crate::transfer::{Mailbox, Region, WriteError};
+
+/// Bytes copied between two looks at whether the loan still stands.
+const CHUNK_BYTES: usize = 1 << 20;
+
+/// What a session over shm and the copier know in common.
+#[derive(Default)]
+pub(super) struct Standing {
+    /// The session is over: copy nothing more.
+    closed: AtomicBool,
+    /// Each slot's last loan that was taken back.
+    revoked: Mutex<HashMap<Slot, Epoch>>,
+    /// Operations of the session that the copier has yet to do.
+    pub(super) queued: AtomicUsize,
+}
+
+impl Standing {
+    pub(super) fn close(&self) {
+        self.closed.store(true, Ordering::Relaxed);
+    }
+
+    pub(super) fn revoke(&self, (slot, epoch): Loan) {
+        self.revoked().insert(slot, epoch);
+    }
+
+    /// Whether writing under the loan is still wanted.
+    pub(super) fn check(&self, (slot, epoch): Loan) -> Result<(), WriteError> {
+        if self.closed.load(Ordering::Relaxed) {
+            return Err(WriteError::Closed);
+        }
+        if self.revoked().get(&slot) == Some(&epoch) { Err(WriteError::Revoked) } else { Ok(()) }
+    }
+
+    fn revoked(&self) -> MutexGuard<'_, HashMap<Slot, Epoch>> {
+        // Nothing is left half done in it by a panic.
+        self.revoked.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+    }
+}
+
+/// Another process' memory.
+pub(super) struct PeerMemory {
+    pub(super) region: Region,
+    pub(super) mailbox: Mailbox,
+}
+
+/// Something to do for a session.
+pub(super) enum Work {
+    /// Begin: from now on there is memory to write to.
+    Open(PeerMemory),
+    /// Copy pages.
+    Write(Loan, Vec<RunCopy>, Reply),
+    /// Post a loan's last word.
+    Complete(Loan, MailboxWord, Reply),
+    /// Send a frame, after everything before it is done.
+    Send(Frame),
+    /// End: unmap the memory, then say so.
+    Close(oneshot::Sender<()>),
+}
+
+/// The work, and whose it is.
+pub(super) struct Order {
+    pub(super) session: SessionId,
+    pub(super) standing: Arc<Standing>,
+    pub(super) commands: async_mpsc::UnboundedSender<Command>,
+    pub(super) work: Work,
+}
+
+/// Starts the thread; it ends when nobody can send it orders any more.
+pub(super) fn start(local: Region) -> io::Result<Sender<Order>> {
+    let (orders, queue) = mpsc::channel();
+    thread::Builder::new().name("engine-copier".into()).spawn(move || copy_all(&local, &queue))?;
+    Ok(orders)
+}
+
+fn copy_all(local: &Region, queue: &Receiver<Order>) {
+    let mut peers: HashMap<SessionId, PeerMemory> = HashMap::new();
+    for Order { session, standing, commands, work } in queue {
+        match work {
+            Work::Open(memory) => drop(peers.insert(session, memory)),
+            Work::Write(loan, runs, reply) => {
+                let peer = peers.get(&session).ok_or(WriteError::Closed);
+                reply.send(peer.and_then(|peer| write(local, &peer.region, &runs, || standing.check(loan))));
+            }
+            Work::Complete(loan, word, reply) => {
+                let peer = peers.get(&session).ok_or(WriteError::Closed);
+                // All data was stored by this thread, before this in program order.
+                let post = |peer: &PeerMemory| standing.check(loan).map(|()| peer.mailbox.post(loan.0, word));
+                reply.send(peer.and_then(post));
+            }
+            // If the session's task has ended, there is nobody to send it to.
+            Work::Send(frame) => drop(commands.send(Command::Send(frame))),
+            Work::Close(unmapped) => {
+                peers.remove(&session);
+                // The task waits for this, unless the whole process is ending.
+                let _ = unmapped.send(());
+            }
+        }
+        // Released, so that a thread that finds nothing queued and sends by itself comes after what was sent from here.
+        standing.queued.fetch_sub(1, Ordering::Release);
+    }
+}
+
+/// Copies pages, as long as they are wanted.
+fn write(
+    local: &Region,
+    remote: &Region,
+    runs: &[RunCopy],
+    wanted: impl Fn() -> Result<(), WriteError>,
+) -> Result<(), WriteError> {
+    let page_bytes = local.shape().page_bytes;
+    for run in runs {
+        let bytes = run.count as usize * page_bytes;
+        let source = local.pages(run.layer as usize, run.local as usize, run.count as usize);
+        let target = remote.pages(run.layer as usize, run.remote as usize, run.count as usize);
+        for start in (0..bytes).step_by(CHUNK_BYTES) {
+            wanted()?;
+            let length = CHUNK_BYTES.min(bytes - start);
+            // SAFETY: both ranges were checked to lie in their regions, which are mapped: `local` by this thread's clone,
+            // `remote` because this thread alone drops it. The regions are different memory. The decode worker lent these
+            // pages to this session and reads and reuses them only after the completion word, or once this process has
+            // unmapped them or ended; our own pages are left alone until the write is reported done.
+            unsafe { std::ptr::copy_nonoverlapping(source.add(start), target.add(start), length) };
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,12 @@
+//! The prefill worker's end of sessions.
+
+mod connector;
+mod copier;
+mod payload;
+mod reply;
+mod session;
+mod writer;
+
+pub use connector::{Connector, ConnectorConfig};
+pub use session::Session;
+pub use writer::Writer;

@@ -1,0 +1,233 @@
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::sync::mpsc::Sender;
+
+use bytes::Bytes;
+use tokio::sync::mpsc::{self, UnboundedReceiver, UnboundedSender};
+use tokio::sync::oneshot;
+
+use super::copier::{Order, Standing, Work};
+use super::payload::{Pages, frames};
+use super::reply::Reply;
+use super::writer::{Writer, order};
+use crate::handoff::{Epoch, SessionId, Slot};
+use crate::transfer::frame::{Frame, Loan, Violation};
+use crate::transfer::link::{FrameReader, Heart, LinkError};
+use crate::transfer::outbound::Outbound;
+use crate::transfer::socket::Socket;
+use crate::transfer::{Limits, Region, Transport, WriteError};
+
+/// Messages that may wait to be taken from [`Session::receive`]; beyond it the session is closed.
+pub(super) const MESSAGES_MAX: usize = 4096;
+
+/// A prefill worker's session to a decode worker. Dropping it closes it: writes under way end, the memory is unmapped.
+pub struct Session {
+    pub(super) writer: Writer,
+    pub(super) messages: mpsc::Receiver<Bytes>,
+}
+
+impl Session {
+    /// Which session this is, as the [`Connector`](super::Connector) counts them.
+    pub fn id(&self) -> SessionId {
+        self.writer.session()
+    }
+
+    /// How pages go.
+    pub fn transport(&self) -> Transport {
+        self.writer.transport()
+    }
+
+    /// For the engine thread, or whoever else writes.
+    pub fn writer(&self) -> Writer {
+        self.writer.clone()
+    }
+
+    /// Sends a message, after everything written before; see [`Writer::send`].
+    pub fn send(&self, message: Bytes) -> bool {
+        self.writer.send(message)
+    }
+
+    /// The next message; `None` when the session has ended. Cancel safe.
+    pub async fn receive(&mut self) -> Option<Bytes> {
+        self.messages.recv().await
+    }
+}
+
+impl Drop for Session {
+    fn drop(&mut self) {
+        // If its task has ended, it is closed already.
+        let _ = self.writer.inner.commands.send(Command::Close);
+    }
+}
+
+/// What a session's task is told.
+pub(super) enum Command {
+    /// Send a frame.
+    Send(Frame),
+    /// Over tcp: write, complete or send.
+    Work(Work),
+    /// End.
+    Close,
+}
+
+/// How pages go, and what is needed for it.
+pub(super) enum Path {
+    Tcp {
+        local: Region,
+        frame_bytes: usize,
+        /// Who waits for the decode worker to have posted a word.
+        completions: HashMap<Loan, Reply>,
+        /// Each slot's last loan that was taken back.
+        revoked: HashMap<Slot, Epoch>,
+    },
+    Shm {
+        orders: Sender<Order>,
+        standing: Arc<Standing>,
+    },
+}
+
+impl Path {
+    pub(super) fn tcp(local: Region, frame_bytes: usize) -> Self {
+        Self::Tcp { local, frame_bytes, completions: HashMap::new(), revoked: HashMap::new() }
+    }
+}
+
+/// A session's state, owned by its task.
+pub(super) struct ClientSession {
+    pub(super) id: SessionId,
+    pub(super) socket: Socket,
+    pub(super) path: Path,
+    pub(super) limits: Limits,
+    pub(super) outbound: Outbound<Pages>,
+    pub(super) messages: mpsc::Sender<Bytes>,
+    /// To itself: what the copier answers with.
+    pub(super) commands: UnboundedSender<Command>,
+}
+
+impl ClientSession {
+    /// Serves the session to its end.
+    pub(super) async fn run(mut self, mut commands: UnboundedReceiver<Command>) {
+        let reason = match self.serve(&mut commands).await {
+            Ok(never) => match never {},
+            Err(reason) => reason,
+        };
+        tracing::info!(session = self.id.0, %reason, "session to a decode worker closed");
+        // From here on writes fail; those that wait are told so as they are dropped.
+        drop(commands);
+        if let Path::Shm { orders, standing } = &self.path {
+            standing.close();
+            let (unmapped, wait) = oneshot::channel();
+            order(orders, self.id, standing, &self.commands, Work::Close(unmapped));
+            if wait.await.is_ok() {
+                // Nothing in this process can write to the decode worker's pages any more. Told so, it has them back without
+                // waiting for our end; if it does not hear it, it waits.
+                self.outbound.push(&Frame::Unmapped);
+                let farewell = async {
+                    while !self.outbound.is_empty() {
+                        self.outbound.write_some(&self.socket).await?;
+                    }
+                    std::io::Result::Ok(())
+                };
+                let _ = tokio::time::timeout(self.limits.handshake, farewell).await;
+            }
+        }
+    }
+
+    async fn serve(
+        &mut self,
+        commands: &mut UnboundedReceiver<Command>,
+    ) -> Result<std::convert::Infallible, LinkError> {
+        let mut heart = Heart::new(&self.limits);
+        let mut reader = FrameReader::new(self.limits.message_bytes);
+        loop {
+            tokio::select! {
+                biased;
+                command = commands.recv() => match command {
+                    Some(Command::Send(frame)) => self.send(&frame)?,
+                    Some(Command::Work(work)) => self.work(work)?,
+                    Some(Command::Close) | None => return Err(LinkError::Closed),
+                },
+                beat = heart.beat() => {
+                    beat?;
+                    if self.outbound.is_empty() {
+                        self.outbound.push(&Frame::Ping);
+                    }
+                }
+                frame = reader.step(&self.socket) => {
+                    heart.heard();
+                    if let Some(frame) = frame? {
+                        self.frame(frame)?;
+                    }
+                }
+                written = self.outbound.write_some(&self.socket), if !self.outbound.is_empty() => {
+                    for pages in written? {
+                        pages.reply.into_iter().for_each(|reply| reply.send(Ok(())));
+                    }
+                }
+            }
+        }
+    }
+
+    fn send(&mut self, frame: &Frame) -> Result<(), LinkError> {
+        if self.outbound.bytes() > self.limits.queued_bytes {
+            return Err(LinkError::Backlog);
+        }
+        self.outbound.push(frame);
+        Ok(())
+    }
+
+    /// Work that over shm is the copier's.
+    fn work(&mut self, work: Work) -> Result<(), LinkError> {
+        let Path::Tcp { local, frame_bytes, completions, revoked } = &mut self.path else { return Ok(()) };
+        let taken_back = |(slot, epoch): Loan| revoked.get(&slot) == Some(&epoch);
+        match work {
+            Work::Write(loan, _, reply) | Work::Complete(loan, _, reply) if taken_back(loan) => {
+                reply.send(Err(WriteError::Revoked));
+            }
+            Work::Write(loan, runs, reply) => {
+                for (runs, pages) in frames(runs, local, *frame_bytes, reply) {
+                    self.outbound.push_data(loan, runs, pages);
+                }
+            }
+            Work::Complete(loan, word, reply) => {
+                completions.insert(loan, reply);
+                self.outbound.push(&Frame::Complete(loan, word));
+            }
+            Work::Send(frame) => self.send(&frame)?,
+            Work::Open(_) | Work::Close(_) => {}
+        }
+        Ok(())
+    }
+
+    /// Does what the decode worker wants.
+    fn frame(&mut self, frame: Frame) -> Result<(), LinkError> {
+        match (frame, &mut self.path) {
+            (Frame::Ping, _) => {}
+            (Frame::Message(message), _) => {
+                self.messages.try_send(message).map_err(|_| LinkError::Backlog)?;
+            }
+            (Frame::Completed(loan, accepted), Path::Tcp { completions, .. }) => {
+                let reply = completions.remove(&loan).ok_or(Violation::NoSuchLoan)?;
+                reply.send(if accepted { Ok(()) } else { Err(WriteError::Revoked) });
+            }
+            (Frame::Revoke(loan), Path::Tcp { revoked, .. }) => {
+                revoked.insert(loan.0, loan.1);
+                for pages in self.outbound.withdraw(loan) {
+                    pages.reply.into_iter().for_each(|reply| reply.send(Err(WriteError::Revoked)));
+                }
+                // Behind whatever of the loan could not be withdrawn any more.
+                self.outbound.push(&Frame::Stopped(loan));
+            }
+            (Frame::Revoke(loan), Path::Shm { orders, standing }) => {
+                standing.revoke(loan);
+                // Through the copier, which has dropped or done all it had for the loan when it gets there.
+                order(orders, self.id, standing, &self.commands, Work::Send(Frame::Stopped(loan)));
+            }
+            (Frame::Completed(..), Path::Shm { .. })
+            | (Frame::Data(..) | Frame::Complete(..) | Frame::Stopped(_) | Frame::Unmapped, _) => {
+                return Err(Violation::Direction.into());
+            }
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,126 @@
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::sync::mpsc::Sender;
+
+use bytes::Bytes;
+use tokio::sync::mpsc::UnboundedSender;
+
+use super::copier::{Order, Standing, Work};
+use super::reply::Reply;
+use super::session::Command;
+use crate::handoff::{Epoch, MailboxWord, SessionId, Slot};
+use crate::transfer::frame::Frame;
+use crate::transfer::runs::coalesce;
+use crate::transfer::{PageCopy, RegionShape, TransferMetrics, Transport, WriteError};
+
+/// Writes pages, completions and messages, in the order of the calls. Never blocks: the work is done elsewhere, and
+/// `done` is called, from there, when it is. Clones write to the same session.
+#[derive(Clone)]
+pub struct Writer {
+    pub(super) inner: Arc<Inner>,
+}
+
+pub(super) struct Inner {
+    pub(super) session: SessionId,
+    pub(super) local: RegionShape,
+    pub(super) remote: RegionShape,
+    pub(super) slots: u32,
+    pub(super) message_bytes_max: usize,
+    pub(super) commands: UnboundedSender<Command>,
+    pub(super) copier: Option<(Sender<Order>, Arc<Standing>)>,
+    pub(super) metrics: TransferMetrics,
+}
+
+impl Writer {
+    /// Which session this is, as the [`Connector`](super::Connector) counts them.
+    pub fn session(&self) -> SessionId {
+        self.inner.session
+    }
+
+    /// How pages go.
+    pub fn transport(&self) -> Transport {
+        if self.inner.copier.is_some() { Transport::Shm } else { Transport::Tcp }
+    }
+
+    /// Writes pages under a loan. The `remote` pages must be among those lent, and each `(layer, remote)` named once. Until
+    /// `done` is called, the `local` pages must not change; after it, they are not read any more.
+    pub fn write(
+        &self,
+        slot: Slot,
+        epoch: Epoch,
+        copies: Vec<PageCopy>,
+        done: impl FnOnce(Result<(), WriteError>) + Send + 'static,
+    ) {
+        let reply = Reply::new(done);
+        if slot.0 >= self.inner.slots {
+            return reply.send(Err(WriteError::OutOfRange));
+        }
+        let bytes = copies.len() * self.inner.local.page_bytes;
+        match coalesce(copies, self.inner.local, self.inner.remote) {
+            Ok(runs) if runs.is_empty() => reply.send(Ok(())),
+            Ok(runs) => {
+                let reply = reply.counted(bytes, self.transport(), &self.inner.metrics);
+                self.submit(|| Work::Write((slot, epoch), runs, reply));
+            }
+            Err(error) => reply.send(Err(error)),
+        }
+    }
+
+    /// Ends a loan with its last word, after everything written before. `done` says that the word is in the mailbox: the decode
+    /// worker will find it.
+    pub fn complete(
+        &self,
+        slot: Slot,
+        epoch: Epoch,
+        word: MailboxWord,
+        done: impl FnOnce(Result<(), WriteError>) + Send + 'static,
+    ) {
+        let reply = Reply::new(done);
+        if slot.0 >= self.inner.slots || word.status_of(epoch).is_none() {
+            return reply.send(Err(WriteError::OutOfRange));
+        }
+        self.submit(|| Work::Complete((slot, epoch), word, reply));
+    }
+
+    /// Sends a message, after everything written before. False if it is larger than the decode worker takes, or the session
+    /// has ended.
+    pub fn send(&self, message: Bytes) -> bool {
+        if message.len() > self.inner.message_bytes_max || self.inner.commands.is_closed() {
+            return false;
+        }
+        let frame = Frame::Message(message);
+        match &self.inner.copier {
+            // Acquired, so that what the copier sent for this session is before it.
+            Some((_, standing)) if standing.queued.load(Ordering::Acquire) == 0 => {
+                self.inner.commands.send(Command::Send(frame)).is_ok()
+            }
+            _ => {
+                self.submit(|| Work::Send(frame));
+                true
+            }
+        }
+    }
+
+    /// Hands work to the copier, or over tcp to the session's task. If that is gone, dropping the work says so.
+    fn submit(&self, work: impl FnOnce() -> Work) {
+        let Inner { session, commands, .. } = &*self.inner;
+        match &self.inner.copier {
+            Some((orders, standing)) => order(orders, *session, standing, commands, work()),
+            None => drop(commands.send(Command::Work(work()))),
+        }
+    }
+}
+
+/// Gives the copier something to do.
+pub(super) fn order(
+    orders: &Sender<Order>,
+    session: SessionId,
+    standing: &Arc<Standing>,
+    commands: &UnboundedSender<Command>,
+    work: Work,
+) {
+    standing.queued.fetch_add(1, Ordering::Relaxed);
+    let order = Order { session, standing: standing.clone(), commands: commands.clone(), work };
+    // The copier ends only when nobody is left who could send to it.
+    let _ = orders.send(order);
+}

@@ -1,0 +1,100 @@
+use std::io;
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+
+/// Why a decode worker does not take a session. It tells the peer.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, thiserror::Error)]
+pub enum Refusal {
+    /// The two builds do not understand each other.
+    #[error("the decode worker speaks version {ours} of the session protocol; run the same build on both")]
+    Version {
+        /// The decode worker's version.
+        ours: u32,
+    },
+    /// Another worker now listens where the one that was looked for did.
+    #[error("another worker listens at this address")]
+    Instance,
+    /// The proof of the cluster token is wrong.
+    #[error("the cluster tokens differ; set the same --cluster-token on all workers")]
+    Token,
+    /// The unix socket's peer is another user.
+    #[error("shared memory is for processes of one user, and the peer is another")]
+    User,
+    /// The workers serve different models, or the same in different types or layouts.
+    #[error("the workers serve different models")]
+    ModelKey,
+    /// Pages of the two workers do not have the same size.
+    #[error("the workers' KV pages have different shapes")]
+    Layout,
+    /// This worker's KV memory cannot be shared, or the system cannot say when a peer has ended.
+    #[error("this worker cannot share its memory")]
+    NotShared,
+    /// As many sessions as are allowed.
+    #[error("the decode worker has as many sessions as it takes")]
+    Busy,
+}
+
+/// Why a session did not come about.
+#[derive(Debug, thiserror::Error)]
+pub enum ConnectError {
+    /// The decode worker said no.
+    #[error("refused: {0}")]
+    Refused(#[from] Refusal),
+    /// Whoever answered does not know the cluster token.
+    #[error("the peer does not know the cluster token; set the same --cluster-token on all workers")]
+    Token,
+    /// What came is no answer of a decode worker.
+    #[error("the peer does not speak the session protocol: {0}")]
+    Protocol(String),
+    /// The worker gave no address that can be used from here.
+    #[error("the decode worker has no address that can be reached from this host")]
+    NoAddress,
+    /// It took too long.
+    #[error("no answer within the time allowed for opening a session")]
+    TimedOut,
+    /// The network or the system.
+    #[error("cannot open a session: {0}")]
+    Io(#[from] io::Error),
+}
+
+/// Why a [`SessionServer`](super::SessionServer) did not start.
+#[derive(Debug, thiserror::Error)]
+pub enum ServerError {
+    /// A TCP address cannot be listened on.
+    #[error("cannot listen for sessions on {address}: {source}")]
+    Tcp {
+        /// The address.
+        address: std::net::SocketAddr,
+        /// What the system said.
+        source: io::Error,
+    },
+    /// A unix socket cannot be made.
+    #[error("cannot listen for sessions in {path}: {source}")]
+    Unix {
+        /// The folder or socket.
+        path: PathBuf,
+        /// What the system said.
+        source: io::Error,
+    },
+    /// Neither a TCP address nor a folder for a unix socket was given.
+    #[error("a session server needs a TCP address or a folder for a unix socket")]
+    Nowhere,
+    /// The host's identity cannot be read.
+    #[error("cannot read this host's identity: {0}")]
+    Host(io::Error),
+}
+
+/// Why a write or a completion did not happen. Part of a failed write may have landed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum WriteError {
+    /// The session has ended.
+    #[error("the session has ended")]
+    Closed,
+    /// The decode worker took the loan back.
+    #[error("the decode worker took the loan back")]
+    Revoked,
+    /// A page, layer or slot that one of the workers does not have. Nothing was written.
+    #[error("a page, layer or mailbox slot out of range")]
+    OutOfRange,
+}

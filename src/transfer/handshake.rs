@@ -1,0 +1,189 @@
+//! How a session opens: who are you, prove it, here is my memory.
+//!
+//! ```text
+//! prefill → decode   Hello       version, which server it looks for, itself, its model, the transport it wants
+//! decode  → prefill  Challenge   a random number, and proof of the cluster token
+//! prefill → decode   Proof       the same from the other side
+//! decode  → prefill  Welcome     limits and sizes; over shm with the files of the KV memory and of the mailbox
+//! ```
+//!
+//! At each step the decode worker may answer with a refusal instead. Nothing here may be large or take long.
+
+use std::fs::File;
+use std::io;
+
+use serde::{Deserialize, Serialize, de::DeserializeOwned};
+
+use super::auth::{PROOF_BYTES, Prover};
+use super::socket::Socket;
+use super::{ClusterToken, ConnectError, Refusal, Transport};
+
+/// Raised whenever two builds could misunderstand each other.
+pub(super) const VERSION: u32 = 1;
+/// What a handshake frame begins with; whatever else arrives is not for us.
+const MAGIC: [u8; 4] = *b"EkvS";
+/// Bytes of one handshake frame after its magic and length.
+const FRAME_BYTES_MAX: usize = 4096;
+
+/// What a prefill worker says first.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct Hello {
+    /// First in the frame, and never moved, so that any two versions can tell that they differ.
+    pub(super) version: u32,
+    pub(super) nonce: [u8; PROOF_BYTES],
+    /// The server it wants to talk to.
+    pub(super) instance: String,
+    pub(super) worker: u64,
+    pub(super) model_key: String,
+    pub(super) transport: Transport,
+    pub(super) layers: u64,
+    pub(super) page_bytes: u64,
+}
+
+/// What the decode worker tells about itself when it takes the session.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct Welcome {
+    pub(super) pages: u64,
+    pub(super) slots: u32,
+    pub(super) message_bytes: u32,
+    pub(super) queued_bytes: u64,
+    pub(super) frame_bytes: u32,
+    pub(super) heartbeat_ms: u32,
+    pub(super) missed_heartbeats: u32,
+}
+
+#[derive(Serialize, Deserialize)]
+struct Challenge {
+    nonce: [u8; PROOF_BYTES],
+    proof: [u8; PROOF_BYTES],
+}
+
+type Answer<T> = Result<T, Refusal>;
+
+/// Why a connection did not become a session, as the decode worker sees it.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum HandshakeError {
+    /// Whatever connected is no prefill worker.
+    #[error("not the session protocol: {0}")]
+    Protocol(&'static str),
+    /// It was told so.
+    #[error("refused: {0}")]
+    Refused(#[from] Refusal),
+    /// The connection failed.
+    #[error(transparent)]
+    Io(#[from] io::Error),
+}
+
+/// The decode worker's side up to the point where it knows whom it talks to. `check` has the last word before the proof.
+pub(super) async fn accept(
+    socket: &Socket,
+    token: &ClusterToken,
+    check: impl FnOnce(&Hello) -> Result<(), Refusal>,
+) -> Result<Hello, HandshakeError> {
+    let hello_bytes = read_frame(socket, None).await?;
+    let (version, _) = postcard::take_from_bytes::<u32>(&hello_bytes).map_err(|_| HandshakeError::Protocol("hello"))?;
+    if version != VERSION {
+        return refuse(socket, Refusal::Version { ours: VERSION }).await;
+    }
+    let hello: Hello = parse(&hello_bytes)?;
+    if let Err(refusal) = check(&hello) {
+        return refuse(socket, refusal).await;
+    }
+    let nonce: [u8; PROOF_BYTES] = rand::random();
+    let transcript: [&[u8]; 2] = [&hello_bytes, &nonce];
+    let challenge = Challenge { nonce, proof: token.proof(Prover::Decode, &transcript) };
+    write_frame(socket, &Answer::Ok(challenge), None).await?;
+    let proof: [u8; PROOF_BYTES] = parse(&read_frame(socket, None).await?)?;
+    if !token.verify(Prover::Prefill, &transcript, &proof) {
+        return refuse(socket, Refusal::Token).await;
+    }
+    Ok(hello)
+}
+
+/// Tells the peer why not.
+pub(super) async fn refuse<T>(socket: &Socket, refusal: Refusal) -> Result<T, HandshakeError> {
+    write_frame(socket, &Answer::<()>::Err(refusal.clone()), None).await?;
+    Err(refusal.into())
+}
+
+/// The decode worker's last step.
+pub(super) async fn welcome(socket: &Socket, welcome: Welcome, files: Option<[&File; 2]>) -> io::Result<()> {
+    write_frame(socket, &Answer::Ok(welcome), files).await?;
+    Ok(())
+}
+
+/// The prefill worker's side, from the hello to the welcome. Over shm the files of the decode worker's KV memory and mailbox
+/// come with it.
+pub(super) async fn connect(
+    socket: &Socket,
+    token: &ClusterToken,
+    hello: &Hello,
+) -> Result<(Welcome, Vec<File>), ConnectError> {
+    connect_if(socket, token, hello, |known| known).await
+}
+
+/// Connects even to a decode worker that does not know the token.
+#[cfg(test)]
+pub(super) async fn connect_unchecked(
+    socket: &Socket,
+    token: &ClusterToken,
+    hello: &Hello,
+) -> Result<(Welcome, Vec<File>), ConnectError> {
+    connect_if(socket, token, hello, |_| true).await
+}
+
+async fn connect_if(
+    socket: &Socket,
+    token: &ClusterToken,
+    hello: &Hello,
+    trust: impl FnOnce(bool) -> bool,
+) -> Result<(Welcome, Vec<File>), ConnectError> {
+    let hello_bytes = write_frame(socket, hello, None).await?;
+    let challenge: Challenge = answer(&read_frame(socket, None).await?)?;
+    let transcript: [&[u8]; 2] = [&hello_bytes, &challenge.nonce];
+    if !trust(token.verify(Prover::Decode, &transcript, &challenge.proof)) {
+        return Err(ConnectError::Token);
+    }
+    write_frame(socket, &token.proof(Prover::Prefill, &transcript), None).await?;
+    let mut files = Vec::new();
+    let keep = (hello.transport == Transport::Shm).then_some(&mut files);
+    let welcome = answer(&read_frame(socket, keep).await?)?;
+    Ok((welcome, files))
+}
+
+fn answer<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, ConnectError> {
+    let answer: Answer<T> = postcard::from_bytes(bytes).map_err(|error| ConnectError::Protocol(error.to_string()))?;
+    Ok(answer?)
+}
+
+fn parse<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, HandshakeError> {
+    postcard::from_bytes(bytes).map_err(|_| HandshakeError::Protocol("unreadable"))
+}
+
+async fn read_frame(socket: &Socket, files: Option<&mut Vec<File>>) -> io::Result<Vec<u8>> {
+    let mut header = [0; 8];
+    match files {
+        Some(files) => socket.read_exact_with_files(&mut header, files).await?,
+        None => socket.read_exact(&mut header).await?,
+    }
+    let [a, b, c, d, length @ ..] = header;
+    let length = u32::from_le_bytes(length) as usize;
+    if [a, b, c, d] != MAGIC || length > FRAME_BYTES_MAX {
+        return Err(io::Error::new(io::ErrorKind::InvalidData, "not the session protocol"));
+    }
+    let mut body = vec![0; length];
+    socket.read_exact(&mut body).await?;
+    Ok(body)
+}
+
+async fn write_frame(socket: &Socket, body: &impl Serialize, files: Option<[&File; 2]>) -> io::Result<Vec<u8>> {
+    let body = postcard::to_stdvec(body).map_err(io::Error::other)?;
+    let mut frame = MAGIC.to_vec();
+    frame.extend_from_slice(&(body.len() as u32).to_le_bytes());
+    frame.extend_from_slice(&body);
+    match files {
+        Some(files) => socket.write_with_files(&frame, files).await?,
+        None => socket.write_all(&frame).await?,
+    }
+    Ok(body)
+}

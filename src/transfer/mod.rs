@@ -1,0 +1,65 @@
+//! Moving KV pages from the prefill worker that computed them into the decode worker that lent the room for them.
+//!
+//! A decode worker runs a [`SessionServer`] over its KV memory and its [`Mailbox`]; a prefill worker has one
+//! [`Connector`], and through it a [`Session`] to each decode worker it has work from. A session carries messages both
+//! ways (opaque here; `handoff` gives them meaning), and pages one way:
+//!
+//! - **shm**, on one host: the prefill worker maps the decode worker's KV memory and copies pages into it. One copy, and
+//!   nothing for the receiver to do.
+//! - **tcp**, otherwise: pages are sent straight from the sender's KV memory, and the receiver reads them from the socket
+//!   straight into those of its pages that it lent to this session; anything else ends the session.
+//!
+//! What is written under a loan is in place before the loan's mailbox word is, whichever way it went. When a loan can no
+//! longer be written to is said by [`SessionEvent::Revoked`] for one loan and by [`SessionEvent::Fenced`] for a session.
+
+mod address;
+mod auth;
+mod client;
+mod config;
+mod error;
+mod frame;
+mod handshake;
+mod link;
+mod mailbox;
+mod metrics;
+mod outbound;
+mod runs;
+mod server;
+mod socket;
+#[cfg(test)]
+mod tests;
+
+pub use address::{SessionAddresses, host_identity, runtime_directory};
+pub use auth::ClusterToken;
+pub use client::{Connector, ConnectorConfig, Session, Writer};
+pub use config::{Limits, ServerConfig};
+pub use error::{ConnectError, Refusal, ServerError, WriteError};
+pub use mailbox::Mailbox;
+pub use metrics::TransferMetrics;
+pub use runs::PageCopy;
+pub use server::{Peer, SessionEvent, SessionServer, Sink};
+
+/// The memory that pages are moved from or to.
+pub use engine_kernels::{KvRegion as Region, RegionShape};
+
+use serde::{Deserialize, Serialize};
+
+/// How a session moves pages.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Transport {
+    /// Memory shared between two processes of a host.
+    Shm,
+    /// A TCP connection.
+    Tcp,
+}
+
+impl Transport {
+    /// Its name in metrics, logs and worker cards.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Shm => "shm",
+            Self::Tcp => "tcp",
+        }
+    }
+}

@@ -1,0 +1,224 @@
+//! Listening, and finding out who is there.
+
+use std::fs::File;
+use std::future::Future;
+use std::io;
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
+use tokio::sync::{Semaphore, mpsc};
+use tokio::task::JoinHandle;
+
+use super::loans::Loans;
+use super::session::{Reach, ServerSession};
+use super::{Command, Peer, Shared};
+use crate::handoff::{SessionId, WorkerId};
+use crate::transfer::handshake::{self, HandshakeError, Hello, Welcome};
+use crate::transfer::socket::Socket;
+use crate::transfer::{Refusal, ServerError, Transport};
+
+/// Before the next try when the system has no file left for a connection.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
+
+/// The tasks that accept connections, and where.
+pub(super) struct Listening {
+    pub(super) tasks: Vec<JoinHandle<()>>,
+    pub(super) unix: Option<PathBuf>,
+    pub(super) tcp: Option<String>,
+}
+
+/// Listens wherever the configuration says.
+pub(super) async fn listen(shared: &Arc<Shared>) -> Result<Listening, ServerError> {
+    let mut listening = Listening { tasks: Vec::new(), unix: None, tcp: None };
+    let handshakes = Arc::new(Semaphore::new(shared.config.limits.handshakes));
+    if let Some(address) = shared.config.tcp {
+        let failed = |source| ServerError::Tcp { address, source };
+        let listener = TcpListener::bind(address).await.map_err(failed)?;
+        let bound = listener.local_addr().map_err(failed)?;
+        let host = shared.config.advertise.clone();
+        listening.tcp = Some(host.map_or_else(|| bound.to_string(), |host| join_host(&host, bound)));
+        let (shared, handshakes) = (shared.clone(), handshakes.clone());
+        listening.tasks.push(tokio::spawn(async move {
+            accept_all(&shared, &handshakes, Transport::Tcp, async || {
+                let (stream, _) = listener.accept().await?;
+                stream.set_nodelay(true)?;
+                Socket::new(TcpStream::into_std(stream)?)
+            })
+            .await;
+        }));
+    }
+    if let Some(folder) = shared.config.unix.as_deref().filter(|_| shared.region.file().is_some()) {
+        let failed = |source| ServerError::Unix { path: folder.to_path_buf(), source };
+        remove_stale_sockets(folder);
+        let (listener, path) = bind_unix(folder, &shared.instance).map_err(failed)?;
+        listening.unix = Some(path);
+        let (shared, handshakes) = (shared.clone(), handshakes.clone());
+        listening.tasks.push(tokio::spawn(async move {
+            accept_all(&shared, &handshakes, Transport::Shm, async || {
+                let (stream, _) = listener.accept().await?;
+                Socket::new(UnixStream::into_std(stream)?)
+            })
+            .await;
+        }));
+    }
+    if listening.tasks.is_empty() { Err(ServerError::Nowhere) } else { Ok(listening) }
+}
+
+/// `host:port`, with the brackets that an IPv6 address needs.
+fn join_host(host: &str, bound: SocketAddr) -> String {
+    match host.parse::<std::net::IpAddr>() {
+        Ok(address) => SocketAddr::new(address, bound.port()).to_string(),
+        Err(_) => format!("{host}:{}", bound.port()),
+    }
+}
+
+/// Makes a unix socket that is found under its name only once it is listened on: [`remove_stale_sockets`] of another worker
+/// that starts at the same time must not meet it before.
+fn bind_unix(folder: &Path, instance: &str) -> io::Result<(UnixListener, PathBuf)> {
+    let (hidden, path) = (folder.join(format!("{instance}.new")), folder.join(format!("{instance}.sock")));
+    let listener = UnixListener::bind(&hidden)?;
+    std::fs::rename(&hidden, &path)?;
+    Ok((listener, path))
+}
+
+/// Removes the sockets of workers that were killed: those that nobody listens on.
+fn remove_stale_sockets(folder: &Path) {
+    let Ok(entries) = std::fs::read_dir(folder) else { return };
+    for path in entries.flatten().map(|entry| entry.path()) {
+        let is_socket = path.extension().is_some_and(|extension| extension == "sock");
+        let connected = || std::os::unix::net::UnixStream::connect(&path);
+        if is_socket && connected().is_err_and(|error| error.kind() == io::ErrorKind::ConnectionRefused) {
+            // Another worker may have been faster.
+            let _ = std::fs::remove_file(&path);
+        }
+    }
+}
+
+/// Accepts for ever.
+async fn accept_all<A, F>(shared: &Arc<Shared>, handshakes: &Arc<Semaphore>, transport: Transport, accept: A)
+where
+    A: Fn() -> F,
+    F: Future<Output = io::Result<Socket>>,
+{
+    loop {
+        let socket = match accept().await {
+            Ok(socket) => socket,
+            Err(error) => {
+                tracing::warn!(%error, transport = transport.name(), "cannot accept a session");
+                tokio::time::sleep(ACCEPT_PAUSE).await;
+                continue;
+            }
+        };
+        let Ok(permit) = handshakes.clone().try_acquire_owned() else {
+            shared.config.metrics.refused.inc();
+            continue;
+        };
+        let shared = shared.clone();
+        tokio::spawn(async move {
+            let opening = tokio::time::timeout(shared.config.limits.handshake, open(&shared, socket, transport));
+            let opened = opening.await;
+            drop(permit);
+            match opened {
+                Ok(Ok((session, commands))) => session.run(commands).await,
+                Ok(Err(error)) => {
+                    shared.config.metrics.refused.inc();
+                    tracing::warn!(%error, transport = transport.name(), "no session");
+                }
+                Err(_) => {
+                    shared.config.metrics.refused.inc();
+                    tracing::warn!(transport = transport.name(), "no session: the handshake took too long");
+                }
+            }
+        });
+    }
+}
+
+/// Makes a connection a session.
+async fn open(
+    shared: &Arc<Shared>,
+    socket: Socket,
+    transport: Transport,
+) -> Result<(ServerSession, mpsc::UnboundedReceiver<Command>), HandshakeError> {
+    let process = match transport {
+        Transport::Shm => Some(socket.peer()?),
+        Transport::Tcp => None,
+    };
+    let hello = handshake::accept(&socket, &shared.config.token, |hello| {
+        let shape = shared.region.shape();
+        if let Some(process) = &process {
+            if process.user != rustix::process::geteuid().as_raw() {
+                return Err(Refusal::User);
+            }
+            if process.ended.is_none() || shared.files().is_none() {
+                return Err(Refusal::NotShared);
+            }
+        }
+        check(shared, hello, transport, shape.layers as u64, shape.page_bytes as u64)
+    })
+    .await?;
+    let reach = match process.and_then(|process| process.ended) {
+        None => Reach::Tcp(Loans::default()),
+        Some(ended) => Reach::shm(ended),
+    };
+    let id = shared.new_session();
+    let (sender, commands) = mpsc::unbounded_channel();
+    if !shared.admit(id, sender) {
+        return handshake::refuse(&socket, Refusal::Busy).await;
+    }
+    // From here on nothing can fail or be cancelled but in `run`, which reports the session's end and gives back its place.
+    let peer = Peer { worker: WorkerId(hello.worker), transport };
+    Ok((ServerSession::new(shared.clone(), id, socket, reach, peer), commands))
+}
+
+fn check(shared: &Shared, hello: &Hello, transport: Transport, layers: u64, page_bytes: u64) -> Result<(), Refusal> {
+    if hello.instance != shared.instance || hello.transport != transport {
+        return Err(Refusal::Instance);
+    }
+    if hello.model_key != shared.config.model_key {
+        return Err(Refusal::ModelKey);
+    }
+    if (hello.layers, hello.page_bytes) != (layers, page_bytes) {
+        return Err(Refusal::Layout);
+    }
+    Ok(())
+}
+
+impl Shared {
+    /// Makes room for a session, if there is.
+    fn admit(&self, id: SessionId, commands: mpsc::UnboundedSender<Command>) -> bool {
+        let mut sessions = self.sessions();
+        let room = sessions.len() < self.config.limits.sessions;
+        if room {
+            sessions.insert(id, commands);
+        }
+        room
+    }
+
+    /// What a peer over shm maps.
+    pub(super) fn files(&self) -> Option<[&File; 2]> {
+        Some([self.region.file()?, self.mailbox.file()?])
+    }
+
+    pub(super) fn welcome(&self) -> Welcome {
+        let limits = &self.config.limits;
+        // Limits beyond 32 bits are as good as none.
+        let small = |number: usize| u32::try_from(number).unwrap_or(u32::MAX);
+        Welcome {
+            pages: self.region.shape().pages as u64,
+            slots: self.mailbox.slots(),
+            message_bytes: small(limits.message_bytes),
+            queued_bytes: limits.queued_bytes as u64,
+            frame_bytes: small(self.frame_bytes()),
+            heartbeat_ms: small(limits.heartbeat.as_millis() as usize).max(1),
+            missed_heartbeats: limits.missed_heartbeats,
+        }
+    }
+
+    /// A frame holds one page at least.
+    pub(super) fn frame_bytes(&self) -> usize {
+        self.config.limits.frame_bytes.max(self.region.shape().page_bytes)
+    }
+}

@@ -1,0 +1,6 @@
+//! Sessions over real sockets, within one process ([`sessions`], [`refusals`]) and between two ([`processes`]).
+
+mod processes;
+mod refusals;
+mod sessions;
+mod support;
