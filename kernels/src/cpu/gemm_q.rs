@@ -1,7 +1,7 @@
 //! Products of quantised weights with quantised activations.
 //!
 //! Lanes are output columns, and each output is summed over `k` in one accumulator, block after block: the integer product
-//! of a block is exact, then `acc = fma(product, d_w × d_a, acc)` and, with a minimum, `acc = fma(m_w, d_a × Σa, acc)`. The
+//! of a block, its peak included, is exact, then `acc = fma(product, d_w × d_a, acc)` and, with a minimum, `acc = fma(m_w, d_a × Σq, acc)`. The
 //! order is the same for one row or many and on every instruction set, so the bits are too.
 //!
 //! A few rows (decoding) read the packed weights directly and are bound by memory. For more rows (prefill) 4-bit weights
@@ -245,7 +245,7 @@ unsafe fn accumulate<I: Isa, L: Layout, const R: usize, const PANEL: bool>(
                 if L::HALVES && pair == 1 {
                     for r in 0..R {
                         let info = &*infos.add(r * operands.infos_stride);
-                        let product = isa.finish_i8(sums[r], info.sums[0]);
+                        let product = isa.finish_i8(add_peak(isa, sums[r], w, info, Some(0)), info.sums[0]);
                         acc[r] = isa.fma(product, isa.mul(scale, isa.splat(info.scale)), acc[r]);
                         sums[r] = isa.int_zero();
                     }
@@ -254,11 +254,17 @@ unsafe fn accumulate<I: Isa, L: Layout, const R: usize, const PANEL: bool>(
             for r in 0..R {
                 let info = &*infos.add(r * operands.infos_stride);
                 let product = if L::U4 {
-                    isa.finish_u4(sums[r])
+                    let peak = info.peak as usize;
+                    let weights = if PANEL {
+                        isa.load_u8(w.add(peak * 64))
+                    } else {
+                        isa.load_u4_half(w.add(peak / 2 * 64), info.peak % 2 * 4)
+                    };
+                    isa.finish_u4(sums[r], weights, info.peak_high.as_ptr())
                 } else if L::HALVES {
-                    isa.finish_i8(sums[r], info.sums[1])
+                    isa.finish_i8(add_peak(isa, sums[r], w, info, Some(1)), info.sums[1])
                 } else {
-                    isa.finish_i8(sums[r], info.sums[0].wrapping_add(info.sums[1]))
+                    isa.finish_i8(add_peak(isa, sums[r], w, info, None), info.sums[0].wrapping_add(info.sums[1]))
                 };
                 let scale = if L::HALVES { second } else { scale };
                 acc[r] = isa.fma(product, isa.mul(scale, isa.splat(info.scale)), acc[r]);
@@ -268,6 +274,18 @@ unsafe fn accumulate<I: Isa, L: Layout, const R: usize, const PANEL: bool>(
             }
         }
     }
+}
+
+/// Adds what the high bytes of a block's peak make with its 8-bit weights at `w`; with a `half`, only if the peak lies there.
+///
+/// # Safety
+/// 512 weights are readable at `w`.
+#[inline(always)]
+unsafe fn add_peak<I: Isa>(isa: I, sum: I::I, w: *const u8, info: &BlockInfo, half: Option<u32>) -> I::I {
+    let elsewhere = half.is_some_and(|half| info.peak / 4 != half);
+    let high = if elsewhere { [0; 4] } else { info.peak_high };
+    // SAFETY: a peak is one of the block's eight fours.
+    unsafe { isa.peak_i8(sum, isa.load_i8(w.add(info.peak as usize * 64)), high.as_ptr()) }
 }
 
 /// Unpacks `count` 4-bit blocks.

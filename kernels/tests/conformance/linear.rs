@@ -17,12 +17,25 @@ fn product<B: Subject>(backend: &mut B, parts: &[Matrix<'_>], x: &[f32], bias: O
 
 const BLOCK: usize = 32;
 
-/// Activations as a backend that rounds them sees them: int8 in blocks of 32, scaled by the largest magnitude.
+fn largest(x: &[f32]) -> f32 {
+    x.iter().fold(0.0, |max, x| max.max(x.abs()))
+}
+
+/// The unit in which a backend that rounds activations counts a block of them: of the eight fours, the one with the largest
+/// magnitude (the first of equals) may take 127 × 128 units, and the largest of the other seven takes 127.
+fn unit(block: &[f32]) -> f32 {
+    let fours: Vec<f32> = block.chunks(4).map(largest).collect();
+    let peak = (0..fours.len()).rev().max_by(|&a, &b| fours[a].total_cmp(&fours[b])).unwrap();
+    let rest = fours.iter().enumerate().filter(|(i, _)| *i != peak).fold(0.0f32, |max, (_, x)| max.max(*x));
+    (rest / 127.0).max(fours[peak] / (127.0 * 128.0))
+}
+
+/// Activations as a backend that rounds them sees them: whole units.
 fn rounded(x: &[f32]) -> Vec<f32> {
     let block = |block: &[f32]| {
-        let largest = block.iter().fold(0.0f32, |max, x| max.max(x.abs()));
-        let inverse = if largest > 0.0 { 127.0 / largest } else { 0.0 };
-        block.iter().map(|x| (x * inverse).round_ties_even() * (largest / 127.0)).collect::<Vec<_>>()
+        let unit = unit(block);
+        let inverse = if unit > 0.0 { 1.0 / unit } else { 0.0 };
+        block.iter().map(|x| (x * inverse).round_ties_even() * unit).collect::<Vec<_>>()
     };
     x.chunks(BLOCK).flat_map(block).collect()
 }
@@ -36,26 +49,22 @@ fn rounding(parts: &[Matrix<'_>], x: &[f32]) -> Vec<f32> {
     let mut out = Vec::new();
     for x in x.chunks_exact(cols) {
         let sum: f32 = x.iter().map(|x| x.abs()).sum();
-        out.extend(weights.chunks_exact(cols).map(|row| {
-            let largest = row.iter().fold(0.0f32, |max, w| max.max(w.abs()));
-            2e-5 * largest * sum + 1e-6
-        }));
+        out.extend(weights.chunks_exact(cols).map(|row| 2e-5 * largest(row) * sum + 1e-6));
     }
     out
 }
 
-/// How far int8 activations can move each output: half a unit of each, which is a 254th of its block's largest.
-fn int8_bound(parts: &[Matrix<'_>], x: &[f32]) -> Vec<f32> {
+/// How far rounded activations can move each output: each by half a unit.
+fn rounding_bound(parts: &[Matrix<'_>], x: &[f32]) -> Vec<f32> {
     let cols = parts[0].cols();
     let weights: Vec<f32> = parts.iter().flat_map(dequantize).collect();
     let mut out = Vec::new();
     for x in x.chunks_exact(cols) {
-        let units: Vec<f32> =
-            x.chunks(BLOCK).map(|block| block.iter().fold(0.0f32, |max, x| max.max(x.abs())) / 254.0).collect();
+        let halves: Vec<f32> = x.chunks(BLOCK).map(|block| unit(block) / 2.0).collect();
         out.extend(
-            weights
-                .chunks_exact(cols)
-                .map(|row| row.iter().enumerate().map(|(k, w)| w.abs() * units[k / BLOCK]).sum::<f32>() * 1.001 + 1e-6),
+            weights.chunks_exact(cols).map(|row| {
+                row.iter().enumerate().map(|(k, w)| w.abs() * halves[k / BLOCK]).sum::<f32>() * 1.001 + 1e-6
+            }),
         );
     }
     out
@@ -81,7 +90,7 @@ fn check<B: Subject>(parts: &[Matrix<'_>], x: &[f32], bias: Option<&[f32]>, what
     let want = product(&mut ReferenceBackend, &[kept.matrix()], &seen, bias);
     assert_near(&ours, &want, |i| tight[i], what);
     if rounds {
-        let loose = int8_bound(parts, x);
+        let loose = rounding_bound(parts, x);
         let exact = product(&mut ReferenceBackend, &[kept.matrix()], x, bias);
         assert_near(&ours, &exact, |i| tight[i] + loose[i], &format!("{what}, activations unrounded"));
     }

@@ -7,7 +7,7 @@ use half::{bf16, f16};
 
 /// A backend under test.
 pub(crate) trait Subject: Backend + Sized {
-    /// Whether [`Backend::linear`] rounds activations to int8 before it multiplies them with quantised weights.
+    /// Whether [`Backend::linear`] rounds activations to integers before it multiplies them with quantised weights.
     const ROUNDS_ACTIVATIONS: bool;
 
     /// Whether the two levels of scales of K-quants are multiplied out and rounded to f16.

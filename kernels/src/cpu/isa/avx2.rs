@@ -1,6 +1,6 @@
 use std::arch::x86_64::*;
 
-use super::{Isa, Kernel};
+use super::{Isa, Kernel, PEAK_UNIT};
 
 /// AVX2, FMA and F16C: sixteen lanes are two registers.
 ///
@@ -222,6 +222,12 @@ impl Isa for Avx2 {
         }
     }
     #[inline(always)]
+    unsafe fn load_u4_half(self, p: *const u8, shift: u32) -> Self::W {
+        // SAFETY: the caller vouches for 64 bytes.
+        let both = unsafe { self.load_u8(p) };
+        both!(both, |w| _mm256_and_si256(_mm256_srl_epi16(w, _mm_cvtsi32_si128(shift as i32)), _mm256_set1_epi8(15)))
+    }
+    #[inline(always)]
     unsafe fn load_u8(self, p: *const u8) -> Self::W {
         // SAFETY: the caller vouches for 64 bytes.
         unsafe { [_mm256_loadu_si256(p.cast()), _mm256_loadu_si256(p.add(32).cast())] }
@@ -253,19 +259,40 @@ impl Isa for Avx2 {
     #[inline(always)]
     unsafe fn dot_i8(self, sum: Self::I, w: Self::W, a: *const i8) -> Self::I {
         // SAFETY: the caller vouches for four activations.
-        let a = unsafe { _mm256_set1_epi32(a.cast::<i32>().read_unaligned()) };
-        let products = both!(w, |w| {
-            let pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(a, w));
-            _mm256_madd_epi16(pairs, _mm256_set1_epi16(1))
-        });
+        let products = unsafe { self.products_i8::<1>(w, a) };
         lanewise!(_mm256_add_epi32, sum, products)
     }
     #[inline(always)]
-    fn finish_u4(self, sum: Self::I) -> Self::F {
-        both!(sum, |s| _mm256_cvtepi32_ps(_mm256_madd_epi16(s, _mm256_set1_epi16(1))))
+    unsafe fn finish_u4(self, sum: Self::I, w: Self::W, high: *const i8) -> Self::F {
+        // SAFETY: the caller vouches for four activations.
+        let high = unsafe { _mm256_set1_epi32(high.cast::<i32>().read_unaligned()) };
+        let pairs = both!(w, |w| _mm256_maddubs_epi16(w, high));
+        let peak = both!(pairs, |p| _mm256_madd_epi16(p, _mm256_set1_epi16(PEAK_UNIT as i16)));
+        let rest = both!(sum, |s| _mm256_madd_epi16(s, _mm256_set1_epi16(1)));
+        let all = lanewise!(_mm256_add_epi32, rest, peak);
+        both!(all, |s| _mm256_cvtepi32_ps(s))
+    }
+    #[inline(always)]
+    unsafe fn peak_i8(self, sum: Self::I, w: Self::W, high: *const i8) -> Self::I {
+        // SAFETY: the caller vouches for four activations.
+        let products = unsafe { self.products_i8::<{ PEAK_UNIT as i16 }>(w, high) };
+        lanewise!(_mm256_add_epi32, sum, products)
     }
     #[inline(always)]
     fn finish_i8(self, sum: Self::I, _activations: i32) -> Self::F {
         both!(sum, |s| _mm256_cvtepi32_ps(s))
+    }
+}
+
+impl Avx2 {
+    /// `FACTOR` times the products of signed 8-bit weights with four activations at `a`.
+    #[inline(always)]
+    unsafe fn products_i8<const FACTOR: i16>(self, w: [__m256i; 2], a: *const i8) -> [__m256i; 2] {
+        // SAFETY: the caller vouches for four activations.
+        let a = unsafe { _mm256_set1_epi32(a.cast::<i32>().read_unaligned()) };
+        both!(w, |w| {
+            let pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(a, w));
+            _mm256_madd_epi16(pairs, _mm256_set1_epi16(FACTOR))
+        })
     }
 }

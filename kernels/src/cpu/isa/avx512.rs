@@ -1,6 +1,6 @@
 use std::arch::x86_64::*;
 
-use super::{Isa, Kernel};
+use super::{Isa, Kernel, PEAK_UNIT};
 
 /// AVX-512 with VNNI: sixteen lanes are one register, and `vpdpbusd` multiplies unsigned weights with signed activations.
 /// Signed weights have 128 added (by flipping their top bit), which is taken off again as `128 × Σ activations`.
@@ -163,6 +163,14 @@ impl Isa for Avx512 {
         }
     }
     #[inline(always)]
+    unsafe fn load_u4_half(self, p: *const u8, shift: u32) -> __m512i {
+        // SAFETY: the caller vouches for 64 bytes.
+        unsafe {
+            let both = _mm512_srl_epi16(_mm512_loadu_si512(p.cast()), _mm_cvtsi32_si128(shift as i32));
+            _mm512_and_si512(both, _mm512_set1_epi8(15))
+        }
+    }
+    #[inline(always)]
     unsafe fn load_u8(self, p: *const u8) -> __m512i {
         // SAFETY: the caller vouches for 64 bytes.
         unsafe { _mm512_loadu_si512(p.cast()) }
@@ -188,8 +196,15 @@ impl Isa for Avx512 {
         unsafe { self.dot_u4(sum, w, a) }
     }
     #[inline(always)]
-    fn finish_u4(self, sum: __m512i) -> __m512 {
-        pure!(_mm512_cvtepi32_ps(sum))
+    unsafe fn finish_u4(self, sum: __m512i, w: __m512i, high: *const i8) -> __m512 {
+        // SAFETY: the caller vouches for four activations.
+        unsafe { _mm512_cvtepi32_ps(self.peak_i8(sum, w, high)) }
+    }
+    #[inline(always)]
+    unsafe fn peak_i8(self, sum: __m512i, w: __m512i, high: *const i8) -> __m512i {
+        const SHIFT: u32 = PEAK_UNIT.trailing_zeros();
+        // SAFETY: the caller vouches for four activations.
+        unsafe { _mm512_add_epi32(sum, _mm512_slli_epi32::<SHIFT>(self.dot_u4(self.int_zero(), w, high))) }
     }
     #[inline(always)]
     fn finish_i8(self, sum: __m512i, activations: i32) -> __m512 {

@@ -11,6 +11,8 @@ mod avx2;
 mod avx512;
 mod portable;
 
+use super::quant::PEAK_UNIT;
+
 /// Lanes of a vector, and columns of a packed weight group.
 pub(crate) const LANES: usize = 16;
 
@@ -75,6 +77,8 @@ pub(crate) trait Isa: Copy + Send + Sync + 'static {
     fn int_zero(self) -> Self::I;
     /// Reads a packed 4-bit group of 64 bytes: the weights of the low nibbles, then those of the high ones.
     unsafe fn load_u4(self, p: *const u8) -> (Self::W, Self::W);
+    /// Reads one of [`Isa::load_u4`]'s two: `shift` is 0 for that of the low nibbles, 4 for that of the high ones.
+    unsafe fn load_u4_half(self, p: *const u8, shift: u32) -> Self::W;
     /// Reads unsigned weights of at most 4 bits from bytes, 64 of them.
     unsafe fn load_u8(self, p: *const u8) -> Self::W;
     /// Writes what [`Isa::load_u8`] reads.
@@ -85,9 +89,12 @@ pub(crate) trait Isa: Copy + Send + Sync + 'static {
     unsafe fn dot_u4(self, sum: Self::I, w: Self::W, a: *const i8) -> Self::I;
     /// Adds the products of signed 8-bit weights with four activations (none of them -128) at `a`.
     unsafe fn dot_i8(self, sum: Self::I, w: Self::W, a: *const i8) -> Self::I;
-    /// The sums made by [`Isa::dot_u4`].
-    fn finish_u4(self, sum: Self::I) -> Self::F;
-    /// The sums made by [`Isa::dot_i8`]; `activations` is the sum of all activations that went in.
+    /// The sums made by [`Isa::dot_u4`], and [`PEAK_UNIT`] times the products of `w` with four more activations at `high`.
+    unsafe fn finish_u4(self, sum: Self::I, w: Self::W, high: *const i8) -> Self::F;
+    /// Adds [`PEAK_UNIT`] times the products of signed 8-bit weights with four activations (none of them -128) at `high`.
+    unsafe fn peak_i8(self, sum: Self::I, w: Self::W, high: *const i8) -> Self::I;
+    /// The sums made by [`Isa::dot_i8`]; `activations` is the sum of all activations that
+    /// went in, those of peaks times [`PEAK_UNIT`].
     fn finish_i8(self, sum: Self::I, activations: i32) -> Self::F;
 
     /// Asks for the cache line at `p`, which may be anywhere.

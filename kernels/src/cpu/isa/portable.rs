@@ -1,6 +1,6 @@
 use half::{bf16, f16};
 
-use super::{Isa, LANES};
+use super::{Isa, LANES, PEAK_UNIT};
 
 /// Arrays and loops, on any machine. Slow where `f32::mul_add` is a library call, but right.
 #[derive(Clone, Copy)]
@@ -144,6 +144,11 @@ impl Isa for Portable {
         (bytes.map(|b| i16::from(b & 15)), bytes.map(|b| i16::from(b >> 4)))
     }
     #[inline(always)]
+    unsafe fn load_u4_half(self, p: *const u8, shift: u32) -> Self::W {
+        // SAFETY: see above; 64 bytes.
+        unsafe { p.cast::<[u8; 4 * LANES]>().read_unaligned() }.map(|b| i16::from((b >> shift) & 15))
+    }
+    #[inline(always)]
     unsafe fn load_u8(self, p: *const u8) -> Self::W {
         // SAFETY: see above; 64 bytes.
         unsafe { p.cast::<[u8; 4 * LANES]>().read_unaligned() }.map(i16::from)
@@ -169,8 +174,15 @@ impl Isa for Portable {
         dot(sum, &w, unsafe { a.cast::<[i8; 4]>().read_unaligned() })
     }
     #[inline(always)]
-    fn finish_u4(self, sum: Self::I) -> Lanes {
-        sum.map(|s| s as f32)
+    unsafe fn finish_u4(self, sum: Self::I, w: Self::W, high: *const i8) -> Lanes {
+        // SAFETY: see above; four activations.
+        unsafe { self.peak_i8(sum, w, high) }.map(|s| s as f32)
+    }
+    #[inline(always)]
+    unsafe fn peak_i8(self, sum: Self::I, w: Self::W, high: *const i8) -> Self::I {
+        // SAFETY: see above; four activations.
+        let products = dot([0; LANES], &w, unsafe { high.cast::<[i8; 4]>().read_unaligned() });
+        std::array::from_fn(|i| sum[i] + PEAK_UNIT * products[i])
     }
     #[inline(always)]
     fn finish_i8(self, sum: Self::I, _activations: i32) -> Lanes {

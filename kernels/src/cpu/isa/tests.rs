@@ -19,7 +19,8 @@ impl Kernel for Probe<'_> {
             let activations = self.activations.as_ptr();
             let u4 = isa.dot_u4(isa.dot_u4(isa.int_zero(), low, activations), high, activations);
             let i8 = isa.dot_i8(isa.int_zero(), isa.load_i8(self.bytes.as_ptr()), activations);
-            let sum = self.activations.iter().map(|&a| i32::from(a)).sum();
+            let i8 = isa.peak_i8(i8, isa.load_i8(self.bytes.as_ptr()), activations);
+            let sum = self.activations.iter().map(|&a| i32::from(a)).sum::<i32>() * (1 + PEAK_UNIT);
             let (first, second) = isa.load_bf16_pairs(self.bytes.as_ptr().cast());
             for lanes in [
                 isa.add(a, b),
@@ -33,7 +34,8 @@ impl Kernel for Probe<'_> {
                 isa.round(a),
                 isa.exp(a),
                 isa.zero_if_lt(a, b, a),
-                isa.finish_u4(u4),
+                isa.finish_u4(u4, isa.load_u4_half(self.bytes.as_ptr(), 0), activations),
+                isa.finish_u4(u4, isa.load_u4_half(self.bytes.as_ptr(), 4), activations),
                 isa.finish_i8(i8, sum),
                 isa.splat(isa.reduce_add(a)),
                 isa.splat(isa.reduce_max(a)),
