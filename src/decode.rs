@@ -143,7 +143,7 @@ fn api_config(
         api_keys: cli.api_key.clone(),
         body_bytes_max: cli.max_body_size,
         request_timeout: cli.request_timeout,
-        cluster_token: None,
+        cluster_token: cli.cluster.cluster_token.clone(),
         allowed_origins: cli.allowed_origins.clone(),
     }
 }
@@ -200,19 +200,20 @@ fn announce(config: &ApiConfig, address: SocketAddr) {
 }
 
 /// The signals that ask a process to leave.
-struct Signals {
+pub(crate) struct Signals {
     terminate: tokio::signal::unix::Signal,
     interrupt: tokio::signal::unix::Signal,
 }
 
 impl Signals {
-    fn new() -> Result<Self> {
+    /// Handles them from now on.
+    pub(crate) fn new() -> Result<Self> {
         let listen = |kind| signal(kind).context("cannot handle signals");
         Ok(Self { terminate: listen(SignalKind::terminate())?, interrupt: listen(SignalKind::interrupt())? })
     }
 
     /// Waits for one and returns the exit status it stands for.
-    async fn next(&mut self) -> i32 {
+    pub(crate) async fn next(&mut self) -> i32 {
         tokio::select! {
             _ = self.terminate.recv() => 128 + 15,
             _ = self.interrupt.recv() => 128 + 2,

@@ -7,6 +7,7 @@ pub mod cache;
 pub mod cli;
 pub mod cluster;
 pub mod decode;
+pub mod frontend;
 pub mod handoff;
 pub mod scheduler;
 pub mod telemetry;

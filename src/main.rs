@@ -2,7 +2,7 @@
 
 use std::process::ExitCode;
 
-use engine::{cli::Role, decode, telemetry::init_logging};
+use engine::{cli::Role, decode, frontend, telemetry::init_logging};
 
 /// Threads for HTTP: few, because the engine needs the cores.
 fn io_threads() -> usize {
@@ -27,7 +27,7 @@ fn start(role: Role) -> anyhow::Result<()> {
         match role {
             Role::Decode(args) => decode::run(args).await,
             Role::Prefill(_) => anyhow::bail!("prefill workers are not part of this build"),
-            Role::Frontend(_) => anyhow::bail!("the frontend is not part of this build"),
+            Role::Frontend(args) => frontend::run(args).await,
         }
     });
     // Work on blocking threads (a prompt being encoded, a model being loaded) is left behind.

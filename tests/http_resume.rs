@@ -9,7 +9,7 @@ mod support;
 use std::time::Duration;
 
 use serde_json::{Value, json};
-use served::{Options, Worker};
+use served::{Answer, Options, Worker};
 
 const CHAT: &str = "/v1/chat/completions";
 const COMPLETIONS: &str = "/v1/completions";
@@ -48,62 +48,10 @@ fn relayed(worker: &Worker, path: &str, request: &Value, journal: &str) -> Vec<E
         .collect()
 }
 
-/// An answer, however its text was cut into events.
-#[derive(Debug, Default, PartialEq)]
-struct Answer {
-    ids: Vec<Value>,
-    choices: Vec<Choice>,
-    usage: Vec<Value>,
-    done: usize,
-}
-
-#[derive(Debug, Default, Clone, PartialEq)]
-struct Choice {
-    text: String,
-    roles: usize,
-    logprobs: Vec<Value>,
-    finishes: Vec<Value>,
-}
-
 fn merged<'a>(events: impl IntoIterator<Item = &'a Event>) -> Answer {
     let mut answer = Answer::default();
     for event in events {
-        let data = event.data.strip_prefix("data: ").unwrap();
-        if data == "[DONE]" {
-            answer.done += 1;
-            continue;
-        }
-        assert_eq!(answer.done, 0, "more after the end");
-        let chunk: Value = serde_json::from_str(data).unwrap();
-        let id = json!([chunk["id"], chunk["created"], chunk["object"], chunk["model"]]);
-        if !answer.ids.contains(&id) {
-            answer.ids.push(id);
-        }
-        if chunk["usage"].is_object() {
-            answer.usage.push(chunk["usage"].clone());
-        }
-        for choice in chunk["choices"].as_array().unwrap() {
-            let index = choice["index"].as_u64().unwrap() as usize;
-            answer.choices.resize(answer.choices.len().max(index + 1), Choice::default());
-            let into = &mut answer.choices[index];
-            let delta = &choice["delta"];
-            into.text += choice["text"].as_str().or(delta["content"].as_str()).unwrap_or_default();
-            into.roles += usize::from(delta["role"].is_string());
-            let logprobs = &choice["logprobs"];
-            into.logprobs.extend(logprobs["content"].as_array().into_iter().flatten().cloned());
-            for (at, token) in logprobs["tokens"].as_array().into_iter().flatten().enumerate() {
-                let field = |name: &str| logprobs[name][at].clone();
-                into.logprobs.push(json!([
-                    token,
-                    field("token_logprobs"),
-                    field("top_logprobs"),
-                    field("text_offset")
-                ]));
-            }
-            if !choice["finish_reason"].is_null() {
-                into.finishes.push(choice["finish_reason"].clone());
-            }
-        }
+        answer.take(event.data.strip_prefix("data: ").unwrap());
     }
     answer
 }

@@ -37,7 +37,7 @@ pub(crate) async fn observe(State(serving): State<Arc<Serving>>, request: Reques
 }
 
 /// The client's own id, if it is sensible, or a new one.
-fn request_id(request: &Request) -> HeaderValue {
+pub(crate) fn request_id(request: &Request) -> HeaderValue {
     let sensible = |id: &&HeaderValue| {
         let bytes = id.as_bytes();
         !bytes.is_empty() && bytes.len() <= REQUEST_ID_BYTES_MAX && bytes.iter().all(u8::is_ascii_graphic)
@@ -49,22 +49,29 @@ fn request_id(request: &Request) -> HeaderValue {
 
 /// Lets requests with one of the keys pass; all, if there are none.
 pub(crate) async fn require_key(State(serving): State<Arc<Serving>>, request: Request, next: Next) -> Response {
-    let keys = &serving.config.api_keys;
+    match check_key(&serving.config.api_keys, request).await {
+        Ok(request) => next.run(request).await,
+        Err(refusal) => refusal,
+    }
+}
+
+/// Gives the request back if it has one of the keys or there are none; else the answer that refuses it.
+pub(crate) async fn check_key(keys: &[String], request: Request) -> Result<Request, Response> {
     // A browser asks for permission without the key.
     if keys.is_empty() || request.method() == Method::OPTIONS {
-        return next.run(request).await;
+        return Ok(request);
     }
     let bearer = request.headers().get(header::AUTHORIZATION).and_then(|value| {
         let (scheme, key) = value.as_bytes().split_at_checked(7)?;
         scheme.eq_ignore_ascii_case(b"bearer ").then_some(key)
     });
     let message = match bearer {
-        Some(key) if is_one_of(key, keys) => return next.run(request).await,
+        Some(key) if is_one_of(key, keys) => return Ok(request),
         Some(_) => "Incorrect API key provided",
         None => "You didn't provide an API key; send it as 'Authorization: Bearer KEY'",
     };
     discard_body(request).await;
-    ApiError::new(StatusCode::UNAUTHORIZED, "invalid_api_key", message).into_response()
+    Err(ApiError::new(StatusCode::UNAUTHORIZED, "invalid_api_key", message).into_response())
 }
 
 /// Compares in a time that depends neither on where the key differs nor on how long it is: digests of all are compared.

@@ -27,7 +27,13 @@ mod validate;
 mod wire;
 
 pub use error::ApiError;
+pub(crate) use extract::read_body;
+pub(crate) use info::version;
+pub(crate) use middleware::{check_key, request_id};
+pub(crate) use router::{cors, fallbacks};
+pub(crate) use server::serve_router;
 pub use server::{Bound, ServerConfig, ServerError, bind, serve};
+pub(crate) use state::unix_seconds;
 pub use state::{ApiConfig, Defaults};
 pub use template::{ChatTemplate, RenderOptions, TemplateError};
 

@@ -31,18 +31,18 @@ pub(crate) fn router(serving: Arc<Serving>) -> Router {
         .route_layer(from_fn_with_state(serving.clone(), require_key));
     let origins = &serving.config.allowed_origins;
     let cors = (!origins.is_empty()).then(|| cors(origins));
-    let router = guarded
-        .route("/health", get(health))
-        .route("/version", get(version))
-        .route("/metrics", get(metrics))
-        .method_not_allowed_fallback(method_not_allowed)
-        .fallback(not_found)
-        .layer(from_fn_with_state(serving.clone(), observe));
+    let router = guarded.route("/health", get(health)).route("/version", get(version)).route("/metrics", get(metrics));
+    let router = fallbacks(router).layer(from_fn_with_state(serving.clone(), observe));
     let router = match cors {
         Some(cors) => router.layer(cors),
         None => router,
     };
     router.with_state(serving)
+}
+
+/// Errors of OpenAI's shape for what is not served.
+pub(crate) fn fallbacks<S: Clone + Send + Sync + 'static>(router: Router<S>) -> Router<S> {
+    router.method_not_allowed_fallback(method_not_allowed).fallback(not_found)
 }
 
 async fn not_found(request: Request) -> ApiError {
@@ -58,7 +58,8 @@ async fn method_not_allowed(request: Request) -> ApiError {
     ApiError::new(StatusCode::METHOD_NOT_ALLOWED, "method_not_allowed", message)
 }
 
-fn cors(origins: &[String]) -> CorsLayer {
+/// Lets browsers' pages from `origins` ask; `*` stands for all.
+pub(crate) fn cors(origins: &[String]) -> CorsLayer {
     let origin = if origins.iter().any(|origin| origin == "*") {
         AllowOrigin::any()
     } else {

@@ -109,12 +109,25 @@ pub async fn serve(
     shutdown: impl Future<Output = ()>,
 ) {
     let serving = Serving::new(api, engine, metrics);
+    let drained = serving.clone();
+    serve_router(listener, router(serving), config, shutdown, async move { drained.drain().await }).await;
+}
+
+/// Serves `router` until `shutdown` resolves; then `drain` is to refuse new requests, and to resolve when the running ones
+/// have ended.
+pub(crate) async fn serve_router(
+    listener: TcpListener,
+    router: Router,
+    config: ServerConfig,
+    shutdown: impl Future<Output = ()>,
+    drain: impl Future<Output = ()>,
+) {
     let close = watch::Sender::new(());
-    let accepting = accept(&listener, router(serving.clone()), config.connections_max, &close);
+    let accepting = accept(&listener, router, config.connections_max, &close);
     let draining = async {
         shutdown.await;
         tracing::info!("draining: no new requests are taken; a second signal leaves at once");
-        if timeout(config.drain_timeout, serving.drain()).await.is_err() {
+        if timeout(config.drain_timeout, drain).await.is_err() {
             tracing::warn!("some answers did not end within --shutdown-timeout and are broken off");
         }
     };

@@ -1,6 +1,6 @@
 use std::time::Duration;
 
-use clap::Args;
+use clap::{Args, builder::NonEmptyStringValueParser};
 
 use super::{
     ClusterArgs, LogArgs,
@@ -19,6 +19,22 @@ pub struct FrontendArgs {
     #[arg(long, value_name = "PORT", default_value_t = DEFAULT_PORT, help_heading = "Server")]
     pub port: u16,
 
+    /// Key that clients have to send; may be given several times. Keys go on to the workers, which may want them too
+    #[arg(
+        long,
+        value_name = "KEY",
+        env = "ENGINE_API_KEY",
+        hide_env_values = true,
+        value_delimiter = ',',
+        value_parser = NonEmptyStringValueParser::new(),
+        help_heading = "Server"
+    )]
+    pub api_key: Vec<String>,
+
+    /// Origins whose pages may ask from a browser (as their Origin header names them, or * for all); may be given several times
+    #[arg(long, value_name = "ORIGIN", help_heading = "Server")]
+    pub allowed_origins: Vec<String>,
+
     /// Largest body of a request
     #[arg(long, value_name = "SIZE", value_parser = parse_size, default_value = "16MiB", help_heading = "Server")]
     pub max_body_size: usize,
@@ -30,6 +46,10 @@ pub struct FrontendArgs {
     /// Seconds an answer may take, waiting and moving to another worker included
     #[arg(long, value_name = "SECONDS", value_parser = parse_seconds, default_value = "3600", help_heading = "Server")]
     pub request_timeout: Duration,
+
+    /// Seconds that an answer whose worker was lost waits for another one, if there is none
+    #[arg(long, value_name = "SECONDS", value_parser = parse_seconds, default_value = "15", help_heading = "Server")]
+    pub worker_patience: Duration,
 
     /// Seconds that running answers have to end after SIGTERM
     #[arg(long, value_name = "SECONDS", value_parser = parse_seconds, default_value = "300", help_heading = "Server")]

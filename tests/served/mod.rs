@@ -2,10 +2,17 @@
 //! digest of everything before it. They take no time, and any two of them give the same answer.
 #![allow(dead_code, reason = "each test uses some of it")]
 
+mod answer;
+
+pub(crate) use answer::Answer;
+
 use std::{
     net::SocketAddr,
     path::PathBuf,
-    sync::{Arc, Condvar, LazyLock, Mutex},
+    sync::{
+        Arc, Condvar, LazyLock, Mutex,
+        atomic::{AtomicBool, Ordering},
+    },
     time::Duration,
 };
 
@@ -37,6 +44,7 @@ pub(crate) struct Gate {
     /// Steps that may still be computed; `None`: all.
     steps: Mutex<Option<usize>>,
     changed: Condvar,
+    held: AtomicBool,
 }
 
 impl Gate {
@@ -52,11 +60,18 @@ impl Gate {
         self.changed.notify_all();
     }
 
+    /// Whether a step is held back.
+    pub(crate) fn holds(&self) -> bool {
+        self.held.load(Ordering::SeqCst)
+    }
+
     fn pass(&self) {
+        self.held.store(true, Ordering::SeqCst);
         let mut steps = self.changed.wait_while(self.steps.lock().unwrap(), |steps| *steps == Some(0)).unwrap();
         if let Some(steps) = &mut *steps {
             *steps -= 1;
         }
+        self.held.store(false, Ordering::SeqCst);
     }
 }
 
@@ -110,6 +125,7 @@ pub(crate) struct Options {
     pub(crate) model: &'static str,
     pub(crate) cluster_token: Option<String>,
     pub(crate) max_model_len: usize,
+    pub(crate) max_num_seqs: usize,
     pub(crate) max_waiting_requests: usize,
     /// How long a step takes: where it takes any time, most tokens have an event of their own.
     pub(crate) step: Duration,
@@ -117,7 +133,14 @@ pub(crate) struct Options {
 
 impl Default for Options {
     fn default() -> Self {
-        Self { model: "m", cluster_token: None, max_model_len: 2048, max_waiting_requests: 256, step: Duration::ZERO }
+        Self {
+            model: "m",
+            cluster_token: None,
+            max_model_len: 2048,
+            max_num_seqs: 8,
+            max_waiting_requests: 256,
+            step: Duration::ZERO,
+        }
     }
 }
 
@@ -152,7 +175,7 @@ impl Worker {
             allowed_origins: Vec::new(),
         };
         let config = EngineConfig {
-            max_num_seqs: 8,
+            max_num_seqs: options.max_num_seqs,
             max_num_batched_tokens: 64,
             max_waiting_requests: options.max_waiting_requests,
             max_model_len: options.max_model_len,
@@ -177,9 +200,9 @@ impl Worker {
     /// Ends it without a word: connections break off, the address refuses further ones.
     pub(crate) fn kill(&mut self) {
         if let Some(runtime) = self.runtime.take() {
+            runtime.shutdown_timeout(Duration::from_secs(10));
             self.engine.stop();
             self.gate.open();
-            runtime.shutdown_timeout(Duration::from_secs(10));
         }
     }
 }

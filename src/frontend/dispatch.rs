@@ -1,0 +1,298 @@
+//! Getting a request to a worker that answers it: placing it, and going to the next worker when one refuses or is lost.
+
+use std::{future::Future, sync::Arc, time::Duration};
+
+use bytes::Bytes;
+use hyper::{
+    Method, Request, StatusCode,
+    header::{self, HeaderMap, HeaderValue},
+    http::uri::PathAndQuery,
+};
+use tokio::{
+    sync::watch,
+    time::{Instant, sleep, sleep_until},
+};
+
+use super::{
+    Frontend,
+    peek::Peek,
+    placement::{Candidate, choose},
+    upstream::{Exchange, Payload},
+    workers::{Booking, LostError, Serving, Table, Worker},
+};
+use crate::{
+    api::{
+        ApiError,
+        progress::{CLUSTER_TOKEN_HEADER, PROGRESS_HEADER, RESUME_HEADER},
+    },
+    cluster::{LeaseId, ModelKey},
+};
+
+/// Workers that may be lost over a request without its getting any further. A request that kills whoever takes it must
+/// not go through the whole cluster.
+const LOSSES_MAX: usize = 3;
+/// Refusals (429, 503 and the like) after which the last one is the answer.
+const REFUSALS_MAX: usize = 3;
+/// How often it is looked whether the worker one waits for is still there.
+pub(super) const PULSE: Duration = Duration::from_secs(1);
+/// How often workers that were given up are tried again, while an answer waits for one to continue it.
+const RETRY_PERIOD: Duration = Duration::from_millis(250);
+/// What of a client's headers workers get to see.
+const PASSED_ON: [&str; 6] =
+    ["content-type", "authorization", "traceparent", "tracestate", "x-request-id", "user-agent"];
+
+/// A request as workers get it, for as long as it may have to be sent again.
+pub(super) struct Asked {
+    path: PathAndQuery,
+    headers: HeaderMap,
+    body: Bytes,
+    pub(super) peek: Option<Peek>,
+    pub(super) arrived: Instant,
+    pub(super) deadline: Instant,
+}
+
+impl Asked {
+    pub(super) fn new(path: PathAndQuery, given: &HeaderMap, body: Bytes, timeout: Duration) -> Self {
+        let mut headers = HeaderMap::with_capacity(PASSED_ON.len());
+        for name in PASSED_ON {
+            if let Some(value) = given.get(name) {
+                headers.insert(name, value.clone());
+            }
+        }
+        let arrived = Instant::now();
+        Self { path, headers, peek: Peek::read(&body), body, arrived, deadline: arrived + timeout }
+    }
+
+    pub(super) fn streams(&self) -> bool {
+        self.peek.as_ref().is_some_and(|peek| peek.stream)
+    }
+
+    fn request(&self, worker: &Worker, journal: &Bytes, token: Option<&HeaderValue>) -> Request<Payload> {
+        let mut request = Request::new(Payload::new(journal.clone(), self.body.clone()));
+        *request.method_mut() = Method::POST;
+        *request.uri_mut() = self.path.clone().into();
+        let headers = request.headers_mut();
+        headers.clone_from(&self.headers);
+        if let Ok(host) = HeaderValue::from_str(&worker.card.address) {
+            headers.insert(header::HOST, host);
+        }
+        if self.streams() {
+            headers.insert(PROGRESS_HEADER, HeaderValue::from_static("1"));
+            if let Some(token) = token {
+                headers.insert(CLUSTER_TOKEN_HEADER, token.clone());
+            }
+            if !journal.is_empty() {
+                headers.insert(RESUME_HEADER, journal.len().into());
+            }
+        }
+        request
+    }
+}
+
+/// An answer in progress, and where from.
+pub(super) struct Placed {
+    pub(super) exchange: Exchange,
+    pub(super) booking: Booking,
+}
+
+/// Why there is none.
+#[derive(Debug)]
+pub(super) enum Failure {
+    /// A worker's own words: its status, headers and body.
+    Refused(StatusCode, HeaderMap, Bytes),
+    /// Ours.
+    Error(ApiError),
+}
+
+impl From<ApiError> for Failure {
+    fn from(error: ApiError) -> Self {
+        Self::Error(error)
+    }
+}
+
+/// What has been tried for a request since it last got anywhere.
+#[derive(Default)]
+pub(super) struct Attempts {
+    tried: Vec<LeaseId>,
+    losses: usize,
+    refusals: usize,
+    /// The last refusal, and whether asking again later could help.
+    refused: Option<(Failure, bool)>,
+}
+
+impl Attempts {
+    /// Notes that a worker is lost; too many are the end. One that could not be reached has nothing to do with the request.
+    pub(super) fn lost(&mut self, worker: &Worker, error: &LostError) -> Result<(), ApiError> {
+        if !worker.avoid() {
+            tracing::warn!(worker = %worker.lease, address = worker.card.address, %error, "lost a worker");
+        }
+        self.losses += usize::from(!matches!(error, LostError::Connect(_)));
+        if self.losses < LOSSES_MAX { Ok(()) } else { Err(workers_lost()) }
+    }
+}
+
+/// 502: those who should have answered are gone.
+pub(super) fn workers_lost() -> ApiError {
+    let message = "The workers that took the request were lost before they had answered it";
+    ApiError::new(StatusCode::BAD_GATEWAY, "workers_lost", message)
+}
+
+/// 503: nobody is there to answer.
+pub(super) fn no_workers() -> ApiError {
+    ApiError::new(StatusCode::SERVICE_UNAVAILABLE, "no_workers", "No worker serves requests at the moment")
+}
+
+impl Frontend {
+    /// Gets a request to a worker that answers it, until its head. With `key` it continues the answer of `journal`, on a
+    /// worker of that model. A request that some worker has taken already waits a while for another to come.
+    pub(super) async fn place(
+        &self,
+        asked: &Asked,
+        journal: &Bytes,
+        key: Option<ModelKey>,
+        attempts: &mut Attempts,
+    ) -> Result<Placed, Failure> {
+        let patience_ends = Instant::now() + self.config.patience;
+        let mut table = self.table.clone();
+        loop {
+            let current = table.borrow_and_update().clone();
+            let Some(worker) = self.pick(asked, key, &current, attempts)? else {
+                let taken = key.is_some() || attempts.losses > 0;
+                let hopeless = attempts.refused.as_ref().is_some_and(|(_, may_pass)| !may_pass);
+                if taken && !hopeless && Instant::now() < patience_ends.min(asked.deadline) {
+                    wait_for_change(&mut table).await;
+                    attempts.tried.clear();
+                    continue;
+                }
+                let ours = || if taken { workers_lost() } else { no_workers() }.into();
+                return Err(attempts.refused.take().map_or_else(ours, |(refused, _)| refused));
+            };
+            if !attempts.tried.is_empty() {
+                self.metrics.retries.inc();
+            }
+            attempts.tried.push(worker.lease);
+            let tokens = asked.peek.as_ref().map_or(0, |peek| peek.prompt_tokens + peek.answer_tokens);
+            let booking = worker.book(tokens);
+            let request = || asked.request(&worker, journal, self.token.as_ref());
+            let mut exchange = match self.guard(&worker, asked.deadline, worker.send(&request)).await? {
+                Ok(exchange) => exchange,
+                Err(error) => {
+                    attempts.lost(&worker, &error)?;
+                    continue;
+                }
+            };
+            let status = exchange.response.status();
+            // One that will not continue an answer says nothing about the others.
+            if !may_pass(status) && (key.is_none() || status == StatusCode::OK) {
+                return Ok(Placed { exchange, booking });
+            }
+            // Others may say yes; if none does, this was the answer.
+            match self.guard(&worker, asked.deadline, async { Ok(exchange.collect().await?) }).await? {
+                Ok(body) => {
+                    let headers = exchange.response.headers().clone();
+                    worker.keep(exchange);
+                    let refused = Failure::Refused(status, headers, body);
+                    attempts.refusals += usize::from(key.is_none());
+                    if attempts.refusals >= REFUSALS_MAX {
+                        return Err(refused);
+                    }
+                    attempts.refused = Some((refused, may_pass(status)));
+                }
+                Err(error) => attempts.lost(&worker, &error)?,
+            }
+        }
+    }
+
+    /// Works on something that `worker` has to answer, until the deadline, or until the worker is found not to answer
+    /// anything any more.
+    pub(super) async fn guard<T>(
+        &self,
+        worker: &Worker,
+        deadline: Instant,
+        work: impl Future<Output = Result<T, LostError>>,
+    ) -> Result<Result<T, LostError>, ApiError> {
+        tokio::pin!(work);
+        loop {
+            tokio::select! {
+                done = &mut work => return Ok(done),
+                () = sleep_until(deadline.min(Instant::now() + PULSE)) => {
+                    if Instant::now() >= deadline {
+                        return Err(ApiError::timeout());
+                    }
+                    if worker.is_silent() {
+                        return Ok(Err(LostError::Silent("it does not answer")));
+                    }
+                }
+            }
+        }
+    }
+
+    /// The worker to try next; `None` if all that could answer were tried.
+    fn pick(
+        &self,
+        asked: &Asked,
+        key: Option<ModelKey>,
+        table: &Table,
+        attempts: &Attempts,
+    ) -> Result<Option<Arc<Worker>>, ApiError> {
+        let anybody;
+        let workers = match &asked.peek {
+            Some(peek) => match table.serving(peek.model.as_deref()) {
+                Serving::By(workers) => workers,
+                Serving::Nobody => &[],
+                // Those that served it may be back in a moment.
+                Serving::Unknown if key.is_some() => &[],
+                Serving::Unknown => {
+                    let served: Vec<String> = table.models().into_keys().map(str::to_owned).collect();
+                    let model = peek.model.as_deref().unwrap_or_default();
+                    return Err(ApiError::unknown_model(model, &served));
+                }
+                Serving::Ambiguous => {
+                    let message = "Several models are served: name one in 'model'";
+                    return Err(ApiError::invalid("model", message));
+                }
+            },
+            // Whoever it is will say what is wrong with the body.
+            None => {
+                anybody = table.anybody();
+                &anybody
+            }
+        };
+        let open = |worker: &&Arc<Worker>| {
+            let fits = key.is_none_or(|key| worker.card.model_key == key);
+            fits && !worker.is_silent() && !attempts.tried.contains(&worker.lease)
+        };
+        let mut candidates: Vec<_> = workers.iter().filter(open).filter(|worker| !worker.is_avoided()).collect();
+        if candidates.is_empty() {
+            // Those that failed a moment ago are better than nobody.
+            candidates = workers.iter().filter(open).collect();
+        }
+        let loads: Vec<_> =
+            candidates.iter().map(|worker| Candidate { id: worker.lease.0, load: worker.load() }).collect();
+        let affinity = asked.peek.as_ref().and_then(|peek| peek.affinity);
+        Ok(choose(&loads, affinity, rand::random()).map(|index| candidates[index].clone()))
+    }
+}
+
+/// Whether another worker may answer what one has answered so: too busy, leaving, failed, or not reached by something in
+/// between.
+fn may_pass(status: StatusCode) -> bool {
+    matches!(
+        status,
+        StatusCode::TOO_MANY_REQUESTS
+            | StatusCode::SERVICE_UNAVAILABLE
+            | StatusCode::BAD_GATEWAY
+            | StatusCode::INTERNAL_SERVER_ERROR
+    )
+}
+
+async fn wait_for_change(table: &mut watch::Receiver<Arc<Table>>) {
+    tokio::select! {
+        changed = table.changed() => {
+            if changed.is_err() {
+                sleep(RETRY_PERIOD).await;
+            }
+        }
+        () = sleep(RETRY_PERIOD) => {}
+    }
+}

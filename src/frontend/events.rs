@@ -1,0 +1,215 @@
+use std::mem;
+
+use bytes::{Bytes, BytesMut};
+use memchr::memchr;
+
+use crate::api::progress::{JOURNAL_BYTES_MAX, PROGRESS_PREFIX};
+
+/// Bytes of an event that has not ended; far above what one can have, log-probabilities included.
+const EVENT_BYTES_MAX: usize = 64 << 20;
+
+/// Takes a worker's stream apart: events go on to the client, comments about progress into the journal. It looks for the
+/// ends of lines and at their first bytes, at nothing else. A journal line counts once its event is whole, and only whole
+/// events go on: whatever a worker's death cuts in two was neither delivered nor noted.
+#[derive(Debug, Default)]
+pub(super) struct Splitter {
+    /// The beginning of an event.
+    partial: BytesMut,
+    /// All progress so far, a line each.
+    journal: Vec<u8>,
+    /// Whether the journal lacks something, for having grown too long.
+    incomplete: bool,
+    /// Whether any data has gone on to the client.
+    pub(super) started: bool,
+    /// Whether `[DONE]` has.
+    pub(super) done: bool,
+}
+
+/// A worker sent what is no stream of events.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) struct Malformed;
+
+impl Splitter {
+    /// Takes bytes as they come, and returns what is for the client; nothing, perhaps.
+    pub(super) fn push(&mut self, data: Bytes) -> Result<Bytes, Malformed> {
+        if self.partial.is_empty() {
+            return self.split(data);
+        }
+        self.partial.extend_from_slice(&data);
+        let whole = mem::take(&mut self.partial).freeze();
+        self.split(whole)
+    }
+
+    fn split(&mut self, data: Bytes) -> Result<Bytes, Malformed> {
+        let mut out = Forward::default();
+        let mut at = 0;
+        while at < data.len() {
+            let Some(event) = Event::find(&data[at..]) else {
+                if data.len() - at > EVENT_BYTES_MAX {
+                    return Err(Malformed);
+                }
+                self.partial.extend_from_slice(&data[at..]);
+                break;
+            };
+            self.note(&data[at..at + event.data]);
+            let body = &data[at + event.data..at + event.end];
+            self.started |= body.starts_with(b"data:");
+            self.done |= body.starts_with(b"data: [DONE]");
+            out.add(&data, at + event.data..at + event.end);
+            at += event.end;
+        }
+        Ok(out.into_bytes())
+    }
+
+    fn note(&mut self, comments: &[u8]) {
+        if self.journal.len() + comments.len() > JOURNAL_BYTES_MAX {
+            self.incomplete = true;
+        }
+        let mut rest = comments;
+        while let (false, Some(end)) = (self.incomplete, memchr(b'\n', rest)) {
+            // Without the colon and the space.
+            self.journal.extend_from_slice(&rest[2..=end]);
+            rest = &rest[end + 1..];
+        }
+    }
+
+    /// What another worker needs to go on: `None` if it cannot.
+    pub(super) fn journal(&self) -> Option<Bytes> {
+        let known = !self.journal.is_empty() || !self.started;
+        (known && !self.incomplete && !self.done).then(|| Bytes::copy_from_slice(&self.journal))
+    }
+
+    /// Forgets half an event: the worker that sent it is gone.
+    pub(super) fn cut(&mut self) {
+        self.partial.clear();
+    }
+}
+
+/// Where an event at the beginning of some bytes has its parts.
+struct Event {
+    /// The end of the comments about progress, hence the start of what goes on.
+    data: usize,
+    /// The end of the empty line after it.
+    end: usize,
+}
+
+impl Event {
+    /// `None`: not all of it is there.
+    fn find(bytes: &[u8]) -> Option<Self> {
+        let mut line = 0;
+        while bytes[line..].starts_with(PROGRESS_PREFIX) {
+            line += memchr(b'\n', &bytes[line..])? + 1;
+        }
+        let data = line;
+        loop {
+            let length = memchr(b'\n', &bytes[line..])?;
+            line += length + 1;
+            if length == 0 {
+                return Some(Self { data, end: line });
+            }
+        }
+    }
+}
+
+/// What goes on: a part of what came, not copied, unless it has gaps.
+#[derive(Default)]
+struct Forward {
+    one: Bytes,
+    several: BytesMut,
+}
+
+impl Forward {
+    fn add(&mut self, data: &Bytes, range: std::ops::Range<usize>) {
+        if self.one.is_empty() && self.several.is_empty() {
+            self.one = data.slice(range);
+        } else {
+            if self.several.is_empty() {
+                self.several.reserve(data.len());
+                self.several.extend_from_slice(&mem::take(&mut self.one));
+            }
+            self.several.extend_from_slice(&data[range]);
+        }
+    }
+
+    fn into_bytes(self) -> Bytes {
+        if self.several.is_empty() { self.one } else { self.several.freeze() }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    const STREAM: &str = ": {\"id\":\"a\"}\n: {\"i\":0}\ndata: {\"x\":1}\n\n\
+                          : keep-alive\n\n\
+                          : {\"i\":0,\"t\":[1,2]}\ndata: {\"text\":\": {\"}\n\n\
+                          data: plain\n\n\
+                          : {\"i\":0,\"f\":true}\ndata: end\n\ndata: [DONE]\n\n";
+    const CLIENT: &str = "data: {\"x\":1}\n\n: keep-alive\n\ndata: {\"text\":\": {\"}\n\ndata: plain\n\ndata: end\n\n\
+                          data: [DONE]\n\n";
+    const JOURNAL: &str = "{\"id\":\"a\"}\n{\"i\":0}\n{\"i\":0,\"t\":[1,2]}\n{\"i\":0,\"f\":true}\n";
+
+    fn push(splitter: &mut Splitter, bytes: &[u8]) -> Vec<u8> {
+        splitter.push(Bytes::copy_from_slice(bytes)).unwrap().to_vec()
+    }
+
+    #[test]
+    fn progress_is_kept_and_the_rest_goes_on() {
+        let mut splitter = Splitter::default();
+        assert_eq!(push(&mut splitter, STREAM.as_bytes()), CLIENT.as_bytes());
+        assert_eq!(splitter.journal, JOURNAL.as_bytes());
+        assert!(splitter.done && splitter.journal().is_none());
+    }
+
+    #[test]
+    fn an_event_on_its_own_is_not_copied() {
+        let data = Bytes::from_static(b": {\"i\":0}\ndata: x\n\n");
+        let out = Splitter::default().push(data.clone()).unwrap();
+        assert_eq!(out.as_ptr(), data[10..].as_ptr());
+        assert_eq!(&out[..], b"data: x\n\n");
+    }
+
+    #[test]
+    fn half_an_event_is_neither_delivered_nor_noted() {
+        for cut in 0..STREAM.len() {
+            let mut splitter = Splitter::default();
+            let out = push(&mut splitter, &STREAM.as_bytes()[..cut]);
+            // As many events went out as the journal has.
+            assert!(CLIENT.as_bytes().starts_with(&out));
+            let whole = STREAM[..cut].rfind("\n\n").map_or(0, |end| end + 2);
+            let mut reference = Splitter::default();
+            assert_eq!(push(&mut reference, &STREAM.as_bytes()[..whole]), out);
+            assert_eq!(reference.journal, splitter.journal);
+            splitter.cut();
+            assert_eq!(push(&mut splitter, &STREAM.as_bytes()[whole..]), &CLIENT.as_bytes()[out.len()..]);
+            assert_eq!(splitter.journal, JOURNAL.as_bytes());
+        }
+    }
+
+    #[test]
+    fn an_answer_without_progress_cannot_be_continued_once_begun() {
+        let mut splitter = Splitter::default();
+        assert_eq!(splitter.journal(), Some(Bytes::new()));
+        push(&mut splitter, b": keep-alive\n\n");
+        assert_eq!(splitter.journal(), Some(Bytes::new()));
+        push(&mut splitter, b"data: x\n\n");
+        assert_eq!(splitter.journal(), None);
+    }
+
+    proptest! {
+        #[test]
+        fn pieces_may_be_cut_anywhere(cuts in prop::collection::vec(0..STREAM.len(), 0..8)) {
+            let mut cuts = cuts;
+            cuts.extend([0, STREAM.len()]);
+            cuts.sort_unstable();
+            let (mut splitter, mut out) = (Splitter::default(), Vec::new());
+            for pair in cuts.windows(2) {
+                out.extend(push(&mut splitter, &STREAM.as_bytes()[pair[0]..pair[1]]));
+            }
+            prop_assert_eq!(out, CLIENT.as_bytes());
+            prop_assert_eq!(&splitter.journal[..], JOURNAL.as_bytes());
+        }
+    }
+}

@@ -1,0 +1,209 @@
+//! The little a frontend reads of a request's body.
+
+use std::fmt;
+
+use serde::{
+    Deserialize, Deserializer,
+    de::{self, DeserializeSeed, MapAccess, SeqAccess, Visitor},
+};
+
+/// Bytes of a prompt's beginning that name it at most: more than the system prompts that tell applications apart have
+/// in common, less than what the turns of one conversation do.
+const BEGINNING_BYTES_MAX: usize = 512;
+/// Prompts with a shorter beginning have nothing worth finding.
+const BEGINNING_BYTES_MIN: usize = 64;
+/// Bytes of text a token stands for, about.
+const BYTES_PER_TOKEN: u64 = 4;
+/// Tokens an answer is taken to have unless the request allows fewer.
+const ANSWER_TOKENS: u64 = 256;
+
+/// What a request is about, as far as placing it goes.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub(super) struct Peek {
+    pub(super) model: Option<String>,
+    pub(super) stream: bool,
+    /// Digest of the prompt's beginning, if it is long enough to be found somewhere.
+    pub(super) affinity: Option<u64>,
+    /// Tokens of the prompt, about.
+    pub(super) prompt_tokens: u64,
+    /// Tokens of the answer, by guess.
+    pub(super) answer_tokens: u64,
+}
+
+impl Peek {
+    /// Reads a body. One that is not what it should be yields nothing: the worker will say what is wrong with it.
+    pub(super) fn read(body: &[u8]) -> Option<Self> {
+        let fields: Fields = serde_json::from_slice(body).ok()?;
+        let text = fields.prompt.or(fields.messages).unwrap_or_default();
+        let wanted = fields.max_completion_tokens.or(fields.max_tokens).unwrap_or(ANSWER_TOKENS);
+        Some(Self {
+            model: fields.model,
+            stream: fields.stream.unwrap_or(false),
+            affinity: text.affinity(),
+            prompt_tokens: text.bytes / BYTES_PER_TOKEN + text.numbers,
+            answer_tokens: wanted.min(ANSWER_TOKENS).saturating_mul(fields.n.unwrap_or(1).clamp(1, 128)),
+        })
+    }
+}
+
+#[derive(Deserialize)]
+struct Fields {
+    model: Option<String>,
+    stream: Option<bool>,
+    prompt: Option<Text>,
+    messages: Option<Text>,
+    max_tokens: Option<u64>,
+    max_completion_tokens: Option<u64>,
+    n: Option<u64>,
+}
+
+/// The strings and numbers of a JSON value in order: their beginning, and how many there are.
+#[derive(Debug, Default)]
+struct Text {
+    beginning: Vec<u8>,
+    bytes: u64,
+    numbers: u64,
+}
+
+impl Text {
+    fn string(&mut self, text: &str) {
+        let room = BEGINNING_BYTES_MAX - self.beginning.len();
+        self.beginning.extend_from_slice(&text.as_bytes()[..room.min(text.len())]);
+        self.bytes += text.len() as u64;
+    }
+
+    fn number(&mut self, number: u64) {
+        if self.beginning.len() + 4 <= BEGINNING_BYTES_MAX {
+            self.beginning.extend_from_slice(&(number as u32).to_le_bytes());
+        }
+        self.numbers += 1;
+    }
+
+    /// A conversation grows at its end, so its beginning is cut to a power of two: few of its turns see it change.
+    fn affinity(&self) -> Option<u64> {
+        let length = self.beginning.len();
+        if length < BEGINNING_BYTES_MIN {
+            return None;
+        }
+        let length = 1 << length.ilog2();
+        let digest = blake3::hash(&self.beginning[..length]);
+        digest.as_bytes().first_chunk().map(|bytes| u64::from_le_bytes(*bytes))
+    }
+}
+
+impl<'de> Deserialize<'de> for Text {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let mut text = Self { beginning: Vec::with_capacity(BEGINNING_BYTES_MAX), bytes: 0, numbers: 0 };
+        Walk(&mut text).deserialize(deserializer)?;
+        Ok(text)
+    }
+}
+
+/// Goes through a value of any shape.
+struct Walk<'a>(&'a mut Text);
+
+impl<'de> DeserializeSeed<'de> for Walk<'_> {
+    type Value = ();
+
+    fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<(), D::Error> {
+        deserializer.deserialize_any(self)
+    }
+}
+
+impl<'de> Visitor<'de> for Walk<'_> {
+    type Value = ();
+
+    fn expecting(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter.write_str("anything")
+    }
+
+    fn visit_str<E>(self, text: &str) -> Result<(), E> {
+        self.0.string(text);
+        Ok(())
+    }
+
+    fn visit_u64<E>(self, number: u64) -> Result<(), E> {
+        self.0.number(number);
+        Ok(())
+    }
+
+    fn visit_i64<E>(self, _: i64) -> Result<(), E> {
+        Ok(())
+    }
+
+    fn visit_f64<E>(self, _: f64) -> Result<(), E> {
+        Ok(())
+    }
+
+    fn visit_bool<E>(self, _: bool) -> Result<(), E> {
+        Ok(())
+    }
+
+    fn visit_unit<E>(self) -> Result<(), E> {
+        Ok(())
+    }
+
+    fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> Result<(), A::Error> {
+        while seq.next_element_seed(Walk(self.0))?.is_some() {}
+        Ok(())
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<(), A::Error> {
+        while map.next_key::<de::IgnoredAny>()?.is_some() {
+            map.next_value_seed(Walk(self.0))?;
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn peek(json: &str) -> Peek {
+        Peek::read(json.as_bytes()).unwrap()
+    }
+
+    #[test]
+    fn what_is_needed_is_read_and_the_rest_passed_over() {
+        let read = peek(
+            r#"{"model": "m\u0041", "tools": [{"x": [1.5]}], "stream": true, "prompt": "12345678", "n": 2, "max_tokens": 7}"#,
+        );
+        let expected =
+            Peek { model: Some("mA".into()), stream: true, affinity: None, prompt_tokens: 2, answer_tokens: 14 };
+        assert_eq!(read, expected);
+        assert_eq!(peek(r#"{"prompt": [1, 2, 3]}"#).prompt_tokens, 3);
+        assert_eq!(peek("{}").answer_tokens, ANSWER_TOKENS);
+        for wrong in ["", "[]", "{\"stream\": 1}", "{\"model\": {}}", "{\"prompt\": [1,", "nul"] {
+            assert_eq!(Peek::read(wrong.as_bytes()), None, "{wrong}");
+        }
+    }
+
+    #[test]
+    fn turns_of_a_conversation_begin_alike() {
+        let turn = |user: &str, more: &str| {
+            peek(&format!(
+                r#"{{"messages": [{{"role": "system", "content": "{}"}}, {{"role": "user", "content": "{user}"}}{more}]}}"#,
+                "You are kind and brief. ".repeat(20)
+            ))
+        };
+        let first = turn("One question about rivers, please.", "");
+        let later = turn(
+            "One question about rivers, please.",
+            r#", {"role": "assistant", "content": "Yes?"}, {"role": "user", "content": "Which is longest?"}"#,
+        );
+        assert!(first.affinity.is_some());
+        assert_eq!(first.affinity, later.affinity);
+        let text = |length: usize| peek(&format!(r#"{{"prompt": "{}"}}"#, "abcdefgh".repeat(length / 8))).affinity;
+        assert_eq!(text(64), text(120));
+        assert_ne!(text(64), text(128));
+        assert_eq!(text(512), text(4096));
+        assert_eq!(text(56), None);
+    }
+
+    #[test]
+    fn deep_nesting_is_passed_on_for_the_worker_to_refuse() {
+        let body = format!(r#"{{"messages": {}"#, "[".repeat(100_000));
+        assert_eq!(Peek::read(body.as_bytes()), None);
+    }
+}

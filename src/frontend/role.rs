@@ -1,0 +1,47 @@
+use std::io::Write;
+
+use anyhow::{Result, bail};
+
+use super::{FrontendConfig, FrontendMetrics, serve};
+use crate::{
+    api::{ServerConfig, bind},
+    cli::FrontendArgs,
+    cluster::{Joined, Needs, join},
+    decode::Signals,
+};
+
+/// The frontend role: serves for a cluster until a signal comes.
+pub async fn run(args: FrontendArgs) -> Result<()> {
+    let bound = bind(&args.host, args.port).await?;
+    let mut signals = Signals::new()?;
+    let cluster = match join(args.cluster.options(), Needs::Etcd).await? {
+        Joined::Member(cluster) => cluster,
+        Joined::Alone(found) => bail!("a frontend needs a cluster: {found}"),
+    };
+    let config = FrontendConfig {
+        api_keys: args.api_key,
+        body_bytes_max: args.max_body_size,
+        request_timeout: args.request_timeout,
+        patience: args.worker_patience,
+        cluster_token: args.cluster.cluster_token,
+        allowed_origins: args.allowed_origins,
+    };
+    let listener = bound.listen()?;
+    let text = format!(
+        "engine {} frontend of the cluster `{}` on http://{}\n",
+        env!("CARGO_PKG_VERSION"),
+        args.cluster.namespace,
+        listener.local_addr()?
+    );
+    // Nobody may be reading; the frontend serves all the same.
+    let mut out = std::io::stdout();
+    let _ = out.write_all(text.as_bytes()).and_then(|()| out.flush());
+    let server = ServerConfig { connections_max: args.max_connections, drain_timeout: args.shutdown_timeout };
+    let shutdown = async move {
+        signals.next().await;
+        // Whoever asks twice does not want to wait.
+        tokio::spawn(async move { std::process::exit(signals.next().await) });
+    };
+    serve(listener, &cluster, config, FrontendMetrics::new(), server, shutdown).await;
+    Ok(())
+}

@@ -1,0 +1,184 @@
+use std::{collections::BTreeMap, future::Future, sync::Arc};
+
+use axum::{
+    Json, Router,
+    body::Body,
+    extract::{MatchedPath, Path, Request, State},
+    http::{HeaderMap, HeaderValue, StatusCode, Uri, header, uri::PathAndQuery},
+    middleware::{Next, from_fn_with_state},
+    response::{IntoResponse, Response},
+    routing::{get, post},
+};
+use bytes::Bytes;
+use serde_json::{Value, json};
+use tokio::net::TcpListener;
+
+use super::{
+    Frontend, FrontendConfig, FrontendMetrics,
+    dispatch::{Asked, Attempts, Failure, Placed, no_workers},
+    relay::Relay,
+};
+use crate::{
+    api::{ApiError, ServerConfig, check_key, cors, fallbacks, read_body, request_id, serve_router, version},
+    cluster::{Cluster, WorkerCard},
+};
+
+/// Headers of an answer that are about its connection, or that are set again.
+const NOT_PASSED_BACK: [header::HeaderName; 3] = [header::CONNECTION, header::TRANSFER_ENCODING, header::DATE];
+
+/// Serves until `shutdown` resolves, then drains: new requests get 503, running ones end, the connections close.
+pub async fn serve(
+    listener: TcpListener,
+    cluster: &Cluster,
+    config: FrontendConfig,
+    metrics: FrontendMetrics,
+    server: ServerConfig,
+    shutdown: impl Future<Output = ()>,
+) {
+    let frontend = Frontend::new(cluster, config, metrics);
+    let drained = frontend.clone();
+    let drain = async move { drained.drain().await };
+    serve_router(listener, router(frontend), server, shutdown, drain).await;
+}
+
+fn router(frontend: Arc<Frontend>) -> Router {
+    let guarded = Router::new()
+        .route("/v1/models", get(models))
+        .route("/v1/models/{*id}", get(model))
+        .route("/v1/chat/completions", post(ask))
+        .route("/v1/completions", post(ask))
+        .route("/tokenize", post(ask))
+        .route("/detokenize", post(ask))
+        .route_layer(from_fn_with_state(frontend.clone(), require_key));
+    let router = guarded
+        .route("/health", get(live))
+        .route("/health/live", get(live))
+        .route("/health/ready", get(ready))
+        .route("/version", get(version))
+        .route("/metrics", get(metrics));
+    let router = fallbacks(router).layer(from_fn_with_state(frontend.clone(), observe));
+    let origins = &frontend.config.allowed_origins;
+    let router = if origins.is_empty() { router } else { router.layer(cors(origins)) };
+    router.with_state(frontend)
+}
+
+/// A request for a worker.
+async fn ask(
+    State(frontend): State<Arc<Frontend>>,
+    uri: Uri,
+    headers: HeaderMap,
+    body: Body,
+) -> Result<Response, ApiError> {
+    let body = read_body(&headers, body, frontend.config.body_bytes_max).await?;
+    let in_flight = frontend.enter()?;
+    let path = uri.path_and_query().cloned().unwrap_or(PathAndQuery::from_static("/"));
+    let asked = Asked::new(path, &headers, body.into(), frontend.config.request_timeout);
+    let mut attempts = Attempts::default();
+    loop {
+        let placed = frontend.place(&asked, &Bytes::new(), None, &mut attempts).await;
+        let Placed { mut exchange, booking } = match placed {
+            Ok(placed) => placed,
+            Err(Failure::Error(error)) => return Err(error),
+            Err(Failure::Refused(status, headers, body)) => return Ok(passed_back(status, &headers, body.into())),
+        };
+        let (status, headers) = (exchange.response.status(), exchange.response.headers().clone());
+        if asked.streams() && status == StatusCode::OK {
+            let relay = Relay::new(frontend, Arc::new(asked), Placed { exchange, booking }, in_flight);
+            return Ok(passed_back(status, &headers, Body::new(relay)));
+        }
+        // Whole before any of it goes on: if the worker dies over it, another can be asked.
+        let worker = &booking.worker;
+        match frontend.guard(worker, asked.deadline, async { Ok(exchange.collect().await?) }).await? {
+            Ok(body) => {
+                worker.keep(exchange);
+                frontend.metrics.first_data.observe(asked.arrived.elapsed().as_secs_f64());
+                return Ok(passed_back(status, &headers, body.into()));
+            }
+            Err(error) => attempts.lost(worker, &error)?,
+        }
+    }
+}
+
+/// A worker's answer as the client's.
+fn passed_back(status: StatusCode, headers: &HeaderMap, body: Body) -> Response {
+    let mut response = Response::new(body);
+    *response.status_mut() = status;
+    let passed = headers.iter().filter(|(name, _)| !NOT_PASSED_BACK.contains(name));
+    response.headers_mut().extend(passed.map(|(name, value)| (name.clone(), value.clone())));
+    response
+}
+
+fn model_card(frontend: &Frontend, name: &str, card: &WorkerCard) -> Value {
+    json!({
+        "id": name, "object": "model", "created": frontend.started, "owned_by": "engine",
+        "root": card.model.source, "parent": null, "max_model_len": card.model.max_model_len,
+    })
+}
+
+/// `GET /v1/models`: those of all workers.
+async fn models(State(frontend): State<Arc<Frontend>>) -> Json<Value> {
+    let table = frontend.table.borrow().clone();
+    let data: Vec<_> = table.models().iter().map(|(name, card)| model_card(&frontend, name, card)).collect();
+    Json(json!({"object": "list", "data": data}))
+}
+
+/// `GET /v1/models/{id}`; ids may have slashes.
+async fn model(State(frontend): State<Arc<Frontend>>, Path(name): Path<String>) -> Result<Json<Value>, ApiError> {
+    let table = frontend.table.borrow().clone();
+    let models: BTreeMap<&str, &WorkerCard> = table.models();
+    match models.get(name.as_str()) {
+        Some(card) => Ok(Json(model_card(&frontend, &name, card))),
+        None => {
+            let served: Vec<String> = models.into_keys().map(str::to_owned).collect();
+            Err(ApiError::unknown_model(&name, &served))
+        }
+    }
+}
+
+/// `GET /health`: 200 for as long as the process runs. Restarting it would help nobody.
+async fn live() -> &'static str {
+    "ok\n"
+}
+
+/// `GET /health/ready`: 200 while requests can be answered.
+async fn ready(State(frontend): State<Arc<Frontend>>) -> Result<&'static str, ApiError> {
+    if frontend.is_draining() {
+        return Err(ApiError::draining());
+    }
+    if frontend.table.borrow().len() == 0 {
+        return Err(no_workers());
+    }
+    Ok("ready\n")
+}
+
+/// `GET /metrics`, in Prometheus' text format.
+async fn metrics(State(frontend): State<Arc<Frontend>>) -> Response {
+    let text = HeaderValue::from_static("text/plain; version=0.0.4; charset=utf-8");
+    ([(header::CONTENT_TYPE, text)], frontend.metrics.render()).into_response()
+}
+
+/// Lets requests with one of the keys pass; all, if there are none.
+async fn require_key(State(frontend): State<Arc<Frontend>>, request: Request, next: Next) -> Response {
+    match check_key(&frontend.config.api_keys, request).await {
+        Ok(request) => next.run(request).await,
+        Err(refused) => refused,
+    }
+}
+
+/// Gives every request an id that its worker logs too, counts it and logs it.
+async fn observe(State(frontend): State<Arc<Frontend>>, mut request: Request, next: Next) -> Response {
+    let id = request_id(&request);
+    request.headers_mut().insert("x-request-id", id.clone());
+    let endpoint = request.extensions().get::<MatchedPath>().cloned();
+    let mut response = next.run(request).await;
+    let endpoint = endpoint.as_ref().map_or("other", MatchedPath::as_str);
+    let status = response.status();
+    frontend.metrics.requests.with_label_values(&[endpoint, status.as_str()]).inc();
+    tracing::debug!(endpoint, status = status.as_u16(), id = id.to_str().unwrap_or_default(), "answered");
+    let headers = response.headers_mut();
+    headers.insert("x-request-id", id);
+    if frontend.is_draining() || status == StatusCode::PAYLOAD_TOO_LARGE {
+        headers.insert(header::CONNECTION, HeaderValue::from_static("close"));
+    }
+    response
+}

@@ -1,0 +1,325 @@
+use std::{
+    collections::{BTreeMap, HashMap},
+    io,
+    sync::{
+        Arc, Mutex, PoisonError, Weak,
+        atomic::{AtomicBool, AtomicU64, Ordering},
+    },
+    time::Duration,
+};
+
+use futures::StreamExt;
+use hyper::{Method, Request, header};
+use tokio::{
+    sync::watch,
+    time::{Instant, sleep, timeout},
+};
+
+use super::{
+    FrontendMetrics,
+    upstream::{Connection, Exchange, Payload},
+};
+use crate::cluster::{LeaseId, LoadReport, LoadStream, ModelKey, Role, WorkerCard, WorkerSet};
+
+/// Connections kept open to a worker while nobody uses them.
+const IDLE_CONNECTIONS_MAX: usize = 256;
+/// How long a connection is kept unused: shorter than the worker keeps it.
+const IDLE_TIME_MAX: Duration = Duration::from_secs(50);
+/// A load report says nothing any more after this long.
+const REPORT_TIME_MAX: Duration = Duration::from_secs(5);
+/// Tokens that a request in a load report is taken to have left.
+const TOKENS_PER_REQUEST: u64 = 256;
+/// How often a worker is asked whether it is there, while it matters.
+const PROBE_PERIOD: Duration = Duration::from_secs(2);
+/// How long it may take to say so. Its answers need none of the threads that compute.
+const PROBE_TIME_MAX: Duration = Duration::from_secs(5);
+
+/// A decode worker in one incarnation. Requests hold on to it while they use it, even after its lease has gone.
+pub(super) struct Worker {
+    pub(super) lease: LeaseId,
+    pub(super) card: Arc<WorkerCard>,
+    /// Tokens that requests through this frontend still have before them.
+    outstanding: AtomicU64,
+    /// As the worker told last, in tokens, and when, in milliseconds since `started`.
+    reported: AtomicU64,
+    reported_ms: AtomicU64,
+    started: Instant,
+    /// A connection to it failed, and it has not answered since: others are preferred.
+    avoided: AtomicBool,
+    /// It does not answer at all: its answers in progress are continued elsewhere.
+    silent: AtomicBool,
+    idle: Mutex<Vec<(Instant, Connection)>>,
+}
+
+/// Why there is no answer.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum LostError {
+    /// No connection.
+    #[error("cannot connect: {0}")]
+    Connect(#[from] io::Error),
+    /// It broke off.
+    #[error("the connection broke: {0}")]
+    Broken(#[from] hyper::Error),
+    /// The worker does not answer any more, or ended without saying so.
+    #[error("{0}")]
+    Silent(&'static str),
+}
+
+impl Worker {
+    fn new(lease: LeaseId, card: Arc<WorkerCard>) -> Arc<Self> {
+        Arc::new(Self {
+            lease,
+            card,
+            outstanding: AtomicU64::new(0),
+            reported: AtomicU64::new(0),
+            reported_ms: AtomicU64::new(0),
+            started: Instant::now(),
+            avoided: AtomicBool::new(false),
+            silent: AtomicBool::new(false),
+            idle: Mutex::default(),
+        })
+    }
+
+    /// Tokens it has to work on: what this frontend has sent it, or what it says itself where that is more, because
+    /// others send it work too.
+    pub(super) fn load(&self) -> u64 {
+        let age = self.now_ms().saturating_sub(self.reported_ms.load(Ordering::Relaxed));
+        let fresh = u128::from(age) < REPORT_TIME_MAX.as_millis();
+        let reported = if fresh { self.reported.load(Ordering::Relaxed) } else { 0 };
+        reported.max(self.outstanding.load(Ordering::Relaxed))
+    }
+
+    fn now_ms(&self) -> u64 {
+        self.started.elapsed().as_millis() as u64
+    }
+
+    fn note(&self, report: &LoadReport) {
+        let requests = u64::from(report.running) + u64::from(report.waiting);
+        self.reported.store(report.prompt_tokens + requests * TOKENS_PER_REQUEST, Ordering::Relaxed);
+        self.reported_ms.store(self.now_ms(), Ordering::Relaxed);
+    }
+
+    /// Counts a request's tokens until the booking is dropped.
+    pub(super) fn book(self: &Arc<Self>, tokens: u64) -> Booking {
+        self.outstanding.fetch_add(tokens, Ordering::Relaxed);
+        Booking { worker: self.clone(), tokens }
+    }
+
+    pub(super) fn is_avoided(&self) -> bool {
+        self.avoided.load(Ordering::Relaxed)
+    }
+
+    pub(super) fn is_silent(&self) -> bool {
+        self.silent.load(Ordering::Relaxed)
+    }
+
+    /// Prefers others until it has answered again. Returns whether they are preferred already.
+    pub(super) fn avoid(&self) -> bool {
+        self.avoided.swap(true, Ordering::Relaxed)
+    }
+
+    fn idle(&self) -> std::sync::MutexGuard<'_, Vec<(Instant, Connection)>> {
+        // Nothing panics with the lock held; the list would be whole anyway.
+        self.idle.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Sends a request, on a connection that is there or on a new one, and waits for the head of the answer.
+    pub(super) async fn send(&self, request: &impl Fn() -> Request<Payload>) -> Result<Exchange, LostError> {
+        let kept = {
+            let mut idle = self.idle();
+            idle.retain(|(since, _)| since.elapsed() < IDLE_TIME_MAX);
+            idle.pop()
+        };
+        if let Some((_, connection)) = kept {
+            match connection.send(request()).await {
+                Ok(exchange) => return Ok(exchange),
+                // Closed by the worker while nobody used it, as the others may be; or it has died, which a new one shows.
+                Err(error) => {
+                    tracing::debug!(worker = %self.lease, %error, "a kept connection was of no use");
+                    self.idle().clear();
+                }
+            }
+        }
+        Ok(Connection::open(&self.card.address).await?.send(request()).await?)
+    }
+
+    /// Keeps a connection whose answer was read to its end.
+    pub(super) fn keep(&self, exchange: Exchange) {
+        if let Some(connection) = exchange.into_connection() {
+            let mut idle = self.idle();
+            if idle.len() < IDLE_CONNECTIONS_MAX {
+                idle.push((Instant::now(), connection));
+            }
+        }
+    }
+
+    /// Asks whether it is there.
+    async fn probe(&self) {
+        let request = || {
+            let request = Request::builder().method(Method::GET).uri("/health");
+            // The parts are constants and an address that has been connected to.
+            request.header(header::HOST, &self.card.address).body(Payload::default()).unwrap_or_default()
+        };
+        let ask = async {
+            let mut exchange = self.send(&request).await?;
+            exchange.collect().await?;
+            self.keep(exchange);
+            Ok::<_, LostError>(())
+        };
+        let answered = matches!(timeout(PROBE_TIME_MAX, ask).await, Ok(Ok(())));
+        self.avoided.store(!answered, Ordering::Relaxed);
+        if self.silent.swap(!answered, Ordering::Relaxed) == answered {
+            let state = if answered { "answers again" } else { "does not answer" };
+            tracing::info!(worker = %self.lease, address = self.card.address, "a worker {state}");
+        }
+    }
+}
+
+/// Looks after a worker for as long as anybody knows it.
+async fn watch_over(worker: Weak<Worker>) {
+    loop {
+        sleep(PROBE_PERIOD).await;
+        let Some(worker) = worker.upgrade() else { return };
+        if worker.is_avoided() || worker.outstanding.load(Ordering::Relaxed) > 0 {
+            worker.probe().await;
+        }
+    }
+}
+
+/// A request's tokens, counted as a worker's.
+pub(super) struct Booking {
+    pub(super) worker: Arc<Worker>,
+    tokens: u64,
+}
+
+impl Booking {
+    /// The prompt is computed: only so many tokens are left.
+    pub(super) fn reduce(&mut self, tokens: u64) {
+        let done = self.tokens.saturating_sub(tokens);
+        self.worker.outstanding.fetch_sub(done, Ordering::Relaxed);
+        self.tokens -= done;
+    }
+}
+
+impl Drop for Booking {
+    fn drop(&mut self) {
+        self.worker.outstanding.fetch_sub(self.tokens, Ordering::Relaxed);
+    }
+}
+
+/// The decode workers that are alive.
+#[derive(Default)]
+pub(super) struct Table {
+    workers: BTreeMap<LeaseId, Arc<Worker>>,
+    by_name: HashMap<String, Vec<Arc<Worker>>>,
+}
+
+impl Table {
+    /// The table for `live`, with the workers that were known before.
+    fn next(&self, live: &WorkerSet) -> Self {
+        let mut table = Self::default();
+        for (&lease, card) in live.iter().filter(|(_, card)| card.role == Role::Decode) {
+            let known = self.workers.get(&lease).filter(|worker| worker.card == *card).cloned();
+            let worker = known.unwrap_or_else(|| {
+                tracing::info!(worker = %lease, address = card.address, model = card.model.names[..].join(","), "a decode worker");
+                let worker = Worker::new(lease, card.clone());
+                tokio::spawn(watch_over(Arc::downgrade(&worker)));
+                worker
+            });
+            for name in &card.model.names {
+                table.by_name.entry(name.clone()).or_default().push(worker.clone());
+            }
+            table.workers.insert(lease, worker);
+        }
+        for (lease, _) in self.workers.iter().filter(|(lease, _)| !table.workers.contains_key(lease)) {
+            tracing::info!(worker = %lease, "a decode worker has gone");
+        }
+        table
+    }
+
+    /// The workers that serve `model`, or, without a name, the only model there is.
+    pub(super) fn serving(&self, model: Option<&str>) -> Serving<'_> {
+        if self.workers.is_empty() {
+            return Serving::Nobody;
+        }
+        match model {
+            Some(model) => match self.by_name.get(model) {
+                Some(workers) => Serving::By(workers),
+                None => Serving::Unknown,
+            },
+            None => {
+                let mut keys = self.workers.values().map(|worker| worker.card.model_key);
+                let first: Option<ModelKey> = keys.next();
+                let name = self.workers.values().next().and_then(|worker| worker.card.model.names.first());
+                match name.and_then(|name| self.by_name.get(name)) {
+                    Some(workers) if keys.all(|key| Some(key) == first) => Serving::By(workers),
+                    _ => Serving::Ambiguous,
+                }
+            }
+        }
+    }
+
+    /// Any worker, to tell a client what is wrong with its request.
+    pub(super) fn anybody(&self) -> Vec<Arc<Worker>> {
+        self.workers.values().cloned().collect()
+    }
+
+    /// The models served, by name, each with one of the cards.
+    pub(super) fn models(&self) -> BTreeMap<&str, &WorkerCard> {
+        let cards = self.by_name.iter().filter_map(|(name, workers)| Some((name.as_str(), &*workers.first()?.card)));
+        cards.collect()
+    }
+
+    /// How many workers there are.
+    pub(super) fn len(&self) -> usize {
+        self.workers.len()
+    }
+}
+
+/// Who serves a model.
+pub(super) enum Serving<'a> {
+    /// These do.
+    By(&'a [Arc<Worker>]),
+    /// There are workers, for other models.
+    Unknown,
+    /// The request names no model, and there are several.
+    Ambiguous,
+    /// There is no worker at all.
+    Nobody,
+}
+
+/// Keeps a table of the live workers, and of how busy they are, until the last reader is gone.
+pub(super) fn follow(
+    mut live: watch::Receiver<Arc<WorkerSet>>,
+    mut loads: LoadStream,
+    metrics: FrontendMetrics,
+) -> watch::Receiver<Arc<Table>> {
+    let first = Arc::new(Table::default().next(&live.borrow_and_update()));
+    metrics.workers.set(first.len() as i64);
+    let (sender, receiver) = watch::channel(first);
+    tokio::spawn(async move {
+        let mut reports_end = false;
+        loop {
+            tokio::select! {
+                changed = live.changed() => {
+                    if changed.is_err() {
+                        return;
+                    }
+                    let table = sender.borrow().next(&live.borrow_and_update());
+                    metrics.workers.set(table.len() as i64);
+                    sender.send_replace(Arc::new(table));
+                }
+                report = loads.next(), if !reports_end => match report {
+                    Some((lease, report)) => {
+                        if let Some(worker) = sender.borrow().workers.get(&lease) {
+                            worker.note(&report);
+                        }
+                    }
+                    None => reports_end = true,
+                },
+                () = sender.closed() => return,
+            }
+        }
+    });
+    receiver
+}

@@ -1,0 +1,468 @@
+//! The frontend before workers in this process, over real sockets.
+
+#[allow(dead_code, reason = "of the client, a part is used here")]
+#[path = "program/client.rs"]
+mod client;
+mod served;
+mod support;
+
+use std::{
+    net::{SocketAddr, TcpListener},
+    thread,
+    time::{Duration, Instant},
+};
+
+use client::{Events, Response};
+use engine::{
+    api::{self, ServerConfig},
+    cluster::{CARD_SCHEMA, Cluster, Lease, ModelCard, ModelKey, Role, WorkerCard},
+    frontend::{FrontendConfig, FrontendMetrics, serve},
+};
+use serde_json::{Value, json};
+use served::{Answer, Options, Worker};
+use tokio::{runtime::Runtime, sync::oneshot};
+
+const CHAT: &str = "/v1/chat/completions";
+const COMPLETIONS: &str = "/v1/completions";
+/// How long anything may take before a test gives up.
+const PATIENCE: Duration = Duration::from_secs(120);
+
+struct Front {
+    address: SocketAddr,
+    cluster: Cluster,
+    metrics: FrontendMetrics,
+    runtime: Runtime,
+    shutdown: Option<oneshot::Sender<()>>,
+}
+
+impl Front {
+    fn start() -> Self {
+        Self::with(|_| {})
+    }
+
+    fn with(change: impl FnOnce(&mut FrontendConfig)) -> Self {
+        let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
+        let mut config = FrontendConfig {
+            api_keys: Vec::new(),
+            body_bytes_max: 1 << 20,
+            request_timeout: PATIENCE,
+            patience: Duration::from_millis(300),
+            cluster_token: None,
+            allowed_origins: Vec::new(),
+        };
+        change(&mut config);
+        let (cluster, metrics) = (Cluster::local(), FrontendMetrics::new());
+        let bound = runtime.block_on(api::bind("127.0.0.1", 0)).unwrap();
+        let (shutdown, told) = oneshot::channel();
+        let guard = runtime.enter();
+        let listener = bound.listen().unwrap();
+        let address = listener.local_addr().unwrap();
+        let server = ServerConfig { connections_max: 1024, drain_timeout: PATIENCE };
+        let (serving, counted) = (cluster.clone(), metrics.clone());
+        runtime.spawn(async move {
+            let told = async { drop(told.await) };
+            serve(listener, &serving, config, counted, server, told).await;
+        });
+        drop(guard);
+        Self { address, cluster, metrics, runtime, shutdown: Some(shutdown) }
+    }
+
+    fn register(&self, address: SocketAddr, model: &str) -> Lease {
+        let _guard = self.runtime.enter();
+        self.cluster.discovery.register(card(address, model))
+    }
+
+    fn post(&self, path: &str, body: &Value) -> Response {
+        client::post_bytes(self.address, path, body.to_string().as_bytes())
+    }
+
+    fn get(&self, path: &str) -> Response {
+        client::request(self.address, "GET", path, &[], b"")
+    }
+
+    /// A metric's value.
+    fn counts(&self, name: &str) -> f64 {
+        let text = self.metrics.render();
+        let line = text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' ')?.parse().ok());
+        line.unwrap_or_else(|| panic!("no {name} in\n{text}"))
+    }
+
+    fn wait_until_there_are(&self, workers: usize) {
+        wait_until("the workers are known", || self.counts("engine_frontend_workers") == workers as f64);
+    }
+}
+
+fn card(address: SocketAddr, model: &str) -> WorkerCard {
+    WorkerCard {
+        schema: CARD_SCHEMA,
+        version: "0".into(),
+        role: Role::Decode,
+        address: address.to_string(),
+        session: Value::Null,
+        transports: Vec::new(),
+        host_id: "h".into(),
+        model: ModelCard {
+            names: vec![model.into()],
+            max_model_len: 2048,
+            source: format!("/models/{model}"),
+            revision: None,
+            load_format: "auto".into(),
+            kv_cache_dtype: "f16".into(),
+            block_size: 16,
+        },
+        model_key: ModelKey::of(model.as_bytes()),
+    }
+}
+
+fn wait_until(what: &str, holds: impl Fn() -> bool) {
+    let started = Instant::now();
+    while !holds() {
+        assert!(started.elapsed() < PATIENCE, "still waiting until {what}");
+        thread::sleep(Duration::from_millis(2));
+    }
+}
+
+fn busy(worker: &Worker) -> bool {
+    let snapshot = worker.engine.snapshot();
+    worker.gate.holds() || snapshot.running + snapshot.waiting > 0
+}
+
+/// A frontend before `count` workers of one model.
+fn with_workers(count: usize, options: impl Fn() -> Options) -> (Front, Vec<Worker>, Vec<Lease>) {
+    let front = Front::start();
+    let workers: Vec<_> = (0..count).map(|_| Worker::start(options())).collect();
+    let leases = workers.iter().map(|worker| front.register(worker.address, "m")).collect();
+    front.wait_until_there_are(count);
+    (front, workers, leases)
+}
+
+fn slow() -> Options {
+    Options { step: Duration::from_millis(2), ..Options::default() }
+}
+
+fn streaming(path: &str) -> Value {
+    let common = json!({
+        "model": "m", "max_tokens": 60, "ignore_eos": true, "seed": 9, "stream": true,
+        "stream_options": {"include_usage": true},
+    });
+    let mut request = common;
+    match path {
+        CHAT => request["messages"] = json!([{"role": "user", "content": "Go on."}]),
+        _ => (request["prompt"], request["n"], request["logprobs"]) = (json!("Go on."), json!(2), json!(1)),
+    }
+    request
+}
+
+fn answer(events: &[Value]) -> Answer {
+    let mut answer = Answer::default();
+    for event in events {
+        answer.take(&event.to_string());
+    }
+    answer.take("[DONE]");
+    answer.anonymous()
+}
+
+/// What a worker that nobody disturbs answers.
+fn undisturbed(path: &str, request: &Value) -> Answer {
+    let worker = Worker::start(Options::default());
+    answer(&Events::open(worker.address, path, request).finish())
+}
+
+#[test]
+fn a_worker_killed_mid_answer_shows_as_a_pause() {
+    // The time is in a chat's prompt here, so only one kind can be compared between different answers.
+    let request = streaming(COMPLETIONS);
+    let expected = undisturbed(COMPLETIONS, &request);
+    for kill_after in [1, 7, 40] {
+        let (front, mut workers, _leases) = with_workers(3, slow);
+        let mut events = Events::open(front.address, COMPLETIONS, &request);
+        for _ in 0..kill_after {
+            events.next().unwrap();
+        }
+        // The one that answers, and then the next.
+        for _ in 0..2 {
+            let Some(at) = workers.iter().position(busy) else { break };
+            workers.remove(at).kill();
+        }
+        assert_eq!(answer(&events.finish()), expected, "killed after {kill_after} events");
+    }
+    let (front, mut workers, _leases) = with_workers(2, slow);
+    let mut events = Events::open(front.address, CHAT, &streaming(CHAT));
+    (0..5).for_each(|_| drop(events.next().unwrap()));
+    let at = workers.iter().position(busy).unwrap();
+    workers.remove(at).kill();
+    let chat = answer(&events.finish());
+    assert_eq!((chat.choices[0].roles, chat.done, &chat.choices[0].finishes[..]), (1, 1, &[json!("length")][..]));
+    assert_eq!(chat.usage[0]["completion_tokens"], 60);
+    assert_eq!(front.counts("engine_frontend_migrations_total"), 1.0);
+}
+
+#[test]
+fn a_worker_killed_before_it_said_anything_costs_nothing() {
+    for stream in [true, false] {
+        let (front, mut workers, _leases) = with_workers(2, Options::default);
+        workers.iter().for_each(|worker| worker.gate.only(0));
+        let mut request = streaming(COMPLETIONS);
+        if !stream {
+            request["stream"] = false.into();
+            request.as_object_mut().unwrap().remove("stream_options");
+        }
+        let address = front.address;
+        let asked = request.clone();
+        let client = thread::spawn(move || client::post_bytes(address, COMPLETIONS, asked.to_string().as_bytes()));
+        wait_until("one of them has it", || workers.iter().any(busy));
+        let at = workers.iter().position(busy).unwrap();
+        workers.remove(at).kill();
+        workers[0].gate.open();
+        let response = client.join().unwrap();
+        assert_eq!(response.status, 200, "{}", response.text());
+        let text = response.text();
+        assert_eq!(text.contains("data: [DONE]"), stream);
+        assert!(!text.contains("error"), "{text}");
+        if !stream {
+            assert_eq!(response.json()["usage"]["completion_tokens"], 120);
+        }
+    }
+}
+
+#[test]
+fn with_all_workers_dead_the_client_hears_of_it() {
+    let (front, mut workers, leases) = with_workers(2, slow);
+    let mut events = Events::open(front.address, COMPLETIONS, &streaming(COMPLETIONS));
+    (0..3).for_each(|_| drop(events.next().unwrap()));
+    workers.iter_mut().for_each(Worker::kill);
+    let last = events.finish().pop().unwrap();
+    assert_eq!(last["error"]["code"], "workers_lost", "{last}");
+    assert_eq!(front.counts("engine_frontend_broken_total"), 1.0);
+    // While their leases last they are tried in vain, then nobody is there.
+    let (status, _, message) = front.post(COMPLETIONS, &json!({"model": "m", "prompt": "a"})).error();
+    assert_eq!(status, 503, "{message}");
+    drop(leases);
+    front.wait_until_there_are(0);
+    let response = front.post(COMPLETIONS, &json!({"model": "m", "prompt": "a"}));
+    assert_eq!((response.status, response.header("retry-after")), (503, Some("1")));
+}
+
+#[test]
+fn an_answer_waits_a_while_for_a_worker_to_come() {
+    let front = Front::with(|config| config.patience = PATIENCE);
+    let mut first = Worker::start(slow());
+    let lease = front.register(first.address, "m");
+    front.wait_until_there_are(1);
+    let request = streaming(COMPLETIONS);
+    let mut events = Events::open(front.address, COMPLETIONS, &request);
+    (0..3).for_each(|_| drop(events.next().unwrap()));
+    first.kill();
+    drop(lease);
+    front.wait_until_there_are(0);
+    let second = Worker::start(Options::default());
+    let _lease = front.register(second.address, "m");
+    assert_eq!(answer(&events.finish()), undisturbed(COMPLETIONS, &request));
+}
+
+#[test]
+fn a_worker_that_cannot_be_reached_is_avoided() {
+    let (front, _workers, _leases) = with_workers(1, Options::default);
+    // An address that refuses.
+    let nobody = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+    let _lease = front.register(nobody, "m");
+    front.wait_until_there_are(2);
+    for _ in 0..20 {
+        assert_eq!(front.post(COMPLETIONS, &json!({"model": "m", "prompt": "a", "max_tokens": 1})).status, 200);
+    }
+    assert!(front.counts("engine_frontend_retries_total") <= 2.0, "it was tried again and again");
+}
+
+#[test]
+fn a_worker_that_falls_silent_is_left() {
+    let (front, _workers, _leases) = with_workers(1, Options::default);
+    // Takes connections and never answers, as a stopped process does.
+    let silent = TcpListener::bind("127.0.0.1:0").unwrap();
+    let _lease = front.register(silent.local_addr().unwrap(), "m");
+    front.wait_until_there_are(2);
+    wait_until("one came back from the silent one", || {
+        assert_eq!(front.post(COMPLETIONS, &json!({"model": "m", "prompt": "a", "max_tokens": 2})).status, 200);
+        front.counts("engine_frontend_retries_total") >= 1.0
+    });
+}
+
+#[test]
+fn a_client_that_hangs_up_is_gone_at_the_worker_too() {
+    let (front, workers, _leases) = with_workers(1, slow);
+    let mut request = streaming(COMPLETIONS);
+    request["max_tokens"] = json!(2000);
+    let mut events = Events::open(front.address, COMPLETIONS, &request);
+    events.next().unwrap();
+    drop(events);
+    wait_until("the frontend has let go", || front.counts("engine_frontend_requests_in_flight") == 0.0);
+    wait_until("the worker has nothing to do", || !busy(&workers[0]));
+}
+
+#[test]
+fn a_slow_client_gets_everything() {
+    let (front, workers, _leases) = with_workers(1, Options::default);
+    let mut request = streaming(COMPLETIONS);
+    (request["max_tokens"], request["logprobs"]) = (json!(1500), json!(5));
+    let events = Events::open(front.address, COMPLETIONS, &request);
+    wait_until("the worker is done", || !busy(&workers[0]));
+    assert_eq!(answer(&events.finish()), undisturbed(COMPLETIONS, &request));
+}
+
+#[test]
+fn models_are_told_apart_and_listed_together() {
+    let front = Front::start();
+    let (one, two) = (Worker::start(Options::default()), Worker::start(Options { model: "n/2", ..Options::default() }));
+    let _leases = [front.register(one.address, "m"), front.register(two.address, "n/2")];
+    front.wait_until_there_are(2);
+    for model in ["m", "n/2"] {
+        let answer = front.post(COMPLETIONS, &json!({"model": model, "prompt": "a", "max_tokens": 1}));
+        assert_eq!((answer.status, &answer.json()["model"]), (200, &json!(model)));
+        assert_eq!(front.get(&format!("/v1/models/{model}")).json()["id"], model);
+    }
+    let list = front.get("/v1/models").json();
+    let ids: Vec<_> = list["data"].as_array().unwrap().iter().map(|model| model["id"].as_str().unwrap()).collect();
+    assert_eq!(ids, ["m", "n/2"]);
+    assert_eq!(front.get("/v1/models/x").error().0, 404);
+    let (status, param, _) = front.post(COMPLETIONS, &json!({"model": "x", "prompt": "a"})).error();
+    assert_eq!((status, param.as_deref()), (404, Some("model")));
+    let (status, param, _) = front.post(COMPLETIONS, &json!({"prompt": "a"})).error();
+    assert_eq!((status, param.as_deref()), (400, Some("model")));
+}
+
+#[test]
+fn workers_come_and_go() {
+    let front = Front::start();
+    assert_eq!((front.get("/health").status, front.get("/health/ready").status), (200, 503));
+    let worker = Worker::start(Options::default());
+    let ask = || front.post(COMPLETIONS, &json!({"prompt": "a", "max_tokens": 1})).status;
+    assert_eq!(ask(), 503);
+    let lease = front.register(worker.address, "m");
+    front.wait_until_there_are(1);
+    assert_eq!((front.get("/health/ready").status, ask()), (200, 200));
+    front.runtime.block_on(lease.withdraw());
+    front.wait_until_there_are(0);
+    assert_eq!((front.get("/health/ready").status, ask()), (503, 503));
+}
+
+#[test]
+fn a_full_worker_is_passed_over_and_full_workers_are_said_to_be() {
+    let (front, workers, _leases) =
+        with_workers(2, || Options { max_num_seqs: 1, max_waiting_requests: 0, ..Options::default() });
+    workers.iter().for_each(|worker| worker.gate.only(0));
+    let address = front.address;
+    let ask = move || {
+        let body = json!({"model": "m", "prompt": "a", "max_tokens": 2}).to_string();
+        client::post_bytes(address, COMPLETIONS, body.as_bytes())
+    };
+    let clients = [thread::spawn(ask), thread::spawn(ask)];
+    wait_until("both are full", || workers.iter().all(busy));
+    let response = ask();
+    assert_eq!((response.status, response.header("retry-after")), (429, Some("1")));
+    workers.iter().for_each(|worker| worker.gate.open());
+    assert!(clients.into_iter().all(|client| client.join().unwrap().status == 200));
+}
+
+#[test]
+fn a_prompt_finds_the_worker_that_has_its_beginning() {
+    let (front, _workers, _leases) = with_workers(4, Options::default);
+    let beginning = "This is what the application tells the model every time. ".repeat(6);
+    let cached = |question: &str| {
+        let body = json!({"model": "m", "prompt": format!("{beginning}{question}"), "max_tokens": 1});
+        front.post(COMPLETIONS, &body).json()["usage"]["prompt_tokens_details"]["cached_tokens"].as_u64().unwrap()
+    };
+    assert_eq!(cached("one?"), 0);
+    assert!(["two?", "three?", "four?"].into_iter().all(|question| cached(question) > 16));
+}
+
+#[test]
+fn the_edge_guards_what_is_behind_it() {
+    let front = Front::with(|config| {
+        config.api_keys = vec!["key".into()];
+        config.cluster_token = Some("token".into());
+        config.body_bytes_max = 1000;
+    });
+    let worker = Worker::start(Options { cluster_token: Some("token".into()), ..Options::default() });
+    let _lease = front.register(worker.address, "m");
+    front.wait_until_there_are(1);
+    let body = json!({"model": "m", "prompt": "a", "max_tokens": 2, "stream": true}).to_string();
+    let ask = |headers: &[(&str, &str)], body: &str| {
+        let headers = [&[("Content-Type", "application/json")], headers].concat();
+        client::request(front.address, "POST", COMPLETIONS, &headers, body.as_bytes())
+    };
+    assert_eq!(ask(&[], &body).status, 401);
+    let key = ("Authorization", "Bearer key");
+    let response = ask(&[key, ("X-Request-Id", "mine")], &body);
+    assert_eq!((response.status, response.header("x-request-id")), (200, Some("mine")));
+    assert!(!response.text().contains("\"t\":["), "{}", response.text());
+    // A client's own word about progress is not passed on.
+    let response = ask(&[key, ("X-Engine-Resume", "3"), ("X-Engine-Progress", "1")], &body);
+    assert_eq!(response.status, 200);
+    assert!(!response.text().contains("\"t\":["));
+    assert_eq!(ask(&[key], &"x".repeat(2000)).status, 413);
+    // The worker says what is wrong.
+    assert_eq!(ask(&[key], "{\"model\": \"m\", \"prompt\": 7}").error(), {
+        let direct = client::post_bytes(worker.address, COMPLETIONS, b"{\"model\": \"m\", \"prompt\": 7}");
+        direct.error()
+    });
+    assert_eq!(ask(&[key], "no json").error().0, 400);
+    assert_eq!(client::request(front.address, "GET", "/nowhere", &[key], b"").status, 404);
+}
+
+#[test]
+fn without_the_clusters_token_an_answer_is_not_continued_but_ends_clearly() {
+    let (front, mut workers, _leases) = with_workers(2, || Options { cluster_token: Some("other".into()), ..slow() });
+    let mut events = Events::open(front.address, COMPLETIONS, &streaming(COMPLETIONS));
+    (0..3).for_each(|_| drop(events.next().unwrap()));
+    let at = workers.iter().position(busy).unwrap();
+    workers.remove(at).kill();
+    assert_eq!(events.finish().pop().unwrap()["error"]["code"], "workers_lost");
+}
+
+#[test]
+fn a_deadline_ends_an_answer_wherever_it_is() {
+    let front = Front::with(|config| config.request_timeout = Duration::from_millis(200));
+    let worker = Worker::start(Options::default());
+    let _lease = front.register(worker.address, "m");
+    front.wait_until_there_are(1);
+    worker.gate.only(3);
+    let events = Events::open(front.address, COMPLETIONS, &streaming(COMPLETIONS));
+    assert_eq!(events.finish().pop().unwrap()["error"]["code"], "timeout");
+    assert_eq!(front.post(COMPLETIONS, &json!({"model": "m", "prompt": "a"})).status, 504);
+    worker.gate.open();
+    wait_until("the worker has nothing to do", || !busy(&worker));
+}
+
+#[test]
+fn a_drain_ends_what_runs_and_refuses_what_comes() {
+    let (mut front, workers, _leases) = with_workers(1, slow);
+    workers[0].gate.only(5);
+    let events = Events::open(front.address, COMPLETIONS, &streaming(COMPLETIONS));
+    drop(front.shutdown.take());
+    wait_until("it drains", || front.get("/health/ready").status == 503);
+    assert_eq!(front.get("/health").status, 200);
+    assert_eq!(front.post(COMPLETIONS, &json!({"model": "m", "prompt": "a"})).status, 503);
+    workers[0].gate.open();
+    assert_eq!(answer(&events.finish()).usage[0]["completion_tokens"], 120);
+    let address = front.address;
+    wait_until("it is gone", || std::net::TcpStream::connect(address).is_err());
+}
+
+#[test]
+fn many_clients_get_each_their_own_answer() {
+    let (front, _workers, _leases) = with_workers(3, Options::default);
+    let reference = Worker::start(Options::default());
+    let clients: Vec<_> = (0..24)
+        .map(|client| {
+            let (address, reference) = (front.address, reference.address);
+            thread::spawn(move || {
+                for round in 0..4 {
+                    let mut request = streaming(COMPLETIONS);
+                    request["prompt"] = json!(format!("{client} {round}"));
+                    let ask = |address| answer(&Events::open(address, COMPLETIONS, &request).finish());
+                    assert_eq!(ask(address), ask(reference));
+                }
+            })
+        })
+        .collect();
+    clients.into_iter().for_each(|client| client.join().unwrap());
+}
