@@ -11,7 +11,7 @@ PEERS  ?= llama.cpp
 FUZZ_SECONDS ?= 600
 SOAK_SECONDS ?= 120
 
-.PHONY: help setup run demo-model test-assets test fmt lint doc client bench fuzz soak goldens
+.PHONY: help setup run cluster demo-model test-assets test fmt lint doc client bench fuzz soak goldens
 
 help: ## Print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -21,6 +21,10 @@ setup: ## Install the few Debian packages the build needs, or say which are miss
 
 run: setup $(if $(filter $(DEMO),$(MODEL)),demo-model) ## Serve the demo model on 127.0.0.1:8000 (MODEL=, HOST=, PORT=, ARGS= change that)
 	$(CARGO) run --release --locked -- --model $(MODEL) --host $(HOST) --port $(PORT) $(ARGS)
+
+cluster: setup $(if $(filter $(DEMO),$(MODEL)),demo-model) ## Start etcd, NATS, a frontend, a decode and a prefill worker here; Ctrl-C stops them
+	$(CARGO) build --release --locked --bin engine
+	@PORT=$(PORT) scripts/cluster.sh target/release/engine $(MODEL) $(ARGS)
 
 demo-model: setup ## Fetch the demo model, 98 MB, once
 	@scripts/fetch-demo-model.sh

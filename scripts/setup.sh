@@ -24,6 +24,8 @@ need libprotobuf-dev test -e /usr/include/google/protobuf/empty.proto
 # The tests run real services.
 need etcd-server sh -c 'command -v etcd'
 need nats-server sh -c 'command -v nats-server || command -v /usr/sbin/nats-server'
+# Certificates for the tests of encrypted connections.
+need openssl openssl version
 # The demo model and the client tests come from PyPI, each in an environment of its own.
 need python3 python3 --version
 need python3-venv python3 -c 'import venv, ensurepip'

@@ -29,7 +29,12 @@ impl Server {
         let port = free_port()?;
         let mut command = Command::new(env!("CARGO_BIN_EXE_engine"));
         command.arg("--model").arg(model).args(["--host", "127.0.0.1"]).arg("--port").arg(port.to_string());
-        command.arg("--threads").arg(threads.to_string()).arg("--max-num-seqs").arg(SLOTS.to_string());
+        command
+            .arg("--standalone")
+            .arg("--threads")
+            .arg(threads.to_string())
+            .arg("--max-num-seqs")
+            .arg(SLOTS.to_string());
         command.arg("--max-model-len").arg((PROMPT_TOKENS + 2 * OUTPUT_TOKENS).to_string());
         Self::start(command, port)
     }

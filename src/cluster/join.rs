@@ -81,9 +81,10 @@ impl fmt::Display for LocalServices {
 }
 
 impl LocalServices {
-    /// Tries the well-known addresses.
-    pub async fn probe() -> Self {
-        let (etcd, nats) = tokio::join!(timeout(PROBE_TIMEOUT, probe_etcd()), timeout(PROBE_TIMEOUT, probe_nats()));
+    /// Tries addresses of etcd and NATS.
+    pub async fn probe(etcd: &str, nats: &str) -> Self {
+        let (etcd, nats) =
+            tokio::join!(timeout(PROBE_TIMEOUT, probe_etcd(etcd)), timeout(PROBE_TIMEOUT, probe_nats(nats)));
         let etcd = matches!(etcd, Ok(Ok(true)));
         let nats = nats.ok().and_then(Result::ok).flatten();
         Self { etcd, nats: nats.is_some(), jetstream: nats.unwrap_or(false) }
@@ -91,9 +92,9 @@ impl LocalServices {
 }
 
 /// Whether what listens there speaks as etcd does.
-async fn probe_etcd() -> std::io::Result<bool> {
-    let mut stream = TcpStream::connect(LOCAL_ETCD).await?;
-    let request = format!("GET /version HTTP/1.1\r\nHost: {LOCAL_ETCD}\r\nConnection: close\r\n\r\n");
+async fn probe_etcd(address: &str) -> std::io::Result<bool> {
+    let mut stream = TcpStream::connect(address).await?;
+    let request = format!("GET /version HTTP/1.1\r\nHost: {address}\r\nConnection: close\r\n\r\n");
     stream.write_all(request.as_bytes()).await?;
     let mut answer = Vec::new();
     stream.take(4096).read_to_end(&mut answer).await?;
@@ -101,8 +102,8 @@ async fn probe_etcd() -> std::io::Result<bool> {
 }
 
 /// Whether what listens there greets as NATS does, and if so, whether it keeps streams.
-async fn probe_nats() -> std::io::Result<Option<bool>> {
-    let mut stream = TcpStream::connect(LOCAL_NATS).await?;
+async fn probe_nats(address: &str) -> std::io::Result<Option<bool>> {
+    let mut stream = TcpStream::connect(address).await?;
     let mut greeting = Vec::new();
     while !greeting.ends_with(b"\r\n") && greeting.len() < 1 << 16 {
         if stream.read_buf(&mut greeting).await? == 0 {
@@ -128,7 +129,7 @@ pub enum Needs {
 pub async fn join(mut options: ClusterOptions, needs: Needs) -> Result<Joined, ClusterError> {
     match (options.etcd.endpoints.is_empty(), options.nats.servers.is_empty()) {
         (true, true) => {
-            let found = LocalServices::probe().await;
+            let found = LocalServices::probe(LOCAL_ETCD, LOCAL_NATS).await;
             if !(found.etcd && found.jetstream) {
                 return Ok(Joined::Alone(found));
             }

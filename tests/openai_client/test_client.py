@@ -17,7 +17,8 @@ QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
 
 def setUpModule():
     global server, client, base_url
-    command = [ENGINE, "--model", MODEL, "--served-model-name", "demo", "--port", "0", "--max-model-len", "1024"]
+    command = [ENGINE, "--model", MODEL, "--served-model-name", "demo"]
+    command += ["--port", "0", "--standalone", "--max-model-len", "1024"]
     environment = dict(os.environ, ENGINE_API_KEY=KEY)
     server = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
     line = server.stdout.readline()

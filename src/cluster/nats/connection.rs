@@ -118,15 +118,15 @@ impl Connection {
         let _ = self.made.clone().wait_for(|made| *made > 0).await;
     }
 
-    /// Resolves when a connection is made after this call.
-    pub(super) fn made_anew(&self) -> impl Future<Output = ()> + Send + use<> {
-        let mut made = self.made.clone();
-        made.mark_unchanged();
-        async move {
-            if made.changed().await.is_err() {
-                std::future::pending().await
-            }
-        }
+    /// Which connection this is, counted from the start.
+    pub(super) fn number(&self) -> u64 {
+        *self.made.borrow()
+    }
+
+    /// Resolves when there is a later connection than `number`.
+    pub(super) async fn left_behind(&self, number: u64) {
+        // An error would mean that the client is gone, and the rest with it.
+        let _ = self.made.clone().wait_for(|made| *made > number).await;
     }
 
     /// An error if there is no connection now. The client would otherwise keep what it is given until there is one.

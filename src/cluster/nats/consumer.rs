@@ -36,8 +36,6 @@ pub(super) async fn supply(jobs: Arc<Jobs>, key: ModelKey, mut supplier: Supplie
                 }
                 Ok(None) => {}
                 Err(error) => {
-                    // It may have been deleted, with or without its stream.
-                    consumer = None;
                     if !failing {
                         tracing::warn!("cannot take prefill jobs: {error}; trying again until it works");
                     }
@@ -62,23 +60,32 @@ pub(super) async fn supply(jobs: Arc<Jobs>, key: ModelKey, mut supplier: Supplie
 }
 
 /// One request for one job: `None` if there was none for [`PULL_TIME`].
+///
+/// The consumer in `known` is used as long as jobs come over the connection it was found by. Otherwise it is looked up
+/// anew: a server that has lost it, with its stream or alone, may answer requests to it with silence.
 async fn pull(
     jobs: &Jobs,
     key: ModelKey,
-    known: &mut Option<PullConsumer>,
+    known: &mut Option<(u64, PullConsumer)>,
 ) -> Result<Option<jetstream::Message>, QueueError> {
-    let consumer = match known {
-        Some(consumer) => consumer,
-        None => known.insert(jobs.consumer(key).await?),
+    let connection = jobs.connection.number();
+    let consumer = match known.take() {
+        Some((found_by, consumer)) if found_by == connection => consumer,
+        _ => jobs.consumer(key).await?,
     };
     jobs.connection.check()?;
-    // The server forgets requests when the connection breaks.
-    let reconnected = jobs.connection.made_anew();
     let failed = |error: &dyn std::fmt::Display| QueueError::Unavailable(error.to_string());
     let mut answers = consumer.batch().max_messages(1).expires(PULL_TIME).messages().await.map_err(|e| failed(&e))?;
     tokio::select! {
-        answer = answers.next() => answer.transpose().map_err(|error| failed(&error)),
-        () = reconnected => Ok(None),
+        answer = answers.next() => {
+            let message = answer.transpose().map_err(|error| failed(&error))?;
+            if message.is_some() {
+                *known = Some((connection, consumer));
+            }
+            Ok(message)
+        }
+        // The server forgets requests when the connection breaks.
+        () = jobs.connection.left_behind(connection) => Ok(None),
     }
 }
 

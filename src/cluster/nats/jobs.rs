@@ -136,7 +136,14 @@ impl Jobs {
     }
 
     pub(super) async fn depth(&self, key: ModelKey) -> Result<QueueDepth, QueueError> {
-        let consumer = self.consumer(key).await?;
+        self.connection.check()?;
+        // One question where the consumer is there, as it nearly always is.
+        let asked = self.context.get_consumer_from_stream::<pull::Config, _, _>(key.to_string(), self.stream_name());
+        let consumer = match timeout(REQUEST_TIMEOUT, asked).await {
+            Ok(Ok(consumer)) => consumer,
+            Ok(Err(_)) => self.consumer(key).await?,
+            Err(_) => return Err(QueueError::Timeout(REQUEST_TIMEOUT)),
+        };
         let info = consumer.cached_info();
         Ok(QueueDepth { waiting: info.num_pending, delivered: info.num_ack_pending as u64 })
     }

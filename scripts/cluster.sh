@@ -1,0 +1,128 @@
+#!/bin/bash
+# Starts a cluster on this machine: etcd, nats-server, a frontend, decode and prefill workers, each with its name before
+# its log lines. Ctrl-C stops them in order; a second one at once.
+#
+#   scripts/cluster.sh <engine> <model> [flags of the decode workers]
+#
+# DECODE_WORKERS, PREFILL_WORKERS (1 each), PORT (8000, the frontend's), ETCD_PORT (2379), NATS_PORT (4222) and
+# MAX_LOCAL_PREFILL_LENGTH (128, so that a long chat shows a remote prefill) change it.
+set -euo pipefail
+# Each process in a group of its own: Ctrl-C reaches this script alone, which then stops them in order.
+set -m
+
+engine=$1 model=$2
+shift 2
+port=${PORT:-8000} etcd_port=${ETCD_PORT:-2379} nats_port=${NATS_PORT:-4222}
+decode_workers=${DECODE_WORKERS:-1} prefill_workers=${PREFILL_WORKERS:-1}
+PATH=$PATH:/usr/sbin:/usr/local/sbin
+unset ETCD_ENDPOINTS NATS_SERVER
+
+directory=$(mktemp -d)
+names=()
+pids=()
+stopping=""
+
+say() { printf '%-10s| %s\n' cluster "$1"; }
+
+open() { (exec 3<>"/dev/tcp/127.0.0.1/$1") 2>/dev/null; }
+
+start() { # start <name> <command...>
+    local name=$1 quiet=""
+    shift
+    # NATS has no level between everything and nothing.
+    if [ "$name" = nats ]; then quiet='/\[INF\]/{/Server is ready/!d};'; fi
+    "$@" > >(sed -u "${quiet}s/^/$(printf '%-10s' "$name")| /") 2>&1 &
+    names+=("$name")
+    pids+=($!)
+}
+
+# Stops processes of these names, waiting for each.
+stop() {
+    local pattern i tries
+    for pattern in "$@"; do
+        for i in "${!pids[@]}"; do
+            if [[ ${names[$i]} == $pattern ]]; then kill -TERM "${pids[$i]}" 2>/dev/null || true; fi
+        done
+        for i in "${!pids[@]}"; do
+            if [[ ${names[$i]} == $pattern ]]; then wait "${pids[$i]}" 2>/dev/null || true; fi
+        done
+    done
+}
+
+end() {
+    trap - EXIT
+    # Asked twice, nobody waits.
+    trap 'kill -KILL "${pids[@]}" 2>/dev/null || true; rm -rf "$directory"; exit 130' INT TERM
+    stopping=yes
+    say "stopping"
+    stop frontend 'decode*' 'prefill*' nats etcd
+    rm -rf "$directory"
+    exit "${1:-0}"
+}
+trap 'end 0' INT TERM
+trap 'end $?' EXIT
+
+for taken in "$port" "$etcd_port" "$nats_port"; do
+    if open "$taken"; then
+        say "port $taken is in use; PORT, ETCD_PORT and NATS_PORT choose others" >&2
+        trap - EXIT
+        rm -rf "$directory"
+        exit 1
+    fi
+done
+
+# Half the cores each, so that a prefill does not slow decoding down.
+threads=$(($(nproc) / (decode_workers + prefill_workers)))
+[ "$threads" -ge 1 ] || threads=1
+services=(--etcd "http://127.0.0.1:$etcd_port" --nats "nats://127.0.0.1:$nats_port")
+
+start etcd env -u ETCD_PORT etcd --name local --data-dir "$directory/etcd" --log-level warn --logger zap \
+    --listen-client-urls "http://127.0.0.1:$etcd_port" --advertise-client-urls "http://127.0.0.1:$etcd_port" \
+    --listen-peer-urls http://127.0.0.1:0 --initial-advertise-peer-urls http://127.0.0.1:2380 \
+    --initial-cluster local=http://127.0.0.1:2380
+start nats nats-server -js -sd "$directory/nats" -a 127.0.0.1 -p "$nats_port"
+start frontend "$engine" frontend --port "$port" "${services[@]}"
+for i in $(seq "$decode_workers"); do
+    start "decode$i" "$engine" --model "$model" --port 0 --threads "$threads" \
+        --max-local-prefill-length "${MAX_LOCAL_PREFILL_LENGTH:-128}" "${services[@]}" "$@"
+done
+for i in $(seq "$prefill_workers"); do
+    start "prefill$i" "$engine" --is-prefill-worker --threads "$threads" "${services[@]}"
+done
+
+# The status of a GET, without asking for curl.
+status() {
+    exec 3<>"/dev/tcp/127.0.0.1/$port" || return 1
+    printf 'GET %s HTTP/1.1\r\nHost: engine\r\nConnection: close\r\n\r\n' "$1" >&3
+    local line=""
+    read -r -t 5 line <&3 || true
+    exec 3<&- 3>&-
+    set -- $line
+    [ "${2:-}" = 200 ]
+}
+
+until status /health/ready 2>/dev/null; do
+    for i in "${!pids[@]}"; do
+        if ! kill -0 "${pids[$i]}" 2>/dev/null; then
+            say "${names[$i]} ended"
+            end 1
+        fi
+    done
+    sleep 0.2
+done
+say "ready; try: curl -N http://127.0.0.1:$port/v1/chat/completions -H 'Content-Type: application/json' \\"
+say "  -d '{\"messages\": [{\"role\": \"user\", \"content\": \"Why is the sky blue?\"}], \"stream\": true}'"
+say "Ctrl-C stops everything"
+
+# One that ends by itself is said so and left: the others go on without it.
+while [ -z "$stopping" ]; do
+    wait -n -p ended || true
+    for i in "${!pids[@]}"; do
+        if [ "${pids[$i]}" = "${ended:-}" ]; then say "${names[$i]} ended"; fi
+    done
+    alive=0
+    for pid in "${pids[@]}"; do
+        if kill -0 "$pid" 2>/dev/null; then alive=1; fi
+    done
+    [ "$alive" = 1 ] || break
+done
