@@ -62,14 +62,15 @@ end() {
 trap 'end 0' INT TERM
 trap 'end $?' EXIT
 
-for taken in "$port" "$etcd_port" "$nats_port"; do
-    if open "$taken"; then
-        say "port $taken is in use; PORT, ETCD_PORT and NATS_PORT choose others" >&2
-        trap - EXIT
-        rm -rf "$directory"
-        exit 1
-    fi
-done
+if open "$port"; then
+    say "port $port is in use; PORT chooses another" >&2
+    trap - EXIT
+    rm -rf "$directory"
+    exit 1
+fi
+# Debian starts the services it installs: theirs are left alone.
+while open "$etcd_port"; do etcd_port=$((etcd_port + 10)); done
+while open "$nats_port"; do nats_port=$((nats_port + 10)); done
 
 # Half the cores each, so that a prefill does not slow decoding down.
 threads=$(($(nproc) / (decode_workers + prefill_workers)))
@@ -110,6 +111,7 @@ until status /health/ready 2>/dev/null; do
     done
     sleep 0.2
 done
+say "etcd on port $etcd_port, NATS on port $nats_port"
 say "ready; try: curl -N http://127.0.0.1:$port/v1/chat/completions -H 'Content-Type: application/json' \\"
 say "  -d '{\"messages\": [{\"role\": \"user\", \"content\": \"Why is the sky blue?\"}], \"stream\": true}'"
 say "Ctrl-C stops everything"
