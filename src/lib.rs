@@ -6,7 +6,6 @@ pub mod api;
 pub mod cache;
 pub mod cli;
 pub mod cluster;
-pub mod decode;
 pub mod frontend;
 pub mod handoff;
 pub mod scheduler;

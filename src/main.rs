@@ -2,7 +2,12 @@
 
 use std::process::ExitCode;
 
-use engine::{cli::Role, decode, frontend, telemetry::init_logging};
+use engine::{
+    cli::Role,
+    frontend,
+    telemetry::init_logging,
+    worker::{decode, prefill},
+};
 
 /// Threads for HTTP: few, because the engine needs the cores.
 fn io_threads() -> usize {
@@ -26,7 +31,7 @@ fn start(role: Role) -> anyhow::Result<()> {
     let result = runtime.block_on(async {
         match role {
             Role::Decode(args) => decode::run(args).await,
-            Role::Prefill(_) => anyhow::bail!("prefill workers are not part of this build"),
+            Role::Prefill(args) => prefill::run(args).await,
             Role::Frontend(args) => frontend::run(args).await,
         }
     });

@@ -18,6 +18,7 @@ mod prompt;
 mod router;
 mod server;
 mod state;
+mod status;
 mod stop;
 mod stream;
 mod template;
@@ -35,6 +36,7 @@ pub(crate) use server::serve_router;
 pub use server::{Bound, ServerConfig, ServerError, bind, serve};
 pub(crate) use state::unix_seconds;
 pub use state::{ApiConfig, Defaults};
+pub use status::serve_status;
 pub use template::{ChatTemplate, RenderOptions, TemplateError};
 
 use state::{InFlight, Serving};

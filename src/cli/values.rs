@@ -6,7 +6,7 @@ use clap::ValueEnum;
 use engine_kernels::KvDType;
 use engine_models::LoadFormat;
 
-use crate::telemetry::LogFormat;
+use crate::{handoff::Policy, telemetry::LogFormat};
 
 /// `--load-format`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -90,6 +90,17 @@ pub enum DisaggPolicyArg {
     Threshold,
     /// Prefill where the first token is expected sooner, as measured.
     Auto,
+}
+
+impl From<DisaggPolicyArg> for Policy {
+    fn from(arg: DisaggPolicyArg) -> Self {
+        match arg {
+            DisaggPolicyArg::Never => Self::Never,
+            DisaggPolicyArg::Always => Self::Always,
+            DisaggPolicyArg::Threshold => Self::Threshold,
+            DisaggPolicyArg::Auto => Self::Auto,
+        }
+    }
 }
 
 /// `--transport`.

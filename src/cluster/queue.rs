@@ -149,6 +149,11 @@ impl Delivery {
         }
     }
 
+    /// Leaves the job to a later delivery of it: this one is settled neither way.
+    pub fn forget(mut self) {
+        self.settle = None;
+    }
+
     /// Takes a job nobody can do off the queue, counts and logs it.
     pub async fn bury(mut self, reason: &str) -> Result<(), QueueError> {
         match self.settle.take() {

@@ -7,7 +7,7 @@ use crate::{
     api::{ServerConfig, bind},
     cli::FrontendArgs,
     cluster::{Joined, Needs, join},
-    decode::Signals,
+    worker::Signals,
 };
 
 /// The frontend role: serves for a cluster until a signal comes.

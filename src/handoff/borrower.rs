@@ -280,6 +280,11 @@ impl Borrower {
         if self.draining { 0 } else { self.config.jobs_max.saturating_sub(self.jobs.len()) }
     }
 
+    /// The key of its jobs.
+    pub fn model_key(&self) -> &str {
+        &self.config.model_key
+    }
+
     /// Jobs held.
     pub fn held(&self) -> usize {
         self.jobs.len()

@@ -92,6 +92,11 @@ impl MailboxWord {
         self.0
     }
 
+    /// The loan it speaks of; `None` if it is empty.
+    pub const fn epoch(self) -> Option<Epoch> {
+        Epoch::new((self.0 >> 32) as u32)
+    }
+
     /// How the loan of `epoch` ended, if this word says so. Words of other loans, and words nobody writes, say nothing.
     pub const fn status_of(self, epoch: Epoch) -> Option<Status> {
         if (self.0 >> 32) as u32 != epoch.get() {

@@ -52,11 +52,6 @@ impl Scheduler {
         }
     }
 
-    /// The sequence away that came as the `arrival`-th.
-    pub fn away_by_arrival(&self, arrival: u64) -> Option<SlotId> {
-        self.away.iter().copied().find(|&slot| self.sequence(slot).arrival == arrival)
-    }
-
     /// Sequences whose prompt another worker computes.
     pub fn away(&self) -> usize {
         self.away.len()

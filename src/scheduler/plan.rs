@@ -58,6 +58,11 @@ impl StepPlan {
         self.tokens
     }
 
+    /// Tokens of prompts among them.
+    pub fn prompt_tokens(&self) -> usize {
+        self.entries.iter().filter(|entry| !entry.decode).map(|entry| entry.len).sum()
+    }
+
     /// Sequences that lost their pages to older ones.
     pub fn preempted(&self) -> usize {
         self.preempted

@@ -107,6 +107,15 @@ impl Scheduler {
         self.waiting.len()
     }
 
+    /// Tokens of all sequences: those still to be computed, and those that are.
+    pub fn tokens(&self) -> (usize, usize) {
+        let queues = self.running.iter().chain(&self.waiting).chain(&self.away);
+        queues.fold((0, 0), |(pending, computed), &slot| {
+            let sequence = self.sequence(slot);
+            (pending + sequence.remaining(), computed + sequence.num_computed)
+        })
+    }
+
     /// Whether there is nothing to compute.
     pub fn is_empty(&self) -> bool {
         self.running.is_empty() && self.waiting.is_empty()

@@ -123,11 +123,6 @@ impl Sequence {
         self.prefill_only
     }
 
-    /// A number that no other sequence of the scheduler has or will have.
-    pub fn arrival(&self) -> u64 {
-        self.arrival
-    }
-
     /// Whether one token is left, whose logits are wanted.
     pub(super) fn decodes(&self) -> bool {
         self.remaining() == 1 && !self.prefill_only

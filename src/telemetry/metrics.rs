@@ -5,6 +5,9 @@ use prometheus::{
     TextEncoder, core::Collector,
 };
 
+use super::HandoffMetrics;
+use crate::transfer::TransferMetrics;
+
 /// Seconds, from a millisecond to minutes: waiting for the first token.
 const FIRST_TOKEN_BUCKETS: &[f64] =
     &[0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0];
@@ -20,6 +23,8 @@ pub struct Metrics {
     pub requests: IntCounterVec,
     /// What the engine thread counts.
     pub engine: EngineMetrics,
+    /// What is counted about sessions between workers and the pages they move.
+    pub transfer: TransferMetrics,
 }
 
 /// The engine thread's metrics, each resolved to its labels once, so that a step touches atomics and nothing else.
@@ -47,6 +52,12 @@ pub struct EngineMetrics {
     pub prefix_hit_tokens: IntCounter,
     /// Sequences that had to give back their pages and start again.
     pub preemptions: IntCounter,
+    /// Prompts computed by this worker.
+    pub prefills_local: IntCounter,
+    /// Prompts computed by another worker, all but their last token.
+    pub prefills_remote: IntCounter,
+    /// What becomes of handoffs.
+    pub handoffs: HandoffMetrics,
     /// From submission to the first token.
     pub time_to_first_token: Histogram,
     /// Between two tokens of an answer.
@@ -83,11 +94,11 @@ impl Metrics {
     /// Fresh metrics in a registry of their own.
     pub fn new() -> Self {
         let registry = Registry::new();
-        let steps = histograms(&registry, "engine_step_seconds", "Duration of one step.", &["kind"]);
+        let steps = histograms(&registry, "engine_step_seconds", "Duration of one step.", &["kind"], STEP_BUCKETS);
         let pages = IntGaugeVec::new(Opts::new("engine_kv_pages", "KV pages by state."), &["state"]);
         let pages = registered(&registry, pages);
-        let requests = Opts::new("engine_requests_total", "HTTP requests answered.");
-        let requests = registered(&registry, IntCounterVec::new(requests, &["endpoint", "status"]));
+        let requests = counters(&registry, "engine_requests_total", "HTTP requests answered.", &["endpoint", "status"]);
+        let prefills = counters(&registry, "engine_prefills_total", "Prompts by who computed them.", &["where"]);
         let engine = EngineMetrics {
             running: gauge(&registry, "engine_running_requests", "Requests taking part in steps."),
             waiting: gauge(&registry, "engine_waiting_requests", "Requests accepted and not running."),
@@ -104,6 +115,9 @@ impl Metrics {
                 "Prompt tokens whose keys and values were found in the cache.",
             ),
             preemptions: counter(&registry, "engine_preemptions_total", "Sequences preempted for lack of KV pages."),
+            prefills_local: prefills.with_label_values(&["local"]),
+            prefills_remote: prefills.with_label_values(&["remote"]),
+            handoffs: HandoffMetrics::new(&registry),
             time_to_first_token: histogram(
                 &registry,
                 "engine_time_to_first_token_seconds",
@@ -120,7 +134,8 @@ impl Metrics {
             step_decode: steps.with_label_values(&["decode"]),
             step_mixed: steps.with_label_values(&["mixed"]),
         };
-        Self { registry, requests, engine }
+        let transfer = TransferMetrics::new(&registry);
+        Self { registry, requests, engine, transfer }
     }
 
     /// Everything in Prometheus' text format.
@@ -146,7 +161,7 @@ fn registered<C: Collector + Clone + 'static>(registry: &Registry, metric: prome
     metric
 }
 
-fn gauge(registry: &Registry, name: &str, help: &str) -> IntGauge {
+pub(super) fn gauge(registry: &Registry, name: &str, help: &str) -> IntGauge {
     registered(registry, IntGauge::new(name, help))
 }
 
@@ -158,8 +173,18 @@ fn histogram(registry: &Registry, name: &str, help: &str, buckets: &[f64]) -> Hi
     registered(registry, Histogram::with_opts(HistogramOpts::new(name, help).buckets(buckets.to_vec())))
 }
 
-fn histograms(registry: &Registry, name: &str, help: &str, labels: &[&str]) -> HistogramVec {
-    registered(registry, HistogramVec::new(HistogramOpts::new(name, help).buckets(STEP_BUCKETS.to_vec()), labels))
+pub(super) fn counters(registry: &Registry, name: &str, help: &str, labels: &[&str]) -> IntCounterVec {
+    registered(registry, IntCounterVec::new(Opts::new(name, help), labels))
+}
+
+pub(super) fn histograms(
+    registry: &Registry,
+    name: &str,
+    help: &str,
+    labels: &[&str],
+    buckets: &[f64],
+) -> HistogramVec {
+    registered(registry, HistogramVec::new(HistogramOpts::new(name, help).buckets(buckets.to_vec()), labels))
 }
 
 #[cfg(test)]
@@ -187,6 +212,10 @@ mod tests {
             "engine_kv_pages{state=\"lent\"} 0",
             "engine_kv_pages{state=\"quarantined\"} 0",
             "engine_preemptions_total 0",
+            "engine_prefills_total{where=\"local\"} 0",
+            "engine_prefills_total{where=\"remote\"} 0",
+            "engine_handoffs_total{outcome=\"completed\"} 0",
+            "engine_handoff_seconds_count{phase=\"pickup\"} 0",
             "engine_step_seconds_count{kind=\"mixed\"} 1",
         ] {
             assert!(text.contains(expected), "{expected} not in\n{text}");

@@ -1,7 +1,9 @@
 //! What the server tells its operators: Prometheus metrics and the log.
 
+mod handoffs;
 mod logging;
 mod metrics;
 
+pub use handoffs::{HandoffMetrics, HandoffPhase};
 pub use logging::{LogFormat, LoggingError, init_logging};
 pub use metrics::{EngineMetrics, Metrics, StepKind};

@@ -4,15 +4,20 @@ use std::{
     sync::{
         Arc,
         atomic::Ordering,
-        mpsc::{Receiver, TryRecvError, sync_channel},
+        mpsc::{Receiver, RecvTimeoutError, TryRecvError},
     },
     thread,
-    time::Instant,
+    time::{Duration, Instant},
 };
 
 use super::{
-    ConfigError, EngineConfig, EngineHandle, EngineStatus, FinishReason, Runner, RunnerError,
-    handle::{Message, Shared},
+    ConfigError, EngineConfig, EngineHandle, EngineStatus, FinishReason, Inbox, LendingConfig, LendingPort, Runner,
+    RunnerError,
+    export::Exports,
+    handle::Shared,
+    inbox,
+    lending::Lending,
+    post::Message,
     session::{Session, Terms},
     step::Step,
 };
@@ -22,8 +27,9 @@ use crate::{
     telemetry::EngineMetrics,
 };
 
-/// Room in the channel for wake-ups beside the requests.
-const WAKE_UPS: usize = 8;
+/// Between two looks into the mailbox while there is nothing to compute: prefill workers on the same host write to it
+/// without waking anybody.
+const MAILBOX_PAUSE: Duration = Duration::from_micros(300);
 
 /// The engine thread: the only one that touches the model, the scheduler and the KV pages.
 pub struct Engine<R> {
@@ -33,10 +39,14 @@ pub struct Engine<R> {
     terms: Box<[Option<Terms>]>,
     sessions: Box<[Option<Session>]>,
     step: Step,
+    lending: Option<Lending>,
+    exports: Exports,
     messages: Receiver<Message>,
     shared: Arc<Shared>,
     /// Cancellations looked after so far.
     cancellations: usize,
+    /// Whether the last plan computed nothing, although somebody is here.
+    held_up: bool,
 }
 
 /// What a turn that took what arrived goes on with.
@@ -49,6 +59,30 @@ enum Turn {
 impl<R: Runner> Engine<R> {
     /// Starts the engine thread, which serves until it is told to stop or every handle is gone.
     pub fn start(runner: R, config: EngineConfig, metrics: EngineMetrics) -> Result<EngineHandle, ConfigError> {
+        Self::start_with(runner, config, metrics, inbox().1, None)
+    }
+
+    /// The same for an engine that lends pages to prefill workers, whose port has the way into `inbox`.
+    pub fn start_lending(
+        runner: R,
+        config: EngineConfig,
+        metrics: EngineMetrics,
+        inbox: Inbox,
+        lending: LendingConfig,
+        port: Box<dyn LendingPort>,
+    ) -> Result<EngineHandle, ConfigError> {
+        let sequences = config.max_requests();
+        let lending = Lending::new(lending, port, sequences, metrics.handoffs.clone());
+        Self::start_with(runner, config, metrics, inbox, Some(lending))
+    }
+
+    fn start_with(
+        runner: R,
+        config: EngineConfig,
+        metrics: EngineMetrics,
+        Inbox(messages, post): Inbox,
+        lending: Option<Lending>,
+    ) -> Result<EngineHandle, ConfigError> {
         config.validate()?;
         let hasher = PageHasher::new(&config.model_key, config.block_size);
         let limits = SchedulerLimits {
@@ -56,7 +90,6 @@ impl<R: Runner> Engine<R> {
             max_num_batched_tokens: config.max_num_batched_tokens,
             max_sequences: config.max_requests(),
         };
-        let (sender, messages) = sync_channel(config.max_requests() + WAKE_UPS);
         let shared = Shared::new(config, metrics);
         let mut engine = Self {
             runner,
@@ -64,12 +97,15 @@ impl<R: Runner> Engine<R> {
             terms: (0..limits.max_sequences).map(|_| None).collect(),
             sessions: (0..limits.max_sequences).map(|_| None).collect(),
             step: Step::new(&shared.config),
+            lending,
+            exports: Exports::new(limits.max_sequences, shared.config.block_size),
             messages,
             shared: shared.clone(),
             cancellations: 0,
+            held_up: false,
         };
         engine.publish_gauges();
-        let handle = EngineHandle::new(shared.clone(), hasher, sender);
+        let handle = EngineHandle::new(shared.clone(), hasher, post);
         thread::Builder::new()
             .name("engine".to_owned())
             .spawn(move || serve(engine, &shared))
@@ -83,7 +119,12 @@ impl<R: Runner> Engine<R> {
             if self.scheduler.is_empty() {
                 continue;
             }
-            self.scheduler.plan(&mut self.step.plan, &mut AllLocal);
+            self.plan();
+            self.held_up = self.step.plan.entries().is_empty();
+            if self.held_up {
+                self.publish_gauges();
+                continue;
+            }
             self.step.fill(&self.scheduler, &self.terms);
             let launched = Instant::now();
             self.compute()?;
@@ -94,21 +135,52 @@ impl<R: Runner> Engine<R> {
             let metrics = &self.shared.metrics;
             metrics.preemptions.inc_by(self.step.plan.preempted() as u64);
             metrics.observe_step(self.step.plan.kind(), done - launched);
+            if let Some(lending) = &mut self.lending {
+                lending.stepped(self.step.plan.prompt_tokens(), done - launched);
+            }
             if cfg!(debug_assertions) {
-                self.scheduler.check_integrity();
+                self.check_integrity();
             }
         }
         Ok(())
     }
 
-    /// Takes new requests in; sleeps for one if there is nothing else to do.
+    /// Decides what the next step computes, and sends away what others compute.
+    fn plan(&mut self) {
+        let Self { scheduler, step: Step { plan, .. }, lending, exports, .. } = self;
+        match lending {
+            None => scheduler.plan(plan, &mut AllLocal),
+            Some(lending) => {
+                scheduler.plan(plan, lending);
+                lending.lend(&mut plan.loans, scheduler);
+            }
+        }
+        for &slot in &plan.found {
+            exports.found(slot, scheduler);
+        }
+    }
+
+    /// Looks after what is lent and takes in what arrived; sleeps if there is nothing else to do.
     fn take_arrivals(&mut self) -> Turn {
-        if self.scheduler.is_empty() {
-            self.scheduler.check_integrity();
+        if let Some(lending) = &mut self.lending {
+            lending.attend(&mut self.scheduler);
+        }
+        if self.scheduler.is_empty() || self.held_up {
+            self.held_up = false;
             self.publish_gauges();
-            match self.messages.recv() {
-                Ok(message) => self.take(message),
-                Err(_) => return Turn::Stop,
+            // With nothing lent any more, what the others waited for has just come back.
+            if self.lending.as_ref().is_some_and(Lending::is_open) {
+                match self.messages.recv_timeout(MAILBOX_PAUSE) {
+                    Ok(message) => self.take(message),
+                    Err(RecvTimeoutError::Timeout) => {}
+                    Err(RecvTimeoutError::Disconnected) => return Turn::Stop,
+                }
+            } else if self.scheduler.is_empty() || self.lending.is_none() {
+                self.check_integrity();
+                match self.messages.recv() {
+                    Ok(message) => self.take(message),
+                    Err(_) => return Turn::Stop,
+                }
             }
         }
         loop {
@@ -123,7 +195,20 @@ impl<R: Runner> Engine<R> {
     }
 
     fn take(&mut self, message: Message) {
-        let Message::Request(request) = message else { return };
+        let Self { scheduler, exports, lending, .. } = self;
+        let request = match message {
+            Message::Request(request) => request,
+            Message::Prefill(task) => return exports.add(*task, scheduler),
+            Message::Cancel(id) => return exports.cancel(id, scheduler),
+            Message::Release(id) => return exports.release(id, scheduler),
+            Message::Lender(event) => {
+                if let Some(lending) = lending {
+                    lending.on(event, scheduler);
+                }
+                return;
+            }
+            Message::Wake => return,
+        };
         let (sequence, terms, session) = *request;
         // Who left before arriving here may have been counted before, so nobody would look again.
         if session.is_abandoned() {
@@ -152,14 +237,16 @@ impl<R: Runner> Engine<R> {
     }
 
     fn compute(&mut self) -> Result<(), RunnerError> {
-        let Self { runner, scheduler, terms, step: Step { batch, rows, out, .. }, .. } = self;
-        let (scheduler, terms, rows) = (&*scheduler, &**terms, &*rows);
+        let Self { runner, scheduler, terms, exports, step: Step { plan, batch, rows, out }, .. } = self;
+        let (scheduler, terms, rows, plan) = (&*scheduler, &**terms, &*rows, &*plan);
         let row = |i| rows.task(i, scheduler, terms).expect("a planned sequence has its terms");
-        runner.execute(batch, &row, &mut out[..rows.len()], &mut |_| ())
+        let mut layer_done = |layer| exports.layer(layer, plan.entries(), scheduler);
+        runner.execute(batch, &row, &mut out[..rows.len()], &mut layer_done)
     }
 
     /// Passes on what the step computed.
     fn deliver(&mut self, now: Instant) {
+        self.exports.step_done(self.step.plan.entries(), &self.scheduler);
         let mut next_row = 0;
         for at in 0..self.step.plan.entries().len() {
             let entry = self.step.plan.entries()[at];
@@ -198,10 +285,20 @@ impl<R: Runner> Engine<R> {
     /// Ends a request. Its pages are free before its reader hears of it.
     fn retire(&mut self, slot: SlotId, reason: FinishReason) {
         self.scheduler.remove(slot);
+        if let Some(lending) = &mut self.lending {
+            lending.withdraw(slot, &mut self.scheduler);
+        }
         self.publish_gauges();
         self.terms[slot.index()] = None;
         if let Some(session) = self.sessions[slot.index()].take() {
             session.finish(reason);
+        }
+    }
+
+    fn check_integrity(&mut self) {
+        self.scheduler.check_integrity();
+        if let Some(lending) = &self.lending {
+            lending.check_integrity(&self.scheduler);
         }
     }
 
@@ -210,6 +307,9 @@ impl<R: Runner> Engine<R> {
         let pages = self.scheduler.pages();
         metrics.running.set(self.scheduler.running() as i64);
         metrics.waiting.set((self.scheduler.waiting() + self.scheduler.away()) as i64);
+        let (pending, computed) = self.scheduler.tokens();
+        self.shared.pending_tokens.store(pending, Ordering::Relaxed);
+        self.shared.computed_tokens.store(computed, Ordering::Relaxed);
         metrics.pages_free.set(pages.free as i64);
         metrics.pages_cached.set(pages.cached as i64);
         metrics.pages_owned.set(pages.owned as i64);

@@ -19,6 +19,8 @@ pub(super) struct Control {
     changed: Condvar,
     /// Tokens computed in all steps.
     pub(super) computed: AtomicUsize,
+    /// What the pages hold, `[page][token]`. Tests play the workers that fill lent ones.
+    pub(super) cache: Mutex<Vec<u64>>,
 }
 
 #[derive(Default)]
@@ -85,14 +87,14 @@ impl Control {
 }
 
 pub(super) struct FakeRunner {
-    cache: Vec<u64>,
     block_size: usize,
     control: Arc<Control>,
 }
 
 impl FakeRunner {
     pub(super) fn new(blocks: usize, block_size: usize, control: Arc<Control>) -> Self {
-        Self { cache: vec![0; blocks * block_size], block_size, control }
+        *control.cache.lock().unwrap() = vec![0; blocks * block_size];
+        Self { block_size, control }
     }
 }
 
@@ -146,18 +148,21 @@ impl Runner for FakeRunner {
             let page = batch.block_tables[table_start as usize + position / self.block_size] as usize;
             page * self.block_size + position % self.block_size
         };
+        let mut cache = self.control.cache.lock().unwrap();
         for span in &batch.sequences {
             for token in span.query_start as usize..(span.query_start + span.query_len) as usize {
                 let position = batch.positions[token] as usize;
-                self.cache[slot(span.table_start, position)] = cell(batch.tokens[token], position);
+                cache[slot(span.table_start, position)] = cell(batch.tokens[token], position);
             }
         }
+        drop(cache);
         layer_done(0);
+        let cache = self.control.cache.lock().unwrap();
         for (i, (&logit_row, out)) in batch.logit_rows.iter().zip(out).enumerate() {
             let in_span = |span: &&engine_kernels::SequenceSpan| logit_row < span.query_start + span.query_len;
             let span = batch.sequences.iter().find(in_span).unwrap();
             let state = (0..=batch.positions[logit_row as usize] as usize)
-                .fold(0, |state, position| mix(state, self.cache[slot(span.table_start, position)]));
+                .fold(0, |state, position| mix(state, cache[slot(span.table_start, position)]));
             *out = answer(state, &row(i));
         }
         Ok(())

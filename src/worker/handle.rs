@@ -2,7 +2,6 @@ use std::{
     sync::{
         Arc,
         atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering},
-        mpsc::SyncSender,
     },
     time::Instant,
 };
@@ -11,8 +10,10 @@ use engine_kernels::MAX_TOP_LOGPROBS;
 use tokio::sync::watch;
 
 use super::{
-    Request, SubmitError,
+    Post, PrefillHandle, PrefillRequest, Request, SubmitError,
+    export::PrefillTask,
     generation::{self, EventBounds, Generation},
+    post::Message,
     session::{Session, Terms},
 };
 use crate::{cache::PageHasher, scheduler::Sequence, telemetry::EngineMetrics};
@@ -135,14 +136,14 @@ pub struct Snapshot {
     pub pages_cached: usize,
     /// Pages in use.
     pub pages_owned: usize,
-}
-
-/// What travels to the engine thread.
-pub(super) enum Message {
-    /// A new request.
-    Request(Box<(Sequence, Terms, Session)>),
-    /// Look at the flags.
-    Wake,
+    /// Pages lent to prefill workers.
+    pub pages_lent: usize,
+    /// Pages that a prefill worker may still write to, and nobody wants.
+    pub pages_quarantined: usize,
+    /// Tokens of all requests that are still to be computed.
+    pub pending_tokens: usize,
+    /// Tokens of all requests whose keys and values are in the cache.
+    pub computed_tokens: usize,
 }
 
 /// What handles and the engine thread share.
@@ -152,6 +153,9 @@ pub(super) struct Shared {
     /// Counts generations that were dropped; the engine looks for them when it changes.
     pub(super) cancellations: Arc<AtomicUsize>,
     pub(super) stopping: AtomicBool,
+    /// As of the latest step.
+    pub(super) pending_tokens: AtomicUsize,
+    pub(super) computed_tokens: AtomicUsize,
     pub(super) status: watch::Sender<EngineStatus>,
     /// Whether the engine thread has let go of everything.
     pub(super) gone: watch::Sender<bool>,
@@ -168,6 +172,8 @@ impl Shared {
             metrics,
             cancellations: Arc::default(),
             stopping: AtomicBool::new(false),
+            pending_tokens: AtomicUsize::new(0),
+            computed_tokens: AtomicUsize::new(0),
             status: watch::Sender::new(EngineStatus::Running),
             gone: watch::Sender::new(false),
             draining: AtomicBool::new(false),
@@ -208,12 +214,12 @@ impl Drop for Place {
 pub struct EngineHandle {
     shared: Arc<Shared>,
     hasher: PageHasher,
-    messages: SyncSender<Message>,
+    post: Post,
 }
 
 impl EngineHandle {
-    pub(super) fn new(shared: Arc<Shared>, hasher: PageHasher, messages: SyncSender<Message>) -> Self {
-        Self { shared, hasher, messages }
+    pub(super) fn new(shared: Arc<Shared>, hasher: PageHasher, post: Post) -> Self {
+        Self { shared, hasher, post }
     }
 
     /// Hands a request to the engine. Never waits. `max_tokens` beyond the context length is cut to it.
@@ -234,10 +240,24 @@ impl EngineHandle {
         sequence.resume(&request.output, &self.hasher);
         let session = Session::new(&request, outlet, submitted, place);
         let terms = Terms::new(request, max_tokens, self.shared.config.vocab_size);
-        // The channel has room for every live request, so this fails only if the engine has gone.
-        match self.messages.try_send(Message::Request(Box::new((sequence, terms, session)))) {
-            Ok(()) => Ok(generation),
-            Err(_) => Err(SubmitError::ShuttingDown),
+        match self.post.send(Message::Request(Box::new((sequence, terms, session)))) {
+            true => Ok(generation),
+            false => Err(SubmitError::ShuttingDown),
+        }
+    }
+
+    /// Hands the engine a prompt to compute for a decode worker. Never waits. The pages are kept until the handle is
+    /// dropped.
+    pub fn prefill(&self, request: PrefillRequest) -> Result<PrefillHandle, SubmitError> {
+        let PrefillRequest { tokens, first_page, exporter } = request;
+        self.check_prompt(&tokens)?;
+        let place = self.shared.enter()?;
+        let id = self.shared.next_id.fetch_add(1, Ordering::Relaxed);
+        let sequence = Sequence::prefill_only(&tokens, &self.hasher);
+        let task = PrefillTask { id, sequence, first_page, exporter, place };
+        match self.post.send(Message::Prefill(Box::new(task))) {
+            true => Ok(PrefillHandle { id, post: self.post.clone() }),
+            false => Err(SubmitError::ShuttingDown),
         }
     }
 
@@ -265,6 +285,10 @@ impl EngineHandle {
             pages_free: read(&metrics.pages_free),
             pages_cached: read(&metrics.pages_cached),
             pages_owned: read(&metrics.pages_owned),
+            pages_lent: read(&metrics.pages_lent),
+            pages_quarantined: read(&metrics.pages_quarantined),
+            pending_tokens: self.shared.pending_tokens.load(Ordering::Relaxed),
+            computed_tokens: self.shared.computed_tokens.load(Ordering::Relaxed),
         }
     }
 
@@ -279,8 +303,8 @@ impl EngineHandle {
     pub fn stop(&self) {
         self.shared.draining.store(true, Ordering::Release);
         self.shared.stopping.store(true, Ordering::Release);
-        // If the channel is full the engine is awake and sees the flag by itself; if it has gone there is nobody to tell.
-        let _ = self.messages.try_send(Message::Wake);
+        // If it has gone there is nobody to tell.
+        let _ = self.post.send(Message::Wake);
     }
 
     /// Returns when the engine thread has released the model: after [`EngineHandle::stop`] or a failure.
@@ -294,16 +318,13 @@ impl EngineHandle {
     fn check(&self, request: &Request) -> Result<usize, SubmitError> {
         let EngineConfig { max_model_len: limit, vocab_size, .. } = self.shared.config;
         let prompt = request.prompt.len();
-        if prompt == 0 {
-            return Err(SubmitError::EmptyPrompt);
-        }
-        let room = limit.checked_sub(prompt).ok_or(SubmitError::PromptTooLong { prompt, limit })?;
+        let room = self.check_prompt(&request.prompt)?;
         if room == 0 && request.max_tokens > 0 {
             return Err(SubmitError::PromptTooLong { prompt, limit });
         }
         let biased = request.sampling.logit_bias.iter().map(|&(token, _)| token);
-        let given = request.prompt.iter().chain(&request.output).copied();
-        if let Some(token) = given.chain(biased).find(|&token| token as usize >= vocab_size) {
+        let mut given = request.output.iter().copied().chain(biased);
+        if let Some(token) = given.find(|&token| token as usize >= vocab_size) {
             return Err(SubmitError::UnknownToken { token, vocab_size });
         }
         let (max_tokens, tokens) = (room.min(request.max_tokens as usize), request.output.len());
@@ -311,5 +332,17 @@ impl EngineHandle {
             return Err(SubmitError::NothingLeft { tokens });
         }
         Ok(max_tokens)
+    }
+
+    /// Returns how many tokens may follow.
+    fn check_prompt(&self, prompt: &[u32]) -> Result<usize, SubmitError> {
+        let EngineConfig { max_model_len: limit, vocab_size, .. } = self.shared.config;
+        if prompt.is_empty() {
+            return Err(SubmitError::EmptyPrompt);
+        }
+        if let Some(&token) = prompt.iter().find(|&&token| token as usize >= vocab_size) {
+            return Err(SubmitError::UnknownToken { token, vocab_size });
+        }
+        limit.checked_sub(prompt.len()).ok_or(SubmitError::PromptTooLong { prompt: prompt.len(), limit })
     }
 }

@@ -3,24 +3,41 @@
 //! One OS thread owns the model, the scheduler and the KV pages. Everything else talks to it through [`EngineHandle`],
 //! and hears from it through one [`Generation`] a request.
 
+pub mod decode;
+mod desk;
 mod engine;
+mod export;
 mod generation;
 mod handle;
+mod lender;
+mod lending;
+mod membership;
+mod model;
+mod port;
+mod post;
+pub mod prefill;
 mod request;
 mod runner;
 mod session;
+mod signals;
 mod sizing;
 mod step;
 
 pub use engine::Engine;
+pub use export::{Exporter, PrefillHandle, PrefillRequest};
 pub use generation::Generation;
 pub use handle::{ConfigError, EngineConfig, EngineHandle, EngineStatus, Snapshot};
+pub use lending::{LendingConfig, LendingPort};
+pub use post::{Inbox, Post, inbox};
 pub use request::{Event, FinishReason, Request, SubmitError, TokenOutput};
 pub use runner::{ModelRunner, Runner, RunnerError};
+pub(crate) use signals::Signals;
 pub use sizing::{KvRequest, KvSizing, SizingError, available_memory, size_kv};
 
 #[cfg(test)]
 mod fake;
+#[cfg(test)]
+mod remote_tests;
 #[cfg(test)]
 mod resumed;
 #[cfg(test)]

@@ -1,4 +1,4 @@
-use engine_kernels::{Backend, Batch, KernelError, KvLayout, SampleRow, Sampled};
+use engine_kernels::{Backend, Batch, KernelError, KvLayout, KvRegion, SampleRow, Sampled};
 use engine_models::Model;
 
 /// A step failed, for instance because the device did; the engine ends with it.
@@ -39,6 +39,11 @@ impl<B: Backend> ModelRunner<B> {
         assert!(max_logit_rows > 0, "a step needs logits");
         let cache = backend.kv_cache(layout)?;
         Ok(Self { backend, model, cache, max_logit_rows })
+    }
+
+    /// Where the pages are, if the backend lets others reach them.
+    pub fn region(&self) -> Option<KvRegion> {
+        self.backend.kv_region(&self.cache)
     }
 }
 

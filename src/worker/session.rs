@@ -92,6 +92,11 @@ impl Session {
         // Of an answer that began elsewhere, some of the output may have been found too.
         let cached = sequence.cached_tokens().min(prompt.len());
         metrics.prompt_tokens.inc_by(prompt.len() as u64);
+        if sequence.is_from_afar() {
+            metrics.prefills_remote.inc()
+        } else {
+            metrics.prefills_local.inc()
+        }
         metrics.prefix_hit_tokens.inc_by(cached as u64);
         self.outlet.set_cached_tokens(cached);
         if self.with_prompt {

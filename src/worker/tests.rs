@@ -10,9 +10,9 @@ use super::{
 };
 use crate::telemetry::Metrics;
 
-const BLOCK: usize = 4;
+pub(super) const BLOCK: usize = 4;
 
-fn config() -> EngineConfig {
+pub(super) fn config() -> EngineConfig {
     EngineConfig {
         max_num_seqs: 8,
         max_num_batched_tokens: 32,
@@ -25,13 +25,13 @@ fn config() -> EngineConfig {
     }
 }
 
-fn start(config: EngineConfig) -> (EngineHandle, Arc<Control>) {
+pub(super) fn start(config: EngineConfig) -> (EngineHandle, Arc<Control>) {
     let control = Arc::new(Control::default());
     let runner = FakeRunner::new(config.blocks, config.block_size, control.clone());
     (Engine::start(runner, config, Metrics::new().engine).unwrap(), control)
 }
 
-fn request(prompt: impl IntoIterator<Item = u32>, max_tokens: u32) -> Request {
+pub(super) fn request(prompt: impl IntoIterator<Item = u32>, max_tokens: u32) -> Request {
     Request {
         prompt: prompt.into_iter().collect(),
         output: Vec::new(),
@@ -45,7 +45,7 @@ fn request(prompt: impl IntoIterator<Item = u32>, max_tokens: u32) -> Request {
 }
 
 /// The events a request must give, cached tokens aside.
-fn model_answer(request: &Request, max_model_len: usize) -> (Vec<Event>, FinishReason) {
+pub(super) fn model_answer(request: &Request, max_model_len: usize) -> (Vec<Event>, FinishReason) {
     let prompt = &request.prompt[..];
     let mut events = Vec::new();
     let output = |sampled: engine_kernels::Sampled, wanted: Option<u32>| TokenOutput {
@@ -77,7 +77,7 @@ fn model_answer(request: &Request, max_model_len: usize) -> (Vec<Event>, FinishR
     (events, FinishReason::Length)
 }
 
-async fn collect(generation: &mut Generation) -> (Vec<Event>, FinishReason, u32) {
+pub(super) async fn collect(generation: &mut Generation) -> (Vec<Event>, FinishReason, u32) {
     let mut events = Vec::new();
     while let Some(event) = generation.next().await {
         if let Event::Finished { reason, cached_tokens } = event {
@@ -345,7 +345,7 @@ fn sixty_four_requests_at_once_with_some_leaving_get_their_own_answers() {
     assert_eq!(snapshot.pages_free + snapshot.pages_cached, 40);
 }
 
-fn any_request() -> impl Strategy<Value = Request> {
+pub(super) fn any_request() -> impl Strategy<Value = Request> {
     let lengths = (0..30u32, 1..30u32, 1..40u32, 0..10u32);
     let wishes = (prop::option::of(0..4u32), prop::option::weighted(0.2, 0..4u32), any::<bool>(), any::<u64>());
     (lengths, wishes).prop_map(|((common, own, max_tokens, min_tokens), (logprobs, prompt_logprobs, stops, seed))| {

@@ -26,14 +26,19 @@ pub(crate) struct Server {
 }
 
 impl Server {
-    /// Starts one with the demo model under the name `demo`, and further flags.
+    /// Starts one with the demo model under the name `demo`, alone, and further flags.
     pub(crate) fn start(flags: &[&str]) -> Self {
+        let model = demo_model();
+        let model = ["--model", model.to_str().unwrap(), "--served-model-name", "demo", "--standalone"];
+        Self::start_as(&[&model[..], flags].concat())
+    }
+
+    /// Starts one in any role; `--port 0` is added.
+    pub(crate) fn start_as(flags: &[&str]) -> Self {
         let mut command = Command::new(env!("CARGO_BIN_EXE_engine"));
-        command.arg("--model").arg(demo_model()).args(["--served-model-name", "demo", "--port", "0"]).args(flags);
-        if !flags.contains(&"--etcd") {
-            // Whatever runs on this machine is not the test's business.
-            command.arg("--standalone").env_remove("ETCD_ENDPOINTS").env_remove("NATS_SERVER");
-        }
+        command.args(flags).args(["--port", "0"]);
+        // Whatever runs on this machine is not the test's business.
+        command.env_remove("ETCD_ENDPOINTS").env_remove("NATS_SERVER");
         command.env_remove("ENGINE_API_KEY").stdout(Stdio::piped()).stderr(Stdio::piped());
         let mut child = command.spawn().expect("the program starts");
         let mut stdout = BufReader::new(child.stdout.take().expect("stdout is piped"));

@@ -1,52 +1,68 @@
-//! The decode role in one process: a model, its engine thread and the OpenAI API over it.
+//! The decode role: a model, its engine thread, the OpenAI API over it, and the cluster it may be part of.
 
 use std::{io::Write, net::SocketAddr, sync::Arc};
 
 use anyhow::{Context, Result, bail};
-use engine_kernels::{
-    KvLayout,
-    cpu::{CpuBackend, CpuOptions},
-};
-use engine_models::{ForwardLimits, ModelSource, OpenOptions, Tokenizer};
-use tokio::signal::unix::{SignalKind, signal};
+use engine_models::{ModelSource, Tokenizer};
 
+use super::{
+    Engine, EngineStatus, lender,
+    membership::{self, Particulars},
+    model::{self, Loaded},
+    signals::Signals,
+};
 use crate::{
     api::{self, ApiConfig, ChatTemplate, Defaults, ServerConfig},
-    cli::WorkerArgs,
+    cli::{DisaggArgs, WorkerArgs},
+    cluster::{Cluster, Joined, Needs, Role, join},
+    handoff::Limits,
     telemetry::Metrics,
-    worker::{Engine, EngineConfig, EngineHandle, EngineStatus, KvRequest, ModelRunner, available_memory, size_kv},
 };
-
-/// Rows of logits held at a time. More only cost memory: a vocabulary of 150,000 takes 0.6 MB a row.
-const LOGIT_ROWS_MAX: usize = 64;
 
 /// Loads the model and serves it until a signal comes.
 pub async fn run(cli: WorkerArgs) -> Result<()> {
     // An address that cannot be had is said now, not after minutes of loading.
     let bound = api::bind(&cli.host, cli.port()).await?;
+    let limits = limits(&cli.disagg)?;
+    let cluster = cluster(&cli).await?;
     let metrics = Metrics::new();
-    let loading = tokio::task::spawn_blocking({
-        let metrics = metrics.clone();
-        move || load(&cli, &metrics).map(|loaded| (loaded, cli))
-    });
-    let interrupted = || bail!("interrupted while the model was loading");
     let mut signals = Signals::new()?;
-    let ((config, engine), cli) = tokio::select! {
+    let loading = tokio::task::spawn_blocking(move || load(&cli).map(|loaded| (loaded, cli)));
+    let ((config, loaded), cli) = tokio::select! {
         loaded = loading => loaded.context("loading the model panicked")??,
         // The loading thread cannot be told to stop: the process ends around it.
-        code = signals.next() => { tracing::info!(code, "interrupted"); return interrupted() }
+        code = signals.next() => {
+            tracing::info!(code, "interrupted");
+            bail!("interrupted while the model was loading")
+        }
+    };
+    let (model, key) = (loaded.card(&cli, config.model_names.clone()), loaded.key);
+    let (engine, lender) = if cluster.is_some() {
+        let (engine, lender) = lender::start(&cli, limits, loaded, &metrics).await?;
+        (engine, Some(lender))
+    } else {
+        (Engine::start(loaded.runner, loaded.config, metrics.engine.clone())?, None)
     };
     let listener = bound.listen()?;
-    announce(&config, listener.local_addr()?);
+    let address = listener.local_addr()?;
+    let lease = cluster.zip(lender).map(|(cluster, lender)| {
+        let (sessions, transports) = (lender.addresses.clone(), lender.transports.clone());
+        let worker = Particulars { role: Role::Decode, address, model, key, sessions, transports };
+        let lease = membership::register(&cluster, &cli, worker, &engine);
+        lender.follow(&cluster, lease.id());
+        lease
+    });
+    announce(&config, address);
     let server = ServerConfig { connections_max: cli.max_connections, drain_timeout: cli.shutdown_timeout };
     let failed = engine.clone();
     let shutdown = async move {
         tokio::select! {
-            _ = signals.next() => {
-                // Whoever asks twice does not want to wait.
-                tokio::spawn(async move { std::process::exit(signals.next().await) });
-            }
+            _ = signals.next() => signals.leave_at_next(),
             _ = failed.stopped() => {}
+        }
+        // Nobody is to send requests here any more, while those that are here end.
+        if let Some(lease) = lease {
+            lease.withdraw().await;
         }
     };
     api::serve(listener, config, engine.clone(), metrics, server, shutdown).await;
@@ -58,61 +74,40 @@ pub async fn run(cli: WorkerArgs) -> Result<()> {
     Ok(())
 }
 
-/// Everything from the files to a running engine thread. Takes seconds to minutes, and blocks.
-fn load(cli: &WorkerArgs, metrics: &Metrics) -> Result<(ApiConfig, EngineHandle)> {
-    let options = OpenOptions {
-        load_format: cli.load_format.into(),
-        revision: cli.revision.clone(),
-        progress: true,
-        ..OpenOptions::default()
+/// The cluster to be part of, if any.
+async fn cluster(cli: &WorkerArgs) -> Result<Option<Cluster>> {
+    if cli.disagg.standalone {
+        return Ok(None);
+    }
+    match join(cli.cluster.options(), Needs::EtcdAndNats).await? {
+        Joined::Member(cluster) => Ok(Some(cluster)),
+        Joined::Alone(found) => {
+            tracing::info!("serving alone. To share prefills with other processes, join a cluster: {found}");
+            Ok(None)
+        }
+    }
+}
+
+/// The limits of the command line.
+fn limits(disagg: &DisaggArgs) -> Result<Limits> {
+    let narrow = |value: usize| u32::try_from(value).unwrap_or(u32::MAX);
+    let limits = Limits {
+        policy: disagg.disagg_policy.into(),
+        max_local_prefill_length: narrow(disagg.max_local_prefill_length),
+        max_prefill_queue_size: narrow(disagg.max_prefill_queue_size),
+        itl_target_ms: disagg.itl_target.map(|target| target.as_secs_f64() * 1e3),
     };
-    let Some(model) = &cli.model else { bail!("--model is missing") };
-    let source = ModelSource::open(model, &options).with_context(|| format!("cannot open the model {model}"))?;
+    limits.check()?;
+    Ok(limits)
+}
+
+/// Everything from the files to a model that is ready to compute. Takes seconds to minutes, and blocks.
+fn load(cli: &WorkerArgs) -> Result<(ApiConfig, Loaded)> {
+    let source = model::open(cli)?;
     let tokenizer = Arc::new(source.tokenizer()?);
     let template = chat_template(cli, &source)?;
-    let model = source.config();
-    let threads = cli.threads.unwrap_or_else(|| std::thread::available_parallelism().map_or(1, |cores| cores.get()));
-    if threads == 0 {
-        bail!("--threads must be at least 1");
-    }
-    let mut backend = CpuBackend::new(CpuOptions { threads, level: None });
-    let limits = ForwardLimits {
-        max_tokens: cli.max_num_batched_tokens,
-        max_logit_rows: LOGIT_ROWS_MAX.min(cli.max_num_batched_tokens).max(1),
-        max_positions: cli.max_model_len.unwrap_or(model.max_position_embeddings).min(model.max_position_embeddings),
-    };
-    let mut layout = KvLayout {
-        layers: model.layers,
-        kv_heads: model.kv_heads,
-        head_dim: model.head_dim,
-        block_size: cli.block_size,
-        blocks: 0,
-        dtype: cli.kv_cache_dtype.or(source.kv_dtype()),
-    };
-    if cli.block_size == 0 {
-        bail!("--block-size must be at least 1");
-    }
-    let loaded = source.load(&mut backend, limits)?;
-    // After loading, so that the weights are no longer counted as free memory.
-    let wish = KvRequest { blocks: cli.kv_blocks, bytes: cli.kv_cache_memory, max_model_len: cli.max_model_len };
-    let available = available_memory().unwrap_or(0);
-    let sizing = size_kv(wish, layout, model.max_position_embeddings, cli.max_num_seqs, available)?;
-    tracing::info!("{}", sizing.explanation);
-    layout.blocks = sizing.blocks;
-    let runner = ModelRunner::new(backend, loaded.model, layout, limits.max_logit_rows)?;
-    let config = EngineConfig {
-        max_num_seqs: cli.max_num_seqs,
-        max_num_batched_tokens: cli.max_num_batched_tokens,
-        max_waiting_requests: cli.max_waiting_requests,
-        max_model_len: sizing.max_model_len,
-        vocab_size: model.vocab_size,
-        block_size: layout.block_size,
-        blocks: sizing.blocks,
-        // One process shares its pages with nobody: what tells its model from another is enough.
-        model_key: format!("{}\n{layout:?}", source.path().display()).into_bytes(),
-    };
-    let engine = Engine::start(runner, config, metrics.engine.clone())?;
-    Ok((api_config(cli, &source, tokenizer, template), engine))
+    let loaded = model::load(cli, &source)?;
+    Ok((api_config(cli, &source, tokenizer, template), loaded))
 }
 
 fn api_config(
@@ -197,26 +192,4 @@ fn announce(config: &ApiConfig, address: SocketAddr) {
     // Nobody may be reading; the server serves all the same.
     let mut out = std::io::stdout();
     let _ = out.write_all(text.as_bytes()).and_then(|()| out.flush());
-}
-
-/// The signals that ask a process to leave.
-pub(crate) struct Signals {
-    terminate: tokio::signal::unix::Signal,
-    interrupt: tokio::signal::unix::Signal,
-}
-
-impl Signals {
-    /// Handles them from now on.
-    pub(crate) fn new() -> Result<Self> {
-        let listen = |kind| signal(kind).context("cannot handle signals");
-        Ok(Self { terminate: listen(SignalKind::terminate())?, interrupt: listen(SignalKind::interrupt())? })
-    }
-
-    /// Waits for one and returns the exit status it stands for.
-    pub(crate) async fn next(&mut self) -> i32 {
-        tokio::select! {
-            _ = self.terminate.recv() => 128 + 15,
-            _ = self.interrupt.recv() => 128 + 2,
-        }
-    }
 }

@@ -1,0 +1,88 @@
+use std::time::Duration;
+
+use prometheus::{Histogram, IntCounter, IntGauge, Registry};
+
+use super::metrics::{counters, gauge, histograms};
+use crate::handoff::Outcome;
+
+/// Seconds, from a tenth of a millisecond to minutes.
+const BUCKETS: &[f64] = &[
+    0.000_1, 0.000_25, 0.000_5, 0.001, 0.002_5, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0,
+    60.0,
+];
+
+/// What becomes of handoffs, and how long their parts take. Each worker sees its own part.
+#[derive(Debug, Clone)]
+pub struct HandoffMetrics {
+    /// `engine_prefill_workers`: live prefill workers that a decode worker knows.
+    pub workers: IntGauge,
+    /// `engine_prefill_queue_depth`: jobs that wait for one; -1 while the queue cannot be reached.
+    pub queue_depth: IntGauge,
+    outcomes: [IntCounter; Outcome::ALL.len()],
+    phases: [Histogram; HandoffPhase::ALL.len()],
+}
+
+/// A part of a handoff.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum HandoffPhase {
+    /// From the decision to the claim, seen by the decode worker.
+    Queue,
+    /// From the claim to its answer, seen by the prefill worker.
+    Claim,
+    /// From the answer to the last page being handed to the writer, seen by the prefill worker.
+    Compute,
+    /// From there to the word in the mailbox: the part of the transfer that computing did not hide.
+    Transfer,
+    /// From the grant to the word being found, seen by the decode worker.
+    Remote,
+    /// Time the word lay in the mailbox at most: since the look before the one that found it.
+    Pickup,
+}
+
+impl HandoffPhase {
+    const ALL: [Self; 6] = [Self::Queue, Self::Claim, Self::Compute, Self::Transfer, Self::Remote, Self::Pickup];
+
+    const fn label(self) -> &'static str {
+        match self {
+            Self::Queue => "queue",
+            Self::Claim => "claim",
+            Self::Compute => "compute",
+            Self::Transfer => "transfer",
+            Self::Remote => "remote",
+            Self::Pickup => "pickup",
+        }
+    }
+}
+
+impl HandoffMetrics {
+    pub(super) fn new(registry: &Registry) -> Self {
+        let outcomes = counters(registry, "engine_handoffs_total", "Remote prefills by how they ended.", &["outcome"]);
+        let phases = histograms(registry, "engine_handoff_seconds", "Parts of remote prefills.", &["phase"], BUCKETS);
+        let queue_depth = gauge(
+            registry,
+            "engine_prefill_queue_depth",
+            "Jobs that wait for a prefill worker; -1 while the queue cannot be reached.",
+        );
+        queue_depth.set(-1);
+        Self {
+            workers: gauge(registry, "engine_prefill_workers", "Live prefill workers of this model."),
+            queue_depth,
+            outcomes: Outcome::ALL.map(|outcome| outcomes.with_label_values(&[outcome.label()])),
+            phases: HandoffPhase::ALL.map(|phase| phases.with_label_values(&[phase.label()])),
+        }
+    }
+
+    /// Counts a handoff's end.
+    pub fn count(&self, outcome: Outcome) {
+        if let Some(at) = Outcome::ALL.iter().position(|&known| known == outcome) {
+            self.outcomes[at].inc();
+        }
+    }
+
+    /// Records how long a part took.
+    pub fn observe(&self, phase: HandoffPhase, duration: Duration) {
+        if let Some(at) = HandoffPhase::ALL.iter().position(|&known| known == phase) {
+            self.phases[at].observe(duration.as_secs_f64());
+        }
+    }
+}

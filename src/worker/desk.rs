@@ -1,0 +1,430 @@
+//! The prefill worker's handoffs: carries out what the [`Borrower`] decides.
+//!
+//! The engine thread passes pages on under the same lock under which it is decided to stop: so what was cancelled gets no
+//! further write, and what is told to a decode worker about writes under way is true.
+
+use std::{
+    collections::{HashMap, VecDeque},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::{Duration, Instant},
+};
+
+use bytes::Bytes;
+use tokio::sync::{Notify, mpsc};
+
+use super::{EngineHandle, Exporter, PrefillHandle, PrefillRequest};
+use crate::{
+    cluster::Delivery,
+    handoff::{
+        Borrower, BorrowerAction, BorrowerEvent, DeliveryId, Epoch, Grant, HandoffId, Job, SessionId, Slot, ToDecode,
+        WorkerId,
+    },
+    telemetry::{HandoffMetrics, HandoffPhase},
+    transfer::{PageCopy, Session, WriteError, Writer},
+};
+
+/// What to do with a delivery of the queue.
+#[derive(Debug)]
+pub(super) enum Verdict {
+    Ack,
+    Nak(Duration),
+    InProgress,
+    /// Say nothing more about it.
+    Forget,
+    Bury(String),
+}
+
+/// Something for the desk that comes from where its lock must not be taken.
+#[derive(Debug)]
+pub(super) enum Note {
+    /// A write ended.
+    Wrote { handoff: HandoffId, result: Result<(), WriteError> },
+    /// A mailbox word was written, or not.
+    Posted { handoff: HandoffId, result: Result<(), WriteError> },
+    /// The engine computes no more of a prompt.
+    Ended { handoff: HandoffId },
+    /// A session is to be opened.
+    Connect { decode: WorkerId, addresses: serde_json::Value },
+}
+
+/// All handoffs of a prefill worker.
+pub(super) struct Desk {
+    borrower: Borrower,
+    engine: EngineHandle,
+    actions: Vec<BorrowerAction>,
+    /// Events that follow from actions.
+    follow_ups: VecDeque<BorrowerEvent>,
+    deliveries: HashMap<DeliveryId, Held>,
+    next_delivery: u64,
+    sessions: HashMap<SessionId, Writer>,
+    prompts: HashMap<HandoffId, Prompt>,
+    notes: mpsc::UnboundedSender<Note>,
+    /// Rung when a job has gone.
+    room: Arc<Notify>,
+    started: Instant,
+    block_size: usize,
+    layers: usize,
+    metrics: HandoffMetrics,
+}
+
+/// A job that the queue delivered.
+struct Held {
+    verdicts: mpsc::UnboundedSender<Verdict>,
+    /// `None` if it cannot be read.
+    handoff: Option<HandoffId>,
+    /// Tokens still to be computed, at most.
+    tokens: usize,
+    claimed: Option<Instant>,
+}
+
+/// A prompt that is being computed, or whose pages are being written.
+struct Prompt {
+    /// Keeps the pages.
+    pages: PrefillHandle,
+    granted: Instant,
+    computed: Option<Instant>,
+    /// Whether nothing more is to be written.
+    over: bool,
+    /// Writes under way.
+    writing: u64,
+}
+
+/// The desk, for the engine thread and the tasks.
+pub(super) type SharedDesk = Arc<Mutex<Desk>>;
+
+pub(super) fn lock(desk: &Mutex<Desk>) -> MutexGuard<'_, Desk> {
+    // A panic while holding it fails that handoff, which times out; the others are whole.
+    desk.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Desk {
+    pub(super) fn new(
+        borrower: Borrower,
+        engine: EngineHandle,
+        layers: usize,
+        metrics: HandoffMetrics,
+    ) -> (SharedDesk, mpsc::UnboundedReceiver<Note>) {
+        let (notes, received) = mpsc::unbounded_channel();
+        let desk = Self {
+            borrower,
+            block_size: engine.limits().block_size,
+            engine,
+            actions: Vec::new(),
+            follow_ups: VecDeque::new(),
+            deliveries: HashMap::new(),
+            next_delivery: 0,
+            sessions: HashMap::new(),
+            prompts: HashMap::new(),
+            notes,
+            room: Arc::default(),
+            started: Instant::now(),
+            layers,
+            metrics,
+        };
+        (Arc::new(Mutex::new(desk)), received)
+    }
+
+    /// Rung whenever there may be room for a job.
+    pub(super) fn room_bell(&self) -> Arc<Notify> {
+        self.room.clone()
+    }
+
+    /// Whether to take another job: one at a time, unless they are so short that several fit one step. What waits in the
+    /// queue can go to any worker; what is here cannot.
+    pub(super) fn has_room(&self) -> bool {
+        let tokens: usize = self.deliveries.values().map(|held| held.tokens).sum();
+        self.borrower.room() > 0 && tokens < self.engine.limits().max_num_batched_tokens
+    }
+
+    /// Jobs held.
+    pub(super) fn held(&self) -> usize {
+        self.borrower.held()
+    }
+}
+
+/// Takes in a job from the queue.
+pub(super) fn deliver(desk: &SharedDesk, delivery: Delivery) {
+    let mut this = lock(desk);
+    let id = DeliveryId(this.next_delivery);
+    this.next_delivery += 1;
+    let (payload, attempt) = (delivery.payload().clone(), delivery.attempt());
+    let job = Job::decode(&payload, this.borrower.model_key()).ok();
+    let (handoff, tokens) = job.map_or((None, 0), |job| (Some(job.handoff), job.prompt_tokens as usize));
+    let (verdicts, received) = mpsc::unbounded_channel();
+    tokio::spawn(settle(delivery, received));
+    this.deliveries.insert(id, Held { verdicts, handoff, tokens, claimed: None });
+    let now = this.started.elapsed();
+    let Desk { borrower, actions, .. } = &mut *this;
+    borrower.deliver(id, attempt, &payload, now, actions);
+    this.perform(desk);
+}
+
+/// Takes in what happened.
+pub(super) fn on(desk: &SharedDesk, event: BorrowerEvent) {
+    lock(desk).on(event, desk);
+}
+
+/// A session is open.
+pub(super) fn connected(desk: &SharedDesk, decode: WorkerId, session: &Session) {
+    let mut this = lock(desk);
+    this.sessions.insert(session.id(), session.writer());
+    this.on(BorrowerEvent::Connected { decode, session: session.id() }, desk);
+}
+
+/// A session has ended.
+pub(super) fn disconnected(desk: &SharedDesk, session: SessionId) {
+    let mut this = lock(desk);
+    this.on(BorrowerEvent::SessionClosed { session }, desk);
+    this.sessions.remove(&session);
+}
+
+/// Takes in a note, except one that asks for a session.
+pub(super) fn take(desk: &SharedDesk, note: Note) {
+    let mut this = lock(desk);
+    match note {
+        Note::Wrote { handoff, result } => this.wrote(handoff, result, desk),
+        // The session's end is reported by itself, and ends the job.
+        Note::Posted { result: Err(WriteError::Closed), .. } => {}
+        // A loan that was taken back needs no word any more.
+        Note::Posted { handoff, .. } => this.posted(handoff, desk),
+        Note::Ended { handoff } => this.ended(handoff, desk),
+        Note::Connect { .. } => {}
+    }
+}
+
+impl Desk {
+    fn on(&mut self, event: BorrowerEvent, desk: &SharedDesk) {
+        self.borrower.on(event, self.started.elapsed(), &mut self.actions);
+        self.perform(desk);
+    }
+
+    fn perform(&mut self, desk: &SharedDesk) {
+        loop {
+            for action in std::mem::take(&mut self.actions) {
+                self.act(action, desk);
+            }
+            let Some(event) = self.follow_ups.pop_front() else { return };
+            self.borrower.on(event, self.started.elapsed(), &mut self.actions);
+        }
+    }
+
+    fn act(&mut self, action: BorrowerAction, desk: &SharedDesk) {
+        match action {
+            BorrowerAction::Connect { decode, addresses } => self.note(Note::Connect { decode, addresses }),
+            BorrowerAction::Send { session, message } => self.send(session, &message),
+            BorrowerAction::Prefill { session, grant } => self.prefill(session, grant, desk),
+            BorrowerAction::Cancel { handoff } => {
+                if let Some(prompt) = self.prompts.get_mut(&handoff) {
+                    prompt.over = true;
+                    prompt.pages.cancel();
+                }
+                self.let_go(handoff);
+            }
+            BorrowerAction::Complete { session, handoff, slot, word } => {
+                if let Some(prompt) = self.prompts.get_mut(&handoff) {
+                    prompt.computed = Some(Instant::now());
+                    self.metrics.observe(HandoffPhase::Compute, prompt.granted.elapsed());
+                }
+                let (Some(writer), Some(epoch)) = (self.sessions.get(&session), word.epoch()) else { return };
+                let notes = self.notes.clone();
+                writer.complete(slot, epoch, word, move |result| drop(notes.send(Note::Posted { handoff, result })));
+            }
+            BorrowerAction::Ack { delivery } => self.settle(delivery, Verdict::Ack),
+            BorrowerAction::Nak { delivery, delay } => self.settle(delivery, Verdict::Nak(delay)),
+            BorrowerAction::Forget { delivery } => self.settle(delivery, Verdict::Forget),
+            BorrowerAction::InProgress { delivery } => {
+                if let Some(held) = self.deliveries.get(&delivery) {
+                    let _ = held.verdicts.send(Verdict::InProgress);
+                }
+            }
+            BorrowerAction::Refuse { delivery, error } => self.settle(delivery, Verdict::Bury(error.to_string())),
+        }
+    }
+
+    /// Says the last word about a delivery.
+    fn settle(&mut self, delivery: DeliveryId, verdict: Verdict) {
+        if let Some(held) = self.deliveries.remove(&delivery) {
+            let _ = held.verdicts.send(verdict);
+            self.room.notify_one();
+        }
+    }
+
+    fn send(&mut self, session: SessionId, message: &ToDecode) {
+        if let ToDecode::Claim { handoff } = message
+            && let Some(held) = self.held_for(*handoff)
+        {
+            held.claimed = Some(Instant::now());
+        }
+        if let Some(writer) = self.sessions.get(&session) {
+            // If the session has ended, that is reported by itself.
+            writer.send(Bytes::from(message.encode()));
+        }
+    }
+
+    fn prefill(&mut self, session: SessionId, grant: Grant, desk: &SharedDesk) {
+        let Some(writer) = self.sessions.get(&session).cloned() else { return };
+        let Grant { handoff, slot, epoch, tokens, first, pages } = grant;
+        if let Some(claimed) = self.held_for(handoff).and_then(|held| held.claimed) {
+            self.metrics.observe(HandoffPhase::Claim, claimed.elapsed());
+        }
+        let first_page = first as usize / self.block_size;
+        let courier = Courier {
+            desk: desk.clone(),
+            notes: self.notes.clone(),
+            writer,
+            handoff,
+            slot,
+            epoch,
+            first_page,
+            pages,
+            tokens: tokens.len(),
+            layers: self.layers,
+        };
+        match self.engine.prefill(PrefillRequest { tokens, first_page, exporter: Box::new(courier) }) {
+            Ok(pages) => {
+                let prompt = Prompt { pages, granted: Instant::now(), computed: None, over: false, writing: 0 };
+                self.prompts.insert(handoff, prompt);
+            }
+            Err(error) => {
+                self.follow_ups.push_back(BorrowerEvent::ComputeFailed { handoff, reason: error.to_string() });
+            }
+        }
+    }
+
+    fn wrote(&mut self, handoff: HandoffId, result: Result<(), WriteError>, desk: &SharedDesk) {
+        if let Some(prompt) = self.prompts.get_mut(&handoff) {
+            prompt.writing -= 1;
+        }
+        self.on(BorrowerEvent::Wrote { handoff, writes: 1 }, desk);
+        if let Err(error) = result {
+            self.on(BorrowerEvent::ComputeFailed { handoff, reason: error.to_string() }, desk);
+        }
+        self.let_go(handoff);
+    }
+
+    fn posted(&mut self, handoff: HandoffId, desk: &SharedDesk) {
+        if let Some(computed) = self.prompts.get(&handoff).and_then(|prompt| prompt.computed) {
+            self.metrics.observe(HandoffPhase::Transfer, computed.elapsed());
+        }
+        self.on(BorrowerEvent::Posted { handoff }, desk);
+        if let Some(prompt) = self.prompts.get_mut(&handoff) {
+            prompt.over = true;
+        }
+        self.let_go(handoff);
+    }
+
+    /// The engine has passed on everything, or has failed.
+    fn ended(&mut self, handoff: HandoffId, desk: &SharedDesk) {
+        if self.prompts.get(&handoff).is_some_and(|prompt| prompt.computed.is_none() && !prompt.over) {
+            let reason = "the prefill worker's engine stopped".to_owned();
+            self.on(BorrowerEvent::ComputeFailed { handoff, reason }, desk);
+        }
+    }
+
+    /// Gives the pages back to the engine, if nobody reads them and nobody will.
+    fn let_go(&mut self, handoff: HandoffId) {
+        if self.prompts.get(&handoff).is_some_and(|prompt| prompt.over && prompt.writing == 0) {
+            self.prompts.remove(&handoff);
+        }
+    }
+
+    fn held_for(&mut self, handoff: HandoffId) -> Option<&mut Held> {
+        self.deliveries.values_mut().find(|held| held.handoff == Some(handoff))
+    }
+
+    fn note(&self, note: Note) {
+        // The task that takes them ends with the process.
+        let _ = self.notes.send(note);
+    }
+}
+
+/// Says of one delivery what is decided about it, in order. Left without a last word, the job goes back to the queue.
+async fn settle(delivery: Delivery, mut verdicts: mpsc::UnboundedReceiver<Verdict>) {
+    while let Some(verdict) = verdicts.recv().await {
+        let settled = match verdict {
+            Verdict::InProgress => {
+                if let Err(error) = delivery.in_progress().await {
+                    tracing::debug!(%error, "the queue was not told that a job is being worked on");
+                }
+                continue;
+            }
+            Verdict::Ack => delivery.ack().await,
+            Verdict::Nak(delay) => delivery.nak(delay).await,
+            Verdict::Bury(reason) => delivery.bury(&reason).await,
+            Verdict::Forget => {
+                delivery.forget();
+                return;
+            }
+        };
+        if let Err(error) = settled {
+            tracing::debug!(%error, "the queue was not told what became of a job, and will deliver it again");
+        }
+        return;
+    }
+}
+
+/// Takes a prompt's pages from the engine thread to the writer of its session.
+struct Courier {
+    desk: SharedDesk,
+    notes: mpsc::UnboundedSender<Note>,
+    writer: Writer,
+    handoff: HandoffId,
+    slot: Slot,
+    epoch: Epoch,
+    first_page: usize,
+    /// The decode worker's, from `first_page` on.
+    pages: Vec<u32>,
+    /// Of the prompt.
+    tokens: usize,
+    layers: usize,
+}
+
+impl Courier {
+    fn write(&self, layers: std::ops::Range<usize>, first: usize, pages: &[u32]) {
+        let remote = &self.pages[first - self.first_page..];
+        let mut copies = Vec::with_capacity(layers.len() * pages.len());
+        for layer in layers {
+            let copy = |(&local, &remote): (&u32, &u32)| PageCopy { layer: layer as u32, local, remote };
+            copies.extend(pages.iter().zip(remote).map(copy));
+        }
+        let handoff = self.handoff;
+        let mut desk = lock(&self.desk);
+        // Decided under the lock: nothing is written of what was cancelled.
+        match desk.prompts.get_mut(&handoff) {
+            Some(prompt) if !prompt.over => prompt.writing += 1,
+            _ => return,
+        }
+        desk.on(BorrowerEvent::Writing { handoff, writes: 1 }, &self.desk);
+        let notes = self.notes.clone();
+        // The desk is not touched from within: the call back may come before the call returns.
+        let done = move |result| drop(notes.send(Note::Wrote { handoff, result }));
+        self.writer.write(self.slot, self.epoch, copies, done);
+    }
+}
+
+impl Exporter for Courier {
+    fn layer(&mut self, layer: usize, first: usize, pages: &[u32]) {
+        self.write(layer..layer + 1, first, pages);
+    }
+
+    fn found(&mut self, first: usize, pages: &[u32]) {
+        self.write(0..self.layers, first, pages);
+    }
+
+    fn computed(&mut self, tokens: usize) {
+        let (handoff, of) = (self.handoff, self.tokens);
+        let mut desk = lock(&self.desk);
+        if let Some(held) = desk.held_for(handoff) {
+            held.tokens = of - tokens;
+            desk.room.notify_one();
+        }
+        desk.on(BorrowerEvent::Computed { handoff, tokens: tokens as u32 }, &self.desk);
+    }
+}
+
+impl Drop for Courier {
+    fn drop(&mut self) {
+        // Not under the lock, which whoever drops it may hold.
+        let _ = self.notes.send(Note::Ended { handoff: self.handoff });
+    }
+}

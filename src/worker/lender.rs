@@ -1,0 +1,112 @@
+//! A decode worker that lends its pages: its sessions, its mailbox, and what it follows of the cluster.
+
+use std::{
+    net::SocketAddr,
+    sync::{Arc, OnceLock},
+    time::Instant,
+};
+
+use anyhow::{Context, Result};
+use tokio::sync::{mpsc, watch};
+
+use super::{
+    Engine, EngineHandle, LendingConfig, Post, inbox, membership,
+    model::Loaded,
+    port::{ClusterPort, NewJob, View, follow_depth, follow_limits, follow_workers, publish_jobs, sink},
+};
+use crate::{
+    cli::{TransportArg, WorkerArgs},
+    cluster::{Cluster, LeaseId, ModelKey},
+    handoff::{CostModel, LenderTimeouts, Limits},
+    telemetry::Metrics,
+    transfer::{self, Mailbox, ServerConfig, SessionServer, Transport},
+};
+
+/// What keeps a lending engine informed, until [`Lender::follow`] sets it going.
+pub(super) struct Lender {
+    key: ModelKey,
+    limits: Limits,
+    view: Arc<View>,
+    jobs: mpsc::UnboundedReceiver<NewJob>,
+    post: Post,
+    /// Where prefill workers open sessions.
+    pub(super) addresses: serde_json::Value,
+    /// How they can move pages.
+    pub(super) transports: Vec<String>,
+}
+
+/// Starts an engine that lends its pages to whoever opens a session.
+pub(super) async fn start(
+    cli: &WorkerArgs,
+    limits: Limits,
+    loaded: Loaded,
+    metrics: &Metrics,
+) -> Result<(EngineHandle, Lender)> {
+    let Loaded { runner, config, region, key, .. } = loaded;
+    // Loans in quarantine keep their words, beside those of the sequences that are away: as many again.
+    let mailbox_slots = u32::try_from(2 * config.max_num_seqs).unwrap_or(u32::MAX);
+    let mailbox = Mailbox::new(mailbox_slots).context("cannot make a mailbox")?;
+    let (post, inbox) = inbox();
+    let sessions: Arc<OnceLock<SessionServer>> = Arc::default();
+    let server = server_config(cli, key, metrics).await?;
+    let on = [(server.unix.is_some(), Transport::Shm), (server.tcp.is_some(), Transport::Tcp)];
+    let transports = on.iter().filter(|(on, _)| *on).map(|(_, transport)| transport.name().to_owned()).collect();
+    let sink = sink(post.clone(), sessions.clone());
+    let server = SessionServer::start(server, region, mailbox.clone(), sink).await?;
+    let addresses = serde_json::to_value(server.addresses())?;
+    // It is the only one to set it.
+    let _ = sessions.set(server);
+    let view = View::new(limits, metrics.engine.handoffs.clone());
+    let (new_jobs, jobs) = mpsc::unbounded_channel();
+    let port = ClusterPort {
+        sessions,
+        mailbox,
+        view: view.clone(),
+        jobs: new_jobs,
+        chunk_tokens: config.max_num_batched_tokens,
+        costs: CostModel::default(),
+        started: Instant::now(),
+    };
+    let lending = LendingConfig { mailbox_slots, timeouts: LenderTimeouts::default() };
+    let engine = Engine::start_lending(runner, config, metrics.engine.clone(), inbox, lending, Box::new(port))?;
+    Ok((engine, Lender { key, limits, view, jobs, post, addresses, transports }))
+}
+
+impl Lender {
+    /// Follows the cluster, and puts jobs on its queue, for as long as the process lives.
+    pub(super) fn follow(self, cluster: &Cluster, lease: watch::Receiver<Option<LeaseId>>) {
+        let Self { key, limits, view, jobs, post, addresses, .. } = self;
+        tokio::spawn(follow_workers(cluster.clone(), key, view.clone(), post.clone()));
+        tokio::spawn(follow_depth(cluster.clone(), key, view.clone()));
+        tokio::spawn(follow_limits(cluster.clone(), key, view, limits));
+        tokio::spawn(publish_jobs(cluster.clone(), key, jobs, lease, addresses, post));
+    }
+}
+
+/// Where sessions are taken, as the command line says.
+async fn server_config(cli: &WorkerArgs, key: ModelKey, metrics: &Metrics) -> Result<ServerConfig> {
+    let mut tcp = None;
+    if cli.disagg.transport != TransportArg::Shm {
+        let (host, port) = (cli.session_host(), cli.disagg.session_port);
+        let found = tokio::net::lookup_host((host, port)).await;
+        let mut found = found.with_context(|| format!("cannot resolve --session-host {host}"))?;
+        tcp = Some(found.next().with_context(|| format!("--session-host {host} has no address"))?);
+    }
+    let mut unix = None;
+    if cli.disagg.transport != TransportArg::Tcp {
+        match transfer::runtime_directory() {
+            Ok(folder) => unix = Some(folder),
+            Err(error) if tcp.is_some() => tracing::warn!(%error, "no shared memory with workers of this host"),
+            Err(error) => return Err(error).context("--transport shm needs a folder for its socket"),
+        }
+    }
+    Ok(ServerConfig {
+        tcp,
+        advertise: tcp.map(|address: SocketAddr| membership::host(cli, address)),
+        unix,
+        token: membership::token(cli),
+        model_key: key.to_string(),
+        limits: transfer::Limits::default(),
+        metrics: metrics.transfer.clone(),
+    })
+}

@@ -1,0 +1,269 @@
+//! The decode worker's loans, as the engine thread sees them: prompts that leave, and pages that come back.
+
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use crate::{
+    cache::LentPage,
+    handoff::{
+        Epoch, Grant, HandoffId, Lender, LenderAction, LenderEvent, LenderTimeouts, MailboxWord, SessionId, Slot,
+        ToPrefill,
+    },
+    scheduler::{Candidate, Loan, Route, Router, Scheduler, SlotId},
+    telemetry::{HandoffMetrics, HandoffPhase},
+};
+
+/// Between two looks at the clock for handoffs that take too long.
+const TICK: Duration = Duration::from_millis(20);
+
+/// The engine thread's way to prefill workers. Nothing in it waits.
+pub trait LendingPort: Send {
+    /// Whether any prompt could be prefilled elsewhere now. Asked in every step.
+    fn is_open(&self) -> bool;
+
+    /// Where a prompt is prefilled.
+    fn decide(&mut self, candidate: Candidate) -> Route;
+
+    /// Jobs that wait before one put on the queue now, for each prefill worker.
+    fn jobs_ahead(&self) -> u64;
+
+    /// Puts a job for this handoff, of a prompt of so many tokens, on the queue. If that fails the engine is told
+    /// [`LenderEvent::EnqueueFailed`].
+    fn enqueue(&mut self, handoff: HandoffId, tokens: usize);
+
+    /// A word of the mailbox, with acquire ordering.
+    fn word(&self, slot: Slot) -> MailboxWord;
+
+    /// Lets a session write to `pages` under this slot and epoch.
+    fn permit(&mut self, session: SessionId, slot: Slot, epoch: Epoch, pages: Arc<[u32]>);
+
+    /// Says something on a session, after everything permitted on it before.
+    fn send(&mut self, session: SessionId, message: ToPrefill);
+
+    /// Takes such a permission back, if the transport can do that by itself.
+    fn revoke(&mut self, session: SessionId, slot: Slot, epoch: Epoch);
+
+    /// Ends a session so that nothing more is written on it.
+    fn fence(&mut self, session: SessionId);
+
+    /// A step took so long, and computed so many prompt tokens.
+    fn stepped(&mut self, prompt_tokens: usize, took: Duration);
+
+    /// A handoff was claimed `queued` after it was put behind `ahead` others, and its `tokens` were there `computing` later.
+    fn handed_off(&mut self, ahead: u64, queued: Duration, tokens: usize, computing: Duration);
+}
+
+/// How pages are lent, fixed at start.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct LendingConfig {
+    /// Words of the mailbox: loans open at a time, those in quarantine included.
+    pub mailbox_slots: u32,
+    /// How long to wait for what.
+    pub timeouts: LenderTimeouts,
+}
+
+type Pages = Box<[LentPage]>;
+
+/// A sequence that is away.
+#[derive(Debug, Clone, Copy)]
+struct Away {
+    handoff: HandoffId,
+    ahead: u64,
+    since: Instant,
+    granted: Option<Instant>,
+}
+
+/// All loans.
+pub(super) struct Lending {
+    lender: Lender<SlotId, Pages>,
+    port: Box<dyn LendingPort>,
+    /// By the scheduler's slots.
+    away: Box<[Option<Away>]>,
+    /// Refilled, so that looking after loans allocates nothing while nothing happens to them.
+    actions: Vec<LenderAction<SlotId, Pages>>,
+    started: Instant,
+    ticked: Instant,
+    polled: Instant,
+    metrics: HandoffMetrics,
+}
+
+impl Lending {
+    pub(super) fn new(
+        config: LendingConfig,
+        port: Box<dyn LendingPort>,
+        sequences: usize,
+        metrics: HandoffMetrics,
+    ) -> Self {
+        let now = Instant::now();
+        Self {
+            lender: Lender::new(config.mailbox_slots, config.timeouts),
+            port,
+            away: vec![None; sequences].into(),
+            actions: Vec::with_capacity(2 * config.mailbox_slots as usize),
+            started: now,
+            ticked: now,
+            polled: now,
+            metrics,
+        }
+    }
+
+    /// Whether anything is lent, or in quarantine.
+    pub(super) fn is_open(&self) -> bool {
+        self.lender.open() > 0
+    }
+
+    /// Looks into the mailbox and at the clock. Once a turn of the engine thread.
+    pub(super) fn attend(&mut self, scheduler: &mut Scheduler) {
+        if !self.is_open() {
+            return;
+        }
+        let now = Instant::now();
+        self.poll(now);
+        if now - self.ticked >= TICK {
+            self.ticked = now;
+            self.lender.on(LenderEvent::Tick, now - self.started, &mut self.actions);
+        }
+        self.perform(scheduler, now);
+    }
+
+    /// Takes in what happened.
+    pub(super) fn on(&mut self, event: LenderEvent, scheduler: &mut Scheduler) {
+        let now = Instant::now();
+        // First, as a worker that completes and then leaves does so in this order.
+        self.poll(now);
+        self.lender.on(event, now - self.started, &mut self.actions);
+        self.perform(scheduler, now);
+    }
+
+    /// Lends what a plan sends away.
+    pub(super) fn lend(&mut self, loans: &mut Vec<Loan>, scheduler: &mut Scheduler) {
+        for Loan { slot, pages, .. } in loans.drain(..) {
+            let now = Instant::now();
+            let handoff = HandoffId(rand::random());
+            match self.lender.lend(handoff, slot, pages, now - self.started) {
+                Ok(_) => {
+                    let ahead = self.port.jobs_ahead();
+                    self.away[slot.index()] = Some(Away { handoff, ahead, since: now, granted: None });
+                    self.port.enqueue(handoff, scheduler.sequence(slot).tokens().len());
+                }
+                // The router knew that there was a slot, and lent several.
+                Err(pages) => scheduler.restart(slot, Some(pages)),
+            }
+        }
+    }
+
+    /// Nobody waits for this sequence any more, which has been removed.
+    pub(super) fn withdraw(&mut self, slot: SlotId, scheduler: &mut Scheduler) {
+        if let Some(Away { handoff, .. }) = self.away[slot.index()].take() {
+            self.on(LenderEvent::Withdraw { handoff }, scheduler);
+        }
+    }
+
+    /// Takes note of how long a step took.
+    pub(super) fn stepped(&mut self, prompt_tokens: usize, took: Duration) {
+        self.port.stepped(prompt_tokens, took);
+    }
+
+    /// Panics unless what is lent here is what the scheduler thinks is lent.
+    pub(super) fn check_integrity(&self, scheduler: &Scheduler) {
+        let pages = |wanted: bool| -> usize {
+            self.lender.lent().filter(|&(_, quarantined)| quarantined == wanted).map(|(pages, _)| pages.len()).sum()
+        };
+        let counts = scheduler.pages();
+        assert_eq!((pages(false), pages(true)), (counts.lent, counts.quarantined), "loans and pages disagree");
+        assert_eq!(self.away.iter().flatten().count(), scheduler.away(), "a sequence is away without a loan");
+    }
+
+    fn poll(&mut self, now: Instant) {
+        if self.is_open() {
+            let Self { lender, port, actions, .. } = self;
+            let before = actions.len();
+            lender.poll(|slot| port.word(slot), now - self.started, actions);
+            if actions.len() > before {
+                // The word was not there at the last look.
+                self.metrics.observe(HandoffPhase::Pickup, now - self.polled);
+            }
+        }
+        self.polled = now;
+    }
+
+    fn perform(&mut self, scheduler: &mut Scheduler, now: Instant) {
+        if self.actions.is_empty() {
+            return;
+        }
+        let mut actions = std::mem::take(&mut self.actions);
+        for action in actions.drain(..) {
+            match action {
+                LenderAction::Grant { session, handoff, slot, epoch, request } => {
+                    self.grant(session, handoff, (slot, epoch), request, scheduler, now);
+                }
+                LenderAction::Gone { session, handoff, why } => {
+                    self.port.send(session, ToPrefill::Gone { handoff, why });
+                }
+                LenderAction::Reclaim { session, handoff, slot, epoch } => {
+                    self.port.send(session, ToPrefill::Release { handoff, epoch });
+                    self.port.revoke(session, slot, epoch);
+                }
+                LenderAction::Fence { session } => self.port.fence(session),
+                LenderAction::Resume { request, pages } => {
+                    if let Some(Away { ahead, since, granted: Some(granted), .. }) = self.away[request.index()].take() {
+                        self.metrics.observe(HandoffPhase::Remote, now - granted);
+                        let sequence = scheduler.sequence(request);
+                        let tokens = sequence.tokens().len() - 1 - sequence.num_computed();
+                        self.port.handed_off(ahead, granted - since, tokens, now - granted);
+                    }
+                    scheduler.resume(request, pages);
+                }
+                LenderAction::Restart { request, pages } => {
+                    self.away[request.index()] = None;
+                    scheduler.restart(request, pages);
+                }
+                LenderAction::Free { pages } => scheduler.free_lent(pages),
+                LenderAction::Count(outcome) => self.metrics.count(outcome),
+            }
+        }
+        self.actions = actions;
+    }
+
+    fn grant(
+        &mut self,
+        session: SessionId,
+        handoff: HandoffId,
+        (slot, epoch): (Slot, Epoch),
+        request: SlotId,
+        scheduler: &Scheduler,
+        now: Instant,
+    ) {
+        if let Some(away) = &mut self.away[request.index()] {
+            away.granted = Some(now);
+            self.metrics.observe(HandoffPhase::Queue, now - away.since);
+        }
+        let sequence = scheduler.sequence(request);
+        let tokens = sequence.tokens();
+        let lent = self.lender.pages(slot).map_or(&[][..], |pages| pages);
+        let pages: Vec<u32> = lent.iter().map(LentPage::number).collect();
+        // First: whoever has the grant may write at once.
+        self.port.permit(session, slot, epoch, pages.as_slice().into());
+        let grant = Grant {
+            handoff,
+            slot,
+            epoch,
+            tokens: tokens[..tokens.len() - 1].to_vec(),
+            first: sequence.num_computed() as u32,
+            pages,
+        };
+        self.port.send(session, ToPrefill::Grant(grant));
+    }
+}
+
+impl Router for Lending {
+    fn is_open(&self) -> bool {
+        self.lender.can_lend() && self.port.is_open()
+    }
+
+    fn route(&mut self, candidate: Candidate) -> Route {
+        self.port.decide(candidate)
+    }
+}

@@ -1,0 +1,74 @@
+//! A worker's place in the cluster: what it says of itself, and how busy it is.
+
+use std::net::SocketAddr;
+
+use tokio::sync::watch;
+
+use super::EngineHandle;
+use crate::{
+    cli::WorkerArgs,
+    cluster::{
+        CARD_SCHEMA, Cluster, Lease, LeaseId, LoadReport, ModelCard, ModelKey, Role, WorkerCard, advertised_host,
+        host_id, report_load,
+    },
+    transfer::ClusterToken,
+};
+
+/// What there is to say of a worker.
+pub(super) struct Particulars {
+    pub(super) role: Role,
+    /// Where its HTTP server listens.
+    pub(super) address: SocketAddr,
+    pub(super) model: ModelCard,
+    pub(super) key: ModelKey,
+    /// Where it takes sessions; null if it takes none.
+    pub(super) sessions: serde_json::Value,
+    pub(super) transports: Vec<String>,
+}
+
+/// Registers a worker, and tells how busy its engine is for as long as it is registered.
+pub(super) fn register(cluster: &Cluster, cli: &WorkerArgs, worker: Particulars, engine: &EngineHandle) -> Lease {
+    let Particulars { role, address, model, key, sessions, transports } = worker;
+    let card = WorkerCard {
+        schema: CARD_SCHEMA,
+        version: env!("CARGO_PKG_VERSION").to_owned(),
+        role,
+        address: format!("{}:{}", host(cli, address), address.port()),
+        session: sessions,
+        transports,
+        host_id: host_id(),
+        model,
+        model_key: key,
+    };
+    tracing::info!(%role, address = %card.address, model_key = %key, "joining the cluster");
+    let lease = cluster.discovery.register(card);
+    tokio::spawn(report(cluster.clone(), lease.id(), engine.clone()));
+    lease
+}
+
+/// The host under which others reach what listens on `address`.
+pub(super) fn host(cli: &WorkerArgs, address: SocketAddr) -> String {
+    let etcd = cli.cluster.etcd.first().map(String::as_str);
+    advertised_host(cli.cluster.advertise_host.as_deref(), address.ip(), etcd)
+}
+
+/// The secret of the cluster; without one, the empty one.
+pub(super) fn token(cli: &WorkerArgs) -> ClusterToken {
+    ClusterToken::new(cli.cluster.cluster_token.as_deref().unwrap_or_default())
+}
+
+async fn report(cluster: Cluster, lease: watch::Receiver<Option<LeaseId>>, engine: EngineHandle) {
+    let sample = move || {
+        let load = engine.snapshot();
+        let narrow = |value: usize| u32::try_from(value).unwrap_or(u32::MAX);
+        LoadReport {
+            running: narrow(load.running),
+            waiting: narrow(load.waiting),
+            prompt_tokens: load.pending_tokens as u64,
+            cached_tokens: load.computed_tokens as u64,
+            pages_free: narrow(load.pages_free + load.pages_cached),
+            pages: narrow(engine.limits().blocks),
+        }
+    };
+    report_load(cluster.loads, lease, sample).await;
+}

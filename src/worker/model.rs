@@ -1,0 +1,112 @@
+//! From a command line to a loaded model: what both roles begin with.
+
+use anyhow::{Context, Result, bail};
+use engine_kernels::{
+    KvDType, KvLayout, KvRegion,
+    cpu::{CpuBackend, CpuOptions},
+};
+use engine_models::{ForwardLimits, ModelSource, OpenOptions};
+
+use super::{EngineConfig, KvRequest, ModelRunner, available_memory, size_kv};
+use crate::{
+    cli::WorkerArgs,
+    cluster::{ModelCard, ModelKey},
+};
+
+/// Rows of logits held at a time. More only cost memory: a vocabulary of 150,000 takes 0.6 MB a row.
+const LOGIT_ROWS_MAX: usize = 64;
+/// How the CPU backend orders the elements of a page; part of what workers agree on.
+const CPU_PAGE_ORDER: &str = "keys [head_dim][token], values [token][head_dim]";
+
+/// A model that is ready to compute.
+pub(super) struct Loaded {
+    pub(super) runner: ModelRunner<CpuBackend>,
+    pub(super) config: EngineConfig,
+    /// Where its pages are.
+    pub(super) region: KvRegion,
+    /// What other workers have to have in common with it.
+    pub(super) key: ModelKey,
+    layout: KvLayout,
+}
+
+/// Finds the model's files. Blocks, for minutes if they have to be downloaded.
+pub(super) fn open(cli: &WorkerArgs) -> Result<ModelSource> {
+    let options = OpenOptions {
+        load_format: cli.load_format.into(),
+        revision: cli.revision.clone(),
+        progress: true,
+        ..OpenOptions::default()
+    };
+    let Some(model) = &cli.model else { bail!("--model is missing") };
+    ModelSource::open(model, &options).with_context(|| format!("cannot open the model {model}"))
+}
+
+/// Reads the weights and reserves the KV cache. Blocks for seconds to minutes.
+pub(super) fn load(cli: &WorkerArgs, source: &ModelSource) -> Result<Loaded> {
+    let model = source.config();
+    let threads = cli.threads.unwrap_or_else(|| std::thread::available_parallelism().map_or(1, |cores| cores.get()));
+    if threads == 0 {
+        bail!("--threads must be at least 1");
+    }
+    let mut backend = CpuBackend::new(CpuOptions { threads, level: None });
+    let limits = ForwardLimits {
+        max_tokens: cli.max_num_batched_tokens,
+        max_logit_rows: LOGIT_ROWS_MAX.min(cli.max_num_batched_tokens).max(1),
+        max_positions: cli.max_model_len.unwrap_or(model.max_position_embeddings).min(model.max_position_embeddings),
+    };
+    let mut layout = KvLayout {
+        layers: model.layers,
+        kv_heads: model.kv_heads,
+        head_dim: model.head_dim,
+        block_size: cli.block_size,
+        blocks: 0,
+        dtype: cli.kv_cache_dtype.or(source.kv_dtype()),
+    };
+    if cli.block_size == 0 {
+        bail!("--block-size must be at least 1");
+    }
+    let key = ModelKey::new(&source.fingerprint()?, &layout, CPU_PAGE_ORDER);
+    let loaded = source.load(&mut backend, limits)?;
+    // After loading, so that the weights are no longer counted as free memory.
+    let wish = KvRequest { blocks: cli.kv_blocks, bytes: cli.kv_cache_memory, max_model_len: cli.max_model_len };
+    let available = available_memory().unwrap_or(0);
+    let sizing = size_kv(wish, layout, model.max_position_embeddings, cli.max_num_seqs, available)?;
+    tracing::info!("{}", sizing.explanation);
+    layout.blocks = sizing.blocks;
+    let runner = ModelRunner::new(backend, loaded.model, layout, limits.max_logit_rows)?;
+    let Some(region) = runner.region() else { bail!("this backend's KV cache cannot be reached") };
+    let config = EngineConfig {
+        max_num_seqs: cli.max_num_seqs,
+        max_num_batched_tokens: cli.max_num_batched_tokens,
+        max_waiting_requests: cli.max_waiting_requests,
+        max_model_len: sizing.max_model_len,
+        vocab_size: model.vocab_size,
+        block_size: layout.block_size,
+        blocks: sizing.blocks,
+        model_key: key.as_bytes().to_vec(),
+    };
+    Ok(Loaded { runner, config, region, key, layout })
+}
+
+impl Loaded {
+    /// What others are told of the model, so that they can list it, and load it too.
+    pub(super) fn card(&self, cli: &WorkerArgs, names: Vec<String>) -> ModelCard {
+        let given = cli.model.clone().unwrap_or_default();
+        // Another process may have another working directory.
+        let source = std::fs::canonicalize(&given).map_or(given, |path| path.display().to_string());
+        let dtype = match self.layout.dtype {
+            KvDType::F32 => "f32",
+            KvDType::F16 => "f16",
+            KvDType::BF16 => "bf16",
+        };
+        ModelCard {
+            names,
+            max_model_len: self.config.max_model_len,
+            source,
+            revision: cli.revision.clone(),
+            load_format: cli.load_format.as_str().to_owned(),
+            kv_cache_dtype: dtype.to_owned(),
+            block_size: self.layout.block_size,
+        }
+    }
+}

@@ -1,0 +1,300 @@
+//! The decode worker's way to its prefill workers: what the engine thread sees of the cluster, and does to it.
+
+use std::{
+    collections::HashMap,
+    sync::{
+        Arc, Mutex, OnceLock, PoisonError, RwLock,
+        atomic::{AtomicU32, AtomicU64, Ordering},
+    },
+    time::{Duration, Instant},
+};
+
+use bytes::Bytes;
+use futures::StreamExt;
+use tokio::sync::{mpsc, watch};
+
+use super::{LendingPort, Post};
+use crate::{
+    cluster::{Cluster, LeaseId, ModelKey, Role, WorkerFilter},
+    handoff::{
+        CostModel, Decision, Epoch, HandoffId, Job, LenderEvent, Limits, MailboxWord, SessionId, Situation, Slot,
+        ToDecode, ToPrefill, WorkerId, decide,
+    },
+    scheduler::{Candidate, Route},
+    telemetry::HandoffMetrics,
+    transfer::{Mailbox, SessionEvent, SessionServer, Sink},
+};
+
+/// Between two looks at how long the queue is. Jobs of our own are counted as they go.
+const DEPTH_PERIOD: Duration = Duration::from_millis(250);
+/// Jobs on the way to the queue at a time.
+const PUBLISHING_MAX: usize = 64;
+/// In place of a depth: the queue cannot be reached.
+const UNREACHABLE: u64 = u64::MAX;
+
+/// What a decode worker knows of its cluster, kept up to date by tasks and read by the engine thread.
+pub(super) struct View {
+    prefill_workers: AtomicU32,
+    queue_depth: AtomicU64,
+    limits: RwLock<Limits>,
+    metrics: HandoffMetrics,
+}
+
+impl View {
+    pub(super) fn new(limits: Limits, metrics: HandoffMetrics) -> Arc<Self> {
+        let (prefill_workers, queue_depth) = (AtomicU32::new(0), AtomicU64::new(UNREACHABLE));
+        Arc::new(Self { prefill_workers, queue_depth, limits: RwLock::new(limits), metrics })
+    }
+
+    fn set_workers(&self, workers: usize) {
+        self.prefill_workers.store(workers as u32, Ordering::Relaxed);
+        self.metrics.workers.set(workers as i64);
+    }
+
+    fn set_depth(&self, depth: Option<u64>) {
+        self.queue_depth.store(depth.unwrap_or(UNREACHABLE), Ordering::Relaxed);
+        self.metrics.queue_depth.set(depth.map_or(-1, |depth| depth as i64));
+    }
+
+    fn depth(&self) -> Option<u64> {
+        Some(self.queue_depth.load(Ordering::Relaxed)).filter(|&depth| depth != UNREACHABLE)
+    }
+
+    fn limits(&self) -> Limits {
+        *self.limits.read().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// [`LendingPort`] over a real cluster.
+pub(super) struct ClusterPort {
+    pub(super) sessions: Arc<OnceLock<SessionServer>>,
+    pub(super) mailbox: Mailbox,
+    pub(super) view: Arc<View>,
+    pub(super) jobs: mpsc::UnboundedSender<NewJob>,
+    /// Prompt tokens that one step takes, at most.
+    pub(super) chunk_tokens: usize,
+    pub(super) costs: CostModel,
+    pub(super) started: Instant,
+}
+
+/// A job to put on the queue.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct NewJob {
+    handoff: HandoffId,
+    tokens: usize,
+}
+
+impl LendingPort for ClusterPort {
+    fn is_open(&self) -> bool {
+        self.view.prefill_workers.load(Ordering::Relaxed) > 0 && self.view.depth().is_some()
+    }
+
+    fn decide(&mut self, candidate: Candidate) -> Route {
+        let situation = Situation {
+            uncached_tokens: (candidate.tokens - candidate.cached) as u32,
+            prefill_workers: self.view.prefill_workers.load(Ordering::Relaxed),
+            queue_depth: self.view.depth(),
+            // One that was lost is prefilled here: the scheduler does not ask again.
+            lost_handoffs: 0,
+            backlog_tokens: candidate.queued as u64,
+            running: candidate.decoding as u32,
+            chunk_tokens: self.chunk_tokens as u32,
+        };
+        match decide(&self.view.limits(), &situation, &self.costs, self.started.elapsed()) {
+            Decision::Remote => Route::Remote,
+            Decision::Local(_) => Route::Local,
+        }
+    }
+
+    fn jobs_ahead(&self) -> u64 {
+        let workers = self.view.prefill_workers.load(Ordering::Relaxed).max(1);
+        self.view.depth().unwrap_or(0) / u64::from(workers)
+    }
+
+    fn enqueue(&mut self, handoff: HandoffId, tokens: usize) {
+        if let Some(depth) = self.view.depth() {
+            // Until the next look it counts as waiting.
+            self.view.set_depth(Some(depth + 1));
+        }
+        // The task that takes them ends with the process.
+        let _ = self.jobs.send(NewJob { handoff, tokens });
+    }
+
+    fn word(&self, slot: Slot) -> MailboxWord {
+        self.mailbox.load(slot)
+    }
+
+    fn permit(&mut self, session: SessionId, slot: Slot, epoch: Epoch, pages: Arc<[u32]>) {
+        self.with_sessions(|sessions| sessions.lend(session, slot, epoch, pages));
+    }
+
+    fn send(&mut self, session: SessionId, message: ToPrefill) {
+        self.with_sessions(|sessions| sessions.send(session, Bytes::from(message.encode())));
+    }
+
+    fn revoke(&mut self, session: SessionId, slot: Slot, epoch: Epoch) {
+        self.with_sessions(|sessions| sessions.revoke(session, slot, epoch));
+    }
+
+    fn fence(&mut self, session: SessionId) {
+        self.with_sessions(|sessions| sessions.fence(session));
+    }
+
+    fn stepped(&mut self, prompt_tokens: usize, took: Duration) {
+        self.costs.observe_step(prompt_tokens as u32, took);
+    }
+
+    fn handed_off(&mut self, ahead: u64, queued: Duration, tokens: usize, computing: Duration) {
+        self.costs.observe_handoff(ahead, queued, tokens as u32, computing, self.started.elapsed());
+    }
+}
+
+impl ClusterPort {
+    /// The server is there before anything is lent, since it hears the claims.
+    fn with_sessions(&self, act: impl FnOnce(&SessionServer)) {
+        if let Some(sessions) = self.sessions.get() {
+            act(sessions);
+        }
+    }
+}
+
+/// Passes on what happens on sessions to the engine thread. A peer that says what cannot be read is cut off.
+pub(super) fn sink(post: Post, sessions: Arc<OnceLock<SessionServer>>) -> Sink {
+    let peers: Mutex<HashMap<SessionId, WorkerId>> = Mutex::default();
+    Arc::new(move |event| {
+        let mut peers = peers.lock().unwrap_or_else(PoisonError::into_inner);
+        match event {
+            SessionEvent::Opened { session, peer } => {
+                tracing::info!(worker = %peer.worker, transport = peer.transport.name(), "a prefill worker opened a session");
+                peers.insert(session, peer.worker);
+            }
+            SessionEvent::Message { session, message } => {
+                let Some(&worker) = peers.get(&session) else { return };
+                match ToDecode::decode(&message) {
+                    Ok(message) => post.lender(LenderEvent::Message { session, worker, message }),
+                    Err(error) => {
+                        tracing::warn!(%worker, %error, "a prefill worker is cut off");
+                        if let Some(sessions) = sessions.get() {
+                            sessions.fence(session);
+                        }
+                    }
+                }
+            }
+            SessionEvent::Revoked { session, slot, epoch } => {
+                post.lender(LenderEvent::Revoked { session, slot, epoch });
+            }
+            SessionEvent::Closed { session } => {
+                if let Some(worker) = peers.get(&session) {
+                    tracing::info!(%worker, "a prefill worker's session ended");
+                }
+                post.lender(LenderEvent::SessionClosed { session });
+            }
+            SessionEvent::Fenced { session } => {
+                peers.remove(&session);
+                post.lender(LenderEvent::SessionFenced { session });
+            }
+        }
+    })
+}
+
+/// Follows which prefill workers are alive.
+pub(super) async fn follow_workers(cluster: Cluster, key: ModelKey, view: Arc<View>, post: Post) {
+    let mut workers = cluster.discovery.workers(WorkerFilter::of(key, Role::Prefill));
+    let mut known: Vec<LeaseId> = Vec::new();
+    loop {
+        let alive: Vec<LeaseId> = workers.borrow_and_update().keys().copied().collect();
+        for gone in known.iter().filter(|&lease| !alive.contains(lease)) {
+            tracing::info!(worker = %gone, "a prefill worker has gone");
+            post.lender(LenderEvent::WorkerGone { worker: WorkerId(gone.0) });
+        }
+        for new in alive.iter().filter(|&lease| !known.contains(lease)) {
+            tracing::info!(worker = %new, "a prefill worker is there");
+        }
+        view.set_workers(alive.len());
+        known = alive;
+        if workers.changed().await.is_err() {
+            return;
+        }
+    }
+}
+
+/// Follows how long the queue is, while there is somebody who works on it.
+pub(super) async fn follow_depth(cluster: Cluster, key: ModelKey, view: Arc<View>) {
+    let mut ticks = tokio::time::interval(DEPTH_PERIOD);
+    ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    loop {
+        ticks.tick().await;
+        if view.prefill_workers.load(Ordering::Relaxed) == 0 {
+            continue;
+        }
+        let depth = match cluster.queue.depth(key).await {
+            Ok(depth) => Some(depth.waiting),
+            Err(error) => {
+                if view.depth().is_some() {
+                    tracing::warn!(%error, "prompts are prefilled here until the queue is back");
+                }
+                None
+            }
+        };
+        view.set_depth(depth);
+    }
+}
+
+/// Follows the live limits, `base` being those of the command line.
+pub(super) async fn follow_limits(cluster: Cluster, key: ModelKey, view: Arc<View>, base: Limits) {
+    let mut config = cluster.discovery.config(key);
+    loop {
+        let json = config.borrow_and_update().clone();
+        match json.as_deref().map_or(Ok(base), |json| base.overridden_by(json)) {
+            Ok(limits) => {
+                let mut current = view.limits.write().unwrap_or_else(PoisonError::into_inner);
+                if *current != limits {
+                    tracing::info!(?limits, "the limits of disaggregation have changed");
+                }
+                *current = limits;
+            }
+            Err(error) => tracing::warn!(%error, "the cluster's limits cannot be used; the last good ones stay"),
+        }
+        if config.changed().await.is_err() {
+            return;
+        }
+    }
+}
+
+/// Puts jobs on the queue. `addresses` is where this worker takes sessions.
+pub(super) async fn publish_jobs(
+    cluster: Cluster,
+    key: ModelKey,
+    jobs: mpsc::UnboundedReceiver<NewJob>,
+    lease: watch::Receiver<Option<LeaseId>>,
+    addresses: serde_json::Value,
+    post: Post,
+) {
+    let jobs = futures::stream::unfold(jobs, |mut jobs| async move { Some((jobs.recv().await?, jobs)) });
+    let publish = |NewJob { handoff, tokens }| {
+        let lease = *lease.borrow();
+        let (cluster, addresses, post) = (&cluster, addresses.clone(), &post);
+        async move {
+            let published = match lease {
+                None => Err("this worker is not registered".to_owned()),
+                Some(lease) => {
+                    let job = Job {
+                        handoff,
+                        decode: WorkerId(lease.0),
+                        model_key: key.to_string(),
+                        addresses,
+                        prompt_tokens: tokens as u32,
+                        traceparent: None,
+                    };
+                    let published = cluster.queue.publish(key, handoff.to_string(), job.encode().into()).await;
+                    published.map_err(|error| error.to_string())
+                }
+            };
+            if let Err(error) = published {
+                tracing::warn!(%error, "a prompt is prefilled here: its job could not be put on the queue");
+                post.lender(LenderEvent::EnqueueFailed { handoff });
+            }
+        }
+    };
+    jobs.for_each_concurrent(PUBLISHING_MAX, publish).await;
+}

@@ -1,0 +1,251 @@
+//! The prefill role: jobs from the queue, prompts through the engine, pages into decode workers' memory.
+
+use std::{io::Write, net::SocketAddr, time::Duration};
+
+use anyhow::{Context, Result, bail};
+use clap::ValueEnum;
+use tokio::{
+    sync::{mpsc, watch},
+    time::timeout,
+};
+
+use super::{
+    Engine, EngineStatus,
+    desk::{self, Desk, Note, SharedDesk},
+    membership::{self, Particulars},
+    model,
+    signals::Signals,
+};
+use crate::{
+    api::{self, ServerConfig},
+    cli::{KvDTypeArg, LoadFormatArg, TransportArg, WorkerArgs},
+    cluster::{Cluster, Joined, LeaseId, ModelKey, Needs, Role, WorkerCard, WorkerFilter, find_model, join},
+    handoff::{Borrower, BorrowerConfig, BorrowerEvent, BorrowerTimeouts, ToPrefill, WorkerId},
+    telemetry::Metrics,
+    transfer::{Connector, ConnectorConfig, SessionAddresses},
+};
+
+/// How long opening a session may take.
+const CONNECT_TIME_MAX: Duration = Duration::from_secs(5);
+/// Between two looks at handoffs that take too long.
+const TICK: Duration = Duration::from_millis(100);
+
+/// Loads the model and computes prompts of the cluster's decode workers until a signal comes.
+pub async fn run(mut cli: WorkerArgs) -> Result<()> {
+    let bound = api::bind(&cli.host, cli.port()).await?;
+    let cluster = match join(cli.cluster.options(), Needs::EtcdAndNats).await? {
+        Joined::Member(cluster) => cluster,
+        Joined::Alone(found) => bail!("a prefill worker needs a cluster: {found}"),
+    };
+    let mut signals = Signals::new()?;
+    let mut expected = None;
+    if cli.model.is_none() {
+        let card = tokio::select! {
+            card = find_model(&*cluster.discovery) => card?,
+            code = signals.next() => std::process::exit(code),
+        };
+        take_model(&mut cli, &card)?;
+        expected = Some(card.model_key);
+    }
+    let metrics = Metrics::new();
+    let loading = tokio::task::spawn_blocking(move || {
+        let source = model::open(&cli)?;
+        let loaded = model::load(&cli, &source)?;
+        let name = source.name().to_owned();
+        anyhow::Ok((loaded, name, cli))
+    });
+    let (loaded, name, cli) = tokio::select! {
+        loaded = loading => loaded.context("loading the model panicked")??,
+        // The loading thread cannot be told to stop: the process ends around it.
+        _ = signals.next() => bail!("interrupted while the model was loading"),
+    };
+    if expected.is_some_and(|expected| expected != loaded.key) {
+        bail!("{name} is not the same model here as in the cluster: its files differ");
+    }
+    let (model, key) = (loaded.card(&cli, vec![name.clone()]), loaded.key);
+    let connector = ConnectorConfig {
+        token: membership::token(&cli),
+        model_key: key.to_string(),
+        timeout: CONNECT_TIME_MAX,
+        tcp_only: cli.disagg.transport == TransportArg::Tcp,
+        metrics: metrics.transfer.clone(),
+    };
+    let layers = loaded.region.shape().layers;
+    let connector = Connector::new(connector, loaded.region).context("cannot start to copy pages")?;
+    let config = BorrowerConfig {
+        model_key: key.to_string(),
+        block_size: loaded.config.block_size as u32,
+        jobs_max: loaded.config.max_num_seqs,
+        timeouts: BorrowerTimeouts::default(),
+    };
+    let engine = Engine::start(loaded.runner, loaded.config, metrics.engine.clone())?;
+    let (desk, notes) = Desk::new(Borrower::new(config), engine.clone(), layers, metrics.engine.handoffs.clone());
+
+    let listener = bound.listen()?;
+    let address = listener.local_addr()?;
+    let worker = Particulars {
+        role: Role::Prefill,
+        address,
+        model,
+        key,
+        sessions: serde_json::Value::Null,
+        transports: transports(cli.disagg.transport),
+    };
+    let lease = membership::register(&cluster, &cli, worker, &engine);
+    let leaving = watch::Sender::new(false);
+    let shop = Shop { desk: desk.clone(), connector, cluster: cluster.clone(), key, lease: lease.id() };
+    tokio::spawn(shop.clone().take_notes(notes));
+    tokio::spawn(pull(shop, leaving.subscribe()));
+    announce(&name, address);
+
+    let (failed, left) = (engine.clone(), leaving.subscribe());
+    let shutdown = async {
+        tokio::select! {
+            _ = signals.next() => signals.leave_at_next(),
+            _ = failed.stopped() => {}
+        }
+    };
+    let drain = async {
+        leaving.send_replace(true);
+        desk::on(&desk, BorrowerEvent::Drain);
+        lease.withdraw().await;
+        emptied(&desk).await;
+    };
+    let server = ServerConfig { connections_max: cli.max_connections, drain_timeout: cli.shutdown_timeout };
+    api::serve_status(listener, engine.clone(), metrics, server, left, shutdown, drain).await;
+    if let EngineStatus::Failed { reason } = engine.status() {
+        bail!("the engine failed: {reason}");
+    }
+    engine.stop();
+    engine.stopped().await;
+    Ok(())
+}
+
+/// Says on standard output what is done, and where to look at it.
+fn announce(name: &str, address: SocketAddr) {
+    let text = format!(
+        "engine {} prefills {name} for the cluster's decode workers; its metrics and health are on http://{address}\n",
+        env!("CARGO_PKG_VERSION"),
+    );
+    // Nobody may be reading; the work is done all the same.
+    let mut out = std::io::stdout();
+    let _ = out.write_all(text.as_bytes()).and_then(|()| out.flush());
+}
+
+/// Takes from a decode worker's card what makes the same model of it.
+fn take_model(cli: &mut WorkerArgs, card: &WorkerCard) -> Result<()> {
+    let model = &card.model;
+    let unknown = |what: &str, value: &str| anyhow::anyhow!("the cluster's model has the unknown {what} {value}");
+    cli.load_format =
+        LoadFormatArg::from_str(&model.load_format, true).map_err(|_| unknown("load format", &model.load_format))?;
+    cli.kv_cache_dtype =
+        KvDTypeArg::from_str(&model.kv_cache_dtype, true).map_err(|_| unknown("type", &model.kv_cache_dtype))?;
+    cli.block_size = model.block_size;
+    cli.revision.clone_from(&model.revision);
+    tracing::info!(model = %model.source, "taking the cluster's model");
+    cli.model = Some(model.source.clone());
+    Ok(())
+}
+
+/// What is offered to decode workers, for their operators to read.
+fn transports(wanted: TransportArg) -> Vec<String> {
+    let names = match wanted {
+        TransportArg::Auto => &["shm", "tcp"][..],
+        TransportArg::Shm => &["shm"],
+        TransportArg::Tcp => &["tcp"],
+    };
+    names.iter().map(ToString::to_string).collect()
+}
+
+/// What the tasks of a prefill worker share.
+#[derive(Clone)]
+struct Shop {
+    desk: SharedDesk,
+    connector: Connector,
+    cluster: Cluster,
+    key: ModelKey,
+    lease: watch::Receiver<Option<LeaseId>>,
+}
+
+/// Takes jobs off the queue while there is room for them.
+async fn pull(shop: Shop, mut leaving: watch::Receiver<bool>) {
+    let mut jobs = shop.cluster.queue.consume(shop.key);
+    let bell = desk::lock(&shop.desk).room_bell();
+    let pulling = async {
+        loop {
+            while !desk::lock(&shop.desk).has_room() {
+                bell.notified().await;
+            }
+            let Some(job) = jobs.next().await else { return };
+            desk::deliver(&shop.desk, job);
+        }
+    };
+    tokio::select! {
+        () = pulling => {}
+        _ = leaving.wait_for(|&leaving| leaving) => {}
+    }
+}
+
+impl Shop {
+    /// Takes in what the writers and the engine say, and looks at the clock.
+    async fn take_notes(self, mut notes: mpsc::UnboundedReceiver<Note>) {
+        let mut ticks = tokio::time::interval(TICK);
+        ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        loop {
+            tokio::select! {
+                note = notes.recv() => match note {
+                    Some(Note::Connect { decode, addresses }) => {
+                        tokio::spawn(self.clone().session(decode, addresses));
+                    }
+                    Some(note) => desk::take(&self.desk, note),
+                    None => return,
+                },
+                _ = ticks.tick() => desk::on(&self.desk, BorrowerEvent::Tick),
+            }
+        }
+    }
+
+    /// Opens a session and listens to it until it ends.
+    async fn session(self, decode: WorkerId, addresses: serde_json::Value) {
+        let own = WorkerId((*self.lease.borrow()).map_or(0, |lease| lease.0));
+        let opened = match serde_json::from_value::<SessionAddresses>(addresses) {
+            Ok(addresses) => self.connector.connect(&addresses, own).await.map_err(|error| error.to_string()),
+            Err(error) => Err(format!("the job's addresses cannot be read: {error}")),
+        };
+        let mut session = match opened {
+            Ok(session) => session,
+            Err(error) => {
+                let workers = self.cluster.discovery.workers(WorkerFilter::of(self.key, Role::Decode));
+                let alive = workers.borrow().contains_key(&LeaseId(decode.0));
+                tracing::warn!(worker = %decode, %error, alive, "no session to a decode worker");
+                // That it is missing says nothing before the set is known; then the job comes again, until it was tried enough.
+                let gone = !alive && !workers.borrow().is_empty();
+                return desk::on(&self.desk, BorrowerEvent::ConnectFailed { decode, gone });
+            }
+        };
+        let id = session.id();
+        desk::connected(&self.desk, decode, &session);
+        while let Some(message) = session.receive().await {
+            match ToPrefill::decode(&message) {
+                Ok(message) => desk::on(&self.desk, BorrowerEvent::Message { session: id, message }),
+                Err(error) => {
+                    tracing::warn!(worker = %decode, %error, "a decode worker is left");
+                    break;
+                }
+            }
+        }
+        tracing::info!(worker = %decode, "the session to a decode worker ended");
+        // The writer stops first: what is said to be over must be.
+        drop(session);
+        desk::disconnected(&self.desk, id);
+    }
+}
+
+/// Returns when no job is held any more.
+async fn emptied(desk: &SharedDesk) {
+    let bell = desk::lock(desk).room_bell();
+    while desk::lock(desk).held() > 0 {
+        // The bell may have rung for the one who pulls.
+        let _ = timeout(TICK, bell.notified()).await;
+    }
+}

@@ -1,0 +1,419 @@
+//! Two engine threads with made-up models, one prefilling for the other, and a test between them that plays the network.
+
+use std::sync::{
+    Arc, Mutex,
+    atomic::{AtomicBool, AtomicU64, Ordering},
+    mpsc::{Receiver, Sender, channel},
+};
+
+use futures::{
+    executor::block_on,
+    future::{join, join_all},
+};
+use proptest::prelude::*;
+
+use super::{
+    fake::{Control, FakeRunner},
+    tests::{BLOCK, any_request, collect, config, model_answer, request, start},
+    *,
+};
+use crate::{
+    handoff::{
+        Epoch, Grant, HandoffId, LenderEvent, LenderTimeouts, MailboxWord, SessionId, Slot, Status, ToDecode,
+        ToPrefill, WorkerId,
+    },
+    scheduler::{Candidate, Route},
+    telemetry::{EngineMetrics, Metrics},
+};
+
+const SESSION: SessionId = SessionId(1);
+const WORKER: WorkerId = WorkerId(7);
+
+/// What the engine says and sees.
+struct Wires {
+    open: AtomicBool,
+    threshold: usize,
+    words: Vec<AtomicU64>,
+    fenced: AtomicBool,
+    permitted: Mutex<Vec<(Slot, Epoch, Arc<[u32]>)>>,
+}
+
+struct Port {
+    wires: Arc<Wires>,
+    jobs: Sender<HandoffId>,
+    said: Sender<ToPrefill>,
+}
+
+impl LendingPort for Port {
+    fn is_open(&self) -> bool {
+        self.wires.open.load(Ordering::Relaxed)
+    }
+
+    fn decide(&mut self, candidate: Candidate) -> Route {
+        let long = candidate.tokens - candidate.cached > self.wires.threshold;
+        if long { Route::Remote } else { Route::Local }
+    }
+
+    fn jobs_ahead(&self) -> u64 {
+        0
+    }
+
+    fn enqueue(&mut self, handoff: HandoffId, _: usize) {
+        self.jobs.send(handoff).unwrap();
+    }
+
+    fn word(&self, slot: Slot) -> MailboxWord {
+        MailboxWord::from_raw(self.wires.words[slot.0 as usize].load(Ordering::Acquire))
+    }
+
+    fn permit(&mut self, session: SessionId, slot: Slot, epoch: Epoch, pages: Arc<[u32]>) {
+        assert_eq!(session, SESSION);
+        self.wires.permitted.lock().unwrap().push((slot, epoch, pages));
+    }
+
+    fn send(&mut self, _: SessionId, message: ToPrefill) {
+        self.said.send(message).unwrap();
+    }
+
+    fn revoke(&mut self, _: SessionId, _: Slot, _: Epoch) {}
+
+    fn fence(&mut self, _: SessionId) {
+        self.wires.fenced.store(true, Ordering::Relaxed);
+    }
+
+    fn stepped(&mut self, _: usize, _: std::time::Duration) {}
+
+    fn handed_off(&mut self, _: u64, _: std::time::Duration, tokens: usize, _: std::time::Duration) {
+        assert!(tokens > 0);
+    }
+}
+
+/// A decode worker, and the ends of its wires.
+struct Decode {
+    handle: EngineHandle,
+    control: Arc<Control>,
+    metrics: EngineMetrics,
+    wires: Arc<Wires>,
+    post: Post,
+    jobs: Mutex<Receiver<HandoffId>>,
+    said: Mutex<Receiver<ToPrefill>>,
+}
+
+fn decode(config: EngineConfig, threshold: usize) -> Decode {
+    let timeouts = LenderTimeouts { unclaimed: MINUTE, silent: MINUTE, release: MINUTE };
+    decode_with(config, threshold, LendingConfig { mailbox_slots: 16, timeouts })
+}
+
+const MINUTE: std::time::Duration = std::time::Duration::from_secs(60);
+
+fn decode_with(config: EngineConfig, threshold: usize, lending: LendingConfig) -> Decode {
+    let wires = Arc::new(Wires {
+        open: AtomicBool::new(true),
+        threshold,
+        words: (0..lending.mailbox_slots).map(|_| AtomicU64::new(0)).collect(),
+        fenced: AtomicBool::new(false),
+        permitted: Mutex::default(),
+    });
+    let (jobs_in, jobs) = channel();
+    let (said_in, said) = channel();
+    let (post, inbox) = inbox();
+    let control = Arc::new(Control::default());
+    let runner = FakeRunner::new(config.blocks, config.block_size, control.clone());
+    let metrics = Metrics::new().engine;
+    let port = Box::new(Port { wires: wires.clone(), jobs: jobs_in, said: said_in });
+    let handle = Engine::start_lending(runner, config, metrics.clone(), inbox, lending, port).unwrap();
+    Decode { handle, control, metrics, wires, post, jobs: Mutex::new(jobs), said: Mutex::new(said) }
+}
+
+impl Decode {
+    fn next_job(&self) -> HandoffId {
+        self.jobs.lock().unwrap().recv().unwrap()
+    }
+
+    fn hears(&self) -> ToPrefill {
+        self.said.lock().unwrap().recv().unwrap()
+    }
+
+    fn says(&self, message: ToDecode) {
+        self.post.lender(LenderEvent::Message { session: SESSION, worker: WORKER, message });
+    }
+
+    /// Claims a job and returns the grant.
+    fn claim(&self, handoff: HandoffId) -> Grant {
+        self.says(ToDecode::Claim { handoff });
+        let ToPrefill::Grant(grant) = self.hears() else { panic!("the claim was refused") };
+        let permitted = self.wires.permitted.lock().unwrap();
+        let (slot, epoch, pages) = permitted.last().unwrap();
+        assert_eq!((*slot, *epoch, &pages[..]), (grant.slot, grant.epoch, &grant.pages[..]));
+        grant.check(self.handle.limits().block_size as u32).unwrap();
+        grant
+    }
+
+    fn ends(&self, grant: &Grant, status: Status) {
+        let word = MailboxWord::new(grant.epoch, status);
+        self.wires.words[grant.slot.0 as usize].store(word.raw(), Ordering::Release);
+    }
+
+    fn wait_until(&self, holds: impl Fn(Snapshot) -> bool) {
+        while !holds(self.handle.snapshot()) {
+            std::thread::yield_now();
+        }
+    }
+}
+
+/// Copies pages from one made-up cache to the other as they are computed.
+struct Copier {
+    from: Arc<Control>,
+    to: Arc<Control>,
+    grant: Grant,
+    block_size: usize,
+    copied: usize,
+    done: Sender<Grant>,
+}
+
+impl Exporter for Copier {
+    fn layer(&mut self, layer: usize, first: usize, pages: &[u32]) {
+        assert_eq!((layer, first), (0, self.copied), "pages come in order");
+        let (from, mut to) = (self.from.cache.lock().unwrap(), self.to.cache.lock().unwrap());
+        let (first_wanted, block) = (self.grant.first as usize / self.block_size, self.block_size);
+        for (page, &local) in (first..).zip(pages) {
+            let remote = self.grant.pages[page - first_wanted] as usize;
+            to[remote * block..][..block].copy_from_slice(&from[local as usize * block..][..block]);
+        }
+        self.copied += pages.len();
+    }
+
+    fn found(&mut self, first: usize, pages: &[u32]) {
+        self.layer(0, first, pages);
+    }
+
+    fn computed(&mut self, tokens: usize) {
+        let pages = self.grant.first as usize / self.block_size + self.grant.pages.len();
+        if tokens == self.grant.tokens.len() {
+            assert_eq!(self.copied, pages);
+            self.done.send(self.grant.clone()).unwrap();
+        } else {
+            assert!(
+                self.copied >= tokens / self.block_size || self.copied == self.grant.first as usize / self.block_size
+            );
+        }
+    }
+}
+
+/// Does one of the decode worker's jobs with another engine.
+fn serve(decode: &Decode, handoff: HandoffId, prefill: &EngineHandle, control: &Arc<Control>) {
+    let (done, finished) = channel();
+    let grant = decode.claim(handoff);
+    let block_size = prefill.limits().block_size;
+    let first_page = grant.first as usize / block_size;
+    let (from, to) = (control.clone(), decode.control.clone());
+    let exporter = Copier { from, to, grant: grant.clone(), block_size, copied: first_page, done };
+    let request = PrefillRequest { tokens: grant.tokens.clone(), first_page, exporter: Box::new(exporter) };
+    let _handle = prefill.prefill(request).unwrap();
+    decode.ends(&finished.recv().unwrap(), Status::Done);
+}
+
+#[test]
+fn a_prompt_prefilled_elsewhere_gets_the_same_answer() {
+    let decode = decode(config(), 16);
+    let (prefill, control) = start(config());
+    let asked = request(0..70, 9);
+    let mut generation = decode.handle.submit(asked.clone()).unwrap();
+    serve(&decode, decode.next_job(), &prefill, &control);
+    let (events, reason, cached) = block_on(collect(&mut generation));
+    assert_eq!((events, reason), model_answer(&asked, 128));
+    assert_eq!(cached, 0, "what another worker computed was not found in the cache");
+    assert_eq!(control.computed.load(Ordering::Relaxed), 69);
+    assert_eq!(decode.control.computed.load(Ordering::Relaxed), 9);
+    assert_eq!((decode.metrics.prefills_remote.get(), decode.metrics.prefills_local.get()), (1, 0));
+    // Now it is in both caches: a longer prompt lends what is missing only, and little of it is computed.
+    let asked = request(0..100, 3);
+    let mut generation = decode.handle.submit(asked.clone()).unwrap();
+    serve(&decode, decode.next_job(), &prefill, &control);
+    let (events, reason, cached) = block_on(collect(&mut generation));
+    assert_eq!((events, reason, cached), (model_answer(&asked, 128).0, FinishReason::Length, 68));
+    assert_eq!(control.computed.load(Ordering::Relaxed), 69 + 99 - 68);
+    block_on(decode.handle.drain());
+    let snapshot = decode.handle.snapshot();
+    assert_eq!((snapshot.pages_owned, snapshot.pages_lent, snapshot.pages_quarantined), (0, 0, 0));
+    prefill.stop();
+    block_on(prefill.stopped());
+    assert_eq!(prefill.snapshot().pages_owned, 0);
+}
+
+#[test]
+fn a_full_prefix_hit_is_not_handed_off() {
+    let decode = decode(config(), 16);
+    decode.wires.open.store(false, Ordering::Relaxed);
+    block_on(collect(&mut decode.handle.submit(request(0..69, 1)).unwrap()));
+    decode.wires.open.store(true, Ordering::Relaxed);
+    let (_, _, cached) = block_on(collect(&mut decode.handle.submit(request(0..69, 1)).unwrap()));
+    assert_eq!(cached, 68);
+    assert!(decode.jobs.lock().unwrap().try_recv().is_err());
+}
+
+#[test]
+fn a_worker_that_fails_costs_the_answer_nothing() {
+    let decode = decode(config(), 16);
+    let asked = request(0..70, 9);
+    let mut generation = decode.handle.submit(asked.clone()).unwrap();
+    let grant = decode.claim(decode.next_job());
+    decode.ends(&grant, Status::Failed);
+    let (events, reason, _) = block_on(collect(&mut generation));
+    assert_eq!((events, reason), model_answer(&asked, 128));
+    assert_eq!((decode.metrics.prefills_remote.get(), decode.metrics.prefills_local.get()), (0, 1));
+    block_on(decode.handle.drain());
+    assert_eq!(decode.handle.snapshot().pages_lent, 0);
+}
+
+#[test]
+fn a_worker_that_vanishes_keeps_its_pages_until_it_is_fenced() {
+    let decode = decode(config(), 16);
+    let asked = request(0..70, 9);
+    let mut generation = decode.handle.submit(asked.clone()).unwrap();
+    let grant = decode.claim(decode.next_job());
+    decode.post.lender(LenderEvent::SessionClosed { session: SESSION });
+    // The answer does not wait for the fence, and what is written late changes nothing.
+    let mut cache = decode.control.cache.lock().unwrap();
+    for &page in &grant.pages {
+        cache[page as usize * BLOCK..][..BLOCK].fill(0xBAD);
+    }
+    drop(cache);
+    let (events, reason, _) = block_on(collect(&mut generation));
+    assert_eq!((events, reason), model_answer(&asked, 128));
+    assert_eq!(decode.handle.snapshot().pages_quarantined, grant.pages.len());
+    decode.ends(&grant, Status::Done);
+    decode.wait_until(|snapshot| snapshot.pages_quarantined == 0);
+}
+
+#[test]
+fn one_that_leaves_while_its_prompt_is_elsewhere_frees_its_pages_when_they_are_released() {
+    let decode = decode(config(), 16);
+    // Not claimed yet: the pages are free at once, and the claim is refused.
+    let generation = decode.handle.submit(request(0..70, 9)).unwrap();
+    let handoff = decode.next_job();
+    drop(generation);
+    decode.wait_until(|snapshot| snapshot.pages_lent == 0 && snapshot.pages_quarantined == 0);
+    decode.says(ToDecode::Claim { handoff });
+    assert!(matches!(decode.hears(), ToPrefill::Gone { .. }));
+    // Claimed: its holder is asked to stop.
+    let generation = decode.handle.submit(request(0..70, 9)).unwrap();
+    let Grant { handoff, epoch, pages, .. } = decode.claim(decode.next_job());
+    drop(generation);
+    let ToPrefill::Release { handoff: released, .. } = decode.hears() else { panic!() };
+    assert_eq!(released, handoff);
+    decode.wait_until(|snapshot| snapshot.pages_quarantined == pages.len());
+    decode.says(ToDecode::Released { handoff, epoch });
+    decode.wait_until(|snapshot| snapshot.pages_quarantined == 0);
+    assert_eq!(decode.handle.snapshot().pages_free, 64);
+}
+
+#[test]
+fn a_job_that_nobody_takes_is_done_here() {
+    let soon = std::time::Duration::from_millis(1);
+    let timeouts = LenderTimeouts { unclaimed: soon, silent: soon, release: soon };
+    let decode = decode_with(config(), 16, LendingConfig { mailbox_slots: 1, timeouts });
+    let asked = [request(0..70, 9), request(200..260, 9)];
+    let mut generations: Vec<_> = asked.iter().map(|asked| decode.handle.submit(asked.clone()).unwrap()).collect();
+    for (asked, generation) in asked.iter().zip(&mut generations) {
+        let (events, reason, _) = block_on(collect(generation));
+        assert_eq!((events, reason), model_answer(asked, 128));
+    }
+}
+
+#[test]
+fn a_silent_worker_is_asked_then_fenced() {
+    let soon = std::time::Duration::from_millis(1);
+    let timeouts = LenderTimeouts { unclaimed: MINUTE, silent: soon, release: soon };
+    let decode = decode_with(config(), 16, LendingConfig { mailbox_slots: 4, timeouts });
+    let asked = request(0..70, 9);
+    let mut generation = decode.handle.submit(asked.clone()).unwrap();
+    let grant = decode.claim(decode.next_job());
+    let (events, reason, _) = block_on(collect(&mut generation));
+    assert_eq!((events, reason), model_answer(&asked, 128));
+    assert!(matches!(decode.hears(), ToPrefill::Release { .. }));
+    while !decode.wires.fenced.load(Ordering::Relaxed) {
+        std::thread::yield_now();
+    }
+    assert_eq!(decode.handle.snapshot().pages_quarantined, grant.pages.len(), "time alone frees nothing");
+    decode.post.lender(LenderEvent::SessionClosed { session: SESSION });
+    decode.post.lender(LenderEvent::SessionFenced { session: SESSION });
+    decode.wait_until(|snapshot| snapshot.pages_quarantined == 0);
+}
+
+#[test]
+fn a_prompt_that_is_cancelled_keeps_its_pages_until_nobody_reads_them() {
+    let (prefill, control) = start(config());
+    control.close();
+    let (done, finished) = channel();
+    let grant = Grant {
+        handoff: HandoffId(1),
+        slot: Slot(0),
+        epoch: Epoch::FIRST,
+        tokens: (0..100).collect(),
+        first: 0,
+        pages: (0..25).collect(),
+    };
+    let to = Arc::new(Control::default());
+    *to.cache.lock().unwrap() = vec![0; 100];
+    let exporter = Copier { from: control.clone(), to, grant, block_size: BLOCK, copied: 0, done };
+    let request = PrefillRequest { tokens: (0..100).collect(), first_page: 0, exporter: Box::new(exporter) };
+    let handle = prefill.prefill(request).unwrap();
+    control.wait_until_held();
+    handle.cancel();
+    control.let_one();
+    // The exporter is dropped without having passed on the end.
+    assert!(finished.recv().is_err());
+    assert_eq!(prefill.snapshot().pages_owned, 8);
+    control.open();
+    drop(handle);
+    block_on(prefill.drain());
+    while prefill.snapshot().pages_owned > 0 {
+        std::thread::yield_now();
+    }
+    assert_eq!(control.computed.load(Ordering::Relaxed), 32);
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 60, failure_persistence: None, ..ProptestConfig::default() })]
+
+    #[test]
+    fn answers_do_not_depend_on_who_prefills(
+        requests in prop::collection::vec(any_request(), 1..24),
+        max_num_seqs in 1..9usize,
+        spare_pages in 0..40usize,
+        threshold in 0..40usize,
+        block_size in 1..9usize,
+    ) {
+        let config = EngineConfig {
+            max_num_seqs,
+            block_size,
+            blocks: 128_usize.div_ceil(block_size) + spare_pages,
+            ..config()
+        };
+        let decode = decode(config.clone(), threshold);
+        let (prefill, control) = start(config);
+        let mut generations: Vec<_> =
+            requests.iter().map(|request| decode.handle.submit(request.clone()).unwrap()).collect();
+        let finished = AtomicBool::new(false);
+        let answers = std::thread::scope(|scope| {
+            scope.spawn(|| {
+                while !finished.load(Ordering::Relaxed) {
+                    match decode.jobs.lock().unwrap().try_recv() {
+                        Ok(handoff) => serve(&decode, handoff, &prefill, &control),
+                        Err(_) => std::thread::yield_now(),
+                    }
+                }
+            });
+            let answers = block_on(join_all(generations.iter_mut().map(collect)));
+            finished.store(true, Ordering::Relaxed);
+            answers
+        });
+        for (request, (events, reason, _)) in requests.iter().zip(answers) {
+            prop_assert_eq!((events, reason), model_answer(request, 128));
+        }
+        block_on(join(decode.handle.drain(), prefill.drain()));
+        let snapshot = decode.handle.snapshot();
+        prop_assert_eq!((snapshot.pages_owned, snapshot.pages_lent, snapshot.pages_quarantined), (0, 0, 0));
+    }
+}

@@ -1,0 +1,29 @@
+use anyhow::{Context, Result};
+use tokio::signal::unix::{Signal, SignalKind, signal};
+
+/// The signals that ask a process to leave.
+pub(crate) struct Signals {
+    terminate: Signal,
+    interrupt: Signal,
+}
+
+impl Signals {
+    /// Handles them from now on.
+    pub(crate) fn new() -> Result<Self> {
+        let listen = |kind| signal(kind).context("cannot handle signals");
+        Ok(Self { terminate: listen(SignalKind::terminate())?, interrupt: listen(SignalKind::interrupt())? })
+    }
+
+    /// Waits for one and returns the exit status it stands for.
+    pub(crate) async fn next(&mut self) -> i32 {
+        tokio::select! {
+            _ = self.terminate.recv() => 128 + 15,
+            _ = self.interrupt.recv() => 128 + 2,
+        }
+    }
+
+    /// Leaves at once at the next one: whoever asks twice does not want to wait.
+    pub(super) fn leave_at_next(mut self) {
+        tokio::spawn(async move { std::process::exit(self.next().await) });
+    }
+}
