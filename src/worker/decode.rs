@@ -13,7 +13,7 @@ use super::{
 };
 use crate::{
     api::{self, ApiConfig, ChatTemplate, Defaults, ServerConfig},
-    cli::{DisaggArgs, WorkerArgs},
+    cli::{DisaggArgs, TransportArg, WorkerArgs},
     cluster::{Cluster, Joined, Needs, Role, join},
     handoff::Limits,
     telemetry::Metrics,
@@ -27,7 +27,8 @@ pub async fn run(cli: WorkerArgs) -> Result<()> {
     let cluster = cluster(&cli).await?;
     let metrics = Metrics::new();
     let mut signals = Signals::new()?;
-    let loading = tokio::task::spawn_blocking(move || load(&cli).map(|loaded| (loaded, cli)));
+    let shared = cluster.is_some() && cli.disagg.transport != TransportArg::Tcp;
+    let loading = tokio::task::spawn_blocking(move || load(&cli, shared).map(|loaded| (loaded, cli)));
     let ((config, loaded), cli) = tokio::select! {
         loaded = loading => loaded.context("loading the model panicked")??,
         // The loading thread cannot be told to stop: the process ends around it.
@@ -102,11 +103,11 @@ fn limits(disagg: &DisaggArgs) -> Result<Limits> {
 }
 
 /// Everything from the files to a model that is ready to compute. Takes seconds to minutes, and blocks.
-fn load(cli: &WorkerArgs) -> Result<(ApiConfig, Loaded)> {
+fn load(cli: &WorkerArgs, shared: bool) -> Result<(ApiConfig, Loaded)> {
     let source = model::open(cli)?;
     let tokenizer = Arc::new(source.tokenizer()?);
     let template = chat_template(cli, &source)?;
-    let loaded = model::load(cli, &source)?;
+    let loaded = model::load(cli, &source, shared)?;
     Ok((api_config(cli, &source, tokenizer, template), loaded))
 }
 

@@ -41,14 +41,18 @@ pub(super) fn open(cli: &WorkerArgs) -> Result<ModelSource> {
     ModelSource::open(model, &options).with_context(|| format!("cannot open the model {model}"))
 }
 
-/// Reads the weights and reserves the KV cache. Blocks for seconds to minutes.
-pub(super) fn load(cli: &WorkerArgs, source: &ModelSource) -> Result<Loaded> {
+/// Reads the weights and reserves the KV cache, if `shared` in memory that prefill workers of this host can map. Blocks
+/// for seconds to minutes.
+pub(super) fn load(cli: &WorkerArgs, source: &ModelSource, shared: bool) -> Result<Loaded> {
     let model = source.config();
     let threads = cli.threads.unwrap_or_else(|| std::thread::available_parallelism().map_or(1, |cores| cores.get()));
     if threads == 0 {
         bail!("--threads must be at least 1");
     }
     let mut backend = CpuBackend::new(CpuOptions { threads, level: None });
+    if shared {
+        backend.share_kv_cache();
+    }
     let limits = ForwardLimits {
         max_tokens: cli.max_num_batched_tokens,
         max_logit_rows: LOGIT_ROWS_MAX.min(cli.max_num_batched_tokens).max(1),

@@ -50,7 +50,7 @@ pub async fn run(mut cli: WorkerArgs) -> Result<()> {
     let metrics = Metrics::new();
     let loading = tokio::task::spawn_blocking(move || {
         let source = model::open(&cli)?;
-        let loaded = model::load(&cli, &source)?;
+        let loaded = model::load(&cli, &source, false)?;
         let name = source.name().to_owned();
         anyhow::Ok((loaded, name, cli))
     });
