@@ -1,5 +1,5 @@
 //! Real etcd and nats-server processes, each on free ports with a directory of its own, to be killed and started again.
-#![allow(dead_code, reason = "each test uses some of it")]
+#![allow(dead_code, unused_imports, reason = "each test uses some of it")]
 
 mod proxy;
 

@@ -1,0 +1,85 @@
+//! Decode and prefill workers as processes, with real etcd and NATS: long prompts are computed elsewhere, and nobody can
+//! tell from the answers.
+
+mod cell;
+mod program;
+mod services;
+mod support;
+
+use cell::{Cell, LONG, SHORT, ask, prompt};
+use program::Server;
+
+/// Prompts of many lengths: on page borders and beside them, below the threshold and above, several chunks long.
+const LENGTHS: &[usize] = &[5, 31, 32, 33, 48, 63, 64, 65, 66, 81, 300, 511, 700];
+
+fn answers_equal_those_of_one_process(transport: &str) {
+    let cell = Cell::start();
+    let decode = cell.decode(&["--transport", transport, "--max-local-prefill-length", "64"]);
+    let _prefill = cell.prefill(&["--transport", transport]);
+    cell.wait_for_prefill_worker(&decode);
+    let alone = Server::start(&["--max-model-len", "1024", "--kv-blocks", "256"]);
+    for &length in LENGTHS {
+        let prompt = prompt(length);
+        assert_eq!(ask(&decode, &prompt), ask(&alone, &prompt), "a prompt of {length} tokens");
+    }
+    let long = LENGTHS.iter().filter(|&&length| length > 64).count() as f64;
+    assert_eq!(decode.metric("engine_prefills_total{where=\"remote\"}"), long);
+    assert_eq!(decode.metric("engine_prefills_total{where=\"local\"}"), LENGTHS.len() as f64 - long);
+    assert_eq!(decode.metric("engine_handoffs_total{outcome=\"completed\"}"), long);
+    cell::wait_until_idle(&decode);
+}
+
+#[test]
+fn answers_equal_those_of_one_process_over_shared_memory() {
+    answers_equal_those_of_one_process("shm");
+}
+
+#[test]
+fn answers_equal_those_of_one_process_over_tcp() {
+    answers_equal_those_of_one_process("tcp");
+}
+
+#[test]
+fn a_prompt_found_in_the_cache_is_not_handed_off_and_one_found_in_part_lacks_no_page() {
+    let cell = Cell::start();
+    let decode = cell.decode(&["--max-local-prefill-length", "64"]);
+    let prefill = cell.prefill(&[]);
+    cell.wait_for_prefill_worker(&decode);
+    let first = ask(&decode, &prompt(LONG));
+    assert_eq!(ask(&decode, &prompt(LONG)), first);
+    assert_eq!(decode.metric("engine_prefills_total{where=\"remote\"}"), 1.0);
+    // Found up to a page's border, which the rest does not begin at.
+    let longer = prompt(LONG + 129);
+    let answer = ask(&decode, &longer);
+    assert_eq!(decode.metric("engine_prefills_total{where=\"remote\"}"), 2.0);
+    assert!(decode.metric("engine_prefix_hit_tokens_total") >= 2.0 * (LONG as f64 - 16.0));
+    // The prefill worker found the same in its own cache.
+    assert!(prefill.metric("engine_kv_pages{state=\"cached\"}") >= (LONG / 16) as f64);
+    let alone = Server::start(&["--max-model-len", "1024", "--kv-blocks", "256"]);
+    assert_eq!(ask(&alone, &longer), answer);
+}
+
+#[test]
+fn short_prompts_are_computed_here_and_without_a_prefill_worker_all_are() {
+    let cell = Cell::start();
+    let decode = cell.decode(&["--max-local-prefill-length", "64"]);
+    ask(&decode, &prompt(SHORT));
+    ask(&decode, &prompt(LONG));
+    assert_eq!(decode.metric("engine_prefills_total{where=\"local\"}"), 2.0);
+    assert_eq!(decode.metric("engine_prefills_total{where=\"remote\"}"), 0.0);
+}
+
+#[test]
+fn a_prefill_worker_that_drains_finishes_and_leaves() {
+    let cell = Cell::start();
+    let decode = cell.decode(&["--max-local-prefill-length", "64"]);
+    let prefill = cell.prefill(&[]);
+    cell.wait_for_prefill_worker(&decode);
+    ask(&decode, &prompt(LONG));
+    prefill.signal("TERM");
+    assert!(prefill.wait().success(), "{}", prefill.log());
+    ask(&decode, &prompt(LONG + 200));
+    let done = |decode: &Server, place: &str| decode.metric(&format!("engine_prefills_total{{where=\"{place}\"}}"));
+    assert_eq!((done(&decode, "remote"), done(&decode, "local")), (1.0, 1.0));
+    cell::wait_until_idle(&decode);
+}

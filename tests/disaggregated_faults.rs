@@ -1,0 +1,293 @@
+//! What others' disaggregated servers got wrong, done to ours: processes killed and stopped at the worst moments, clients
+//! that leave, jobs from elsewhere, services that go away. The answers stay what they are, and every page comes back.
+
+mod cell;
+mod program;
+mod services;
+mod support;
+
+use std::{io::Write, net::TcpStream, sync::Arc, thread};
+
+use cell::{Cell, SLOWLY, ask, granted, handoffs, pages, prefills, prompt, wait_until_idle};
+use engine::{
+    cluster::{Cluster, ClusterOptions, EtcdOptions, NatsOptions, Role, WorkerCard, WorkerFilter},
+    handoff::{HandoffId, Job, WorkerId},
+};
+use program::Server;
+use serde_json::{Value, json};
+use support::demo_model;
+
+/// Tokens of a prompt that takes a slow prefill worker more than a hundred steps.
+const VERY_LONG: usize = 900;
+const THRESHOLD: [&str; 2] = ["--max-local-prefill-length", "64"];
+
+/// A server in one process, to compare with.
+fn alone() -> Server {
+    Server::start(&["--max-model-len", "1024", "--kv-blocks", "256"])
+}
+
+/// Runs `act` while a very long prompt is with a prefill worker, and returns the answer to it.
+fn during_a_handoff(decode: &Server, act: impl FnOnce()) -> Value {
+    let before = granted(decode);
+    thread::scope(|scope| {
+        let answer = scope.spawn(|| ask(decode, &prompt(VERY_LONG)));
+        decode.wait_until("the prompt is claimed", |decode| granted(decode) > before);
+        act();
+        answer.join().unwrap()
+    })
+}
+
+/// Sends a request for a very long prompt and does not wait for the answer.
+fn leave_behind(decode: &Server) -> TcpStream {
+    let body = json!({"prompt": prompt(VERY_LONG), "max_tokens": 50, "ignore_eos": true}).to_string();
+    let mut connection = TcpStream::connect(decode.address).unwrap();
+    let head = format!(
+        "POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {}\r\n\r\n",
+        body.len()
+    );
+    connection.write_all((head + &body).as_bytes()).unwrap();
+    connection
+}
+
+/// The test's own way into the cluster.
+async fn join(cell: &Cell) -> Cluster {
+    let etcd = EtcdOptions::new(vec![cell.etcd.url()]);
+    let nats = NatsOptions::new(vec![cell.nats.url()]);
+    Cluster::connect(ClusterOptions { namespace: "engine".to_owned(), etcd, nats }).await.unwrap()
+}
+
+/// The card of a worker of this role.
+async fn card(cluster: &Cluster, role: Role) -> Arc<WorkerCard> {
+    let mut workers = cluster.discovery.workers(WorkerFilter::role(role));
+    let workers = workers.wait_for(|workers| !workers.is_empty()).await.unwrap();
+    workers.values().next().unwrap().clone()
+}
+
+fn a_prefill_worker_is_killed(transport: &str) {
+    let cell = Cell::start();
+    let decode = cell.decode(&[&THRESHOLD[..], &["--transport", transport]].concat());
+    let prefill = cell.prefill(&[&SLOWLY[..], &["--transport", transport]].concat());
+    cell.wait_for_prefill_worker(&decode);
+    let answer = during_a_handoff(&decode, || prefill.signal("KILL"));
+    assert_eq!(answer, ask(&alone(), &prompt(VERY_LONG)));
+    assert_eq!((prefills(&decode, "local"), prefills(&decode, "remote")), (1.0, 0.0));
+    assert_eq!(handoffs(&decode, "fenced"), 1.0);
+    wait_until_idle(&decode);
+}
+
+#[test]
+fn a_prefill_worker_that_dies_while_it_writes_shared_memory_costs_a_pause() {
+    a_prefill_worker_is_killed("shm");
+}
+
+#[test]
+fn a_prefill_worker_that_dies_while_it_sends_pages_costs_a_pause() {
+    a_prefill_worker_is_killed("tcp");
+}
+
+#[test]
+fn a_prefill_worker_that_hangs_keeps_its_pages_until_it_wakes_and_its_late_writes_change_nothing() {
+    let cell = Cell::start();
+    let decode = cell.decode(&THRESHOLD);
+    let prefill = cell.prefill(&SLOWLY);
+    cell.wait_for_prefill_worker(&decode);
+    let answer = during_a_handoff(&decode, || prefill.signal("STOP"));
+    let alone = alone();
+    assert_eq!(answer, ask(&alone, &prompt(VERY_LONG)));
+    assert_eq!((prefills(&decode, "local"), prefills(&decode, "remote")), (1.0, 0.0));
+    // It has the memory mapped, and may write to it when it wakes.
+    assert!(pages(&decode, "quarantined") >= (VERY_LONG / 16) as f64);
+    prefill.signal("CONT");
+    wait_until_idle(&decode);
+    for length in [100, 200, 300, VERY_LONG] {
+        assert_eq!(ask(&decode, &prompt(length)), ask(&alone, &prompt(length)), "a prompt of {length} tokens");
+    }
+}
+
+#[test]
+fn a_client_that_leaves_while_its_prompt_is_queued_or_computed_frees_its_pages() {
+    let cell = Cell::start();
+    let decode = cell.decode(&THRESHOLD);
+    let prefill = cell.prefill(&SLOWLY);
+    cell.wait_for_prefill_worker(&decode);
+    // Nobody takes the job: the pages are free as soon as the client has gone.
+    prefill.signal("STOP");
+    let connection = leave_behind(&decode);
+    decode.wait_until("pages are lent", |decode| pages(decode, "lent") > 0.0);
+    drop(connection);
+    wait_until_idle(&decode);
+    assert_eq!(handoffs(&decode, "expired"), 1.0);
+    prefill.signal("CONT");
+    // The next one is being computed when its client leaves; the prefill worker stops.
+    let connection = leave_behind(&decode);
+    decode.wait_until("the prompt is claimed", |decode| granted(decode) == 1.0);
+    drop(connection);
+    wait_until_idle(&decode);
+    assert_eq!(handoffs(&decode, "released"), 1.0);
+    wait_until_idle(&prefill);
+    assert!(pages(&prefill, "cached") < (VERY_LONG / 16) as f64, "it computed all of it");
+}
+
+#[test]
+fn jobs_that_are_stale_or_cannot_be_read_harm_nobody() {
+    let cell = Cell::start();
+    let decode = cell.decode(&THRESHOLD);
+    let _prefill = cell.prefill(&[]);
+    cell.wait_for_prefill_worker(&decode);
+    let runtime = tokio::runtime::Runtime::new().unwrap();
+    let cluster = runtime.block_on(join(&cell));
+    let card = runtime.block_on(card(&cluster, Role::Decode));
+    let job = |handoff, addresses: &Value, decode| Job {
+        handoff: HandoffId(handoff),
+        decode: WorkerId(decode),
+        model_key: card.model_key.to_string(),
+        addresses: addresses.clone(),
+        prompt_tokens: 500,
+        traceparent: None,
+    };
+    let mut nowhere = card.session.clone();
+    (nowhere["unix"], nowhere["tcp"]) = (json!("/no/such/socket"), json!("127.0.0.1:1"));
+    let poison = [
+        // A job of an earlier life of this decode worker, and one of a worker that is no more.
+        job(1, &card.session, 5).encode(),
+        job(2, &nowhere, 6).encode(),
+        job(3, &json!({"strange": true}), 7).encode(),
+        // Of another schema, of another model, and none at all.
+        br#"{"schema": 99, "whatever": []}"#.to_vec(),
+        Job { model_key: "0".repeat(32), ..job(4, &card.session, 5) }.encode(),
+        b"\xff\x00 not a job".to_vec(),
+    ];
+    for (number, payload) in poison.into_iter().enumerate() {
+        let published = cluster.queue.publish(card.model_key, format!("poison {number}"), payload.into());
+        runtime.block_on(published).unwrap();
+    }
+    let alone = alone();
+    for length in [150, 250] {
+        assert_eq!(ask(&decode, &prompt(length)), ask(&alone, &prompt(length)));
+    }
+    assert_eq!(prefills(&decode, "remote"), 2.0);
+    runtime.block_on(async {
+        loop {
+            let depth = cluster.queue.depth(card.model_key).await.unwrap();
+            if depth.waiting + depth.delivered == 0 {
+                break;
+            }
+            tokio::task::yield_now().await;
+        }
+    });
+    wait_until_idle(&decode);
+}
+
+#[test]
+fn without_nats_prompts_are_computed_here_until_it_is_back() {
+    let mut cell = Cell::start();
+    let decode = cell.decode(&THRESHOLD);
+    let _prefill = cell.prefill(&[]);
+    cell.wait_for_prefill_worker(&decode);
+    let alone = alone();
+    let check = |length: usize| assert_eq!(ask(&decode, &prompt(length)), ask(&alone, &prompt(length)));
+    check(150);
+    assert_eq!((prefills(&decode, "local"), prefills(&decode, "remote")), (0.0, 1.0));
+    cell.nats.kill();
+    check(160);
+    check(170);
+    assert_eq!((prefills(&decode, "local"), prefills(&decode, "remote")), (2.0, 1.0));
+    cell.nats.restart();
+    cell.wait_for_prefill_worker(&decode);
+    decode.wait_until("prompts go elsewhere again", |decode| {
+        let length = 180 + prefills(decode, "local") as usize;
+        assert_eq!(ask(decode, &prompt(length)), ask(&alone, &prompt(length)));
+        prefills(decode, "remote") == 2.0
+    });
+    wait_until_idle(&decode);
+}
+
+#[test]
+fn without_etcd_prefill_workers_that_are_known_go_on() {
+    let mut cell = Cell::start();
+    let decode = cell.decode(&THRESHOLD);
+    let _prefill = cell.prefill(&[]);
+    cell.wait_for_prefill_worker(&decode);
+    let alone = alone();
+    let check = |length: usize| assert_eq!(ask(&decode, &prompt(length)), ask(&alone, &prompt(length)));
+    check(150);
+    cell.etcd.kill();
+    check(160);
+    cell.etcd.restart();
+    check(170);
+    assert_eq!((prefills(&decode, "local"), prefills(&decode, "remote")), (0.0, 3.0));
+    wait_until_idle(&decode);
+}
+
+#[test]
+fn a_decode_worker_that_dies_leaves_its_prefill_worker_to_the_others() {
+    let cell = Cell::start();
+    let first = cell.decode(&THRESHOLD);
+    let prefill = cell.prefill(&SLOWLY);
+    cell.wait_for_prefill_worker(&first);
+    let _connections = [leave_behind(&first), leave_behind(&first)];
+    first.wait_until("a prompt is claimed", |first| granted(first) >= 1.0);
+    first.signal("KILL");
+    let second = cell.decode(&THRESHOLD);
+    cell.wait_for_prefill_worker(&second);
+    assert_eq!(ask(&second, &prompt(150)), ask(&alone(), &prompt(150)));
+    assert_eq!(prefills(&second, "remote"), 1.0);
+    wait_until_idle(&second);
+    wait_until_idle(&prefill);
+}
+
+#[test]
+fn workers_that_both_restart_find_each_other_again() {
+    let cell = Cell::start();
+    let (decode, prefill) = (cell.decode(&THRESHOLD), cell.prefill(&SLOWLY));
+    cell.wait_for_prefill_worker(&decode);
+    let _connection = leave_behind(&decode);
+    decode.wait_until("a prompt is claimed", |decode| granted(decode) >= 1.0);
+    decode.signal("KILL");
+    prefill.signal("KILL");
+    let (decode, prefill) = (cell.decode(&THRESHOLD), cell.prefill(&[]));
+    cell.wait_for_prefill_worker(&decode);
+    assert_eq!(ask(&decode, &prompt(VERY_LONG)), ask(&alone(), &prompt(VERY_LONG)));
+    assert_eq!(prefills(&decode, "remote"), 1.0);
+    wait_until_idle(&decode);
+    wait_until_idle(&prefill);
+}
+
+#[test]
+fn a_burst_of_long_prompts_on_too_few_pages_is_answered() {
+    let cell = Cell::start();
+    let decode =
+        cell.decode(&["--max-local-prefill-length", "32", "--max-prefill-queue-size", "8", "--kv-blocks", "70"]);
+    let _prefills = [cell.prefill(&[]), cell.prefill(&[])];
+    decode.wait_until("both are there", |decode| decode.metric("engine_prefill_workers") == 2.0);
+    cell.wait_for_prefill_worker(&decode);
+    let lengths: Vec<usize> = (0..24).map(|number| 100 + 9 * number).collect();
+    let answers: Vec<_> = thread::scope(|scope| {
+        let decode = &decode;
+        let asking: Vec<_> = lengths.iter().map(|&length| scope.spawn(move || ask(decode, &prompt(length)))).collect();
+        asking.into_iter().map(|handle| handle.join().unwrap()).collect()
+    });
+    let alone = alone();
+    for (&length, answer) in lengths.iter().zip(&answers) {
+        assert_eq!(*answer, ask(&alone, &prompt(length)), "a prompt of {length} tokens");
+    }
+    assert!(prefills(&decode, "remote") > 0.0);
+    wait_until_idle(&decode);
+}
+
+#[test]
+fn workers_whose_pages_differ_never_pair() {
+    let cell = Cell::start();
+    let decode = cell.decode(&THRESHOLD);
+    let model = demo_model();
+    let _prefill = cell.prefill(&["--model", model.to_str().unwrap(), "--block-size", "32"]);
+    let runtime = tokio::runtime::Runtime::new().unwrap();
+    runtime.block_on(async {
+        let cluster = join(&cell).await;
+        let (decode, prefill) = (card(&cluster, Role::Decode).await, card(&cluster, Role::Prefill).await);
+        assert_ne!(decode.model_key, prefill.model_key);
+    });
+    ask(&decode, &prompt(150));
+    assert_eq!((prefills(&decode, "local"), prefills(&decode, "remote")), (1.0, 0.0));
+    assert_eq!(decode.metric("engine_prefill_workers"), 0.0);
+}
