@@ -7,7 +7,7 @@ MODEL  ?= $(DEMO)
 HOST   ?= 127.0.0.1
 PORT   ?= 8000
 ARGS   ?=
-PEERS  ?= llama.cpp
+PEERS  ?= llama.cpp nixl
 FUZZ_SECONDS ?= 600
 SOAK_SECONDS ?= 120
 
@@ -51,9 +51,11 @@ client: setup demo-model ## Run the stock OpenAI Python client against the serve
 	$(CARGO) build --workspace --tests --locked
 	tests/openai_client/run.sh
 
-bench: setup $(if $(filter $(DEMO),$(MODEL)),demo-model) ## Measure beside llama.cpp, built at the first run (PEERS= leaves it out); writes benches/results/
-	$(if $(PEERS),scripts/fetch-llama-cpp.sh)
-	$(CARGO) bench --locked --bench suite -- --model $(MODEL) --results benches/results $(if $(PEERS),--llama "$$(scripts/fetch-llama-cpp.sh)") $(ARGS)
+bench: setup $(if $(filter $(DEMO),$(MODEL)),demo-model) ## Measure beside llama.cpp and NIXL, fetched at the first run (PEERS= leaves them out); writes benches/results/
+	$(if $(filter llama.cpp,$(PEERS)),scripts/fetch-llama-cpp.sh)
+	$(if $(filter nixl,$(PEERS)),scripts/fetch-nixl.sh)
+	$(CARGO) bench --locked --bench transfer -- --results benches/results $(if $(filter nixl,$(PEERS)),--nixl "$$(scripts/fetch-nixl.sh)")
+	$(CARGO) bench --locked --bench suite -- --model $(MODEL) --results benches/results $(if $(filter llama.cpp,$(PEERS)),--llama "$$(scripts/fetch-llama-cpp.sh)") $(ARGS)
 
 fuzz: setup ## Fuzz each parser for FUZZ_SECONDS (600)
 	FUZZ_SECONDS=$(FUZZ_SECONDS) $(CARGO) test --workspace --locked --test fuzz -- --nocapture

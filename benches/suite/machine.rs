@@ -22,6 +22,16 @@ pub(crate) struct Machine {
     pub(crate) memory_gib: f64,
 }
 
+impl Machine {
+    /// What a page of results is named after: the day and the processor.
+    pub(crate) fn page_name(&self) -> Result<String> {
+        let seconds = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH)?.as_secs();
+        let cpu: String = self.cpu.chars().map(|c| if c.is_ascii_alphanumeric() { c } else { '-' }).collect();
+        let cpu = cpu.split('-').filter(|word| !word.is_empty()).collect::<Vec<_>>().join("-").to_lowercase();
+        Ok(format!("{}-{cpu}", date(seconds / 86_400)))
+    }
+}
+
 /// Reads the machine's description from the system.
 pub(crate) fn describe() -> Result<Machine> {
     let cpuinfo = std::fs::read_to_string("/proc/cpuinfo")?;
@@ -84,4 +94,18 @@ fn sum(values: &[u64]) -> u64 {
         }
     }
     lanes.into_iter().fold(0, u64::wrapping_add)
+}
+
+/// The calendar day (UTC) that is `days` after 1970-01-01, as `2026-11-21` (Hinnant's `civil_from_days`).
+fn date(days: u64) -> String {
+    let z = days + 719_468;
+    let era = z / 146_097;
+    let day_of_era = z % 146_097;
+    let year_of_era = (day_of_era - day_of_era / 1460 + day_of_era / 36_524 - day_of_era / 146_096) / 365;
+    let day_of_year = day_of_era - (365 * year_of_era + year_of_era / 4 - year_of_era / 100);
+    let month_from_march = (5 * day_of_year + 2) / 153;
+    let day = day_of_year - (153 * month_from_march + 2) / 5 + 1;
+    let month = if month_from_march < 10 { month_from_march + 3 } else { month_from_march - 9 };
+    let year = year_of_era + era * 400 + u64::from(month <= 2);
+    format!("{year}-{month:02}-{day:02}")
 }

@@ -123,11 +123,8 @@ impl Report {
 
     /// Writes the page to `folder`, named after the day and the processor.
     pub(crate) fn write(&self, folder: &Path, text: &str) -> Result<PathBuf> {
-        let seconds = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH)?.as_secs();
-        let cpu: String = self.machine.cpu.chars().map(|c| if c.is_ascii_alphanumeric() { c } else { '-' }).collect();
-        let cpu = cpu.split('-').filter(|word| !word.is_empty()).collect::<Vec<_>>().join("-").to_lowercase();
         std::fs::create_dir_all(folder)?;
-        let path = folder.join(format!("{}-{cpu}.md", date(seconds / 86_400)));
+        let path = folder.join(format!("{}.md", self.machine.page_name()?));
         std::fs::write(&path, text)?;
         Ok(path)
     }
@@ -146,18 +143,4 @@ fn figures(text: &mut String, clients: usize, name: &str, figures: &Figures) -> 
 
 fn optional(value: Option<f64>, format: impl Fn(f64) -> String) -> String {
     value.map_or_else(|| "–".to_string(), format)
-}
-
-/// The calendar day (UTC) that is `days` after 1970-01-01, as `2026-11-21` (Hinnant's `civil_from_days`).
-fn date(days: u64) -> String {
-    let z = days + 719_468;
-    let era = z / 146_097;
-    let day_of_era = z % 146_097;
-    let year_of_era = (day_of_era - day_of_era / 1460 + day_of_era / 36_524 - day_of_era / 146_096) / 365;
-    let day_of_year = day_of_era - (365 * year_of_era + year_of_era / 4 - year_of_era / 100);
-    let month_from_march = (5 * day_of_year + 2) / 153;
-    let day = day_of_year - (153 * month_from_march + 2) / 5 + 1;
-    let month = if month_from_march < 10 { month_from_march + 3 } else { month_from_march - 9 };
-    let year = year_of_era + era * 400 + u64::from(month <= 2);
-    format!("{year}-{month:02}-{day:02}")
 }

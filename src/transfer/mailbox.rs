@@ -41,8 +41,9 @@ impl Mailbox {
     /// Posts a loan's last word. Everything that the calling thread did before, whatever instructions it did it with, is
     /// visible to whoever loads the word.
     pub(super) fn post(&self, slot: Slot, word: MailboxWord) {
-        // A copy of a whole page may use non-temporal stores, which on x86 are not ordered by the plain store that a release
-        // is there. The C library fences its own; this does not rely on it. Once a handoff, it costs nothing.
+        // Pages are copied with non-temporal stores, which on x86 are not ordered by the plain store that a release is there.
+        // The copy ends with a fence of its own; this one is here so that the mailbox does not rely on how pages were
+        // written. Once a handoff, it costs nothing.
         std::sync::atomic::fence(Ordering::SeqCst);
         self.word(slot).store(word.raw(), Ordering::Release);
     }

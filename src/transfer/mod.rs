@@ -16,6 +16,7 @@ mod address;
 mod auth;
 mod client;
 mod config;
+mod copy;
 mod error;
 mod frame;
 mod handshake;

@@ -15,6 +15,7 @@ use tokio::sync::{mpsc as async_mpsc, oneshot};
 use super::reply::Reply;
 use super::session::Command;
 use crate::handoff::{Epoch, MailboxWord, SessionId, Slot};
+use crate::transfer::copy::copy_streaming;
 use crate::transfer::frame::{Frame, Loan};
 use crate::transfer::runs::RunCopy;
 use crate::transfer::{Mailbox, Region, WriteError};
@@ -138,7 +139,7 @@ fn write(
             // `remote` because this thread alone drops it. The regions are different memory. The decode worker lent these
             // pages to this session and reads and reuses them only after the completion word, or once this process has
             // unmapped them or ended; our own pages are left alone until the write is reported done.
-            unsafe { std::ptr::copy_nonoverlapping(source.add(start), target.add(start), length) };
+            unsafe { copy_streaming(source.add(start), target.add(start), length) };
         }
     }
     Ok(())

@@ -15,19 +15,6 @@ use crate::transfer::{ClusterToken, ConnectError, Refusal, RegionShape, SessionE
 
 const BOTH: [Transport; 2] = [Transport::Shm, Transport::Tcp];
 
-fn hello(decode: &Decode, transport: Transport) -> Hello {
-    Hello {
-        version: VERSION,
-        nonce: [9; 32],
-        instance: decode.server.addresses().instance.clone(),
-        worker: 1,
-        model_key: "model".into(),
-        transport,
-        layers: SHAPE.layers as u64,
-        page_bytes: SHAPE.page_bytes as u64,
-    }
-}
-
 /// A connection to the server's TCP port.
 async fn tcp(decode: &Decode) -> TcpStream {
     TcpStream::connect(decode.server.addresses().tcp.as_deref().unwrap()).await.unwrap()
@@ -36,7 +23,9 @@ async fn tcp(decode: &Decode) -> TcpStream {
 /// A TCP peer that says what the test wants.
 async fn raw(decode: &mut Decode) -> (SessionId, Socket) {
     let socket = Socket::new(tcp(decode).await.into_std().unwrap()).unwrap();
-    handshake::connect(&socket, &ClusterToken::new("tea"), &hello(decode, Transport::Tcp)).await.unwrap();
+    handshake::connect(&socket, &ClusterToken::new("tea"), &hello(decode.server.addresses(), Transport::Tcp))
+        .await
+        .unwrap();
     (decode.opened().await, socket)
 }
 
@@ -62,7 +51,7 @@ async fn another_token_is_refused_by_either_side() {
         let refused = soon(prefill.connector.connect(decode.server.addresses(), WorkerId(1))).await.err().unwrap();
         assert!(matches!(refused, ConnectError::Token), "{refused}");
         // A peer that does not care whether the server knows the token gets no further.
-        let hello = hello(&decode, Transport::Tcp);
+        let hello = hello(decode.server.addresses(), Transport::Tcp);
         let socket = Socket::new(tcp(&decode).await.into_std().unwrap()).unwrap();
         let refused = handshake::connect_unchecked(&socket, &ClusterToken::new("coffee"), &hello).await.err().unwrap();
         assert!(matches!(refused, ConnectError::Refused(Refusal::Token)), "{refused}");
@@ -94,7 +83,7 @@ async fn whoever_does_not_fit_is_told_why() {
 async fn another_version_is_refused_by_name() {
     let decode = Decode::start().await;
     let socket = Socket::new(tcp(&decode).await.into_std().unwrap()).unwrap();
-    let future = Hello { version: VERSION + 1, ..hello(&decode, Transport::Tcp) };
+    let future = Hello { version: VERSION + 1, ..hello(decode.server.addresses(), Transport::Tcp) };
     let refused = handshake::connect(&socket, &ClusterToken::new("tea"), &future).await.err().unwrap();
     assert!(matches!(refused, ConnectError::Refused(Refusal::Version { ours: VERSION })), "{refused}");
 }
@@ -281,7 +270,7 @@ async fn a_peer_that_hangs_is_noticed_by_either_side() {
     .await;
     let (id, socket) = raw(&mut decode).await;
     decode.server.lend(id, Slot(0), epoch(1), Arc::from([1]));
-    socket.write_all(&data((Slot(0), epoch(1)), 0, 1, 1)[..5000]).await.unwrap();
+    socket.write_all(&data((Slot(0), epoch(1)), 0, 1, 1)[..4000]).await.unwrap();
     decode.ended(id).await;
     // The prefill worker notices: what answers here opens a session and then says nothing.
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();

@@ -9,9 +9,10 @@ use tokio::sync::mpsc::{self, UnboundedReceiver};
 use tokio::sync::oneshot;
 
 use crate::handoff::{Epoch, SessionId, Slot, WorkerId};
+use crate::transfer::handshake::{Hello, VERSION};
 use crate::transfer::{
     ClusterToken, Connector, ConnectorConfig, Limits, Mailbox, PageCopy, Region, RegionShape, ServerConfig, Session,
-    SessionEvent, SessionServer, TransferMetrics, Transport, WriteError, Writer,
+    SessionAddresses, SessionEvent, SessionServer, TransferMetrics, Transport, WriteError, Writer,
 };
 
 /// How long anything may take before a test gives up. Not a measurement: the machine may be very busy.
@@ -19,6 +20,20 @@ pub(super) const PATIENCE: Duration = Duration::from_secs(60);
 
 pub(super) const SHAPE: RegionShape = RegionShape { layers: 3, pages: 64, page_bytes: 4096 };
 pub(super) const SLOTS: u32 = 8;
+
+/// What a prefill worker says first, for tests that are the prefill worker themselves.
+pub(super) fn hello(to: &SessionAddresses, transport: Transport) -> Hello {
+    Hello {
+        version: VERSION,
+        nonce: [9; 32],
+        instance: to.instance.clone(),
+        worker: 1,
+        model_key: "model".into(),
+        transport,
+        layers: SHAPE.layers as u64,
+        page_bytes: SHAPE.page_bytes as u64,
+    }
+}
 
 /// Waits for something that will happen.
 pub(super) async fn soon<T>(future: impl Future<Output = T>) -> T {
