@@ -132,7 +132,7 @@ fn a_client_that_leaves_while_its_prompt_is_queued_or_computed_frees_its_pages()
 fn jobs_that_are_stale_or_cannot_be_read_harm_nobody() {
     let cell = Cell::start();
     let decode = cell.decode(&THRESHOLD);
-    let _prefill = cell.prefill(&[]);
+    let prefill = cell.prefill(&[]);
     cell.wait_for_prefill_worker(&decode);
     let runtime = tokio::runtime::Runtime::new().unwrap();
     let cluster = runtime.block_on(join(&cell));
@@ -175,6 +175,8 @@ fn jobs_that_are_stale_or_cannot_be_read_harm_nobody() {
             tokio::task::yield_now().await;
         }
     });
+    // What cannot be read, or is another model's, was given up and counted; what is stale was just done with.
+    prefill.wait_until("dead jobs are counted", |prefill| prefill.metric("engine_dead_jobs_total") == 3.0);
     wait_until_idle(&decode);
 }
 

@@ -25,10 +25,6 @@ pub struct ClusterArgs {
     #[arg(long, value_name = "TOKEN", env = "ENGINE_CLUSTER_TOKEN", hide_env_values = true, value_parser = NonEmptyStringValueParser::new())]
     pub cluster_token: Option<String>,
 
-    /// Name or address under which others reach this process [default: the address listened on, or the one that leads to etcd]
-    #[arg(long, value_name = "HOST")]
-    pub advertise_host: Option<String>,
-
     /// Certificates (PEM) that may have signed etcd's, instead of the system's; its endpoints are then https://
     #[arg(long, value_name = "FILE")]
     pub etcd_ca: Option<PathBuf>,

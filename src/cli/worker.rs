@@ -119,6 +119,10 @@ pub struct WorkerArgs {
     #[command(flatten)]
     pub disagg: DisaggArgs,
 
+    /// Name or address under which others reach this worker [default: the address listened on, or the one that leads to etcd]
+    #[arg(long, value_name = "HOST", help_heading = "Cluster")]
+    pub advertise_host: Option<String>,
+
     /// The cluster's services.
     #[command(flatten)]
     pub cluster: ClusterArgs,

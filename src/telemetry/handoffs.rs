@@ -2,7 +2,7 @@ use std::time::Duration;
 
 use prometheus::{Histogram, IntCounter, IntGauge, Registry};
 
-use super::metrics::{counters, gauge, histograms};
+use super::metrics::{counter, counters, gauge, histograms};
 use crate::handoff::Outcome;
 
 /// Seconds, from a tenth of a millisecond to minutes.
@@ -18,6 +18,8 @@ pub struct HandoffMetrics {
     pub workers: IntGauge,
     /// `engine_prefill_queue_depth`: jobs that wait for one; -1 while the queue cannot be reached.
     pub queue_depth: IntGauge,
+    /// `engine_dead_jobs_total`: jobs this prefill worker took off the queue because nobody could do them.
+    pub dead_jobs: IntCounter,
     outcomes: [IntCounter; Outcome::ALL.len()],
     phases: [Histogram; HandoffPhase::ALL.len()],
 }
@@ -67,6 +69,11 @@ impl HandoffMetrics {
         Self {
             workers: gauge(registry, "engine_prefill_workers", "Live prefill workers of this model."),
             queue_depth,
+            dead_jobs: counter(
+                registry,
+                "engine_dead_jobs_total",
+                "Prefill jobs given up: delivered too often, or not to be read.",
+            ),
             outcomes: Outcome::ALL.map(|outcome| outcomes.with_label_values(&[outcome.label()])),
             phases: HandoffPhase::ALL.map(|phase| phases.with_label_values(&[phase.label()])),
         }

@@ -49,7 +49,7 @@ pub(super) fn register(cluster: &Cluster, cli: &WorkerArgs, worker: Particulars,
 /// The host under which others reach what listens on `address`.
 pub(super) fn host(cli: &WorkerArgs, address: SocketAddr) -> String {
     let etcd = cli.cluster.etcd.first().map(String::as_str);
-    advertised_host(cli.cluster.advertise_host.as_deref(), address.ip(), etcd)
+    advertised_host(cli.advertise_host.as_deref(), address.ip(), etcd)
 }
 
 /// The secret of the cluster; without one, the empty one.

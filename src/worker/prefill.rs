@@ -1,9 +1,10 @@
 //! The prefill role: jobs from the queue, prompts through the engine, pages into decode workers' memory.
 
-use std::{io::Write, net::SocketAddr, time::Duration};
+use std::{io::Write, net::SocketAddr, sync::Arc, time::Duration};
 
 use anyhow::{Context, Result, bail};
 use clap::ValueEnum;
+use prometheus::IntCounter;
 use tokio::{
     sync::{mpsc, watch},
     time::timeout,
@@ -19,7 +20,7 @@ use super::{
 use crate::{
     api::{self, ServerConfig},
     cli::{KvDTypeArg, LoadFormatArg, TransportArg, WorkerArgs},
-    cluster::{Cluster, Joined, LeaseId, ModelKey, Needs, Role, WorkerCard, WorkerFilter, find_model, join},
+    cluster::{Cluster, Joined, LeaseId, ModelKey, Needs, Role, WorkerCard, WorkerFilter, WorkerSet, find_model, join},
     handoff::{Borrower, BorrowerConfig, BorrowerEvent, BorrowerTimeouts, ToPrefill, WorkerId},
     telemetry::Metrics,
     transfer::{Connector, ConnectorConfig, SessionAddresses},
@@ -93,7 +94,16 @@ pub async fn run(mut cli: WorkerArgs) -> Result<()> {
     };
     let lease = membership::register(&cluster, &cli, worker, &engine);
     let leaving = watch::Sender::new(false);
-    let shop = Shop { desk: desk.clone(), connector, cluster: cluster.clone(), key, lease: lease.id() };
+    let shop = Shop {
+        desk: desk.clone(),
+        connector,
+        shm_only: cli.disagg.transport == TransportArg::Shm,
+        decode_workers: cluster.discovery.workers(WorkerFilter::of(key, Role::Decode)),
+        cluster: cluster.clone(),
+        key,
+        lease: lease.id(),
+        dead_jobs: metrics.engine.handoffs.dead_jobs.clone(),
+    };
     tokio::spawn(shop.clone().take_notes(notes));
     tokio::spawn(pull(shop, leaving.subscribe()));
     announce(&name, address);
@@ -162,9 +172,14 @@ fn transports(wanted: TransportArg) -> Vec<String> {
 struct Shop {
     desk: SharedDesk,
     connector: Connector,
+    /// Never over TCP.
+    shm_only: bool,
+    /// Those that are alive.
+    decode_workers: watch::Receiver<Arc<WorkerSet>>,
     cluster: Cluster,
     key: ModelKey,
     lease: watch::Receiver<Option<LeaseId>>,
+    dead_jobs: IntCounter,
 }
 
 /// Takes jobs off the queue while there is room for them.
@@ -200,7 +215,11 @@ impl Shop {
                     Some(note) => desk::take(&self.desk, note),
                     None => return,
                 },
-                _ = ticks.tick() => desk::on(&self.desk, BorrowerEvent::Tick),
+                _ = ticks.tick() => {
+                    desk::on(&self.desk, BorrowerEvent::Tick);
+                    let dead = self.cluster.queue.dead_jobs();
+                    self.dead_jobs.inc_by(dead.saturating_sub(self.dead_jobs.get()));
+                }
             }
         }
     }
@@ -209,17 +228,21 @@ impl Shop {
     async fn session(self, decode: WorkerId, addresses: serde_json::Value) {
         let own = WorkerId((*self.lease.borrow()).map_or(0, |lease| lease.0));
         let opened = match serde_json::from_value::<SessionAddresses>(addresses) {
-            Ok(addresses) => self.connector.connect(&addresses, own).await.map_err(|error| error.to_string()),
+            Ok(mut addresses) => {
+                if self.shm_only {
+                    addresses.tcp = None;
+                }
+                self.connector.connect(&addresses, own).await.map_err(|error| error.to_string())
+            }
             Err(error) => Err(format!("the job's addresses cannot be read: {error}")),
         };
         let mut session = match opened {
             Ok(session) => session,
             Err(error) => {
-                let workers = self.cluster.discovery.workers(WorkerFilter::of(self.key, Role::Decode));
-                let alive = workers.borrow().contains_key(&LeaseId(decode.0));
+                let alive = self.decode_workers.borrow().contains_key(&LeaseId(decode.0));
                 tracing::warn!(worker = %decode, %error, alive, "no session to a decode worker");
                 // That it is missing says nothing before the set is known; then the job comes again, until it was tried enough.
-                let gone = !alive && !workers.borrow().is_empty();
+                let gone = !alive && !self.decode_workers.borrow().is_empty();
                 return desk::on(&self.desk, BorrowerEvent::ConnectFailed { decode, gone });
             }
         };
