@@ -10,12 +10,12 @@ use cell::{Cell, LONG, SHORT, ask, prompt};
 use program::Server;
 
 /// Prompts of many lengths: on page borders and beside them, below the threshold and above, several chunks long.
-const LENGTHS: &[usize] = &[5, 31, 32, 33, 48, 63, 64, 65, 66, 81, 300, 511, 700];
+const LENGTHS: &[usize] = &[5, 31, 32, 33, 48, 63, 64, 65, 66, 81, 200, 420];
 
 fn answers_equal_those_of_one_process(transport: &str) {
     let cell = Cell::start();
     let decode = cell.decode(&["--transport", transport, "--max-local-prefill-length", "64"]);
-    let _prefill = cell.prefill(&["--transport", transport]);
+    let _prefill = cell.prefill(&["--transport", transport, "--max-num-batched-tokens", "128"]);
     cell.wait_for_prefill_worker(&decode);
     let alone = Server::start(&["--max-model-len", "1024", "--kv-blocks", "256"]);
     for &length in LENGTHS {

@@ -18,7 +18,7 @@ use serde_json::{Value, json};
 use support::demo_model;
 
 /// Tokens of a prompt that takes a slow prefill worker more than a hundred steps.
-const VERY_LONG: usize = 900;
+const VERY_LONG: usize = 480;
 const THRESHOLD: [&str; 2] = ["--max-local-prefill-length", "64"];
 
 /// A server in one process, to compare with.
@@ -99,7 +99,7 @@ fn a_prefill_worker_that_hangs_keeps_its_pages_until_it_wakes_and_its_late_write
     assert!(pages(&decode, "quarantined") >= (VERY_LONG / 16) as f64);
     prefill.signal("CONT");
     wait_until_idle(&decode);
-    for length in [100, 200, 300, VERY_LONG] {
+    for length in [70, 120, VERY_LONG] {
         assert_eq!(ask(&decode, &prompt(length)), ask(&alone, &prompt(length)), "a prompt of {length} tokens");
     }
 }
@@ -259,11 +259,11 @@ fn workers_that_both_restart_find_each_other_again() {
 fn a_burst_of_long_prompts_on_too_few_pages_is_answered() {
     let cell = Cell::start();
     let decode =
-        cell.decode(&["--max-local-prefill-length", "32", "--max-prefill-queue-size", "8", "--kv-blocks", "70"]);
+        cell.decode(&["--max-local-prefill-length", "32", "--max-prefill-queue-size", "8", "--kv-blocks", "64"]);
     let _prefills = [cell.prefill(&[]), cell.prefill(&[])];
     decode.wait_until("both are there", |decode| decode.metric("engine_prefill_workers") == 2.0);
     cell.wait_for_prefill_worker(&decode);
-    let lengths: Vec<usize> = (0..24).map(|number| 100 + 9 * number).collect();
+    let lengths: Vec<usize> = (0..16).map(|number| 40 + 9 * number).collect();
     let answers: Vec<_> = thread::scope(|scope| {
         let decode = &decode;
         let asking: Vec<_> = lengths.iter().map(|&length| scope.spawn(move || ask(decode, &prompt(length)))).collect();
@@ -275,6 +275,50 @@ fn a_burst_of_long_prompts_on_too_few_pages_is_answered() {
     }
     assert!(prefills(&decode, "remote") > 0.0);
     wait_until_idle(&decode);
+}
+
+#[test]
+fn a_prompt_that_no_prefill_worker_has_room_for_is_computed_here() {
+    let cell = Cell::start();
+    let decode = cell.decode(&THRESHOLD);
+    let _prefill = cell.prefill(&["--kv-blocks", "16"]);
+    cell.wait_for_prefill_worker(&decode);
+    let alone = alone();
+    for length in [280, 200] {
+        assert_eq!(ask(&decode, &prompt(length)), ask(&alone, &prompt(length)));
+    }
+    assert_eq!((prefills(&decode, "local"), prefills(&decode, "remote")), (1.0, 1.0));
+    assert_eq!(handoffs(&decode, "released"), 1.0);
+    wait_until_idle(&decode);
+}
+
+#[test]
+fn limits_in_etcd_hold_at_once_and_bad_ones_are_refused() {
+    let cell = Cell::start();
+    let decode = cell.decode(&THRESHOLD);
+    let _prefill = cell.prefill(&[]);
+    cell.wait_for_prefill_worker(&decode);
+    let runtime = tokio::runtime::Runtime::new().unwrap();
+    let put = |json: &str| {
+        runtime.block_on(async {
+            let key = card(&join(&cell).await, Role::Decode).await.model_key;
+            let mut etcd = etcd_client::Client::connect([cell.etcd.url()], None).await.unwrap();
+            etcd.put(format!("/engine/engine/config/{key}"), json, None).await.unwrap();
+        });
+    };
+    ask(&decode, &prompt(150));
+    assert_eq!(prefills(&decode, "remote"), 1.0);
+    put(r#"{"policy": "never"}"#);
+    decode.wait_until("it has heard", |decode| decode.log().contains("policy: Never"));
+    ask(&decode, &prompt(160));
+    put(r#"{"policy": "sometimes"}"#);
+    decode.wait_until("it has heard", |decode| decode.log().contains("the last good ones stay"));
+    ask(&decode, &prompt(170));
+    assert_eq!((prefills(&decode, "local"), prefills(&decode, "remote")), (2.0, 1.0));
+    put("{}");
+    decode.wait_until("it has heard", |decode| decode.log().matches("have changed").count() == 2);
+    ask(&decode, &prompt(180));
+    assert_eq!((prefills(&decode, "local"), prefills(&decode, "remote")), (2.0, 2.0));
 }
 
 #[test]

@@ -12,15 +12,14 @@ use std::{
 use bytes::Bytes;
 use tokio::sync::{Notify, mpsc};
 
-use super::{EngineHandle, Exporter, PrefillHandle, PrefillRequest};
+use super::{EngineHandle, PrefillHandle, PrefillRequest, courier::Courier};
 use crate::{
     cluster::Delivery,
     handoff::{
-        Borrower, BorrowerAction, BorrowerEvent, DeliveryId, Epoch, Grant, HandoffId, Job, SessionId, Slot, ToDecode,
-        WorkerId,
+        Borrower, BorrowerAction, BorrowerEvent, DeliveryId, Grant, HandoffId, Job, SessionId, ToDecode, WorkerId,
     },
     telemetry::{HandoffMetrics, HandoffPhase},
-    transfer::{PageCopy, Session, WriteError, Writer},
+    transfer::{Session, WriteError, Writer},
 };
 
 /// What to do with a delivery of the queue.
@@ -291,6 +290,26 @@ impl Desk {
         }
     }
 
+    /// Whether a write may be given to the writer, under the lock under which this was asked: nothing is written of what
+    /// was cancelled. If so it counts as under way.
+    pub(super) fn begin_write(&mut self, handoff: HandoffId, desk: &SharedDesk) -> bool {
+        match self.prompts.get_mut(&handoff) {
+            Some(prompt) if !prompt.over => prompt.writing += 1,
+            _ => return false,
+        }
+        self.on(BorrowerEvent::Writing { handoff, writes: 1 }, desk);
+        true
+    }
+
+    /// So many `of` a prompt's tokens are computed, and their pages are with the writer.
+    pub(super) fn computed(&mut self, handoff: HandoffId, tokens: usize, of: usize, desk: &SharedDesk) {
+        if let Some(held) = self.held_for(handoff) {
+            held.tokens = of - tokens;
+            self.room.notify_one();
+        }
+        self.on(BorrowerEvent::Computed { handoff, tokens: tokens as u32 }, desk);
+    }
+
     fn wrote(&mut self, handoff: HandoffId, result: Result<(), WriteError>, desk: &SharedDesk) {
         if let Some(prompt) = self.prompts.get_mut(&handoff) {
             prompt.writing -= 1;
@@ -360,71 +379,5 @@ async fn settle(delivery: Delivery, mut verdicts: mpsc::UnboundedReceiver<Verdic
             tracing::debug!(%error, "the queue was not told what became of a job, and will deliver it again");
         }
         return;
-    }
-}
-
-/// Takes a prompt's pages from the engine thread to the writer of its session.
-struct Courier {
-    desk: SharedDesk,
-    notes: mpsc::UnboundedSender<Note>,
-    writer: Writer,
-    handoff: HandoffId,
-    slot: Slot,
-    epoch: Epoch,
-    first_page: usize,
-    /// The decode worker's, from `first_page` on.
-    pages: Vec<u32>,
-    /// Of the prompt.
-    tokens: usize,
-    layers: usize,
-}
-
-impl Courier {
-    fn write(&self, layers: std::ops::Range<usize>, first: usize, pages: &[u32]) {
-        let remote = &self.pages[first - self.first_page..];
-        let mut copies = Vec::with_capacity(layers.len() * pages.len());
-        for layer in layers {
-            let copy = |(&local, &remote): (&u32, &u32)| PageCopy { layer: layer as u32, local, remote };
-            copies.extend(pages.iter().zip(remote).map(copy));
-        }
-        let handoff = self.handoff;
-        let mut desk = lock(&self.desk);
-        // Decided under the lock: nothing is written of what was cancelled.
-        match desk.prompts.get_mut(&handoff) {
-            Some(prompt) if !prompt.over => prompt.writing += 1,
-            _ => return,
-        }
-        desk.on(BorrowerEvent::Writing { handoff, writes: 1 }, &self.desk);
-        let notes = self.notes.clone();
-        // The desk is not touched from within: the call back may come before the call returns.
-        let done = move |result| drop(notes.send(Note::Wrote { handoff, result }));
-        self.writer.write(self.slot, self.epoch, copies, done);
-    }
-}
-
-impl Exporter for Courier {
-    fn layer(&mut self, layer: usize, first: usize, pages: &[u32]) {
-        self.write(layer..layer + 1, first, pages);
-    }
-
-    fn found(&mut self, first: usize, pages: &[u32]) {
-        self.write(0..self.layers, first, pages);
-    }
-
-    fn computed(&mut self, tokens: usize) {
-        let (handoff, of) = (self.handoff, self.tokens);
-        let mut desk = lock(&self.desk);
-        if let Some(held) = desk.held_for(handoff) {
-            held.tokens = of - tokens;
-            desk.room.notify_one();
-        }
-        desk.on(BorrowerEvent::Computed { handoff, tokens: tokens as u32 }, &self.desk);
-    }
-}
-
-impl Drop for Courier {
-    fn drop(&mut self) {
-        // Not under the lock, which whoever drops it may hold.
-        let _ = self.notes.send(Note::Ended { handoff: self.handoff });
     }
 }

@@ -207,6 +207,12 @@ impl<R: Runner> Engine<R> {
                 }
                 return;
             }
+            Message::Alone => {
+                if let Some(lending) = lending {
+                    lending.recall_queued(scheduler);
+                }
+                return;
+            }
             Message::Wake => return,
         };
         let (sequence, terms, session) = *request;

@@ -154,6 +154,15 @@ impl Lending {
         }
     }
 
+    /// Nobody is there to take what is on the queue: it is prefilled here. If somebody took it just now, that counts.
+    pub(super) fn recall_queued(&mut self, scheduler: &mut Scheduler) {
+        let queued: Vec<HandoffId> =
+            self.away.iter().flatten().filter(|away| away.granted.is_none()).map(|away| away.handoff).collect();
+        for handoff in queued {
+            self.on(LenderEvent::EnqueueFailed { handoff }, scheduler);
+        }
+    }
+
     /// Nobody waits for this sequence any more, which has been removed.
     pub(super) fn withdraw(&mut self, slot: SlotId, scheduler: &mut Scheduler) {
         if let Some(Away { handoff, .. }) = self.away[slot.index()].take() {

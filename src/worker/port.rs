@@ -211,6 +211,9 @@ pub(super) async fn follow_workers(cluster: Cluster, key: ModelKey, view: Arc<Vi
             tracing::info!(worker = %new, "a prefill worker is there");
         }
         view.set_workers(alive.len());
+        if alive.is_empty() && !known.is_empty() {
+            post.alone();
+        }
         known = alive;
         if workers.changed().await.is_err() {
             return;

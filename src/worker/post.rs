@@ -18,6 +18,8 @@ pub(super) enum Message {
     Release(u64),
     /// Something happened to pages that are lent.
     Lender(LenderEvent),
+    /// No prefill worker is left to take jobs.
+    Alone,
     /// Look at the flags.
     Wake,
 }
@@ -40,6 +42,11 @@ impl Post {
     /// Tells the engine thread of something that happened to pages it lent. Lost if the engine has gone.
     pub fn lender(&self, event: LenderEvent) {
         let _ = self.send(Message::Lender(event));
+    }
+
+    /// Tells the engine thread that no prefill worker is left: jobs on the queue are not to be waited for.
+    pub fn alone(&self) {
+        let _ = self.send(Message::Alone);
     }
 
     /// `false`: the engine has gone.

@@ -29,13 +29,15 @@ use crate::{
 const SESSION: SessionId = SessionId(1);
 const WORKER: WorkerId = WorkerId(7);
 
+type Permit = (Slot, Epoch, Arc<[u32]>);
+
 /// What the engine says and sees.
 struct Wires {
     open: AtomicBool,
     threshold: usize,
     words: Vec<AtomicU64>,
     fenced: AtomicBool,
-    permitted: Mutex<Vec<(Slot, Epoch, Arc<[u32]>)>>,
+    permitted: Mutex<Vec<Permit>>,
 }
 
 struct Port {
@@ -319,6 +321,20 @@ fn a_job_that_nobody_takes_is_done_here() {
         let (events, reason, _) = block_on(collect(generation));
         assert_eq!((events, reason), model_answer(asked, 128));
     }
+}
+
+#[test]
+fn a_job_that_nobody_is_left_to_take_is_done_here_at_once() {
+    let decode = decode(config(), 16);
+    let asked = request(0..70, 9);
+    let mut generation = decode.handle.submit(asked.clone()).unwrap();
+    let handoff = decode.next_job();
+    decode.post.alone();
+    let (events, reason, _) = block_on(collect(&mut generation));
+    assert_eq!((events, reason), model_answer(&asked, 128));
+    // Somebody who comes after all finds nothing to do.
+    decode.says(ToDecode::Claim { handoff });
+    assert!(matches!(decode.hears(), ToPrefill::Gone { .. }));
 }
 
 #[test]

@@ -10,7 +10,7 @@ use crate::{
 };
 
 /// Tokens of a prompt that is handed off, in tests that set a threshold of 64, and of one that is not.
-pub(crate) const LONG: usize = 400;
+pub(crate) const LONG: usize = 250;
 pub(crate) const SHORT: usize = 20;
 
 /// The services. Workers find them by flags.
@@ -28,15 +28,15 @@ impl Cell {
     pub(crate) fn decode(&self, flags: &[&str]) -> Server {
         let (etcd, nats, model) = (self.etcd.url(), self.nats.url(), demo_model());
         let model = ["--model", model.to_str().unwrap(), "--served-model-name", "demo"];
-        let sizes = ["--max-model-len", "1024", "--kv-blocks", "256", "--etcd", &etcd, "--nats", &nats];
-        Server::start_as(&[&model[..], &sizes, flags].concat())
+        let cluster = ["--max-model-len", "1024", "--etcd", &etcd, "--nats", &nats];
+        Server::start_as(&[&model[..], &cluster, pages_unless_in(flags), flags].concat())
     }
 
     /// A prefill worker with further flags, which takes its model from the cluster.
     pub(crate) fn prefill(&self, flags: &[&str]) -> Server {
         let (etcd, nats) = (self.etcd.url(), self.nats.url());
-        let role = ["--is-prefill-worker", "--kv-blocks", "256", "--etcd", &etcd, "--nats", &nats];
-        Server::start_as(&[&role[..], flags].concat())
+        let role = ["--is-prefill-worker", "--etcd", &etcd, "--nats", &nats];
+        Server::start_as(&[&role[..], pages_unless_in(flags), flags].concat())
     }
 
     /// Returns when a decode worker hands prompts off.
@@ -47,6 +47,11 @@ impl Cell {
     }
 }
 
+/// Enough pages for most tests, and little memory.
+fn pages_unless_in(flags: &[&str]) -> &'static [&'static str] {
+    if flags.contains(&"--kv-blocks") { &[] } else { &["--kv-blocks", "256"] }
+}
+
 /// Token ids that no other length's prompt starts with, so that none is found in the cache.
 pub(crate) fn prompt(length: usize) -> Vec<u32> {
     let family = if length >= LONG { 7 } else { length as u32 };
@@ -55,7 +60,7 @@ pub(crate) fn prompt(length: usize) -> Vec<u32> {
 
 /// The tokens and log-probabilities of a greedy answer.
 pub(crate) fn ask(server: &Server, prompt: &[u32]) -> Value {
-    let request = json!({"prompt": prompt, "max_tokens": 12, "temperature": 0, "logprobs": 3, "ignore_eos": true});
+    let request = json!({"prompt": prompt, "max_tokens": 8, "temperature": 0, "logprobs": 3, "ignore_eos": true});
     let response = server.post("/v1/completions", &request);
     assert_eq!(response.status, 200, "{}\n{}", response.text(), server.log());
     response.json()["choices"][0].clone()
