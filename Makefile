@@ -60,7 +60,8 @@ bench: setup $(if $(filter $(DEMO),$(MODEL)),demo-model) ## Measure beside llama
 fuzz: setup ## Fuzz each parser for FUZZ_SECONDS (600)
 	FUZZ_SECONDS=$(FUZZ_SECONDS) $(CARGO) test --workspace --locked --test fuzz -- --nocapture
 
-soak: setup demo-model ## 64 streaming clients, some of which hang up, for SOAK_SECONDS (120)
+soak: setup demo-model ## The handoff's simulation on fresh seeds, then 64 streaming clients, some of which hang up: SOAK_SECONDS (120) each
+	SOAK_SECONDS=$(SOAK_SECONDS) $(CARGO) test --release --locked --test simulation soak -- --ignored --nocapture
 	SOAK_SECONDS=$(SOAK_SECONDS) $(CARGO) test --release --locked --test soak -- --ignored --nocapture
 
 goldens: demo-model ## Make the reference fixtures anew with transformers (downloads PyTorch)

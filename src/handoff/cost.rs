@@ -12,12 +12,10 @@ pub struct CostModel {
     local_token: Mean,
     /// Seconds of a step that only decodes.
     decode_step: Mean,
-    /// Seconds from the grant to the end of computing, for each token.
+    /// Seconds from the grant to the mailbox word, for each token: computing, and what of the transfer does not hide behind it.
     remote_token: Mean,
     /// Seconds a job waits, for each place in the queue.
     queue_place: Mean,
-    /// Seconds from the end of computing to the mailbox word.
-    transfer: Mean,
     handoff_observed: Option<Duration>,
 }
 
@@ -46,19 +44,14 @@ impl CostModel {
     }
 
     /// A handoff was claimed `queued` after it was enqueued with `ahead` other jobs for each prefill worker, and its
-    /// `tokens` were computed `computing` after the grant.
-    pub fn observe_handoff(&mut self, ahead: u64, queued: Duration, tokens: u32, computing: Duration, now: Duration) {
+    /// `tokens` were here `granted` after the grant.
+    pub fn observe_handoff(&mut self, ahead: u64, queued: Duration, tokens: u32, granted: Duration, now: Duration) {
         if self.is_stale(now) {
             (self.remote_token, self.queue_place) = Default::default();
         }
         self.queue_place.observe(queued.as_secs_f64() / (ahead + 1) as f64);
-        self.remote_token.observe(computing.as_secs_f64() / f64::from(tokens.max(1)));
+        self.remote_token.observe(granted.as_secs_f64() / f64::from(tokens.max(1)));
         self.handoff_observed = Some(now);
-    }
-
-    /// A handoff's mailbox word was found so long after its tokens were computed.
-    pub fn observe_transfer(&mut self, took: Duration) {
-        self.transfer.observe(took.as_secs_f64());
     }
 
     /// Until the first token, if it is prefilled here.
@@ -76,7 +69,7 @@ impl CostModel {
         }
         let places = (queue_depth / u64::from(situation.prefill_workers.max(1)) + 1) as f64;
         let computing = f64::from(situation.uncached_tokens) * self.remote_token.0?;
-        seconds(places * self.queue_place.0? + computing + self.transfer.0.unwrap_or(0.0))
+        seconds(places * self.queue_place.0? + computing)
     }
 
     /// Between two tokens of the requests that run, while this one is prefilled here. `None`: nobody runs, or unknown.

@@ -135,13 +135,12 @@ mod tests {
         decide(&limits(policy), &situation, &CostModel::default(), NOW)
     }
 
-    /// 1 ms a token here, 0.5 ms there, 100 ms a place in the queue, 20 ms to transfer, 10 ms a decoding step.
+    /// 1 ms a token here, 0.5 ms there, 100 ms a place in the queue, 10 ms a decoding step.
     fn costs() -> CostModel {
         let mut costs = CostModel::default();
         costs.observe_step(0, Duration::from_millis(10));
         costs.observe_step(1_000, Duration::from_secs(1));
         costs.observe_handoff(0, Duration::from_millis(100), 1_000, Duration::from_millis(500), NOW);
-        costs.observe_transfer(Duration::from_millis(20));
         costs
     }
 
@@ -177,9 +176,9 @@ mod tests {
     #[test]
     fn auto_takes_the_earlier_first_token() {
         let auto = |situation| decide(&limits(Policy::Auto), &situation, &costs(), NOW);
-        // Here 2.0 s, there 0.1 + 1.0 + 0.02.
+        // Here 2.0 s, there 0.1 + 1.0.
         assert_eq!(auto(situation()), Decision::Remote);
-        // Here 0.1 s, there 0.1 + 0.05 + 0.02.
+        // Here 0.1 s, there 0.1 + 0.05.
         let short = Situation { uncached_tokens: 100, ..situation() };
         assert_eq!(auto(short), Decision::Local(Reason::Sooner));
         // Somebody's prompt comes first here.

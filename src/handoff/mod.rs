@@ -13,11 +13,11 @@
 //!
 //! - What is said on a session arrives in the order it was said, or not at all once the session is closed. Nothing of a
 //!   session is reported after `SessionClosed` but `SessionFenced`, which always follows, sooner or later.
-//! - A writer performs its writes and words in order, and nothing after one that failed, which ends the session. A word
+//! - A writer performs the writes and the word of a grant in order, and nothing of a grant of which a write failed. A word
 //!   that is visible in the mailbox vouches that all data before it is.
-//! - A prefill worker that learns that a session is closed stops its writer before it lets go of its own end. That, or
-//!   the death of the process, is when a session over shared memory is *fenced*; one over TCP is as soon as its receiver,
-//!   who does the writing, has stopped.
+//! - A session is *fenced* once nothing written on it can land: over TCP when the receiver, who does the writing, has
+//!   stopped; over shared memory when the peer's process has unmapped the memory, which it does as soon as it learns that the
+//!   session is closed, or has ended. A loan is *revoked* once that holds for this loan.
 //!
 //! And this of the queue: a job that was taken is delivered at least once, or given up after `max_deliver` attempts. Nothing else:
 //! duplicates, losses and delays cost time only.

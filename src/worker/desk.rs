@@ -184,8 +184,11 @@ pub(super) fn take(desk: &SharedDesk, note: Note) {
         Note::Wrote { handoff, result } => this.wrote(handoff, result, desk),
         // The session's end is reported by itself, and ends the job.
         Note::Posted { result: Err(WriteError::Closed), .. } => {}
-        // A loan that was taken back needs no word any more.
-        Note::Posted { handoff, .. } => this.posted(handoff, desk),
+        Note::Posted { handoff, result: Ok(()) } => this.posted(handoff, desk),
+        // Such as of a loan that was taken back.
+        Note::Posted { handoff, result: Err(error) } => {
+            this.on(BorrowerEvent::WriteFailed { handoff, reason: error.to_string() }, desk);
+        }
         Note::Ended { handoff } => this.ended(handoff, desk),
         Note::Connect { .. } => {}
     }
@@ -314,10 +317,11 @@ impl Desk {
         if let Some(prompt) = self.prompts.get_mut(&handoff) {
             prompt.writing -= 1;
         }
-        self.on(BorrowerEvent::Wrote { handoff, writes: 1 }, desk);
-        if let Err(error) = result {
-            self.on(BorrowerEvent::ComputeFailed { handoff, reason: error.to_string() }, desk);
-        }
+        let event = match result {
+            Ok(()) => BorrowerEvent::Wrote { handoff, writes: 1 },
+            Err(error) => BorrowerEvent::WriteFailed { handoff, reason: error.to_string() },
+        };
+        self.on(event, desk);
         self.let_go(handoff);
     }
 

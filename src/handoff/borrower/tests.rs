@@ -160,6 +160,21 @@ fn what_cannot_be_computed_is_said_after_the_last_write_too() {
 }
 
 #[test]
+fn a_write_that_fails_after_others_voids_the_grant_and_the_word() {
+    let failed = || BorrowerEvent::WriteFailed { handoff: H, reason: "broken".into() };
+    let mut bench = Bench::writing(2);
+    assert_eq!(bench.on(failed()), ["cancel"]);
+    assert_eq!(bench.computed(9), [""; 0]);
+    assert_eq!(bench.on(BorrowerEvent::Wrote { handoff: H, writes: 1 }), ["failed: broken", "ack 1"]);
+    // Also when the word is with the writer, which must answer for it before the pages are given back.
+    let mut bench = Bench::writing(2);
+    bench.computed(9);
+    assert_eq!(bench.on(BorrowerEvent::Wrote { handoff: H, writes: 1 }), [""; 0]);
+    assert_eq!(bench.on(failed()), ["cancel"]);
+    assert_eq!(bench.on(failed()), ["failed: broken", "ack 1"]);
+}
+
+#[test]
 fn a_release_that_comes_too_late_is_answered_by_the_word() {
     let mut bench = Bench::writing(1);
     bench.computed(9);
