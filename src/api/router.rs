@@ -3,11 +3,11 @@ use std::sync::Arc;
 use axum::{
     Router,
     extract::Request,
-    http::{HeaderValue, StatusCode, header},
+    http::{HeaderValue, StatusCode},
     middleware::from_fn_with_state,
     routing::{get, post},
 };
-use tower_http::cors::{AllowOrigin, Any, CorsLayer};
+use tower_http::cors::{AllowHeaders, AllowOrigin, Any, CorsLayer};
 
 use super::{
     ApiError, Serving,
@@ -65,6 +65,6 @@ pub(crate) fn cors(origins: &[String]) -> CorsLayer {
     } else {
         AllowOrigin::list(origins.iter().filter_map(|origin| origin.parse::<HeaderValue>().ok()))
     };
-    let headers = [header::CONTENT_TYPE, header::AUTHORIZATION];
-    CorsLayer::new().allow_origin(origin).allow_methods(Any).allow_headers(headers)
+    // Whatever it asks for: OpenAI's own client sends a dozen headers (`x-stainless-…`), and none of them opens anything.
+    CorsLayer::new().allow_origin(origin).allow_methods(Any).allow_headers(AllowHeaders::mirror_request())
 }
