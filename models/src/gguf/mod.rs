@@ -248,7 +248,8 @@ impl RawTensor {
         let mut elements = 1usize;
         for _ in 0..dimensions {
             let extent = usize::try_from(reader.u64("a tensor's dimension")?).ok();
-            let product = extent.and_then(|n| elements.checked_mul(n));
+            // A zero counts as one, so that the extents multiply without overflow in any order.
+            let product = extent.and_then(|n| elements.checked_mul(n.max(1)));
             let (Some(extent), Some(product)) = (extent, product) else {
                 return Err(GgufError::TensorTooLarge { name });
             };

@@ -81,7 +81,7 @@ fn hostile_counts_are_errors_and_allocate_nothing() {
 
 #[test]
 fn a_tensor_of_impossible_size_is_an_error_that_names_it() {
-    for shape in [&[usize::MAX, 2][..], &[1 << 40], &[1 << 31, 1 << 31]] {
+    for shape in [&[usize::MAX, 2][..], &[1 << 40], &[1 << 31, 1 << 31], &[1 << 40, 1 << 40, 0]] {
         let bytes = GgufWriter::default().tensor("huge", shape, 0, vec![]).build();
         let error = Gguf::from_bytes(bytes).unwrap_err().to_string();
         assert!(error.contains("`huge`"), "{error}");
