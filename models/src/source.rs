@@ -130,8 +130,7 @@ impl ModelSource {
         }
         let parts = open_parts(path)?;
         let error = ModelError::gguf(path);
-        let has_tensor = |name: &str| parts.iter().any(|part| part.tensor(name).is_some());
-        let config = gguf_config::parse(&parts[0], path, has_tensor)?;
+        let config = gguf_config::parse(&parts, path)?;
         Ok(Self {
             name,
             path: path.into(),

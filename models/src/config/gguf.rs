@@ -10,8 +10,11 @@ use crate::family::FAMILIES;
 use crate::gguf::{Gguf, GgufError};
 use crate::weights::floats;
 
-/// Reads the metadata of `file`; `path` is for messages. `has_tensor` looks in all parts of a split file.
-pub(crate) fn parse(file: &Gguf, path: &Path, has_tensor: impl Fn(&str) -> bool) -> Result<ModelConfig, ModelError> {
+/// Reads the metadata of the first of `parts`, a file or the parts of a split one, any of which may hold the tensors that
+/// are looked for; `path` is for messages.
+pub(crate) fn parse(parts: &[Gguf], path: &Path) -> Result<ModelConfig, ModelError> {
+    let file = &parts[0];
+    let has_tensor = |name: &str| parts.iter().any(|part| part.tensor(name).is_some());
     let name = file.string("general.architecture").map_err(ModelError::gguf(path))?.unwrap_or("(none declared)");
     let family =
         FAMILIES.iter().find(|family| family.gguf == name).copied().ok_or_else(|| ModelError::Architecture {
@@ -19,7 +22,7 @@ pub(crate) fn parse(file: &Gguf, path: &Path, has_tensor: impl Fn(&str) -> bool)
             name: name.into(),
             supported: FAMILIES.map(|family| family.gguf).join(", "),
         })?;
-    let keys = Keys { file, path, prefix: family.gguf };
+    let keys = Keys { file, parts, path, prefix: family.gguf };
 
     if keys.optional("expert_count")?.unwrap_or(0) > 0 {
         return Err(ModelError::Unsupported { path: path.into(), what: format!("{name} with experts") });
@@ -82,12 +85,12 @@ fn vocab_size(keys: &Keys<'_>) -> Result<usize, ModelError> {
 /// Frequency factors beside the weights (Llama 3.1), or a scaling type in the metadata.
 fn scaling(keys: &Keys<'_>, head_dim: usize, context: usize) -> Result<RopeScaling, ModelError> {
     const FACTORS: &str = "rope_freqs.weight";
-    if let Some(info) = keys.file.tensor(FACTORS) {
+    if let Some((part, info)) = keys.parts.iter().find_map(|part| Some((part, part.tensor(FACTORS)?))) {
         let expected = vec![head_dim / 2];
         if info.shape != expected {
             return Err(ModelError::TensorShape { name: FACTORS.into(), expected, actual: info.shape.clone() });
         }
-        let data = keys.file.data(FACTORS).filter(|_| info.dtype() == Some(DType::F32));
+        let data = part.data(FACTORS).filter(|_| info.dtype() == Some(DType::F32));
         let found = || crate::gguf::ggml_type_name(info.ggml_type).to_string();
         let data = data.ok_or_else(|| ModelError::TensorType {
             name: FACTORS.into(),
@@ -123,6 +126,7 @@ fn scaling(keys: &Keys<'_>, head_dim: usize, context: usize) -> Result<RopeScali
 /// Metadata keys below one architecture's name.
 struct Keys<'a> {
     file: &'a Gguf,
+    parts: &'a [Gguf],
     path: &'a Path,
     prefix: &'static str,
 }

@@ -19,8 +19,7 @@ fn writer() -> GgufWriter {
 }
 
 fn parse_file(writer: &GgufWriter) -> Result<ModelConfig, ModelError> {
-    let file = Gguf::from_bytes(writer.build()).unwrap();
-    parse(&file, Path::new("m.gguf"), |name| file.tensor(name).is_some())
+    parse(&[Gguf::from_bytes(writer.build()).unwrap()], Path::new("m.gguf"))
 }
 
 #[test]
@@ -44,6 +43,13 @@ fn frequency_factors_are_read_from_their_tensor() {
     factors.tensor("rope_freqs.weight", &[8], 0, values);
     let scaling = parse_file(&factors).unwrap().rope.scaling;
     assert_eq!(scaling, RopeScaling::PerFrequency { factors: (1..=8).map(|i| i as f32).collect() });
+
+    // Those of a split file may be in a later part.
+    let mut later = GgufWriter::default();
+    later.tensor("rope_freqs.weight", &[8], 0, vec![0, 0, 0, 64].repeat(8));
+    let parts = [writer(), later].map(|part| Gguf::from_bytes(part.build()).unwrap());
+    let scaling = parse(&parts, Path::new("m.gguf")).unwrap().rope.scaling;
+    assert_eq!(scaling, RopeScaling::PerFrequency { factors: vec![2.0; 8] });
 
     let mut wrong = writer();
     wrong.tensor("rope_freqs.weight", &[4], 0, vec![0; 16]);
