@@ -5,9 +5,12 @@ use serde_json::{Map, Value, json};
 
 use super::{
     ApiError, RenderOptions, Serving, TemplateError,
-    types::{Content, ContentPart, Message},
+    types::{Content, ContentPart, Message, ToolCall},
     validate::too_long,
 };
+
+/// What a message, a part of one or a call counts for beside its text.
+const PIECE_BYTES: usize = 64;
 
 /// How a conversation becomes a prompt.
 #[derive(Debug, Default)]
@@ -44,7 +47,8 @@ impl Serving {
         if messages.is_empty() {
             return Err(ApiError::invalid("messages", "'messages' has to have at least one message"));
         }
-        let bytes = messages.iter().map(Message::text_bytes).sum();
+        let variables = options.kwargs.iter().flatten().map(|(name, value)| name.len() + bytes_of(value));
+        let bytes = messages.iter().map(Message::bytes).chain(variables).sum();
         self.encode(bytes, move |serving| {
             let text = serving.render(messages, &options)?;
             serving.encode_now(&text, options.add_special_tokens, "messages")
@@ -94,12 +98,17 @@ impl Serving {
 }
 
 impl Message {
-    fn text_bytes(&self) -> usize {
-        match &self.content {
+    /// About how much the template has to read and write for it, so that a conversation that takes long is known by it.
+    fn bytes(&self) -> usize {
+        let text = |text: &Option<String>| text.as_ref().map_or(0, String::len);
+        let content = match &self.content {
             None => 0,
             Some(Content::Text(text)) => text.len(),
-            Some(Content::Parts(parts)) => parts.iter().map(|part| part.text.as_ref().map_or(0, String::len)).sum(),
-        }
+            Some(Content::Parts(parts)) => parts.iter().map(|part| PIECE_BYTES + text(&part.text)).sum(),
+        };
+        let call = |call: &ToolCall| PIECE_BYTES + call.function.name.len() + call.function.arguments.len();
+        let calls: usize = self.tool_calls.iter().flatten().map(call).sum();
+        PIECE_BYTES + content + calls + text(&self.name) + text(&self.tool_call_id) + text(&self.reasoning_content)
     }
 
     /// The content as one text.
@@ -176,6 +185,17 @@ impl Message {
         message.extend(optional.into_iter().filter_map(|(field, value)| Some((field.to_owned(), value?.into()))));
         Ok(Value::Object(message))
     }
+}
+
+/// The same for a variable of the template.
+fn bytes_of(value: &Value) -> usize {
+    let inside = match value {
+        Value::String(text) => text.len(),
+        Value::Array(items) => items.iter().map(bytes_of).sum(),
+        Value::Object(fields) => fields.iter().map(|(name, value)| name.len() + bytes_of(value)).sum(),
+        Value::Null | Value::Bool(_) | Value::Number(_) => 0,
+    };
+    PIECE_BYTES + inside
 }
 
 fn check_part(part: &ContentPart, at: impl Fn() -> String) -> Result<(), ApiError> {
