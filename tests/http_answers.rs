@@ -87,13 +87,20 @@ fn content_parts_and_all_roles_are_read() {
 #[test]
 fn the_last_message_can_be_continued() {
     let server = Server::shared();
-    let request = json!({
+    let mut request = json!({
         "messages": [{"role": "user", "content": "Count."}, {"role": "assistant", "content": "1, 2, 3,"}],
         "continue_final_message": true, "add_generation_prompt": false,
     });
     let tokens = ok(&server, "/tokenize", &request)["tokens"].clone();
     let text = ok(&server, "/detokenize", &json!({"tokens": tokens}))["prompt"].as_str().unwrap().to_owned();
     assert!(text.ends_with("assistant\n1, 2, 3,"), "{text:?}");
+    // Neither is the text taken for the same in what closes the message, nor does it lose its end.
+    for last in ["<", "end", "return ", ""] {
+        request["messages"][1]["content"] = last.into();
+        let tokens = ok(&server, "/tokenize", &request)["tokens"].clone();
+        let text = ok(&server, "/detokenize", &json!({"tokens": tokens}))["prompt"].as_str().unwrap().to_owned();
+        assert!(text.ends_with(&format!("assistant\n{last}")), "{text:?}");
+    }
 }
 
 #[test]

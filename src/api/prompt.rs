@@ -12,6 +12,10 @@ use super::{
 /// What a message, a part of one or a call counts for beside its text.
 const PIECE_BYTES: usize = 64;
 
+/// Appended to a message that is to be continued, and found again in the prompt: the text itself could be found in what
+/// closes it (`<` in `<|im_end|>`). The idea is transformers'; the space at its end tells whether the template trims.
+const END_MARK: &str = "END-OF-WHAT-IS-CONTINUED-5d0c7b ";
+
 /// How a conversation becomes a prompt.
 #[derive(Debug, Default)]
 pub(crate) struct ChatOptions {
@@ -74,24 +78,31 @@ impl Serving {
             let message = "'continue_final_message' and 'add_generation_prompt' exclude each other";
             return Err(ApiError::invalid("continue_final_message", message));
         }
-        let last = messages.last().filter(|_| continued).map(|message| message.text()).transpose()?;
+        if continued && messages.last().is_none_or(|message| message.content.is_none()) {
+            return Err(ApiError::invalid("messages", "the final message has no content to continue"));
+        }
         let parts = template.takes_content_parts();
         let messages = messages.into_iter().enumerate().map(|(index, message)| message.for_template(index, parts));
-        let messages = Value::Array(messages.collect::<Result<_, _>>()?);
+        let mut messages = messages.collect::<Result<Vec<_>, _>>()?;
+        if continued && let Some(last) = messages.last_mut() {
+            mark_end(&mut last["content"]);
+        }
+        let messages = Value::Array(messages);
         let add_generation_prompt = options.add_generation_prompt.unwrap_or(true) && !continued;
         let render = RenderOptions { add_generation_prompt, kwargs: options.kwargs.as_ref(), now: options.now };
         let mut text = template.render(&messages, render).map_err(|error| match error {
             TemplateError::Compile(_) => ApiError::internal("The model's chat template is broken"),
             refused => ApiError::invalid("messages", refused.to_string()),
         })?;
-        if let Some(last) = last {
-            // What the template writes after the message closes it. As transformers does.
-            let last = last.trim();
-            let Some(start) = text.rfind(last).filter(|_| !last.is_empty()) else {
+        if continued {
+            // What the template writes after the mark closes the message.
+            let Some(end) = text.rfind(END_MARK.trim_end()) else {
                 let message = "the chat template does not show the final message as it is, so it cannot be continued";
                 return Err(ApiError::invalid("continue_final_message", message));
             };
-            text.truncate(start + last.len());
+            // A template that trims messages has taken the mark's space, and would have taken the message's.
+            let is_whole = text[end..].starts_with(END_MARK);
+            text.truncate(if is_whole { end } else { text[..end].trim_end().len() });
         }
         Ok(text)
     }
@@ -109,15 +120,6 @@ impl Message {
         let call = |call: &ToolCall| PIECE_BYTES + call.function.name.len() + call.function.arguments.len();
         let calls: usize = self.tool_calls.iter().flatten().map(call).sum();
         PIECE_BYTES + content + calls + text(&self.name) + text(&self.tool_call_id) + text(&self.reasoning_content)
-    }
-
-    /// The content as one text.
-    fn text(&self) -> Result<String, ApiError> {
-        match &self.content {
-            Some(Content::Text(text)) => Ok(text.clone()),
-            Some(Content::Parts(parts)) => Ok(joined(parts)),
-            None => Err(ApiError::invalid("messages", "the final message has no content to continue")),
-        }
     }
 
     /// The message as templates know it. `parts`: whether the template reads a list of parts.
@@ -208,6 +210,19 @@ fn check_part(part: &ContentPart, at: impl Fn() -> String) -> Result<(), ApiErro
         None => {
             Err(ApiError::invalid(format!("{}.text", at()), format!("Missing required parameter: '{}.text'", at())))
         }
+    }
+}
+
+/// Appends [`END_MARK`] to a message's content, a text or a list of parts.
+fn mark_end(content: &mut Value) {
+    match content {
+        Value::String(text) => text.push_str(END_MARK),
+        Value::Array(parts) => {
+            if let Some(part) = parts.last_mut() {
+                mark_end(&mut part["text"]);
+            }
+        }
+        _ => {}
     }
 }
 
