@@ -98,7 +98,8 @@ impl Answer {
         let mut choices = Vec::with_capacity(prompts.len() * plan.n);
         for prompt in &prompts {
             for choice in 0..plan.n {
-                let request = plan.request(prompt.tokens.clone(), choice, max_model_len, fields)?;
+                let index = (choice, choices.len());
+                let request = plan.request(prompt.tokens.clone(), index, max_model_len, fields)?;
                 let (tokenizer, skip_special) = (&serving.config.tokenizer, plan.skip_special_tokens);
                 let echo = prompt.echo.as_ref().map(|text| {
                     Echo::new(text.clone(), plan.logprobs.is_some(), tokenizer.decode_stream(skip_special))

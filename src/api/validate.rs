@@ -35,6 +35,9 @@ pub(crate) struct Bounds<'a> {
 #[derive(Debug, Clone, PartialEq)]
 pub(crate) struct Plan {
     pub(crate) sampling: SamplingParams,
+    /// Whether the seed is the request's own: then each prompt's choices count from it. Else all choices of all prompts
+    /// are drawn independently, those of equal prompts too.
+    pub(crate) seeded: bool,
     pub(crate) n: usize,
     /// `None`: what the context leaves.
     pub(crate) max_tokens: Option<u32>,
@@ -66,6 +69,7 @@ impl Plan {
         stop_token_ids.sort_unstable();
         stop_token_ids.dedup();
         Ok(Self {
+            seeded: fields.seed.is_some(),
             sampling: SamplingParams {
                 temperature: float("temperature", fields.temperature, 0.0..=2.0, defaults.temperature)?,
                 top_k: integer("top_k", fields.top_k, -1..=i64::from(u32::MAX), i64::from(defaults.top_k))?.max(0)
@@ -97,12 +101,12 @@ impl Plan {
         })
     }
 
-    /// The engine's request for one choice of a prompt. `max_field` is how the client calls the token limit,
-    /// `prompt_field` how it calls the prompt.
+    /// The engine's request for one choice: the `choice`-th of its prompt, and the `index`-th of all. `max_field` is how
+    /// the client calls the token limit, `prompt_field` how it calls the prompt.
     pub(crate) fn request(
         &self,
         prompt: Vec<u32>,
-        choice: usize,
+        (choice, index): (usize, usize),
         max_model_len: usize,
         (prompt_field, max_field): (&'static str, &'static str),
     ) -> Result<Request, ApiError> {
@@ -127,10 +131,11 @@ impl Plan {
             let message = format!("'min_tokens' is {}, more than the {wanted} tokens at most", self.min_tokens);
             return Err(ApiError::invalid("min_tokens", message));
         }
+        let offset = if self.seeded { choice } else { index };
         Ok(Request {
             prompt,
             output: Vec::new(),
-            sampling: SamplingParams { seed: self.sampling.seed.wrapping_add(choice as u64), ..self.sampling.clone() },
+            sampling: SamplingParams { seed: self.sampling.seed.wrapping_add(offset as u64), ..self.sampling.clone() },
             max_tokens: wanted as u32,
             min_tokens: self.min_tokens,
             stop_token_ids: self.stop_token_ids.clone(),
@@ -303,7 +308,7 @@ mod tests {
     fn prompt_and_answer_have_to_fit_the_context() {
         let mut plan = plan(SamplingFields::default()).unwrap();
         let fields = ("prompt", "max_tokens");
-        let param = |plan: &Plan, length: usize| match plan.request(vec![1; length], 0, 50, fields) {
+        let param = |plan: &Plan, length: usize| match plan.request(vec![1; length], (0, 0), 50, fields) {
             Ok(request) => Ok(request.max_tokens),
             Err(error) => Err(error.param().unwrap().to_owned()),
         };
@@ -323,8 +328,19 @@ mod tests {
     #[test]
     fn each_choice_has_a_seed_of_its_own() {
         let plan = plan(SamplingFields { seed: Some(-1), ..SamplingFields::default() }).unwrap();
-        let seed = |choice| plan.request(vec![1], choice, 50, ("prompt", "max_tokens")).unwrap().sampling.seed;
-        assert_eq!((seed(0), seed(1)), (u64::MAX, 0));
+        let seed =
+            |choice, index| plan.request(vec![1], (choice, index), 50, ("prompt", "max_tokens")).unwrap().sampling.seed;
+        // A prompt's choices are the same whatever prompts stand before it.
+        assert_eq!((seed(0, 0), seed(1, 1), seed(0, 2)), (u64::MAX, 0, u64::MAX));
+    }
+
+    #[test]
+    fn without_a_seed_no_two_choices_are_drawn_alike() {
+        let plan = plan(SamplingFields::default()).unwrap();
+        let seed =
+            |choice, index| plan.request(vec![1], (choice, index), 50, ("prompt", "max_tokens")).unwrap().sampling.seed;
+        assert_ne!(seed(0, 0), seed(1, 1));
+        assert_ne!(seed(0, 0), seed(0, 2), "the first choices of two prompts, which may be equal");
     }
 
     proptest! {
