@@ -10,15 +10,16 @@ pub struct RopeTable {
 
 impl RopeTable {
     /// `inv_freq` has one angular frequency a pair (radians a position); `scale` multiplies cos and sin (YaRN's
-    /// attention factor, 1 otherwise). Angles are computed in f32 as transformers does.
+    /// attention factor, 1 otherwise). Angles are computed in f32 as transformers does; sine and cosine are the crate
+    /// `libm`'s, compiled in, so that the table has the same bits on every machine.
     pub fn new(inv_freq: &[f32], scale: f32, max_positions: usize) -> Self {
         let mut cos = Vec::with_capacity(max_positions * inv_freq.len());
         let mut sin = Vec::with_capacity(max_positions * inv_freq.len());
         for position in 0..max_positions {
             for &frequency in inv_freq {
                 let angle = position as f32 * frequency;
-                cos.push(angle.cos() * scale);
-                sin.push(angle.sin() * scale);
+                cos.push(libm::cosf(angle) * scale);
+                sin.push(libm::sinf(angle) * scale);
             }
         }
         Self { pairs: inv_freq.len(), cos, sin }

@@ -1,5 +1,6 @@
 //! Rotary frequencies of a model, with every scaling it may declare. The formulas, and the precision of each step, are those
-//! of `modeling_rope_utils.py` in transformers, so that angles agree to the last bit or nearly.
+//! of `modeling_rope_utils.py` in transformers, so that angles agree to the last bit or nearly. Powers and logarithms are the
+//! crate `libm`'s, not the platform's: they are the same bits on every machine.
 
 use std::f32::consts::TAU;
 
@@ -15,7 +16,8 @@ pub(crate) fn table(config: &ModelConfig, max_positions: usize) -> RopeTable {
 
 /// Angular frequency of each pair (radians a position), `[head_dim / 2]`, and the factor of cos and sin.
 fn frequencies(theta: f32, head_dim: usize, scaling: &RopeScaling) -> (Vec<f32>, f32) {
-    let wavelengths: Vec<f32> = (0..head_dim / 2).map(|i| theta.powf((2 * i) as f32 / head_dim as f32)).collect();
+    let wavelengths: Vec<f32> =
+        (0..head_dim / 2).map(|i| libm::powf(theta, (2 * i) as f32 / head_dim as f32)).collect();
     let plain = wavelengths.iter().map(|w| 1.0 / w);
     match scaling {
         RopeScaling::None => (plain.collect(), 1.0),
@@ -42,7 +44,7 @@ fn frequencies(theta: f32, head_dim: usize, scaling: &RopeScaling) -> (Vec<f32>,
                 let keep = 1.0 - ramp.at(i);
                 1.0 / (factor * w) * (1.0 - keep) + 1.0 / w * keep
             });
-            let temperature = if factor <= 1.0 { 1.0 } else { 0.1 * factor.ln() + 1.0 };
+            let temperature = if factor <= 1.0 { 1.0 } else { 0.1 * libm::logf(factor) + 1.0 };
             (blended.collect(), attention_factor.unwrap_or(temperature))
         }
     }
@@ -66,7 +68,7 @@ impl YarnRamp {
         // The pair that turns `rotations` times within the original context; in f64, as Python computes it.
         let pair = |rotations: f32| {
             let turns = original_max_position as f64 / (f64::from(rotations) * std::f64::consts::TAU);
-            head_dim as f64 * turns.ln() / (2.0 * f64::from(theta).ln())
+            head_dim as f64 * libm::log(turns) / (2.0 * libm::log(f64::from(theta)))
         };
         let (mut low, mut high) = (pair(beta_fast), pair(beta_slow));
         if truncate {

@@ -105,7 +105,7 @@ fn scaling(keys: &Keys<'_>, head_dim: usize, context: usize) -> Result<RopeScali
         "linear" => Ok(RopeScaling::Linear { factor }),
         "yarn" => {
             // llama.cpp multiplies its own temperature by the factor the file gives.
-            let temperature = if factor <= 1.0 { 1.0 } else { 0.1 * factor.ln() + 1.0 };
+            let temperature = if factor <= 1.0 { 1.0 } else { 0.1 * libm::logf(factor) + 1.0 };
             let given = match keys.float("rope.scaling.attn_factor")? {
                 Some(given) => Some(given),
                 None => keys.float("rope.scaling.yarn_attn_factor")?,

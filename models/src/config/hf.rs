@@ -135,7 +135,7 @@ fn scaling(fields: &Fields<'_>, rope: &Fields<'_>, max_positions: usize) -> Resu
 fn yarn(rope: &Fields<'_>, original_max_position: usize, max_positions: usize) -> Result<RopeScaling, ModelError> {
     let factor = rope.float("factor")?.unwrap_or(max_positions as f32 / original_max_position as f32);
     // DeepSeek's form: the quotient of two temperatures. A zero counts as absent, as in transformers.
-    let temperature = |mscale: f32| if factor <= 1.0 { 1.0 } else { 0.1 * mscale * factor.ln() + 1.0 };
+    let temperature = |mscale: f32| if factor <= 1.0 { 1.0 } else { 0.1 * mscale * libm::logf(factor) + 1.0 };
     let mscale = rope.float("mscale")?.filter(|&x| x != 0.0);
     let mscale_all_dim = rope.float("mscale_all_dim")?.filter(|&x| x != 0.0);
     let attention_factor = match rope.float("attention_factor")? {
