@@ -6,8 +6,8 @@ pub const MAX_TOP_LOGPROBS: usize = 20;
 /// Order of application, as in vLLM: `logit_bias`, suppressed tokens, repetition, presence and frequency penalties,
 /// temperature, then `top_k`, `top_p`, `min_p` each on what the previous one left. Of equally likely tokens the lower id
 /// counts as the likelier. A logit that is NaN counts as impossible (-inf), +inf as the largest finite number; if every
-/// token is impossible, the first is drawn. The draw inverts the cumulative distribution of the kept tokens, taken in the
-/// order of their ids.
+/// token is impossible, the outcome says so ([`Sampled::impossible`]). The draw inverts the cumulative distribution of the
+/// kept tokens, taken in the order of their ids.
 #[derive(Debug, Clone, PartialEq)]
 pub struct SamplingParams {
     /// 0 is greedy: the highest logit, the lowest id on ties.
@@ -86,6 +86,9 @@ pub struct SampleRow<'a> {
 pub struct Sampled {
     /// The token drawn (or scored).
     pub token: u32,
+    /// No token could be drawn (or scored): the model gave only NaN and -inf, or everything else was suppressed. The
+    /// other fields mean nothing then, and whoever asked must not go on as if they did.
+    pub impossible: bool,
     /// Its log-probability.
     pub logprob: f32,
     /// Valid entries in `top`.
@@ -96,7 +99,7 @@ pub struct Sampled {
 
 impl Default for Sampled {
     fn default() -> Self {
-        Self { token: 0, logprob: 0.0, top_len: 0, top: [(0, 0.0); MAX_TOP_LOGPROBS] }
+        Self { token: 0, impossible: false, logprob: 0.0, top_len: 0, top: [(0, 0.0); MAX_TOP_LOGPROBS] }
     }
 }
 

@@ -1,11 +1,13 @@
 //! Drawing a token from one row of logits, in a handful of passes and without sorting the vocabulary.
 //!
 //! Whatever is filtered by `top_k`, `top_p` and `min_p`, what remains is a leading part of the tokens ordered by likelihood.
-//! So each filter only has to find where that part ends: a [`scan::key`] to cut at.
+//! So each filter only has to find where that part ends: a [`key()`] to cut at.
 
+mod key;
 mod scan;
 
-use scan::{Weighing, key, logit_and_id};
+use key::{key, logit_and_id};
+use scan::Weighing;
 
 use crate::sampling::{finite_or_impossible, penalized, uniform};
 use crate::{RowTask, SampleRow, Sampled, SamplingParams};
@@ -13,7 +15,7 @@ use crate::{RowTask, SampleRow, Sampled, SamplingParams};
 /// Working memory of one thread for [`sample_row`].
 #[derive(Debug)]
 pub(crate) struct SampleScratch {
-    /// Candidates, as [`scan::key`]s.
+    /// Candidates, as [`key()`]s.
     keys: Vec<u64>,
     /// Sums of weights, one a block of logits.
     sums: Vec<f64>,
@@ -42,13 +44,18 @@ impl SampleScratch {
 pub(crate) fn sample_row(logits: &mut [f32], row: &SampleRow<'_>, scratch: &mut SampleScratch) -> Sampled {
     let mut sampled = Sampled::default();
     let peak = clean_peak(logits);
+    if peak.logit == f32::NEG_INFINITY {
+        sampled.impossible = true;
+        return sampled;
+    }
     let Some(wanted) = row.logprobs else {
-        sampled.token = pick(logits, peak, row, scratch);
+        let picked = pick(logits, peak, row, scratch);
+        (sampled.token, sampled.impossible) = (picked.unwrap_or(0), picked.is_none());
         return sampled;
     };
 
-    let weighing = Weighing { max: peak.logit, inverse_temperature: 1.0, cut: scan::KEEP_ALL };
-    let log_sum = scan::weigh(logits, &weighing, &mut scratch.sums).ln();
+    let weighing = Weighing { max: peak.logit, inverse_temperature: 1.0, cut: key::KEEP_ALL };
+    let log_sum = libm::log(scan::weigh(logits, &weighing, &mut scratch.sums));
     let logprob = |logit: f32| match logit {
         f32::NEG_INFINITY => f32::NEG_INFINITY,
         logit => (logit as f64 - peak.logit as f64 - log_sum) as f32,
@@ -64,23 +71,27 @@ pub(crate) fn sample_row(logits: &mut [f32], row: &SampleRow<'_>, scratch: &mut 
         sampled.top_len = top as u32;
     }
     scratch.raw[..logits.len()].copy_from_slice(logits);
-    sampled.token = pick(logits, peak, row, scratch);
+    let picked = pick(logits, peak, row, scratch);
+    (sampled.token, sampled.impossible) = (picked.unwrap_or(0), picked.is_none());
     sampled.logprob = logprob(scratch.raw[sampled.token as usize]);
     sampled
 }
 
-/// The token of a row whose highest logit is `peak`.
-fn pick(logits: &mut [f32], peak: scan::Peak, row: &SampleRow<'_>, scratch: &mut SampleScratch) -> u32 {
+/// The token of a row whose highest logit is `peak`; `None` if what the request asks for leaves none.
+fn pick(logits: &mut [f32], peak: scan::Peak, row: &SampleRow<'_>, scratch: &mut SampleScratch) -> Option<u32> {
     let (params, suppress) = match row.task {
-        RowTask::Score { token } => return token,
+        RowTask::Score { token } => return Some(token),
         RowTask::Sample { params, suppress } => (params, suppress),
     };
     let peak = if adjust(logits, params, suppress, row, &mut scratch.seen) { clean_peak(logits) } else { peak };
-    if params.temperature == 0.0 || peak.logit == f32::NEG_INFINITY {
-        return peak.id;
+    if peak.logit == f32::NEG_INFINITY {
+        return None;
+    }
+    if params.temperature == 0.0 {
+        return Some(peak.id);
     }
     let position = row.prompt.len() + row.output.len();
-    draw(logits, params, peak.logit, position as u64, scratch)
+    Some(draw(logits, params, peak.logit, position as u64, scratch))
 }
 
 /// The peak of a row after making every logit of it finite or -inf.
@@ -132,7 +143,7 @@ fn draw(logits: &[f32], params: &SamplingParams, max: f32, position: u64, scratc
     let SampleScratch { keys, sums, weights, .. } = scratch;
     // Finite, so that the likeliest token weighs e^(0 · x) = 1 however small the temperature.
     let inverse_temperature = (1.0 / params.temperature).min(f32::MAX);
-    let mut weighing = Weighing { max, inverse_temperature, cut: scan::KEEP_ALL };
+    let mut weighing = Weighing { max, inverse_temperature, cut: key::KEEP_ALL };
     let top_k = params.top_k as usize;
     let filters_k = (1..logits.len()).contains(&top_k);
     if filters_k {
@@ -158,7 +169,7 @@ fn draw(logits: &[f32], params: &SamplingParams, max: f32, position: u64, scratc
 
 /// The lowest logit that weighs at least `weight` (the likeliest token weighs 1).
 fn logit_of_weight(weight: f64, max: f32, temperature: f32) -> f32 {
-    let exact = max as f64 + temperature as f64 * weight.ln();
+    let exact = max as f64 + temperature as f64 * libm::log(weight);
     let nearest = exact as f32;
     if (nearest as f64) < exact { nearest.next_up() } else { nearest }
 }

@@ -4,15 +4,17 @@ use crate::{RowTask, SampleRow, Sampled, SamplingParams};
 /// Samples or scores one row straight from the definitions: sort everything, then filter.
 pub(crate) fn sample_row(logits: &[f32], row: &SampleRow<'_>) -> Sampled {
     let logits: Vec<f32> = logits.iter().map(|&logit| finite_or_impossible(logit)).collect();
+    let possible = logits.iter().any(|&logit| logit > f32::NEG_INFINITY);
     let token = match row.task {
-        RowTask::Score { token } => token,
+        _ if !possible => None,
+        RowTask::Score { token } => Some(token),
         RowTask::Sample { params, suppress } => draw(&logits, params, suppress, row),
     };
+    let Some(token) = token else { return Sampled { impossible: true, ..Sampled::default() } };
     let mut sampled = Sampled { token, ..Sampled::default() };
     if let Some(wanted) = row.logprobs {
         let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max) as f64;
         let sum: f64 = logits.iter().map(|&logit| (logit as f64 - max).exp()).sum();
-        // Where every token is impossible, the sum is NaN; but then none asks for it.
         let logprob = |id: u32| match logits[id as usize] {
             f32::NEG_INFINITY => f32::NEG_INFINITY,
             logit => (logit as f64 - max - sum.ln()) as f32,
@@ -34,7 +36,8 @@ fn by_likelihood(logits: &[f32]) -> Vec<u32> {
     ids
 }
 
-fn draw(logits: &[f32], params: &SamplingParams, suppress: &[u32], row: &SampleRow<'_>) -> u32 {
+/// A token, if any is possible.
+fn draw(logits: &[f32], params: &SamplingParams, suppress: &[u32], row: &SampleRow<'_>) -> Option<u32> {
     let mut logits = logits.to_vec();
     for &(id, bias) in &params.logit_bias {
         logits[id as usize] += bias;
@@ -53,8 +56,11 @@ fn draw(logits: &[f32], params: &SamplingParams, suppress: &[u32], row: &SampleR
     let order = by_likelihood(&logits);
     let best = order[0];
     let max = logits[best as usize] as f64;
-    if params.temperature == 0.0 || max == f64::NEG_INFINITY {
-        return best;
+    if max == f64::NEG_INFINITY {
+        return None;
+    }
+    if params.temperature == 0.0 {
+        return Some(best);
     }
     let weight = |id: u32| ((logits[id as usize] as f64 - max) / params.temperature as f64).exp();
 
@@ -83,5 +89,5 @@ fn draw(logits: &[f32], params: &SamplingParams, suppress: &[u32], row: &SampleR
         reached += weight(id);
         reached > target
     });
-    *drawn.unwrap_or(&best)
+    Some(*drawn.unwrap_or(&best))
 }

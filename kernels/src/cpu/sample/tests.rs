@@ -118,6 +118,25 @@ fn of_equal_logits_greedy_takes_the_first() {
 }
 
 #[test]
+fn a_row_without_a_possible_token_says_so_whatever_is_asked_of_it() {
+    let (drawn, greedy) = (params(), SamplingParams::default());
+    let plain = row(&drawn, &[]);
+    let suppressed = SampleRow { task: RowTask::Sample { params: &drawn, suppress: &[0, 1] }, ..plain };
+    for (logits, ask) in [
+        (vec![f32::NAN; 300], plain),
+        (vec![f32::NAN; 300], row(&greedy, &[])),
+        (vec![f32::NEG_INFINITY; 300], SampleRow { logprobs: Some(3), ..plain }),
+        (vec![f32::NAN; 300], SampleRow { task: RowTask::Score { token: 7 }, ..plain }),
+        (vec![1.0, 2.0], suppressed),
+        (vec![1.0, 2.0], SampleRow { logprobs: Some(2), ..suppressed }),
+    ] {
+        assert!(draw_one(&logits, &ask).impossible, "{ask:?}");
+        assert!(reference_row(&logits, &ask).impossible, "{ask:?}");
+    }
+    assert!(!draw_one(&[f32::NAN, -1e30], &plain).impossible);
+}
+
+#[test]
 fn impossible_tokens_are_never_drawn() {
     let mut logits = vec![f32::NEG_INFINITY; 1000];
     (logits[300], logits[900], logits[901]) = (-50.0, -50.0, f32::NAN);
@@ -282,15 +301,16 @@ proptest! {
         let sampled = draw_one(&logits, &ask);
         prop_assert!((sampled.token as usize) < logits.len());
         let possible = |id: usize| logits[id] > f32::NEG_INFINITY && id != 7;
-        if (0..logits.len()).any(possible) {
-            prop_assert!(possible(sampled.token as usize), "{:?}", sampled);
-        }
+        let any = (0..logits.len()).any(possible);
+        prop_assert_eq!(sampled.impossible, !any);
+        prop_assert!(!any || possible(sampled.token as usize), "{:?}", sampled);
         if logprobs.is_some() {
             prop_assert!(sampled.logprob <= 1e-5, "{:?}", sampled);
         }
         prop_assert_eq!(sampled, draw_one(&logits, &ask));
         // The oracle must stand it too.
         let oracle = reference_row(&logits, &ask);
-        prop_assert!(!(0..logits.len()).any(possible) || possible(oracle.token as usize));
+        prop_assert_eq!(oracle.impossible, !any);
+        prop_assert!(!any || possible(oracle.token as usize));
     }
 }
