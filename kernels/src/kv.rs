@@ -53,24 +53,41 @@ pub struct KvLayout {
     pub dtype: KvDType,
 }
 
+/// Sizes that would overflow saturate: nonsense is more memory than there is, never less than will be used.
 impl KvLayout {
     /// Bytes of one page of one layer, keys and values.
     pub const fn block_bytes_per_layer(&self) -> usize {
-        2 * self.kv_heads * self.head_dim * self.block_size * self.dtype.bytes()
+        let elements = self.kv_heads.saturating_mul(self.head_dim).saturating_mul(self.block_size);
+        elements.saturating_mul(2 * self.dtype.bytes())
     }
 
     /// Bytes of one page over all layers.
     pub const fn block_bytes(&self) -> usize {
-        self.layers * self.block_bytes_per_layer()
+        self.layers.saturating_mul(self.block_bytes_per_layer())
     }
 
     /// Bytes of the whole cache.
     pub const fn total_bytes(&self) -> usize {
-        self.blocks * self.block_bytes()
+        self.blocks.saturating_mul(self.block_bytes())
     }
 
     /// The pages as plain memory.
     pub const fn region_shape(&self) -> RegionShape {
         RegionShape { layers: self.layers, pages: self.blocks, page_bytes: self.block_bytes_per_layer() }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sizes_beyond_all_memory_do_not_wrap_around() {
+        let layout = KvLayout { layers: 30, kv_heads: 3, head_dim: 64, block_size: 16, blocks: 7, dtype: KvDType::F16 };
+        assert_eq!(layout.total_bytes(), 30 * 7 * 2 * 3 * 64 * 16 * 2);
+        let absurd = KvLayout { blocks: usize::MAX / 1000, ..layout };
+        assert_eq!(absurd.total_bytes(), usize::MAX);
+        let absurd = KvLayout { block_size: usize::MAX / 2, ..layout };
+        assert_eq!(absurd.block_bytes(), usize::MAX);
     }
 }
