@@ -108,6 +108,8 @@ pub struct ModelConfig {
 
 /// Most of anything a model may have: keeps products of two of them in range, and nonsense out of allocations.
 const MAX_EXTENT: usize = 1 << 24;
+/// Longest context: beyond it, positions are not all different as f32, which rotary angles are computed in.
+const MAX_POSITIONS: usize = 1 << 24;
 /// Most layers.
 const MAX_LAYERS: usize = 1 << 12;
 /// Longest head a kernel handles.
@@ -140,7 +142,7 @@ impl ModelConfig {
             ("num_attention_heads", self.heads, MAX_EXTENT),
             ("num_key_value_heads", self.kv_heads, MAX_EXTENT),
             ("head_dim", self.head_dim, MAX_HEAD_DIM),
-            ("max_position_embeddings", self.max_position_embeddings, usize::MAX),
+            ("max_position_embeddings", self.max_position_embeddings, MAX_POSITIONS),
         ];
         for (field, value, limit) in extents {
             if value == 0 || value > limit {

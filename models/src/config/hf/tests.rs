@@ -139,6 +139,11 @@ fn what_is_wrong_is_named() {
         (json!({"hidden_size": 0}), "`hidden_size` is 0"),
         (json!({"vocab_size": 1u64 << 40}), "`vocab_size`"),
         (json!({"num_hidden_layers": 1e18}), "`num_hidden_layers`"),
+        (json!({"max_position_embeddings": (1 << 24) + 1}), "`max_position_embeddings` is 16777217"),
+        (
+            json!({"rope_scaling": {"rope_type": "yarn", "factor": 1e9, "original_max_position_embeddings": 8192}}),
+            "`max_position_embeddings`",
+        ),
         (json!({"num_attention_heads": 0, "head_dim": null}), "`num_attention_heads` is 0"),
         (json!({"num_attention_heads": 7, "head_dim": null}), "`head_dim`"),
         (json!({"num_key_value_heads": 0}), "`num_key_value_heads` is 0"),
