@@ -2,11 +2,14 @@
 
 use std::path::Path;
 
+use serde::Deserialize;
 use serde_json::Value;
 
 use crate::ModelError;
+use crate::bounded_file::{CONFIG_BYTES_MAX, TOKENIZER_BYTES_MAX, read_bounded};
 use crate::config::json::Fields;
 use crate::gguf::{Gguf, GgufError};
+use crate::tokenizer::TOKENIZER_FILE;
 
 /// Recommended generation settings. `None` where nothing is recommended.
 #[derive(Debug, Clone, Default, PartialEq)]
@@ -57,20 +60,24 @@ const END_TEXTS: [&str; 12] = [
 const CONTROL_TOKEN: i64 = 3;
 
 impl GenerationDefaults {
-    /// From `generation_config.json` if there is one; end tokens it does not name are looked up in `config`.
+    /// From `generation_config.json` if there is one. Its end tokens, or those of `config` if it names none, and the
+    /// tokenizer's, as in vLLM: many configurations name only what ends a text, where the tokenizer has what ends a turn.
     pub(crate) fn from_directory(directory: &Path, config: &Fields<'_>) -> Result<Self, ModelError> {
         let path = directory.join("generation_config.json");
         let value = read_json(&path)?.unwrap_or_else(|| Value::Object(serde_json::Map::new()));
         let fields = Fields::new(&path, &value)?;
-        let eos_token_ids = match fields.token_ids("eos_token_id")? {
+        let mut eos_token_ids = match fields.token_ids("eos_token_id")? {
             Some(ids) => ids,
             None => config.token_ids("eos_token_id")?.unwrap_or_default(),
         };
+        eos_token_ids.extend(tokenizer_eos(directory)?);
+        eos_token_ids.sort_unstable();
+        eos_token_ids.dedup();
         Ok(Self {
             eos_token_ids,
             temperature: fields.float("temperature")?,
             top_p: fields.float("top_p")?,
-            top_k: fields.size("top_k")?.map(|k| k.min(u32::MAX as usize) as u32),
+            top_k: fields.integer("top_k")?.map(top_k),
             min_p: fields.float("min_p")?,
             repetition_penalty: fields.float("repetition_penalty")?,
         })
@@ -96,11 +103,61 @@ impl GenerationDefaults {
             eos_token_ids,
             temperature: float("temp")?,
             top_p: float("top_p")?,
-            top_k: file.unsigned("general.sampling.top_k")?.map(|k| k.min(u32::MAX.into()) as u32),
+            top_k: float("top_k")?.map(|k| top_k(k as i64)),
             min_p: float("min_p")?,
             repetition_penalty: float("penalty_repeat")?,
         })
     }
+
+    /// Without end tokens beyond the vocabulary, which could never be drawn.
+    pub(crate) fn checked(mut self, vocab_size: usize) -> Self {
+        self.eos_token_ids.retain(|&id| {
+            let known = (id as usize) < vocab_size;
+            if !known {
+                tracing::warn!(id, vocab_size, "the model's files name an end token outside its vocabulary; ignored");
+            }
+            known
+        });
+        self
+    }
+}
+
+/// Files write "all" as 0 or -1.
+fn top_k(k: i64) -> u32 {
+    k.clamp(0, u32::MAX.into()) as u32
+}
+
+/// The id of the token that `tokenizer_config.json` names as the end, if that file or `tokenizer.json` tells it.
+fn tokenizer_eos(directory: &Path) -> Result<Option<u32>, ModelError> {
+    let config = read_json(&directory.join("tokenizer_config.json"))?.unwrap_or(Value::Null);
+    let Some(name) = token_text(&config, "eos_token") else { return Ok(None) };
+    let added = config["added_tokens_decoder"].as_object().into_iter().flatten();
+    if let Some((id, _)) = added.into_iter().find(|(_, token)| token["content"] == *name) {
+        return Ok(id.parse().ok());
+    }
+    #[derive(Deserialize)]
+    struct Tokenizer {
+        #[serde(default)]
+        added_tokens: Vec<Added>,
+    }
+    #[derive(Deserialize)]
+    struct Added {
+        id: u32,
+        content: String,
+    }
+    let path = directory.join(TOKENIZER_FILE);
+    let Ok(bytes) = read_bounded(&path, TOKENIZER_BYTES_MAX) else {
+        // Reading the tokenizer is where its absence is an error.
+        return Ok(None);
+    };
+    let tokenizer: Tokenizer = serde_json::from_slice(&bytes).map_err(|source| ModelError::Json { path, source })?;
+    Ok(tokenizer.added_tokens.into_iter().find(|token| token.content == name).map(|token| token.id))
+}
+
+/// The text of a special token in `tokenizer_config.json`, where it is its text or an object that describes it.
+fn token_text(config: &Value, name: &str) -> Option<String> {
+    let token = &config[name];
+    token.as_str().or_else(|| token["content"].as_str()).map(str::to_owned)
 }
 
 impl ChatTemplate {
@@ -109,8 +166,10 @@ impl ChatTemplate {
         let path = directory.join("tokenizer_config.json");
         let tokenizer = read_json(&path)?.unwrap_or(Value::Null);
         let own_file = directory.join("chat_template.jinja");
-        let source = match std::fs::read_to_string(&own_file) {
-            Ok(source) => Some(source),
+        let source = match read_bounded(&own_file, CONFIG_BYTES_MAX) {
+            Ok(bytes) => Some(String::from_utf8(bytes).map_err(|error| {
+                ModelError::io(&own_file)(std::io::Error::new(std::io::ErrorKind::InvalidData, error.utf8_error()))
+            })?),
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => match &tokenizer["chat_template"] {
                 Value::String(source) => Some(source.clone()),
                 Value::Array(named) => {
@@ -121,11 +180,7 @@ impl ChatTemplate {
             },
             Err(error) => return Err(ModelError::io(&own_file)(error)),
         };
-        // A special token is its text, or an object that describes it.
-        let text = |name: &str| {
-            let token = &tokenizer[name];
-            token.as_str().or_else(|| token["content"].as_str()).map(str::to_owned)
-        };
+        let text = |name: &str| token_text(&tokenizer, name);
         Ok(source.map(|source| Self { source, bos_token: text("bos_token"), eos_token: text("eos_token") }))
     }
 
@@ -149,7 +204,7 @@ fn token_id(file: &Gguf, name: &str) -> Result<Option<u32>, GgufError> {
 
 /// A JSON file's value; `None` if there is no such file.
 pub(crate) fn read_json(path: &Path) -> Result<Option<Value>, ModelError> {
-    match std::fs::read(path) {
+    match read_bounded(path, CONFIG_BYTES_MAX) {
         Ok(text) => {
             serde_json::from_slice(&text).map(Some).map_err(|source| ModelError::Json { path: path.into(), source })
         }
@@ -181,8 +236,37 @@ mod tests {
             r#"{"eos_token_id": [151645, 151643], "temperature": 0.6, "top_k": 20, "top_p": 0.95, "do_sample": true}"#;
         let qwen = directory(&[("generation_config.json", text)]);
         let defaults = GenerationDefaults::from_directory(qwen.path(), &fields).unwrap();
-        assert_eq!(defaults.eos_token_ids, [151645, 151643]);
+        assert_eq!(defaults.eos_token_ids, [151643, 151645]);
         assert_eq!((defaults.temperature, defaults.top_k, defaults.min_p), (Some(0.6), Some(20), None));
+        assert_eq!(defaults.checked(151_644).eos_token_ids, [151643], "beyond the vocabulary");
+    }
+
+    #[test]
+    fn what_ends_a_turn_is_taken_from_the_tokenizer() {
+        let config = serde_json::json!({"eos_token_id": 0});
+        let fields = Fields::new(Path::new("config.json"), &config).unwrap();
+        let ids = |files: &[(&str, &str)]| {
+            GenerationDefaults::from_directory(directory(files).path(), &fields).unwrap().eos_token_ids
+        };
+        let named = ("tokenizer_config.json", r#"{"eos_token": "<|im_end|>"}"#);
+        let described = r#"{"eos_token": {"content": "<|im_end|>"},
+            "added_tokens_decoder": {"0": {"content": "<|endoftext|>"}, "2": {"content": "<|im_end|>"}}}"#;
+        let tokenizer = r#"{"model": {"vocab": {"a": 1}}, "added_tokens": [{"id": 3, "content": "<|im_end|>"}]}"#;
+        assert_eq!(ids(&[named]), [0]);
+        assert_eq!(ids(&[("tokenizer_config.json", described)]), [0, 2]);
+        assert_eq!(ids(&[named, ("tokenizer.json", tokenizer)]), [0, 3]);
+    }
+
+    #[test]
+    fn a_top_k_of_minus_one_is_none() {
+        let config = serde_json::json!({});
+        let fields = Fields::new(Path::new("config.json"), &config).unwrap();
+        let files = directory(&[("generation_config.json", r#"{"top_k": -1}"#)]);
+        assert_eq!(GenerationDefaults::from_directory(files.path(), &fields).unwrap().top_k, Some(0));
+        let mut writer = GgufWriter::default();
+        writer.raw("general.sampling.top_k", 5, &(-1i32).to_le_bytes());
+        let file = Gguf::from_bytes(writer.build()).unwrap();
+        assert_eq!(GenerationDefaults::from_gguf(&file).unwrap().top_k, Some(0));
     }
 
     #[test]

@@ -7,11 +7,12 @@ use hf_hub::api::sync::{ApiBuilder, ApiError, ApiRepo};
 use hf_hub::{Cache, Repo, RepoType};
 
 use crate::ModelError;
+use crate::tokenizer::TOKENIZER_FILE;
 use crate::weights::{INDEX_FILE, SINGLE_FILE, shards};
 
 /// Files fetched beside the weights, where a model has them.
 const SMALL_FILES: [&str; 5] =
-    ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"];
+    ["config.json", "generation_config.json", TOKENIZER_FILE, "tokenizer_config.json", "chat_template.jinja"];
 
 /// Why a model of the hub could not be had, and what to do about it.
 #[derive(Debug, thiserror::Error)]
@@ -158,7 +159,9 @@ impl Hub {
             directory.join(SINGLE_FILE).exists()
                 || shards(&index).is_ok_and(|names| names.iter().all(|name| directory.join(name).exists()))
         };
-        (directory.join("config.json").exists() && (!weights || has_weights())).then_some(directory)
+        let has = |name: &str| directory.join(name).exists();
+        let complete = has("config.json") && has(TOKENIZER_FILE) && (!weights || has_weights());
+        complete.then_some(directory)
     }
 
     fn fetch(&self, id: &str, revision: &str, weights: bool) -> Result<PathBuf, ModelError> {

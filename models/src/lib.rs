@@ -4,6 +4,7 @@
 //! [`ModelSource::load`] hands its weights to a backend and returns a [`Model`], which is one forward pass for all
 //! architectures. Nothing here knows a request or a socket.
 
+mod bounded_file;
 mod config;
 mod decoder;
 mod defaults;

@@ -2,6 +2,7 @@ use std::path::{Path, PathBuf};
 
 use engine_kernels::{Backend, DType, KvDType};
 
+use crate::bounded_file::{TOKENIZER_BYTES_MAX, read_bounded};
 use crate::config::json::Fields;
 use crate::config::{gguf as gguf_config, hf};
 use crate::decoder::Decoder;
@@ -9,6 +10,7 @@ use crate::defaults::read_json;
 use crate::fingerprint::Fingerprint;
 use crate::gguf::{Gguf, GgufError};
 use crate::hub::{Hub, is_hub_id};
+use crate::tokenizer::TOKENIZER_FILE;
 use crate::weights::{DummyWeights, GgufWeights, SafetensorsFiles, WeightSource, kv_dtype};
 use crate::{
     ChatTemplate, ForwardLimits, GenerationDefaults, LoadReport, Model, ModelConfig, ModelError, Tokenizer,
@@ -116,7 +118,7 @@ impl ModelSource {
             name,
             path: directory.into(),
             files,
-            generation_defaults: GenerationDefaults::from_directory(directory, &fields)?,
+            generation_defaults: GenerationDefaults::from_directory(directory, &fields)?.checked(config.vocab_size),
             chat_template: ChatTemplate::from_directory(directory)?,
             config,
             progress: options.progress,
@@ -134,10 +136,10 @@ impl ModelSource {
         Ok(Self {
             name,
             path: path.into(),
-            config,
-            generation_defaults: GenerationDefaults::from_gguf(&parts[0]).map_err(&error)?,
+            generation_defaults: GenerationDefaults::from_gguf(&parts[0]).map_err(&error)?.checked(config.vocab_size),
             chat_template: ChatTemplate::from_gguf(&parts[0]).map_err(&error)?,
             files: Files::Gguf(parts),
+            config,
             progress: options.progress,
         })
     }
@@ -161,7 +163,7 @@ impl ModelSource {
     pub fn tokenizer(&self) -> Result<Tokenizer, TokenizerError> {
         match &self.files {
             Files::Gguf(parts) => Tokenizer::from_gguf(&parts[0]),
-            Files::Safetensors(_) | Files::Dummy(_) => Tokenizer::from_file(&self.path.join("tokenizer.json")),
+            Files::Safetensors(_) | Files::Dummy(_) => Tokenizer::from_file(&self.path.join(TOKENIZER_FILE)),
         }
     }
 
@@ -214,14 +216,23 @@ impl ModelSource {
                 fingerprint.part("made up", format!("{:?} {}", weights.dtype, weights.seed).as_bytes());
             }
         }
-        let tokenizer = self.path.join("tokenizer.json");
-        match std::fs::read(&tokenizer) {
+        let tokenizer = self.path.join(TOKENIZER_FILE);
+        match read_bounded(&tokenizer, TOKENIZER_BYTES_MAX) {
             Ok(bytes) => fingerprint.part("tokenizer", &bytes),
             // Reading the tokenizer is where its absence is an error.
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
             Err(error) => return Err(ModelError::io(&tokenizer)(error)),
         }
         Ok(fingerprint.finish())
+    }
+
+    /// Bytes of its weights as its files have them, which is about what they take once loaded.
+    pub fn weight_bytes(&self) -> u64 {
+        match &self.files {
+            Files::Safetensors(files) => files.total_bytes(),
+            Files::Dummy(weights) => weights.total_bytes(),
+            Files::Gguf(parts) => parts.iter().flat_map(Gguf::tensors).map(|(_, info)| info.bytes() as u64).sum(),
+        }
     }
 
     /// Hands all weights over to `backend` and makes working buffers for steps up to `limits`. Logs what was loaded.

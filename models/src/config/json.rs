@@ -61,6 +61,11 @@ impl<'a> Fields<'a> {
         })
     }
 
+    /// An integer of either sign.
+    pub(crate) fn integer(&self, field: &str) -> Result<Option<i64>, ModelError> {
+        self.typed(field, "an integer", Value::as_i64)
+    }
+
     /// A non-negative integer that must be there.
     pub(crate) fn required_size(&self, field: &str) -> Result<usize, ModelError> {
         self.size(field)?.ok_or_else(|| self.error(field, "is missing"))

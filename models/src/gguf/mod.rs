@@ -58,11 +58,6 @@ impl TensorInfo {
         dtype_of(self.ggml_type)
     }
 
-    /// Elements.
-    pub fn elements(&self) -> usize {
-        self.shape.iter().product()
-    }
-
     /// Bytes in the file; 0 if the type is unknown.
     pub fn bytes(&self) -> usize {
         self.range.as_ref().map_or(0, ExactSizeIterator::len)

@@ -17,10 +17,14 @@ use std::sync::Arc;
 
 use serde_json::Value;
 
+use crate::bounded_file::{TOKENIZER_BYTES_MAX, read_bounded};
 use crate::gguf::Gguf;
 pub use error::{EncodeError, TokenizerError};
 pub use stream::DecodeStream;
 use table::TokenTable;
+
+/// Name of a tokenizer in a Hugging Face directory.
+pub(crate) const TOKENIZER_FILE: &str = "tokenizer.json";
 
 /// A model's vocabulary: encodes text, decodes ids. Shared between threads behind an [`Arc`].
 pub struct Tokenizer {
@@ -34,7 +38,7 @@ impl Tokenizer {
     /// Reads a `tokenizer.json` of Hugging Face.
     pub fn from_file(path: &Path) -> Result<Self, TokenizerError> {
         let unreadable = |reason: String| TokenizerError::File { path: path.into(), reason };
-        let bytes = std::fs::read(path).map_err(|error| unreadable(error.to_string()))?;
+        let bytes = read_bounded(path, TOKENIZER_BYTES_MAX).map_err(|error| unreadable(error.to_string()))?;
         let json: Value = serde_json::from_slice(&bytes).map_err(|error| unreadable(error.to_string()))?;
         let decoder = json["decoder"].clone();
         let normalizes = !json["normalizer"].is_null();

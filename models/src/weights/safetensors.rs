@@ -9,6 +9,7 @@ use serde::Deserialize;
 
 use super::{Tensor, WeightSource};
 use crate::ModelError;
+use crate::bounded_file::{CONFIG_BYTES_MAX, read_bounded};
 use crate::fingerprint::Fingerprint;
 
 /// The file of a model that fits in one.
@@ -124,7 +125,7 @@ pub(crate) fn shards(index: &Path) -> Result<BTreeSet<String>, ModelError> {
     struct Index {
         weight_map: HashMap<String, String>,
     }
-    let text = std::fs::read(index).map_err(ModelError::io(index))?;
+    let text = read_bounded(index, CONFIG_BYTES_MAX).map_err(ModelError::io(index))?;
     let parsed: Index =
         serde_json::from_slice(&text).map_err(|source| ModelError::Json { path: index.into(), source })?;
     let files: BTreeSet<_> = parsed.weight_map.into_values().collect();
