@@ -100,11 +100,14 @@ impl<T: TokenText> Serialize for TopLogprobs<'_, T> {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         let ScoredToken { token, ref top, .. } = *self.scored;
         let mut map = serializer.serialize_map(None)?;
-        for &(token, logprob) in top {
-            map.serialize_entry(&label(self.names.token_bytes(token)), &finite(logprob))?;
-        }
-        if !top.iter().any(|&(other, _)| other == token) {
-            map.serialize_entry(&label(self.names.token_bytes(token)), &finite(self.logprob))?;
+        // Several tokens may stand for the same text, but an object has each name once: that of the likeliest.
+        let mut labels: Vec<String> = Vec::with_capacity(top.len() + 1);
+        for &(token, logprob) in top.iter().chain([&(token, self.logprob)]) {
+            let label = label(self.names.token_bytes(token));
+            if !labels.contains(&label) {
+                map.serialize_entry(&label, &finite(logprob))?;
+                labels.push(label);
+            }
         }
         map.end()
     }
@@ -154,6 +157,18 @@ mod tests {
             serde_json::to_string(&ChatLogprobs(&tokens, &Names)).unwrap(),
             r#"{"content":[{"token":"é","logprob":-0.5,"bytes":[195,169],"top_logprobs":[{"token":"�","logprob":-9999.0,"bytes":[226,130]}]}],"refusal":null}"#
         );
+    }
+
+    #[test]
+    fn tokens_of_the_same_text_have_one_entry() {
+        // 2 and 3 are both "a".
+        let tokens = [ScoredToken { token: 3, logprob: Some(-2.0), top: vec![(2, -0.5), (0, -1.0)], text_offset: 0 }];
+        assert_eq!(
+            serde_json::to_value(CompletionLogprobs(&tokens, &Names)).unwrap()["top_logprobs"],
+            serde_json::json!([{"a": -0.5, "é": -1.0}])
+        );
+        let text = serde_json::to_string(&CompletionLogprobs(&tokens, &Names)).unwrap();
+        assert_eq!(text.matches(r#""a":"#).count(), 1, "{text}");
     }
 
     #[test]
