@@ -28,19 +28,20 @@ struct EventStream {
     /// `None` once everything has been sent.
     answer: Option<Answer>,
     buffer: BytesMut,
-    /// When silence is looked for next, and whether there was any event since the last look. Moving a timer at each
-    /// token would cost more than the token's JSON.
+    /// When silence is looked for next: [`SILENCE_MAX`] after what was the last event when it was looked for. Moving a
+    /// timer at each token would cost more than the token's JSON; noting the time does not.
     pulse: Pin<Box<Sleep>>,
-    spoken: bool,
+    spoken: Instant,
     deadline: Pin<Box<Sleep>>,
 }
 
 /// The response that streams `answer`.
 pub(crate) fn stream(answer: Answer) -> Response {
     let deadline = Box::pin(tokio::time::sleep_until(answer.deadline));
-    let pulse = Box::pin(tokio::time::sleep(SILENCE_MAX));
+    let spoken = Instant::now();
+    let pulse = Box::pin(tokio::time::sleep_until(spoken + SILENCE_MAX));
     let buffer = BytesMut::with_capacity(BUFFER_BYTES);
-    let events = EventStream { answer: Some(answer), buffer, pulse, spoken: false, deadline };
+    let events = EventStream { answer: Some(answer), buffer, pulse, spoken, deadline };
     let mut response = Response::new(Body::from_stream(events));
     let headers = response.headers_mut();
     headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("text/event-stream; charset=utf-8"));
@@ -75,14 +76,16 @@ impl Stream for EventStream {
                     if this.pulse.as_mut().poll(context).is_pending() {
                         return Poll::Pending;
                     }
-                    if !std::mem::take(&mut this.spoken) {
+                    let now = Instant::now();
+                    if now >= this.spoken + SILENCE_MAX {
                         this.buffer.extend_from_slice(b": keep-alive\n\n");
+                        this.spoken = now;
                     }
-                    this.pulse.as_mut().reset(Instant::now() + SILENCE_MAX);
+                    this.pulse.as_mut().reset(this.spoken + SILENCE_MAX);
                 }
             }
             if !this.buffer.is_empty() {
-                this.spoken = true;
+                this.spoken = Instant::now();
                 return Poll::Ready(Some(Ok(this.buffer.split().freeze())));
             }
         }
