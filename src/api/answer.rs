@@ -73,6 +73,15 @@ impl Answer {
         fields: (&'static str, &'static str),
     ) -> Result<Self, ApiError> {
         let max_model_len = serving.max_model_len();
+        let wanted = prompts.len() * plan.n;
+        let limits = serving.engine.limits();
+        let places = limits.max_num_seqs + limits.max_waiting_requests;
+        if wanted > places {
+            // However often it is sent again: not a matter of the moment.
+            let field = if plan.n > 1 { "n" } else { fields.0 };
+            let message = format!("'{field}' asks for {wanted} answers at once; this server takes {places} at most");
+            return Err(ApiError::invalid(field, message));
+        }
         let (created, journal) = (relay.created(), relay.journal);
         if journal.is_some() && !plan.stream {
             return Err(progress::malformed());
