@@ -7,6 +7,7 @@
 mod answer;
 mod chat;
 mod completions;
+mod defaults;
 mod error;
 mod extract;
 mod info;
@@ -27,6 +28,7 @@ mod types;
 mod validate;
 mod wire;
 
+pub use defaults::Defaults;
 pub use error::ApiError;
 pub(crate) use extract::read_body;
 pub(crate) use info::version;
@@ -34,8 +36,8 @@ pub(crate) use middleware::{check_key, request_id};
 pub(crate) use router::{cors, fallbacks};
 pub(crate) use server::serve_router;
 pub use server::{Bound, ServerConfig, ServerError, bind, serve};
+pub use state::ApiConfig;
 pub(crate) use state::unix_seconds;
-pub use state::{ApiConfig, Defaults};
 pub use status::serve_status;
 pub use template::{ChatTemplate, RenderOptions, TemplateError};
 

@@ -9,7 +9,7 @@ use std::{
 use engine_models::Tokenizer;
 use tokio::sync::{Semaphore, watch};
 
-use super::{ApiError, ChatTemplate, validate::Bounds};
+use super::{ApiError, ChatTemplate, Defaults, validate::Bounds};
 use crate::{
     telemetry::Metrics,
     worker::{EngineHandle, EngineStatus},
@@ -17,28 +17,6 @@ use crate::{
 
 /// Up to this much text is encoded where the request is handled: moving it to another thread would cost more.
 const INLINE_BYTES_MAX: usize = 2048;
-
-/// Sampling parameters for requests that leave them out: the model's own recommendation, else OpenAI's defaults.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub struct Defaults {
-    /// 0 to 2.
-    pub temperature: f32,
-    /// 0 keeps all tokens.
-    pub top_k: u32,
-    /// Above 0, at most 1.
-    pub top_p: f32,
-    /// 0 to 1.
-    pub min_p: f32,
-    /// Above 0; 1 is off.
-    pub repetition_penalty: f32,
-}
-
-impl Default for Defaults {
-    /// OpenAI's.
-    fn default() -> Self {
-        Self { temperature: 1.0, top_k: 0, top_p: 1.0, min_p: 0.0, repetition_penalty: 1.0 }
-    }
-}
 
 /// What the API serves, and its limits.
 pub struct ApiConfig {

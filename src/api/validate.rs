@@ -4,6 +4,7 @@ use engine_kernels::{MAX_TOP_LOGPROBS, SamplingParams};
 
 use super::{
     ApiError, Defaults,
+    defaults::{MIN_P, REPETITION_PENALTY, TEMPERATURE, TOP_P},
     types::{Refused, SamplingFields, Strings},
 };
 use crate::worker::Request;
@@ -18,8 +19,6 @@ const STOP_BYTES_MAX: usize = 512;
 const STOP_TOKENS_MAX: usize = 256;
 /// Single tokens with a bias at most (OpenAI's limit is 300 too).
 const BIASES_MAX: usize = 300;
-/// Factors that keep logits finite.
-const REPETITION_PENALTY: RangeInclusive<f64> = 0.01..=100.0;
 /// Alternatives in a completion's log-probabilities at most, as in OpenAI's API.
 const COMPLETION_LOGPROBS_MAX: i64 = 5;
 
@@ -71,11 +70,11 @@ impl Plan {
         Ok(Self {
             seeded: fields.seed.is_some(),
             sampling: SamplingParams {
-                temperature: float("temperature", fields.temperature, 0.0..=2.0, defaults.temperature)?,
+                temperature: float("temperature", fields.temperature, TEMPERATURE, defaults.temperature)?,
                 top_k: integer("top_k", fields.top_k, -1..=i64::from(u32::MAX), i64::from(defaults.top_k))?.max(0)
                     as u32,
                 top_p: top_p(fields.top_p, defaults.top_p)?,
-                min_p: float("min_p", fields.min_p, 0.0..=1.0, defaults.min_p)?,
+                min_p: float("min_p", fields.min_p, MIN_P, defaults.min_p)?,
                 repetition_penalty: float(
                     "repetition_penalty",
                     fields.repetition_penalty,
@@ -196,7 +195,7 @@ fn float(name: &'static str, value: Option<f64>, range: RangeInclusive<f64>, def
 }
 
 fn top_p(value: Option<f64>, default: f32) -> Result<f32, ApiError> {
-    let value = float("top_p", value, 0.0..=1.0, default)?;
+    let value = float("top_p", value, TOP_P, default)?;
     if value > 0.0 {
         return Ok(value);
     }
