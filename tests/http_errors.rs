@@ -3,6 +3,8 @@
 mod program;
 mod support;
 
+use std::sync::atomic::{AtomicBool, Ordering};
+
 use program::{Server, client::post_bytes};
 use serde_json::{Value, json};
 
@@ -226,9 +228,7 @@ fn a_body_of_100_mb_is_refused_and_the_client_gets_to_read_why() {
 fn a_prompt_50_times_the_context_is_refused_while_others_are_served() {
     let server = Server::shared();
     let long = "All happy families are alike. ".repeat(50 * 1024 / 6);
-    let others: Vec<_> = (0..4).map(|seed| json!({"prompt": "Hi", "max_tokens": 8, "seed": seed})).collect();
-    std::thread::scope(|scope| {
-        let answers: Vec<_> = others.iter().map(|request| scope.spawn(|| server.post(COMPLETIONS, request))).collect();
+    let refuse = || {
         check(
             &server,
             COMPLETIONS,
@@ -240,9 +240,28 @@ fn a_prompt_50_times_the_context_is_refused_while_others_are_served() {
             ],
         );
         check(&server, CHAT, 400, [("messages", chat(json!({"messages": [{"role": "user", "content": long}]})))]);
-        for answer in answers {
-            assert_eq!(answer.join().unwrap().status, 200);
+    };
+    refuse();
+    // Some such prompt is being worked on all the while that others ask for everything else, and are answered.
+    let served = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        let senders: Vec<_> = (0..3)
+            .map(|_| {
+                scope.spawn(|| {
+                    while !served.load(Ordering::Relaxed) {
+                        refuse();
+                    }
+                })
+            })
+            .collect();
+        let mut events =
+            server.stream(COMPLETIONS, &completion(json!({"max_tokens": 40, "ignore_eos": true, "stream": true})));
+        while events.next().is_some() {
+            assert_eq!(server.get("/health").status, 200);
         }
+        assert_eq!(server.post(COMPLETIONS, &completion(json!({}))).status, 200);
+        assert!(senders.iter().all(|sender| !sender.is_finished()), "one of the refusals failed");
+        served.store(true, Ordering::Relaxed);
     });
     let code = server.post(COMPLETIONS, &completion(json!({"prompt": long}))).json()["error"]["code"].clone();
     assert_eq!(code, "context_length_exceeded");
@@ -257,4 +276,40 @@ fn every_answer_has_its_requests_id() {
     );
     let made = server.get("/nowhere");
     assert!(made.header("x-request-id").is_some_and(|id| id.starts_with("req-")));
+}
+
+#[test]
+fn more_answers_than_the_engine_has_places_are_refused_for_good() {
+    let server = Server::start(&[
+        "--max-model-len",
+        "256",
+        "--kv-blocks",
+        "64",
+        "--max-num-seqs",
+        "2",
+        "--max-waiting-requests",
+        "2",
+    ]);
+    check(&server, CHAT, 400, [("n", chat(json!({"n": 5})))]);
+    check(
+        &server,
+        COMPLETIONS,
+        400,
+        [("n", completion(json!({"n": 5}))), ("n", completion(json!({"prompt": ["a", "b"], "n": 3})))],
+    );
+    check(&server, COMPLETIONS, 400, [("prompt", completion(json!({"prompt": ["a", "b", "c", "d", "e"]})))]);
+    assert_eq!(server.post(COMPLETIONS, &completion(json!({"n": 4}))).status, 200);
+}
+
+#[test]
+fn a_conversation_of_countless_messages_or_parts_is_refused_by_name() {
+    let server = Server::shared();
+    let many = |element: Value, count: usize| Value::from(vec![element; count]);
+    let message = json!({"role": "user", "content": ""});
+    let part = json!({"type": "text", "text": ""});
+    let spread = many(json!({"role": "user", "content": many(part.clone(), 100)}), 200);
+    let parts = json!([{"role": "user", "content": many(part, 8193)}]);
+    check(&server, CHAT, 400, [("messages", chat(json!({"messages": many(message, 8193)})))]);
+    check(&server, CHAT, 400, [("messages", chat(json!({"messages": spread})))]);
+    check(&server, CHAT, 400, [("messages[0].content", chat(json!({"messages": parts})))]);
 }

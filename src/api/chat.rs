@@ -29,7 +29,7 @@ pub(crate) async fn chat_completions(
     serving.check_model(request.model.as_deref())?;
     refuse_unsupported(&request)?;
     let (plan, max_field) = plan(&mut request, &serving, relay.seed())?;
-    let messages = request.messages.ok_or_else(|| missing("messages"))?;
+    let messages = request.messages.ok_or_else(|| missing("messages"))?.0;
     let options = ChatOptions {
         add_generation_prompt: request.add_generation_prompt,
         continue_final_message: request.continue_final_message.unwrap_or(false),

@@ -1,4 +1,4 @@
-use std::time::Duration;
+use std::{sync::Arc, time::Duration};
 
 use axum::{
     body::{Body, BodyDataStream},
@@ -7,7 +7,10 @@ use axum::{
 };
 use futures::StreamExt;
 use serde::de::DeserializeOwned;
-use tokio::time::timeout;
+use tokio::{
+    sync::{Semaphore, SemaphorePermit},
+    time::{Instant, timeout, timeout_at},
+};
 
 use super::{
     ApiError, Serving,
@@ -16,6 +19,12 @@ use super::{
 
 /// Longest pause between two pieces of a body.
 const BODY_PAUSE_MAX: Duration = Duration::from_secs(30);
+/// How long a body may take, however steadily it trickles: 16 MiB in this time are 56 KB/s.
+const BODY_TIME_MAX: Duration = Duration::from_secs(300);
+/// Bodies up to this size need no leave to be kept in memory, and are parsed where they are read.
+const SMALL_BODY_BYTES: usize = 64 << 10;
+/// What the larger ones may occupy together.
+const BODY_MEMORY_BYTES: usize = 256 << 20;
 /// How much of a body that is too large is read and thrown away, so that the client gets to read the answer: one that
 /// is still writing when the connection closes sees a reset instead.
 const DISCARD_BYTES_MAX: u64 = 512 << 20;
@@ -24,38 +33,88 @@ const DISCARD_TIME_MAX: Duration = Duration::from_secs(5);
 /// Longest message of the parser that is passed on: it may quote what the client sent.
 const MESSAGE_CHARS_MAX: usize = 300;
 
-/// Reads a JSON body of at most `limit` bytes into a `T`. Errors name the field.
-pub(crate) async fn read_json<T: DeserializeOwned>(
+/// Memory for bodies that are being read and parsed. The small ones are bounded by the number of connections.
+pub(crate) struct BodyMemory(Semaphore);
+
+impl BodyMemory {
+    /// Room for a few bodies of `body_bytes_max` at least.
+    pub(crate) fn new(body_bytes_max: usize) -> Self {
+        Self(Semaphore::new(BODY_MEMORY_BYTES.max(body_bytes_max.saturating_mul(4)).min(Semaphore::MAX_PERMITS)))
+    }
+}
+
+/// A body in memory, and the leave to keep it there.
+struct Received<'a> {
+    bytes: Vec<u8>,
+    _memory: Option<SemaphorePermit<'a>>,
+}
+
+/// What a body may take.
+struct BodyLimits<'a> {
+    bytes: usize,
+    pause: Duration,
+    time: Duration,
+    memory: Option<&'a BodyMemory>,
+}
+
+impl<'a> BodyLimits<'a> {
+    fn new(bytes: usize, memory: Option<&'a BodyMemory>) -> Self {
+        Self { bytes, pause: BODY_PAUSE_MAX, time: BODY_TIME_MAX, memory }
+    }
+}
+
+/// Reads a JSON body into a `T`. Errors name the field.
+pub(crate) async fn read_json<T: DeserializeOwned + Send + 'static>(
     headers: &HeaderMap,
     body: Body,
-    limit: usize,
+    serving: &Arc<Serving>,
 ) -> Result<T, ApiError> {
     if !is_json(headers) {
         discard(headers, body).await;
         let message = "Send the request body as JSON, with the header 'Content-Type: application/json'";
         return Err(ApiError::new(StatusCode::UNSUPPORTED_MEDIA_TYPE, "unsupported_media_type", message));
     }
-    parse_json(&read_body(headers, body, limit).await?)
+    let limits = BodyLimits::new(serving.config.body_bytes_max, Some(&serving.bodies));
+    let received = receive(headers, body, &limits).await?;
+    parse_received(received, serving, |bytes| parse_json(bytes)).await
+}
+
+/// Parses a body: a large one on a thread of its own, as what connections are served on has others to look after.
+async fn parse_received<T: Send + 'static>(
+    received: Received<'_>,
+    serving: &Arc<Serving>,
+    parse: impl FnOnce(&[u8]) -> Result<T, ApiError> + Send + 'static,
+) -> Result<T, ApiError> {
+    let Received { bytes, _memory } = received;
+    if bytes.len() <= SMALL_BODY_BYTES {
+        return parse(&bytes);
+    }
+    serving.encode(bytes.len(), move |_| parse(&bytes)).await?
 }
 
 /// As [`read_json`], for a request that generates: with what a frontend asks for in headers, and before the body.
-pub(crate) async fn read_relayed<T: DeserializeOwned>(
+pub(crate) async fn read_relayed<T: DeserializeOwned + Send + 'static>(
     headers: &HeaderMap,
     body: Body,
-    serving: &Serving,
+    serving: &Arc<Serving>,
 ) -> Result<(T, Relay), ApiError> {
     let limit = serving.config.body_bytes_max;
     let (progress, journal_bytes) = Relay::from_headers(headers, serving.config.cluster_token.as_deref())?;
     let Some(journal_bytes) = journal_bytes else {
-        return Ok((read_json(headers, body, limit).await?, Relay { progress, journal: None }));
+        return Ok((read_json(headers, body, serving).await?, Relay { progress, journal: None }));
     };
     if journal_bytes > JOURNAL_BYTES_MAX {
         return Err(malformed());
     }
-    let bytes = read_body(headers, body, limit + journal_bytes).await?;
-    let (journal, request) = bytes.split_at_checked(journal_bytes).ok_or_else(malformed)?;
-    let journal = Journal::parse(journal, serving.engine.limits().vocab_size)?;
-    Ok((parse_json(request)?, Relay { progress, journal: Some(journal) }))
+    let limits = BodyLimits::new(limit + journal_bytes, Some(&serving.bodies));
+    let received = receive(headers, body, &limits).await?;
+    let vocab_size = serving.engine.limits().vocab_size;
+    let parse = move |bytes: &[u8]| {
+        let (journal, request) = bytes.split_at_checked(journal_bytes).ok_or_else(malformed)?;
+        let journal = Journal::parse(journal, vocab_size)?;
+        Ok((parse_json(request)?, Relay { progress, journal: Some(journal) }))
+    };
+    parse_received(received, serving, parse).await
 }
 
 fn is_json(headers: &HeaderMap) -> bool {
@@ -66,20 +125,28 @@ fn is_json(headers: &HeaderMap) -> bool {
 
 /// Reads a body of at most `limit` bytes.
 pub(crate) async fn read_body(headers: &HeaderMap, body: Body, limit: usize) -> Result<Vec<u8>, ApiError> {
+    Ok(receive(headers, body, &BodyLimits::new(limit, None)).await?.bytes)
+}
+
+async fn receive<'a>(headers: &HeaderMap, body: Body, limits: &BodyLimits<'a>) -> Result<Received<'a>, ApiError> {
+    let limit = limits.bytes;
     let declared = headers.get(header::CONTENT_LENGTH).and_then(|value| value.to_str().ok()?.parse::<u64>().ok());
     if declared.is_some_and(|bytes| bytes > limit as u64) {
         discard(headers, body).await;
         return Err(too_large(limit));
     }
     let mut pieces = body.into_data_stream();
-    let mut bytes = Vec::with_capacity(declared.unwrap_or(0) as usize);
+    // What was declared has yet to come.
+    let mut bytes = Vec::with_capacity((declared.unwrap_or(0) as usize).min(SMALL_BODY_BYTES));
+    let mut memory: Option<SemaphorePermit<'a>> = None;
+    let end = Instant::now() + limits.time;
     loop {
-        match timeout(BODY_PAUSE_MAX, pieces.next()).await {
+        match timeout_at(end.min(Instant::now() + limits.pause), pieces.next()).await {
             Err(_) => {
                 let message = "The request body did not arrive in time";
                 return Err(ApiError::new(StatusCode::REQUEST_TIMEOUT, "body_timeout", message));
             }
-            Ok(None) => return Ok(bytes),
+            Ok(None) => return Ok(Received { bytes, _memory: memory }),
             Ok(Some(Err(error))) => {
                 let message = format!("The request body could not be read: {error}");
                 return Err(ApiError::new(StatusCode::BAD_REQUEST, "body_unreadable", message));
@@ -88,7 +155,26 @@ pub(crate) async fn read_body(headers: &HeaderMap, body: Body, limit: usize) -> 
                 discard_rest(&mut pieces).await;
                 return Err(too_large(limit));
             }
-            Ok(Some(Ok(piece))) => bytes.extend_from_slice(&piece),
+            Ok(Some(Ok(piece))) => {
+                let total = bytes.len() + piece.len();
+                if let Some(leave) = limits.memory
+                    && total > SMALL_BODY_BYTES
+                {
+                    let missing = total - memory.as_ref().map_or(0, SemaphorePermit::num_permits);
+                    // Not waited for: whoever has some of it already would wait for those who wait for it.
+                    let more = u32::try_from(missing).ok().and_then(|n| leave.0.try_acquire_many(n).ok());
+                    let Some(more) = more else {
+                        discard_rest(&mut pieces).await;
+                        let message = "Too many large request bodies at a time; try again later";
+                        return Err(ApiError::new(StatusCode::TOO_MANY_REQUESTS, "bodies_too_large", message));
+                    };
+                    match &mut memory {
+                        Some(memory) => memory.merge(more),
+                        None => memory = Some(more),
+                    }
+                }
+                bytes.extend_from_slice(&piece);
+            }
         }
     }
 }
@@ -218,6 +304,50 @@ mod tests {
         assert!(parse_json::<serde_json::Value>(free.as_bytes()).is_err());
         let ignored = format!(r#"{{"number": 1, "ignored": {deep}{}}}"#, "]".repeat(200_000));
         assert!(parse_json::<Outer>(ignored.as_bytes()).is_ok());
+    }
+
+    fn limits(memory: &BodyMemory) -> BodyLimits<'_> {
+        BodyLimits::new(1 << 20, Some(memory))
+    }
+
+    /// Pieces of a body, each after what it waits for.
+    fn body<F: Future<Output = ()> + Send + 'static>(pieces: usize, size: usize, wait: fn() -> F) -> Body {
+        Body::from_stream(futures::stream::iter(0..pieces).then(move |_| async move {
+            wait().await;
+            Ok::<_, std::io::Error>(vec![b' '; size])
+        }))
+    }
+
+    async fn refused(body: Body, limits: BodyLimits<'_>) -> StatusCode {
+        let refused = receive(&HeaderMap::new(), body, &limits).await.err().expect("refused");
+        axum::response::IntoResponse::into_response(refused).status()
+    }
+
+    #[tokio::test]
+    async fn a_body_that_pauses_or_trickles_is_given_up() {
+        let memory = BodyMemory::new(1 << 20);
+        let pause = BodyLimits { pause: Duration::from_millis(1), ..limits(&memory) };
+        assert_eq!(refused(body(9, 1, std::future::pending), pause).await, StatusCode::REQUEST_TIMEOUT);
+        let trickle = || tokio::time::sleep(Duration::from_millis(1));
+        let time = BodyLimits { time: Duration::from_millis(20), ..limits(&memory) };
+        assert_eq!(refused(body(usize::MAX, 1, trickle), time).await, StatusCode::REQUEST_TIMEOUT);
+    }
+
+    #[tokio::test]
+    async fn large_bodies_share_a_bounded_memory_and_give_it_back() {
+        let memory = BodyMemory(Semaphore::new(200 << 10));
+        let ready = || std::future::ready(());
+        let large = || body(100, 1 << 10, ready);
+        let first = receive(&HeaderMap::new(), large(), &limits(&memory)).await.ok().expect("there is room");
+        let second = receive(&HeaderMap::new(), large(), &limits(&memory)).await.ok().expect("there is room");
+        assert_eq!((first.bytes.len(), memory.0.available_permits()), (100 << 10, 0));
+        assert_eq!(refused(large(), limits(&memory)).await, StatusCode::TOO_MANY_REQUESTS);
+        let small = receive(&HeaderMap::new(), body(64, 1 << 10, ready), &limits(&memory)).await;
+        assert!(small.is_ok(), "small ones need no leave");
+        drop((first, second));
+        assert_eq!(memory.0.available_permits(), 200 << 10);
+        assert_eq!(refused(body(1 << 20, 2, ready), limits(&memory)).await, StatusCode::TOO_MANY_REQUESTS);
+        assert_eq!(memory.0.available_permits(), 200 << 10);
     }
 
     #[test]

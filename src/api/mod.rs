@@ -14,6 +14,7 @@ mod info;
 mod logprobs;
 mod middleware;
 mod output;
+mod patient;
 pub mod progress;
 mod prompt;
 mod router;

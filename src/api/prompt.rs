@@ -5,7 +5,7 @@ use serde_json::{Map, Value, json};
 
 use super::{
     ApiError, RenderOptions, Serving, TemplateError,
-    types::{Content, ContentPart, Message, ToolCall},
+    types::{Content, ContentPart, MESSAGES_MAX, Message, ToolCall},
     validate::too_long,
 };
 
@@ -50,6 +50,11 @@ impl Serving {
     ) -> Result<Vec<u32>, ApiError> {
         if messages.is_empty() {
             return Err(ApiError::invalid("messages", "'messages' has to have at least one message"));
+        }
+        let pieces: usize = messages.iter().map(|message| 1 + message.pieces()).sum();
+        if pieces > 2 * MESSAGES_MAX {
+            let message = format!("'messages' has {pieces} messages, parts and calls; at most {}", 2 * MESSAGES_MAX);
+            return Err(ApiError::invalid("messages", message));
         }
         let variables = options.kwargs.iter().flatten().map(|(name, value)| name.len() + bytes_of(value));
         let bytes = messages.iter().map(Message::bytes).chain(variables).sum();
@@ -120,6 +125,15 @@ impl Message {
         let call = |call: &ToolCall| PIECE_BYTES + call.function.name.len() + call.function.arguments.len();
         let calls: usize = self.tool_calls.iter().flatten().map(call).sum();
         PIECE_BYTES + content + calls + text(&self.name) + text(&self.tool_call_id) + text(&self.reasoning_content)
+    }
+
+    /// Its parts and calls.
+    fn pieces(&self) -> usize {
+        let parts = match &self.content {
+            Some(Content::Parts(parts)) => parts.len(),
+            Some(Content::Text(_)) | None => 0,
+        };
+        parts + self.tool_calls.as_ref().map_or(0, Vec::len)
     }
 
     /// The message as templates know it. `parts`: whether the template reads a list of parts.

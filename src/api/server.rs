@@ -11,11 +11,13 @@ use tokio::{
 };
 use tower::ServiceExt;
 
-use super::{ApiConfig, Serving, router::router};
+use super::{ApiConfig, Serving, patient::Patient, router::router};
 use crate::{telemetry::Metrics, worker::EngineHandle};
 
 /// How long a client may take to send a request's headers, or leave a connection idle.
 const HEADERS_TIME_MAX: Duration = Duration::from_secs(75);
+/// How long a client may take none of an answer that is ready for it.
+const WRITE_STALL_MAX: Duration = Duration::from_secs(60);
 /// Connections that wait to be accepted.
 const BACKLOG: i32 = 1024;
 /// How long connections may take to end once everything has been answered.
@@ -173,6 +175,7 @@ async fn connection(stream: TcpStream, router: Router, mut closing: watch::Recei
     let service = service_fn(move |request: Request<Incoming>| router.clone().oneshot(request.map(Body::new)));
     let mut builder = http1::Builder::new();
     builder.timer(TokioTimer::new()).header_read_timeout(HEADERS_TIME_MAX);
+    let stream = Patient::new(stream, WRITE_STALL_MAX);
     let connection = builder.serve_connection(TokioIo::new(stream), service);
     tokio::pin!(connection);
     let mut told = false;

@@ -9,7 +9,7 @@ use std::{
 use engine_models::Tokenizer;
 use tokio::sync::{Semaphore, watch};
 
-use super::{ApiError, ChatTemplate, Defaults, validate::Bounds};
+use super::{ApiError, ChatTemplate, Defaults, extract::BodyMemory, validate::Bounds};
 use crate::{
     telemetry::Metrics,
     worker::{EngineHandle, EngineStatus},
@@ -51,6 +51,8 @@ pub(crate) struct Serving {
     pub(crate) metrics: Metrics,
     /// Start of the server, seconds since 1970: the model's `created`.
     pub(crate) started: u64,
+    /// What bodies may occupy.
+    pub(crate) bodies: BodyMemory,
     /// Threads that may tokenise at a time: the engine needs the cores more.
     encoders: Arc<Semaphore>,
     draining: AtomicBool,
@@ -67,6 +69,7 @@ impl Serving {
         debug_assert!(!config.model_names.is_empty());
         let threads = std::thread::available_parallelism().map_or(1, |threads| threads.get() / 2).max(1);
         Arc::new(Self {
+            bodies: BodyMemory::new(config.body_bytes_max),
             config,
             engine,
             metrics,

@@ -8,7 +8,7 @@ use super::{
     chat::missing,
     extract::read_json,
     prompt::ChatOptions,
-    types::{DetokenizeRequest, TokenizeRequest},
+    types::{DetokenizeRequest, Messages, TokenizeRequest},
 };
 
 /// Answer of `POST /tokenize`.
@@ -32,7 +32,7 @@ pub(crate) async fn tokenize(
     headers: HeaderMap,
     body: Body,
 ) -> Result<Json<Tokenized>, ApiError> {
-    let request: TokenizeRequest = read_json(&headers, body, serving.config.body_bytes_max).await?;
+    let request: TokenizeRequest = read_json(&headers, body, &serving).await?;
     serving.check_model(request.model.as_deref())?;
     let tokens = match (request.prompt, request.messages) {
         (Some(_), Some(_)) => {
@@ -42,7 +42,7 @@ pub(crate) async fn tokenize(
         (Some(prompt), None) => {
             serving.encode_text(prompt, request.add_special_tokens.unwrap_or(true), "prompt").await?.0
         }
-        (None, Some(messages)) => {
+        (None, Some(Messages(messages))) => {
             let options = ChatOptions {
                 add_generation_prompt: request.add_generation_prompt,
                 continue_final_message: request.continue_final_message.unwrap_or(false),
@@ -66,7 +66,7 @@ pub(crate) async fn detokenize(
     headers: HeaderMap,
     body: Body,
 ) -> Result<Json<Detokenized>, ApiError> {
-    let request: DetokenizeRequest = read_json(&headers, body, serving.config.body_bytes_max).await?;
+    let request: DetokenizeRequest = read_json(&headers, body, &serving).await?;
     serving.check_model(request.model.as_deref())?;
     serving.check_tokens(&request.tokens, "tokens")?;
     Ok(Json(Detokenized { prompt: serving.config.tokenizer.decode(&request.tokens, false) }))

@@ -6,12 +6,12 @@
 //! template is a program from a file nobody has read.
 
 mod json;
+mod quiet;
 #[cfg(test)]
 mod tests;
 
 use std::fmt::Write as _;
 use std::io::{self, Write};
-use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use chrono::TimeZone;
 use minijinja::syntax::SyntaxConfig;
@@ -22,6 +22,8 @@ use minijinja::{Environment, Error, ErrorKind};
 const FUEL_BASE: u64 = 2_000_000;
 /// Further steps for each value (object, list or scalar) in the request's messages.
 const FUEL_PER_VALUE: u64 = 5_000;
+/// Steps no rendering may exceed: a second or two of a processor's time.
+const FUEL_MAX: u64 = 50_000_000;
 /// Longest prompt a template may write, in bytes, beyond [`OUTPUT_PER_INPUT_BYTE`] times its input.
 const OUTPUT_BASE_BYTES: usize = 16 << 20;
 /// Bytes a template may write for each byte of its input.
@@ -118,7 +120,7 @@ impl ChatTemplate {
 
         // Fuel is a setting of the environment; cloning one copies a few reference-counted tables, no template.
         let mut environment = self.environment.clone();
-        environment.set_fuel(Some(FUEL_BASE + FUEL_PER_VALUE * size.values));
+        environment.set_fuel(Some((FUEL_BASE + FUEL_PER_VALUE * size.values).min(FUEL_MAX)));
         let now = options.now.and_then(|seconds| chrono::Local.timestamp_opt(seconds.try_into().ok()?, 0).single());
         if let Some(now) = now.filter(|_| self.tells_time) {
             environment.add_function("strftime_now", move |format: &str| strftime(now, format));
@@ -127,13 +129,16 @@ impl ChatTemplate {
         let mut out = BoundedOutput { bytes: Vec::new(), left: OUTPUT_BASE_BYTES + OUTPUT_PER_INPUT_BYTE * size.bytes };
         // minijinja 3.0.5 panics on some values (an empty list reversed by `[::-1]`, which fuzzing found). Nothing but
         // `out`, which is given up then, could be left half-done.
-        let rendered = catch_unwind(AssertUnwindSafe(|| {
+        let rendered = quiet::catch_panic(|| {
             template.render_captured_to(Value::from_pairs(variables), &mut out).map(|_| ()).map_err(|e| classify(&e))
-        }));
+        });
         match rendered {
             Ok(Ok(())) => String::from_utf8(out.bytes).map_err(|error| TemplateError::Render(error.to_string())),
             Ok(Err(error)) => Err(error),
-            Err(_) => Err(TemplateError::Render("the template engine failed on them".into())),
+            Err(panic) => {
+                tracing::debug!(panic, "the template engine panicked");
+                Err(TemplateError::Render("the template engine failed on them".into()))
+            }
         }
     }
 

@@ -60,6 +60,14 @@ fn an_endless_template_runs_out_of_steps() {
 }
 
 #[test]
+fn no_number_of_values_buys_endless_steps() {
+    // Would be let take five billion.
+    let messages: Value = (0..1_000_000).map(|_| json!(1)).collect();
+    let source = "{% for m in messages %}{% for n in range(1000) %}{% set x = n %}{% endfor %}{% endfor %}";
+    assert_eq!(render(source, &messages), Err(TemplateError::Limit("steps")));
+}
+
+#[test]
 fn a_template_cannot_write_without_end() {
     let flood = "{% set x = 'y' * 1000000 %}{% for a in range(10000) %}{{ x }}{% endfor %}";
     assert_eq!(render(flood, &hello()), Err(TemplateError::Limit("output")));

@@ -11,7 +11,7 @@ use super::{Refused, generating_request};
 generating_request! {
     /// Body of `POST /v1/chat/completions`.
     ChatRequest {
-        messages: Option<Vec<Message>>,
+        messages: Option<Messages>,
         max_tokens: Option<i64>,
         /// OpenAI's newer name of `max_tokens`.
         max_completion_tokens: Option<i64>,
@@ -60,6 +60,46 @@ generating_request! {
 pub(crate) struct ResponseFormat {
     #[serde(rename = "type")]
     pub(crate) kind: String,
+}
+
+/// Messages of a conversation at most, and parts of one of them: thousands of turns. Each takes many times the memory of
+/// the dozen bytes it can be written in.
+pub(crate) const MESSAGES_MAX: usize = 8192;
+
+/// A conversation, of at most [`MESSAGES_MAX`] messages.
+#[derive(Debug)]
+pub(crate) struct Messages(pub(crate) Vec<Message>);
+
+impl<'de> Deserialize<'de> for Messages {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct List;
+        impl<'de> Visitor<'de> for List {
+            type Value = Vec<Message>;
+            fn expecting(&self, formatter: &mut fmt::Formatter) -> fmt::Result {
+                formatter.write_str("a list of messages")
+            }
+            fn visit_seq<A: SeqAccess<'de>>(self, seq: A) -> Result<Vec<Message>, A::Error> {
+                at_most(MESSAGES_MAX, "messages", seq)
+            }
+        }
+        deserializer.deserialize_seq(List).map(Self)
+    }
+}
+
+/// Reads a list of at most `max` elements, which are called `what`.
+fn at_most<'de, T: Deserialize<'de>, A: SeqAccess<'de>>(
+    max: usize,
+    what: &str,
+    mut seq: A,
+) -> Result<Vec<T>, A::Error> {
+    let mut list = Vec::new();
+    while let Some(element) = seq.next_element()? {
+        if list.len() == max {
+            return Err(de::Error::custom(format_args!("more than {max} {what}")));
+        }
+        list.push(element);
+    }
+    Ok(list)
 }
 
 /// One message of a conversation.
@@ -129,7 +169,7 @@ impl<'de> Deserialize<'de> for Content {
                 Ok(Content::Text(value))
             }
             fn visit_seq<A: SeqAccess<'de>>(self, seq: A) -> Result<Content, A::Error> {
-                Vec::deserialize(de::value::SeqAccessDeserializer::new(seq)).map(Content::Parts)
+                at_most(MESSAGES_MAX, "parts", seq).map(Content::Parts)
             }
         }
         deserializer.deserialize_any(TextOrParts)

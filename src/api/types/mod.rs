@@ -5,7 +5,7 @@ mod common;
 mod completion;
 mod tokenize;
 
-pub(crate) use chat::{ChatRequest, Content, ContentPart, Message, ToolCall};
+pub(crate) use chat::{ChatRequest, Content, ContentPart, MESSAGES_MAX, Message, Messages, ToolCall};
 pub(crate) use common::{LogitBias, Refused, SamplingFields, StreamOptions, Strings, generating_request};
 pub(crate) use completion::{CompletionRequest, Prompt};
 pub(crate) use tokenize::{DetokenizeRequest, TokenizeRequest};

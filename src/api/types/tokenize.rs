@@ -1,7 +1,7 @@
 use serde::Deserialize;
 use serde_json::Value;
 
-use super::Message;
+use super::Messages;
 
 /// Body of `POST /tokenize` (vLLM's): a text or a conversation.
 #[derive(Debug, Default, Deserialize)]
@@ -9,7 +9,7 @@ use super::Message;
 pub(crate) struct TokenizeRequest {
     pub(crate) model: Option<String>,
     pub(crate) prompt: Option<String>,
-    pub(crate) messages: Option<Vec<Message>>,
+    pub(crate) messages: Option<Messages>,
     /// Default: true for a text, false for a conversation, whose template writes special tokens itself.
     pub(crate) add_special_tokens: Option<bool>,
     /// Whether the answer also has each token as text.
