@@ -17,18 +17,20 @@ use futures::{executor::block_on, future::join_all};
 use support::Lent;
 
 const BLOCK_SIZE: usize = 16;
-const MAX_MODEL_LEN: usize = 160;
+/// Longer than the 256 keys that attention works on at a time: some contexts are merged from parts.
+const MAX_MODEL_LEN: usize = 336;
 const BLOCKS: usize = 400;
 const MAX_TOKENS: usize = 512;
 
 /// What a request asked for: tokens, and the bits of their log-probabilities and those of the alternatives.
 type Answer = Vec<(u32, Option<u32>, Vec<(u32, u32)>)>;
 
-/// 24 requests, no two alike: prompts from one token to beyond eight pages, a third of them starting alike with
+/// 24 requests, no two alike: prompts from one token to beyond attention's first 256 keys, which one
+/// answer grows over, a third of them starting alike with
 /// each of two others, greedy and drawn, with penalties, biases, log-probabilities and scored prompts.
 fn requests(vocab_size: usize) -> Vec<Request> {
     let vocab_size = vocab_size as u32;
-    let lengths = [33, 1, 64, 17, 128, 7, 96, 16, 48, 2, 110, 31, 65, 15, 97, 32, 130, 5, 80, 47, 63, 100, 30, 120];
+    let lengths = [33, 1, 64, 17, 250, 7, 96, 16, 48, 2, 110, 31, 65, 15, 97, 32, 300, 5, 80, 47, 63, 100, 30, 120];
     let mut requests = Vec::new();
     for (i, length) in (0..).zip(lengths) {
         let token = |position: u32| {
@@ -158,14 +160,14 @@ const LLAMA_F32: &str = r#"{
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "torch_dtype": "float32", "vocab_size": 320,
     "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 6,
     "num_key_value_heads": 2, "head_dim": 16, "rms_norm_eps": 1e-5, "rope_theta": 10000.0,
-    "max_position_embeddings": 256, "tie_word_embeddings": false, "hidden_act": "silu"
+    "max_position_embeddings": 512, "tie_word_embeddings": false, "hidden_act": "silu"
 }"#;
 
 const QWEN3_BF16: &str = r#"{
     "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "torch_dtype": "bfloat16", "vocab_size": 320,
     "hidden_size": 96, "intermediate_size": 160, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 1, "head_dim": 32, "rms_norm_eps": 1e-6, "rope_theta": 1000000.0,
-    "max_position_embeddings": 256, "tie_word_embeddings": true, "hidden_act": "silu"
+    "max_position_embeddings": 512, "tie_word_embeddings": true, "hidden_act": "silu"
 }"#;
 
 #[test]
