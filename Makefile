@@ -11,7 +11,7 @@ PEERS  ?= llama.cpp nixl
 FUZZ_SECONDS ?= 600
 SOAK_SECONDS ?= 120
 
-.PHONY: help setup run cluster demo-model test-assets test fmt lint doc client bench fuzz soak goldens
+.PHONY: help setup setup-services run cluster demo-model test-assets test fmt lint doc client bench fuzz soak goldens
 
 help: ## Print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -19,10 +19,13 @@ help: ## Print this list
 setup: ## Install the few Debian packages the build needs, or say which are missing
 	@scripts/setup.sh
 
+setup-services: ## The same, and the services that a cluster and the tests run: etcd and NATS
+	@scripts/setup.sh services
+
 run: setup $(if $(filter $(DEMO),$(MODEL)),demo-model) ## Serve the demo model on 127.0.0.1:8000 (MODEL=, HOST=, PORT=, ARGS= change that)
 	$(CARGO) run --release --locked -- --model $(MODEL) --host $(HOST) --port $(PORT) $(ARGS)
 
-cluster: setup $(if $(filter $(DEMO),$(MODEL)),demo-model) ## Start etcd, NATS, a frontend, a decode and a prefill worker here; Ctrl-C stops them
+cluster: setup-services $(if $(filter $(DEMO),$(MODEL)),demo-model) ## Start etcd, NATS, a frontend, a decode and a prefill worker here; Ctrl-C stops them
 	$(CARGO) build --release --locked --bin engine
 	@PORT=$(PORT) scripts/cluster.sh target/release/engine $(MODEL) $(ARGS)
 
@@ -32,7 +35,7 @@ demo-model: setup ## Fetch the demo model, 98 MB, once
 test-assets: setup ## Fetch Qwen3's tokenizer for the tests, once
 	@scripts/fetch-test-assets.sh
 
-test: setup demo-model test-assets ## Format check, all tests, lints, documentation, the OpenAI client
+test: setup-services demo-model test-assets ## Format check, all tests, lints, documentation, the OpenAI client
 	$(CARGO) fmt --all --check
 	$(CARGO) test --workspace --locked
 	$(MAKE) --no-print-directory lint doc client

@@ -1,6 +1,7 @@
 #!/bin/sh
-# Checks for what building, fetching and testing need, and installs what is missing from Debian's archive.
-# Silent when there is nothing to do. As root (or with passwordless sudo) it installs; otherwise it says what to run.
+# Checks for what building and fetching need (with the argument `services`, also for what a cluster and the tests need),
+# and installs what is missing from Debian's archive. Silent when there is nothing to do. As root (or with passwordless
+# sudo) it installs; otherwise it says what to run.
 set -eu
 
 missing=""
@@ -21,14 +22,16 @@ need libc6-dev sh -c 'echo "#include <stdio.h>" | cc -E -'
 # etcd's protocol is compiled from its .proto files, which include Google's.
 need protobuf-compiler protoc --version
 need libprotobuf-dev test -e /usr/include/google/protobuf/empty.proto
-# The tests run real services.
-need etcd-server sh -c 'command -v etcd'
-need nats-server sh -c 'command -v nats-server || command -v /usr/sbin/nats-server'
-# Certificates for the tests of encrypted connections.
-need openssl openssl version
 # The demo model and the client tests come from PyPI, each in an environment of its own.
 need python3 python3 --version
 need python3-venv python3 -c 'import venv, ensurepip'
+if [ "${1:-}" = services ]; then
+    # A cluster's services; the tests run real ones.
+    need etcd-server sh -c 'command -v etcd'
+    need nats-server sh -c 'command -v nats-server || command -v /usr/sbin/nats-server'
+    # Certificates for the tests of encrypted connections.
+    need openssl openssl version
+fi
 
 [ -n "$missing" ] || exit 0
 
