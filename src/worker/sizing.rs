@@ -123,19 +123,31 @@ pub fn size_kv(
 }
 
 /// Memory the process may still take, in bytes: what the system has available, or what is left of the control group's
-/// limit if that is less. `None` where neither can be read.
+/// limit if that is less. Cached files count as free in both: the system drops them when memory is wanted. `None` where
+/// neither can be read.
 pub fn available_memory() -> Option<usize> {
     let read = |path: &str| std::fs::read_to_string(path).ok();
     let system = read("/proc/meminfo").and_then(|text| meminfo_available(&text));
     let number = |path: &str| read(path)?.trim().parse::<usize>().ok();
-    let group = number("/sys/fs/cgroup/memory.max")
-        .and_then(|limit| Some(limit.saturating_sub(number("/sys/fs/cgroup/memory.current")?)));
+    let group = number("/sys/fs/cgroup/memory.max").and_then(|limit| {
+        let cached = read("/sys/fs/cgroup/memory.stat").map_or(0, |text| cached_files(&text));
+        let used = number("/sys/fs/cgroup/memory.current")?.saturating_sub(cached);
+        Some(limit.saturating_sub(used))
+    });
     system.into_iter().chain(group).min()
 }
 
 fn meminfo_available(meminfo: &str) -> Option<usize> {
     let line = meminfo.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
     line.trim().strip_suffix("kB")?.trim().parse::<usize>().ok()?.checked_mul(1024)
+}
+
+/// Bytes of cached files among what a control group uses, from its `memory.stat`: a model that was just downloaded or read
+/// is all of it there.
+fn cached_files(stat: &str) -> usize {
+    let counted = stat.lines().filter_map(|line| line.split_once(' '));
+    let counted = counted.filter(|(name, _)| matches!(*name, "inactive_file" | "active_file"));
+    counted.filter_map(|(_, bytes)| bytes.trim().parse::<usize>().ok()).fold(0, usize::saturating_add)
 }
 
 const fn mib(bytes: usize) -> usize {
@@ -189,6 +201,13 @@ mod tests {
     fn too_little_memory_for_a_page_is_an_error() {
         let wish = KvRequest { bytes: Some(1000), ..KvRequest::default() };
         assert_eq!(size(wish, 8192, GIB), Err(SizingError::NoPage { bytes: 1000, page: 1 << 20 }));
+    }
+
+    #[test]
+    fn cached_files_are_not_counted_as_used() {
+        let stat = "anon 5000\nfile 900\nfile_mapped 7\ninactive_file 500\nactive_file 300\nslab 4\n";
+        assert_eq!(cached_files(stat), 800);
+        assert_eq!(cached_files(""), 0);
     }
 
     #[test]
