@@ -82,7 +82,7 @@ impl ApiError {
 
     /// 500: the answer broke off for a reason on our side.
     pub(crate) fn aborted() -> Self {
-        let message = "The engine stopped before the answer was complete";
+        let message = "The engine could not complete the answer; the server's log says why";
         Self::new(StatusCode::INTERNAL_SERVER_ERROR, "aborted", message)
     }
 

@@ -267,6 +267,12 @@ impl<R: Runner> Engine<R> {
             }
             let mut end = None;
             for (position, sampled) in (entry.start + entry.logits_from..).zip(&step.out[rows]) {
+                if sampled.impossible {
+                    // Anything said now would be made up.
+                    tracing::error!(position, "the model gave no possible token (NaN?): the request is aborted");
+                    end = Some(FinishReason::Aborted);
+                    break;
+                }
                 let sequence = scheduler.sequence(entry.slot);
                 if let Some(&token) = sequence.prompt().get(position + 1) {
                     session.prompt_token(token, sampled);
@@ -278,7 +284,7 @@ impl<R: Runner> Engine<R> {
                 }
             }
             let prompt_done = entry.start + entry.len == scheduler.sequence(entry.slot).prompt().len();
-            if prompt_done && !terms.generates() {
+            if end.is_none() && prompt_done && !terms.generates() {
                 end = Some(FinishReason::Length);
             }
             match end {

@@ -42,7 +42,7 @@ pub enum FinishReason {
     Stop,
     /// `max_tokens` or the context length was reached.
     Length,
-    /// The engine is going away (a second SIGTERM, a failed device).
+    /// The engine is going away (a second SIGTERM, a failed device), or the model gave nothing a token could be drawn from.
     Aborted,
 }
 

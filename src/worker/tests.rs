@@ -5,7 +5,7 @@ use futures::{FutureExt, executor::block_on, future::join_all};
 use proptest::prelude::*;
 
 use super::{
-    fake::{Control, FakeRunner, Fault, VOCAB_SIZE, expected},
+    fake::{Control, FakeRunner, Fault, NOTHING_FOLLOWS, VOCAB_SIZE, expected},
     *,
 };
 use crate::telemetry::Metrics;
@@ -107,6 +107,18 @@ fn a_request_gets_its_tokens_and_one_end() {
     scored.logprobs = Some(2);
     scored.prompt_logprobs = Some(3);
     assert_answers(&handle, &[request([5], 1), request(0..100, 28), scored]);
+}
+
+#[test]
+fn a_request_that_nothing_can_follow_is_aborted_and_no_other() {
+    let (handle, _) = start(config());
+    let mut hopeless = request(0..9, 5);
+    hopeless.sampling.seed = NOTHING_FOLLOWS;
+    let mut generation = handle.submit(hopeless).unwrap();
+    let (events, reason, _) = block_on(collect(&mut generation));
+    assert_eq!((events, reason), (vec![], FinishReason::Aborted));
+    assert_eq!(handle.status(), EngineStatus::Running);
+    assert_answers(&handle, &[request(0..9, 5)]);
 }
 
 #[test]
