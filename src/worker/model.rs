@@ -53,11 +53,6 @@ pub(super) fn load(cli: &WorkerArgs, source: &ModelSource, shared: bool) -> Resu
     if shared {
         backend.share_kv_cache();
     }
-    let limits = ForwardLimits {
-        max_tokens: cli.max_num_batched_tokens,
-        max_logit_rows: LOGIT_ROWS_MAX.min(cli.max_num_batched_tokens).max(1),
-        max_positions: cli.max_model_len.unwrap_or(model.max_position_embeddings).min(model.max_position_embeddings),
-    };
     let mut layout = KvLayout {
         layers: model.layers,
         kv_heads: model.kv_heads,
@@ -70,15 +65,13 @@ pub(super) fn load(cli: &WorkerArgs, source: &ModelSource, shared: bool) -> Resu
         bail!("--block-size must be at least 1");
     }
     let key = ModelKey::new(&source.fingerprint()?, &layout, CPU_PAGE_ORDER);
-    let loaded = source.load(&mut backend, limits)?;
-    // After loading, so that the weights are no longer counted as free memory.
+    // Before loading: what cannot be is said at once, and the model's tables are no longer than what is served.
     let wish = KvRequest { blocks: cli.kv_blocks, bytes: cli.kv_cache_memory, max_model_len: cli.max_model_len };
-    let available = available_memory().unwrap_or(0);
+    let weights = usize::try_from(source.weight_bytes()).unwrap_or(usize::MAX);
+    let available = available_memory().unwrap_or(0).saturating_sub(weights);
     let sizing = size_kv(wish, layout, model.max_position_embeddings, cli.max_num_seqs, available)?;
     tracing::info!("{}", sizing.explanation);
     layout.blocks = sizing.blocks;
-    let runner = ModelRunner::new(backend, loaded.model, layout, limits.max_logit_rows)?;
-    let Some(region) = runner.region() else { bail!("this backend's KV cache cannot be reached") };
     let config = EngineConfig {
         max_num_seqs: cli.max_num_seqs,
         max_num_batched_tokens: cli.max_num_batched_tokens,
@@ -89,6 +82,15 @@ pub(super) fn load(cli: &WorkerArgs, source: &ModelSource, shared: bool) -> Resu
         blocks: sizing.blocks,
         model_key: key.as_bytes().to_vec(),
     };
+    config.validate()?;
+    let limits = ForwardLimits {
+        max_tokens: cli.max_num_batched_tokens,
+        max_logit_rows: LOGIT_ROWS_MAX.min(cli.max_num_batched_tokens).max(1),
+        max_positions: sizing.max_model_len,
+    };
+    let loaded = source.load(&mut backend, limits)?;
+    let runner = ModelRunner::new(backend, loaded.model, layout, limits.max_logit_rows)?;
+    let Some(region) = runner.region() else { bail!("this backend's KV cache cannot be reached") };
     Ok(Loaded { runner, config, region, key, layout })
 }
 
