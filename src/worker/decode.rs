@@ -58,9 +58,11 @@ pub async fn run(cli: WorkerArgs) -> Result<()> {
     let failed = engine.clone();
     let shutdown = async move {
         tokio::select! {
-            _ = signals.next() => signals.leave_at_next(),
+            _ = signals.next() => {}
             _ = failed.stopped() => {}
         }
+        // Whichever it was, whoever asks now does not want to wait for what still runs.
+        signals.leave_at_next();
         // Nobody is to send requests here any more, while those that are here end.
         if let Some(lease) = lease {
             lease.withdraw().await;
@@ -118,7 +120,6 @@ fn api_config(
     template: Option<ChatTemplate>,
 ) -> ApiConfig {
     let recommended = source.generation_defaults();
-    let openai = Defaults::default();
     let mut model_names = cli.served_model_name.clone();
     if model_names.is_empty() {
         model_names.push(source.name().to_owned());
@@ -128,13 +129,7 @@ fn api_config(
         model_root: cli.model.clone().unwrap_or_default(),
         tokenizer,
         template,
-        defaults: Defaults {
-            temperature: recommended.temperature.unwrap_or(openai.temperature),
-            top_k: recommended.top_k.unwrap_or(openai.top_k),
-            top_p: recommended.top_p.unwrap_or(openai.top_p),
-            min_p: recommended.min_p.unwrap_or(openai.min_p),
-            repetition_penalty: recommended.repetition_penalty.unwrap_or(openai.repetition_penalty),
-        },
+        defaults: Defaults::recommended(recommended),
         eos_token_ids: recommended.eos_token_ids.clone(),
         api_keys: cli.api_key.clone(),
         body_bytes_max: cli.max_body_size,
