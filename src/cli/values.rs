@@ -138,6 +138,15 @@ pub(super) fn parse_size(text: &str) -> Result<usize, String> {
     Ok(bytes as usize)
 }
 
+/// A count in a range: what is beyond would be refused later, and less clearly.
+pub(super) fn parse_within<const MIN: usize, const MAX: usize>(text: &str) -> Result<usize, String> {
+    let count: usize = text.parse().map_err(|_| format!("'{text}' is no number"))?;
+    if !(MIN..=MAX).contains(&count) {
+        return Err(format!("'{text}' is not between {MIN} and {MAX}"));
+    }
+    Ok(count)
+}
+
 /// A duration from a number of seconds.
 pub(super) fn parse_seconds(text: &str) -> Result<Duration, String> {
     let seconds: f64 = text.parse().map_err(|_| format!("'{text}' is no number of seconds"))?;
@@ -178,6 +187,14 @@ mod tests {
         assert_eq!(parse_size("4096"), Ok(4096));
         for bad in ["", "GiB", "1XB", "-1", "0", "1e9GiB", "99999999TiB"] {
             assert!(parse_size(bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn counts_are_held_to_their_range() {
+        assert_eq!(parse_within::<1, 4096>("4096"), Ok(4096));
+        for bad in ["0", "4097", "-1", "x", "99999999999999999999"] {
+            assert!(parse_within::<1, 4096>(bad).is_err(), "{bad}");
         }
     }
 

@@ -4,7 +4,9 @@ use clap::Args;
 
 use super::{
     ClusterArgs, LogArgs,
-    values::{DisaggPolicyArg, KvDTypeArg, LoadFormatArg, TransportArg, parse_millis, parse_seconds, parse_size},
+    values::{
+        DisaggPolicyArg, KvDTypeArg, LoadFormatArg, TransportArg, parse_millis, parse_seconds, parse_size, parse_within,
+    },
 };
 
 /// Port of a decode worker, and of a frontend.
@@ -60,11 +62,11 @@ pub struct WorkerArgs {
     pub threads: Option<usize>,
 
     /// Tokens of a KV page
-    #[arg(long, value_name = "TOKENS", default_value_t = 16, help_heading = "KV cache")]
+    #[arg(long, value_name = "TOKENS", value_parser = parse_within::<1, 4096>, default_value_t = 16, help_heading = "KV cache")]
     pub block_size: usize,
 
     /// KV pages [default: as --kv-cache-memory says]
-    #[arg(long, value_name = "PAGES", help_heading = "KV cache")]
+    #[arg(long, value_name = "PAGES", value_parser = parse_within::<1, 268_435_456>, help_heading = "KV cache")]
     pub kv_blocks: Option<usize>,
 
     /// Memory of the KV cache, as 2GiB or 512MiB [default: a quarter of what is free, at most 4 GiB]
