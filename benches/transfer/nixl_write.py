@@ -40,16 +40,21 @@ def answer(line):
     answers.flush()
 
 
+def tell(other, letter):
+    other.stdin.write(letter)
+    other.stdin.flush()
+
+
 def target():
     agent, memory, pages = agent_with_memory("target", 0)
     answer(base64.b64encode(pickle.dumps((agent.get_agent_metadata(), pages))).decode())
     # Over tcp, what the receiver does is part of the transfer; between processes of a host it is needed to connect only, and a
-    # receiver that leaves the core to the sender is to the sender's advantage.
+    # receiver that leaves the core to the sender is to the sender's advantage. Between writes it sleeps.
     pause = 0 if TRANSPORT == "tcp" else 0.001
-    while True:
-        agent.get_new_notifs()
-        if select.select([0], [], [], pause)[0]:
-            break
+    while os.read(0, 1) == b"w":
+        while not select.select([0], [], [], pause)[0]:
+            agent.get_new_notifs()
+        os.read(0, 1)
     if not all(memory[start - pages[0][0]] == 7 for start, _, _ in pages):
         sys.exit("pages did not arrive")
 
@@ -65,13 +70,16 @@ def initiator():
         "WRITE", agent.get_xfer_descs(local, "DRAM"), agent.get_xfer_descs(remote, "DRAM"), name
     )
     for _ in sys.stdin:
+        tell(other, "w")
         started = time.perf_counter()
         state = agent.transfer(handle)
         while state != "DONE":
             if state == "ERR":
                 sys.exit("the transfer failed")
             state = agent.check_xfer_state(handle)
-        answer(f"{time.perf_counter() - started:.9f}")
+        seconds = time.perf_counter() - started
+        tell(other, "s")
+        answer(f"{seconds:.9f}")
     other.stdin.close()
     sys.exit(other.wait())
 

@@ -101,9 +101,7 @@ impl Connector {
     }
 
     async fn connect_tcp(&self, address: &str, to: &SessionAddresses, own: WorkerId) -> Result<Session, ConnectError> {
-        let stream = TcpStream::connect(address).await?;
-        stream.set_nodelay(true)?;
-        let socket = Socket::new(stream.into_std()?)?;
+        let socket = Socket::tcp(TcpStream::connect(address).await?)?;
         let hello = self.hello(to, own, Transport::Tcp);
         let (welcome, _) = handshake::connect(&socket, &self.shared.config.token, &hello).await?;
         Ok(self.start(socket, &welcome, own, None))

@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
+use tokio::net::{TcpListener, UnixListener, UnixStream};
 use tokio::sync::{Semaphore, mpsc};
 use tokio::task::JoinHandle;
 
@@ -44,8 +44,7 @@ pub(super) async fn listen(shared: &Arc<Shared>) -> Result<Listening, ServerErro
         listening.tasks.push(tokio::spawn(async move {
             accept_all(&shared, &handshakes, Transport::Tcp, async || {
                 let (stream, _) = listener.accept().await?;
-                stream.set_nodelay(true)?;
-                Socket::new(TcpStream::into_std(stream)?)
+                Socket::tcp(stream)
             })
             .await;
         }));
