@@ -1,26 +1,16 @@
 //! The real SmolLM2-135M-Instruct (Q4_1) on the reference backend.
 
-use std::path::PathBuf;
+#[path = "../../tests/support/assets.rs"]
+mod assets;
 
 use engine_kernels::reference::ReferenceBackend;
 use engine_kernels::{Backend, Batch, DType, KvDType, KvLayout};
 use engine_models::gguf::Gguf;
 use engine_models::{Architecture, ForwardLimits, ModelSource, OpenOptions};
 
-fn demo_model() -> PathBuf {
-    let cached = || {
-        let home = std::env::var_os("HOME").map(|home| PathBuf::from(home).join(".cache"));
-        let cache = std::env::var_os("XDG_CACHE_HOME").map(PathBuf::from).or(home).unwrap_or_default();
-        cache.join("engine/SmolLM2-135M-Instruct.Q4_1.gguf")
-    };
-    let path = std::env::var_os("ENGINE_DEMO_MODEL").map(PathBuf::from).unwrap_or_else(cached);
-    assert!(path.exists(), "{} does not exist; run `make demo-model`", path.display());
-    path
-}
-
 #[test]
 fn the_demo_model_knows_the_capital_of_france() {
-    let path = demo_model();
+    let path = assets::demo_model();
     let source = ModelSource::open(path.to_str().unwrap(), &OpenOptions::default()).unwrap();
     let config = source.config();
     assert_eq!((config.architecture, config.layers, config.vocab_size), (Architecture::Llama, 30, 49_152));

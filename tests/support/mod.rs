@@ -1,26 +1,18 @@
 //! What the tests of the whole engine share.
 #![allow(dead_code, reason = "each test uses some of it")]
 
+mod assets;
+
 use std::{
-    path::{Path, PathBuf},
+    path::Path,
     sync::{Arc, Mutex},
 };
+
+pub(crate) use assets::demo_model;
 
 use engine::worker::{ModelRunner, Runner, RunnerError};
 use engine_kernels::{Backend, Batch, KvLayout, SampleRow, Sampled};
 use engine_models::{ForwardLimits, LoadFormat, ModelSource, OpenOptions};
-
-/// The demo model's file.
-pub(crate) fn demo_model() -> PathBuf {
-    let cached = || {
-        let home = || PathBuf::from(std::env::var_os("HOME").unwrap_or_default()).join(".cache");
-        let cache = std::env::var_os("XDG_CACHE_HOME").map_or_else(home, PathBuf::from);
-        cache.join("engine/SmolLM2-135M-Instruct.Q4_1.gguf")
-    };
-    let path = std::env::var_os("ENGINE_DEMO_MODEL").map_or_else(cached, PathBuf::from);
-    assert!(path.is_file(), "{} is not there: run `make demo-model`", path.display());
-    path
-}
 
 /// A model with made-up weights of the shape that `config`, a `config.json`, describes.
 pub(crate) fn made_up(config: &str) -> ModelSource {

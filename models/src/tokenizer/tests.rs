@@ -1,26 +1,19 @@
-use std::path::PathBuf;
+#[path = "../../../tests/support/assets.rs"]
+mod assets;
+
 use std::sync::{Arc, LazyLock};
 
 use proptest::prelude::*;
 use serde_json::{Value, json};
 
+use assets::{cached, demo_model};
+
 use super::{EncodeError, Tokenizer, TokenizerError};
 use crate::gguf::Gguf;
 use crate::gguf::testing::GgufWriter;
 
-fn cached(name: &str, command: &str) -> PathBuf {
-    let cache = std::env::var_os("XDG_CACHE_HOME").map(PathBuf::from);
-    let cache = cache.or_else(|| Some(PathBuf::from(std::env::var_os("HOME")?).join(".cache"))).unwrap();
-    let path = cache.join("engine").join(name);
-    assert!(path.exists(), "{} is not there: run `make {command}` first", path.display());
-    path
-}
-
-static DEMO: LazyLock<Arc<Tokenizer>> = LazyLock::new(|| {
-    let path = std::env::var_os("ENGINE_DEMO_MODEL").map(PathBuf::from);
-    let path = path.unwrap_or_else(|| cached("SmolLM2-135M-Instruct.Q4_1.gguf", "demo-model"));
-    Arc::new(Tokenizer::from_gguf(&Gguf::open(&path).unwrap()).unwrap())
-});
+static DEMO: LazyLock<Arc<Tokenizer>> =
+    LazyLock::new(|| Arc::new(Tokenizer::from_gguf(&Gguf::open(&demo_model()).unwrap()).unwrap()));
 
 static QWEN3: LazyLock<Arc<Tokenizer>> =
     LazyLock::new(|| Arc::new(Tokenizer::from_file(&cached("qwen3-tokenizer/tokenizer.json", "test-assets")).unwrap()));

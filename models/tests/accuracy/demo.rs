@@ -1,11 +1,11 @@
 //! The real SmolLM2-135M-Instruct (Q4_1) against its own weights dequantised to f32.
 
 use std::ops::Range;
-use std::path::PathBuf;
 
 use engine_models::{ModelSource, OpenOptions};
 use serde_json::Value;
 
+use crate::assets::demo_model;
 use crate::golden::{Goldens, reference};
 use crate::runner::{Runner, cpu_backend};
 use crate::stats::{Regrets, argmax, log_sum_exp};
@@ -17,17 +17,6 @@ const CLEAR_MARGIN: f64 = 1.0;
 /// How much worse than its f32 weights the model may predict the text, as a part of the perplexity: what rounding activations
 /// may cost (tests/reference/README.md says what it does).
 const PERPLEXITY_EXCESS: f64 = 0.003;
-
-fn demo_model() -> PathBuf {
-    let cached = || {
-        let home = std::env::var_os("HOME").map(|home| PathBuf::from(home).join(".cache"));
-        let cache = std::env::var_os("XDG_CACHE_HOME").map(PathBuf::from).or(home).unwrap_or_default();
-        cache.join("engine/SmolLM2-135M-Instruct.Q4_1.gguf")
-    };
-    let path = std::env::var_os("ENGINE_DEMO_MODEL").map(PathBuf::from).unwrap_or_else(cached);
-    assert!(path.exists(), "{} does not exist; run `make demo-model`", path.display());
-    path
-}
 
 /// Teacher-forced results over the text: log-probabilities of the true tokens, and regrets.
 struct Measured {

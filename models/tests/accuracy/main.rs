@@ -4,6 +4,8 @@
 //! *Regret* at a position is what our best token costs there in the reference's eyes: the reference's log-probability of its
 //! own best token minus that of ours, in nats. It is 0 where both agree.
 
+#[path = "../../../tests/support/assets.rs"]
+mod assets;
 mod demo;
 mod fixtures;
 mod golden;
