@@ -132,10 +132,10 @@ impl Kernel for Quantize<'_> {
                 (sums, values.add(at).cast::<[f32; GROUP]>().read(), &mut *bytes.add(at).cast::<[i8; GROUP]>())
             };
             let mut peak_high = [0; GROUP];
-            for i in 0..GROUP {
-                let q = (peak_values[i] * inverse).round_ties_even() as i32;
+            for ((value, high_byte), low_byte) in peak_values.iter().zip(&mut peak_high).zip(peak_bytes) {
+                let q = (value * inverse).round_ties_even() as i32;
                 let high = (q + PEAK_UNIT / 2).div_euclid(PEAK_UNIT);
-                (peak_high[i], peak_bytes[i]) = (high as i8, (q - PEAK_UNIT * high) as i8);
+                (*high_byte, *low_byte) = (high as i8, (q - PEAK_UNIT * high) as i8);
                 sums[peak * GROUP / LANES] += q;
             }
             let scaled_sum = scale * (sums[0].wrapping_add(sums[1])) as f32;
