@@ -82,6 +82,13 @@ start etcd env -u ETCD_PORT etcd --name local --data-dir "$directory/etcd" --log
     --listen-peer-urls http://127.0.0.1:0 --initial-advertise-peer-urls http://127.0.0.1:2380 \
     --initial-cluster local=http://127.0.0.1:2380
 start nats nats-server -js -sd "$directory/nats" -a 127.0.0.1 -p "$nats_port"
+for service in "$etcd_port" "$nats_port"; do
+    # Whoever came first would only say so, and wait. A service that does not start has said why.
+    for _ in $(seq 100); do
+        if open "$service"; then break; fi
+        sleep 0.1
+    done
+done
 start frontend "$engine" frontend --port "$port" "${services[@]}"
 for i in $(seq "$decode_workers"); do
     start "decode$i" "$engine" --model "$model" --port 0 --threads "$threads" \

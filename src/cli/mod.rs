@@ -75,6 +75,9 @@ impl Role {
     }
 }
 
+/// What is worth knowing. NATS's client says in its own words what `cluster` says in ours.
+const DEFAULT_FILTER: &str = "info,async_nats=off";
+
 /// Logging, the same in every role.
 #[derive(Debug, Args)]
 #[command(next_help_heading = "Log")]
@@ -84,7 +87,7 @@ pub struct LogArgs {
     pub log_format: LogFormatArg,
 
     /// What is logged, as `info` or `warn,engine=debug`
-    #[arg(long, value_name = "FILTER", env = "RUST_LOG", default_value = "info")]
+    #[arg(long, value_name = "FILTER", env = "RUST_LOG", default_value = DEFAULT_FILTER)]
     pub log_level: String,
 }
 

@@ -1,4 +1,8 @@
-use std::{path::PathBuf, time::Duration};
+use std::{
+    path::PathBuf,
+    sync::{Mutex, PoisonError},
+    time::Duration,
+};
 
 use async_nats::{Client, ConnectOptions, Event, ServerAddr, connection::State};
 use rand::RngExt;
@@ -73,6 +77,7 @@ impl Connection {
         });
         let servers = servers.collect::<Result<Vec<_>, _>>()?;
         let (count, made) = watch::channel(0);
+        let last_trouble = Mutex::new(String::new());
         let mut connect = ConnectOptions::new()
             .name("engine")
             .retry_on_initial_connect()
@@ -84,7 +89,7 @@ impl Connection {
                 if event == Event::Connected {
                     count.send_modify(|count| *count += 1);
                 }
-                log(&event);
+                log(&event, &last_trouble);
                 std::future::ready(())
             });
         if let Some(ca) = &options.ca {
@@ -144,12 +149,22 @@ fn reconnect_pause(attempt: usize) -> Duration {
     longest.mul_f64(rand::rng().random_range(0.5..1.0))
 }
 
-fn log(event: &Event) {
+/// What is wrong is said once, not at every attempt.
+fn log(event: &Event, last_trouble: &Mutex<String>) {
+    let mut last_trouble = last_trouble.lock().unwrap_or_else(PoisonError::into_inner);
     match event {
-        Event::Connected => tracing::info!("connected to NATS"),
+        Event::Connected => {
+            last_trouble.clear();
+            tracing::info!("connected to NATS");
+        }
         Event::Disconnected => tracing::warn!("lost the connection to NATS; connecting again until it works"),
-        Event::SlowConsumer(_) => tracing::debug!("{event}"),
-        Event::ServerError(_) | Event::ClientError(_) => tracing::debug!("NATS: {event}"),
+        Event::ServerError(_) | Event::ClientError(_) => {
+            let trouble = event.to_string();
+            if *last_trouble != trouble {
+                tracing::warn!("NATS: {trouble}");
+                *last_trouble = trouble;
+            }
+        }
         _ => tracing::debug!("NATS: {event}"),
     }
 }
