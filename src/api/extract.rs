@@ -338,8 +338,8 @@ mod tests {
         let memory = BodyMemory(Semaphore::new(200 << 10));
         let ready = || std::future::ready(());
         let large = || body(100, 1 << 10, ready);
-        let first = receive(&HeaderMap::new(), large(), &limits(&memory)).await.ok().expect("there is room");
-        let second = receive(&HeaderMap::new(), large(), &limits(&memory)).await.ok().expect("there is room");
+        let first = receive(&HeaderMap::new(), large(), &limits(&memory)).await.expect("there is room");
+        let second = receive(&HeaderMap::new(), large(), &limits(&memory)).await.expect("there is room");
         assert_eq!((first.bytes.len(), memory.0.available_permits()), (100 << 10, 0));
         assert_eq!(refused(large(), limits(&memory)).await, StatusCode::TOO_MANY_REQUESTS);
         let small = receive(&HeaderMap::new(), body(64, 1 << 10, ready), &limits(&memory)).await;

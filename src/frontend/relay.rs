@@ -38,7 +38,7 @@ pub(super) struct Relay {
 
 enum Source {
     /// A worker.
-    Worker(Placed),
+    Worker(Box<Placed>),
     /// Somebody, soon. Comes back with what has been tried.
     Search(BoxFuture<'static, (Result<Placed, Failure>, Attempts)>),
     /// Everything has been sent.
@@ -53,7 +53,7 @@ impl Relay {
             asked,
             splitter: Splitter::default(),
             key: placed.booking.worker.card.model_key,
-            source: Source::Worker(placed),
+            source: Source::Worker(Box::new(placed)),
             attempts: Attempts::default(),
             pulse,
             _in_flight: in_flight,
@@ -83,9 +83,10 @@ impl Relay {
 
     /// The worker is gone, or has nothing more to say. Returns last words if that is the end.
     fn ended(&mut self, error: Option<LostError>) -> Option<Bytes> {
-        let Source::Worker(Placed { exchange, booking }) = std::mem::replace(&mut self.source, Source::Nobody) else {
+        let Source::Worker(placed) = std::mem::replace(&mut self.source, Source::Nobody) else {
             return None;
         };
+        let Placed { exchange, booking } = *placed;
         if self.splitter.done {
             if error.is_none() {
                 booking.worker.keep(exchange);
@@ -168,7 +169,7 @@ impl Body for Relay {
                         Ok(placed) => {
                             this.frontend.metrics.migrations.inc();
                             tracing::info!(worker = %placed.booking.worker.lease, "continues an answer");
-                            this.source = Source::Worker(placed);
+                            this.source = Source::Worker(Box::new(placed));
                             None
                         }
                         Err(failure) => Some(this.fail(failure)),

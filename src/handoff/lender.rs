@@ -25,7 +25,7 @@ pub use interface::{LenderAction, LenderEvent, LenderTimeouts, Outcome};
 ///
 /// A granted loan is *resolved* by exactly three things: its holder completed it (the mailbox word), its holder released it
 /// (a message, or a failed word, or the transport revoked it), or its session was fenced. The three call
-/// [`resolve`](Self::resolve), the only function that lets go of pages somebody could write to. Time resolves nothing: a
+/// `resolve`, the only function that lets go of pages somebody could write to. Time resolves nothing: a
 /// timeout moves a loan into quarantine and asks, first the holder, then the transport.
 ///
 /// Nothing here allocates while loans are merely open: [`poll`](Self::poll) and ticks walk an array of slots.

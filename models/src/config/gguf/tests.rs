@@ -46,7 +46,7 @@ fn frequency_factors_are_read_from_their_tensor() {
 
     // Those of a split file may be in a later part.
     let mut later = GgufWriter::default();
-    later.tensor("rope_freqs.weight", &[8], 0, vec![0, 0, 0, 64].repeat(8));
+    later.tensor("rope_freqs.weight", &[8], 0, [0, 0, 0, 64].repeat(8));
     let parts = [writer(), later].map(|part| Gguf::from_bytes(part.build()).unwrap());
     let scaling = parse(&parts, Path::new("m.gguf")).unwrap().rope.scaling;
     assert_eq!(scaling, RopeScaling::PerFrequency { factors: vec![2.0; 8] });
