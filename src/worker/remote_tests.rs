@@ -294,6 +294,8 @@ fn one_that_leaves_while_its_prompt_is_elsewhere_frees_its_pages_when_they_are_r
     // Not claimed yet: the pages are free at once, and the claim is refused.
     let generation = decode.handle.submit(request(0..70, 9)).unwrap();
     let handoff = decode.next_job();
+    // The job is on its way before the gauges tell of the loan.
+    decode.wait_until(|snapshot| snapshot.pages_lent > 0);
     drop(generation);
     decode.wait_until(|snapshot| snapshot.pages_lent == 0 && snapshot.pages_quarantined == 0);
     decode.says(ToDecode::Claim { handoff });
