@@ -5,7 +5,7 @@ use etcd_client::Client;
 use tokio::sync::watch;
 
 use crate::{
-    card, etcd_at, granted, key,
+    SHORT_LEASE, card, etcd_at, forgetful_etcd_at, granted, key,
     services::{self, Proxy},
     soon,
 };
@@ -53,13 +53,13 @@ async fn workers_are_seen_by_those_who_asked_for_them_and_gone_at_once_when_they
 #[tokio::test(flavor = "multi_thread")]
 async fn a_worker_that_dies_is_gone_when_its_lease_is_over() {
     let service = services::etcd();
-    let watcher = etcd_at(&service.url(), "a");
+    let watcher = forgetful_etcd_at(&service.url(), "a");
     let mut workers = watcher.workers(WorkerFilter::default());
     let worker = tokio::runtime::Builder::new_multi_thread().enable_all().build().unwrap();
     let url = service.url();
     let id = worker
         .spawn(async move {
-            let lease = etcd_at(&url, "a").register(card(Role::Decode, "m", "h:1"));
+            let lease = forgetful_etcd_at(&url, "a").register(card(Role::Decode, "m", "h:1"));
             let id = granted(&lease, None).await;
             // As in a process that is killed, nothing is withdrawn.
             std::mem::forget(lease);
@@ -99,14 +99,14 @@ async fn killing_and_restarting_etcd_changes_nothing_for_those_who_live() {
 #[tokio::test(flavor = "multi_thread")]
 async fn while_etcd_is_away_for_longer_than_a_lease_nobody_is_forgotten() {
     let mut service = services::etcd();
-    let etcd = etcd_at(&service.url(), "a");
+    let etcd = forgetful_etcd_at(&service.url(), "a");
     let mut workers = etcd.workers(WorkerFilter::default());
     let lease = etcd.register(card(Role::Decode, "m", "h:1"));
     let id = granted(&lease, None).await;
     wait_for(&mut workers, &[id]).await;
     service.kill();
     // Time has to pass here: that is the fault.
-    tokio::time::sleep(3 * crate::LEASE_TTL).await;
+    tokio::time::sleep(3 * SHORT_LEASE).await;
     assert!(workers.borrow().contains_key(&id));
     service.restart();
     let another = etcd.register(card(Role::Decode, "m", "h:2"));
@@ -225,14 +225,14 @@ async fn configuration_is_followed_and_survives_the_loss_of_etcds_data() {
 #[tokio::test(flavor = "multi_thread")]
 async fn an_etcd_that_freezes_is_noticed_and_waited_for() {
     let service = services::etcd();
-    let etcd = etcd_at(&service.url(), "a");
+    let etcd = forgetful_etcd_at(&service.url(), "a");
     let mut workers = etcd.workers(WorkerFilter::default());
     let first = etcd.register(card(Role::Decode, "m", "h:1"));
     let first_id = granted(&first, None).await;
     wait_for(&mut workers, &[first_id]).await;
     service.signal("STOP");
     let second = etcd.register(card(Role::Decode, "m", "h:2"));
-    tokio::time::sleep(2 * crate::LEASE_TTL).await;
+    tokio::time::sleep(2 * SHORT_LEASE).await;
     assert!(workers.borrow().contains_key(&first_id));
     service.signal("CONT");
     let second_id = granted(&second, None).await;

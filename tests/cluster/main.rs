@@ -16,8 +16,8 @@ use engine::cluster::{
 
 /// How long anything may take before a test gives up. Not a measurement: the machine may be very busy.
 const PATIENCE: Duration = Duration::from_secs(60);
-/// The shortest lease etcd grants.
-const LEASE_TTL: Duration = Duration::from_secs(2);
+/// The shortest lease etcd grants, for tests in which leases run out. In the others a busy machine must not make them.
+const SHORT_LEASE: Duration = Duration::from_secs(2);
 /// Time without a sign of life after which a job goes to another.
 const ACK_WAIT: Duration = Duration::from_secs(1);
 
@@ -48,7 +48,12 @@ fn card(role: Role, model: &str, address: &str) -> WorkerCard {
 }
 
 fn etcd_at(url: &str, namespace: &str) -> Etcd {
-    Etcd::new(EtcdOptions { lease_ttl: LEASE_TTL, ..EtcdOptions::new(vec![url.into()]) }, namespace).unwrap()
+    Etcd::new(EtcdOptions::new(vec![url.into()]), namespace).unwrap()
+}
+
+/// Whose workers' leases run out soon.
+fn forgetful_etcd_at(url: &str, namespace: &str) -> Etcd {
+    Etcd::new(EtcdOptions { lease_ttl: SHORT_LEASE, ..EtcdOptions::new(vec![url.into()]) }, namespace).unwrap()
 }
 
 async fn nats_at(url: &str, namespace: &str) -> Nats {

@@ -1,11 +1,11 @@
-use std::{path::PathBuf, process::Command};
+use std::{path::PathBuf, process::Command, time::Duration};
 
 use bytes::Bytes;
 use engine::cluster::{Discovery, Etcd, EtcdOptions, Nats, NatsAuth, NatsOptions, Queue, Role};
 use etcd_client::{Client, Permission, PermissionType};
 use tempfile::TempDir;
 
-use crate::{LEASE_TTL, card, granted, key, services, soon};
+use crate::{card, granted, key, services, soon};
 
 #[tokio::test(flavor = "multi_thread")]
 async fn nats_with_a_user_takes_jobs_of_that_user_alone() {
@@ -40,7 +40,7 @@ async fn etcd_with_users_takes_registrations_of_those_it_knows_and_logs_them_in_
     auth.auth_enable().await.unwrap();
     let _ = admin.get("x", None).await;
 
-    let options = EtcdOptions { lease_ttl: LEASE_TTL, ..EtcdOptions::new(vec![service.url()]) };
+    let options = EtcdOptions::new(vec![service.url()]);
     let user = |password: &str| Some(("engine".to_owned(), password.to_owned()));
     let known = Etcd::new(EtcdOptions { user: user("secret"), ..options.clone() }, "a").unwrap();
     let stranger = Etcd::new(EtcdOptions { user: user("wrong"), ..options }, "a").unwrap();
@@ -48,7 +48,7 @@ async fn etcd_with_users_takes_registrations_of_those_it_knows_and_logs_them_in_
     let lease = known.register(card(Role::Decode, "m", "h:1"));
     granted(&lease, None).await;
     // Longer than a login lasts: the next registration needs another.
-    tokio::time::sleep(2 * LEASE_TTL).await;
+    tokio::time::sleep(Duration::from_secs(3)).await;
     let late = known.register(card(Role::Decode, "m", "h:2"));
     let late_id = granted(&late, None).await;
     let mut workers = known.workers(Default::default());
@@ -101,7 +101,7 @@ async fn etcd_over_tls_takes_those_who_show_a_certificate_and_is_believed_if_it_
     let [ca, cert, key] = ["ca.pem", "leaf.pem", "leaf.key"].map(|name| certificates.path(name));
     let flags = ["--cert-file", &cert, "--key-file", &key, "--client-cert-auth", "--trusted-ca-file", &ca];
     let service = services::etcd_with(&flags);
-    let options = EtcdOptions { lease_ttl: LEASE_TTL, ..EtcdOptions::new(vec![service.url()]) };
+    let options = EtcdOptions::new(vec![service.url()]);
     let (ca, identity) = (certificates.ca(), certificates.identity());
     let known = Etcd::new(EtcdOptions { ca: ca.clone(), identity: identity.clone(), ..options.clone() }, "a").unwrap();
     soon("etcd", async { while known.reachable().await.is_err() {} }).await;
