@@ -4,18 +4,14 @@ use std::process::ExitCode;
 
 use engine::{
     cli::Role,
-    frontend, mock,
+    frontend,
     telemetry::init_logging,
     worker::{decode, prefill},
 };
 
-/// Threads for HTTP: few beside an engine, which needs the cores; all of them where there is no model to speak of.
-fn io_threads(role: &Role) -> usize {
-    let cores = std::thread::available_parallelism().map_or(2, |cores| cores.get());
-    match role {
-        Role::Decode(_) | Role::Prefill(_) => (cores / 4).clamp(2, 8),
-        Role::Frontend(_) | Role::Mock(_) => cores,
-    }
+/// Threads for HTTP: few, because the engine needs the cores.
+fn io_threads() -> usize {
+    std::thread::available_parallelism().map_or(2, |cores| cores.get() / 4).clamp(2, 8)
 }
 
 fn main() -> ExitCode {
@@ -31,13 +27,12 @@ fn main() -> ExitCode {
 
 fn start(role: Role) -> anyhow::Result<()> {
     init_logging(&role.log().log_level, role.log().log_format.into())?;
-    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(io_threads(&role)).enable_all().build()?;
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(io_threads()).enable_all().build()?;
     let result = runtime.block_on(async {
         match role {
             Role::Decode(args) => decode::run(args).await,
             Role::Prefill(args) => prefill::run(args).await,
             Role::Frontend(args) => frontend::run(args).await,
-            Role::Mock(args) => mock::run(args).await,
         }
     });
     // Work on blocking threads (a prompt being encoded, a model being loaded) is left behind.

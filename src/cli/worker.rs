@@ -8,7 +8,6 @@ use super::{
         DisaggPolicyArg, KvDTypeArg, LoadFormatArg, TransportArg, parse_millis, parse_seconds, parse_size, parse_within,
     },
 };
-use crate::worker::Pace;
 
 /// Port of a decode worker, and of a frontend.
 pub(super) const DEFAULT_PORT: u16 = 8000;
@@ -117,10 +116,6 @@ pub struct WorkerArgs {
     /// Seconds that running answers have to end after SIGTERM
     #[arg(long, value_name = "SECONDS", value_parser = parse_seconds, default_value = "300", help_heading = "Server")]
     pub shutdown_timeout: Duration,
-
-    /// How long steps take, for workers of a mock.
-    #[arg(skip)]
-    pub pace: Option<Pace>,
 
     /// How it shares prefills.
     #[command(flatten)]

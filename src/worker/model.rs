@@ -7,7 +7,7 @@ use engine_kernels::{
 };
 use engine_models::{ForwardLimits, ModelSource, OpenOptions};
 
-use super::{EngineConfig, KvRequest, ModelRunner, available_memory, pace::Paced, size_kv};
+use super::{EngineConfig, KvRequest, ModelRunner, available_memory, size_kv};
 use crate::{
     cli::WorkerArgs,
     cluster::{ModelCard, ModelKey},
@@ -20,7 +20,7 @@ const CPU_PAGE_ORDER: &str = "keys [head_dim][token], values [token][head_dim]";
 
 /// A model that is ready to compute.
 pub(super) struct Loaded {
-    pub(super) runner: Paced<ModelRunner<CpuBackend>>,
+    pub(super) runner: ModelRunner<CpuBackend>,
     pub(super) config: EngineConfig,
     /// Where its pages are.
     pub(super) region: KvRegion,
@@ -91,7 +91,6 @@ pub(super) fn load(cli: &WorkerArgs, source: &ModelSource, shared: bool) -> Resu
     let loaded = source.load(&mut backend, limits)?;
     let runner = ModelRunner::new(backend, loaded.model, layout, limits.max_logit_rows)?;
     let Some(region) = runner.region() else { bail!("this backend's KV cache cannot be reached") };
-    let runner = Paced::new(runner, cli.pace);
     Ok(Loaded { runner, config, region, key, layout })
 }
 
