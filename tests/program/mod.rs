@@ -3,5 +3,6 @@
 
 pub(crate) mod client;
 mod server;
+mod signal;
 
 pub(crate) use server::Server;

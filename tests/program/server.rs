@@ -9,7 +9,10 @@ use std::{
 
 use serde_json::Value;
 
-use super::client::{self, Events, Response};
+use super::{
+    client::{self, Events, Response},
+    signal,
+};
 use crate::support::demo_model;
 
 /// How long anything may take before a test gives up. Not a measurement: the machine may be very busy.
@@ -125,9 +128,7 @@ impl Server {
 
     /// Sends a signal by name.
     pub(crate) fn signal(&self, name: &str) {
-        let id = self.child.lock().unwrap().id().to_string();
-        let sent = Command::new("kill").args(["-s", name, &id]).status().expect("kill runs");
-        assert!(sent.success());
+        signal::send(self.child.lock().unwrap().id(), name);
     }
 
     /// Waits for its end.

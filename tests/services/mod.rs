@@ -2,6 +2,8 @@
 #![allow(dead_code, unused_imports, reason = "each test uses some of it")]
 
 mod proxy;
+#[path = "../program/signal.rs"]
+mod signal;
 
 pub(crate) use proxy::Proxy;
 
@@ -166,12 +168,7 @@ impl Service {
 
     /// Sends a signal by name.
     pub(crate) fn signal(&self, name: &str) {
-        let id = self.child.as_ref().expect("it runs").id().to_string();
-        assert!(Command::new("kill").args(["-s", name, &id]).status().unwrap().success());
-        // Stopping takes a moment, thread by thread, in which the service still answers.
-        while name == "STOP" && !stopped(&id) {
-            thread::sleep(POLL_PAUSE);
-        }
+        signal::send(self.child.as_ref().expect("it runs").id(), name);
     }
 
     /// `http://…` or `nats://…`.
@@ -193,16 +190,6 @@ impl Service {
     pub(crate) fn log(&self) -> String {
         std::fs::read_to_string(self.log_path()).unwrap_or_default()
     }
-}
-
-/// Whether all threads of a process are stopped.
-fn stopped(id: &str) -> bool {
-    let threads = std::fs::read_dir(format!("/proc/{id}/task")).unwrap();
-    threads.flatten().all(|thread| {
-        // The state follows the name, which is in parentheses and may hold anything.
-        let stat = std::fs::read_to_string(thread.path().join("stat")).unwrap_or_default();
-        stat.rsplit(") ").next().is_none_or(|rest| rest.is_empty() || rest.starts_with('T'))
-    })
 }
 
 impl Drop for Service {
