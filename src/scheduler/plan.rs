@@ -1,5 +1,5 @@
 use super::SlotId;
-use crate::{cache::LentPage, telemetry::StepKind};
+use crate::cache::LentPage;
 
 /// One sequence's part of a step.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -68,14 +68,9 @@ impl StepPlan {
         self.preempted
     }
 
-    /// What the step is made of.
-    pub fn kind(&self) -> StepKind {
-        let decodes = self.entries.iter().filter(|entry| entry.decode).count();
-        match decodes {
-            0 => StepKind::Prefill,
-            _ if decodes == self.entries.len() => StepKind::Decode,
-            _ => StepKind::Mixed,
-        }
+    /// Sequences among the entries that are only decoded.
+    pub fn decodes(&self) -> usize {
+        self.entries.iter().filter(|entry| entry.decode).count()
     }
 
     pub(super) fn clear(&mut self) {

@@ -53,11 +53,11 @@ fn decodes_come_first_and_chunks_share_the_rest_oldest_first() {
     let b = fixture.add(100..115);
     let c = fixture.add(200..205);
     assert_eq!(fixture.step(), [(a, 3, 1), (b, 0, 9)]);
-    assert_eq!(fixture.plan.kind(), crate::telemetry::StepKind::Mixed);
+    assert_eq!(fixture.plan.decodes(), 1);
     assert_eq!(fixture.step(), [(a, 4, 1), (b, 9, 6), (c, 0, 3)]);
     assert_eq!(fixture.step(), [(a, 5, 1), (b, 15, 1), (c, 3, 2)]);
     assert_eq!(fixture.step(), [(a, 6, 1), (b, 16, 1), (c, 5, 1)]);
-    assert_eq!(fixture.plan.kind(), crate::telemetry::StepKind::Decode);
+    assert_eq!(fixture.plan.decodes(), 3);
 }
 
 #[test]

@@ -78,6 +78,17 @@ pub enum StepKind {
     Mixed,
 }
 
+impl StepKind {
+    /// The kind of a step of `sequences` of which `decodes` are only decoded.
+    pub fn of(sequences: usize, decodes: usize) -> Self {
+        match decodes {
+            0 => Self::Prefill,
+            _ if decodes == sequences => Self::Decode,
+            _ => Self::Mixed,
+        }
+    }
+}
+
 impl EngineMetrics {
     /// Records the duration of a step.
     pub fn observe_step(&self, kind: StepKind, duration: Duration) {

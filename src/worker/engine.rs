@@ -24,7 +24,7 @@ use super::{
 use crate::{
     cache::PageHasher,
     scheduler::{AllLocal, Scheduler, SchedulerLimits, SlotId},
-    telemetry::EngineMetrics,
+    telemetry::{EngineMetrics, StepKind},
 };
 
 /// Between two looks into the mailbox while there is nothing to compute: prefill workers on the same host write to it
@@ -134,7 +134,8 @@ impl<R: Runner> Engine<R> {
             self.publish_gauges();
             let metrics = &self.shared.metrics;
             metrics.preemptions.inc_by(self.step.plan.preempted() as u64);
-            metrics.observe_step(self.step.plan.kind(), done - launched);
+            let kind = StepKind::of(self.step.plan.entries().len(), self.step.plan.decodes());
+            metrics.observe_step(kind, done - launched);
             if let Some(lending) = &mut self.lending {
                 lending.stepped(self.step.plan.prompt_tokens(), done - launched);
             }

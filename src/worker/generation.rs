@@ -45,14 +45,13 @@ pub(super) struct EventBounds {
 
 /// The way of a request's events from the engine thread to its reader. All memory is allocated here, on the
 /// submitter's thread, with room for every event of the request: the engine thread never waits and never allocates.
-pub(super) fn channel(id: u64, bounds: EventBounds, cancellations: Arc<AtomicUsize>) -> (Outlet, Generation) {
+pub(super) fn channel(bounds: EventBounds, cancellations: Arc<AtomicUsize>) -> (Outlet, Generation) {
     let (events_in, events_out) = RingBuffer::new(bounds.prompt_tokens + bounds.tokens + 1);
     let (tops_in, tops_out) = RingBuffer::new(bounds.prompt_tokens * bounds.prompt_top + bounds.tokens * bounds.top);
     let reader = Arc::new(Reader::default());
     (
         Outlet { events: events_in, tops: tops_in, reader: reader.clone(), cached_tokens: 0, finished: false },
         Generation {
-            id,
             finished: false,
             reader,
             tops: tops_out,
@@ -149,7 +148,6 @@ impl Drop for Outlet {
 /// one step.
 #[derive(Debug)]
 pub struct Generation {
-    id: u64,
     finished: bool,
     reader: Arc<Reader>,
     tops: Consumer<(u32, f32)>,
@@ -159,11 +157,6 @@ pub struct Generation {
 }
 
 impl Generation {
-    /// Number of the request, for logs: unique in this process.
-    pub fn id(&self) -> u64 {
-        self.id
-    }
-
     /// Prompt tokens found in the cache: certain once the first token has come, for a reader that leaves before
     /// [`Event::Finished`] tells.
     pub fn cached_tokens(&self) -> u32 {
@@ -233,7 +226,7 @@ mod tests {
     use super::*;
 
     fn pair(bounds: EventBounds) -> (Outlet, Generation) {
-        channel(1, bounds, Arc::default())
+        channel(bounds, Arc::default())
     }
 
     #[test]
@@ -275,7 +268,7 @@ mod tests {
     fn a_reader_that_leaves_is_seen() {
         let cancellations = Arc::new(AtomicUsize::new(0));
         let bounds = EventBounds { prompt_tokens: 0, prompt_top: 0, tokens: 1, top: 0 };
-        let (outlet, generation) = channel(1, bounds, cancellations.clone());
+        let (outlet, generation) = channel(bounds, cancellations.clone());
         assert!(!outlet.is_abandoned());
         drop(generation);
         assert!(outlet.is_abandoned());

@@ -162,7 +162,7 @@ pub(super) struct Shared {
     draining: AtomicBool,
     /// Requests in the engine or on the way to it.
     live: watch::Sender<usize>,
-    next_id: AtomicU64,
+    next_prefill: AtomicU64,
 }
 
 impl Shared {
@@ -178,7 +178,7 @@ impl Shared {
             gone: watch::Sender::new(false),
             draining: AtomicBool::new(false),
             live: watch::Sender::new(0),
-            next_id: AtomicU64::new(1),
+            next_prefill: AtomicU64::new(1),
         })
     }
 
@@ -227,7 +227,6 @@ impl EngineHandle {
         let submitted = Instant::now();
         let max_tokens = self.check(&request)?;
         let place = self.shared.enter()?;
-        let id = self.shared.next_id.fetch_add(1, Ordering::Relaxed);
         let alternatives = |wanted: Option<u32>| (wanted.unwrap_or(0) as usize).min(MAX_TOP_LOGPROBS);
         let bounds = EventBounds {
             prompt_tokens: if request.prompt_logprobs.is_some() { request.prompt.len() } else { 0 },
@@ -235,7 +234,7 @@ impl EngineHandle {
             tokens: max_tokens - request.output.len(),
             top: alternatives(request.logprobs),
         };
-        let (outlet, generation) = generation::channel(id, bounds, self.shared.cancellations.clone());
+        let (outlet, generation) = generation::channel(bounds, self.shared.cancellations.clone());
         let mut sequence = Sequence::new(&request.prompt, max_tokens, request.prompt_logprobs.is_some(), &self.hasher);
         sequence.resume(&request.output, &self.hasher);
         let session = Session::new(&request, outlet, submitted, place);
@@ -252,7 +251,7 @@ impl EngineHandle {
         let PrefillRequest { tokens, first_page, exporter } = request;
         self.check_prompt(&tokens)?;
         let place = self.shared.enter()?;
-        let id = self.shared.next_id.fetch_add(1, Ordering::Relaxed);
+        let id = self.shared.next_prefill.fetch_add(1, Ordering::Relaxed);
         let sequence = Sequence::prefill_only(&tokens, &self.hasher);
         let task = PrefillTask { id, sequence, first_page, exporter, place };
         match self.post.send(Message::Prefill(Box::new(task))) {
