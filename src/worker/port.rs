@@ -4,7 +4,7 @@ use std::{
     collections::HashMap,
     sync::{
         Arc, Mutex, OnceLock, PoisonError, RwLock,
-        atomic::{AtomicU32, AtomicU64, Ordering},
+        atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering},
     },
     time::{Duration, Instant},
 };
@@ -17,16 +17,19 @@ use super::{LendingPort, Post};
 use crate::{
     cluster::{Cluster, LeaseId, ModelKey, Role, WorkerFilter},
     handoff::{
-        CostModel, Decision, Epoch, HandoffId, Job, LenderEvent, Limits, MailboxWord, SessionId, Situation, Slot,
-        ToDecode, ToPrefill, WorkerId, decide,
+        CostModel, Decision, Epoch, HandoffId, Job, LenderEvent, Limits, MailboxWord, Reason, SessionId, Situation,
+        Slot, ToDecode, ToPrefill, WorkerId, decide,
     },
     scheduler::{Candidate, Route},
     telemetry::HandoffMetrics,
     transfer::{Mailbox, SessionEvent, SessionServer, Sink},
 };
 
-/// Between two looks at how long the queue is. Jobs of our own are counted as they go.
+/// Between two looks at how long the queue is while prompts are long enough for it to matter. Jobs of our own are counted as
+/// they go.
 const DEPTH_PERIOD: Duration = Duration::from_millis(250);
+/// As many periods pass between two looks while it does not matter: each look of each decode worker is a question to NATS.
+const IDLE_DEPTH_PERIODS: u32 = 8;
 /// Jobs on the way to the queue at a time.
 const PUBLISHING_MAX: usize = 64;
 /// In place of a depth: the queue cannot be reached.
@@ -36,6 +39,8 @@ const UNREACHABLE: u64 = u64::MAX;
 pub(super) struct View {
     prefill_workers: AtomicU32,
     queue_depth: AtomicU64,
+    /// A decision has been made by it since it was last looked at.
+    depth_mattered: AtomicBool,
     limits: RwLock<Limits>,
     metrics: HandoffMetrics,
 }
@@ -43,7 +48,8 @@ pub(super) struct View {
 impl View {
     pub(super) fn new(limits: Limits, metrics: HandoffMetrics) -> Arc<Self> {
         let (prefill_workers, queue_depth) = (AtomicU32::new(0), AtomicU64::new(UNREACHABLE));
-        Arc::new(Self { prefill_workers, queue_depth, limits: RwLock::new(limits), metrics })
+        let depth_mattered = AtomicBool::new(false);
+        Arc::new(Self { prefill_workers, queue_depth, depth_mattered, limits: RwLock::new(limits), metrics })
     }
 
     fn set_workers(&self, workers: usize) {
@@ -100,10 +106,15 @@ impl LendingPort for ClusterPort {
             running: candidate.decoding as u32,
             chunk_tokens: self.chunk_tokens as u32,
         };
-        match decide(&self.view.limits(), &situation, &self.costs, self.started.elapsed()) {
-            Decision::Remote => Route::Remote,
-            Decision::Local(_) => Route::Local,
+        let decision = decide(&self.view.limits(), &situation, &self.costs, self.started.elapsed());
+        let (route, depth_mattered) = match decision {
+            Decision::Remote => (Route::Remote, true),
+            Decision::Local(reason) => (Route::Local, matches!(reason, Reason::Busy | Reason::Sooner)),
+        };
+        if depth_mattered {
+            self.view.depth_mattered.store(true, Ordering::Relaxed);
         }
+        route
     }
 
     fn jobs_ahead(&self) -> u64 {
@@ -225,11 +236,18 @@ pub(super) async fn follow_workers(cluster: Cluster, key: ModelKey, view: Arc<Vi
 pub(super) async fn follow_depth(cluster: Cluster, key: ModelKey, view: Arc<View>) {
     let mut ticks = tokio::time::interval(DEPTH_PERIOD);
     ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    let mut idle_periods = 0;
     loop {
         ticks.tick().await;
         if view.prefill_workers.load(Ordering::Relaxed) == 0 {
             continue;
         }
+        idle_periods += 1;
+        let mattered = view.depth_mattered.swap(false, Ordering::Relaxed);
+        if !mattered && view.depth().is_some() && idle_periods < IDLE_DEPTH_PERIODS {
+            continue;
+        }
+        idle_periods = 0;
         let depth = match cluster.queue.depth(key).await {
             Ok(depth) => Some(depth.waiting),
             Err(error) => {
