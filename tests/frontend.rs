@@ -19,7 +19,7 @@ use engine::{
     frontend::{FrontendConfig, FrontendMetrics, serve},
 };
 use serde_json::{Value, json};
-use served::{Answer, Options, Worker};
+use served::{Answer, NOTHING_FOLLOWS, Options, Worker};
 use tokio::{runtime::Runtime, sync::oneshot};
 
 const CHAT: &str = "/v1/chat/completions";
@@ -45,6 +45,7 @@ impl Front {
         let mut config = FrontendConfig {
             api_keys: Vec::new(),
             body_bytes_max: 1 << 20,
+            body_memory_max: 150 << 10,
             request_timeout: PATIENCE,
             patience: Duration::from_millis(300),
             cluster_token: None,
@@ -80,9 +81,17 @@ impl Front {
         client::request(self.address, "GET", path, &[], b"")
     }
 
+    /// A metric's value, as whoever asks over HTTP is told.
+    fn counts_as_asked(&self, name: &str) -> f64 {
+        Self::value(&self.get("/metrics").text(), name)
+    }
+
     /// A metric's value.
     fn counts(&self, name: &str) -> f64 {
-        let text = self.metrics.render();
+        Self::value(&self.metrics.render(), name)
+    }
+
+    fn value(text: &str, name: &str) -> f64 {
         let line = text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' ')?.parse().ok());
         line.unwrap_or_else(|| panic!("no {name} in\n{text}"))
     }
@@ -241,6 +250,21 @@ fn with_all_workers_dead_the_client_hears_of_it() {
     front.wait_until_there_are(0);
     let response = front.post(COMPLETIONS, &json!({"model": "m", "prompt": "a"}));
     assert_eq!((response.status, response.header("retry-after")), (503, Some("1")));
+}
+
+#[test]
+fn what_no_worker_can_answer_is_asked_of_one() {
+    let (front, _workers, _leases) = with_workers(2, slow);
+    let request = json!({"model": "m", "prompt": "a", "seed": NOTHING_FOLLOWS, "max_tokens": 9, "ignore_eos": true});
+    let response = front.post(COMPLETIONS, &request);
+    assert_eq!((response.status, &response.json()["error"]["code"]), (500, &json!("no_possible_token")));
+    let mut streamed = request;
+    streamed["stream"] = true.into();
+    let events = Events::open(front.address, COMPLETIONS, &streamed).finish();
+    assert_eq!(events.last().unwrap()["error"]["code"], "no_possible_token", "{events:?}");
+    for metric in ["engine_frontend_retries_total", "engine_frontend_migrations_total"] {
+        assert_eq!(front.counts(metric), 0.0, "{metric}");
+    }
 }
 
 #[test]
@@ -406,6 +430,26 @@ fn the_edge_guards_what_is_behind_it() {
     });
     assert_eq!(ask(&[key], "no json").error().0, 400);
     assert_eq!(client::request(front.address, "GET", "/nowhere", &[key], b"").status, 404);
+}
+
+#[test]
+fn large_bodies_share_a_bounded_memory_until_they_are_answered() {
+    let (front, workers, _leases) = with_workers(1, Options::default);
+    workers[0].gate.only(0);
+    let large = |spaces: usize| {
+        let request = json!({"model": "m", "prompt": "a", "max_tokens": 2}).to_string();
+        request + &" ".repeat(spaces)
+    };
+    let (address, first) = (front.address, large(100 << 10));
+    let answered = thread::spawn(move || client::post_bytes(address, COMPLETIONS, first.as_bytes()).status);
+    wait_until("the first is with its worker", || busy(&workers[0]));
+    assert!(front.counts_as_asked("engine_frontend_body_bytes") > 100e3);
+    let refused = client::post_bytes(front.address, COMPLETIONS, large(100 << 10).as_bytes());
+    assert_eq!((refused.status, refused.header("retry-after")), (429, Some("1")));
+    workers[0].gate.open();
+    assert_eq!(answered.join().unwrap(), 200);
+    wait_until("its memory is free", || front.counts_as_asked("engine_frontend_body_bytes") == 0.0);
+    assert_eq!(client::post_bytes(front.address, COMPLETIONS, large(100 << 10).as_bytes()).status, 200);
 }
 
 #[test]

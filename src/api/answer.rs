@@ -169,8 +169,8 @@ impl Answer {
         let deadline = self.deadline;
         let ended = async { while !poll_fn(|context| self.poll_events(context)).await {} };
         tokio::time::timeout_at(deadline, ended).await.map_err(|_| ApiError::timeout())?;
-        if self.has_aborted() {
-            return Err(ApiError::aborted());
+        if let Some(error) = self.failure() {
+            return Err(error);
         }
         let outputs = self.choices.iter().map(|choice| &choice.output).enumerate();
         let names = &*self.serving.config.tokenizer;
@@ -209,14 +209,22 @@ impl Answer {
         Ok(body)
     }
 
-    /// Whether some choice broke off on our side.
-    pub(crate) fn has_aborted(&self) -> bool {
-        self.choices.iter().any(|choice| choice.output.finish == Some(Finish::Aborted))
+    /// What to say if some choice broke off.
+    pub(crate) fn failure(&self) -> Option<ApiError> {
+        match (self.any_ended(Finish::Impossible), self.any_ended(Finish::Aborted)) {
+            (true, _) => Some(ApiError::impossible()),
+            (false, true) => Some(ApiError::aborted()),
+            (false, false) => None,
+        }
     }
 
-    /// Whether whoever reads the stream can have the answer continued elsewhere.
+    /// Whether it broke off where another worker could go on, and whoever reads it can have that done.
     pub(crate) fn can_move(&self) -> bool {
-        self.progress.is_some()
+        self.progress.is_some() && self.any_ended(Finish::Aborted) && !self.any_ended(Finish::Impossible)
+    }
+
+    fn any_ended(&self, finish: Finish) -> bool {
+        self.choices.iter().any(|choice| choice.output.finish == Some(finish))
     }
 
     /// Appends server-sent events with what is new in each choice.

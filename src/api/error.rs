@@ -80,13 +80,19 @@ impl ApiError {
         Self::new(StatusCode::SERVICE_UNAVAILABLE, "draining", "The server is shutting down")
     }
 
-    /// 500: the answer broke off for a reason on our side.
+    /// 503: the answer broke off because this engine is going away.
     pub(crate) fn aborted() -> Self {
         let message = "The engine could not complete the answer; the server's log says why";
-        Self::new(StatusCode::INTERNAL_SERVER_ERROR, "aborted", message)
+        Self::new(StatusCode::SERVICE_UNAVAILABLE, "aborted", message)
     }
 
-    /// 500: something that should not happen.
+    /// 500: the answer broke off where the model had nothing more to say. It would there again.
+    pub(crate) fn impossible() -> Self {
+        let message = "The model gave no possible token (its numbers are not finite)";
+        Self::new(StatusCode::INTERNAL_SERVER_ERROR, "no_possible_token", message)
+    }
+
+    /// 500: something that should not happen, wherever it is asked for.
     pub(crate) fn internal(message: &str) -> Self {
         Self::new(StatusCode::INTERNAL_SERVER_ERROR, "internal_error", message)
     }

@@ -8,7 +8,7 @@ use axum::{
 use futures::StreamExt;
 use serde::de::DeserializeOwned;
 use tokio::{
-    sync::{Semaphore, SemaphorePermit},
+    sync::{OwnedSemaphorePermit, Semaphore},
     time::{Instant, timeout, timeout_at},
 };
 
@@ -33,20 +33,34 @@ const DISCARD_TIME_MAX: Duration = Duration::from_secs(5);
 /// Longest message of the parser that is passed on: it may quote what the client sent.
 const MESSAGE_CHARS_MAX: usize = 300;
 
-/// Memory for bodies that are being read and parsed. The small ones are bounded by the number of connections.
-pub(crate) struct BodyMemory(Semaphore);
+/// Memory for bodies. The small ones are bounded by the number of connections.
+pub(crate) struct BodyMemory {
+    free: Arc<Semaphore>,
+    bytes: usize,
+}
 
 impl BodyMemory {
-    /// Room for a few bodies of `body_bytes_max` at least.
+    /// For bodies that are being read and parsed: room for a few of `body_bytes_max` at least.
     pub(crate) fn new(body_bytes_max: usize) -> Self {
-        Self(Semaphore::new(BODY_MEMORY_BYTES.max(body_bytes_max.saturating_mul(4)).min(Semaphore::MAX_PERMITS)))
+        Self::of(BODY_MEMORY_BYTES.max(body_bytes_max.saturating_mul(4)))
+    }
+
+    /// So many bytes.
+    pub(crate) fn of(bytes: usize) -> Self {
+        let bytes = bytes.min(Semaphore::MAX_PERMITS);
+        Self { free: Arc::new(Semaphore::new(bytes)), bytes }
+    }
+
+    /// Bytes of the large bodies that are kept at the moment.
+    pub(crate) fn used(&self) -> usize {
+        self.bytes - self.free.available_permits()
     }
 }
 
 /// A body in memory, and the leave to keep it there.
-struct Received<'a> {
-    bytes: Vec<u8>,
-    _memory: Option<SemaphorePermit<'a>>,
+pub(crate) struct Received {
+    pub(crate) bytes: Vec<u8>,
+    pub(crate) memory: Option<OwnedSemaphorePermit>,
 }
 
 /// What a body may take.
@@ -54,11 +68,11 @@ struct BodyLimits<'a> {
     bytes: usize,
     pause: Duration,
     time: Duration,
-    memory: Option<&'a BodyMemory>,
+    memory: &'a BodyMemory,
 }
 
 impl<'a> BodyLimits<'a> {
-    fn new(bytes: usize, memory: Option<&'a BodyMemory>) -> Self {
+    fn new(bytes: usize, memory: &'a BodyMemory) -> Self {
         Self { bytes, pause: BODY_PAUSE_MAX, time: BODY_TIME_MAX, memory }
     }
 }
@@ -74,18 +88,18 @@ pub(crate) async fn read_json<T: DeserializeOwned + Send + 'static>(
         let message = "Send the request body as JSON, with the header 'Content-Type: application/json'";
         return Err(ApiError::new(StatusCode::UNSUPPORTED_MEDIA_TYPE, "unsupported_media_type", message));
     }
-    let limits = BodyLimits::new(serving.config.body_bytes_max, Some(&serving.bodies));
+    let limits = BodyLimits::new(serving.config.body_bytes_max, &serving.bodies);
     let received = receive(headers, body, &limits).await?;
     parse_received(received, serving, |bytes| parse_json(bytes)).await
 }
 
 /// Parses a body: a large one on a thread of its own, as what connections are served on has others to look after.
 async fn parse_received<T: Send + 'static>(
-    received: Received<'_>,
+    received: Received,
     serving: &Arc<Serving>,
     parse: impl FnOnce(&[u8]) -> Result<T, ApiError> + Send + 'static,
 ) -> Result<T, ApiError> {
-    let Received { bytes, _memory } = received;
+    let Received { bytes, memory: _memory } = received;
     if bytes.len() <= SMALL_BODY_BYTES {
         return parse(&bytes);
     }
@@ -106,7 +120,7 @@ pub(crate) async fn read_relayed<T: DeserializeOwned + Send + 'static>(
     if journal_bytes > JOURNAL_BYTES_MAX {
         return Err(malformed());
     }
-    let limits = BodyLimits::new(limit + journal_bytes, Some(&serving.bodies));
+    let limits = BodyLimits::new(limit + journal_bytes, &serving.bodies);
     let received = receive(headers, body, &limits).await?;
     let vocab_size = serving.engine.limits().vocab_size;
     let parse = move |bytes: &[u8]| {
@@ -123,12 +137,17 @@ fn is_json(headers: &HeaderMap) -> bool {
     media_type.eq_ignore_ascii_case("application/json")
 }
 
-/// Reads a body of at most `limit` bytes.
-pub(crate) async fn read_body(headers: &HeaderMap, body: Body, limit: usize) -> Result<Vec<u8>, ApiError> {
-    Ok(receive(headers, body, &BodyLimits::new(limit, None)).await?.bytes)
+/// Reads a body of at most `limit` bytes into `memory`.
+pub(crate) async fn read_body(
+    headers: &HeaderMap,
+    body: Body,
+    limit: usize,
+    memory: &BodyMemory,
+) -> Result<Received, ApiError> {
+    receive(headers, body, &BodyLimits::new(limit, memory)).await
 }
 
-async fn receive<'a>(headers: &HeaderMap, body: Body, limits: &BodyLimits<'a>) -> Result<Received<'a>, ApiError> {
+async fn receive(headers: &HeaderMap, body: Body, limits: &BodyLimits<'_>) -> Result<Received, ApiError> {
     let limit = limits.bytes;
     let declared = headers.get(header::CONTENT_LENGTH).and_then(|value| value.to_str().ok()?.parse::<u64>().ok());
     if declared.is_some_and(|bytes| bytes > limit as u64) {
@@ -138,7 +157,7 @@ async fn receive<'a>(headers: &HeaderMap, body: Body, limits: &BodyLimits<'a>) -
     let mut pieces = body.into_data_stream();
     // What was declared has yet to come.
     let mut bytes = Vec::with_capacity((declared.unwrap_or(0) as usize).min(SMALL_BODY_BYTES));
-    let mut memory: Option<SemaphorePermit<'a>> = None;
+    let mut memory: Option<OwnedSemaphorePermit> = None;
     let end = Instant::now() + limits.time;
     loop {
         match timeout_at(end.min(Instant::now() + limits.pause), pieces.next()).await {
@@ -146,7 +165,7 @@ async fn receive<'a>(headers: &HeaderMap, body: Body, limits: &BodyLimits<'a>) -
                 let message = "The request body did not arrive in time";
                 return Err(ApiError::new(StatusCode::REQUEST_TIMEOUT, "body_timeout", message));
             }
-            Ok(None) => return Ok(Received { bytes, _memory: memory }),
+            Ok(None) => return Ok(Received { bytes, memory }),
             Ok(Some(Err(error))) => {
                 let message = format!("The request body could not be read: {error}");
                 return Err(ApiError::new(StatusCode::BAD_REQUEST, "body_unreadable", message));
@@ -157,12 +176,11 @@ async fn receive<'a>(headers: &HeaderMap, body: Body, limits: &BodyLimits<'a>) -
             }
             Ok(Some(Ok(piece))) => {
                 let total = bytes.len() + piece.len();
-                if let Some(leave) = limits.memory
-                    && total > SMALL_BODY_BYTES
-                {
-                    let missing = total - memory.as_ref().map_or(0, SemaphorePermit::num_permits);
+                if total > SMALL_BODY_BYTES {
+                    let missing = total - memory.as_ref().map_or(0, OwnedSemaphorePermit::num_permits);
                     // Not waited for: whoever has some of it already would wait for those who wait for it.
-                    let more = u32::try_from(missing).ok().and_then(|n| leave.0.try_acquire_many(n).ok());
+                    let free = limits.memory.free.clone();
+                    let more = u32::try_from(missing).ok().and_then(|n| free.try_acquire_many_owned(n).ok());
                     let Some(more) = more else {
                         discard_rest(&mut pieces).await;
                         let message = "Too many large request bodies at a time; try again later";
@@ -307,7 +325,7 @@ mod tests {
     }
 
     fn limits(memory: &BodyMemory) -> BodyLimits<'_> {
-        BodyLimits::new(1 << 20, Some(memory))
+        BodyLimits::new(1 << 20, memory)
     }
 
     /// Pieces of a body, each after what it waits for.
@@ -335,19 +353,19 @@ mod tests {
 
     #[tokio::test]
     async fn large_bodies_share_a_bounded_memory_and_give_it_back() {
-        let memory = BodyMemory(Semaphore::new(200 << 10));
+        let memory = BodyMemory::of(200 << 10);
         let ready = || std::future::ready(());
         let large = || body(100, 1 << 10, ready);
         let first = receive(&HeaderMap::new(), large(), &limits(&memory)).await.expect("there is room");
         let second = receive(&HeaderMap::new(), large(), &limits(&memory)).await.expect("there is room");
-        assert_eq!((first.bytes.len(), memory.0.available_permits()), (100 << 10, 0));
+        assert_eq!((first.bytes.len(), memory.used()), (100 << 10, 200 << 10));
         assert_eq!(refused(large(), limits(&memory)).await, StatusCode::TOO_MANY_REQUESTS);
         let small = receive(&HeaderMap::new(), body(64, 1 << 10, ready), &limits(&memory)).await;
         assert!(small.is_ok(), "small ones need no leave");
         drop((first, second));
-        assert_eq!(memory.0.available_permits(), 200 << 10);
+        assert_eq!(memory.used(), 0);
         assert_eq!(refused(body(1 << 20, 2, ready), limits(&memory)).await, StatusCode::TOO_MANY_REQUESTS);
-        assert_eq!(memory.0.available_permits(), 200 << 10);
+        assert_eq!(memory.used(), 0);
     }
 
     #[test]

@@ -15,6 +15,7 @@ mod logprobs;
 mod middleware;
 mod output;
 mod patient;
+mod places;
 pub mod progress;
 mod prompt;
 mod router;
@@ -31,7 +32,7 @@ mod wire;
 
 pub use defaults::Defaults;
 pub use error::ApiError;
-pub(crate) use extract::read_body;
+pub(crate) use extract::{BodyMemory, Received, read_body};
 pub(crate) use info::version;
 pub(crate) use middleware::{check_key, request_id};
 pub(crate) use router::{cors, fallbacks};

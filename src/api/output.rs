@@ -22,8 +22,10 @@ pub(crate) enum Finish {
     Stop,
     /// `max_tokens` or the context.
     Length,
-    /// Not at all: an error on our side.
+    /// Not at all: this engine could not go on.
     Aborted,
+    /// Not at all: no engine could.
+    Impossible,
 }
 
 impl Finish {
@@ -32,7 +34,7 @@ impl Finish {
         match self {
             Self::Stop => "stop",
             Self::Length => "length",
-            Self::Aborted => "error",
+            Self::Aborted | Self::Impossible => "error",
         }
     }
 }
@@ -261,6 +263,7 @@ impl Output {
         self.release(true);
         self.finish = Some(match reason {
             FinishReason::Aborted => Finish::Aborted,
+            FinishReason::Impossible => Finish::Impossible,
             _ if stopped => Finish::Stop,
             FinishReason::Stop => Finish::Stop,
             FinishReason::Length => Finish::Length,

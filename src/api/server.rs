@@ -1,17 +1,22 @@
-use std::{future::Future, io, net::SocketAddr, sync::Arc, time::Duration};
+use std::{convert::Infallible, future::Future, io, net::SocketAddr, sync::Arc, time::Duration};
 
-use axum::{Router, body::Body, extract::Request};
+use axum::{Router, body::Body, extract::Request, response::Response};
 use hyper::{body::Incoming, server::conn::http1, service::service_fn};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use socket2::{Domain, Protocol, Socket, Type};
 use tokio::{
     net::{TcpListener, TcpStream},
-    sync::{Semaphore, watch},
+    sync::watch,
     time::{sleep, timeout},
 };
 use tower::ServiceExt;
 
-use super::{ApiConfig, Serving, patient::Patient, router::router};
+use super::{
+    ApiConfig, Serving,
+    patient::Patient,
+    places::{Answering, Place, Places},
+    router::router,
+};
 use crate::{telemetry::Metrics, worker::EngineHandle};
 
 /// How long a client may take to send a request's headers, or leave a connection idle.
@@ -28,7 +33,7 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 /// Limits of the server itself.
 #[derive(Debug, Clone, Copy)]
 pub struct ServerConfig {
-    /// Connections at a time; further ones wait to be accepted.
+    /// Connections at a time; a further one gets the place of one that is idle, or waits to be accepted.
     pub connections_max: usize,
     /// How long running answers may take to end once the server is told to leave.
     pub drain_timeout: Duration,
@@ -145,17 +150,13 @@ pub(crate) async fn serve_router(
 
 /// Accepts connections for ever.
 async fn accept(listener: &TcpListener, router: Router, connections_max: usize, close: &watch::Sender<()>) {
-    let places = Arc::new(Semaphore::new(connections_max));
+    let places = Places::new(connections_max);
     loop {
-        // The semaphore is never closed.
-        let Ok(place) = places.clone().acquire_owned().await else { return };
+        // Accepted first: an idle connection need not leave before there is somebody to come.
         match listener.accept().await {
             Ok((stream, _)) => {
-                let (router, closing) = (router.clone(), close.subscribe());
-                tokio::spawn(async move {
-                    connection(stream, router, closing).await;
-                    drop(place);
-                });
+                let place = places.take().await;
+                tokio::spawn(connection(stream, place, router.clone(), close.subscribe()));
             }
             Err(error) => {
                 // A connection that broke before it was accepted, or no file descriptors left: the latter passes only
@@ -167,12 +168,20 @@ async fn accept(listener: &TcpListener, router: Router, connections_max: usize, 
     }
 }
 
-async fn connection(stream: TcpStream, router: Router, mut closing: watch::Receiver<()>) {
+async fn connection(stream: TcpStream, place: Place, router: Router, mut closing: watch::Receiver<()>) {
     // A token's event goes out when it is written: it must not wait for the previous one to be acknowledged.
     if let Err(error) = stream.set_nodelay(true) {
         tracing::debug!(%error, "cannot set TCP_NODELAY");
     }
-    let service = service_fn(move |request: Request<Incoming>| router.clone().oneshot(request.map(Body::new)));
+    let place = Arc::new(place);
+    let working = place.clone();
+    let service = service_fn(move |request: Request<Incoming>| {
+        let (_working, answer) = (working.work(), router.clone().oneshot(request.map(Body::new)));
+        async move {
+            let response: Response = answer.await?;
+            Ok::<_, Infallible>(response.map(|body| Answering { body, _working }))
+        }
+    });
     let mut builder = http1::Builder::new();
     builder.timer(TokioTimer::new()).header_read_timeout(HEADERS_TIME_MAX);
     let stream = Patient::new(stream, WRITE_STALL_MAX);
@@ -191,6 +200,47 @@ async fn connection(stream: TcpStream, router: Router, mut closing: watch::Recei
                 told = true;
                 connection.as_mut().graceful_shutdown();
             }
+            // A request that has come this moment is still answered.
+            () = place.asked_to_leave(), if !told => {
+                told = true;
+                connection.as_mut().graceful_shutdown();
+            }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use axum::routing::get;
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+
+    use super::*;
+
+    async fn asks(stream: &mut TcpStream) {
+        stream.write_all(b"GET / HTTP/1.1\r\nHost: a\r\n\r\n").await.unwrap();
+        let mut answer = Vec::new();
+        while !answer.ends_with(b"hello") {
+            assert!(stream.read_buf(&mut answer).await.unwrap() > 0, "the connection ended");
+        }
+    }
+
+    #[tokio::test]
+    async fn a_connection_that_is_not_used_gives_way_to_a_new_one() {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let router = Router::new().route("/", get(|| async { "hello" }));
+        let config = ServerConfig { connections_max: 2, drain_timeout: Duration::ZERO };
+        tokio::spawn(serve_router(listener, router, config, std::future::pending(), std::future::ready(())));
+        let mut first = TcpStream::connect(address).await.unwrap();
+        asks(&mut first).await;
+        // One that never says anything is as idle as one that has been answered.
+        let mut second = TcpStream::connect(address).await.unwrap();
+        let mut third = TcpStream::connect(address).await.unwrap();
+        asks(&mut third).await;
+        assert_eq!(first.read(&mut [0; 8]).await.unwrap(), 0, "the first has been idle for longest");
+        let mut fourth = TcpStream::connect(address).await.unwrap();
+        asks(&mut fourth).await;
+        assert_eq!(second.read(&mut [0; 8]).await.unwrap(), 0);
+        asks(&mut third).await;
     }
 }

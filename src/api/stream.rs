@@ -60,7 +60,7 @@ impl Stream for EventStream {
             let Some(answer) = &mut this.answer else { return Poll::Ready(None) };
             match answer.poll_events(context) {
                 Poll::Ready(ended) => {
-                    if answer.has_aborted() && answer.can_move() {
+                    if answer.can_move() {
                         // A body that breaks off is what makes a frontend go elsewhere.
                         this.answer = None;
                         return Poll::Ready(Some(Err(io::Error::other("the engine stopped"))));
@@ -93,8 +93,8 @@ impl Stream for EventStream {
 }
 
 fn write_news(answer: &mut Answer, ended: bool, buffer: &mut BytesMut) -> Result<(), ApiError> {
-    if answer.has_aborted() {
-        return Err(ApiError::aborted());
+    if let Some(error) = answer.failure() {
+        return Err(error);
     }
     answer.write_chunks(buffer)?;
     if ended && answer.include_usage {

@@ -39,7 +39,11 @@ pub struct FrontendArgs {
     #[arg(long, value_name = "SIZE", value_parser = parse_size, default_value = "16MiB", help_heading = "Server")]
     pub max_body_size: usize,
 
-    /// Connections at a time; further ones wait to be accepted
+    /// All bodies of more than 64 KiB together, which are kept until their answers end; beyond it, 429
+    #[arg(long, value_name = "SIZE", value_parser = parse_size, default_value = "1GiB", help_heading = "Server")]
+    pub max_body_memory: usize,
+
+    /// Connections at a time; a further one gets the place of one that is idle, or waits
     #[arg(long, value_name = "N", default_value_t = 4096, help_heading = "Server")]
     pub max_connections: usize,
 

@@ -9,7 +9,7 @@ use hyper::{
     http::uri::PathAndQuery,
 };
 use tokio::{
-    sync::watch,
+    sync::{OwnedSemaphorePermit, watch},
     time::{Instant, sleep, sleep_until},
 };
 
@@ -22,7 +22,7 @@ use super::{
 };
 use crate::{
     api::{
-        ApiError,
+        ApiError, Received,
         progress::{CLUSTER_TOKEN_HEADER, PROGRESS_HEADER, RESUME_HEADER},
     },
     cluster::{LeaseId, ModelKey},
@@ -46,13 +46,16 @@ pub(super) struct Asked {
     path: PathAndQuery,
     headers: HeaderMap,
     body: Bytes,
+    /// Leave to keep it.
+    _memory: Option<OwnedSemaphorePermit>,
     pub(super) peek: Option<Peek>,
     pub(super) arrived: Instant,
     pub(super) deadline: Instant,
 }
 
 impl Asked {
-    pub(super) fn new(path: PathAndQuery, given: &HeaderMap, body: Bytes, timeout: Duration) -> Self {
+    pub(super) fn new(path: PathAndQuery, given: &HeaderMap, received: Received, timeout: Duration) -> Self {
+        let Received { bytes, memory } = received;
         let mut headers = HeaderMap::with_capacity(PASSED_ON.len());
         for name in PASSED_ON {
             if let Some(value) = given.get(name) {
@@ -60,7 +63,8 @@ impl Asked {
             }
         }
         let arrived = Instant::now();
-        Self { path, headers, peek: Peek::read(&body), body, arrived, deadline: arrived + timeout }
+        let peek = Peek::read(&bytes);
+        Self { path, headers, body: bytes.into(), _memory: memory, peek, arrived, deadline: arrived + timeout }
     }
 
     pub(super) fn streams(&self) -> bool {
@@ -275,15 +279,9 @@ impl Frontend {
 }
 
 /// Whether another worker may answer what one has answered so: too busy, leaving, failed, or not reached by something in
-/// between.
+/// between. A 500 is about the request: the others would say it too.
 fn may_pass(status: StatusCode) -> bool {
-    matches!(
-        status,
-        StatusCode::TOO_MANY_REQUESTS
-            | StatusCode::SERVICE_UNAVAILABLE
-            | StatusCode::BAD_GATEWAY
-            | StatusCode::INTERNAL_SERVER_ERROR
-    )
+    matches!(status, StatusCode::TOO_MANY_REQUESTS | StatusCode::SERVICE_UNAVAILABLE | StatusCode::BAD_GATEWAY)
 }
 
 async fn wait_for_change(table: &mut watch::Receiver<Arc<Table>>) {

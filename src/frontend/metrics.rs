@@ -23,6 +23,8 @@ pub struct FrontendMetrics {
     pub(super) migrations: IntCounter,
     /// Answers broken off because no worker could go on with them.
     pub(super) broken: IntCounter,
+    /// Bytes of large requests' bodies that are kept until their answers end.
+    pub(super) body_bytes: IntGauge,
     /// From a request's arrival to the first data for its client.
     pub(super) first_data: Histogram,
 }
@@ -48,6 +50,7 @@ impl FrontendMetrics {
                 "engine_frontend_broken_total",
                 "Answers broken off for want of a worker to continue them.",
             ),
+            body_bytes: gauge("engine_frontend_body_bytes", "Bytes of large requests kept until they are answered."),
             first_data: registered(&registry, Histogram::with_opts(first_data.buckets(FIRST_BYTE_BUCKETS.to_vec()))),
             registry,
         }

@@ -28,15 +28,20 @@ use std::{sync::Arc, time::Duration};
 use hyper::header::HeaderValue;
 use tokio::sync::watch;
 
-use crate::cluster::{Cluster, Role, WorkerFilter};
+use crate::{
+    api::BodyMemory,
+    cluster::{Cluster, Role, WorkerFilter},
+};
 
 /// A frontend's limits and secrets.
 #[derive(Debug, Clone)]
 pub struct FrontendConfig {
     /// Clients have to know one of these; none: anyone may ask. They go on to the workers, which may have keys too.
     pub api_keys: Vec<String>,
-    /// Bytes of a request's body at most. Bodies are kept until their answers end.
+    /// Bytes of a request's body at most.
     pub body_bytes_max: usize,
+    /// Bytes of all large bodies together at most. They are kept until their answers end.
+    pub body_memory_max: usize,
     /// How long an answer may take from its request, moves to other workers included.
     pub request_timeout: Duration,
     /// How long an answer whose worker was lost waits for one to continue it, where there is none.
@@ -53,6 +58,7 @@ pub(crate) struct Frontend {
     metrics: FrontendMetrics,
     table: watch::Receiver<Arc<workers::Table>>,
     token: Option<HeaderValue>,
+    bodies: BodyMemory,
     /// Start, seconds since 1970: the models' `created`.
     started: u64,
     draining: std::sync::atomic::AtomicBool,
@@ -78,6 +84,7 @@ impl Frontend {
         Arc::new(Self {
             table: workers::follow(live, cluster.loads.reports(), metrics.clone()),
             token,
+            bodies: BodyMemory::of(config.body_memory_max),
             config,
             metrics,
             started: crate::api::unix_seconds(),

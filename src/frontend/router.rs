@@ -69,10 +69,10 @@ async fn ask(
     headers: HeaderMap,
     body: Body,
 ) -> Result<Response, ApiError> {
-    let body = read_body(&headers, body, frontend.config.body_bytes_max).await?;
+    let body = read_body(&headers, body, frontend.config.body_bytes_max, &frontend.bodies).await?;
     let in_flight = frontend.enter()?;
     let path = uri.path_and_query().cloned().unwrap_or(PathAndQuery::from_static("/"));
-    let asked = Asked::new(path, &headers, body.into(), frontend.config.request_timeout);
+    let asked = Asked::new(path, &headers, body, frontend.config.request_timeout);
     let mut attempts = Attempts::default();
     loop {
         let placed = frontend.place(&asked, &Bytes::new(), None, &mut attempts).await;
@@ -154,6 +154,7 @@ async fn ready(State(frontend): State<Arc<Frontend>>) -> Result<&'static str, Ap
 /// `GET /metrics`, in Prometheus' text format.
 async fn metrics(State(frontend): State<Arc<Frontend>>) -> Response {
     let text = HeaderValue::from_static("text/plain; version=0.0.4; charset=utf-8");
+    frontend.metrics.body_bytes.set(frontend.bodies.used() as i64);
     ([(header::CONTENT_TYPE, text)], frontend.metrics.render()).into_response()
 }
 

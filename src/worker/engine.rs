@@ -271,7 +271,7 @@ impl<R: Runner> Engine<R> {
                 if sampled.impossible {
                     // Anything said now would be made up.
                     tracing::error!(position, "the model gave no possible token (NaN?): the request is aborted");
-                    end = Some(FinishReason::Aborted);
+                    end = Some(FinishReason::Impossible);
                     break;
                 }
                 let sequence = scheduler.sequence(entry.slot);

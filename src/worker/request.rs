@@ -42,8 +42,10 @@ pub enum FinishReason {
     Stop,
     /// `max_tokens` or the context length was reached.
     Length,
-    /// The engine is going away (a second SIGTERM, a failed device), or the model gave nothing a token could be drawn from.
+    /// The engine is going away: a second SIGTERM, a failed device. Another may answer.
     Aborted,
+    /// The model gave nothing a token could be drawn from, as others with the same model would.
+    Impossible,
 }
 
 /// What a [`Generation`](super::Generation) yields: the prompt's tokens if their log-probabilities were asked for, each

@@ -116,7 +116,7 @@ fn a_request_that_nothing_can_follow_is_aborted_and_no_other() {
     hopeless.sampling.seed = NOTHING_FOLLOWS;
     let mut generation = handle.submit(hopeless).unwrap();
     let (events, reason, _) = block_on(collect(&mut generation));
-    assert_eq!((events, reason), (vec![], FinishReason::Aborted));
+    assert_eq!((events, reason), (vec![], FinishReason::Impossible));
     assert_eq!(handle.status(), EngineStatus::Running);
     assert_answers(&handle, &[request(0..9, 5)]);
 }

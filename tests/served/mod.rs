@@ -38,6 +38,9 @@ static TOKENIZER: LazyLock<Arc<Tokenizer>> = LazyLock::new(|| {
     Arc::new(source.tokenizer().unwrap())
 });
 
+/// A seed whose requests no token can follow, as if the model gave NaN.
+pub(crate) const NOTHING_FOLLOWS: u64 = 404;
+
 /// Holds steps back, or lets them go.
 #[derive(Default)]
 pub(crate) struct Gate {
@@ -111,6 +114,7 @@ impl Runner for Digests {
                 RowTask::Sample { .. } => {}
             }
             *sampled = Sampled { token, logprob: -((state >> 40) as f32) / 1e7, ..Sampled::default() };
+            sampled.impossible = seed == NOTHING_FOLLOWS && row.output.len() == 3;
             for alternative in 0..row.logprobs.unwrap_or(0) {
                 sampled.top[alternative as usize] = (token + alternative, sampled.logprob - alternative as f32);
                 sampled.top_len = alternative + 1;

@@ -1,0 +1,190 @@
+use std::{
+    collections::BTreeMap,
+    pin::Pin,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    task::{Context, Poll},
+    time::Duration,
+};
+
+use hyper::body::{Body, Frame, SizeHint};
+use tokio::{
+    sync::{Notify, OwnedSemaphorePermit, Semaphore},
+    time::timeout,
+};
+
+/// Between two looks for an idle connection while all are busy and another waits.
+const LOOK_PERIOD: Duration = Duration::from_millis(100);
+
+/// The places that a server has for connections. Clients keep connections that they do not use; when all places are taken,
+/// whoever comes gets the place of the connection that has been idle for longest.
+pub(super) struct Places {
+    free: Arc<Semaphore>,
+    idle: Mutex<Idle>,
+}
+
+#[derive(Default)]
+struct Idle {
+    /// In the order in which they became idle.
+    connections: BTreeMap<u64, Arc<Notify>>,
+    next: u64,
+}
+
+impl Places {
+    pub(super) fn new(number: usize) -> Arc<Self> {
+        Arc::new(Self { free: Arc::new(Semaphore::new(number)), idle: Mutex::default() })
+    }
+
+    /// Waits for a place, and has an idle connection leave for it where none is free.
+    pub(super) async fn take(self: &Arc<Self>) -> Place {
+        loop {
+            let permit = match self.free.clone().try_acquire_owned() {
+                Ok(permit) => Some(permit),
+                Err(_) => {
+                    self.ask_one_to_leave();
+                    // The semaphore is never closed: what runs out is time.
+                    timeout(LOOK_PERIOD, self.free.clone().acquire_owned()).await.ok().and_then(Result::ok)
+                }
+            };
+            if let Some(permit) = permit {
+                let place =
+                    Place { places: self.clone(), asked: Arc::default(), ticket: Mutex::default(), _permit: permit };
+                place.rest();
+                return place;
+            }
+        }
+    }
+
+    fn idle(&self) -> MutexGuard<'_, Idle> {
+        // Nothing panics with the lock held; the list would be whole anyway.
+        self.idle.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn ask_one_to_leave(&self) {
+        if let Some((_, connection)) = self.idle().connections.pop_first() {
+            connection.notify_one();
+        }
+    }
+}
+
+/// A connection's place, free again when it is dropped.
+pub(super) struct Place {
+    places: Arc<Places>,
+    /// Rings when it is to leave.
+    asked: Arc<Notify>,
+    /// Its number among the idle ones.
+    ticket: Mutex<Option<u64>>,
+    _permit: OwnedSemaphorePermit,
+}
+
+impl Place {
+    /// Resolves when another connection needs the place and this one is not in use.
+    pub(super) async fn asked_to_leave(&self) {
+        self.asked.notified().await;
+    }
+
+    /// A request has come: until what this returns is dropped, the connection is not idle.
+    pub(super) fn work(self: &Arc<Self>) -> Working {
+        if let Some(ticket) = self.ticket().take() {
+            self.places.idle().connections.remove(&ticket);
+        }
+        Working(self.clone())
+    }
+
+    fn rest(&self) {
+        let mut idle = self.places.idle();
+        let ticket = idle.next;
+        idle.next += 1;
+        idle.connections.insert(ticket, self.asked.clone());
+        drop(idle);
+        *self.ticket() = Some(ticket);
+    }
+
+    fn ticket(&self) -> MutexGuard<'_, Option<u64>> {
+        self.ticket.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        if let Some(ticket) = self.ticket().take() {
+            self.places.idle().connections.remove(&ticket);
+        }
+    }
+}
+
+/// Held while a connection is in use.
+pub(super) struct Working(Arc<Place>);
+
+impl Drop for Working {
+    fn drop(&mut self) {
+        self.0.rest();
+    }
+}
+
+/// An answer's body, during which the connection is in use.
+pub(super) struct Answering<B> {
+    pub(super) body: B,
+    pub(super) _working: Working,
+}
+
+impl<B: Body + Unpin> Body for Answering<B> {
+    type Data = B::Data;
+    type Error = B::Error;
+
+    fn poll_frame(
+        self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Self::Data>, Self::Error>>> {
+        Pin::new(&mut self.get_mut().body).poll_frame(context)
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.body.is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.body.size_hint()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use futures::FutureExt;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn whoever_comes_gets_the_place_that_has_been_idle_for_longest() {
+        let places = Places::new(3);
+        let [first, second, third] = [places.take().await, places.take().await, places.take().await].map(Arc::new);
+        // The first is busy, the second has been until now: the third has been idle for longest.
+        let busy = first.work();
+        drop(second.work());
+        let newcomer = tokio::spawn({
+            let places = places.clone();
+            async move { drop(places.take().await) }
+        });
+        third.asked_to_leave().await;
+        assert!(first.asked_to_leave().now_or_never().is_none());
+        drop(third);
+        newcomer.await.unwrap();
+        drop((busy, second, first));
+        assert_eq!((places.free.available_permits(), places.idle().connections.len()), (3, 0));
+    }
+
+    #[tokio::test]
+    async fn with_all_busy_one_waits_for_the_first_to_end_its_work() {
+        let places = Places::new(1);
+        let only = Arc::new(places.take().await);
+        let busy = only.work();
+        let newcomer = tokio::spawn({
+            let places = places.clone();
+            async move { drop(places.take().await) }
+        });
+        tokio::task::yield_now().await;
+        drop(busy);
+        only.asked_to_leave().await;
+        drop(only);
+        newcomer.await.unwrap();
+    }
+}
