@@ -8,6 +8,7 @@ pub mod cli;
 pub mod cluster;
 pub mod frontend;
 pub mod handoff;
+pub mod mock;
 pub mod scheduler;
 pub mod telemetry;
 pub mod transfer;

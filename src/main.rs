@@ -4,14 +4,18 @@ use std::process::ExitCode;
 
 use engine::{
     cli::Role,
-    frontend,
+    frontend, mock,
     telemetry::init_logging,
-    worker::{decode, prefill},
+    worker::{Ready, decode, prefill},
 };
 
-/// Threads for HTTP: few, because the engine needs the cores.
-fn io_threads() -> usize {
-    std::thread::available_parallelism().map_or(2, |cores| cores.get() / 4).clamp(2, 8)
+/// Threads for HTTP: few beside an engine, which needs the cores; all of them where there is no model to speak of.
+fn io_threads(role: &Role) -> usize {
+    let cores = std::thread::available_parallelism().map_or(2, |cores| cores.get());
+    match role {
+        Role::Decode(_) | Role::Prefill(_) => (cores / 4).clamp(2, 8),
+        Role::Frontend(_) | Role::Mock(_) => cores,
+    }
 }
 
 fn main() -> ExitCode {
@@ -25,14 +29,26 @@ fn main() -> ExitCode {
     }
 }
 
+/// Allows this process as many open files as the system lets it have. The usual limit of 1,024 is there for programs that use
+/// `select`, and fewer than the connections and sessions that are promised.
+fn open_more_files() {
+    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+    let limit = getrlimit(Resource::Nofile);
+    if let Err(error) = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, ..limit }) {
+        tracing::warn!(%error, "the limit of open files stays where it is");
+    }
+}
+
 fn start(role: Role) -> anyhow::Result<()> {
     init_logging(&role.log().log_level, role.log().log_format.into())?;
-    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(io_threads()).enable_all().build()?;
+    open_more_files();
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(io_threads(&role)).enable_all().build()?;
     let result = runtime.block_on(async {
         match role {
-            Role::Decode(args) => decode::run(args).await,
-            Role::Prefill(args) => prefill::run(args).await,
+            Role::Decode(args) => decode::run(args, Ready::print).await,
+            Role::Prefill(args) => prefill::run(args, Ready::print).await,
             Role::Frontend(args) => frontend::run(args).await,
+            Role::Mock(args) => mock::run(args).await,
         }
     });
     // Work on blocking threads (a prompt being encoded, a model being loaded) is left behind.

@@ -6,7 +6,7 @@ use super::values::parse_namespace;
 use crate::cluster::{ClusterOptions, EtcdOptions, NatsAuth, NatsOptions};
 
 /// How to reach the cluster's services, and how to be reached.
-#[derive(Debug, Args)]
+#[derive(Debug, Clone, Args)]
 #[command(next_help_heading = "Cluster")]
 pub struct ClusterArgs {
     /// etcd's endpoints, as http://host:2379 [default: 127.0.0.1:2379, if etcd and NATS answer there]

@@ -3,11 +3,13 @@
 
 mod cluster;
 mod frontend;
+mod mock;
 mod values;
 mod worker;
 
 pub use cluster::ClusterArgs;
 pub use frontend::FrontendArgs;
+pub use mock::MockArgs;
 pub use values::{DisaggPolicyArg, KvDTypeArg, LoadFormatArg, LogFormatArg, TransportArg};
 pub use worker::{DisaggArgs, WorkerArgs};
 
@@ -29,6 +31,8 @@ struct Cli {
 enum Command {
     /// The cluster's HTTP edge: spreads requests over decode workers, and moves them when one dies
     Frontend(FrontendArgs),
+    /// Many workers in one process that compute nothing, to measure and try out clusters
+    Mock(MockArgs),
 }
 
 /// What the process is asked to be.
@@ -40,6 +44,8 @@ pub enum Role {
     Prefill(WorkerArgs),
     /// A frontend.
     Frontend(FrontendArgs),
+    /// Many workers without hardware.
+    Mock(MockArgs),
 }
 
 impl Role {
@@ -57,6 +63,7 @@ impl Role {
         let Cli { command, worker } = Cli::try_parse_from(line)?;
         match command {
             Some(Command::Frontend(frontend)) => Ok(Self::Frontend(frontend)),
+            Some(Command::Mock(mock)) => Ok(Self::Mock(mock)),
             None if worker.disagg.is_prefill_worker => Ok(Self::Prefill(worker)),
             None if worker.model.is_none() => {
                 let say = "--model is missing: a directory, a .gguf file, or a model of the hub as Qwen/Qwen3-0.6B";
@@ -71,6 +78,7 @@ impl Role {
         match self {
             Self::Decode(worker) | Self::Prefill(worker) => &worker.log,
             Self::Frontend(frontend) => &frontend.log,
+            Self::Mock(mock) => &mock.log,
         }
     }
 }
@@ -129,6 +137,7 @@ mod tests {
         assert!(matches!(parse(&["--model", "m"]), Ok(Role::Decode(_))));
         assert!(matches!(parse(&["--is-prefill-worker"]), Ok(Role::Prefill(_))));
         assert!(matches!(parse(&["frontend"]), Ok(Role::Frontend(_))));
+        assert!(matches!(parse(&["mock", "--step-time", "0"]), Ok(Role::Mock(_))));
     }
 
     #[test]

@@ -166,6 +166,24 @@ pub(super) fn parse_millis(text: &str) -> Result<Duration, String> {
     Ok(Duration::from_secs_f64(millis / 1e3))
 }
 
+/// How long a mock's step takes, in milliseconds.
+pub(super) fn parse_step_time(text: &str) -> Result<Duration, String> {
+    parse_pace(text, 1e3)
+}
+
+/// How long a prompt's token takes in a mock, in microseconds.
+pub(super) fn parse_token_time(text: &str) -> Result<Duration, String> {
+    parse_pace(text, 1e6)
+}
+
+fn parse_pace(text: &str, per_second: f64) -> Result<Duration, String> {
+    let number: f64 = text.parse().map_err(|_| format!("'{text}' is no number"))?;
+    if !(0.0..=1e6).contains(&number) {
+        return Err(format!("'{text}' is not between 0 and 1e6"));
+    }
+    Ok(Duration::from_secs_f64(number / per_second))
+}
+
 /// A name that may stand in etcd's keys and NATS's subjects.
 pub(super) fn parse_namespace(text: &str) -> Result<String, String> {
     let valid = |c: char| c.is_ascii_alphanumeric() || c == '-' || c == '_';

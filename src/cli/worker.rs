@@ -8,6 +8,7 @@ use super::{
         DisaggPolicyArg, KvDTypeArg, LoadFormatArg, TransportArg, parse_millis, parse_seconds, parse_size, parse_within,
     },
 };
+use crate::worker::MockModel;
 
 /// Port of a decode worker, and of a frontend.
 pub(super) const DEFAULT_PORT: u16 = 8000;
@@ -105,7 +106,7 @@ pub struct WorkerArgs {
     #[arg(long, value_name = "SIZE", value_parser = parse_size, default_value = "16MiB", conflicts_with = "is_prefill_worker", help_heading = "Server")]
     pub max_body_size: usize,
 
-    /// Connections at a time; further ones wait to be accepted
+    /// Connections at a time; a further one gets the place of one that is idle, or waits
     #[arg(long, value_name = "N", default_value_t = 1024, help_heading = "Server")]
     pub max_connections: usize,
 
@@ -116,6 +117,10 @@ pub struct WorkerArgs {
     /// Seconds that running answers have to end after SIGTERM
     #[arg(long, value_name = "SECONDS", value_parser = parse_seconds, default_value = "300", help_heading = "Server")]
     pub shutdown_timeout: Duration,
+
+    /// In place of a model, for workers of a mock.
+    #[arg(skip)]
+    pub mock: Option<MockModel>,
 
     /// How it shares prefills.
     #[command(flatten)]

@@ -63,6 +63,9 @@ type Answer<T> = Result<T, Refusal>;
 /// Why a connection did not become a session, as the decode worker sees it.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum HandshakeError {
+    /// Somebody looked whether anybody listens, as workers that start do to find sockets left behind.
+    #[error("it left without a word")]
+    Silent,
     /// Whatever connected is no prefill worker.
     #[error("not the session protocol: {0}")]
     Protocol(&'static str),
@@ -80,7 +83,10 @@ pub(super) async fn accept(
     token: &ClusterToken,
     check: impl FnOnce(&Hello) -> Result<(), Refusal>,
 ) -> Result<Hello, HandshakeError> {
-    let hello_bytes = read_frame(socket, None).await?;
+    let hello_bytes = match read_frame(socket, None).await {
+        Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => return Err(HandshakeError::Silent),
+        read => read?,
+    };
     let (version, _) = postcard::take_from_bytes::<u32>(&hello_bytes).map_err(|_| HandshakeError::Protocol("hello"))?;
     if version != VERSION {
         return refuse(socket, Refusal::Version { ours: VERSION }).await;

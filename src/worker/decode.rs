@@ -1,12 +1,12 @@
 //! The decode role: a model, its engine thread, the OpenAI API over it, and the cluster it may be part of.
 
-use std::{io::Write, net::SocketAddr, sync::Arc};
+use std::{net::SocketAddr, sync::Arc};
 
 use anyhow::{Context, Result, bail};
 use engine_models::{ModelSource, Tokenizer};
 
 use super::{
-    Engine, EngineStatus, lender,
+    Engine, EngineStatus, Ready, lender,
     membership::{self, Particulars},
     model::{self, Loaded},
     signals::Signals,
@@ -19,8 +19,8 @@ use crate::{
     telemetry::Metrics,
 };
 
-/// Loads the model and serves it until a signal comes.
-pub async fn run(cli: WorkerArgs) -> Result<()> {
+/// Loads the model and serves it until a signal comes. `ready` hears when and where it begins to.
+pub async fn run(cli: WorkerArgs, ready: impl FnOnce(Ready)) -> Result<()> {
     // An address that cannot be had is said now, not after minutes of loading.
     let bound = api::bind(&cli.host, cli.port()).await?;
     let limits = limits(&cli.disagg)?;
@@ -53,7 +53,7 @@ pub async fn run(cli: WorkerArgs) -> Result<()> {
         lender.follow(&cluster, lease.id());
         lease
     });
-    announce(&config, address);
+    ready(Ready { address, text: announcement(&config, address) });
     let server = ServerConfig { connections_max: cli.max_connections, drain_timeout: cli.shutdown_timeout };
     let failed = engine.clone();
     let shutdown = async move {
@@ -164,8 +164,8 @@ fn chat_template(cli: &WorkerArgs, source: &ModelSource) -> Result<Option<ChatTe
     }
 }
 
-/// Says on standard output what is served and how to try it.
-fn announce(config: &ApiConfig, address: SocketAddr) {
+/// What is served and how to try it.
+fn announcement(config: &ApiConfig, address: SocketAddr) -> String {
     let name = &config.model_names[0];
     let key = if config.api_keys.is_empty() { "" } else { " -H \"Authorization: Bearer $ENGINE_API_KEY\"" };
     let (path, body) = match config.template {
@@ -180,12 +180,9 @@ fn announce(config: &ApiConfig, address: SocketAddr) {
             format!(r#"{{"model": "{name}", "prompt": "The sky is blue because", "max_tokens": 64, "stream": true}}"#),
         ),
     };
-    let text = format!(
+    format!(
         "engine {} serves {name} on http://{address}\n\
          Try it:\n  curl -N http://{address}/v1/{path} -H 'Content-Type: application/json'{key} -d '{body}'\n",
         env!("CARGO_PKG_VERSION"),
-    );
-    // Nobody may be reading; the server serves all the same.
-    let mut out = std::io::stdout();
-    let _ = out.write_all(text.as_bytes()).and_then(|()| out.flush());
+    )
 }

@@ -7,7 +7,7 @@ use engine_kernels::{
 };
 use engine_models::{ForwardLimits, ModelSource, OpenOptions};
 
-use super::{EngineConfig, KvRequest, ModelRunner, available_memory, size_kv};
+use super::{EngineConfig, KvRequest, ModelRunner, Runner, available_memory, mock_runner::MockRunner, size_kv};
 use crate::{
     cli::WorkerArgs,
     cluster::{ModelCard, ModelKey},
@@ -20,7 +20,7 @@ const CPU_PAGE_ORDER: &str = "keys [head_dim][token], values [token][head_dim]";
 
 /// A model that is ready to compute.
 pub(super) struct Loaded {
-    pub(super) runner: ModelRunner<CpuBackend>,
+    pub(super) runner: Box<dyn Runner>,
     pub(super) config: EngineConfig,
     /// Where its pages are.
     pub(super) region: KvRegion,
@@ -48,10 +48,6 @@ pub(super) fn load(cli: &WorkerArgs, source: &ModelSource, shared: bool) -> Resu
     let threads = cli.threads.unwrap_or_else(|| std::thread::available_parallelism().map_or(1, |cores| cores.get()));
     if threads == 0 {
         bail!("--threads must be at least 1");
-    }
-    let mut backend = CpuBackend::new(CpuOptions { threads, level: None });
-    if shared {
-        backend.share_kv_cache();
     }
     let mut layout = KvLayout {
         layers: model.layers,
@@ -88,10 +84,19 @@ pub(super) fn load(cli: &WorkerArgs, source: &ModelSource, shared: bool) -> Resu
         max_logit_rows: LOGIT_ROWS_MAX.min(cli.max_num_batched_tokens).max(1),
         max_positions: sizing.max_model_len,
     };
+    if let Some(model) = &cli.mock {
+        let region = KvRegion::shared(layout.region_shape()).context("cannot reserve a mock's pages")?;
+        let runner = Box::new(MockRunner::new(model.clone(), region.clone(), layout.block_size));
+        return Ok(Loaded { runner, config, region, key, layout });
+    }
+    let mut backend = CpuBackend::new(CpuOptions { threads, level: None });
+    if shared {
+        backend.share_kv_cache();
+    }
     let loaded = source.load(&mut backend, limits)?;
     let runner = ModelRunner::new(backend, loaded.model, layout, limits.max_logit_rows)?;
     let Some(region) = runner.region() else { bail!("this backend's KV cache cannot be reached") };
-    Ok(Loaded { runner, config, region, key, layout })
+    Ok(Loaded { runner: Box::new(runner), config, region, key, layout })
 }
 
 impl Loaded {

@@ -1,6 +1,6 @@
 //! The prefill role: jobs from the queue, prompts through the engine, pages into decode workers' memory.
 
-use std::{io::Write, net::SocketAddr, sync::Arc, time::Duration};
+use std::{net::SocketAddr, sync::Arc, time::Duration};
 
 use anyhow::{Context, Result, bail};
 use clap::ValueEnum;
@@ -11,7 +11,7 @@ use tokio::{
 };
 
 use super::{
-    Engine, EngineStatus,
+    Engine, EngineStatus, Ready,
     desk::{self, Desk, Note, SharedDesk},
     membership::{self, Particulars},
     model,
@@ -31,8 +31,8 @@ const CONNECT_TIME_MAX: Duration = Duration::from_secs(5);
 /// Between two looks at handoffs that take too long.
 const TICK: Duration = Duration::from_millis(100);
 
-/// Loads the model and computes prompts of the cluster's decode workers until a signal comes.
-pub async fn run(mut cli: WorkerArgs) -> Result<()> {
+/// Loads the model and computes prompts of the cluster's decode workers until a signal comes. `ready` hears when it begins to.
+pub async fn run(mut cli: WorkerArgs, ready: impl FnOnce(Ready)) -> Result<()> {
     let bound = api::bind(&cli.host, cli.port()).await?;
     let cluster = match join(cli.cluster.options(), Needs::EtcdAndNats).await? {
         Joined::Member(cluster) => cluster,
@@ -106,7 +106,7 @@ pub async fn run(mut cli: WorkerArgs) -> Result<()> {
     };
     tokio::spawn(shop.clone().take_notes(notes));
     tokio::spawn(pull(shop, leaving.subscribe()));
-    announce(&name, address);
+    ready(Ready { address, text: announcement(&name, address) });
 
     let (failed, left) = (engine.clone(), leaving.subscribe());
     let shutdown = async {
@@ -131,15 +131,12 @@ pub async fn run(mut cli: WorkerArgs) -> Result<()> {
     Ok(())
 }
 
-/// Says on standard output what is done, and where to look at it.
-fn announce(name: &str, address: SocketAddr) {
-    let text = format!(
+/// What is done, and where to look at it.
+fn announcement(name: &str, address: SocketAddr) -> String {
+    format!(
         "engine {} prefills {name} for the cluster's decode workers; its metrics and health are on http://{address}\n",
         env!("CARGO_PKG_VERSION"),
-    );
-    // Nobody may be reading; the work is done all the same.
-    let mut out = std::io::stdout();
-    let _ = out.write_all(text.as_bytes()).and_then(|()| out.flush());
+    )
 }
 
 /// Takes from a decode worker's card what makes the same model of it.

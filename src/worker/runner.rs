@@ -20,6 +20,18 @@ pub trait Runner: Send + 'static {
     ) -> Result<(), RunnerError>;
 }
 
+impl Runner for Box<dyn Runner> {
+    fn execute<'a>(
+        &mut self,
+        batch: &Batch,
+        row: &(dyn Fn(usize) -> SampleRow<'a> + Sync),
+        out: &mut [Sampled],
+        layer_done: &mut dyn FnMut(usize),
+    ) -> Result<(), RunnerError> {
+        (**self).execute(batch, row, out, layer_done)
+    }
+}
+
 /// A model, the backend that computes it, and its KV cache.
 pub struct ModelRunner<B: Backend> {
     backend: B,

@@ -122,6 +122,7 @@ where
             drop(permit);
             match opened {
                 Ok(Ok((session, commands))) => session.run(commands).await,
+                Ok(Err(HandshakeError::Silent)) => tracing::debug!(transport = transport.name(), "somebody looked in"),
                 Ok(Err(error)) => {
                     shared.config.metrics.refused.inc();
                     tracing::warn!(%error, transport = transport.name(), "no session");

@@ -1,0 +1,134 @@
+//! A frontend and its workers as processes, over real etcd and NATS, with workers killed and stopped under an answer.
+
+mod cell;
+mod program;
+mod services;
+mod support;
+
+use cell::Cell;
+use program::{Server, client::Events};
+use serde_json::{Value, json};
+
+const COMPLETIONS: &str = "/v1/completions";
+
+fn frontend(cell: &Cell) -> Server {
+    Server::start_as(&["frontend", "--etcd", &cell.etcd.url(), "--nats", &cell.nats.url()])
+}
+
+fn know(frontend: &Server, workers: usize) {
+    frontend
+        .wait_until("it knows the workers", |frontend| frontend.metric("engine_frontend_workers") == workers as f64);
+}
+
+fn request() -> Value {
+    json!({
+        "model": "demo", "prompt": "Once upon a time", "max_tokens": 160, "temperature": 0, "ignore_eos": true,
+        "stream": true, "stream_options": {"include_usage": true},
+    })
+}
+
+/// The text and the end of a streamed answer, whose chunks all belong together.
+fn told(events: &[Value]) -> (String, Value) {
+    let id = |event: &Value| (event["id"].clone(), event["created"].clone());
+    assert!(events.iter().all(|event| id(event) == id(&events[0])), "{events:?}");
+    let text = events.iter().filter_map(|event| event["choices"][0]["text"].as_str()).collect();
+    (text, events.last().unwrap()["usage"]["completion_tokens"].clone())
+}
+
+/// The worker that is answering.
+fn busy(workers: &mut Vec<Server>) -> Server {
+    let running = |worker: &Server| worker.metric("engine_running_requests") >= 1.0;
+    let at = workers.iter().position(running).expect("somebody answers");
+    workers.remove(at)
+}
+
+#[test]
+fn an_answer_outlives_a_worker_that_is_killed_and_one_that_is_stopped() {
+    let cell = Cell::start();
+    let mut workers: Vec<_> = (0..3).map(|_| cell.decode(&["--threads", "1"])).collect();
+    let frontend = frontend(&cell);
+    know(&frontend, 3);
+    let expected = told(&workers[0].stream(COMPLETIONS, &request()).finish());
+
+    let mut events: Events = frontend.stream(COMPLETIONS, &request());
+    (0..10).for_each(|_| drop(events.next().expect("it goes on")));
+    busy(&mut workers).signal("KILL");
+    (0..10).for_each(|_| drop(events.next().expect("another goes on")));
+    let stopped = busy(&mut workers);
+    stopped.signal("STOP");
+    assert_eq!(told(&events.finish()), expected, "{}", frontend.log());
+    assert_eq!(frontend.metric("engine_frontend_migrations_total"), 2.0);
+    assert_eq!(frontend.metric("engine_frontend_broken_total"), 0.0);
+
+    // The killed one's lease runs out; the stopped one comes back when it goes on.
+    stopped.signal("CONT");
+    know(&frontend, 2);
+    workers.push(stopped);
+    // Whatever was cancelled is gone at the workers too.
+    workers.iter().for_each(cell::wait_until_idle);
+    let whole = json!({"model": "demo", "prompt": "Once upon a time", "max_tokens": 8, "temperature": 0});
+    let response = frontend.post(COMPLETIONS, &whole);
+    assert_eq!(response.status, 200, "{}", response.text());
+}
+
+/// Mocks in the cell's cluster, or in another of these services.
+fn mock(cell: &Cell, flags: &[&str]) -> Server {
+    let (etcd, nats) = (cell.etcd.url(), cell.nats.url());
+    let pace = ["mock", "--step-time", "1", "--prompt-token-time", "1", "--max-model-len", "2048"];
+    Server::start_as(
+        &[&pace[..], &["--max-local-prefill-length", "64", "--etcd", &etcd, "--nats", &nats], flags].concat(),
+    )
+}
+
+fn text(server: &Server, prompt: &str) -> String {
+    let request = json!({"model": "mock", "prompt": prompt, "max_tokens": 24, "temperature": 0, "ignore_eos": true});
+    let response = server.post(COMPLETIONS, &request);
+    assert_eq!(response.status, 200, "{}", response.text());
+    response.json()["choices"][0]["text"].as_str().unwrap().to_owned()
+}
+
+#[test]
+fn a_frontend_follows_its_cluster_and_leaves_when_told() {
+    let cell = Cell::start();
+    let frontend = frontend(&cell);
+    assert_eq!((frontend.get("/health").status, frontend.get("/health/ready").status), (200, 503));
+    let mock = mock(&cell, &["--decode-workers", "3"]);
+    know(&frontend, 3);
+    assert_eq!(frontend.get("/v1/models").json()["data"][0]["id"], "mock");
+    let stream = frontend.stream(
+        COMPLETIONS,
+        &json!({
+            "model": "mock", "prompt": "a", "max_tokens": 1500, "ignore_eos": true, "stream": true,
+            "stream_options": {"include_usage": true},
+        }),
+    );
+    frontend.signal("TERM");
+    assert_eq!(stream.finish().last().unwrap()["usage"]["completion_tokens"], 1500);
+    assert!(frontend.wait().success(), "{}", frontend.log());
+    mock.signal("TERM");
+    assert!(mock.wait().success(), "{}", mock.log());
+}
+
+#[test]
+fn mocks_prefill_for_each_other_and_no_page_goes_astray() {
+    let cell = Cell::start();
+    // Where there is nobody to prefill for it, the same model says the same.
+    let alone = mock(&cell, &["--namespace", "alone"]);
+    for transport in ["shm", "tcp"] {
+        let flags =
+            ["--decode-workers", "2", "--prefill-workers", "2", "--namespace", transport, "--transport", transport];
+        // It is the first decode worker that answers here.
+        let mock = mock(&cell, &flags);
+        mock.wait_until("prefill workers are known", |mock| {
+            mock.metric("engine_prefill_workers") == 2.0 && mock.metric("engine_prefill_queue_depth") >= 0.0
+        });
+        let prompts: Vec<String> = (0..6).map(|i| format!("{i} ").repeat(300)).collect();
+        let texts: Vec<_> = prompts.iter().map(|prompt| text(&mock, prompt)).collect();
+        assert_eq!(cell::prefills(&mock, "remote"), 6.0, "{}", mock.log());
+        for (prompt, told) in prompts.iter().zip(&texts) {
+            assert_eq!(text(&alone, prompt), *told, "{transport}");
+        }
+        assert!(texts.windows(2).all(|pair| pair[0] != pair[1]), "{texts:?}");
+        assert_eq!(mock.metric("engine_transfer_refused_total"), 0.0, "{}", mock.log());
+    }
+}
