@@ -166,9 +166,14 @@ impl Service {
         }
     }
 
+    /// The process' number.
+    pub(crate) fn id(&self) -> u32 {
+        self.child.as_ref().expect("it runs").id()
+    }
+
     /// Sends a signal by name.
     pub(crate) fn signal(&self, name: &str) {
-        signal::send(self.child.as_ref().expect("it runs").id(), name);
+        signal::send(self.id(), name);
     }
 
     /// `http://…` or `nats://…`.

@@ -1,0 +1,89 @@
+//! A server as a process: started, waited for, its CPU time read, killed.
+
+use std::{
+    fs::File,
+    net::SocketAddr,
+    path::Path,
+    process::{Child, Command, Stdio},
+    thread,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context, Result, bail};
+
+/// How long a server may take to start. Not a measurement.
+const START_TIME_MAX: Duration = Duration::from_secs(180);
+/// Between two looks at one that is starting.
+const POLL_PAUSE: Duration = Duration::from_millis(50);
+/// Clock ticks a second in the system's accounts: fixed in Linux' interface to programs.
+const TICKS_PER_SECOND: f64 = 100.0;
+
+/// A server, killed when dropped.
+pub(crate) struct Process {
+    name: &'static str,
+    child: Child,
+    pub(crate) address: SocketAddr,
+}
+
+impl Process {
+    /// Starts `command`, which will listen on `address`; what it says goes to `log`.
+    pub(crate) fn start(name: &'static str, mut command: Command, address: SocketAddr, log: &Path) -> Result<Self> {
+        let log = File::create(log)?;
+        command.stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log);
+        let child = command.spawn().with_context(|| format!("cannot start {name}"))?;
+        Ok(Self { name, child, address })
+    }
+
+    /// Asks `ready` until it says so.
+    pub(crate) fn wait_until(&mut self, mut ready: impl FnMut() -> bool) -> Result<()> {
+        let start = Instant::now();
+        while !ready() {
+            if let Some(status) = self.child.try_wait()? {
+                bail!("{} ended: {status}", self.name);
+            }
+            if start.elapsed() > START_TIME_MAX {
+                bail!("{} does not get ready", self.name);
+            }
+            thread::sleep(POLL_PAUSE);
+        }
+        Ok(())
+    }
+
+    /// Seconds of CPU time that all its threads have used.
+    pub(crate) fn cpu(&self) -> Result<f64> {
+        cpu(self.id())
+    }
+
+    /// Its number.
+    pub(crate) fn id(&self) -> u32 {
+        self.child.id()
+    }
+}
+
+/// Seconds of CPU time that all threads of a process have used.
+pub(crate) fn cpu(process: u32) -> Result<f64> {
+    let stat = std::fs::read_to_string(format!("/proc/{process}/stat"))?;
+    // The name, in parentheses, may hold anything. Of the fields behind it, the 12th and 13th are user and system time.
+    let fields = stat.rsplit(") ").next().unwrap_or_default();
+    let mut ticks = fields.split(' ').skip(11).map_while(|field| field.parse::<f64>().ok());
+    match (ticks.next(), ticks.next()) {
+        (Some(user), Some(system)) => Ok((user + system) / TICKS_PER_SECOND),
+        _ => bail!("/proc/{process}/stat cannot be read"),
+    }
+}
+
+/// Bytes of memory that a process holds.
+#[allow(dead_code, reason = "for the benchmark that includes this file as well")]
+pub(crate) fn resident_bytes(process: u32) -> Result<f64> {
+    let status = std::fs::read_to_string(format!("/proc/{process}/status"))?;
+    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).context("no VmRSS")?;
+    Ok(line.trim().trim_end_matches("kB").trim().parse::<f64>()? * 1024.0)
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        // Either call fails only if it has ended already.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
