@@ -97,7 +97,7 @@ impl Load<'_> {
 }
 
 /// Reads one answer to its end, and returns how long its first token took.
-async fn answer(stream: &mut TcpStream, buffer: &mut Vec<u8>, sent: Instant) -> Result<f64> {
+async fn answer(stream: &mut TcpStream, buffer: &mut [u8], sent: Instant) -> Result<f64> {
     // What one piece may hold of an ending whose beginning the piece before had.
     const TAIL: usize = 1024;
     let mut first = None;

@@ -100,14 +100,16 @@ fn main() -> Result<()> {
 
 /// Puts `clients` clients on a stack's frontend, and for the added time to the first token on a worker itself.
 fn measure(stack: &Stack, clients: usize, time: Duration) -> Result<Figures> {
-    let load = |address, time| Load { address, model: &stack.model, clients, time, every: Duration::ZERO }.run();
+    let load =
+        |address, clients, time| Load { address, model: &stack.model, clients, time, every: Duration::ZERO }.run();
     // Connections, caches, branch predictors.
-    load(stack.frontend.address, time / 8)?;
+    load(stack.frontend.address, clients, time / 8)?;
     let (frontend, workers) = (stack.frontend.cpu()?, stack.workers.cpu()?);
-    let through = load(stack.frontend.address, time)?;
+    let through = load(stack.frontend.address, clients, time)?;
     let (frontend, workers) = (stack.frontend.cpu()? - frontend, stack.workers.cpu()? - workers);
     let direct = match stack.worker {
-        Some(address) => Some(load(address, time / 4)?),
+        // A worker's share of the clients, so that it has as much to do.
+        Some(address) => Some(load(address, clients.div_ceil(stack::WORKERS), time / 2)?),
         None => None,
     };
     let tokens = (through.requests * OUTPUT_TOKENS) as f64;

@@ -15,7 +15,7 @@ use super::{
 };
 
 /// Workers behind each frontend, and sequences that each takes: more than there are clients.
-const WORKERS: &str = "2";
+pub(crate) const WORKERS: usize = 2;
 const MAX_NUM_SEQS: &str = "256";
 const PROGRAM: &str = env!("CARGO_BIN_EXE_engine");
 
@@ -79,7 +79,8 @@ impl Stack {
             Pace::Model => "7",
         };
         let cluster = ["--etcd", &etcd.url(), "--nats", &nats.url()];
-        let flags = [&["--decode-workers", WORKERS, "--step-time", step][..], &cluster].concat();
+        let decode_workers = WORKERS.to_string();
+        let flags = [&["--decode-workers", &decode_workers, "--step-time", step][..], &cluster].concat();
         let workers = mock(folder.path(), &flags)?;
         let address = local(free_port());
         let mut command = Command::new(PROGRAM);
@@ -117,7 +118,7 @@ impl Stack {
         };
         let mut command = part("dynamo.mocker");
         command.arg("--model-path").arg(&files).args(["--model-name", "mock", "--speedup-ratio", ratio]);
-        command.args(["--num-workers", WORKERS, "--max-num-seqs", MAX_NUM_SEQS]);
+        command.args(["--num-workers", &WORKERS.to_string(), "--max-num-seqs", MAX_NUM_SEQS]);
         let workers = Process::start("dynamo.mocker", command, local(0), &folder.path().join("workers.log"))?;
         let address = local(free_port());
         let mut command = part("dynamo.frontend");

@@ -88,22 +88,24 @@ impl Report {
         self.row(&mut text, "frontend: CPU a request, µs", |f| {
             format!("{:.0}", f.busy.frontend_cores / f.requests_per_second * 1e6)
         })?;
-        let parts: [(&str, fn(&Figures) -> &Rates); 3] =
-            [("idle", |f| &f.idle), ("under load", |f| &f.busy), ("idle again", |f| &f.rest)];
-        for (part, rates) in parts {
-            let mut row = |what: &str, cell: &dyn Fn(&Rates) -> String| {
-                self.row(&mut text, &format!("{part}: {what}"), |figures| cell(rates(figures)))
-            };
-            row("messages/s into NATS", &|r| format!("{:.0}", r.nats_in))?;
-            row("messages/s out of NATS", &|r| format!("{:.0}", r.nats_out))?;
-            row("KiB/s out of NATS", &|r| format!("{:.0}", r.nats_bytes / 1024.0))?;
-            row("KiB/s out of etcd", &|r| format!("{:.0}", r.etcd_bytes / 1024.0))?;
-            row("cores: etcd / NATS / frontend / workers", &|r| {
-                format!("{:.3} / {:.3} / {:.3} / {:.3}", r.etcd_cores, r.nats_cores, r.frontend_cores, r.mocks_cores)
-            })?;
-        }
+        self.rates(&mut text, "idle", |figures| &figures.idle)?;
+        self.rates(&mut text, "under load", |figures| &figures.busy)?;
+        self.rates(&mut text, "idle again", |figures| &figures.rest)?;
         self.reading(&mut text)?;
         Ok(text)
+    }
+
+    fn rates(&self, text: &mut String, part: &str, rates: fn(&Figures) -> &Rates) -> Result<()> {
+        let mut row = |what: &str, cell: &dyn Fn(&Rates) -> String| {
+            self.row(text, &format!("{part}: {what}"), |figures| cell(rates(figures)))
+        };
+        row("messages/s into NATS", &|r| format!("{:.0}", r.nats_in))?;
+        row("messages/s out of NATS", &|r| format!("{:.0}", r.nats_out))?;
+        row("KiB/s out of NATS", &|r| format!("{:.0}", r.nats_bytes / 1024.0))?;
+        row("KiB/s out of etcd", &|r| format!("{:.0}", r.etcd_bytes / 1024.0))?;
+        row("cores: etcd / NATS / frontend / workers", &|r| {
+            format!("{:.3} / {:.3} / {:.3} / {:.3}", r.etcd_cores, r.nats_cores, r.frontend_cores, r.mocks_cores)
+        })
     }
 
     /// What the table says, as far as it can be computed from it.
