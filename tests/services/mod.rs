@@ -2,6 +2,7 @@
 #![allow(dead_code, unused_imports, reason = "each test uses some of it")]
 
 mod proxy;
+#[allow(clippy::duplicate_mod, reason = "some tests have no program, others have both")]
 #[path = "../program/signal.rs"]
 mod signal;
 
