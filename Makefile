@@ -7,14 +7,16 @@ MODEL  ?= $(DEMO)
 HOST   ?= 127.0.0.1
 PORT   ?= 8000
 ARGS   ?=
+DECODE_WORKERS ?= 1
+PREFILL_WORKERS ?= 1
 PEERS  ?= llama.cpp nixl
 FUZZ_SECONDS ?= 600
 SOAK_SECONDS ?= 120
 
-.PHONY: help setup setup-services run cluster demo-model test-assets test fmt lint doc client bench fuzz soak goldens
+.PHONY: help setup setup-services run cluster demo-model test-assets test fmt lint doc client bench fuzz soak avx512 goldens
 
 help: ## Print this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: ## Install the few Debian packages the build needs, or say which are missing
 	@scripts/setup.sh
@@ -25,9 +27,9 @@ setup-services: ## The same, and the services that a cluster and the tests run: 
 run: setup $(if $(filter $(DEMO),$(MODEL)),demo-model) ## Serve the demo model on 127.0.0.1:8000 (MODEL=, HOST=, PORT=, ARGS= change that)
 	$(CARGO) run --release --locked -- --model $(MODEL) --host $(HOST) --port $(PORT) $(ARGS)
 
-cluster: setup-services $(if $(filter $(DEMO),$(MODEL)),demo-model) ## Start etcd, NATS, a frontend, a decode and a prefill worker here; Ctrl-C stops them
+cluster: setup-services $(if $(filter $(DEMO),$(MODEL)),demo-model) ## Start etcd, NATS, a frontend, a decode and a prefill worker here; Ctrl-C stops them (MODEL=, PORT=, ARGS=, DECODE_WORKERS=, PREFILL_WORKERS=)
 	$(CARGO) build --release --locked --bin engine
-	@PORT=$(PORT) scripts/cluster.sh target/release/engine $(MODEL) $(ARGS)
+	@PORT=$(PORT) DECODE_WORKERS=$(DECODE_WORKERS) PREFILL_WORKERS=$(PREFILL_WORKERS) scripts/cluster.sh target/release/engine $(MODEL) $(ARGS)
 
 demo-model: setup ## Fetch the demo model, 98 MB, once
 	@scripts/fetch-demo-model.sh
@@ -66,6 +68,9 @@ fuzz: setup ## Fuzz each parser for FUZZ_SECONDS (600)
 soak: setup demo-model ## The handoff's simulation on fresh seeds, then 64 streaming clients, some of which hang up: SOAK_SECONDS (120) each
 	SOAK_SECONDS=$(SOAK_SECONDS) $(CARGO) test --release --locked --test simulation soak -- --ignored --nocapture
 	SOAK_SECONDS=$(SOAK_SECONDS) $(CARGO) test --release --locked --test soak -- --ignored --nocapture
+
+avx512: setup ## Run the kernels' tests on an emulated processor with AVX-512 (Bochs, slow)
+	tests/avx512/run.sh
 
 goldens: demo-model ## Make the reference fixtures anew with transformers (downloads PyTorch)
 	tests/reference/run.sh

@@ -10,6 +10,7 @@ set -euo pipefail
 # Each process in a group of its own: Ctrl-C reaches this script alone, which then stops them in order.
 set -m
 
+[ $# -ge 2 ] || { echo "usage: $0 <engine> <model> [flags of the decode workers]" >&2; exit 2; }
 engine=$1 model=$2
 shift 2
 port=${PORT:-8000} etcd_port=${ETCD_PORT:-2379} nats_port=${NATS_PORT:-4222}
@@ -90,8 +91,12 @@ for service in "$etcd_port" "$nats_port"; do
     done
 done
 start frontend "$engine" frontend --port "$port" "${services[@]}"
+worker_port=$port
 for i in $(seq "$decode_workers"); do
-    start "decode$i" "$engine" --model "$model" --port 0 --threads "$threads" \
+    worker_port=$((worker_port + 1))
+    while open "$worker_port"; do worker_port=$((worker_port + 1)); done
+    first_worker_port=${first_worker_port:-$worker_port}
+    start "decode$i" "$engine" --model "$model" --port "$worker_port" --threads "$threads" \
         --max-local-prefill-length "${MAX_LOCAL_PREFILL_LENGTH:-128}" "${services[@]}" "$@"
 done
 for i in $(seq "$prefill_workers"); do
@@ -121,6 +126,9 @@ done
 say "etcd on port $etcd_port, NATS on port $nats_port"
 say "ready; try: curl -N http://127.0.0.1:$port/v1/chat/completions -H 'Content-Type: application/json' \\"
 say "  -d '{\"messages\": [{\"role\": \"user\", \"content\": \"Why is the sky blue?\"}], \"stream\": true}'"
+say "a prompt long enough for a prefill worker: curl http://127.0.0.1:$port/v1/completions \\"
+say "  -H 'Content-Type: application/json' -d '{\"prompt\": \"'\"\$(seq -s ' ' 300)\"'\", \"max_tokens\": 20}'"
+say "where prompts were computed: curl -s http://127.0.0.1:$first_worker_port/metrics | grep engine_prefills_total"
 say "Ctrl-C stops everything"
 
 # One that ends by itself is said so and left: the others go on without it.

@@ -46,7 +46,14 @@ else
     echo "setup: missing packages. Run: sudo apt-get install --no-install-recommends$missing" >&2
     exit 1
 fi
-echo "setup: installing$missing"
-$as_root apt-get update -qq
+echo "setup: installing$missing (a minute or two)"
+case $missing in *-server*) echo "setup: Debian starts its etcd and NATS as services, which do no harm; 'systemctl disable' them if you like" ;; esac
+log=$(mktemp)
+trap 'rm -f "$log"' EXIT
 # shellcheck disable=SC2086 # a list of words
-$as_root env DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends $missing
+if ! { $as_root apt-get update -qq && $as_root env DEBIAN_FRONTEND=noninteractive \
+    apt-get install -qq -y --no-install-recommends $missing; } >"$log" 2>&1; then
+    cat "$log" >&2
+    echo "setup: the packages could not be installed; apt-get's own words are above" >&2
+    exit 1
+fi
