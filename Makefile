@@ -9,11 +9,11 @@ PORT   ?= 8000
 ARGS   ?=
 DECODE_WORKERS ?= 1
 PREFILL_WORKERS ?= 1
-PEERS  ?= llama.cpp nixl
+PEERS  ?= llama.cpp nixl dynamo
 FUZZ_SECONDS ?= 600
 SOAK_SECONDS ?= 120
 
-.PHONY: help setup setup-services run cluster demo-model test-assets test fmt lint doc client bench fuzz soak avx512 goldens
+.PHONY: help setup setup-services run cluster demo-model test-assets test fmt lint doc client bench bench-frontend bench-scale fuzz soak avx512 goldens
 
 help: ## Print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -56,11 +56,18 @@ client: setup demo-model ## Run the stock OpenAI Python client against the serve
 	$(CARGO) build --workspace --tests --locked
 	tests/openai_client/run.sh
 
-bench: setup $(if $(filter $(DEMO),$(MODEL)),demo-model) ## Measure beside llama.cpp and NIXL, fetched at the first run (PEERS= leaves them out); writes benches/results/
+bench: setup bench-frontend $(if $(filter $(DEMO),$(MODEL)),demo-model) ## Measure beside llama.cpp, NIXL and Dynamo, fetched at the first run (PEERS= leaves them out); writes benches/results/
 	$(if $(filter llama.cpp,$(PEERS)),scripts/fetch-llama-cpp.sh)
 	$(if $(filter nixl,$(PEERS)),scripts/fetch-nixl.sh)
 	$(CARGO) bench --locked --bench transfer -- --results benches/results $(if $(filter nixl,$(PEERS)),--nixl "$$(scripts/fetch-nixl.sh)")
 	$(CARGO) bench --locked --bench suite -- --model $(MODEL) --results benches/results $(if $(filter llama.cpp,$(PEERS)),--llama "$$(scripts/fetch-llama-cpp.sh)") $(ARGS)
+
+bench-frontend: setup-services ## Measure the frontend beside Dynamo's, fetched at the first run (PEERS= leaves it out); part of make bench
+	$(if $(filter dynamo,$(PEERS)),scripts/fetch-dynamo.sh)
+	$(CARGO) bench --locked --bench frontend -- --results benches/results $(if $(filter dynamo,$(PEERS)),--dynamo "$$(scripts/fetch-dynamo.sh)")
+
+bench-scale: setup-services ## What grows with what: clusters of up to 200 decode and 100 prefill mock workers
+	$(CARGO) bench --locked --bench scale -- --results benches/results
 
 fuzz: setup ## Fuzz each parser for FUZZ_SECONDS (600)
 	FUZZ_SECONDS=$(FUZZ_SECONDS) $(CARGO) test --workspace --locked --test fuzz -- --nocapture
