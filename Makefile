@@ -16,7 +16,7 @@ SOAK_SECONDS ?= 120
 .PHONY: help setup setup-services run cluster demo-model test-assets test fmt lint doc client bench bench-frontend bench-scale fuzz soak avx512 goldens
 
 help: ## Print this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: ## Install the few Debian packages the build needs, or say which are missing
 	@scripts/setup.sh
