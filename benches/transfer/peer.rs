@@ -66,6 +66,7 @@ pub(crate) fn decode(page_bytes: usize) -> Result<()> {
         tcp: Some(([127, 0, 0, 1], 0).into()),
         advertise: None,
         unix: Some(folder.path().to_path_buf()),
+        tls: None,
         token: ClusterToken::default(),
         model_key: "bench".into(),
         limits: Limits::default(),

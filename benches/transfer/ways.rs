@@ -65,6 +65,7 @@ pub(crate) struct Engine {
 impl Engine {
     pub(crate) fn new(decode: &Decode, page_bytes: usize, transport: Transport) -> Result<Self> {
         let config = ConnectorConfig {
+            tls: None,
             token: ClusterToken::default(),
             model_key: "bench".into(),
             timeout: std::time::Duration::from_secs(10),

@@ -8,7 +8,7 @@ use super::{
         DisaggPolicyArg, KvDTypeArg, LoadFormatArg, TransportArg, parse_millis, parse_seconds, parse_size, parse_within,
     },
 };
-use crate::worker::MockModel;
+use crate::{transfer::SessionTls, worker::MockModel};
 
 /// Port of a decode worker, and of a frontend.
 pub(super) const DEFAULT_PORT: u16 = 8000;
@@ -163,7 +163,7 @@ pub struct DisaggArgs {
     #[arg(long, value_name = "N", default_value_t = 2, conflicts_with = "is_prefill_worker")]
     pub max_prefill_queue_size: usize,
 
-    /// Milliseconds between two tokens of an answer that --disagg-policy auto keeps local prefills from exceeding
+    /// Milliseconds between two tokens of an answer that prompts computed beside it are cut for [default: 200]; given, --disagg-policy auto sends prompts away that would take longer in one piece
     #[arg(long, value_name = "MS", value_parser = parse_millis, conflicts_with = "is_prefill_worker")]
     pub itl_target: Option<Duration>,
 
@@ -178,6 +178,25 @@ pub struct DisaggArgs {
     /// Port to listen on for prefill workers' sessions; 0 for any free one
     #[arg(long, value_name = "PORT", default_value_t = 0, conflicts_with = "is_prefill_worker")]
     pub session_port: u16,
+
+    /// Certificates (PEM) that sign those of the other workers. A prefill worker then talks over encrypted TCP sessions alone, a decode worker takes only peers that show a certificate
+    #[arg(long, value_name = "FILE")]
+    pub session_ca: Option<PathBuf>,
+
+    /// Certificate (PEM) of this worker, with which a decode worker encrypts TCP sessions, and a prefill worker says who it is
+    #[arg(long, value_name = "FILE", requires = "session_key")]
+    pub session_cert: Option<PathBuf>,
+
+    /// Key (PEM) of that certificate
+    #[arg(long, value_name = "FILE", requires = "session_cert")]
+    pub session_key: Option<PathBuf>,
+}
+
+impl DisaggArgs {
+    /// How sessions over TCP are encrypted.
+    pub fn session_tls(&self) -> SessionTls {
+        SessionTls { ca: self.session_ca.clone(), identity: self.session_cert.clone().zip(self.session_key.clone()) }
+    }
 }
 
 impl WorkerArgs {

@@ -17,6 +17,9 @@ pub struct SessionAddresses {
     pub unix: Option<PathBuf>,
     /// Its TCP address, `host:port`.
     pub tcp: Option<String>,
+    /// Whether it is encrypted there.
+    #[serde(default)]
+    pub tls: bool,
 }
 
 /// What tells this host, since it was started, from all others: the kernel's boot id. Containers of a host have the same.

@@ -2,7 +2,7 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use super::{ClusterToken, TransferMetrics};
+use super::{ClusterToken, ServerTls, TransferMetrics};
 
 /// What a session may use. The decode worker's hold for both sides; it states them when a session opens.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -50,6 +50,8 @@ pub struct ServerConfig {
     pub advertise: Option<String>,
     /// Folder for the unix socket, this user's alone ([`runtime_directory`](super::runtime_directory)); `None` serves tcp alone.
     pub unix: Option<PathBuf>,
+    /// Encrypts what goes over TCP. Peers that do not want that are turned away.
+    pub tls: Option<ServerTls>,
     /// Both sides must have the same.
     pub token: ClusterToken,
     /// Both sides must serve the same: digest of everything their pages depend on.

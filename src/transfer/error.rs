@@ -47,6 +47,12 @@ pub enum ConnectError {
     /// What came is no answer of a decode worker.
     #[error("the peer does not speak the session protocol: {0}")]
     Protocol(String),
+    /// The decode worker's sessions are not encrypted, and ours have to be.
+    #[error("the decode worker does not encrypt its sessions, and this worker has --session-ca")]
+    Plain,
+    /// The decode worker's sessions are encrypted, and ours are not.
+    #[error("the decode worker encrypts its sessions; set --session-ca on this worker")]
+    Encrypted,
     /// The worker gave no address that can be used from here.
     #[error("the decode worker has no address that can be reached from this host")]
     NoAddress,

@@ -29,6 +29,7 @@ mod server;
 mod socket;
 #[cfg(test)]
 mod tests;
+mod tls;
 
 pub use address::{SessionAddresses, host_identity, runtime_directory};
 pub use auth::ClusterToken;
@@ -39,6 +40,7 @@ pub use mailbox::Mailbox;
 pub use metrics::TransferMetrics;
 pub use runs::PageCopy;
 pub use server::{Peer, SessionEvent, SessionServer, Sink};
+pub use tls::{ClientTls, ServerTls, SessionTls, TlsError};
 
 /// The memory that pages are moved from or to.
 pub use engine_kernels::{KvRegion as Region, RegionShape};

@@ -1,9 +1,11 @@
-//! One connection, unix or TCP: non-blocking, vectored, able to pass files and to say who the peer is.
+//! One connection, unix or TCP: non-blocking, vectored, able to pass files and to say who the peer is; over TCP encrypted, if
+//! that is wanted.
 
 use std::fs::File;
 use std::io::{self, IoSlice, IoSliceMut};
 use std::mem::{MaybeUninit, size_of};
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use rustix::net::sockopt;
 use rustix::net::{
@@ -15,6 +17,8 @@ use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 use tokio::net::TcpStream;
 
+use super::tls::Tls;
+
 /// Most elements given to one system call.
 pub(super) const VECTOR_MAX: usize = 64;
 
@@ -23,7 +27,11 @@ const LOCAL_BUFFER_BYTES: usize = 512 << 10;
 
 /// A connected stream socket. Each method makes one system call once the socket is ready, and is cancel safe: what was not
 /// returned did not happen.
-pub(super) struct Socket(AsyncFd<OwnedFd>);
+pub(super) struct Socket {
+    fd: AsyncFd<OwnedFd>,
+    /// Never locked while waiting.
+    tls: Option<Mutex<Tls>>,
+}
 
 /// Who is at the other end of a unix socket.
 pub(super) struct PeerProcess {
@@ -36,7 +44,24 @@ pub(super) struct PeerProcess {
 impl Socket {
     /// Takes over a connected socket that does not block. Needs tokio's context.
     pub(super) fn new(socket: impl Into<OwnedFd>) -> io::Result<Self> {
-        register(socket.into(), Interest::READABLE | Interest::WRITABLE).map(Self)
+        let fd = register(socket.into(), Interest::READABLE | Interest::WRITABLE)?;
+        Ok(Self { fd, tls: None })
+    }
+
+    /// Agrees on keys with the peer; from then on everything is encrypted.
+    pub(super) async fn encrypted(mut self, tls: Tls) -> io::Result<Self> {
+        let tls = self.tls.insert(Mutex::new(tls));
+        loop {
+            // What is wrong with the peer is told to it as well.
+            let over = locked(tls).handshake();
+            while !locked(tls).to_send().is_empty() {
+                send_encrypted(&self.fd, tls).await?;
+            }
+            if over? {
+                return Ok(self);
+            }
+            receive_encrypted(&self.fd, tls).await?;
+        }
     }
 
     /// Takes over a TCP connection: what is written goes out at once. Between two processes of a host the kernel's buffers are
@@ -53,13 +78,19 @@ impl Socket {
 
     /// Reads into the first of `buffers`, then the next; never returns 0, the end is an error.
     pub(super) async fn read_vectored(&self, buffers: &mut [IoSliceMut<'_>]) -> io::Result<usize> {
-        let read = self.0.async_io(Interest::READABLE, |fd| Ok(rustix::io::readv(fd, buffers)?)).await?;
+        if let Some(tls) = &self.tls {
+            return self.read_encrypted(tls, buffers).await;
+        }
+        let read = self.fd.async_io(Interest::READABLE, |fd| Ok(rustix::io::readv(fd, buffers)?)).await?;
         not_the_end(read)
     }
 
     /// Reads some bytes; never returns 0, the end is an error.
     pub(super) async fn read(&self, buffer: &mut [u8]) -> io::Result<usize> {
-        let read = self.0.async_io(Interest::READABLE, |fd| Ok(rustix::io::read(fd, &mut *buffer)?)).await?;
+        if let Some(tls) = &self.tls {
+            return self.read_encrypted(tls, &mut [IoSliceMut::new(buffer)]).await;
+        }
+        let read = self.fd.async_io(Interest::READABLE, |fd| Ok(rustix::io::read(fd, &mut *buffer)?)).await?;
         not_the_end(read)
     }
 
@@ -72,13 +103,42 @@ impl Socket {
         Ok(())
     }
 
-    /// Writes from the first of `buffers`, then the next.
+    /// What is decrypted; meanwhile, what was encrypted goes out, since nobody else may be there to send it.
+    async fn read_encrypted(&self, tls: &Mutex<Tls>, buffers: &mut [IoSliceMut<'_>]) -> io::Result<usize> {
+        loop {
+            let (read, sending) = {
+                let mut tls = locked(tls);
+                (tls.decrypt(buffers)?, !tls.to_send().is_empty())
+            };
+            if read > 0 {
+                return Ok(read);
+            }
+            tokio::select! {
+                received = receive_encrypted(&self.fd, tls) => received?,
+                sent = send_encrypted(&self.fd, tls), if sending => sent?,
+            }
+        }
+    }
+
+    /// Writes from the first of `buffers`, then the next. Encrypted, it may not have left when this returns; reading sends it.
     pub(super) async fn write_vectored(&self, buffers: &[IoSlice<'_>]) -> io::Result<usize> {
+        if let Some(tls) = &self.tls {
+            while !locked(tls).to_send().is_empty() {
+                send_encrypted(&self.fd, tls).await?;
+            }
+            let mut tls = locked(tls);
+            let taken = tls.encrypt(buffers)?;
+            // Whatever the system does not take now goes later.
+            if let Ok(sent) = rustix::net::send(self.fd.get_ref(), tls.to_send(), SendFlags::NOSIGNAL) {
+                tls.sent(sent);
+            }
+            return Ok(taken);
+        }
         let send = |fd: &OwnedFd| {
             let mut nothing = SendAncillaryBuffer::default();
             Ok(rustix::net::sendmsg(fd, buffers, &mut nothing, SendFlags::NOSIGNAL)?)
         };
-        self.0.async_io(Interest::WRITABLE, send).await
+        self.fd.async_io(Interest::WRITABLE, send).await
     }
 
     /// Writes all of `bytes`. Not cancel safe.
@@ -86,6 +146,11 @@ impl Socket {
         while !bytes.is_empty() {
             let written = self.write_vectored(&[IoSlice::new(bytes)]).await?;
             bytes = &bytes[written..];
+        }
+        if let Some(tls) = &self.tls {
+            while !locked(tls).to_send().is_empty() {
+                send_encrypted(&self.fd, tls).await?;
+            }
         }
         Ok(())
     }
@@ -101,7 +166,7 @@ impl Socket {
             }
             Ok(rustix::net::sendmsg(fd, &[IoSlice::new(bytes)], &mut control, SendFlags::NOSIGNAL)?)
         };
-        let written = self.0.async_io(Interest::WRITABLE, send).await?;
+        let written = self.fd.async_io(Interest::WRITABLE, send).await?;
         self.write_all(&bytes[written..]).await
     }
 
@@ -120,7 +185,7 @@ impl Socket {
                 }
                 Ok(message.bytes)
             };
-            let read = not_the_end(self.0.async_io(Interest::READABLE, receive).await?)?;
+            let read = not_the_end(self.fd.async_io(Interest::READABLE, receive).await?)?;
             buffer = &mut buffer[read..];
         }
         Ok(())
@@ -129,12 +194,12 @@ impl Socket {
     /// Tells the peer that nothing more will come; what it still says can be read.
     pub(super) fn end_writing(&self) {
         // An error means that the connection is gone, and with it the need to say so.
-        let _ = rustix::net::shutdown(self.0.get_ref(), Shutdown::Write);
+        let _ = rustix::net::shutdown(self.fd.get_ref(), Shutdown::Write);
     }
 
     /// Who connected this unix socket.
     pub(super) fn peer(&self) -> io::Result<PeerProcess> {
-        let fd = self.0.get_ref();
+        let fd = self.fd.get_ref();
         let peer = sockopt::socket_peercred(fd)?;
         // The second way is for kernels before 6.5. There the number could by now be another process', if the peer has ended
         // already; the handshake goes on only if it answers after this.
@@ -142,6 +207,33 @@ impl Socket {
         let ended = ended.and_then(|fd| register(fd, Interest::READABLE)).ok();
         Ok(PeerProcess { user: peer.uid.as_raw(), ended })
     }
+}
+
+fn locked(tls: &Mutex<Tls>) -> MutexGuard<'_, Tls> {
+    // A panic in between ends the session's task, and nobody looks again.
+    tls.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Makes one read of what is to be decrypted. Cancel safe.
+async fn receive_encrypted(fd: &AsyncFd<OwnedFd>, tls: &Mutex<Tls>) -> io::Result<()> {
+    let receive = |fd: &OwnedFd| {
+        let mut tls = locked(tls);
+        let received = rustix::io::read(fd, tls.space())?;
+        tls.received(received);
+        Ok(received)
+    };
+    not_the_end(fd.async_io(Interest::READABLE, receive).await?).map(|_| ())
+}
+
+/// Makes one write of what was encrypted. Cancel safe.
+async fn send_encrypted(fd: &AsyncFd<OwnedFd>, tls: &Mutex<Tls>) -> io::Result<()> {
+    let send = |fd: &OwnedFd| {
+        let mut tls = locked(tls);
+        let sent = rustix::net::send(fd, tls.to_send(), SendFlags::NOSIGNAL)?;
+        tls.sent(sent);
+        Ok(())
+    };
+    fd.async_io(Interest::WRITABLE, send).await
 }
 
 fn register(fd: OwnedFd, interest: Interest) -> io::Result<AsyncFd<OwnedFd>> {

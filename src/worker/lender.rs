@@ -104,6 +104,7 @@ async fn server_config(cli: &WorkerArgs, key: ModelKey, metrics: &Metrics) -> Re
         tcp,
         advertise: tcp.map(|address: SocketAddr| membership::host(cli, address)),
         unix,
+        tls: cli.disagg.session_tls().server()?,
         token: membership::token(cli),
         model_key: key.to_string(),
         limits: transfer::Limits::default(),

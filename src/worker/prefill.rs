@@ -65,6 +65,7 @@ pub async fn run(mut cli: WorkerArgs, ready: impl FnOnce(Ready)) -> Result<()> {
     }
     let (model, key) = (loaded.card(&cli, vec![name.clone()]), loaded.key);
     let connector = ConnectorConfig {
+        tls: cli.disagg.session_tls().client()?,
         token: membership::token(&cli),
         model_key: key.to_string(),
         timeout: CONNECT_TIME_MAX,

@@ -15,14 +15,17 @@ use crate::handoff::{SessionId, WorkerId};
 use crate::transfer::handshake::{self, Hello, VERSION, Welcome};
 use crate::transfer::outbound::Outbound;
 use crate::transfer::socket::Socket;
+use crate::transfer::tls::Tls;
 use crate::transfer::{
-    ClusterToken, ConnectError, Limits, Mailbox, Refusal, Region, RegionShape, SessionAddresses, TransferMetrics,
-    Transport, host_identity,
+    ClientTls, ClusterToken, ConnectError, Limits, Mailbox, Refusal, Region, RegionShape, SessionAddresses,
+    TransferMetrics, Transport, host_identity,
 };
 
 /// What a prefill worker's [`Connector`] is made with.
 #[derive(Debug, Clone)]
 pub struct ConnectorConfig {
+    /// Encrypts what goes over TCP. With it, decode workers that do not encrypt are not talked to.
+    pub tls: Option<ClientTls>,
     /// Both sides must have the same.
     pub token: ClusterToken,
     /// Both sides must serve the same: digest of everything their pages depend on.
@@ -101,7 +104,13 @@ impl Connector {
     }
 
     async fn connect_tcp(&self, address: &str, to: &SessionAddresses, own: WorkerId) -> Result<Session, ConnectError> {
-        let socket = Socket::tcp(TcpStream::connect(address).await?)?;
+        let mut socket = Socket::tcp(TcpStream::connect(address).await?)?;
+        match &self.shared.config.tls {
+            Some(_) if !to.tls => return Err(ConnectError::Plain),
+            Some(tls) => socket = socket.encrypted(Tls::client(tls, host_of(address))?).await?,
+            None if to.tls => return Err(ConnectError::Encrypted),
+            None => {}
+        }
         let hello = self.hello(to, own, Transport::Tcp);
         let (welcome, _) = handshake::connect(&socket, &self.shared.config.token, &hello).await?;
         Ok(self.start(socket, &welcome, own, None))
@@ -167,6 +176,12 @@ impl Connector {
         tokio::spawn(task.run(received));
         Session { writer, messages }
     }
+}
+
+/// The host of `host:port`, without the brackets of an IPv6 address.
+fn host_of(address: &str) -> &str {
+    let host = address.rsplit_once(':').map_or(address, |(host, _)| host);
+    host.strip_prefix('[').and_then(|host| host.strip_suffix(']')).unwrap_or(host)
 }
 
 /// Whether the unix socket led nowhere, or to somebody else, so that TCP may still lead to the worker.

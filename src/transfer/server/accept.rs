@@ -18,6 +18,7 @@ use super::{Command, Peer, Shared};
 use crate::handoff::{SessionId, WorkerId};
 use crate::transfer::handshake::{self, HandshakeError, Hello, Welcome};
 use crate::transfer::socket::Socket;
+use crate::transfer::tls::Tls;
 use crate::transfer::{Refusal, ServerError, Transport};
 
 /// Before the next try when the system has no file left for a connection.
@@ -139,9 +140,12 @@ where
 /// Makes a connection a session.
 async fn open(
     shared: &Arc<Shared>,
-    socket: Socket,
+    mut socket: Socket,
     transport: Transport,
 ) -> Result<(ServerSession, mpsc::UnboundedReceiver<Command>), HandshakeError> {
+    if let (Transport::Tcp, Some(tls)) = (transport, &shared.config.tls) {
+        socket = socket.encrypted(Tls::server(tls)?).await?;
+    }
     let process = match transport {
         Transport::Shm => Some(socket.peer()?),
         Transport::Tcp => None,

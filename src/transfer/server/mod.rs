@@ -133,7 +133,8 @@ impl SessionServer {
             next_session: AtomicU64::new(1),
         });
         let accept::Listening { tasks, unix, tcp } = accept::listen(&shared).await?;
-        let addresses = SessionAddresses { host, instance, unix: unix.clone(), tcp };
+        let tls = shared.config.tls.is_some();
+        let addresses = SessionAddresses { host, instance, unix: unix.clone(), tcp, tls };
         Ok(Self { shared, addresses, listeners: tasks, socket: unix })
     }
 

@@ -56,6 +56,7 @@ pub(super) fn server_config(unix: PathBuf) -> ServerConfig {
         tcp: Some(([127, 0, 0, 1], 0).into()),
         advertise: None,
         unix: Some(unix),
+        tls: None,
         token: ClusterToken::new("tea"),
         model_key: "model".into(),
         // Patient, because tests share a busy machine; those about stalls are not.
@@ -133,6 +134,7 @@ pub(super) struct Prefill {
 
 pub(super) fn connector_config(transport: Transport) -> ConnectorConfig {
     ConnectorConfig {
+        tls: None,
         token: ClusterToken::new("tea"),
         model_key: "model".into(),
         timeout: PATIENCE,

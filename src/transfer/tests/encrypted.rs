@@ -1,0 +1,135 @@
+//! TLS on TCP sessions.
+
+use std::process::Command;
+
+use tokio::net::TcpStream;
+
+use super::support::*;
+use crate::handoff::{MailboxWord, Slot, Status, WorkerId};
+use crate::transfer::handshake;
+use crate::transfer::socket::Socket;
+use crate::transfer::{ClusterToken, ConnectError, SessionTls, TlsError, Transport};
+
+/// An authority, and a certificate for 127.0.0.1 by it, for either side.
+struct Certificates(tempfile::TempDir);
+
+impl Certificates {
+    fn new() -> Self {
+        let this = Self(tempfile::tempdir().unwrap());
+        this.make("ca", &[]);
+        let (ca, key) = (this.path("ca.pem"), this.path("ca.key"));
+        let mut by_authority = vec!["-CA", &ca, "-CAkey", &key];
+        for extension in
+            ["basicConstraints=CA:FALSE", "subjectAltName=IP:127.0.0.1", "extendedKeyUsage=serverAuth,clientAuth"]
+        {
+            by_authority.extend(["-addext", extension]);
+        }
+        this.make("leaf", &by_authority);
+        this
+    }
+
+    fn make(&self, name: &str, arguments: &[&str]) {
+        let mut command = Command::new("openssl");
+        command.args(["req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-days", "30"]);
+        command.args(["-subj", &format!("/CN={name}"), "-keyout", &self.path(&format!("{name}.key"))]);
+        command.args(["-out", &self.path(&format!("{name}.pem"))]).args(arguments);
+        let output = command.output().expect("openssl runs (make setup-services)");
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    }
+
+    fn path(&self, name: &str) -> String {
+        self.0.path().join(name).to_str().unwrap().to_owned()
+    }
+
+    fn tls(&self, ca: bool, identity: bool) -> SessionTls {
+        SessionTls {
+            ca: ca.then(|| self.path("ca.pem").into()),
+            identity: identity.then(|| (self.path("leaf.pem").into(), self.path("leaf.key").into())),
+        }
+    }
+}
+
+async fn decode(tls: &SessionTls) -> Decode {
+    let tls = tls.server().unwrap();
+    Decode::start_with(|config| config.tls = tls).await
+}
+
+fn prefill(tls: &SessionTls) -> Prefill {
+    let mut config = connector_config(Transport::Tcp);
+    config.tls = tls.client().unwrap();
+    Prefill::new_with(SHAPE, config)
+}
+
+async fn refused(decode: &Decode, prefill: &Prefill) -> ConnectError {
+    soon(prefill.connector.connect(decode.server.addresses(), WorkerId(1))).await.err().expect("it is refused")
+}
+
+#[tokio::test]
+async fn pages_and_messages_go_through_encrypted_sessions_and_back() {
+    let certificates = Certificates::new();
+    for mutual in [false, true] {
+        let mut decode = decode(&certificates.tls(mutual, true)).await;
+        let prefill = prefill(&certificates.tls(true, mutual));
+        let (id, mut session) = decode.session(&prefill).await;
+        assert_eq!(session.transport(), Transport::Tcp);
+        // Larger than a record, and than what is encrypted at a time.
+        let long = vec![3; 1 << 20];
+        assert!(session.send(long.clone().into()));
+        assert_eq!(decode.message().await, long);
+        decode.server.send(id, long.clone().into());
+        assert_eq!(soon(session.receive()).await.unwrap(), long);
+        let lent: Vec<(u32, u32)> = (0..30).map(|i| (i, 2 * i)).collect();
+        let pages: Vec<u32> = lent.iter().map(|&(_, remote)| remote).collect();
+        decode.server.lend(id, Slot(2), epoch(5), pages.as_slice().into());
+        write(&session.writer(), Slot(2), epoch(5), all_layers(&lent)).await.unwrap();
+        complete(&session.writer(), Slot(2), epoch(5), Status::Done).await.unwrap();
+        assert_eq!(decode.mailbox.load(Slot(2)), MailboxWord::new(epoch(5), Status::Done));
+        for layer in 0..SHAPE.layers {
+            for &(local, remote) in &lent {
+                assert!(holds(&decode.page(layer, remote), layer, local), "layer {layer}, page {remote}");
+            }
+        }
+        drop(session);
+        decode.ended(id).await;
+    }
+}
+
+#[tokio::test]
+async fn a_worker_that_another_authority_vouches_for_is_refused_by_either_side() {
+    let (ours, theirs) = (Certificates::new(), Certificates::new());
+    let decode = decode(&ours.tls(true, true)).await;
+    let stranger = SessionTls { identity: theirs.tls(false, true).identity, ..ours.tls(true, false) };
+    for tls in [theirs.tls(true, true), stranger, ours.tls(true, false)] {
+        let refused = refused(&decode, &prefill(&tls)).await;
+        assert!(matches!(refused, ConnectError::Io(_)), "{refused}");
+    }
+    assert!(prefill(&ours.tls(true, true)).connector.connect(decode.server.addresses(), WorkerId(1)).await.is_ok());
+}
+
+#[tokio::test]
+async fn whoever_does_not_encrypt_is_refused_by_who_does() {
+    let certificates = Certificates::new();
+    let secret = decode(&certificates.tls(false, true)).await;
+    let open = Decode::start().await;
+    assert!(matches!(refused(&secret, &Prefill::new(Transport::Tcp)).await, ConnectError::Encrypted));
+    assert!(matches!(refused(&open, &prefill(&certificates.tls(true, false))).await, ConnectError::Plain));
+    // One that does not care what the card says.
+    let stream = TcpStream::connect(secret.server.addresses().tcp.as_deref().unwrap()).await.unwrap();
+    let socket = Socket::new(stream.into_std().unwrap()).unwrap();
+    let hello = hello(secret.server.addresses(), Transport::Tcp);
+    assert!(soon(handshake::connect(&socket, &ClusterToken::new("tea"), &hello)).await.is_err());
+    assert!(secret.metrics.refused.get() >= 1);
+}
+
+#[test]
+fn certificates_that_do_not_do_are_named_at_start() {
+    let certificates = Certificates::new();
+    assert!(matches!(certificates.tls(true, false).server(), Err(TlsError::NoIdentity)));
+    assert!(matches!(certificates.tls(false, true).client(), Err(TlsError::NoCa)));
+    assert!(SessionTls::default().server().unwrap().is_none() && SessionTls::default().client().unwrap().is_none());
+    let nowhere = SessionTls { ca: Some("/nowhere/ca.pem".into()), identity: None };
+    assert!(nowhere.client().unwrap_err().to_string().contains("/nowhere/ca.pem"));
+    let key = certificates.path("leaf.key");
+    let swapped = SessionTls { ca: Some(key.clone().into()), identity: None };
+    assert!(swapped.client().unwrap_err().to_string().contains(&key));
+}
