@@ -1,0 +1,148 @@
+//! The page.
+
+use std::fmt::Write as _;
+use std::path::{Path, PathBuf};
+
+use anyhow::Result;
+
+use crate::handoffs::{self, PHASES};
+use crate::machine::Machine;
+use crate::stats::{median, percentile};
+use crate::streams::{PROMPT, STREAMS, Seen};
+
+/// Everything measured.
+pub(crate) struct Report {
+    machine: Machine,
+    handoffs: Vec<handoffs::Row>,
+    streams: Vec<Seen>,
+}
+
+impl Report {
+    pub(crate) fn new(machine: Machine) -> Self {
+        Self { machine, handoffs: Vec::new(), streams: Vec::new() }
+    }
+
+    pub(crate) fn handoffs(&mut self, rows: Vec<handoffs::Row>) {
+        self.handoffs = rows;
+    }
+
+    pub(crate) fn streams(&mut self, seen: Seen) {
+        self.streams.push(seen);
+    }
+
+    /// The whole page.
+    pub(crate) fn markdown(&self) -> String {
+        let mut text = String::new();
+        // Writing to a string cannot fail.
+        let _ = self.write_markdown(&mut text);
+        text
+    }
+
+    fn write_markdown(&self, text: &mut String) -> std::fmt::Result {
+        let Machine { cpu, cores, features, memory_gib } = &self.machine;
+        writeln!(text, "# Disaggregation, engine {}\n", env!("CARGO_PKG_VERSION"))?;
+        writeln!(text, "- Machine: {cpu}, {cores} cores, {memory_gib:.0} GiB; {}", features.join(", "))?;
+        writeln!(
+            text,
+            "- Every worker is held to its cores (taskset) and has one computing thread on each; etcd, nats-server"
+        )?;
+        writeln!(text, "  and the clients run on whichever core is free")?;
+        if !self.handoffs.is_empty() {
+            writeln!(text, "\n## What a handoff costs\n")?;
+            writeln!(
+                text,
+                "One at a time, decode worker on core 0, prefill worker on core 1, both idle otherwise. Milliseconds,"
+            )?;
+            writeln!(
+                text,
+                "p50 / p99. *Overhead* is the time to the first token at the client, less the prefill worker's"
+            )?;
+            writeln!(
+                text,
+                "computing: HTTP, queue, messages, transfer, and the step that computes the last prompt token. *Added* is"
+            )?;
+            writeln!(
+                text,
+                "the time to the first token less the median of one process on one core with the same prompts.\n"
+            )?;
+            self.write_handoffs(text)?;
+        }
+        for seen in &self.streams {
+            write_streams(text, seen)?;
+        }
+        Ok(())
+    }
+
+    fn write_handoffs(&self, text: &mut String) -> std::fmt::Result {
+        write!(text, "| |")?;
+        for row in &self.handoffs {
+            write!(text, " {} tokens, {} (n = {}) |", row.tokens, row.transport, row.first_token.len())?;
+        }
+        writeln!(text, " |\n| --- |{} --- |", " --- |".repeat(self.handoffs.len()))?;
+        for (at, (phase, what)) in PHASES.iter().enumerate() {
+            self.write_row(text, phase, what, |row| &row.phases[at])?;
+        }
+        let totals: [(&str, &str, fn(&handoffs::Row) -> &Vec<f64>); 4] = [
+            ("**overhead**", "time to the first token − compute", |row| &row.overhead),
+            ("time to the first token", "at the client", |row| &row.first_token),
+            ("the same, one process", "on one core", |row| &row.local),
+            ("**added**", "by the handoff", |row| &row.added),
+        ];
+        totals.into_iter().try_for_each(|(name, what, values)| self.write_row(text, name, what, values))
+    }
+
+    fn write_row(
+        &self,
+        text: &mut String,
+        name: &str,
+        what: &str,
+        values: impl Fn(&handoffs::Row) -> &Vec<f64>,
+    ) -> std::fmt::Result {
+        write!(text, "| {name} |")?;
+        for row in &self.handoffs {
+            let values = values(row);
+            write!(text, " {:.2} / {:.2} |", median(values) * 1e3, percentile(values, 99.0) * 1e3)?;
+        }
+        writeln!(text, " {what} |")
+    }
+
+    /// Writes the page to `folder`, named after the day and the processor.
+    pub(crate) fn write(&self, folder: &Path, text: &str) -> Result<PathBuf> {
+        std::fs::create_dir_all(folder)?;
+        let path = folder.join(format!("{}-disaggregation.md", self.machine.page_name()?));
+        std::fs::write(&path, text)?;
+        Ok(path)
+    }
+}
+
+fn write_streams(text: &mut String, seen: &Seen) -> std::fmt::Result {
+    writeln!(text, "\n## {STREAMS} answers while prompts of {PROMPT} tokens arrive: {}\n", seen.model)?;
+    writeln!(
+        text,
+        "One prompt takes an idle core {:.2} s, so one arrives every {:.2} s: one process on one core can just keep up.",
+        seen.alone, seen.interval
+    )?;
+    writeln!(text, "All rounds together; ITL is the time between two tokens of an answer, in milliseconds.\n")?;
+    writeln!(
+        text,
+        "| | ITL p50 / p99 / max, no prompts | ITL p50 / p99 / max, prompts arriving | tokens/s of the {STREAMS} | TTFT of the prompts, p50 / max, s |"
+    )?;
+    writeln!(text, "| --- | --- | --- | --- | --- |")?;
+    let spread = |gaps: &[f64]| {
+        let [p50, p99, max] = [50.0, 99.0, 100.0].map(|percent| percentile(gaps, percent) * 1e3);
+        format!("{p50:.1} / {p99:.1} / {max:.1}")
+    };
+    for (setup, figures) in &seen.setups {
+        writeln!(
+            text,
+            "| {} | {} | {} | {:.0} | {:.2} / {:.2} |",
+            setup.name(),
+            spread(&figures.quiet),
+            spread(&figures.busy),
+            median(&figures.tokens_per_second),
+            median(&figures.first_token),
+            percentile(&figures.first_token, 100.0),
+        )?;
+    }
+    Ok(())
+}

@@ -1,0 +1,171 @@
+//! Eight answers being streamed, and long prompts that arrive beside them.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Result, ensure};
+
+use crate::client;
+use crate::cluster::{Pair, Services, Worker};
+use crate::model::Model;
+
+/// Answers being streamed.
+pub(crate) const STREAMS: usize = 8;
+/// Tokens of a prompt that arrives.
+pub(crate) const PROMPT: usize = 2000;
+/// Tokens of the prompts of those that are being answered, which are computed where they arrive.
+const OWN_PROMPT: usize = 32;
+/// More tokens than anybody waits for.
+const ENDLESS: usize = 8000;
+/// How long streams are watched before the first prompt arrives.
+const QUIET: Duration = Duration::from_secs(4);
+/// Prompts arrive no more often than one a second, and leave the one core of a single process this much of its time.
+const INTERVAL_MIN: f64 = 1.0;
+const HEADROOM: f64 = 1.5;
+
+/// How the cores are used.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Setup {
+    OneCore,
+    Disaggregated,
+    TwoCores,
+}
+
+impl Setup {
+    pub(crate) const ALL: [Self; 3] = [Self::OneCore, Self::Disaggregated, Self::TwoCores];
+
+    pub(crate) const fn name(self) -> &'static str {
+        match self {
+            Self::OneCore => "one process, one core",
+            Self::Disaggregated => "decode worker on one core, prefill worker on the other",
+            Self::TwoCores => "one process, both cores",
+        }
+    }
+}
+
+/// What was seen of a model.
+pub(crate) struct Seen {
+    pub(crate) model: String,
+    /// Seconds for one long prompt on an idle core, and between two arrivals.
+    pub(crate) alone: f64,
+    pub(crate) interval: f64,
+    pub(crate) setups: Vec<(Setup, Figures)>,
+}
+
+/// Of all rounds together. Seconds.
+#[derive(Default)]
+pub(crate) struct Figures {
+    /// Between two tokens of an answer, before and while prompts arrive.
+    pub(crate) quiet: Vec<f64>,
+    pub(crate) busy: Vec<f64>,
+    /// To the first token of a long prompt.
+    pub(crate) first_token: Vec<f64>,
+    /// Tokens a second of all answers while prompts arrive, a round.
+    pub(crate) tokens_per_second: Vec<f64>,
+}
+
+pub(crate) fn measure(model: &Model, rounds: usize, prompts: usize) -> Result<Seen> {
+    let services = Services::start();
+    let one = Worker::alone(model, &[0])?;
+    let two = Worker::alone(model, &[0, 1])?;
+    let pair = Pair::start(&services, "streams", model, &[])?;
+    // The first prompt meets memory that was never touched.
+    client::first_token(&one.address, &model.prompt(PROMPT, 1))?;
+    let alone = client::first_token(&one.address, &model.prompt(PROMPT, 2))?;
+    for address in [&two.address, &pair.decode.address] {
+        client::first_token(address, &model.prompt(PROMPT, 3))?;
+    }
+    let interval = (alone * HEADROOM).max(INTERVAL_MIN);
+    let mut setups: Vec<_> = Setup::ALL.map(|setup| (setup, Figures::default())).into();
+    for round in 0..rounds {
+        for (setup, figures) in &mut setups {
+            let address = match setup {
+                Setup::OneCore => &one.address,
+                Setup::Disaggregated => &pair.decode.address,
+                Setup::TwoCores => &two.address,
+            };
+            let remote = "engine_prefills_total{where=\"remote\"}";
+            let before = pair.decode.metric(remote)?;
+            watch(address, model, 1 + round as u64, prompts, Duration::from_secs_f64(interval), figures)?;
+            let handed_off = pair.decode.metric(remote)? - before;
+            let expected = if *setup == Setup::Disaggregated { prompts as f64 } else { 0.0 };
+            ensure!(handed_off == expected, "{handed_off} of {expected} prompts were handed off");
+            eprintln!("{}, round {}: {}", model.name, round + 1, setup.name());
+        }
+    }
+    Ok(Seen { model: model.name.clone(), alone, interval, setups })
+}
+
+/// Starts the streams, watches them for a while, lets prompts arrive, and ends the streams when the last of these has its first
+/// token, but not before it would have been the next one's turn.
+fn watch(
+    address: &str,
+    model: &Model,
+    round: u64,
+    prompts: usize,
+    interval: Duration,
+    figures: &mut Figures,
+) -> Result<()> {
+    let stop = AtomicBool::new(false);
+    let (came, comes) = mpsc::channel();
+    thread::scope(|scope| -> Result<()> {
+        let mut threads = Vec::new();
+        let streams: Vec<_> = (0..STREAMS as u64)
+            .map(|stream| {
+                let (came, stop) = (came.clone(), &stop);
+                let prompt = model.prompt(OWN_PROMPT, 1_000_000 + round * 100 + stream);
+                scope.spawn(move || -> Result<Vec<Instant>> {
+                    let mut tokens = Vec::with_capacity(ENDLESS);
+                    client::stream(address, &prompt, ENDLESS, stop, |now| {
+                        if tokens.is_empty() {
+                            // The other end waits for all, unless something else has failed.
+                            let _ = came.send(());
+                        }
+                        tokens.push(now);
+                    })?;
+                    Ok(tokens)
+                })
+            })
+            .collect();
+        drop(came);
+        let all_came = comes.iter().take(STREAMS).count() == STREAMS;
+        let quiet = Instant::now();
+        let started = quiet + QUIET;
+        for prompt in 0..prompts {
+            sleep_until(started + interval * prompt as u32);
+            let tokens = model.prompt(PROMPT, 2_000_000 + round * 1000 + prompt as u64);
+            threads.push(scope.spawn(move || client::first_token(address, &tokens)));
+        }
+        let first_tokens: Result<Vec<f64>> = threads.into_iter().map(|thread| joined(thread)).collect();
+        sleep_until(started + interval * prompts as u32);
+        let ended = Instant::now();
+        stop.store(true, Ordering::Relaxed);
+        let mut tokens_seen = 0;
+        for stream in streams {
+            let tokens = joined(stream)?;
+            tokens_seen += tokens.iter().filter(|&&token| token >= started && token < ended).count();
+            for pair in tokens.windows(2) {
+                let gap = (pair[1] - pair[0]).as_secs_f64();
+                if pair[0] >= quiet && pair[1] < started {
+                    figures.quiet.push(gap);
+                } else if pair[0] >= started && pair[1] < ended {
+                    figures.busy.push(gap);
+                }
+            }
+        }
+        ensure!(all_came, "{address} did not answer all");
+        figures.first_token.extend(first_tokens?);
+        figures.tokens_per_second.push(tokens_seen as f64 / (ended - started).as_secs_f64());
+        Ok(())
+    })
+}
+
+fn joined<T>(thread: thread::ScopedJoinHandle<'_, Result<T>>) -> Result<T> {
+    thread.join().expect("a client panicked")
+}
+
+fn sleep_until(then: Instant) {
+    thread::sleep(then.saturating_duration_since(Instant::now()));
+}
