@@ -62,6 +62,7 @@ fn requests(vocab_size: usize) -> Vec<Request> {
             stop_token_ids: (0..vocab_size).filter(|token| i % 8 == 4 && token % 23 == i % 23).collect(),
             logprobs: [Some(5), None, Some(0)][i as usize % 3],
             prompt_logprobs: (i % 6 == 4).then_some(2),
+            trace: None,
         });
     }
     requests
@@ -90,6 +91,7 @@ fn config(max_num_seqs: usize, max_num_batched_tokens: usize, blocks: usize, voc
     EngineConfig {
         max_num_seqs,
         max_num_batched_tokens,
+        itl_target: EngineConfig::ITL_TARGET_DEFAULT,
         max_waiting_requests: 64,
         max_model_len: MAX_MODEL_LEN,
         vocab_size,

@@ -110,6 +110,7 @@ async fn steady_decode_allocates_nothing_on_the_engine_thread() {
     let config = EngineConfig {
         max_num_seqs: SEQUENCES,
         max_num_batched_tokens: 256,
+        itl_target: EngineConfig::ITL_TARGET_DEFAULT,
         max_waiting_requests: 8,
         max_model_len: MAX_MODEL_LEN,
         vocab_size,
@@ -139,6 +140,7 @@ async fn steady_decode_allocates_nothing_on_the_engine_thread() {
                 stop_token_ids: vec![0, 2],
                 logprobs: (i % 2 == 1).then_some(i),
                 prompt_logprobs: None,
+                trace: None,
             };
             let mut generation = handle.submit(request).unwrap();
             tokio::spawn(async move {

@@ -82,7 +82,7 @@ impl Answer {
             let message = format!("'{field}' asks for {wanted} answers at once; this server takes {places} at most");
             return Err(ApiError::invalid(field, message));
         }
-        let (created, journal) = (relay.created(), relay.journal);
+        let (created, trace, journal) = (relay.created(), relay.trace, relay.journal);
         if journal.is_some() && !plan.stream {
             return Err(progress::malformed());
         }
@@ -108,7 +108,7 @@ impl Answer {
         for prompt in &prompts {
             for choice in 0..plan.n {
                 let index = (choice, choices.len());
-                let request = plan.request(prompt.tokens.clone(), index, max_model_len, fields)?;
+                let request = Request { trace, ..plan.request(prompt.tokens.clone(), index, max_model_len, fields)? };
                 let (tokenizer, skip_special) = (&serving.config.tokenizer, plan.skip_special_tokens);
                 let echo = prompt.echo.as_ref().map(|text| {
                     Echo::new(text.clone(), plan.logprobs.is_some(), tokenizer.decode_stream(skip_special))

@@ -16,6 +16,7 @@ use super::{
     ApiError, Serving,
     progress::{JOURNAL_BYTES_MAX, Journal, Relay, malformed},
 };
+use crate::telemetry::TraceContext;
 
 /// Longest pause between two pieces of a body.
 const BODY_PAUSE_MAX: Duration = Duration::from_secs(30);
@@ -114,8 +115,10 @@ pub(crate) async fn read_relayed<T: DeserializeOwned + Send + 'static>(
 ) -> Result<(T, Relay), ApiError> {
     let limit = serving.config.body_bytes_max;
     let (progress, journal_bytes) = Relay::from_headers(headers, serving.config.cluster_token.as_deref())?;
+    // One that cannot be read is ignored, as the standard says.
+    let trace = headers.get(TraceContext::HEADER).and_then(|value| value.to_str().ok()?.parse().ok());
     let Some(journal_bytes) = journal_bytes else {
-        return Ok((read_json(headers, body, serving).await?, Relay { progress, journal: None }));
+        return Ok((read_json(headers, body, serving).await?, Relay { progress, journal: None, trace }));
     };
     if journal_bytes > JOURNAL_BYTES_MAX {
         return Err(malformed());
@@ -126,7 +129,7 @@ pub(crate) async fn read_relayed<T: DeserializeOwned + Send + 'static>(
     let parse = move |bytes: &[u8]| {
         let (journal, request) = bytes.split_at_checked(journal_bytes).ok_or_else(malformed)?;
         let journal = Journal::parse(journal, vocab_size)?;
-        Ok((parse_json(request)?, Relay { progress, journal: Some(journal) }))
+        Ok((parse_json(request)?, Relay { progress, journal: Some(journal), trace }))
     };
     parse_received(received, serving, parse).await
 }

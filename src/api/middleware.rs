@@ -10,6 +10,7 @@ use subtle::ConstantTimeEq;
 use uuid::Uuid;
 
 use super::{ApiError, Serving, extract::discard_body};
+use crate::telemetry::TraceContext;
 
 static REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 /// Longest request id that is taken over from a client.
@@ -20,6 +21,7 @@ pub(crate) async fn observe(State(serving): State<Arc<Serving>>, request: Reques
     let started = Instant::now();
     let id = request_id(&request);
     let method = request.method().clone();
+    let trace = request.headers().get(TraceContext::HEADER).cloned();
     let endpoint = request.extensions().get::<MatchedPath>().cloned();
     let mut response = next.run(request).await;
     // Paths nobody serves share a label: clients must not be able to make new ones.
@@ -27,7 +29,8 @@ pub(crate) async fn observe(State(serving): State<Arc<Serving>>, request: Reques
     let status = response.status();
     serving.metrics.requests.with_label_values(&[endpoint, status.as_str()]).inc();
     let headers_ms = started.elapsed().as_millis() as u64;
-    tracing::debug!(%method, endpoint, status = status.as_u16(), id = id.to_str().unwrap_or_default(), headers_ms, "answered");
+    let trace = trace.as_ref().and_then(|value| value.to_str().ok()).unwrap_or_default();
+    tracing::debug!(%method, trace, endpoint, status = status.as_u16(), id = id.to_str().unwrap_or_default(), headers_ms, "answered");
     let headers = response.headers_mut();
     headers.insert(&REQUEST_ID, id);
     if serving.is_draining() || status == StatusCode::PAYLOAD_TOO_LARGE {

@@ -21,6 +21,7 @@ use subtle::ConstantTimeEq;
 use uuid::Uuid;
 
 use super::{ApiError, answer::PreparedPrompt, output::Output, state::unix_seconds, validate::CHOICES_MAX};
+use crate::telemetry::TraceContext;
 
 /// Header of a request whose stream shall carry progress.
 pub const PROGRESS_HEADER: HeaderName = HeaderName::from_static("x-engine-progress");
@@ -41,6 +42,8 @@ pub(crate) struct Relay {
     pub(crate) progress: bool,
     /// The answer has been begun elsewhere.
     pub(crate) journal: Option<Journal>,
+    /// The trace that the request is part of.
+    pub(crate) trace: Option<TraceContext>,
 }
 
 impl Relay {

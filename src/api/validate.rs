@@ -140,6 +140,7 @@ impl Plan {
             stop_token_ids: self.stop_token_ids.clone(),
             logprobs: self.logprobs,
             prompt_logprobs: self.prompt_logprobs,
+            trace: None,
         })
     }
 }

@@ -3,7 +3,7 @@ use std::time::Duration;
 use super::{CostModel, Limits, Policy};
 
 /// Handoffs that a request may lose before it is prefilled by its own worker: a prompt that kills prefill workers must not
-/// meet them all.
+/// meet them all. Nor is a lost one tried again where nobody is known but those who may have lost it.
 pub const HANDOFFS_MAX: u32 = 2;
 
 /// What a decision about one prompt rests on.
@@ -15,7 +15,7 @@ pub struct Situation {
     pub prefill_workers: u32,
     /// Jobs on the queue; `None` if it cannot be reached.
     pub queue_depth: Option<u64>,
-    /// Handoffs of this request that came to nothing.
+    /// Handoffs of this request that a prefill worker took and did not complete.
     pub lost_handoffs: u32,
     /// Uncached tokens of the prompts that would be prefilled here before this one.
     pub backlog_tokens: u64,
@@ -41,7 +41,7 @@ pub enum Reason {
     Policy,
     /// All but the last token is in the prefix index.
     Cached,
-    /// [`HANDOFFS_MAX`] handoffs were lost.
+    /// [`HANDOFFS_MAX`] handoffs were lost, or as many as there are workers.
     Lost,
     /// No prefill worker is alive.
     Alone,
@@ -64,7 +64,9 @@ pub fn decide(limits: &Limits, situation: &Situation, costs: &CostModel, now: Du
     if situation.uncached_tokens <= 1 {
         return Decision::Local(Reason::Cached);
     }
-    if situation.lost_handoffs >= HANDOFFS_MAX {
+    // Who has died is listed until its lease runs out.
+    let lost = situation.lost_handoffs;
+    if lost >= HANDOFFS_MAX || lost > 0 && lost >= situation.prefill_workers {
         return Decision::Local(Reason::Lost);
     }
     if situation.prefill_workers == 0 {
@@ -155,6 +157,18 @@ mod tests {
         assert_eq!(decided(Situation { prefill_workers: 0, ..situation() }), Decision::Local(Reason::Alone));
         assert_eq!(decided(Situation { queue_depth: None, ..situation() }), Decision::Local(Reason::Unreachable));
         assert_eq!(decided(Situation { lost_handoffs: 2, ..situation() }), Decision::Local(Reason::Lost));
+    }
+
+    #[test]
+    fn a_lost_handoff_is_tried_again_once_and_only_if_there_is_somebody_else() {
+        for policy in [Policy::Threshold, Policy::Always, Policy::Auto] {
+            let decided = |lost_handoffs, prefill_workers| {
+                decided(policy, Situation { lost_handoffs, prefill_workers, ..situation() })
+            };
+            assert_eq!(decided(1, 2), Decision::Remote);
+            assert_eq!(decided(1, 1), Decision::Local(Reason::Lost));
+            assert_eq!(decided(2, 9), Decision::Local(Reason::Lost));
+        }
     }
 
     #[test]

@@ -20,9 +20,10 @@ impl Scheduler {
         self.come_back(slot);
     }
 
-    /// Takes back a sequence whose prompt no other worker has prefilled. It runs again from the start, here. Without
-    /// `pages` they are in quarantine from now on, until [`Scheduler::free_lent`].
-    pub fn restart(&mut self, slot: SlotId, pages: Option<Box<[LentPage]>>) {
+    /// Takes back a sequence whose prompt no other worker has prefilled. It runs again from the start: here, or if somebody had
+    /// `begun`, wherever the router then says, which is told how often that has happened. Without `pages` they are in
+    /// quarantine from now on, until [`Scheduler::free_lent`].
+    pub fn restart(&mut self, slot: SlotId, pages: Option<Box<[LentPage]>>, begun: bool) {
         self.recall(slot);
         if let Some(pages) = pages {
             self.free_lent(pages);
@@ -30,7 +31,8 @@ impl Scheduler {
         let sequence = self.slots[slot.index()].as_mut().expect("a sequence that is away has its slot");
         sequence.table.release(&mut self.pool);
         sequence.restart();
-        sequence.place = Place::HereForGood;
+        sequence.lost += u32::from(begun);
+        sequence.place = if begun { Place::Undecided } else { Place::HereForGood };
         self.come_back(slot);
     }
 

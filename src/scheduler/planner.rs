@@ -17,7 +17,11 @@ impl Scheduler {
     /// reader of pages comes back.
     pub fn plan(&mut self, plan: &mut StepPlan, router: &mut dyn Router) {
         plan.clear();
+        self.budget = self.limits.max_num_batched_tokens;
         self.plan_running(Pass::Decodes, plan, router);
+        if plan.tokens() > 0 {
+            self.budget = self.budget.min(plan.tokens().saturating_add(self.chunk_beside_decodes));
+        }
         self.plan_running(Pass::Prefills, plan, router);
         self.plan_waiting(plan, router);
         debug_assert!(plan.tokens() <= self.limits.max_num_batched_tokens);
@@ -35,7 +39,7 @@ impl Scheduler {
 
     fn plan_running(&mut self, pass: Pass, plan: &mut StepPlan, router: &mut dyn Router) {
         let mut at = 0;
-        while at < self.running.len() && plan.tokens() < self.limits.max_num_batched_tokens {
+        while at < self.running.len() && plan.tokens() < self.budget {
             let slot = self.running[at];
             if self.sequence(slot).decodes() == (pass == Pass::Decodes) {
                 self.plan_one(at, pass, plan, router);
@@ -50,7 +54,7 @@ impl Scheduler {
     /// computes needs no budget.
     fn plan_waiting(&mut self, plan: &mut StepPlan, router: &mut dyn Router) {
         while self.running.len() + self.away.len() < self.limits.max_num_seqs && plan.preempted() == 0 {
-            let in_budget = plan.tokens() < self.limits.max_num_batched_tokens;
+            let in_budget = plan.tokens() < self.budget;
             let Some(&slot) = self.waiting.front() else { return };
             if !in_budget && !router.is_open() || !self.enters(slot) {
                 return;
@@ -110,7 +114,7 @@ impl Scheduler {
                 return;
             }
         }
-        let budget = self.limits.max_num_batched_tokens - plan.tokens();
+        let budget = self.budget - plan.tokens();
         let wanted = self.sequence(slot).remaining().min(budget);
         let len = self.reserve(at, wanted, plan);
         if len == 0 {
@@ -147,6 +151,7 @@ impl Scheduler {
             cached: sequence.num_computed,
             decoding: self.running.iter().filter(|other| !unfinished(other)).count(),
             queued: self.running[..at].iter().filter(unfinished).map(|&other| self.sequence(other).remaining()).sum(),
+            lost: sequence.lost,
         };
         if router.route(candidate) == Route::Local {
             return false;

@@ -47,6 +47,10 @@ pub struct Scheduler {
     /// Prefill-only sequences that are computed, or stopped, and whose pages somebody reads.
     pub(super) held: Vec<SlotId>,
     arrivals: u64,
+    /// Prompt tokens of a step in which others decode, at most.
+    pub(super) chunk_beside_decodes: usize,
+    /// Tokens of the step that is being planned, at most.
+    pub(super) budget: usize,
 }
 
 impl Scheduler {
@@ -65,7 +69,15 @@ impl Scheduler {
             away: Vec::with_capacity(limits.max_num_seqs),
             held: Vec::with_capacity(limits.max_sequences),
             arrivals: 0,
+            chunk_beside_decodes: limits.max_num_batched_tokens,
+            budget: 0,
         }
+    }
+
+    /// From now on prompts get at most so many tokens, at least one, of a step in which others decode, and have to wait for
+    /// it. Without decodes a step is as large as the limits say.
+    pub fn cut_chunks_beside_decodes(&mut self, tokens: usize) {
+        self.chunk_beside_decodes = tokens.max(1);
     }
 
     /// Queues a sequence, last. `None`: all slots are taken, and the sequence is gone.

@@ -9,6 +9,8 @@ pub struct Candidate {
     pub decoding: usize,
     /// Prompt tokens of other sequences that are to be computed here first.
     pub queued: usize,
+    /// How often another worker took it on and did not bring it to an end.
+    pub lost: u32,
 }
 
 /// Where a prompt is computed.

@@ -22,6 +22,8 @@ pub struct Sequence {
     /// Prompt tokens found in the cache when it was first looked at closely.
     pub(super) cached: Option<usize>,
     pub(super) place: Place,
+    /// How often another worker took it on and did not bring it to an end.
+    pub(super) lost: u32,
     /// Whether another worker's keys and values are what it continues from.
     pub(super) from_afar: bool,
     /// Numbers of the pages lent for it, while another worker fills them.
@@ -37,7 +39,7 @@ pub(super) enum Place {
     Undecided,
     /// Here, until it has to start again.
     Here,
-    /// Here, however often it starts again: another worker has failed it once.
+    /// Here, however often it starts again.
     HereForGood,
 }
 
@@ -63,6 +65,7 @@ impl Sequence {
             started: false,
             cached: None,
             place: Place::Undecided,
+            lost: 0,
             from_afar: false,
             lent: Vec::new(),
             prefill_only: false,

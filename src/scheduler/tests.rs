@@ -226,13 +226,44 @@ fn a_prompt_that_no_worker_finished_is_computed_here_and_its_pages_wait() {
     let mut fixture = Fixture::new(4, 100, 100);
     let a = fixture.add(0..17);
     let loan = fixture.step_with_worker().1.pop().unwrap();
-    fixture.scheduler.restart(a, None);
+    fixture.scheduler.restart(a, None, false);
     let pages = fixture.scheduler.pages();
     assert_eq!((pages.lent, pages.quarantined), (0, 4));
     assert_eq!(fixture.step_with_worker().0, [(a, 0, 17)]);
     fixture.scheduler.free_lent(loan.pages);
     assert_eq!(fixture.scheduler.pages().quarantined, 0);
     fixture.scheduler.check_integrity();
+}
+
+#[test]
+fn a_prompt_that_a_worker_lost_goes_where_the_router_says_which_hears_of_it() {
+    let mut fixture = Fixture::new(4, 100, 100);
+    let a = fixture.add(0..17);
+    for lost in 0..3 {
+        let loan = fixture.step_with_worker().1.pop().unwrap();
+        assert_eq!(fixture.scheduler.sequence(a).lost, lost);
+        fixture.scheduler.restart(a, Some(loan.pages), true);
+    }
+    let loan = fixture.step_with_worker().1.pop().unwrap();
+    fixture.scheduler.restart(a, Some(loan.pages), false);
+    assert_eq!(fixture.step_with_worker().0, [(a, 0, 17)]);
+}
+
+#[test]
+fn beside_decodes_a_prompt_gets_the_chunk_it_is_given_and_alone_all_of_the_step() {
+    let mut fixture = Fixture::new(4, 20, 100);
+    fixture.scheduler.cut_chunks_beside_decodes(6);
+    let a = fixture.add(0..23);
+    assert_eq!(fixture.step(), [(a, 0, 20)]);
+    assert_eq!(fixture.step(), [(a, 20, 3)]);
+    let (b, c) = (fixture.add(100..120), fixture.add(200..220));
+    assert_eq!(fixture.step(), [(a, 23, 1), (b, 0, 6)]);
+    assert_eq!(fixture.step(), [(a, 24, 1), (b, 6, 6)]);
+    fixture.scheduler.cut_chunks_beside_decodes(12);
+    assert_eq!(fixture.step(), [(a, 25, 1), (b, 12, 8), (c, 0, 4)]);
+    fixture.scheduler.remove(a);
+    fixture.scheduler.remove(b);
+    assert_eq!(fixture.step(), [(c, 4, 16)]);
 }
 
 #[test]

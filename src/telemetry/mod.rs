@@ -3,7 +3,9 @@
 mod handoffs;
 mod logging;
 mod metrics;
+mod trace;
 
 pub use handoffs::{HandoffMetrics, HandoffPhase};
 pub use logging::{LogFormat, LoggingError, init_logging};
 pub use metrics::{EngineMetrics, Metrics, StepKind};
+pub use trace::{BadTraceContext, TraceContext};

@@ -11,6 +11,7 @@ use std::{
 
 use bytes::Bytes;
 use tokio::sync::{Notify, mpsc};
+use tracing::{Instrument, Span, field::Empty};
 
 use super::{EngineHandle, PrefillHandle, PrefillRequest, courier::Courier};
 use crate::{
@@ -18,7 +19,7 @@ use crate::{
     handoff::{
         Borrower, BorrowerAction, BorrowerEvent, DeliveryId, Grant, HandoffId, Job, SessionId, ToDecode, WorkerId,
     },
-    telemetry::{HandoffMetrics, HandoffPhase},
+    telemetry::{HandoffMetrics, HandoffPhase, TraceContext},
     transfer::{Session, WriteError, Writer},
 };
 
@@ -74,6 +75,8 @@ struct Held {
     /// Tokens still to be computed, at most.
     tokens: usize,
     claimed: Option<Instant>,
+    /// Lasts as long as the job is here, and is part of the request's trace.
+    span: Span,
 }
 
 /// A prompt that is being computed, or whose pages are being written.
@@ -148,14 +151,27 @@ pub(super) fn deliver(desk: &SharedDesk, delivery: Delivery) {
     this.next_delivery += 1;
     let (payload, attempt) = (delivery.payload().clone(), delivery.attempt());
     let job = Job::decode(&payload, this.borrower.model_key()).ok();
+    let span = job.as_ref().map_or_else(Span::none, span);
     let (handoff, tokens) = job.map_or((None, 0), |job| (Some(job.handoff), job.prompt_tokens as usize));
     let (verdicts, received) = mpsc::unbounded_channel();
-    tokio::spawn(settle(delivery, received));
-    this.deliveries.insert(id, Held { verdicts, handoff, tokens, claimed: None });
+    tokio::spawn(settle(delivery, received).instrument(span.clone()));
     let now = this.started.elapsed();
+    let _entered = span.clone().entered();
+    tracing::debug!(attempt, "a job");
+    this.deliveries.insert(id, Held { verdicts, handoff, tokens, claimed: None, span });
     let Desk { borrower, actions, .. } = &mut *this;
     borrower.deliver(id, attempt, &payload, now, actions);
     this.perform(desk);
+}
+
+/// What of this worker's log belongs to a job, and to its request's trace if it names one.
+fn span(job: &Job) -> Span {
+    let trace = job.traceparent.as_ref().and_then(|text| text.parse::<TraceContext>().ok());
+    let span = tracing::info_span!("prefill", handoff = %job.handoff, worker = %job.decode, traceparent = Empty);
+    if let Some(trace) = trace {
+        span.record("traceparent", tracing::field::display(trace));
+    }
+    span
 }
 
 /// Takes in what happened.
@@ -266,9 +282,12 @@ impl Desk {
     fn prefill(&mut self, session: SessionId, grant: Grant, desk: &SharedDesk) {
         let Some(writer) = self.sessions.get(&session).cloned() else { return };
         let Grant { handoff, slot, epoch, tokens, first, pages } = grant;
-        if let Some(claimed) = self.held_for(handoff).and_then(|held| held.claimed) {
+        let held = self.held_for(handoff).map(|held| (held.claimed, held.span.clone()));
+        let (claimed, span) = held.unwrap_or((None, Span::none()));
+        if let Some(claimed) = claimed {
             self.metrics.observe(HandoffPhase::Claim, claimed.elapsed());
         }
+        span.in_scope(|| tracing::debug!(tokens = tokens.len(), first, "granted"));
         let first_page = first as usize / self.block_size;
         let courier = Courier {
             desk: desk.clone(),
@@ -328,6 +347,9 @@ impl Desk {
     fn posted(&mut self, handoff: HandoffId, desk: &SharedDesk) {
         if let Some(computed) = self.prompts.get(&handoff).and_then(|prompt| prompt.computed) {
             self.metrics.observe(HandoffPhase::Transfer, computed.elapsed());
+        }
+        if let Some(held) = self.held_for(handoff) {
+            held.span.in_scope(|| tracing::debug!("done"));
         }
         self.on(BorrowerEvent::Posted { handoff }, desk);
         if let Some(prompt) = self.prompts.get_mut(&handoff) {

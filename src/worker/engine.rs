@@ -17,6 +17,7 @@ use super::{
     handle::Shared,
     inbox,
     lending::Lending,
+    pace::Pace,
     post::Message,
     session::{Session, Terms},
     step::Step,
@@ -39,6 +40,7 @@ pub struct Engine<R> {
     terms: Box<[Option<Terms>]>,
     sessions: Box<[Option<Session>]>,
     step: Step,
+    pace: Pace,
     lending: Option<Lending>,
     exports: Exports,
     messages: Receiver<Message>,
@@ -97,6 +99,7 @@ impl<R: Runner> Engine<R> {
             terms: (0..limits.max_sequences).map(|_| None).collect(),
             sessions: (0..limits.max_sequences).map(|_| None).collect(),
             step: Step::new(&shared.config),
+            pace: Pace::new(shared.config.itl_target),
             lending,
             exports: Exports::new(limits.max_sequences, shared.config.block_size),
             messages,
@@ -132,13 +135,7 @@ impl<R: Runner> Engine<R> {
             self.scheduler.commit(&self.step.plan);
             self.deliver(done);
             self.publish_gauges();
-            let metrics = &self.shared.metrics;
-            metrics.preemptions.inc_by(self.step.plan.preempted() as u64);
-            let kind = StepKind::of(self.step.plan.entries().len(), self.step.plan.decodes());
-            metrics.observe_step(kind, done - launched);
-            if let Some(lending) = &mut self.lending {
-                lending.stepped(self.step.plan.prompt_tokens(), done - launched);
-            }
+            self.take_note(done - launched);
             if cfg!(debug_assertions) {
                 self.check_integrity();
             }
@@ -146,14 +143,28 @@ impl<R: Runner> Engine<R> {
         Ok(())
     }
 
+    /// Counts a step, and learns from how long it took.
+    fn take_note(&mut self, took: Duration) {
+        let Self { step: Step { plan, .. }, scheduler, pace, lending, shared, .. } = self;
+        shared.metrics.preemptions.inc_by(plan.preempted() as u64);
+        let (prompt_tokens, decodes) = (plan.prompt_tokens(), plan.decodes());
+        shared.metrics.observe_step(StepKind::of(plan.entries().len(), decodes), took);
+        pace.stepped(prompt_tokens, decodes, took);
+        scheduler.cut_chunks_beside_decodes(pace.chunk());
+        if let Some(lending) = lending {
+            lending.stepped(prompt_tokens, took);
+        }
+    }
+
     /// Decides what the next step computes, and sends away what others compute.
     fn plan(&mut self) {
-        let Self { scheduler, step: Step { plan, .. }, lending, exports, .. } = self;
+        let Self { scheduler, sessions, step: Step { plan, .. }, lending, exports, .. } = self;
+        let trace = |slot: SlotId| sessions[slot.index()].as_ref().and_then(Session::trace);
         match lending {
             None => scheduler.plan(plan, &mut AllLocal),
             Some(lending) => {
                 scheduler.plan(plan, lending);
-                lending.lend(&mut plan.loans, scheduler);
+                lending.lend(&mut plan.loans, scheduler, trace);
             }
         }
         for &slot in &plan.found {

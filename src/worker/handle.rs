@@ -3,7 +3,7 @@ use std::{
         Arc,
         atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering},
     },
-    time::Instant,
+    time::{Duration, Instant},
 };
 
 use engine_kernels::MAX_TOP_LOGPROBS;
@@ -26,6 +26,9 @@ pub struct EngineConfig {
     /// Tokens in one step at most (`--max-num-batched-tokens`); at least `max_num_seqs`, so that decodes never crowd out a
     /// prefill entirely.
     pub max_num_batched_tokens: usize,
+    /// How long a step should take at most while answers are being generated (`--itl-target`): prompts computed beside them are
+    /// cut into chunks for it.
+    pub itl_target: Duration,
     /// Requests that may wait beyond those that run (`--max-waiting-requests`).
     pub max_waiting_requests: usize,
     /// Tokens of prompt and answer together at most (`--max-model-len`).
@@ -79,6 +82,9 @@ pub enum ConfigError {
 }
 
 impl EngineConfig {
+    /// Where nothing else is asked for: five tokens a second at the slowest, as fast as most people read.
+    pub const ITL_TARGET_DEFAULT: Duration = Duration::from_millis(200);
+
     /// Checks the limits against each other.
     pub fn validate(&self) -> Result<(), ConfigError> {
         let Self { max_num_seqs, max_num_batched_tokens, max_model_len, block_size, blocks, .. } = *self;

@@ -12,7 +12,7 @@ use crate::{
         ToPrefill,
     },
     scheduler::{Candidate, Loan, Route, Router, Scheduler, SlotId},
-    telemetry::{HandoffMetrics, HandoffPhase},
+    telemetry::{HandoffMetrics, HandoffPhase, TraceContext},
 };
 
 /// Between two looks at the clock for handoffs that take too long.
@@ -31,7 +31,7 @@ pub trait LendingPort: Send {
 
     /// Puts a job for this handoff, of a prompt of so many tokens, on the queue. If that fails the engine is told
     /// [`LenderEvent::EnqueueFailed`].
-    fn enqueue(&mut self, handoff: HandoffId, tokens: usize);
+    fn enqueue(&mut self, handoff: HandoffId, tokens: usize, trace: Option<TraceContext>);
 
     /// A word of the mailbox, with acquire ordering.
     fn word(&self, slot: Slot) -> MailboxWord;
@@ -137,8 +137,13 @@ impl Lending {
         self.perform(scheduler, now);
     }
 
-    /// Lends what a plan sends away.
-    pub(super) fn lend(&mut self, loans: &mut Vec<Loan>, scheduler: &mut Scheduler) {
+    /// Lends what a plan sends away. `trace` is what a sequence is part of.
+    pub(super) fn lend(
+        &mut self,
+        loans: &mut Vec<Loan>,
+        scheduler: &mut Scheduler,
+        trace: impl Fn(SlotId) -> Option<TraceContext>,
+    ) {
         for Loan { slot, pages, .. } in loans.drain(..) {
             let now = Instant::now();
             let handoff = HandoffId(rand::random());
@@ -146,10 +151,10 @@ impl Lending {
                 Ok(_) => {
                     let ahead = self.port.jobs_ahead();
                     self.away[slot.index()] = Some(Away { handoff, ahead, since: now, granted: None });
-                    self.port.enqueue(handoff, scheduler.sequence(slot).tokens().len());
+                    self.port.enqueue(handoff, scheduler.sequence(slot).tokens().len(), trace(slot));
                 }
                 // The router knew that there was a slot, and lent several.
-                Err(pages) => scheduler.restart(slot, Some(pages)),
+                Err(pages) => scheduler.restart(slot, Some(pages), false),
             }
         }
     }
@@ -226,8 +231,9 @@ impl Lending {
                     scheduler.resume(request, pages);
                 }
                 LenderAction::Restart { request, pages } => {
-                    self.away[request.index()] = None;
-                    scheduler.restart(request, pages);
+                    // A job that nobody took says that the queue or the workers are of no use now.
+                    let begun = self.away[request.index()].take().is_some_and(|away| away.granted.is_some());
+                    scheduler.restart(request, pages, begun);
                 }
                 LenderAction::Free { pages } => scheduler.free_lent(pages),
                 LenderAction::Count(outcome) => self.metrics.count(outcome),

@@ -15,6 +15,7 @@ mod lending;
 mod membership;
 mod mock_runner;
 mod model;
+mod pace;
 mod port;
 mod post;
 pub mod prefill;

@@ -21,7 +21,7 @@ use crate::{
         Slot, ToDecode, ToPrefill, WorkerId, decide,
     },
     scheduler::{Candidate, Route},
-    telemetry::HandoffMetrics,
+    telemetry::{HandoffMetrics, TraceContext},
     transfer::{Mailbox, SessionEvent, SessionServer, Sink},
 };
 
@@ -88,6 +88,7 @@ pub(super) struct ClusterPort {
 pub(super) struct NewJob {
     handoff: HandoffId,
     tokens: usize,
+    trace: Option<TraceContext>,
 }
 
 impl LendingPort for ClusterPort {
@@ -100,8 +101,7 @@ impl LendingPort for ClusterPort {
             uncached_tokens: (candidate.tokens - candidate.cached) as u32,
             prefill_workers: self.view.prefill_workers.load(Ordering::Relaxed),
             queue_depth: self.view.depth(),
-            // One that was lost is prefilled here: the scheduler does not ask again.
-            lost_handoffs: 0,
+            lost_handoffs: candidate.lost,
             backlog_tokens: candidate.queued as u64,
             running: candidate.decoding as u32,
             chunk_tokens: self.chunk_tokens as u32,
@@ -122,13 +122,13 @@ impl LendingPort for ClusterPort {
         self.view.depth().unwrap_or(0) / u64::from(workers)
     }
 
-    fn enqueue(&mut self, handoff: HandoffId, tokens: usize) {
+    fn enqueue(&mut self, handoff: HandoffId, tokens: usize, trace: Option<TraceContext>) {
         if let Some(depth) = self.view.depth() {
             // Until the next look it counts as waiting.
             self.view.set_depth(Some(depth + 1));
         }
         // The task that takes them ends with the process.
-        let _ = self.jobs.send(NewJob { handoff, tokens });
+        let _ = self.jobs.send(NewJob { handoff, tokens, trace });
     }
 
     fn word(&self, slot: Slot) -> MailboxWord {
@@ -292,7 +292,7 @@ pub(super) async fn publish_jobs(
     post: Post,
 ) {
     let jobs = futures::stream::unfold(jobs, |mut jobs| async move { Some((jobs.recv().await?, jobs)) });
-    let publish = |NewJob { handoff, tokens }| {
+    let publish = |NewJob { handoff, tokens, trace }| {
         let lease = *lease.borrow();
         let (cluster, addresses, post) = (&cluster, addresses.clone(), &post);
         async move {
@@ -305,7 +305,7 @@ pub(super) async fn publish_jobs(
                         model_key: key.to_string(),
                         addresses,
                         prompt_tokens: tokens as u32,
-                        traceparent: None,
+                        traceparent: trace.map(|trace| trace.to_string()),
                     };
                     let published = cluster.queue.publish(key, handoff.to_string(), job.encode().into()).await;
                     published.map_err(|error| error.to_string())

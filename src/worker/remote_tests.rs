@@ -2,7 +2,7 @@
 
 use std::sync::{
     Arc, Mutex,
-    atomic::{AtomicBool, AtomicU64, Ordering},
+    atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering},
     mpsc::{Receiver, Sender, channel},
 };
 
@@ -23,7 +23,7 @@ use crate::{
         ToPrefill, WorkerId,
     },
     scheduler::{Candidate, Route},
-    telemetry::{EngineMetrics, Metrics},
+    telemetry::{EngineMetrics, Metrics, TraceContext},
 };
 
 const SESSION: SessionId = SessionId(1);
@@ -35,6 +35,9 @@ type Permit = (Slot, Epoch, Arc<[u32]>);
 struct Wires {
     open: AtomicBool,
     threshold: usize,
+    handoffs_max: AtomicU32,
+    /// What the latest job is part of.
+    traced: Mutex<Option<TraceContext>>,
     words: Vec<AtomicU64>,
     fenced: AtomicBool,
     permitted: Mutex<Vec<Permit>>,
@@ -53,14 +56,19 @@ impl LendingPort for Port {
 
     fn decide(&mut self, candidate: Candidate) -> Route {
         let long = candidate.tokens - candidate.cached > self.wires.threshold;
-        if long { Route::Remote } else { Route::Local }
+        if long && candidate.lost < self.wires.handoffs_max.load(Ordering::Relaxed) {
+            Route::Remote
+        } else {
+            Route::Local
+        }
     }
 
     fn jobs_ahead(&self) -> u64 {
         0
     }
 
-    fn enqueue(&mut self, handoff: HandoffId, _: usize) {
+    fn enqueue(&mut self, handoff: HandoffId, _: usize, trace: Option<TraceContext>) {
+        *self.wires.traced.lock().unwrap() = trace;
         self.jobs.send(handoff).unwrap();
     }
 
@@ -112,6 +120,8 @@ fn decode_with(config: EngineConfig, threshold: usize, lending: LendingConfig) -
     let wires = Arc::new(Wires {
         open: AtomicBool::new(true),
         threshold,
+        handoffs_max: AtomicU32::new(1),
+        traced: Mutex::default(),
         words: (0..lending.mailbox_slots).map(|_| AtomicU64::new(0)).collect(),
         fenced: AtomicBool::new(false),
         permitted: Mutex::default(),
@@ -238,9 +248,10 @@ fn a_prompt_prefilled_elsewhere_gets_the_same_answer() {
     block_on(decode.handle.drain());
     let snapshot = decode.handle.snapshot();
     assert_eq!((snapshot.pages_owned, snapshot.pages_lent, snapshot.pages_quarantined), (0, 0, 0));
-    prefill.stop();
-    block_on(prefill.stopped());
-    assert_eq!(prefill.snapshot().pages_owned, 0);
+    // The handle was dropped, which the engine thread has yet to hear.
+    while prefill.snapshot().pages_owned > 0 {
+        std::thread::yield_now();
+    }
 }
 
 #[test]
@@ -285,6 +296,27 @@ fn a_worker_that_vanishes_keeps_its_pages_until_it_is_fenced() {
     assert_eq!((events, reason), model_answer(&asked, 128));
     assert_eq!(decode.handle.snapshot().pages_quarantined, grant.pages.len());
     decode.ends(&grant, Status::Done);
+    decode.wait_until(|snapshot| snapshot.pages_quarantined == 0);
+}
+
+#[test]
+fn a_lost_handoff_is_followed_by_another_on_other_pages_and_too_many_by_none() {
+    let decode = decode(config(), 16);
+    decode.wires.handoffs_max.store(2, Ordering::Relaxed);
+    let trace: TraceContext = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01".parse().unwrap();
+    let asked = Request { trace: Some(trace), ..request(0..70, 9) };
+    let mut generation = decode.handle.submit(asked.clone()).unwrap();
+    let first = decode.claim(decode.next_job());
+    decode.post.lender(LenderEvent::WorkerGone { worker: WORKER });
+    assert!(matches!(decode.hears(), ToPrefill::Release { .. }));
+    let second = decode.claim(decode.next_job());
+    assert!(first.pages.iter().all(|page| !second.pages.contains(page)), "pages in quarantine were lent again");
+    assert_eq!(*decode.wires.traced.lock().unwrap(), Some(trace));
+    decode.ends(&second, Status::Failed);
+    let (events, reason, _) = block_on(collect(&mut generation));
+    assert_eq!((events, reason), model_answer(&asked, 128));
+    assert_eq!((decode.metrics.prefills_remote.get(), decode.metrics.prefills_local.get()), (0, 1));
+    decode.ends(&first, Status::Failed);
     decode.wait_until(|snapshot| snapshot.pages_quarantined == 0);
 }
 

@@ -1,5 +1,7 @@
 use engine_kernels::SamplingParams;
 
+use crate::telemetry::TraceContext;
+
 /// A request as the engine thread sees it: token ids in, token ids out. Text, templates and stop strings stay in `api`.
 #[derive(Debug, Clone)]
 pub struct Request {
@@ -21,6 +23,8 @@ pub struct Request {
     pub logprobs: Option<u32>,
     /// The same for the prompt's tokens (`echo`). Such a request takes no prefix hits: every position is computed.
     pub prompt_logprobs: Option<u32>,
+    /// The trace it is part of, which goes on at whoever prefills it.
+    pub trace: Option<TraceContext>,
 }
 
 /// A token and, if asked for, its log-probability and the likeliest alternatives.

@@ -17,6 +17,7 @@ fn start() -> EngineHandle {
     let config = EngineConfig {
         max_num_seqs: 4,
         max_num_batched_tokens: 16,
+        itl_target: EngineConfig::ITL_TARGET_DEFAULT,
         max_waiting_requests: 100,
         max_model_len: MODEL_LEN,
         vocab_size: VOCAB_SIZE,
@@ -38,6 +39,7 @@ fn request(prompt: u32, max_tokens: u32) -> Request {
         stop_token_ids: Vec::new(),
         logprobs: Some(1),
         prompt_logprobs: None,
+        trace: None,
     }
 }
 

@@ -3,7 +3,10 @@ use std::time::Instant;
 use engine_kernels::{RowTask, SampleRow, Sampled, SamplingParams};
 
 use super::{FinishReason, Request, generation::Outlet, handle::Place};
-use crate::{scheduler::Sequence, telemetry::EngineMetrics};
+use crate::{
+    scheduler::Sequence,
+    telemetry::{EngineMetrics, TraceContext},
+};
 
 /// How a request's tokens are drawn and when its answer ends. Apart from [`Session`] because samplers read it from
 /// several threads.
@@ -66,6 +69,7 @@ pub(super) struct Session {
     last_token: Option<Instant>,
     with_logprobs: bool,
     with_prompt: bool,
+    trace: Option<TraceContext>,
     _place: Place,
 }
 
@@ -77,8 +81,14 @@ impl Session {
             last_token: None,
             with_logprobs: request.logprobs.is_some(),
             with_prompt: request.prompt_logprobs.is_some(),
+            trace: request.trace,
             _place: place,
         }
+    }
+
+    /// The trace that the request is part of.
+    pub(super) fn trace(&self) -> Option<TraceContext> {
+        self.trace
     }
 
     /// Whether nobody waits for the answer any more.

@@ -16,6 +16,7 @@ pub(super) fn config() -> EngineConfig {
     EngineConfig {
         max_num_seqs: 8,
         max_num_batched_tokens: 32,
+        itl_target: EngineConfig::ITL_TARGET_DEFAULT,
         max_waiting_requests: 100,
         max_model_len: 128,
         vocab_size: VOCAB_SIZE,
@@ -41,6 +42,7 @@ pub(super) fn request(prompt: impl IntoIterator<Item = u32>, max_tokens: u32) ->
         stop_token_ids: Vec::new(),
         logprobs: None,
         prompt_logprobs: None,
+        trace: None,
     }
 }
 

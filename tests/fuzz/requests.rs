@@ -52,6 +52,7 @@ impl RequestBody {
         let engine = EngineConfig {
             max_num_seqs: 8,
             max_num_batched_tokens: 64,
+            itl_target: EngineConfig::ITL_TARGET_DEFAULT,
             max_waiting_requests: 256,
             max_model_len: 128,
             vocab_size: VOCABULARY,

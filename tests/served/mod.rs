@@ -181,6 +181,7 @@ impl Worker {
         let config = EngineConfig {
             max_num_seqs: options.max_num_seqs,
             max_num_batched_tokens: 64,
+            itl_target: EngineConfig::ITL_TARGET_DEFAULT,
             max_waiting_requests: options.max_waiting_requests,
             max_model_len: options.max_model_len,
             vocab_size: 49_152,

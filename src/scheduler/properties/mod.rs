@@ -23,11 +23,17 @@ fn action() -> impl Strategy<Value = Action> {
         2 => (any::<prop::sample::Index>(), end()).prop_map(|(index, end)| Action::EndLoan(index, end)),
         1 => any::<prop::sample::Index>().prop_map(Action::EndQuarantine),
         1 => any::<prop::sample::Index>().prop_map(Action::Release),
+        1 => (1..20usize).prop_map(Action::CutChunks),
     ]
 }
 
 fn end() -> impl Strategy<Value = End> {
-    prop_oneof![3 => Just(End::Completed), 1 => Just(End::NeverGranted), 1 => Just(End::Lost)]
+    prop_oneof![
+        3 => Just(End::Completed),
+        1 => Just(End::NeverGranted),
+        1 => Just(End::Failed),
+        1 => Just(End::Lost),
+    ]
 }
 
 fn shape() -> impl Strategy<Value = Shape> {

@@ -24,6 +24,7 @@ pub(super) struct Arrival {
 pub(super) enum End {
     Completed,
     NeverGranted,
+    Failed,
     Lost,
 }
 
@@ -35,6 +36,7 @@ pub(super) enum Action {
     EndLoan(prop::sample::Index, End),
     EndQuarantine(prop::sample::Index),
     Release(prop::sample::Index),
+    CutChunks(usize),
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -63,7 +65,7 @@ impl Router for Shape {
     fn route(&mut self, candidate: Candidate) -> Route {
         assert!(candidate.cached < candidate.tokens && candidate.cached.is_multiple_of(self.block_size));
         match self.threshold {
-            Some(threshold) if candidate.tokens - candidate.cached > threshold => Route::Remote,
+            Some(threshold) if candidate.tokens - candidate.cached > threshold && candidate.lost < 3 => Route::Remote,
             _ => Route::Local,
         }
     }
@@ -94,6 +96,7 @@ pub(super) struct Simulation {
     held: Vec<SlotId>,
     arrivals: usize,
     steps: usize,
+    chunk: usize,
     pub(super) computed: usize,
 }
 
@@ -118,6 +121,7 @@ impl Simulation {
             held: Vec::new(),
             arrivals: 0,
             steps: 0,
+            chunk: usize::MAX - MAX_LEN,
             computed: 0,
         }
     }
@@ -132,6 +136,10 @@ impl Simulation {
                 self.end_quarantine(index.index(self.quarantine.len()));
             }
             Action::Release(index) if !self.held.is_empty() => self.release(index.index(self.held.len())),
+            Action::CutChunks(tokens) => {
+                self.chunk = *tokens;
+                self.scheduler.cut_chunks_beside_decodes(*tokens);
+            }
             Action::EndLoan(..) | Action::EndQuarantine(..) | Action::Release(..) => {}
         }
         self.scheduler.check_integrity();
@@ -185,9 +193,10 @@ impl Simulation {
                 }
                 self.scheduler.resume(slot, pages);
             }
-            End::NeverGranted => self.scheduler.restart(slot, Some(pages)),
+            End::NeverGranted => self.scheduler.restart(slot, Some(pages), false),
+            End::Failed => self.scheduler.restart(slot, Some(pages), true),
             End::Lost => {
-                self.scheduler.restart(slot, None);
+                self.scheduler.restart(slot, None, true);
                 self.quarantine.push(pages);
             }
         }
@@ -245,6 +254,11 @@ impl Simulation {
         let total: usize = entries.iter().map(|entry| entry.len).sum();
         assert_eq!(total, self.plan.tokens());
         assert!(total <= self.limits.max_num_batched_tokens, "the budget is exceeded");
+        let decodes = entries.iter().filter(|entry| entry.decode).count();
+        assert!(
+            decodes == 0 || total <= decodes + self.plan.preempted() + self.chunk,
+            "a step is longer than decodes allow"
+        );
         assert!(entries.len() <= self.scheduler.running() && self.scheduler.running() <= self.limits.max_num_seqs);
         if self.shape.prefill_only {
             assert_eq!(self.plan.preempted(), 0, "pages that are being read were taken");
