@@ -133,8 +133,9 @@ impl<R: Runner> Engine<R> {
             self.compute()?;
             let done = Instant::now();
             self.scheduler.commit(&self.step.plan);
-            self.deliver(done);
+            // First, so that who hears of a token finds in the gauges who runs.
             self.publish_gauges();
+            self.deliver(done);
             self.take_note(done - launched);
             if cfg!(debug_assertions) {
                 self.check_integrity();
