@@ -117,9 +117,10 @@ impl Report {
 
 fn write_streams(text: &mut String, seen: &Seen) -> std::fmt::Result {
     writeln!(text, "\n## {STREAMS} answers while prompts of {PROMPT} tokens arrive: {}\n", seen.model)?;
+    let why = if seen.interval > 1.0 { ": one a second would be more than a core can compute" } else { "" };
     writeln!(
         text,
-        "One prompt takes an idle core {:.2} s, so one arrives every {:.2} s: one process on one core can just keep up.",
+        "A prompt takes an idle core {:.2} s, and one arrives every {:.2} s{why}.",
         seen.alone, seen.interval
     )?;
     writeln!(text, "All rounds together; ITL is the time between two tokens of an answer, in milliseconds.\n")?;
