@@ -10,6 +10,9 @@ use crate::machine::Machine;
 use crate::stats::{median, percentile};
 use crate::streams::{PROMPT, STREAMS, Seen};
 
+/// One of the measurements of a row.
+type Values = fn(&handoffs::Row) -> &Vec<f64>;
+
 /// Everything measured.
 pub(crate) struct Report {
     machine: Machine,
@@ -82,7 +85,7 @@ impl Report {
         for (at, (phase, what)) in PHASES.iter().enumerate() {
             self.write_row(text, phase, what, |row| &row.phases[at])?;
         }
-        let totals: [(&str, &str, fn(&handoffs::Row) -> &Vec<f64>); 4] = [
+        let totals: [(&str, &str, Values); 4] = [
             ("**overhead**", "time to the first token − compute", |row| &row.overhead),
             ("time to the first token", "at the client", |row| &row.first_token),
             ("the same, one process", "on one core", |row| &row.local),
