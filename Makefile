@@ -56,10 +56,11 @@ client: setup demo-model ## Run the stock OpenAI Python client against the serve
 	$(CARGO) build --workspace --tests --locked
 	tests/openai_client/run.sh
 
-bench: setup bench-frontend $(if $(filter $(DEMO),$(MODEL)),demo-model) ## Measure beside llama.cpp, NIXL and Dynamo, fetched at the first run (PEERS= leaves them out); writes benches/results/
+bench: setup-services bench-frontend $(if $(filter $(DEMO),$(MODEL)),demo-model) ## Measure beside llama.cpp, NIXL and Dynamo, fetched at the first run (PEERS= leaves them out); writes benches/results/
 	$(if $(filter llama.cpp,$(PEERS)),scripts/fetch-llama-cpp.sh)
 	$(if $(filter nixl,$(PEERS)),scripts/fetch-nixl.sh)
 	$(CARGO) bench --locked --bench transfer -- --results benches/results $(if $(filter nixl,$(PEERS)),--nixl "$$(scripts/fetch-nixl.sh)")
+	$(CARGO) bench --locked --bench disaggregation -- --model $(MODEL) --results benches/results
 	$(CARGO) bench --locked --bench suite -- --model $(MODEL) --results benches/results $(if $(filter llama.cpp,$(PEERS)),--llama "$$(scripts/fetch-llama-cpp.sh)") $(ARGS)
 
 bench-frontend: setup-services ## Measure the frontend beside Dynamo's, fetched at the first run (PEERS= leaves it out); part of make bench
