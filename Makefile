@@ -73,9 +73,11 @@ bench-scale: setup-services ## What grows with what: clusters of up to 200 decod
 fuzz: setup ## Fuzz each parser for FUZZ_SECONDS (600)
 	FUZZ_SECONDS=$(FUZZ_SECONDS) $(CARGO) test --workspace --locked --test fuzz -- --nocapture
 
-soak: setup demo-model ## The handoff's simulation on fresh seeds, then 64 streaming clients, some of which hang up: SOAK_SECONDS (120) each
+soak: setup-services demo-model ## The handoff's simulation on fresh seeds, 64 streaming clients, chaos: SOAK_SECONDS (120) each; then long outages
 	SOAK_SECONDS=$(SOAK_SECONDS) $(CARGO) test --release --locked --test simulation soak -- --ignored --nocapture
 	SOAK_SECONDS=$(SOAK_SECONDS) $(CARGO) test --release --locked --test soak -- --ignored --nocapture
+	SOAK_SECONDS=$(SOAK_SECONDS) $(CARGO) test --release --locked --test chaos -- --ignored --nocapture
+	$(CARGO) test --release --locked --test disaggregated -- --ignored --nocapture
 
 avx512: setup ## Run the kernels' tests on an emulated processor with AVX-512 (Bochs, slow)
 	tests/avx512/run.sh

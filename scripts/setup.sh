@@ -29,6 +29,8 @@ if [ "${1:-}" = services ]; then
     # A cluster's services; the tests run real ones.
     need etcd-server sh -c 'command -v etcd'
     need nats-server sh -c 'command -v nats-server || command -v /usr/sbin/nats-server'
+    # Network namespaces for a test between them.
+    need iproute2 sh -c 'command -v ip || command -v /usr/sbin/ip'
     # Certificates for the tests of encrypted connections.
     need openssl openssl version
 fi

@@ -285,6 +285,24 @@ fn an_answer_waits_a_while_for_a_worker_to_come() {
 }
 
 #[test]
+fn a_request_that_comes_just_after_the_last_worker_went_waits_for_it_to_come_back() {
+    let front = Front::with(|config| config.patience = PATIENCE);
+    let worker = Worker::start(Options::default());
+    let lease = front.register(worker.address, "m");
+    front.wait_until_there_are(1);
+    // As when etcd stood still for longer than a lease.
+    drop(lease);
+    front.wait_until_there_are(0);
+    let response = thread::scope(|scope| {
+        let asked = scope.spawn(|| front.post(COMPLETIONS, &json!({"model": "m", "prompt": "a", "max_tokens": 1})));
+        wait_until("it has come", || front.counts("engine_frontend_requests_in_flight") == 1.0);
+        let _lease = front.register(worker.address, "m");
+        asked.join().unwrap()
+    });
+    assert_eq!(response.status, 200, "{}", response.text());
+}
+
+#[test]
 fn a_worker_that_cannot_be_reached_is_avoided() {
     let (front, _workers, _leases) = with_workers(1, Options::default);
     // An address that refuses.

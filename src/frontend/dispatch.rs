@@ -148,7 +148,8 @@ pub(super) fn no_workers() -> ApiError {
 
 impl Frontend {
     /// Gets a request to a worker that answers it, until its head. With `key` it continues the answer of `journal`, on a
-    /// worker of that model. A request that some worker has taken already waits a while for another to come.
+    /// worker of that model. A request that some worker has taken already waits a while for another to come, and so does any
+    /// while the last worker has been gone for no longer than that.
     pub(super) async fn place(
         &self,
         asked: &Asked,
@@ -162,8 +163,9 @@ impl Frontend {
             let current = table.borrow_and_update().clone();
             let Some(worker) = self.pick(asked, key, &current, attempts)? else {
                 let taken = key.is_some() || attempts.losses > 0;
+                let expected = taken || current.was_emptied_within(self.config.patience);
                 let hopeless = attempts.refused.as_ref().is_some_and(|(_, may_pass)| !may_pass);
-                if taken && !hopeless && Instant::now() < patience_ends.min(asked.deadline) {
+                if expected && !hopeless && Instant::now() < patience_ends.min(asked.deadline) {
                     wait_for_change(&mut table).await;
                     attempts.tried.clear();
                     continue;

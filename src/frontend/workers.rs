@@ -212,6 +212,9 @@ impl Drop for Booking {
 pub(super) struct Table {
     workers: BTreeMap<LeaseId, Arc<Worker>>,
     by_name: HashMap<String, Vec<Arc<Worker>>>,
+    /// Since when nobody is there who was there before. An etcd that stood still for longer than a lease lets go of all
+    /// workers when it goes on, and they register again a moment later.
+    emptied: Option<Instant>,
 }
 
 impl Table {
@@ -234,7 +237,15 @@ impl Table {
         for (lease, _) in self.workers.iter().filter(|(lease, _)| !table.workers.contains_key(lease)) {
             tracing::info!(worker = %lease, "a decode worker has gone");
         }
+        if table.workers.is_empty() {
+            table.emptied = if self.workers.is_empty() { self.emptied } else { Some(Instant::now()) };
+        }
         table
+    }
+
+    /// Whether the last worker went no longer ago than this, and none has come since.
+    pub(super) fn was_emptied_within(&self, time: Duration) -> bool {
+        self.emptied.is_some_and(|emptied| emptied.elapsed() < time)
     }
 
     /// The workers that serve `model`, or, without a name, the only model there is.

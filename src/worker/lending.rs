@@ -168,10 +168,13 @@ impl Lending {
         }
     }
 
-    /// Nobody waits for this sequence any more, which has been removed.
+    /// Nobody waits for this sequence any more, which has been removed. The mailbox is not looked into before: should the
+    /// word have come since the last look, there would be nobody to resume.
     pub(super) fn withdraw(&mut self, slot: SlotId, scheduler: &mut Scheduler) {
         if let Some(Away { handoff, .. }) = self.away[slot.index()].take() {
-            self.on(LenderEvent::Withdraw { handoff }, scheduler);
+            let now = Instant::now();
+            self.lender.on(LenderEvent::Withdraw { handoff }, now - self.started, &mut self.actions);
+            self.perform(scheduler, now);
         }
     }
 

@@ -1,55 +1,157 @@
-//! A cluster on one machine, as small as it gets: etcd, NATS, and workers with the demo model.
-#![allow(dead_code, reason = "each test uses some of it")]
+//! A cluster on one machine, as small as it gets: etcd, NATS, and a few workers.
+#![allow(dead_code, unused_imports, reason = "each test uses some of it")]
 
+mod model;
+mod network;
+
+pub(crate) use model::Model;
+pub(crate) use network::Network;
+
+use std::{
+    io::Write,
+    net::{Ipv4Addr, TcpStream},
+    sync::Arc,
+};
+
+use engine::cluster::{Cluster, ClusterOptions, EtcdOptions, NatsOptions, Role, WorkerCard, WorkerFilter};
 use serde_json::{Value, json};
 
 use crate::{
     program::Server,
     services::{self, Service},
-    support::demo_model,
 };
 
 /// Tokens of a prompt that is handed off, in tests that set a threshold of 64, and of one that is not.
 pub(crate) const LONG: usize = 250;
 pub(crate) const SHORT: usize = 20;
 
-/// The services. Workers find them by flags.
+/// The services, which workers find by flags, and what all workers serve.
 pub(crate) struct Cell {
     pub(crate) etcd: Service,
     pub(crate) nats: Service,
+    pub(crate) model: Model,
+    /// Prefill workers are on the other side of it, everybody else on this one.
+    network: Option<Network>,
 }
 
 impl Cell {
+    /// With the demo model.
     pub(crate) fn start() -> Self {
-        Self { etcd: services::etcd(), nats: services::nats() }
+        Self::of(Model::demo())
+    }
+
+    /// With this model.
+    pub(crate) fn of(model: Model) -> Self {
+        Self::with_nats(services::nats(), model)
+    }
+
+    /// With this model, and a NATS that is somehow special.
+    pub(crate) fn with_nats(nats: Service, model: Model) -> Self {
+        Self { etcd: services::etcd(), nats, model, network: None }
+    }
+
+    /// With the demo model, and prefill workers at the other end of a network.
+    pub(crate) fn across(network: Network) -> Self {
+        let (etcd, nats) = (services::etcd_on(network.here), services::nats_on(network.here));
+        Self { etcd, nats, model: Model::demo(), network: Some(network) }
     }
 
     /// A decode worker with further flags.
     pub(crate) fn decode(&self, flags: &[&str]) -> Server {
-        let (etcd, nats, model) = (self.etcd.url(), self.nats.url(), demo_model());
-        let model = ["--model", model.to_str().unwrap(), "--served-model-name", "demo"];
-        let cluster = ["--max-model-len", "1024", "--etcd", &etcd, "--nats", &nats];
-        Server::start_as(&[&model[..], &cluster, pages_unless_in(flags), flags].concat())
+        self.decode_of(&self.model, flags)
     }
 
-    /// A prefill worker with further flags, which takes its model from the cluster.
+    /// A decode worker of another model.
+    pub(crate) fn decode_of(&self, model: &Model, flags: &[&str]) -> Server {
+        let (context, pages) = (model.context.to_string(), model.pages.to_string());
+        let defaults = [("--served-model-name", "demo"), ("--max-model-len", &context), ("--kv-blocks", &pages)];
+        self.start_here(&[&model.flags(), &unless_in(flags, &defaults)[..], flags].concat())
+    }
+
+    /// A prefill worker with further flags, which takes its model from the cluster unless they name one.
     pub(crate) fn prefill(&self, flags: &[&str]) -> Server {
-        let (etcd, nats) = (self.etcd.url(), self.nats.url());
-        let role = ["--is-prefill-worker", "--etcd", &etcd, "--nats", &nats];
-        Server::start_as(&[&role[..], pages_unless_in(flags), flags].concat())
+        let pages = self.model.pages.to_string();
+        let services = self.services();
+        let role = ["--is-prefill-worker", "--etcd", &services[0], "--nats", &services[1]];
+        let flags = [&role, &unless_in(flags, &[("--kv-blocks", &pages)])[..], flags].concat();
+        match &self.network {
+            None => Server::start_as(&flags),
+            Some(network) => {
+                let there = network.there.to_string();
+                Server::start_under(&network.enter(), &[&flags[..], &["--host", &there]].concat())
+            }
+        }
+    }
+
+    /// A frontend with further flags.
+    pub(crate) fn frontend(&self, flags: &[&str]) -> Server {
+        self.start_here(&[&["frontend"], flags].concat())
+    }
+
+    /// A server in one process, to compare with.
+    pub(crate) fn alone(&self) -> Server {
+        self.model.alone()
+    }
+
+    /// A prompt of so many tokens. No two of different numbers begin alike.
+    pub(crate) fn prompt(&self, number: usize, length: usize) -> Vec<u32> {
+        self.model.prompt(number, length)
+    }
+
+    fn start_here(&self, flags: &[&str]) -> Server {
+        let services = self.services();
+        let here = self.network.as_ref().map_or(Ipv4Addr::LOCALHOST, |network| network.here).to_string();
+        Server::start_as(&[flags, &["--etcd", &services[0], "--nats", &services[1], "--host", &here]].concat())
+    }
+
+    fn services(&self) -> [String; 2] {
+        [self.etcd.url(), self.nats.url()]
     }
 
     /// Returns when a decode worker hands prompts off.
     pub(crate) fn wait_for_prefill_worker(&self, decode: &Server) {
-        decode.wait_until("it knows a prefill worker and the queue", |decode| {
-            decode.metric("engine_prefill_workers") >= 1.0 && decode.metric("engine_prefill_queue_depth") >= 0.0
+        self.wait_for_prefill_workers(decode, 1);
+    }
+
+    /// Returns when a decode worker hands prompts off to `workers`.
+    pub(crate) fn wait_for_prefill_workers(&self, decode: &Server, workers: usize) {
+        decode.wait_until("it knows the prefill workers and the queue", |decode| {
+            decode.metric("engine_prefill_workers") >= workers as f64
+                && decode.metric("engine_prefill_queue_depth") >= 0.0
         });
     }
 }
 
-/// Enough pages for most tests, and little memory.
-fn pages_unless_in(flags: &[&str]) -> &'static [&'static str] {
-    if flags.contains(&"--kv-blocks") { &[] } else { &["--kv-blocks", "256"] }
+/// The test's own way into the cluster.
+pub(crate) async fn join(cell: &Cell) -> Cluster {
+    let etcd = EtcdOptions::new(vec![cell.etcd.url()]);
+    let nats = NatsOptions::new(vec![cell.nats.url()]);
+    Cluster::connect(ClusterOptions { namespace: "engine".to_owned(), etcd, nats }).await.unwrap()
+}
+
+/// The card of a worker of this role.
+pub(crate) async fn card(cluster: &Cluster, role: Role) -> Arc<WorkerCard> {
+    let mut workers = cluster.discovery.workers(WorkerFilter::role(role));
+    let workers = workers.wait_for(|workers| !workers.is_empty()).await.unwrap();
+    workers.values().next().unwrap().clone()
+}
+
+/// Those flags that are not there.
+fn unless_in<'a>(flags: &[&str], defaults: &[(&'a str, &'a str)]) -> Vec<&'a str> {
+    let missing = defaults.iter().filter(|(flag, _)| !flags.contains(flag));
+    missing.flat_map(|&(flag, value)| [flag, value]).collect()
+}
+
+/// Returns when a frontend knows so many decode workers.
+pub(crate) fn wait_for_decode_workers(frontend: &Server, workers: usize) {
+    frontend.wait_until("it knows the decode workers", |frontend| {
+        frontend.metric("engine_frontend_workers") == workers as f64
+    });
+}
+
+/// The sum of a metric.
+pub(crate) fn sum(servers: &[Server], metric: &str) -> f64 {
+    servers.iter().map(|server| server.metric(metric)).sum()
 }
 
 /// Token ids that no other length's prompt starts with, so that none is found in the cache.
@@ -60,10 +162,26 @@ pub(crate) fn prompt(length: usize) -> Vec<u32> {
 
 /// The tokens and log-probabilities of a greedy answer.
 pub(crate) fn ask(server: &Server, prompt: &[u32]) -> Value {
-    let request = json!({"prompt": prompt, "max_tokens": 8, "temperature": 0, "logprobs": 3, "ignore_eos": true});
-    let response = server.post("/v1/completions", &request);
+    answer_to(server, &json!({"prompt": prompt, "max_tokens": 8, "temperature": 0, "logprobs": 3, "ignore_eos": true}))
+}
+
+/// The answer to a request for a completion.
+pub(crate) fn answer_to(server: &Server, request: &Value) -> Value {
+    let response = server.post("/v1/completions", request);
     assert_eq!(response.status, 200, "{}\n{}", response.text(), server.log());
     response.json()["choices"][0].clone()
+}
+
+/// Sends a request and does not wait for the answer.
+pub(crate) fn leave_behind(server: &Server, prompt: &[u32]) -> TcpStream {
+    let body = json!({"prompt": prompt, "max_tokens": 50, "ignore_eos": true}).to_string();
+    let mut connection = TcpStream::connect(server.address).unwrap();
+    let head = format!(
+        "POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {}\r\n\r\n",
+        body.len()
+    );
+    connection.write_all((head + &body).as_bytes()).unwrap();
+    connection
 }
 
 /// Waits until no page belongs to a request or is lent.

@@ -36,10 +36,19 @@ impl Server {
         Self::start_as(&[&model[..], flags].concat())
     }
 
-    /// Starts one in any role; `--port 0` is added.
+    /// Starts one in any role, on a free port unless the flags name one.
     pub(crate) fn start_as(flags: &[&str]) -> Self {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_engine"));
-        command.args(flags).args(["--port", "0"]);
+        Self::start_under(&[], flags)
+    }
+
+    /// Starts one as an argument of another command, which must end as the same process.
+    pub(crate) fn start_under(outer: &[&str], flags: &[&str]) -> Self {
+        let words = [outer, &[env!("CARGO_BIN_EXE_engine")], flags].concat();
+        let mut command = Command::new(words[0]);
+        command.args(&words[1..]);
+        if !flags.contains(&"--port") {
+            command.args(["--port", "0"]);
+        }
         // Whatever runs on this machine is not the test's business.
         command.env_remove("ETCD_ENDPOINTS").env_remove("NATS_SERVER");
         command.env_remove("ENGINE_API_KEY").stdout(Stdio::piped()).stderr(Stdio::piped());

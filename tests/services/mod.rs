@@ -49,13 +49,22 @@ pub(crate) fn etcd() -> Service {
     etcd_with(&[])
 }
 
+/// An etcd of one member that listens on `host`.
+pub(crate) fn etcd_on(host: Ipv4Addr) -> Service {
+    etcd_as(host, &[])
+}
+
 /// An etcd of one member with further flags; with `--cert-file` among them it serves over TLS.
 pub(crate) fn etcd_with(flags: &[&str]) -> Service {
+    etcd_as(Ipv4Addr::LOCALHOST, flags)
+}
+
+fn etcd_as(host: Ipv4Addr, flags: &[&str]) -> Service {
     let metrics = free_port();
     let health = (Ipv4Addr::LOCALHOST, metrics).into();
-    Service::start("etcd", etcd_ready, Some(health), |port, data| {
+    Service::start("etcd", host, etcd_ready, Some(health), |port, data| {
         let scheme = if flags.contains(&"--cert-file") { "https" } else { "http" };
-        let client = format!("{scheme}://127.0.0.1:{port}");
+        let client = format!("{scheme}://{host}:{port}");
         let peer = format!("http://127.0.0.1:{}", free_port());
         let mut arguments = Vec::new();
         for (flag, value) in [
@@ -81,11 +90,29 @@ pub(crate) fn nats() -> Service {
     nats_with(&[])
 }
 
+/// A NATS server that keeps streams and listens on `host`.
+pub(crate) fn nats_on(host: Ipv4Addr) -> Service {
+    nats_as(host, &[])
+}
+
 /// A NATS server that keeps streams, with further flags.
 pub(crate) fn nats_with(flags: &[&str]) -> Service {
-    Service::start("nats-server", nats_ready, None, |port, data| {
-        let port = port.to_string();
-        let arguments = ["-js", "-sd", data, "-a", "127.0.0.1", "-p", &port];
+    nats_as(Ipv4Addr::LOCALHOST, flags)
+}
+
+/// A NATS server that keeps streams, with lines of a configuration file.
+pub(crate) fn nats_with_config(lines: &str) -> Service {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("nats.conf");
+    std::fs::write(&path, lines).unwrap();
+    // Read at the start, and needed for no longer.
+    nats_with(&["-c", path.to_str().unwrap()])
+}
+
+fn nats_as(host: Ipv4Addr, flags: &[&str]) -> Service {
+    Service::start("nats-server", host, nats_ready, None, |port, data| {
+        let (host, port) = (host.to_string(), port.to_string());
+        let arguments = ["-js", "-sd", data, "-a", &host, "-p", &port];
         arguments.iter().chain(flags).map(ToString::to_string).collect()
     })
 }
@@ -112,6 +139,7 @@ fn nats_ready(address: SocketAddr) -> std::io::Result<bool> {
 impl Service {
     fn start(
         name: &'static str,
+        host: Ipv4Addr,
         ready: fn(SocketAddr) -> std::io::Result<bool>,
         health: Option<SocketAddr>,
         arguments: impl FnOnce(u16, &str) -> Vec<String>,
@@ -120,7 +148,7 @@ impl Service {
         let data = directory.path().join("data");
         let port = free_port();
         let arguments = arguments(port, data.to_str().unwrap());
-        let address = (Ipv4Addr::LOCALHOST, port).into();
+        let address = (host, port).into();
         let health = health.unwrap_or(address);
         let mut service = Self { name, arguments, address, health, directory, data, ready, child: None };
         service.restart();

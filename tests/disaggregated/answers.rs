@@ -1,13 +1,9 @@
-//! Decode and prefill workers as processes, with real etcd and NATS: long prompts are computed elsewhere, and nobody can
-//! tell from the answers.
+//! Long prompts are computed elsewhere, and nobody can tell from the answers.
 
-mod cell;
-mod program;
-mod services;
-mod support;
-
-use cell::{Cell, LONG, SHORT, ask, prompt};
-use program::Server;
+use crate::{
+    cell::{self, Cell, LONG, SHORT, ask, prompt},
+    program::Server,
+};
 
 /// Prompts of many lengths: on page borders and beside them, below the threshold and above, several chunks long.
 const LENGTHS: &[usize] = &[5, 31, 32, 33, 48, 63, 64, 65, 66, 81, 200, 420];

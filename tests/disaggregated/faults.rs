@@ -1,21 +1,19 @@
 //! What others' disaggregated servers got wrong, done to ours: processes killed and stopped at the worst moments, clients
 //! that leave, jobs from elsewhere, services that go away. The answers stay what they are, and every page comes back.
 
-mod cell;
-mod program;
-mod services;
-mod support;
+use std::{collections::BTreeSet, net::TcpStream, thread};
 
-use std::{io::Write, net::TcpStream, sync::Arc, thread};
-
-use cell::{Cell, SLOWLY, ask, granted, handoffs, pages, prefills, prompt, wait_until_idle};
 use engine::{
-    cluster::{Cluster, ClusterOptions, EtcdOptions, NatsOptions, Role, WorkerCard, WorkerFilter},
+    cluster::{Role, WorkerFilter},
     handoff::{HandoffId, Job, WorkerId},
 };
-use program::Server;
 use serde_json::{Value, json};
-use support::demo_model;
+
+use crate::{
+    cell::{self, Cell, SLOWLY, ask, card, granted, handoffs, join, pages, prefills, prompt, wait_until_idle},
+    program::Server,
+    services,
+};
 
 /// Tokens of a prompt that takes a slow prefill worker more than a hundred steps.
 const VERY_LONG: usize = 480;
@@ -39,28 +37,7 @@ fn during_a_handoff(decode: &Server, act: impl FnOnce()) -> Value {
 
 /// Sends a request for a very long prompt and does not wait for the answer.
 fn leave_behind(decode: &Server) -> TcpStream {
-    let body = json!({"prompt": prompt(VERY_LONG), "max_tokens": 50, "ignore_eos": true}).to_string();
-    let mut connection = TcpStream::connect(decode.address).unwrap();
-    let head = format!(
-        "POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {}\r\n\r\n",
-        body.len()
-    );
-    connection.write_all((head + &body).as_bytes()).unwrap();
-    connection
-}
-
-/// The test's own way into the cluster.
-async fn join(cell: &Cell) -> Cluster {
-    let etcd = EtcdOptions::new(vec![cell.etcd.url()]);
-    let nats = NatsOptions::new(vec![cell.nats.url()]);
-    Cluster::connect(ClusterOptions { namespace: "engine".to_owned(), etcd, nats }).await.unwrap()
-}
-
-/// The card of a worker of this role.
-async fn card(cluster: &Cluster, role: Role) -> Arc<WorkerCard> {
-    let mut workers = cluster.discovery.workers(WorkerFilter::role(role));
-    let workers = workers.wait_for(|workers| !workers.is_empty()).await.unwrap();
-    workers.values().next().unwrap().clone()
+    cell::leave_behind(decode, &prompt(VERY_LONG))
 }
 
 fn a_prefill_worker_is_killed(transport: &str) {
@@ -239,15 +216,22 @@ fn a_decode_worker_that_dies_leaves_its_prefill_worker_to_the_others() {
 }
 
 #[test]
-fn workers_that_both_restart_find_each_other_again() {
+fn workers_that_both_restart_at_once_under_their_old_addresses_find_each_other_again() {
     let cell = Cell::start();
-    let (decode, prefill) = (cell.decode(&THRESHOLD), cell.prefill(&SLOWLY));
-    cell.wait_for_prefill_worker(&decode);
-    let _connection = leave_behind(&decode);
-    decode.wait_until("a prompt is claimed", |decode| granted(decode) >= 1.0);
-    decode.signal("KILL");
-    prefill.signal("KILL");
-    let (decode, prefill) = (cell.decode(&THRESHOLD), cell.prefill(&[]));
+    let ports = [(); 3].map(|()| services::free_port().to_string());
+    let decode = || {
+        let addresses = ["--transport", "tcp", "--port", &ports[0], "--session-port", &ports[1]];
+        cell.decode(&[&THRESHOLD[..], &addresses].concat())
+    };
+    let prefill = |flags: &[&str]| cell.prefill(&[&["--transport", "tcp", "--port", &ports[2]], flags].concat());
+    let (first_decode, first_prefill) = (decode(), prefill(&SLOWLY));
+    cell.wait_for_prefill_worker(&first_decode);
+    let _connection = leave_behind(&first_decode);
+    first_decode.wait_until("a prompt is claimed", |decode| granted(decode) >= 1.0);
+    first_decode.signal("KILL");
+    first_prefill.signal("KILL");
+    // What the cluster knows of the old ones has not run out yet.
+    let (decode, prefill) = (decode(), prefill(&[]));
     cell.wait_for_prefill_worker(&decode);
     assert_eq!(ask(&decode, &prompt(VERY_LONG)), ask(&alone(), &prompt(VERY_LONG)));
     assert_eq!(prefills(&decode, "remote"), 1.0);
@@ -325,15 +309,19 @@ fn limits_in_etcd_hold_at_once_and_bad_ones_are_refused() {
 fn workers_whose_pages_differ_never_pair() {
     let cell = Cell::start();
     let decode = cell.decode(&THRESHOLD);
-    let model = demo_model();
-    let _prefill = cell.prefill(&["--model", model.to_str().unwrap(), "--block-size", "32"]);
+    let model = cell.model.flags();
+    let differ = [["--block-size", "32"], ["--kv-cache-dtype", "bf16"]];
+    let others = differ.map(|differ| cell.prefill(&[&model[..], &differ].concat()));
     let runtime = tokio::runtime::Runtime::new().unwrap();
-    runtime.block_on(async {
+    let keys = runtime.block_on(async {
         let cluster = join(&cell).await;
-        let (decode, prefill) = (card(&cluster, Role::Decode).await, card(&cluster, Role::Prefill).await);
-        assert_ne!(decode.model_key, prefill.model_key);
+        let mut workers = cluster.discovery.workers(WorkerFilter::default());
+        let workers = workers.wait_for(|workers| workers.len() == 1 + others.len()).await.unwrap();
+        workers.values().map(|card| card.model_key).collect::<BTreeSet<_>>()
     });
+    assert_eq!(keys.len(), 3, "{keys:?}");
     ask(&decode, &prompt(150));
     assert_eq!((prefills(&decode, "local"), prefills(&decode, "remote")), (1.0, 0.0));
     assert_eq!(decode.metric("engine_prefill_workers"), 0.0);
+    assert!(others.iter().all(|other| other.metric("engine_handoff_seconds_count{phase=\"compute\"}") == 0.0));
 }

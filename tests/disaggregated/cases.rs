@@ -1,0 +1,188 @@
+//! Unusual requests and unusual clusters, with models that take next to no time.
+
+use std::{thread, time::Instant};
+
+use engine::cluster::{Role, WorkerFilter};
+use serde_json::json;
+
+use crate::{
+    cell::{
+        Cell, Model, answer_to, ask, granted, handoffs, join, leave_behind, prefills, sum, wait_for_decode_workers,
+        wait_until_idle,
+    },
+    services,
+};
+
+const THRESHOLD: [&str; 2] = ["--max-local-prefill-length", "64"];
+
+fn small() -> Model {
+    Model::made_up(2, 2, 2048)
+}
+
+#[test]
+fn two_models_in_one_cluster_keep_apart() {
+    let cell = Cell::of(small());
+    let other = Model::made_up(1, 2, 2048);
+    let models = [(&cell.model, "first"), (&other, "second")];
+    let decodes =
+        models.map(|(model, name)| cell.decode_of(model, &[&["--served-model-name", name][..], &THRESHOLD].concat()));
+    let others = models.map(|(model, _)| cell.prefill(&model.flags()));
+    let frontend = cell.frontend(&[]);
+    wait_for_decode_workers(&frontend, 2);
+    decodes.iter().for_each(|decode| cell.wait_for_prefill_worker(decode));
+    assert!(decodes.iter().all(|decode| decode.metric("engine_prefill_workers") == 1.0));
+
+    let listed = frontend.get("/v1/models").json();
+    let listed: Vec<_> = listed["data"].as_array().unwrap().iter().map(|model| model["id"].clone()).collect();
+    assert_eq!(listed, ["first", "second"]);
+    let question = |name: &str| json!({"model": name, "prompt": cell.prompt(1, 300), "max_tokens": 8, "temperature": 0, "logprobs": 3});
+    let answers = models.map(|(_, name)| answer_to(&frontend, &question(name)));
+    assert_ne!(answers[0], answers[1]);
+    for ((model, _), answer) in models.iter().zip(&answers) {
+        assert_eq!(answer_to(&model.alone(), &question("demo")), *answer);
+    }
+    for (decode, prefill) in decodes.iter().zip(&others) {
+        assert_eq!((prefills(decode, "remote"), prefills(decode, "local")), (1.0, 0.0));
+        assert_eq!(prefill.metric("engine_handoff_seconds_count{phase=\"compute\"}"), 1.0);
+    }
+    let nameless = json!({"prompt": cell.prompt(1, 300), "max_tokens": 1});
+    assert_eq!(frontend.post("/v1/completions", &nameless).status, 400, "which of them?");
+    assert_eq!(frontend.post("/v1/completions", &question("third")).status, 404);
+}
+
+/// A prompt whose tokens would not fit a message of the queue.
+fn a_very_long_prompt(length: usize, cell: &Cell) {
+    let batch = ["--max-num-batched-tokens", "4096"];
+    let decode = cell.decode(&[&THRESHOLD[..], &batch].concat());
+    let _prefill = cell.prefill(&batch);
+    cell.wait_for_prefill_worker(&decode);
+    let prompt = cell.prompt(2, length);
+    let answer = ask(&decode, &prompt);
+    assert_eq!((prefills(&decode, "remote"), prefills(&decode, "local")), (1.0, 0.0));
+    assert_eq!(answer, ask(&cell.alone(), &prompt));
+    wait_until_idle(&decode);
+}
+
+#[test]
+fn a_prompt_longer_than_the_queue_s_messages_is_handed_off() {
+    // As 200,000 tokens are to the million bytes that NATS allows by default, so are these to 4 KiB.
+    let nats = services::nats_with_config("max_payload: 4096");
+    let cell = Cell::with_nats(nats, Model::made_up(1, 1, 8192));
+    a_very_long_prompt(6000, &cell);
+}
+
+#[test]
+#[ignore = "takes minutes: `make soak`"]
+fn a_prompt_of_200_000_tokens_is_handed_off() {
+    a_very_long_prompt(200_000, &Cell::of(Model::made_up(1, 1, 1 << 18)));
+}
+
+#[test]
+fn two_hundred_long_prompts_at_the_start_are_all_answered() {
+    let cell = Cell::of(small());
+    let frontend = cell.frontend(&[]);
+    let decodes = [(); 3].map(|()| cell.decode(&THRESHOLD));
+    wait_for_decode_workers(&frontend, decodes.len());
+    let prompts: Vec<_> = (0..200).map(|number| cell.prompt(number, 100 + 2 * number)).collect();
+    let (answers, prefill_workers) = thread::scope(|scope| {
+        let asking: Vec<_> = prompts.iter().map(|prompt| scope.spawn(|| ask(&frontend, prompt))).collect();
+        // They come when everything is waiting.
+        let workers = [(); 3].map(|()| cell.prefill(&[]));
+        (asking.into_iter().map(|asking| asking.join().unwrap()).collect::<Vec<_>>(), workers)
+    });
+    let alone = cell.alone();
+    for (prompt, answer) in prompts.iter().zip(&answers) {
+        assert_eq!(*answer, ask(&alone, prompt), "a prompt of {} tokens", prompt.len());
+    }
+    let prefilled = |place: &str| sum(&decodes, &format!("engine_prefills_total{{where=\"{place}\"}}"));
+    assert!(prefilled("remote") + prefilled("local") >= 200.0);
+    decodes.iter().chain(&prefill_workers).for_each(wait_until_idle);
+    // And the way is open.
+    decodes.iter().for_each(|decode| cell.wait_for_prefill_workers(decode, 3));
+    let before = prefilled("remote");
+    ask(&frontend, &cell.prompt(1000, 500));
+    assert_eq!(prefilled("remote"), before + 1.0);
+}
+
+#[test]
+fn clients_that_leave_about_when_their_handoffs_complete_leave_nothing_behind() {
+    let cell = Cell::of(small());
+    // However long the queue, as many jobs end here without their clients.
+    let decode = cell.decode(&["--disagg-policy", "always"]);
+    let prefill = cell.prefill(&["--threads", "1"]);
+    cell.wait_for_prefill_worker(&decode);
+    // How long it takes from the grant to the answer, to leave at all times in between and a little after.
+    let claimed = |before| decode.wait_until("it is claimed", |decode| granted(decode) > before);
+    let connection = leave_behind(&decode, &cell.prompt(0, 900));
+    claimed(0.0);
+    let since = Instant::now();
+    decode.wait_until("it is there", |decode| prefills(decode, "remote") == 1.0);
+    let whole = since.elapsed();
+    drop(connection);
+    for step in 1..=30 {
+        let before = granted(&decode);
+        let connection = leave_behind(&decode, &cell.prompt(step, 900));
+        claimed(before);
+        // Not to wait for anything: this is what is tried.
+        thread::sleep(whole * step as u32 / 25);
+        drop(connection);
+    }
+    wait_until_idle(&decode);
+    wait_until_idle(&prefill);
+    let prompt = cell.prompt(99, 900);
+    assert_eq!(ask(&decode, &prompt), ask(&cell.alone(), &prompt));
+    let ended = ["completed", "released", "fenced", "expired"].map(|outcome| handoffs(&decode, outcome));
+    assert_eq!(ended.iter().sum::<f64>(), 32.0, "{ended:?}");
+    assert_eq!((ended[2], ended[3]), (0.0, 0.0), "nobody died, and everything was claimed");
+}
+
+#[test]
+fn a_lost_lease_costs_a_pause_and_its_worker_comes_back_under_another() {
+    let cell = Cell::of(small());
+    let decode = cell.decode(&THRESHOLD);
+    let prefill = cell.prefill(&["--max-num-batched-tokens", "1", "--max-num-seqs", "1", "--threads", "1"]);
+    let frontend = cell.frontend(&[]);
+    wait_for_decode_workers(&frontend, 1);
+    cell.wait_for_prefill_worker(&decode);
+    let runtime = tokio::runtime::Runtime::new().unwrap();
+    let cluster = runtime.block_on(join(&cell));
+    let lease = |role| {
+        let _guard = runtime.enter();
+        let mut workers = cluster.discovery.workers(WorkerFilter::role(role));
+        let workers = runtime.block_on(async { workers.wait_for(|workers| workers.len() == 1).await.unwrap().clone() });
+        *workers.keys().next().unwrap()
+    };
+    let revoke = |role| {
+        let id = lease(role);
+        runtime.block_on(async {
+            let client = etcd_client::Client::connect([cell.etcd.url()], None).await.unwrap();
+            client.lease_client().revoke(id.0 as i64).await.unwrap();
+        });
+        id
+    };
+    // The prefill worker's, while it computes: its request is prefilled here, and it gives the pages back.
+    let prompt = cell.prompt(1, 1500);
+    let before = granted(&decode);
+    let (answer, old) = thread::scope(|scope| {
+        let answer = scope.spawn(|| ask(&frontend, &prompt));
+        decode.wait_until("the prompt is claimed", |decode| granted(decode) > before);
+        let old = revoke(Role::Prefill);
+        (answer.join().unwrap(), old)
+    });
+    let alone = cell.alone();
+    assert_eq!(answer, ask(&alone, &prompt));
+    assert_eq!((prefills(&decode, "remote"), prefills(&decode, "local")), (0.0, 1.0));
+    assert_eq!(handoffs(&decode, "released"), 1.0);
+    wait_until_idle(&decode);
+    prefill.wait_until("it is back", |_| lease(Role::Prefill) != old);
+    // The decode worker's: the frontend sees it go and come, and jobs carry its new name.
+    let old = revoke(Role::Decode);
+    prefill.wait_until("it is back", |_| lease(Role::Decode) != old);
+    frontend.wait_until("it knows the new lease", |frontend| frontend.log().matches("a decode worker ").count() >= 2);
+    wait_for_decode_workers(&frontend, 1);
+    cell.wait_for_prefill_worker(&decode);
+    let prompt = cell.prompt(2, 300);
+    assert_eq!(ask(&frontend, &prompt), ask(&alone, &prompt));
+    assert_eq!(prefills(&decode, "remote"), 1.0);
+    wait_until_idle(&decode);
+}
