@@ -7,17 +7,17 @@ use std::{
     net::{SocketAddr, TcpStream},
     sync::Mutex,
     thread,
-    time::{Duration, Instant},
+    time::Duration,
 };
 
 use serde_json::{Value, json};
 
-use crate::{cell::Model, program::Server, random::Random};
+use crate::{cell::Model, clock::Clock, program::Server, random::Random};
 
-/// What the frontend gives a request, in seconds.
-pub(crate) const REQUEST_TIMEOUT: &str = "90";
-/// When a client takes an answer for hanging: the same, and what a busy machine may need to say so.
-const DEADLINE: Duration = Duration::from_secs(110);
+/// When a client takes an answer for hanging.
+const DEADLINE: Duration = Duration::from_secs(100);
+/// Between two looks at the clock.
+const LOOK: Duration = Duration::from_millis(100);
 const QUESTIONS: usize = 72;
 /// Wrong answers that are told in full.
 const EXAMPLES: usize = 5;
@@ -25,6 +25,7 @@ const EXAMPLES: usize = 5;
 pub(crate) struct Clients {
     questions: Vec<Question>,
     seed: u64,
+    clock: Clock,
 }
 
 struct Question {
@@ -90,14 +91,19 @@ impl From<io::Error> for Trouble {
 /// A connection that is read from until a deadline and no longer.
 struct Timed {
     stream: TcpStream,
-    until: Instant,
+    clock: Clock,
+    until: Duration,
 }
 
 impl Read for Timed {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        let left = self.until.saturating_duration_since(Instant::now());
-        self.stream.set_read_timeout(Some(left.max(Duration::from_millis(1))))?;
-        self.stream.read(buffer)
+        self.stream.set_read_timeout(Some(LOOK))?;
+        loop {
+            match self.stream.read(buffer) {
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock && self.clock.now() < self.until => {}
+                done => return done,
+            }
+        }
     }
 }
 
@@ -120,7 +126,7 @@ struct Reply {
 }
 
 impl Reply {
-    fn ask(address: SocketAddr, body: &Value, until: Instant) -> Result<Self, Trouble> {
+    fn ask(address: SocketAddr, body: &Value, clock: &Clock, time: Duration) -> Result<Self, Trouble> {
         let body = body.to_string();
         let mut stream = TcpStream::connect(address)?;
         let head = format!(
@@ -129,7 +135,8 @@ impl Reply {
             body.len()
         );
         stream.write_all((head + &body).as_bytes())?;
-        let mut reply = Self { reader: BufReader::new(Timed { stream, until }), status: 0, chunked: false, length: 0 };
+        let timed = Timed { stream, clock: clock.clone(), until: clock.now() + time };
+        let mut reply = Self { reader: BufReader::new(timed), status: 0, chunked: false, length: 0 };
         let first = reply.line()?;
         reply.status = first.split(' ').nth(1).and_then(|status| status.parse().ok()).unwrap_or(0);
         loop {
@@ -196,9 +203,9 @@ impl Question {
     }
 
     /// Asks and compares. An error is an answer that is wrong.
-    fn ask(&self, address: SocketAddr, patience: Patience) -> Result<Result<Outcome, Trouble>, String> {
+    fn ask(&self, address: SocketAddr, patience: Patience, clock: &Clock) -> Result<Result<Outcome, Trouble>, String> {
         let mut got = Got::default();
-        let outcome = self.read(address, patience, &mut got);
+        let outcome = self.read(address, patience, clock, &mut got);
         let right = match &outcome {
             Ok(Outcome::Whole) => got == self.expected,
             _ => got.begins(&self.expected),
@@ -206,13 +213,13 @@ impl Question {
         if right { Ok(outcome) } else { Err(format!("{got:?}\ninstead of\n{:?}\nto\n{}", self.expected, self.body)) }
     }
 
-    fn read(&self, address: SocketAddr, patience: Patience, got: &mut Got) -> Result<Outcome, Trouble> {
-        let (mut events, until) = match patience {
+    fn read(&self, address: SocketAddr, patience: Patience, clock: &Clock, got: &mut Got) -> Result<Outcome, Trouble> {
+        let (mut events, time) = match patience {
             Patience::Endless => (u64::MAX, DEADLINE),
             Patience::Events(events) => (events, DEADLINE),
             Patience::Time(time) => (u64::MAX, time),
         };
-        let mut reply = match Reply::ask(address, &self.body, Instant::now() + until) {
+        let mut reply = match Reply::ask(address, &self.body, clock, time) {
             Err(Trouble::Late) if matches!(patience, Patience::Time(_)) => return Ok(Outcome::Left),
             reply => reply?,
         };
@@ -256,16 +263,16 @@ impl Question {
 
 impl Clients {
     /// With the right answers, which a process by itself gives.
-    pub(crate) fn new(model: &Model, seed: u64) -> Self {
+    pub(crate) fn new(model: &Model, seed: u64, clock: Clock) -> Self {
         let alone = model.alone();
         let mut questions: Vec<_> = (0..QUESTIONS).map(|number| Question::new(model, number)).collect();
         for question in &mut questions {
             let mut got = Got::default();
-            let outcome = question.read(alone.address, Patience::Endless, &mut got);
+            let outcome = question.read(alone.address, Patience::Endless, &clock, &mut got);
             assert!(matches!(outcome, Ok(Outcome::Whole)), "{}", alone.log());
             question.expected = got;
         }
-        Self { questions, seed }
+        Self { questions, seed, clock }
     }
 
     /// Each question once, a few at a time.
@@ -285,14 +292,14 @@ impl Clients {
     }
 
     /// So many clients ask one question after the other until it is time, and then wait for their last answers.
-    pub(crate) fn storm(&self, frontend: &Server, clients: usize, until: Instant) -> Tally {
+    pub(crate) fn storm(&self, frontend: &Server, clients: usize, until: Duration) -> Tally {
         let (tally, address) = (Mutex::new(Tally::default()), frontend.address);
         thread::scope(|scope| {
             for client in 0..clients {
                 let tally = &tally;
                 scope.spawn(move || {
                     let mut random = Random::of(self.seed, 1000 + client as u64);
-                    while Instant::now() < until {
+                    while self.clock.now() < until {
                         let question = &self.questions[random.below(self.questions.len() as u64) as usize];
                         let patience = match random.below(8) {
                             0 if question.streams => Patience::Events(random.below(20)),
@@ -308,10 +315,10 @@ impl Clients {
     }
 
     fn ask(&self, question: &Question, address: SocketAddr, patience: Patience, tally: &Mutex<Tally>) {
-        let started = Instant::now();
-        let outcome = question.ask(address, patience);
+        let started = self.clock.now();
+        let outcome = question.ask(address, patience, &self.clock);
         let mut tally = tally.lock().unwrap();
-        tally.slowest = tally.slowest.max(started.elapsed());
+        tally.slowest = tally.slowest.max(self.clock.now() - started);
         let mut trouble = |what: String| *tally.trouble.entry(what).or_default() += 1;
         match outcome {
             Ok(Ok(Outcome::Whole)) => tally.whole += 1,

@@ -13,6 +13,7 @@
 #[path = "../cell/mod.rs"]
 mod cell;
 mod clients;
+mod clock;
 mod mischief;
 #[path = "../program/mod.rs"]
 mod program;
@@ -24,13 +25,11 @@ mod story;
 #[path = "../support/mod.rs"]
 mod support;
 
-use std::{
-    thread,
-    time::{Duration, Instant},
-};
+use std::{thread, time::Duration};
 
 use cell::{Cell, Model, pages, wait_for_decode_workers, wait_until_idle};
-use clients::{Clients, REQUEST_TIMEOUT};
+use clients::Clients;
+use clock::Clock;
 use engine::cluster::Role;
 use mischief::{Guard, harm_service, harm_worker};
 use program::Server;
@@ -56,8 +55,9 @@ fn chaos(duration: Duration) {
         duration.as_secs()
     );
     let mut cell = Cell::of(Model::made_up(4, 2, 2048));
-    let clients = Clients::new(&cell.model, seed);
-    let frontend = cell.frontend(&["--request-timeout", REQUEST_TIMEOUT]);
+    let clock = Clock::start();
+    let clients = Clients::new(&cell.model, seed, clock.clone());
+    let frontend = cell.frontend(&[]);
     let seats = |role, count| (0..count).map(|number| Seat::new(&cell, role, number)).collect::<Vec<_>>();
     let (decodes, prefills) = (seats(Role::Decode, DECODE_WORKERS), seats(Role::Prefill, PREFILL_WORKERS));
     let settled = |cell: &Cell| {
@@ -72,8 +72,8 @@ fn chaos(duration: Duration) {
     at_rest();
     let memory_before = memory(&frontend, &decodes, &prefills);
 
-    let (story, guard) = (Story::new(), Guard::new(&cell, &decodes));
-    let until = Instant::now() + duration;
+    let (story, guard) = (Story::new(clock.clone()), Guard::new(&cell, &decodes, clock.clone()));
+    let until = clock.now() + duration;
     let tally = thread::scope(|scope| {
         let random = move |lane| Random::of(seed, lane);
         for (lane, seat) in (0..).zip(decodes.iter().chain(&prefills)) {
@@ -92,13 +92,13 @@ fn chaos(duration: Duration) {
     println!("frontend: {}", moved.join(", "));
 
     // Nobody does anything about what has happened.
-    let quiet = Instant::now();
+    let quiet = clock.now();
     settled(&cell);
     at_rest();
     clients.everything_once(&frontend).check();
     at_rest();
     guard.wait_until_the_queue_is_empty();
-    println!("all quiet after {:?}", quiet.elapsed());
+    println!("all quiet after {:?}", clock.now() - quiet);
     for seat in decodes.iter().chain(&prefills) {
         let kept = seat.with(|worker| pages(worker, "free") + pages(worker, "cached"));
         assert_eq!(kept, seat.pages as f64, "{} lost pages", seat.name());

@@ -3,8 +3,7 @@
 use std::{
     net::SocketAddr,
     sync::{Arc, Mutex},
-    thread,
-    time::{Duration, Instant},
+    time::Duration,
 };
 
 use engine::cluster::{Cluster, ModelKey, Role, WorkerFilter, WorkerSet};
@@ -12,6 +11,7 @@ use tokio::sync::watch;
 
 use crate::{
     cell::{Cell, card, join},
+    clock::Clock,
     random::Random,
     seats::Seat,
     services::Service,
@@ -24,16 +24,17 @@ const SETTLING_TIME: Duration = Duration::from_secs(8);
 
 /// Sees to it that at any time one decode worker is well, and known to be.
 pub(crate) struct Guard {
+    clock: Clock,
     runtime: tokio::runtime::Runtime,
     cluster: Cluster,
     key: ModelKey,
     registered: watch::Receiver<Arc<WorkerSet>>,
     /// Since when each is well, and where; `None`: something is being done to it.
-    well: Mutex<Vec<Option<(Instant, SocketAddr)>>>,
+    well: Mutex<Vec<Option<(Duration, SocketAddr)>>>,
 }
 
 impl Guard {
-    pub(crate) fn new(cell: &Cell, decodes: &[Seat]) -> Self {
+    pub(crate) fn new(cell: &Cell, decodes: &[Seat], clock: Clock) -> Self {
         let runtime = tokio::runtime::Runtime::new().unwrap();
         let (cluster, key, registered) = runtime.block_on(async {
             let cluster = join(cell).await;
@@ -42,9 +43,9 @@ impl Guard {
             registered.wait_for(|workers| workers.len() == decodes.len()).await.unwrap();
             (cluster, key, registered)
         });
-        let now = Instant::now();
+        let now = clock.now();
         let well = decodes.iter().map(|seat| Some((now, seat.with(|decode| decode.address)))).collect();
-        Self { runtime, cluster, key, registered, well: Mutex::new(well) }
+        Self { clock, runtime, cluster, key, registered, well: Mutex::new(well) }
     }
 
     /// Takes a decode worker for harm, unless it is the last one that everybody can find.
@@ -53,8 +54,9 @@ impl Guard {
         let registered = |address: &SocketAddr| registered.values().any(|card| card.address == address.to_string());
         let mut well = self.well.lock().unwrap();
         let another = well.iter().enumerate().any(|(other, state)| {
-            let settled =
-                |(since, address): &(Instant, SocketAddr)| since.elapsed() >= SETTLING_TIME && registered(address);
+            let settled = |(since, address): &(Duration, SocketAddr)| {
+                self.clock.now() - *since >= SETTLING_TIME && registered(address)
+            };
             other != number && state.as_ref().is_some_and(settled)
         });
         if another {
@@ -64,35 +66,31 @@ impl Guard {
     }
 
     fn is_well(&self, seat: &Seat) {
-        self.well.lock().unwrap()[seat.number] = Some((Instant::now(), seat.with(|decode| decode.address)));
+        self.well.lock().unwrap()[seat.number] = Some((self.clock.now(), seat.with(|decode| decode.address)));
     }
 
     /// Returns when no job waits or is with anybody.
     pub(crate) fn wait_until_the_queue_is_empty(&self) {
-        let started = Instant::now();
+        let started = self.clock.now();
         self.runtime.block_on(async {
             loop {
                 let depth = self.cluster.queue.depth(self.key).await;
                 if depth.as_ref().is_ok_and(|depth| depth.waiting + depth.delivered == 0) {
                     return;
                 }
-                assert!(started.elapsed() < Duration::from_secs(120), "jobs are left: {depth:?}");
+                assert!(self.clock.now() - started < Duration::from_secs(120), "jobs are left: {depth:?}");
                 tokio::time::sleep(Duration::from_millis(100)).await;
             }
         });
     }
 }
 
-/// Sleeps, but not beyond the end.
-fn rest(time: Duration, until: Instant) {
-    thread::sleep(time.min(until.saturating_duration_since(Instant::now())));
-}
-
 /// Kills, stops and drains a worker now and then. It is well on return.
-pub(crate) fn harm_worker(seat: &Seat, guard: &Guard, story: &Story, mut random: Random, until: Instant) {
+pub(crate) fn harm_worker(seat: &Seat, guard: &Guard, story: &Story, mut random: Random, until: Duration) {
+    let clock = &guard.clock;
     loop {
-        rest(random.within(300, 6_000), until);
-        if Instant::now() >= until {
+        clock.rest(random.within(300, 6_000), until);
+        if clock.now() >= until {
             return;
         }
         if seat.role == Role::Decode && !guard.take(seat.number) {
@@ -103,7 +101,7 @@ pub(crate) fn harm_worker(seat: &Seat, guard: &Guard, story: &Story, mut random:
             0..=2 if !seat.lives_long() => {
                 story.tell(format!("{} for {pause:?}: killed", seat.name()));
                 seat.with(|worker| worker.signal("KILL"));
-                rest(pause, until);
+                clock.rest(pause, until);
                 seat.restart();
             }
             3 if !seat.lives_long() => {
@@ -114,7 +112,7 @@ pub(crate) fn harm_worker(seat: &Seat, guard: &Guard, story: &Story, mut random:
             _ => {
                 story.tell(format!("{} for {pause:?}: stopped", seat.name()));
                 seat.with(|worker| worker.signal("STOP"));
-                rest(pause, until);
+                clock.rest(pause, until);
                 seat.with(|worker| worker.signal("CONT"));
             }
         }
@@ -125,22 +123,23 @@ pub(crate) fn harm_worker(seat: &Seat, guard: &Guard, story: &Story, mut random:
 }
 
 /// Kills and stops a service now and then. It is well on return.
-pub(crate) fn harm_service(service: &mut Service, name: &str, story: &Story, mut random: Random, until: Instant) {
+pub(crate) fn harm_service(service: &mut Service, name: &str, story: &Story, mut random: Random, until: Duration) {
+    let clock = story.clock();
     loop {
-        rest(random.within(2_000, 15_000), until);
-        if Instant::now() >= until {
+        clock.rest(random.within(2_000, 15_000), until);
+        if clock.now() >= until {
             return;
         }
         let (killed, pause) = (random.below(2) == 0, random.pause());
         if killed {
             story.tell(format!("{name} for {pause:?}: killed"));
             service.kill();
-            rest(pause, until);
+            clock.rest(pause, until);
             service.restart();
         } else {
             story.tell(format!("{name} for {pause:?}: stopped"));
             service.signal("STOP");
-            rest(pause, until);
+            clock.rest(pause, until);
             service.signal("CONT");
         }
     }

@@ -1,23 +1,25 @@
-use std::{
-    collections::BTreeMap,
-    fmt,
-    sync::Mutex,
-    time::{Duration, Instant},
-};
+use std::{collections::BTreeMap, fmt, sync::Mutex, time::Duration};
+
+use crate::clock::Clock;
 
 /// What was done to whom, and when.
 pub(crate) struct Story {
-    started: Instant,
+    clock: Clock,
+    started: Duration,
     events: Mutex<Vec<(Duration, String)>>,
 }
 
 impl Story {
-    pub(crate) fn new() -> Self {
-        Self { started: Instant::now(), events: Mutex::default() }
+    pub(crate) fn new(clock: Clock) -> Self {
+        Self { started: clock.now(), clock, events: Mutex::default() }
+    }
+
+    pub(crate) fn clock(&self) -> &Clock {
+        &self.clock
     }
 
     pub(crate) fn tell(&self, event: String) {
-        self.events.lock().unwrap().push((self.started.elapsed(), event));
+        self.events.lock().unwrap().push((self.clock.now() - self.started, event));
     }
 }
 

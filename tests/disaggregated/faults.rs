@@ -228,8 +228,12 @@ fn workers_that_both_restart_at_once_under_their_old_addresses_find_each_other_a
     cell.wait_for_prefill_worker(&first_decode);
     let _connection = leave_behind(&first_decode);
     first_decode.wait_until("a prompt is claimed", |decode| granted(decode) >= 1.0);
-    first_decode.signal("KILL");
-    first_prefill.signal("KILL");
+    for worker in [&first_decode, &first_prefill] {
+        worker.signal("KILL");
+    }
+    for worker in [&first_decode, &first_prefill] {
+        worker.wait();
+    }
     // What the cluster knows of the old ones has not run out yet.
     let (decode, prefill) = (decode(), prefill(&[]));
     cell.wait_for_prefill_worker(&decode);

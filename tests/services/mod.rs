@@ -25,9 +25,15 @@ const PATIENCE: Duration = Duration::from_secs(60);
 /// Between two looks at a service that is starting.
 const POLL_PAUSE: Duration = Duration::from_millis(20);
 
-/// A port nobody listens on at the moment.
+/// A port nobody listens on at the moment. It is none of those that the system gives to connections, one of which might
+/// have it when its service is started again.
 pub(crate) fn free_port() -> u16 {
-    TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap().local_addr().unwrap().port()
+    loop {
+        let port = 10_000 + rand::random::<u16>() % 20_000;
+        if TcpListener::bind((Ipv4Addr::UNSPECIFIED, port)).is_ok() {
+            return port;
+        }
+    }
 }
 
 /// A service as a process. It is killed when dropped.
