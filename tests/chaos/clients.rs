@@ -319,7 +319,11 @@ impl Clients {
         let outcome = question.ask(address, patience, &self.clock);
         let mut tally = tally.lock().unwrap();
         tally.slowest = tally.slowest.max(self.clock.now() - started);
-        let mut trouble = |what: String| *tally.trouble.entry(what).or_default() += 1;
+        let excused = self.clock.excuses();
+        let mut trouble = |what: String| match excused {
+            true => tally.excused += 1,
+            false => *tally.trouble.entry(format!("{what} (asked at {started:.1?})")).or_default() += 1,
+        };
         match outcome {
             Ok(Ok(Outcome::Whole)) => tally.whole += 1,
             Ok(Ok(Outcome::Left)) => tally.left += 1,
@@ -331,6 +335,7 @@ impl Clients {
             }
             Ok(Ok(Outcome::Broken(how))) => trouble(format!("broken off: {how}")),
             Ok(Err(Trouble::Io(error))) => trouble(format!("broken off: {error}")),
+            Ok(Err(Trouble::Late)) if excused => tally.excused += 1,
             Ok(Err(Trouble::Late)) => tally.late.push(question.body.to_string()),
             Err(wrong) if tally.wrong.len() < EXAMPLES => tally.wrong.push(wrong),
             Err(_) => {}
@@ -347,6 +352,8 @@ pub(crate) struct Tally {
     pub(crate) left: usize,
     /// Errors, and answers that broke off, which none must while a decode worker is there.
     pub(crate) trouble: BTreeMap<String, usize>,
+    /// The same, when all of this was stopped and had just gone on.
+    excused: usize,
     pub(crate) wrong: Vec<String>,
     /// Not there at the deadline.
     pub(crate) late: Vec<String>,
@@ -355,11 +362,11 @@ pub(crate) struct Tally {
 
 impl fmt::Display for Tally {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { whole, left, trouble, wrong, late, slowest } = self;
+        let Self { whole, left, trouble, excused, wrong, late, slowest } = self;
         let troubled: usize = trouble.values().sum();
         write!(
             f,
-            "{whole} answers whole and right, {left} hung up on, {troubled} errors, {} wrong, {} late; the slowest took {slowest:?}",
+            "{whole} answers whole and right, {left} hung up on, {troubled} errors ({excused} excused), {} wrong, {} late; the slowest took {slowest:?}",
             wrong.len(),
             late.len()
         )?;

@@ -1,6 +1,7 @@
 //! What is done to workers and services.
 
 use std::{
+    collections::HashMap,
     net::SocketAddr,
     sync::{Arc, Mutex},
     time::Duration,
@@ -28,7 +29,8 @@ pub(crate) struct Guard {
     runtime: tokio::runtime::Runtime,
     cluster: Cluster,
     key: ModelKey,
-    registered: watch::Receiver<Arc<WorkerSet>>,
+    /// Since when each address is registered.
+    registered: Arc<Mutex<HashMap<String, Duration>>>,
     /// Since when each is well, and where; `None`: something is being done to it.
     well: Mutex<Vec<Option<(Duration, SocketAddr)>>>,
 }
@@ -36,26 +38,31 @@ pub(crate) struct Guard {
 impl Guard {
     pub(crate) fn new(cell: &Cell, decodes: &[Seat], clock: Clock) -> Self {
         let runtime = tokio::runtime::Runtime::new().unwrap();
-        let (cluster, key, registered) = runtime.block_on(async {
+        let (cluster, key, workers) = runtime.block_on(async {
             let cluster = join(cell).await;
             let key = card(&cluster, Role::Decode).await.model_key;
-            let mut registered = cluster.discovery.workers(WorkerFilter::of(key, Role::Decode));
-            registered.wait_for(|workers| workers.len() == decodes.len()).await.unwrap();
-            (cluster, key, registered)
+            let mut workers = cluster.discovery.workers(WorkerFilter::of(key, Role::Decode));
+            workers.wait_for(|workers| workers.len() == decodes.len()).await.unwrap();
+            (cluster, key, workers)
         });
         let now = clock.now();
+        let registered = Arc::new(Mutex::new(HashMap::new()));
+        runtime.spawn(follow(workers, registered.clone(), clock.clone()));
         let well = decodes.iter().map(|seat| Some((now, seat.with(|decode| decode.address)))).collect();
         Self { clock, runtime, cluster, key, registered, well: Mutex::new(well) }
     }
 
     /// Takes a decode worker for harm, unless it is the last one that everybody can find.
     fn take(&self, number: usize) -> bool {
-        let registered = self.registered.borrow().clone();
-        let registered = |address: &SocketAddr| registered.values().any(|card| card.address == address.to_string());
+        let now = self.clock.now();
+        let registered = self.registered.lock().unwrap();
+        let known = |address: &SocketAddr| {
+            registered.get(&address.to_string()).is_some_and(|&since| now.saturating_sub(since) >= SETTLING_TIME)
+        };
         let mut well = self.well.lock().unwrap();
         let another = well.iter().enumerate().any(|(other, state)| {
             let settled = |(since, address): &(Duration, SocketAddr)| {
-                self.clock.now() - *since >= SETTLING_TIME && registered(address)
+                now.saturating_sub(*since) >= SETTLING_TIME && known(address)
             };
             other != number && state.as_ref().is_some_and(settled)
         });
@@ -82,6 +89,28 @@ impl Guard {
                 tokio::time::sleep(Duration::from_millis(100)).await;
             }
         });
+    }
+}
+
+/// Keeps note of who is registered, and for how long.
+async fn follow(
+    mut workers: watch::Receiver<Arc<WorkerSet>>,
+    registered: Arc<Mutex<HashMap<String, Duration>>>,
+    clock: Clock,
+) {
+    loop {
+        let now = clock.now();
+        let addresses: Vec<_> = workers.borrow_and_update().values().map(|card| card.address.clone()).collect();
+        {
+            let mut registered = registered.lock().unwrap();
+            registered.retain(|address, _| addresses.contains(address));
+            for address in addresses {
+                registered.entry(address).or_insert(now);
+            }
+        }
+        if workers.changed().await.is_err() {
+            return;
+        }
     }
 }
 
