@@ -97,7 +97,7 @@ fn chaos(duration: Duration) {
     at_rest();
     clients.everything_once(&frontend).check();
     at_rest();
-    guard.wait_until_the_queue_is_empty();
+    guard.wait_until_the_queue_is_empty(&cell.nats.url());
     println!("all quiet after {:?}", clock.now() - quiet);
     for seat in decodes.iter().chain(&prefills) {
         let kept = seat.with(|worker| pages(worker, "free") + pages(worker, "cached"));

@@ -47,7 +47,7 @@ impl Seat {
         add("--etcd", cell.etcd.url());
         add("--nats", cell.nats.url());
         // Pages travel both ways.
-        add("--transport", if number % 2 == 0 { "auto" } else { "tcp" }.to_owned());
+        add("--transport", if number.is_multiple_of(2) { "auto" } else { "tcp" }.to_owned());
         // Some come back where they were, and must not be mistaken for the old ones.
         if number == 1 {
             add("--port", free_port().to_string());
