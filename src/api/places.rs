@@ -1,5 +1,6 @@
 use std::{
     collections::BTreeMap,
+    mem,
     pin::Pin,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     task::{Context, Poll},
@@ -46,10 +47,12 @@ impl Places {
                 }
             };
             if let Some(permit) = permit {
-                let place =
-                    Place { places: self.clone(), asked: Arc::default(), ticket: Mutex::default(), _permit: permit };
-                place.rest();
-                return place;
+                return Place {
+                    places: self.clone(),
+                    asked: Arc::default(),
+                    usage: Mutex::new(Use::New),
+                    _permit: permit,
+                };
             }
         }
     }
@@ -66,13 +69,22 @@ impl Places {
     }
 }
 
+/// What a connection is used for.
+enum Use {
+    /// Its first request is on the way.
+    New,
+    /// Nothing: its number among the idle ones.
+    Idle(u64),
+    /// A request.
+    Working,
+}
+
 /// A connection's place, free again when it is dropped.
 pub(super) struct Place {
     places: Arc<Places>,
     /// Rings when it is to leave.
     asked: Arc<Notify>,
-    /// Its number among the idle ones.
-    ticket: Mutex<Option<u64>>,
+    usage: Mutex<Use>,
     _permit: OwnedSemaphorePermit,
 }
 
@@ -84,10 +96,16 @@ impl Place {
 
     /// A request has come: until what this returns is dropped, the connection is not idle.
     pub(super) fn work(self: &Arc<Self>) -> Working {
-        if let Some(ticket) = self.ticket().take() {
-            self.places.idle().connections.remove(&ticket);
-        }
+        self.change(Use::Working);
         Working(self.clone())
+    }
+
+    /// It has had time to say something: if it has not, it is idle.
+    pub(super) fn has_had_time(&self) {
+        let is_new = matches!(*self.usage(), Use::New);
+        if is_new {
+            self.rest();
+        }
     }
 
     fn rest(&self) {
@@ -96,19 +114,24 @@ impl Place {
         idle.next += 1;
         idle.connections.insert(ticket, self.asked.clone());
         drop(idle);
-        *self.ticket() = Some(ticket);
+        self.change(Use::Idle(ticket));
     }
 
-    fn ticket(&self) -> MutexGuard<'_, Option<u64>> {
-        self.ticket.lock().unwrap_or_else(PoisonError::into_inner)
+    fn change(&self, to: Use) {
+        let was = mem::replace(&mut *self.usage(), to);
+        if let Use::Idle(ticket) = was {
+            self.places.idle().connections.remove(&ticket);
+        }
+    }
+
+    fn usage(&self) -> MutexGuard<'_, Use> {
+        self.usage.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 impl Drop for Place {
     fn drop(&mut self) {
-        if let Some(ticket) = self.ticket().take() {
-            self.places.idle().connections.remove(&ticket);
-        }
+        self.change(Use::Working);
     }
 }
 

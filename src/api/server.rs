@@ -29,6 +29,8 @@ const BACKLOG: i32 = 1024;
 const CLOSE_TIME_MAX: Duration = Duration::from_secs(5);
 /// Pause after the system refused a connection for lack of something.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+/// How long a connection counts as used before its first request: whoever has just come is not sent away for the next.
+const FIRST_REQUEST_TIME: Duration = Duration::from_secs(1);
 
 /// Limits of the server itself.
 #[derive(Debug, Clone, Copy)]
@@ -187,9 +189,13 @@ async fn connection(stream: TcpStream, place: Place, router: Router, mut closing
     let stream = Patient::new(stream, WRITE_STALL_MAX);
     let connection = builder.serve_connection(TokioIo::new(stream), service);
     tokio::pin!(connection);
-    let mut told = false;
+    let first_request = sleep(FIRST_REQUEST_TIME);
+    tokio::pin!(first_request);
+    let (mut told, mut settled) = (false, false);
     loop {
         tokio::select! {
+            // What has come is read, and then answered, before anybody is told to leave.
+            biased;
             ended = &mut connection => {
                 if let Err(error) = ended {
                     tracing::debug!(%error, "connection ended");
@@ -200,7 +206,10 @@ async fn connection(stream: TcpStream, place: Place, router: Router, mut closing
                 told = true;
                 connection.as_mut().graceful_shutdown();
             }
-            // A request that has come this moment is still answered.
+            () = &mut first_request, if !settled => {
+                settled = true;
+                place.has_had_time();
+            }
             () = place.asked_to_leave(), if !told => {
                 told = true;
                 connection.as_mut().graceful_shutdown();
@@ -242,5 +251,21 @@ mod tests {
         asks(&mut fourth).await;
         assert_eq!(second.read(&mut [0; 8]).await.unwrap(), 0);
         asks(&mut third).await;
+    }
+
+    #[tokio::test]
+    async fn those_who_come_at_once_are_answered_one_after_the_other_where_there_is_one_place() {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let router = Router::new().route("/", get(|| async { "hello" }));
+        let config = ServerConfig { connections_max: 1, drain_timeout: Duration::ZERO };
+        tokio::spawn(serve_router(listener, router, config, std::future::pending(), std::future::ready(())));
+        let mut streams = Vec::new();
+        for _ in 0..3 {
+            streams.push(TcpStream::connect(address).await.unwrap());
+        }
+        for stream in &mut streams {
+            asks(stream).await;
+        }
     }
 }

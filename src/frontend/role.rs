@@ -21,7 +21,8 @@ pub async fn run(args: FrontendArgs) -> Result<()> {
     let config = FrontendConfig {
         api_keys: args.api_key,
         body_bytes_max: args.max_body_size,
-        body_memory_max: args.max_body_memory,
+        // Room for the largest at least: told to come again later, it would for ever.
+        body_memory_max: args.max_body_memory.max(args.max_body_size),
         request_timeout: args.request_timeout,
         patience: args.worker_patience,
         cluster_token: args.cluster.cluster_token,

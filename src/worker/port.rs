@@ -49,6 +49,8 @@ impl View {
     pub(super) fn new(limits: Limits, metrics: HandoffMetrics) -> Arc<Self> {
         let (prefill_workers, queue_depth) = (AtomicU32::new(0), AtomicU64::new(UNREACHABLE));
         let depth_mattered = AtomicBool::new(false);
+        // Nobody has asked yet.
+        metrics.queue_depth.set(-1);
         Arc::new(Self { prefill_workers, queue_depth, depth_mattered, limits: RwLock::new(limits), metrics })
     }
 

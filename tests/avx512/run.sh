@@ -21,6 +21,7 @@ for line in sys.stdin:
     if artifact.get("executable") and artifact["target"]["name"] in ("engine_kernels", "conformance"):
         print(artifact["executable"])
 ')
+[ -n "$programs" ] || { echo "cargo built no tests of the kernels" >&2; exit 1; }
 
 work=$(mktemp -d)
 children=()
@@ -98,6 +99,7 @@ children+=("$!")
 for ((second = 0; second < LIMIT; second++)); do
     if grep -q '^all over: ' "$work/serial"; then
         grep -q '^avx512_vnni' "$work/serial" || { echo "the emulated processor lacks AVX-512" >&2; exit 1; }
+        grep -q '^test result: ok. [1-9]' "$work/serial" || { echo "no test has these words in its name" >&2; exit 1; }
         exit "$(sed -n 's/^all over: \([0-9]\).*/\1/p' "$work/serial")"
     fi
     kill -0 "$bochs" 2>/dev/null || { echo "Bochs ended early:" >&2; tail -n 20 "$work/bochs.log" >&2; exit 1; }
