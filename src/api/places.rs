@@ -181,6 +181,7 @@ mod tests {
         let places = Places::new(3);
         let [first, second, third] = [places.take().await, places.take().await, places.take().await].map(Arc::new);
         // The first is busy, the second has been until now: the third has been idle for longest.
+        third.has_had_time();
         let busy = first.work();
         drop(second.work());
         let newcomer = tokio::spawn({
@@ -193,6 +194,17 @@ mod tests {
         newcomer.await.unwrap();
         drop((busy, second, first));
         assert_eq!((places.free.available_permits(), places.idle().connections.len()), (3, 0));
+    }
+
+    #[tokio::test]
+    async fn one_that_has_just_come_may_stay_until_it_has_had_time() {
+        let places = Places::new(1);
+        let first = places.take().await;
+        places.ask_one_to_leave();
+        assert!(first.asked_to_leave().now_or_never().is_none());
+        first.has_had_time();
+        places.ask_one_to_leave();
+        assert!(first.asked_to_leave().now_or_never().is_some());
     }
 
     #[tokio::test]

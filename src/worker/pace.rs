@@ -37,6 +37,10 @@ impl Pace {
         let took = took.as_secs_f64();
         // One prompt token among answers is one answer more.
         if prompt_tokens <= usize::from(decodes > 0) {
+            // What was known before so many steps with prompts is of the past.
+            if self.mixed >= MIXED_MAX {
+                self.decode_step = None;
+            }
             observe(&mut self.decode_step, took);
             self.mixed = 0;
             return;
