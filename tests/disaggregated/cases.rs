@@ -1,6 +1,9 @@
 //! Unusual requests and unusual clusters, with models that take next to no time.
 
-use std::{thread, time::Instant};
+use std::{
+    thread,
+    time::{Duration, Instant},
+};
 
 use engine::cluster::{Role, WorkerFilter};
 use serde_json::json;
@@ -13,6 +16,8 @@ use crate::{
     services,
 };
 
+/// How long anything may take before a test gives up.
+const PATIENCE: Duration = Duration::from_secs(120);
 const THRESHOLD: [&str; 2] = ["--max-local-prefill-length", "64"];
 
 fn small() -> Model {
@@ -149,7 +154,8 @@ fn a_lost_lease_costs_a_pause_and_its_worker_comes_back_under_another() {
     let lease = |role| {
         let _guard = runtime.enter();
         let mut workers = cluster.discovery.workers(WorkerFilter::role(role));
-        let workers = runtime.block_on(async { workers.wait_for(|workers| workers.len() == 1).await.unwrap().clone() });
+        let one = async { workers.wait_for(|workers| workers.len() == 1).await.unwrap().clone() };
+        let workers = runtime.block_on(async { tokio::time::timeout(PATIENCE, one).await.expect("one is registered") });
         *workers.keys().next().unwrap()
     };
     let revoke = |role| {
