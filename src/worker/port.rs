@@ -49,8 +49,6 @@ impl View {
     pub(super) fn new(limits: Limits, metrics: HandoffMetrics) -> Arc<Self> {
         let (prefill_workers, queue_depth) = (AtomicU32::new(0), AtomicU64::new(UNREACHABLE));
         let depth_mattered = AtomicBool::new(false);
-        // Nobody has asked yet.
-        metrics.queue_depth.set(-1);
         Arc::new(Self { prefill_workers, queue_depth, depth_mattered, limits: RwLock::new(limits), metrics })
     }
 
@@ -126,7 +124,7 @@ impl LendingPort for ClusterPort {
 
     fn enqueue(&mut self, handoff: HandoffId, tokens: usize, trace: Option<TraceContext>) {
         if let Some(depth) = self.view.depth() {
-            // Until the next look it counts as waiting.
+            // Until somebody has it, or the next look, it counts as waiting.
             self.view.set_depth(Some(depth + 1));
         }
         // The task that takes them ends with the process.
@@ -138,6 +136,9 @@ impl LendingPort for ClusterPort {
     }
 
     fn permit(&mut self, session: SessionId, slot: Slot, epoch: Epoch, pages: Arc<[u32]>) {
+        if let Some(depth) = self.view.depth() {
+            self.view.set_depth(Some(depth.saturating_sub(1)));
+        }
         self.with_sessions(|sessions| sessions.lend(session, slot, epoch, pages));
     }
 
