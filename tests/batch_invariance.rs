@@ -91,7 +91,7 @@ fn config(max_num_seqs: usize, max_num_batched_tokens: usize, blocks: usize, voc
     EngineConfig {
         max_num_seqs,
         max_num_batched_tokens,
-        itl_target: EngineConfig::ITL_TARGET_DEFAULT,
+        itl_target: std::time::Duration::from_millis(200),
         max_waiting_requests: 64,
         max_model_len: MAX_MODEL_LEN,
         vocab_size,

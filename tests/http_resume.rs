@@ -56,7 +56,8 @@ fn merged<'a>(events: impl IntoIterator<Item = &'a Event>) -> Answer {
     answer
 }
 
-/// Cuts the answer to `request` after every event, continues it on another worker, and there again cuts it in the middle.
+/// Cuts the answer to `request` after every event, continues it on another worker, and there again cuts it in the
+/// middle.
 fn assert_cuts_do_not_show(path: &str, mut request: Value) -> Answer {
     let (first, second, third) = (start(), start(), start());
     request["stream"] = true.into();

@@ -1,5 +1,5 @@
-//! Once every sequence decodes, the engine thread allocates nothing: not for a step, not for a new page, not for handing
-//! tokens to readers.
+//! Once every sequence decodes, the engine thread allocates nothing: not for a step, not for a new page, not for
+//! handing tokens to readers.
 
 mod support;
 
@@ -110,7 +110,7 @@ async fn steady_decode_allocates_nothing_on_the_engine_thread() {
     let config = EngineConfig {
         max_num_seqs: SEQUENCES,
         max_num_batched_tokens: 256,
-        itl_target: EngineConfig::ITL_TARGET_DEFAULT,
+        itl_target: std::time::Duration::from_millis(200),
         max_waiting_requests: 8,
         max_model_len: MAX_MODEL_LEN,
         vocab_size,

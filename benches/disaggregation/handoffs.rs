@@ -1,7 +1,7 @@
 //! One remote prefill after the other, each taken apart.
 //!
-//! Both workers sum up how long each phase took (`engine_handoff_seconds`). With one handoff at a time, what a sum grows by is
-//! that handoff's, exactly: so there are percentiles to be had, which buckets would not give.
+//! Both workers sum up how long each phase took (`engine_handoff_seconds`). With one handoff at a time, what a sum
+//! grows by is that handoff's, exactly: so there are percentiles to be had, which buckets would not give.
 
 use anyhow::{Result, ensure};
 

@@ -1,9 +1,9 @@
 //! What disaggregation costs and what it is for, measured: part of `make bench`.
 //!
-//! Real processes on this machine: etcd, nats-server, and workers that are held to one core each. [`handoffs`] takes one
-//! remote prefill after the other apart into its phases; [`streams`] looks at what eight answers notice of long prompts that
-//! arrive beside them, in one process and in two. What is compared takes turns (A B C A B C …), so that all meet the same
-//! machine in the same minutes.
+//! Real processes on this machine: etcd, nats-server, and workers that are held to one core each. [`handoffs`] takes
+//! one remote prefill after the other apart into its phases; [`streams`] looks at what eight answers notice of long
+//! prompts that arrive beside them, in one process and in two. What is compared takes turns (A B C A B C …), so that
+//! all meet the same machine in the same minutes.
 
 mod client;
 mod cluster;

@@ -1,4 +1,5 @@
-//! What is served: the demo model, and one made up that is so small that a core computes a long prompt in less than a second.
+//! What is served: the demo model, and one made up that is so small that a core computes a long prompt in less than a
+//! second.
 
 use std::path::{Path, PathBuf};
 

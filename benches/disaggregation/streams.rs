@@ -98,8 +98,8 @@ pub(crate) fn measure(model: &Model, rounds: usize, prompts: usize) -> Result<Se
     Ok(Seen { model: model.name.clone(), alone, interval, setups })
 }
 
-/// Starts the streams, watches them for a while, lets prompts arrive, and ends the streams when the last of these has its first
-/// token, but not before it would have been the next one's turn.
+/// Starts the streams, watches them for a while, lets prompts arrive, and ends the streams when the last of these has
+/// its first token, but not before it would have been the next one's turn.
 fn watch(
     address: &str,
     model: &Model,

@@ -41,8 +41,8 @@ pub(crate) struct Seen {
 }
 
 impl Load<'_> {
-    /// Each client sends one request after the other until the time is over, and waits for its last answer. They begin one
-    /// after the other if they are to pause.
+    /// Each client sends one request after the other until the time is over, and waits for its last answer. They begin
+    /// one after the other if they are to pause.
     pub(crate) fn run(&self) -> Result<Seen> {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
         runtime.block_on(async {

@@ -1,15 +1,16 @@
 //! What a frontend costs, beside Dynamo's: part of `make bench`.
 //!
-//! Both serve streamed completions from workers that only pretend to compute: ours is `engine frontend` over `engine mock`,
-//! the peer Dynamo's frontend over its mocker, each with an etcd and a NATS of its own. They take turns round after round
-//! (A B A B …), with the same client, prompts and tokenizer; a figure is the median of its rounds. Two loads:
+//! Both serve streamed completions from workers that only pretend to compute: ours is `engine frontend` over `engine
+//! mock`, the peer Dynamo's frontend over its mocker, each with an etcd and a NATS of its own. They take turns round
+//! after round (A B A B …), with the same client, prompts and tokenizer; a figure is the median of its rounds. Two
+//! loads:
 //!
 //! - *as fast as it goes*: workers answer at once, so that what is around them is all there is to wait for;
-//! - *paced*: a token every few milliseconds, as from a model. Now no two tokens of an answer meet on their way, and each
-//!   costs what it costs.
+//! - *paced*: a token every few milliseconds, as from a model. Now no two tokens of an answer meet on their way, and
+//!   each costs what it costs.
 //!
-//! CPU time is the frontend process', from the system's accounts; the workers' is told beside it, because peers share the
-//! work between the two differently: Dynamo's frontend encodes and decodes text, ours leaves that to the workers.
+//! CPU time is the frontend process', from the system's accounts; the workers' is told beside it, because peers share
+//! the work between the two differently: Dynamo's frontend encodes and decodes text, ours leaves that to the workers.
 
 mod client;
 #[allow(dead_code, reason = "of it, what names the machine is used")]

@@ -116,7 +116,8 @@ impl Histogram {
         Self(self.0.iter().enumerate().map(|(at, &(bound, count))| (bound, count - before(at))).collect())
     }
 
-    /// The value below which `percent` of all lie, between the bounds of its bucket as if they were spread evenly there.
+    /// The value below which `percent` of all lie, between the bounds of its bucket as if they were spread evenly
+    /// there.
     pub(crate) fn percentile(&self, percent: f64) -> f64 {
         let wanted = self.0.last().map_or(0.0, |bucket| bucket.1) * percent / 100.0;
         let (mut low, mut below) = (0.0, 0.0);

@@ -1,9 +1,10 @@
 //! What grows with what in a cluster, without its hardware: `make bench-scale`.
 //!
-//! Clusters of growing size, each with real etcd, real NATS and a real frontend, and workers of `engine mock`: everything
-//! of them is real but the arithmetic, which is a pause. In each size the load a worker is the same, so that a figure
-//! that stays level grows with nothing, one that grows with the workers is their number's, and one that grows faster is a
-//! mistake. Read are the servers' own counters and the system's accounts; nothing is added to what is measured.
+//! Clusters of growing size, each with real etcd, real NATS and a real frontend, and workers of `engine mock`:
+//! everything of them is real but the arithmetic, which is a pause. In each size the load a worker is the same, so that
+//! a figure that stays level grows with nothing, one that grows with the workers is their number's, and one that grows
+//! faster is a mistake. Read are the servers' own counters and the system's accounts; nothing is added to what is
+//! measured.
 
 mod cell;
 #[path = "../frontend/client.rs"]

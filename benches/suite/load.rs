@@ -32,8 +32,8 @@ struct Answer {
     gaps: Vec<f64>,
 }
 
-/// Lets `clients` clients send `requests` requests in all, each client one after the other, each request on a connection
-/// of its own with a prompt nobody sent before (`seed` tells bursts apart).
+/// Lets `clients` clients send `requests` requests in all, each client one after the other, each request on a
+/// connection of its own with a prompt nobody sent before (`seed` tells bursts apart).
 pub(crate) fn burst(address: &str, model: &str, clients: usize, requests: usize, seed: u64) -> Result<Load> {
     let next = AtomicU64::new(0);
     let start = Instant::now();

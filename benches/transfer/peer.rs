@@ -97,7 +97,8 @@ pub(crate) fn decode(page_bytes: usize) -> Result<()> {
     Ok(())
 }
 
-/// Memory of a prefill worker, filled: its own alone, in large pages where the system has them, as a prefill worker's is.
+/// Memory of a prefill worker, filled: its own alone, in large pages where the system has them, as a prefill worker's
+/// is.
 pub(crate) fn filled(page_bytes: usize) -> Result<Region> {
     let region = Region::private(shape(page_bytes))?;
     // Through the system, as writing to an address is nothing that safe code can do.

@@ -36,9 +36,9 @@ pub struct QkNorm<'a, V> {
 
 /// The fused operations one forward pass is made of.
 ///
-/// Every operation treats each row (token) by itself and reduces in an order that depends on that row's shape alone, so a
-/// row's result is bit for bit the same whatever else is in the batch. Working buffers are made once, at the largest size
-/// ([`Backend::activations`]); operations set the row count of what they write and allocate nothing.
+/// Every operation treats each row (token) by itself and reduces in an order that depends on that row's shape alone, so
+/// a row's result is bit for bit the same whatever else is in the batch. Working buffers are made once, at the largest
+/// size ([`Backend::activations`]); operations set the row count of what they write and allocate nothing.
 pub trait Backend: Send + 'static {
     /// A weight matrix `[out, in]` in the layout this backend's kernels want.
     type Linear: Send + Sync;
@@ -70,7 +70,8 @@ pub trait Backend: Send + 'static {
     /// Reserves the KV cache.
     fn kv_cache(&mut self, layout: KvLayout) -> Result<Self::KvCache, KernelError>;
 
-    /// The memory of a cache's pages, for whoever moves pages between workers; none from a backend whose pages cannot be moved.
+    /// The memory of a cache's pages, for whoever moves pages between workers; none from a backend whose pages cannot
+    /// be moved.
     fn kv_region(&self, cache: &Self::KvCache) -> Option<KvRegion>;
 
     /// `out[t] = table[tokens[t]]`; sets `out` to `[tokens.len(), hidden]`.
@@ -99,8 +100,8 @@ pub trait Backend: Send + 'static {
     );
 
     /// For each token of `batch`: norms its query and key heads if asked to, rotates both to the token's position, and
-    /// stores key and value in `layer` of the cache. `qkv` is `[tokens, shape.qkv_width()]`; its query part is updated in
-    /// place, its key and value parts are unspecified afterwards.
+    /// stores key and value in `layer` of the cache. `qkv` is `[tokens, shape.qkv_width()]`; its query part is updated
+    /// in place, its key and value parts are unspecified afterwards.
     #[allow(clippy::too_many_arguments, reason = "one fused operation over everything attention needs")]
     fn rope_and_cache(
         &mut self,

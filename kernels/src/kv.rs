@@ -36,7 +36,8 @@ impl KvDType {
 /// a page of one layer is contiguous, and the heads of a tensor-parallel rank are a contiguous slice of it.
 ///
 /// How the `block_size × head_dim` keys (or values) of one page and head are ordered is the backend's choice, because
-/// that is what its attention kernel is built around; it is part of what workers must agree on before they exchange pages.
+/// that is what its attention kernel is built around; it is part of what workers must agree on before they exchange
+/// pages.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct KvLayout {
     /// Layers of the model.

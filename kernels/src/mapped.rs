@@ -12,8 +12,8 @@ use memmap2::Mmap;
 pub struct MappedFile(Option<Mmap>);
 
 impl MappedFile {
-    /// Maps the file at `path`. The file must not be changed while it is mapped: on a shrunk file the system ends the process
-    /// with SIGBUS, as it does for every program that maps its model.
+    /// Maps the file at `path`. The file must not be changed while it is mapped: on a shrunk file the system ends the
+    /// process with SIGBUS, as it does for every program that maps its model.
     pub fn open(path: &Path) -> io::Result<Self> {
         let file = File::open(path)?;
         let metadata = file.metadata()?;
@@ -24,9 +24,9 @@ impl MappedFile {
             // A mapping cannot be empty; an empty file is its reader's error to report.
             return Ok(Self(None));
         }
-        // SAFETY: the mapping is private and read-only, and nothing in this process writes to the file. Another process that
-        // rewrites a model in place would change the bytes under us; they are read as plain integers and floats, for which
-        // every bit pattern is valid, and whoever parses them checks text before calling it a string.
+        // SAFETY: the mapping is private and read-only, and nothing in this process writes to the file. Another process
+        // that rewrites a model in place would change the bytes under us; they are read as plain integers and floats,
+        // for which every bit pattern is valid, and whoever parses them checks text before calling it a string.
         let map = unsafe { Mmap::map(&file)? };
         Ok(Self(Some(map)))
     }

@@ -48,16 +48,16 @@ pub struct KvRegion {
 }
 
 impl KvRegion {
-    /// Reserves memory of this process alone, in large pages where the system has them. The system gives it, zeroed, as it is
-    /// first written to.
+    /// Reserves memory of this process alone, in large pages where the system has them. The system gives it, zeroed, as
+    /// it is first written to.
     pub fn private(shape: RegionShape) -> io::Result<Self> {
         let bytes = checked(shape)?;
         let map = MmapRaw::from(MmapOptions::new().len(bytes.max(1)).map_anon()?);
         Ok(Self::new(map, None, shape))
     }
 
-    /// Reserves memory that other processes may map as well: a file that exists in memory only (`memfd`), of a size that
-    /// nobody can change any more, so that no process that maps it can be made to fault by another.
+    /// Reserves memory that other processes may map as well: a file that exists in memory only (`memfd`), of a size
+    /// that nobody can change any more, so that no process that maps it can be made to fault by another.
     ///
     /// Linux seldom gives such memory large pages (`/sys/kernel/mm/transparent_hugepage/shmem_enabled` is `never` by
     /// default), and attention was measured to read it up to 15 % slower than [`KvRegion::private`].
@@ -73,8 +73,9 @@ impl KvRegion {
         Ok(Self::new(map, Some(file), shape))
     }
 
-    /// Maps a region that another process made with [`KvRegion::shared`] and says is of this shape. A child process does not
-    /// inherit the mapping. Refuses a file that is smaller than the shape needs, or that could still be shrunk under us.
+    /// Maps a region that another process made with [`KvRegion::shared`] and says is of this shape. A child process
+    /// does not inherit the mapping. Refuses a file that is smaller than the shape needs, or that could still be shrunk
+    /// under us.
     #[cfg(target_os = "linux")]
     pub fn open(file: File, shape: RegionShape) -> io::Result<Self> {
         use rustix::fs::{SealFlags, fcntl_get_seals};

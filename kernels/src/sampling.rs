@@ -4,10 +4,10 @@ pub const MAX_TOP_LOGPROBS: usize = 20;
 /// How the next token is drawn from its logits. Values are checked where requests enter; here they are trusted.
 ///
 /// Order of application, as in vLLM: `logit_bias`, suppressed tokens, repetition, presence and frequency penalties,
-/// temperature, then `top_k`, `top_p`, `min_p` each on what the previous one left. Of equally likely tokens the lower id
-/// counts as the likelier. A logit that is NaN counts as impossible (-inf), +inf as the largest finite number; if every
-/// token is impossible, the outcome says so ([`Sampled::impossible`]). The draw inverts the cumulative distribution of the
-/// kept tokens, taken in the order of their ids.
+/// temperature, then `top_k`, `top_p`, `min_p` each on what the previous one left. Of equally likely tokens the lower
+/// id counts as the likelier. A logit that is NaN counts as impossible (-inf), +inf as the largest finite number; if
+/// every token is impossible, the outcome says so ([`Sampled::impossible`]). The draw inverts the cumulative
+/// distribution of the kept tokens, taken in the order of their ids.
 #[derive(Debug, Clone, PartialEq)]
 pub struct SamplingParams {
     /// 0 is greedy: the highest logit, the lowest id on ties.
@@ -18,7 +18,8 @@ pub struct SamplingParams {
     pub top_p: f32,
     /// Keep tokens at least `min_p` times as likely as the likeliest; 0 keeps all.
     pub min_p: f32,
-    /// Divides positive and multiplies negative logits of tokens seen in prompt or output (Keskar et al. 2019); 1 is off.
+    /// Divides positive and multiplies negative logits of tokens seen in prompt or output (Keskar et al. 2019); 1 is
+    /// off.
     pub repetition_penalty: f32,
     /// Subtracted from the logits of tokens seen in the output; 0 is off.
     pub presence_penalty: f32,
@@ -103,9 +104,9 @@ impl Default for Sampled {
     }
 }
 
-/// A number in `[0, 1)` for the draw at `position` of a request: SplitMix64 (Steele, Lea and Flood 2014) used as a counter
-/// based generator, its output function applied to the seed, stepped by the position, twice. It depends on its two
-/// arguments alone, so nothing has to be stored, and any backend on any worker draws the same.
+/// A number in `[0, 1)` for the draw at `position` of a request: SplitMix64 (Steele, Lea and Flood 2014) used as a
+/// counter based generator, its output function applied to the seed, stepped by the position, twice. It depends on its
+/// two arguments alone, so nothing has to be stored, and any backend on any worker draws the same.
 pub(crate) fn uniform(seed: u64, position: u64) -> f64 {
     let bits = mix(mix(seed).wrapping_add((position + 1).wrapping_mul(GOLDEN_GAMMA)));
     // The 53 bits an f64 holds exactly.
@@ -120,8 +121,8 @@ fn mix(z: u64) -> u64 {
     z ^ (z >> 31)
 }
 
-/// The logit of a token that was seen in prompt or output, `times` in the output, after all penalties. Single precision,
-/// in this order, on every backend: a greedy choice must not hang on how it was rounded.
+/// The logit of a token that was seen in prompt or output, `times` in the output, after all penalties. Single
+/// precision, in this order, on every backend: a greedy choice must not hang on how it was rounded.
 pub(crate) fn penalized(logit: f32, times: u32, params: &SamplingParams) -> f32 {
     let r = params.repetition_penalty;
     let mut logit = if logit > 0.0 { logit / r } else { logit * r };

@@ -2,13 +2,14 @@ use std::fs::File;
 use std::io::{Error, ErrorKind, Read, Result};
 use std::path::Path;
 
-/// Largest `config.json`, index or template that is read: real ones have some kilobytes, an index of many shards megabytes.
+/// Largest `config.json`, index or template that is read: real ones have some kilobytes, an index of many shards
+/// megabytes.
 pub(crate) const CONFIG_BYTES_MAX: u64 = 64 << 20;
 /// Largest `tokenizer.json` that is read: those of 260,000 tokens have 33 MB.
 pub(crate) const TOKENIZER_BYTES_MAX: u64 = 256 << 20;
 
-/// Reads a file of at most `bytes_max` bytes: a model's files come from strangers, and whoever reads one whole must know how
-/// much memory that may take.
+/// Reads a file of at most `bytes_max` bytes: a model's files come from strangers, and whoever reads one whole must
+/// know how much memory that may take.
 pub(crate) fn read_bounded(path: &Path, bytes_max: u64) -> Result<Vec<u8>> {
     let mut bytes = Vec::new();
     // Read and counted, not asked for its size: a pipe has none.

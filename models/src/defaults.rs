@@ -39,8 +39,8 @@ pub struct ChatTemplate {
     pub eos_token: Option<String>,
 }
 
-/// Tokens that end an answer by their text alone, as llama.cpp has it: many files name only one end token, and another is
-/// what their chat template ends turns with.
+/// Tokens that end an answer by their text alone, as llama.cpp has it: many files name only one end token, and another
+/// is what their chat template ends turns with.
 const END_TEXTS: [&str; 12] = [
     "<|eot_id|>",
     "<|im_end|>",
@@ -61,7 +61,8 @@ const CONTROL_TOKEN: i64 = 3;
 
 impl GenerationDefaults {
     /// From `generation_config.json` if there is one. Its end tokens, or those of `config` if it names none, and the
-    /// tokenizer's, as in vLLM: many configurations name only what ends a text, where the tokenizer has what ends a turn.
+    /// tokenizer's, as in vLLM: many configurations name only what ends a text, where the tokenizer has what ends a
+    /// turn.
     pub(crate) fn from_directory(directory: &Path, config: &Fields<'_>) -> Result<Self, ModelError> {
         let path = directory.join("generation_config.json");
         let value = read_json(&path)?.unwrap_or_else(|| Value::Object(serde_json::Map::new()));

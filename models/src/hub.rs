@@ -1,5 +1,5 @@
-//! Models by their id on the Hugging Face hub: what is in the local cache is used as it is, the rest is fetched into it.
-//! The cache is the one `huggingface_hub` keeps, so a model any other program has fetched is found.
+//! Models by their id on the Hugging Face hub: what is in the local cache is used as it is, the rest is fetched into
+//! it. The cache is the one `huggingface_hub` keeps, so a model any other program has fetched is found.
 
 use std::path::{Path, PathBuf};
 

@@ -4,7 +4,8 @@
 use crate::Architecture;
 use crate::family::Family;
 
-/// Biases only where the configuration asks for them. GGUF keeps q and k as Meta published them, for interleaved rotation.
+/// Biases only where the configuration asks for them. GGUF keeps q and k as Meta published them, for interleaved
+/// rotation.
 pub(crate) const FAMILY: Family = Family {
     architecture: Architecture::Llama,
     class: "LlamaForCausalLM",

@@ -18,10 +18,10 @@ pub trait Model<B: Backend>: Send {
     /// Its shape.
     fn config(&self) -> &ModelConfig;
 
-    /// Runs all layers over `batch` and writes the batch's keys and values to `cache`. Calls `layer_done` with the number
-    /// of each layer, in order, once its keys and values are there, while the layer's products are still to come: whoever
-    /// sends them elsewhere does so beside the rest of the pass. The final hidden states stay in the model for
-    /// [`Model::logits`].
+    /// Runs all layers over `batch` and writes the batch's keys and values to `cache`. Calls `layer_done` with the
+    /// number of each layer, in order, once its keys and values are there, while the layer's products are still to
+    /// come: whoever sends them elsewhere does so beside the rest of the pass. The final hidden states stay in the
+    /// model for [`Model::logits`].
     fn forward(&mut self, backend: &mut B, cache: &mut B::KvCache, batch: &Batch, layer_done: &mut dyn FnMut(usize));
 
     /// Logits `[rows.len(), vocab_size]` of the named rows of the last [`Model::forward`]. At most

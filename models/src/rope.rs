@@ -1,6 +1,6 @@
-//! Rotary frequencies of a model, with every scaling it may declare. The formulas, and the precision of each step, are those
-//! of `modeling_rope_utils.py` in transformers, so that angles agree to the last bit or nearly. Powers and logarithms are the
-//! crate `libm`'s, not the platform's: they are the same bits on every machine.
+//! Rotary frequencies of a model, with every scaling it may declare. The formulas, and the precision of each step, are
+//! those of `modeling_rope_utils.py` in transformers, so that angles agree to the last bit or nearly. Powers and
+//! logarithms are the crate `libm`'s, not the platform's: they are the same bits on every machine.
 
 use std::f32::consts::TAU;
 
@@ -50,7 +50,8 @@ fn frequencies(theta: f32, head_dim: usize, scaling: &RopeScaling) -> (Vec<f32>,
     }
 }
 
-/// How far each pair is interpolated: 0 for those that turn often within the original context, 1 for those that hardly turn.
+/// How far each pair is interpolated: 0 for those that turn often within the original context, 1 for those that hardly
+/// turn.
 struct YarnRamp {
     low: f64,
     high: f64,

@@ -71,8 +71,8 @@ pub struct LoadedModel<B: Backend> {
 }
 
 impl ModelSource {
-    /// Opens a directory with a `config.json`, a `.gguf` file, or a model of the Hugging Face hub (`organisation/name`), which
-    /// is fetched if it is not in the local cache.
+    /// Opens a directory with a `config.json`, a `.gguf` file, or a model of the Hugging Face hub
+    /// (`organisation/name`), which is fetched if it is not in the local cache.
     pub fn open(model: &str, options: &OpenOptions) -> Result<Self, ModelError> {
         let path = Path::new(model);
         let own_name = |name: Option<&std::ffi::OsStr>| {
@@ -189,12 +189,12 @@ impl ModelSource {
         }
     }
 
-    /// A digest that two processes compute alike exactly if they have opened the same model: its shape, its tokenizer, each
-    /// tensor's name, type and shape, and samples of each tensor's contents (16 KiB, its first and last bytes among them;
-    /// small tensors whole). Reading every byte would take as long as loading; models that differ anywhere but in the
-    /// unread middle of tensors have different fingerprints, and training or merging leaves no tensor it touches the same
-    /// in all samples. It does not protect from somebody who makes such a model on purpose. Touches the files: call it where
-    /// blocking is allowed.
+    /// A digest that two processes compute alike exactly if they have opened the same model: its shape, its tokenizer,
+    /// each tensor's name, type and shape, and samples of each tensor's contents (16 KiB, its first and last bytes
+    /// among them; small tensors whole). Reading every byte would take as long as loading; models that differ anywhere
+    /// but in the unread middle of tensors have different fingerprints, and training or merging leaves no tensor it
+    /// touches the same in all samples. It does not protect from somebody who makes such a model on purpose. Touches
+    /// the files: call it where blocking is allowed.
     pub fn fingerprint(&self) -> Result<[u8; 32], ModelError> {
         let mut fingerprint = Fingerprint::new();
         fingerprint.part("shape", format!("{:?}", self.config).as_bytes());

@@ -61,8 +61,8 @@ pub(crate) struct Answer {
 }
 
 impl Answer {
-    /// Hands all choices of all prompts to the engine; it takes all or none. Those that were begun elsewhere go on where
-    /// they were.
+    /// Hands all choices of all prompts to the engine; it takes all or none. Those that were begun elsewhere go on
+    /// where they were.
     pub(crate) fn start(
         serving: Arc<Serving>,
         in_flight: InFlight,

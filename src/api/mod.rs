@@ -1,8 +1,8 @@
 //! The OpenAI API: HTTP in, tokens out.
 //!
-//! A request goes through `extract` (bytes to JSON, bounded), `types` (JSON to fields, unknown ones refused), `validate`
-//! (fields to a `Plan`), `prompt` (text to tokens) and `answer` (to the engine and back). What comes back becomes
-//! text in `output`, behind the stop strings of `stop`, and goes out whole or through `stream`.
+//! A request goes through `extract` (bytes to JSON, bounded), `types` (JSON to fields, unknown ones refused),
+//! `validate` (fields to a `Plan`), `prompt` (text to tokens) and `answer` (to the engine and back). What comes back
+//! becomes text in `output`, behind the stop strings of `stop`, and goes out whole or through `stream`.
 
 mod answer;
 mod chat;

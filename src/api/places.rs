@@ -16,8 +16,8 @@ use tokio::{
 /// Between two looks for an idle connection while all are busy and another waits.
 const LOOK_PERIOD: Duration = Duration::from_millis(100);
 
-/// The places that a server has for connections. Clients keep connections that they do not use; when all places are taken,
-/// whoever comes gets the place of the connection that has been idle for longest.
+/// The places that a server has for connections. Clients keep connections that they do not use; when all places are
+/// taken, whoever comes gets the place of the connection that has been idle for longest.
 pub(super) struct Places {
     free: Arc<Semaphore>,
     idle: Mutex<Idle>,

@@ -1,6 +1,7 @@
 //! What lets another worker continue an answer: lines that a stream carries beside its events, for the frontend alone.
 //!
-//! A request with the header [`PROGRESS_HEADER`] gets, as the first lines of each server-sent event, comments of the form
+//! A request with the header [`PROGRESS_HEADER`] gets, as the first lines of each server-sent event, comments of the
+//! form
 //! `: {…}`: who the answer is (once), and for the event's choice the tokens it is made of since the choice's event
 //! before, and how much text has been let out with it. A comment and its data are one event, so whoever has the one has
 //! the other. The frontend takes the comments out, keeps them in order without looking into them, and, if the worker dies,

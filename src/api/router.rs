@@ -65,6 +65,7 @@ pub(crate) fn cors(origins: &[String]) -> CorsLayer {
     } else {
         AllowOrigin::list(origins.iter().filter_map(|origin| origin.parse::<HeaderValue>().ok()))
     };
-    // Whatever it asks for: OpenAI's own client sends a dozen headers (`x-stainless-…`), and none of them opens anything.
+    // Whatever it asks for: OpenAI's own client sends a dozen headers (`x-stainless-…`), and none of them opens
+    // anything.
     CorsLayer::new().allow_origin(origin).allow_methods(Any).allow_headers(AllowHeaders::mirror_request())
 }

@@ -122,8 +122,8 @@ pub async fn serve(
     serve_router(listener, router(serving), config, shutdown, async move { drained.drain().await }).await;
 }
 
-/// Serves `router` until `shutdown` resolves; then `drain` is to refuse new requests, and to resolve when the running ones
-/// have ended.
+/// Serves `router` until `shutdown` resolves; then `drain` is to refuse new requests, and to resolve when the running
+/// ones have ended.
 pub(crate) async fn serve_router(
     listener: TcpListener,
     router: Router,

@@ -22,8 +22,8 @@ struct Status {
     leaving: watch::Receiver<bool>,
 }
 
-/// Serves `/health` and `/metrics` of a worker that takes no requests, until `shutdown` and then `drain` have resolved. It is
-/// unhealthy once `leaving` is true.
+/// Serves `/health` and `/metrics` of a worker that takes no requests, until `shutdown` and then `drain` have resolved.
+/// It is unhealthy once `leaving` is true.
 pub async fn serve_status(
     listener: TcpListener,
     engine: EngineHandle,

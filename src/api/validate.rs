@@ -100,8 +100,8 @@ impl Plan {
         })
     }
 
-    /// The engine's request for one choice: the `choice`-th of its prompt, and the `index`-th of all. `max_field` is how
-    /// the client calls the token limit, `prompt_field` how it calls the prompt.
+    /// The engine's request for one choice: the `choice`-th of its prompt, and the `index`-th of all. `max_field` is
+    /// how the client calls the token limit, `prompt_field` how it calls the prompt.
     pub(crate) fn request(
         &self,
         prompt: Vec<u32>,

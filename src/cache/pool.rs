@@ -136,8 +136,8 @@ impl KvPool {
         self.index.find(hash).is_some_and(|page| self.index.references(page) > 0)
     }
 
-    /// Gives back a reference. Of several pages of a sequence the last one first: it is then the first to be evicted, and a
-    /// shorter prefix stays findable.
+    /// Gives back a reference. Of several pages of a sequence the last one first: it is then the first to be evicted,
+    /// and a shorter prefix stays findable.
     pub fn release(&mut self, page: SharedPage) {
         self.index.release(page.0);
     }

@@ -16,8 +16,8 @@ struct Node {
     newer: u32,
 }
 
-/// Published pages by hash: a chained hash table and a list in order of last use, both threaded through one array with an
-/// entry a page. No entry is ever allocated, moved or rehashed.
+/// Published pages by hash: a chained hash table and a list in order of last use, both threaded through one array with
+/// an entry a page. No entry is ever allocated, moved or rehashed.
 #[derive(Debug)]
 pub(super) struct PrefixIndex {
     nodes: Box<[Node]>,

@@ -31,7 +31,8 @@ pub struct FrontendArgs {
     )]
     pub api_key: Vec<String>,
 
-    /// Origins whose pages may ask from a browser (as their Origin header names them, or * for all); may be given several times
+    /// Origins whose pages may ask from a browser (as their Origin header names them, or * for all); may be given
+    /// several times
     #[arg(long, value_name = "ORIGIN", help_heading = "Server")]
     pub allowed_origins: Vec<String>,
 

@@ -16,7 +16,8 @@ pub(super) const DEFAULT_PORT: u16 = 8000;
 /// Flags of a worker: decode, or with `--is-prefill-worker` prefill.
 #[derive(Debug, Args)]
 pub struct WorkerArgs {
-    /// A directory with config.json and safetensors, a .gguf file, or a model of the Hugging Face hub (Qwen/Qwen3-0.6B); a prefill worker can take it from the cluster
+    /// A directory with config.json and safetensors, a .gguf file, or a model of the Hugging Face hub
+    /// (Qwen/Qwen3-0.6B); a prefill worker can take it from the cluster
     #[arg(long, value_name = "PATH|ID", help_heading = "Model")]
     pub model: Option<String>,
 
@@ -98,7 +99,8 @@ pub struct WorkerArgs {
     )]
     pub api_key: Vec<String>,
 
-    /// Origins whose pages may ask from a browser (as their Origin header names them, or * for all); may be given several times
+    /// Origins whose pages may ask from a browser (as their Origin header names them, or * for all); may be given
+    /// several times
     #[arg(long, value_name = "ORIGIN", conflicts_with = "is_prefill_worker", help_heading = "Server")]
     pub allowed_origins: Vec<String>,
 
@@ -126,7 +128,8 @@ pub struct WorkerArgs {
     #[command(flatten)]
     pub disagg: DisaggArgs,
 
-    /// Name or address under which others reach this worker [default: the address listened on, or the one that leads to etcd]
+    /// Name or address under which others reach this worker [default: the address listened on, or the one that leads to
+    /// etcd]
     #[arg(long, value_name = "HOST", help_heading = "Cluster")]
     pub advertise_host: Option<String>,
 
@@ -163,9 +166,10 @@ pub struct DisaggArgs {
     #[arg(long, value_name = "N", default_value_t = 2, conflicts_with = "is_prefill_worker")]
     pub max_prefill_queue_size: usize,
 
-    /// Milliseconds between two tokens of an answer that prompts computed beside it are cut for [default: 200]; given, --disagg-policy auto sends prompts away that would take longer in one piece
-    #[arg(long, value_name = "MS", value_parser = parse_millis, conflicts_with = "is_prefill_worker")]
-    pub itl_target: Option<Duration>,
+    /// Milliseconds between two tokens of an answer that prompts computed beside it are cut for; --disagg-policy auto
+    /// sends away what would exceed it all the same
+    #[arg(long, value_name = "MS", value_parser = parse_millis, default_value = "200", conflicts_with = "is_prefill_worker")]
+    pub itl_target: Duration,
 
     /// How KV pages travel between workers
     #[arg(long, value_enum, value_name = "TRANSPORT", default_value = "auto")]
@@ -179,11 +183,13 @@ pub struct DisaggArgs {
     #[arg(long, value_name = "PORT", default_value_t = 0, conflicts_with = "is_prefill_worker")]
     pub session_port: u16,
 
-    /// Certificates (PEM) that sign those of the other workers. A prefill worker then talks over encrypted TCP sessions alone, a decode worker takes only peers that show a certificate
+    /// Certificates (PEM) that sign those of the other workers. Over TCP a prefill worker then opens encrypted sessions
+    /// alone, and a decode worker takes only peers that show a certificate; shared memory on one host stays as it is
     #[arg(long, value_name = "FILE")]
     pub session_ca: Option<PathBuf>,
 
-    /// Certificate (PEM) of this worker, with which a decode worker encrypts TCP sessions, and a prefill worker says who it is
+    /// Certificate (PEM) of this worker, with which a decode worker encrypts TCP sessions, and a prefill worker says
+    /// who it is
     #[arg(long, value_name = "FILE", requires = "session_key")]
     pub session_cert: Option<PathBuf>,
 

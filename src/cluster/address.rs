@@ -28,7 +28,8 @@ pub fn host_id() -> String {
     read.map_or_else(|_| uuid::Uuid::new_v4().to_string(), |id| id.trim().to_owned())
 }
 
-/// This machine's address on the way to an endpoint. Nothing is sent: connecting a datagram socket only looks up the route.
+/// This machine's address on the way to an endpoint. Nothing is sent: connecting a datagram socket only looks up the
+/// route.
 fn source_address(endpoint: &str) -> Option<IpAddr> {
     let authority = endpoint.split_once("://").map_or(endpoint, |(_, rest)| rest);
     let authority = authority.split('/').next()?;

@@ -17,8 +17,8 @@ pub trait Discovery: Send + Sync {
     /// Announces a worker until the lease is withdrawn or dropped.
     fn register(&self, card: WorkerCard) -> Lease;
 
-    /// The live workers that match, kept up to date. Empty until they are known; while the service is away, what was known
-    /// last.
+    /// The live workers that match, kept up to date. Empty until they are known; while the service is away, what was
+    /// known last.
     fn workers(&self, filter: WorkerFilter) -> watch::Receiver<Arc<WorkerSet>>;
 
     /// The live limits of a model, JSON as it was put, not looked into here; `None` while there are none.
@@ -61,19 +61,20 @@ pub struct Lease {
 }
 
 impl Lease {
-    /// A lease that `task` keeps. It ends, having withdrawn the registration, when `stop`'s receiver resolves either way.
+    /// A lease that `task` keeps. It ends, having withdrawn the registration, when `stop`'s receiver resolves either
+    /// way.
     pub(crate) fn new(id: watch::Receiver<Option<LeaseId>>, stop: oneshot::Sender<()>, task: JoinHandle<()>) -> Self {
         Self { id, stop: Some(stop), task: Some(task) }
     }
 
-    /// The worker's incarnation: `None` until the first is granted, and then always the last one granted. A change means
-    /// that the others have seen the worker disappear: whatever was agreed under the old id is void.
+    /// The worker's incarnation: `None` until the first is granted, and then always the last one granted. A change
+    /// means that the others have seen the worker disappear: whatever was agreed under the old id is void.
     pub fn id(&self) -> watch::Receiver<Option<LeaseId>> {
         self.id.clone()
     }
 
-    /// Deregisters: the others see the worker go at once rather than when its lease runs out. Returns when that is done or
-    /// clearly cannot be.
+    /// Deregisters: the others see the worker go at once rather than when its lease runs out. Returns when that is done
+    /// or clearly cannot be.
     pub async fn withdraw(mut self) {
         drop(self.stop.take());
         if let Some(task) = self.task.take() {

@@ -7,8 +7,8 @@ use super::{Discovery, ModelKey, Role, WorkerCard, WorkerFilter};
 #[error("the cluster serves several models; say which with --model: {0}")]
 pub struct SeveralModels(String);
 
-/// The card of a decode worker of the cluster's one model, for a prefill worker that was given none. Waits for a worker to
-/// register.
+/// The card of a decode worker of the cluster's one model, for a prefill worker that was given none. Waits for a worker
+/// to register.
 pub async fn find_model(discovery: &dyn Discovery) -> Result<Arc<WorkerCard>, SeveralModels> {
     let mut workers = discovery.workers(WorkerFilter::role(Role::Decode));
     if workers.borrow().is_empty() {

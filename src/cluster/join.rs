@@ -150,8 +150,8 @@ pub async fn join(mut options: ClusterOptions, needs: Needs) -> Result<Joined, C
 }
 
 impl Cluster {
-    /// A cluster over real services. Waits for them a moment; if they are away it says so and goes on, and they are found
-    /// when they come. Without NATS servers, load reports are those of this process alone, and so is the queue.
+    /// A cluster over real services. Waits for them a moment; if they are away it says so and goes on, and they are
+    /// found when they come. Without NATS servers, load reports are those of this process alone, and so is the queue.
     pub async fn connect(options: ClusterOptions) -> Result<Self, ClusterError> {
         let ClusterOptions { namespace, etcd, nats } = options;
         let etcd = Arc::new(Etcd::new(etcd, &namespace)?);

@@ -5,8 +5,8 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
 /// One incarnation of a worker: the id of the etcd lease its registration hangs on. A worker that loses its lease comes
 /// back under another, and nothing learned about the old one holds for the new one.
 ///
-/// Written as sixteen hexadecimal digits, in etcd's keys and in JSON: such numbers do not fit the doubles that many JSON
-/// readers have.
+/// Written as sixteen hexadecimal digits, in etcd's keys and in JSON: such numbers do not fit the doubles that many
+/// JSON readers have.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct LeaseId(pub u64);
 

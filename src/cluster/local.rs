@@ -224,8 +224,8 @@ impl Queue for Local {
     }
 }
 
-/// A delivered job of [`Local`]. There is no acknowledgement time: a consumer in the same process either settles a job or
-/// drops it.
+/// A delivered job of [`Local`]. There is no acknowledgement time: a consumer in the same process either settles a job
+/// or drops it.
 struct LocalSettle {
     queues: Arc<Queues>,
     key: ModelKey,

@@ -2,8 +2,9 @@
 //!
 //! Three traits: [`Discovery`] (who is alive, and live configuration), [`Queue`] (prefill jobs) and [`Loads`] (how busy
 //! workers are). Each has an implementation over real services (`etcd`, NATS) and one in the process ([`Local`]), and
-//! nothing above can tell them apart. Losing a service never stops anything: what was known last stays until it is known
-//! to be wrong, publishing fails at once instead of hanging, and connections are made again in the background for ever.
+//! nothing above can tell them apart. Losing a service never stops anything: what was known last stays until it is
+//! known to be wrong, publishing fails at once instead of hanging, and connections are made again in the background for
+//! ever.
 //!
 //! Jobs and session addresses are opaque here: bytes, and a JSON value.
 

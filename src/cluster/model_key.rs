@@ -11,8 +11,9 @@ pub struct ModelKey([u8; 16]);
 
 impl ModelKey {
     /// The key of a model whose weights and shape have this `fingerprint`
-    /// ([`ModelSource::fingerprint`](engine_models::ModelSource::fingerprint)), for a cache of this `layout`, whose pages
-    /// are ordered as `page_order` names it. The number of pages is each worker's own business and not part of the key.
+    /// ([`ModelSource::fingerprint`](engine_models::ModelSource::fingerprint)), for a cache of this `layout`, whose
+    /// pages are ordered as `page_order` names it. The number of pages is each worker's own business and not part of
+    /// the key.
     pub fn new(fingerprint: &[u8; 32], layout: &KvLayout, page_order: &str) -> Self {
         let KvLayout { layers, kv_heads, head_dim, block_size, blocks: _, dtype } = layout;
         let mut text = format!(

@@ -6,11 +6,11 @@ use tokio::sync::mpsc;
 
 use super::ModelKey;
 
-/// The work queue between decode and prefill workers: each job goes to one prefill worker of its model, and stays in the
-/// queue until that one has acknowledged it.
+/// The work queue between decode and prefill workers: each job goes to one prefill worker of its model, and stays in
+/// the queue until that one has acknowledged it.
 pub trait Queue: Send + Sync {
-    /// Puts a job on a model's queue. `id` names it: the same id twice within two minutes is one job. Returns within a few
-    /// seconds, whatever state the service is in; after an error the job may be on the queue all the same.
+    /// Puts a job on a model's queue. `id` names it: the same id twice within two minutes is one job. Returns within a
+    /// few seconds, whatever state the service is in; after an error the job may be on the queue all the same.
     fn publish(&self, key: ModelKey, id: String, payload: Bytes) -> BoxFuture<'_, Result<(), QueueError>>;
 
     /// Takes jobs of a model off the queue, one at a time.
@@ -59,7 +59,8 @@ pub struct Consumer {
 pub(crate) struct Supplier {
     /// Yields when a job is wanted; `None` when the consumer is gone.
     pub(crate) demand: mpsc::Receiver<()>,
-    /// Takes the job. A job that cannot be handed over comes back as the error, and goes back to the queue when dropped.
+    /// Takes the job. A job that cannot be handed over comes back as the error, and goes back to the queue when
+    /// dropped.
     pub(crate) jobs: mpsc::Sender<Delivery>,
 }
 
@@ -71,8 +72,8 @@ impl Consumer {
         (Self { demand, jobs, asked: false }, Supplier { demand: wanted, jobs: supply })
     }
 
-    /// The next job, whenever there is one. `None` if the queue is shut for good. A worker asks only when it has room for a
-    /// job: none is taken from the others before.
+    /// The next job, whenever there is one. `None` if the queue is shut for good. A worker asks only when it has room
+    /// for a job: none is taken from the others before.
     ///
     /// Cancel-safe: if the future is dropped, a job that arrives meanwhile is what the next call returns. Dropping the
     /// consumer gives such a job back to the queue.

@@ -125,7 +125,8 @@ pub(super) struct Attempts {
 }
 
 impl Attempts {
-    /// Notes that a worker is lost; too many are the end. One that could not be reached has nothing to do with the request.
+    /// Notes that a worker is lost; too many are the end. One that could not be reached has nothing to do with the
+    /// request.
     pub(super) fn lost(&mut self, worker: &Worker, error: &LostError) -> Result<(), ApiError> {
         if !worker.avoid() {
             tracing::warn!(worker = %worker.lease, address = worker.card.address, %error, "lost a worker");
@@ -147,9 +148,9 @@ pub(super) fn no_workers() -> ApiError {
 }
 
 impl Frontend {
-    /// Gets a request to a worker that answers it, until its head. With `key` it continues the answer of `journal`, on a
-    /// worker of that model. A request that some worker has taken already waits a while for another to come, and so does any
-    /// while the last worker has been gone for no longer than that.
+    /// Gets a request to a worker that answers it, until its head. With `key` it continues the answer of `journal`, on
+    /// a worker of that model. A request that some worker has taken already waits a while for another to come, and so
+    /// does any while the last worker has been gone for no longer than that.
     pub(super) async fn place(
         &self,
         asked: &Asked,
@@ -280,8 +281,8 @@ impl Frontend {
     }
 }
 
-/// Whether another worker may answer what one has answered so: too busy, leaving, failed, or not reached by something in
-/// between. A 500 is about the request: the others would say it too.
+/// Whether another worker may answer what one has answered so: too busy, leaving, failed, or not reached by something
+/// in between. A 500 is about the request: the others would say it too.
 fn may_pass(status: StatusCode) -> bool {
     matches!(status, StatusCode::TOO_MANY_REQUESTS | StatusCode::SERVICE_UNAVAILABLE | StatusCode::BAD_GATEWAY)
 }

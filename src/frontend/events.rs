@@ -8,9 +8,9 @@ use crate::api::progress::{JOURNAL_BYTES_MAX, PROGRESS_PREFIX};
 /// Bytes of an event that has not ended; far above what one can have, log-probabilities included.
 const EVENT_BYTES_MAX: usize = 64 << 20;
 
-/// Takes a worker's stream apart: events go on to the client, comments about progress into the journal. It looks for the
-/// ends of lines and at their first bytes, at nothing else. A journal line counts once its event is whole, and only whole
-/// events go on: whatever a worker's death cuts in two was neither delivered nor noted.
+/// Takes a worker's stream apart: events go on to the client, comments about progress into the journal. It looks for
+/// the ends of lines and at their first bytes, at nothing else. A journal line counts once its event is whole, and only
+/// whole events go on: whatever a worker's death cuts in two was neither delivered nor noted.
 #[derive(Debug, Default)]
 pub(super) struct Splitter {
     /// The beginning of an event.

@@ -71,8 +71,8 @@ impl Default for FrontendMetrics {
     }
 }
 
-/// Registers a metric made from a constant name; both steps fail only on a malformed or repeated name, which any test of
-/// a frontend would find.
+/// Registers a metric made from a constant name; both steps fail only on a malformed or repeated name, which any test
+/// of a frontend would find.
 fn registered<C: Collector + Clone + 'static>(registry: &Registry, metric: prometheus::Result<C>) -> C {
     let metric = metric.expect("metric names are well-formed constants");
     registry.register(Box::new(metric.clone())).expect("metric names are distinct constants");

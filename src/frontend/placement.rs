@@ -3,9 +3,9 @@
 //! The prompt's leading bytes order the workers (rendezvous hashing, Thaler and Ravishankar 1998): the same beginning
 //! finds the same first choice wherever a request comes in, hence whatever that worker's prefix index still has of it,
 //! and workers that come or go move nobody else's first choice. How far such a favourite may run ahead of the others is
-//! bounded (consistent hashing with bounded loads, Mirrokni, Thorup and Zadimoghaddam 2016). Prompts without a beginning
-//! worth finding go to the less loaded of two picked at random (Mitzenmacher 1996), which needs no agreement between
-//! frontends and does not send everybody to whoever was idle a moment ago.
+//! bounded (consistent hashing with bounded loads, Mirrokni, Thorup and Zadimoghaddam 2016). Prompts without a
+//! beginning worth finding go to the less loaded of two picked at random (Mitzenmacher 1996), which needs no agreement
+//! between frontends and does not send everybody to whoever was idle a moment ago.
 
 /// Tokens a first choice may have above a quarter more than the average before others are preferred: the work of a few
 /// requests, so that an idle cluster keeps its habits.

@@ -21,8 +21,8 @@ use super::{
 };
 use crate::{api::ApiError, cluster::ModelKey};
 
-/// An answer's body. When a worker is lost it finds another to go on; when it is dropped, as happens when the client goes
-/// away, so is the connection to the worker, which cancels the request there.
+/// An answer's body. When a worker is lost it finds another to go on; when it is dropped, as happens when the client
+/// goes away, so is the connection to the worker, which cancels the request there.
 pub(super) struct Relay {
     frontend: Arc<Frontend>,
     asked: Arc<Asked>,

@@ -19,7 +19,8 @@ use tokio::{net::TcpStream, time::timeout};
 /// How long a worker may take to accept a connection.
 const CONNECT_TIME_MAX: Duration = Duration::from_secs(3);
 
-/// A request's body: the journal of an answer to continue, if there is one, and what the client sent. Neither is copied.
+/// A request's body: the journal of an answer to continue, if there is one, and what the client sent. Neither is
+/// copied.
 #[derive(Debug, Clone, Default)]
 pub(super) struct Payload([Bytes; 2]);
 

@@ -133,7 +133,8 @@ impl Worker {
         if let Some((_, connection)) = kept {
             match connection.send(request()).await {
                 Ok(exchange) => return Ok(exchange),
-                // Closed by the worker while nobody used it, as the others may be; or it has died, which a new one shows.
+                // Closed by the worker while nobody used it, as the others may be; or it has died, which a new one
+                // shows.
                 Err(error) => {
                     tracing::debug!(worker = %self.lease, %error, "a kept connection was of no use");
                     self.idle().clear();

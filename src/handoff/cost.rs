@@ -1,115 +1,83 @@
 use std::time::Duration;
 
-use super::Situation;
-
-/// What prefilling has cost lately, here and remotely: exponentially weighted means, for [`Policy::Auto`](super::Policy::Auto).
+/// What handoffs have cost lately: exponentially weighted means, for [`Policy::Auto`](super::Policy::Auto).
 ///
-/// Times predicted from it are seconds to the first token. Measurements of handoffs are forgotten after a minute without
-/// one, since a queue that was slow once, and is avoided for it, would otherwise stay slow for ever.
+/// They are forgotten after a minute without a handoff, since a queue that was slow once, and is avoided for it, would
+/// otherwise stay slow for ever.
 #[derive(Debug, Clone, Default)]
-pub struct CostModel {
-    /// Seconds to compute a prompt token here.
-    local_token: Mean,
-    /// Seconds of a step that only decodes.
-    decode_step: Mean,
-    /// Seconds from the grant to the mailbox word, for each token: computing, and what of the transfer does not hide behind it.
-    remote_token: Mean,
+pub struct HandoffCosts {
+    /// Seconds from the grant to the mailbox word, for each token: computing, and what of the transfer does not hide
+    /// behind it.
+    token: Option<f64>,
     /// Seconds a job waits, for each place in the queue.
-    queue_place: Mean,
-    handoff_observed: Option<Duration>,
+    queue_place: Option<f64>,
+    observed: Option<Duration>,
 }
 
 /// After that long, what was measured of handoffs says nothing about the next.
 const STALE_AFTER: Duration = Duration::from_secs(60);
+/// What the latest handoff counts for in a mean.
+const WEIGHT: f64 = 0.2;
 
-/// Exponentially weighted: each sample counts for a fifth.
-#[derive(Debug, Clone, Copy, Default)]
-struct Mean(Option<f64>);
-
-impl Mean {
-    fn observe(&mut self, sample: f64) {
-        self.0 = Some(self.0.map_or(sample, |mean| mean + (sample - mean) / 5.0));
-    }
-}
-
-impl CostModel {
-    /// A step of this worker took so long and computed so many prompt tokens, perhaps none, beside what it decoded.
-    pub fn observe_step(&mut self, prompt_tokens: u32, took: Duration) {
-        if prompt_tokens == 0 {
-            self.decode_step.observe(took.as_secs_f64());
-        } else {
-            let prefill = took.as_secs_f64() - self.decode_step.0.unwrap_or(0.0);
-            self.local_token.observe(prefill.max(0.0) / f64::from(prompt_tokens));
-        }
-    }
-
+impl HandoffCosts {
     /// A handoff was claimed `queued` after it was enqueued with `ahead` other jobs for each prefill worker, and its
     /// `tokens` were here `granted` after the grant.
-    pub fn observe_handoff(&mut self, ahead: u64, queued: Duration, tokens: u32, granted: Duration, now: Duration) {
+    pub fn observe(&mut self, ahead: u64, queued: Duration, tokens: u32, granted: Duration, now: Duration) {
         if self.is_stale(now) {
-            (self.remote_token, self.queue_place) = Default::default();
+            *self = Self::default();
         }
-        self.queue_place.observe(queued.as_secs_f64() / (ahead + 1) as f64);
-        self.remote_token.observe(granted.as_secs_f64() / f64::from(tokens.max(1)));
-        self.handoff_observed = Some(now);
+        mean(&mut self.queue_place, queued.as_secs_f64() / (ahead + 1) as f64);
+        mean(&mut self.token, granted.as_secs_f64() / f64::from(tokens.max(1)));
+        self.observed = Some(now);
     }
 
-    /// Until the first token, if it is prefilled here.
-    pub(super) fn local(&self, situation: &Situation) -> Option<Duration> {
-        let tokens = situation.backlog_tokens as f64 + f64::from(situation.uncached_tokens);
-        let steps = (tokens / f64::from(situation.chunk_tokens.max(1))).ceil();
-        let decoding = if situation.running > 0 { steps * self.decode_step.0.unwrap_or(0.0) } else { 0.0 };
-        seconds(tokens * self.local_token.0? + decoding)
-    }
-
-    /// Until the first token, if it is prefilled remotely.
-    pub(super) fn remote(&self, situation: &Situation, queue_depth: u64, now: Duration) -> Option<Duration> {
+    /// Until the first token of a prompt that is handed off now, behind `ahead` other jobs for each prefill worker.
+    pub(super) fn expect(&self, tokens: u32, ahead: u64, now: Duration) -> Option<Duration> {
         if self.is_stale(now) {
             return None;
         }
-        let places = (queue_depth / u64::from(situation.prefill_workers.max(1)) + 1) as f64;
-        let computing = f64::from(situation.uncached_tokens) * self.remote_token.0?;
-        seconds(places * self.queue_place.0? + computing)
-    }
-
-    /// Between two tokens of the requests that run, while this one is prefilled here. `None`: nobody runs, or unknown.
-    pub(super) fn gap(&self, situation: &Situation) -> Option<Duration> {
-        if situation.running == 0 {
-            return None;
-        }
-        let chunk = situation.uncached_tokens.min(situation.chunk_tokens);
-        seconds(self.decode_step.0.unwrap_or(0.0) + f64::from(chunk) * self.local_token.0?)
+        let seconds = (ahead + 1) as f64 * self.queue_place? + f64::from(tokens) * self.token?;
+        Duration::try_from_secs_f64(seconds).ok()
     }
 
     fn is_stale(&self, now: Duration) -> bool {
-        self.handoff_observed.is_none_or(|observed| now.saturating_sub(observed) > STALE_AFTER)
+        self.observed.is_none_or(|observed| now.saturating_sub(observed) > STALE_AFTER)
     }
 }
 
-fn seconds(seconds: f64) -> Option<Duration> {
-    Duration::try_from_secs_f64(seconds).ok()
+fn mean(mean: &mut Option<f64>, sample: f64) {
+    *mean = Some(mean.map_or(sample, |mean| mean + (sample - mean) * WEIGHT));
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    #[test]
-    fn a_mean_follows_its_samples() {
-        let mut mean = Mean::default();
-        mean.observe(1.0);
-        assert_eq!(mean.0, Some(1.0));
-        mean.observe(2.0);
-        assert_eq!(mean.0, Some(1.2));
-        (0..100).for_each(|_| mean.observe(5.0));
-        assert!((mean.0.unwrap() - 5.0).abs() < 1e-6);
+    const NOW: Duration = Duration::from_secs(100);
+
+    fn costs(queued_ms: u64) -> HandoffCosts {
+        let mut costs = HandoffCosts::default();
+        costs.observe(1, Duration::from_millis(queued_ms), 1_000, Duration::from_millis(500), NOW);
+        costs
     }
 
     #[test]
-    fn a_step_that_also_decodes_charges_prompts_for_their_part() {
-        let mut costs = CostModel::default();
-        costs.observe_step(0, Duration::from_millis(10));
-        costs.observe_step(100, Duration::from_millis(110));
-        assert!((costs.local_token.0.unwrap() - 0.001).abs() < 1e-9);
+    fn a_prompt_waits_for_those_before_it_and_takes_time_for_each_token() {
+        assert_eq!(costs(200).expect(2_000, 2, NOW), Some(Duration::from_millis(3 * 100 + 1_000)));
+        assert_eq!(HandoffCosts::default().expect(2_000, 2, NOW), None);
+    }
+
+    #[test]
+    fn a_mean_follows_its_samples_and_is_forgotten_after_a_minute() {
+        let mut costs = costs(200);
+        for _ in 0..50 {
+            costs.observe(0, Duration::from_secs(1), 1_000, Duration::ZERO, NOW);
+        }
+        let expected = costs.expect(1_000, 0, NOW).unwrap();
+        assert!(expected > Duration::from_millis(995) && expected < Duration::from_millis(1_005), "{expected:?}");
+        let later = NOW + Duration::from_secs(61);
+        assert_eq!(costs.expect(1_000, 0, later), None);
+        costs.observe(0, Duration::from_secs(9), 1_000, Duration::ZERO, later);
+        assert_eq!(costs.expect(1_000, 0, later), Some(Duration::from_secs(9)));
     }
 }

@@ -1,9 +1,9 @@
 use std::time::Duration;
 
-use super::{CostModel, Limits, Policy};
+use super::{HandoffCosts, Limits, Policy};
 
-/// Handoffs that a request may lose before it is prefilled by its own worker: a prompt that kills prefill workers must not
-/// meet them all. Nor is a lost one tried again where nobody is known but those who may have lost it.
+/// Handoffs that a request may lose before it is prefilled by its own worker: a prompt that kills prefill workers must
+/// not meet them all. Nor is a lost one tried again where nobody is known but those who may have lost it.
 pub const HANDOFFS_MAX: u32 = 2;
 
 /// What a decision about one prompt rests on.
@@ -17,12 +17,17 @@ pub struct Situation {
     pub queue_depth: Option<u64>,
     /// Handoffs of this request that a prefill worker took and did not complete.
     pub lost_handoffs: u32,
-    /// Uncached tokens of the prompts that would be prefilled here before this one.
-    pub backlog_tokens: u64,
-    /// Requests that generate here.
-    pub running: u32,
-    /// Prompt tokens that one step takes, at most.
-    pub chunk_tokens: u32,
+    /// What prefilling it here would take; `None` until that was measured.
+    pub local: Option<Forecast>,
+}
+
+/// What prefilling a prompt here is expected to take, by what steps took lately.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Forecast {
+    /// Until its first token.
+    pub first_token: Duration,
+    /// Between two tokens of the requests that generate meanwhile; `None`: there are none.
+    pub gap: Option<Duration>,
 }
 
 /// Where a prompt is prefilled.
@@ -56,7 +61,7 @@ pub enum Reason {
 }
 
 /// Decides. Pure: the same situation, limits and measurements give the same answer.
-pub fn decide(limits: &Limits, situation: &Situation, costs: &CostModel, now: Duration) -> Decision {
+pub fn decide(limits: &Limits, situation: &Situation, costs: &HandoffCosts, now: Duration) -> Decision {
     if limits.policy == Policy::Never {
         return Decision::Local(Reason::Policy);
     }
@@ -98,17 +103,16 @@ fn by_measurements(
     limits: &Limits,
     situation: &Situation,
     queue_depth: u64,
-    costs: &CostModel,
+    costs: &HandoffCosts,
     now: Duration,
 ) -> Option<Decision> {
-    if let (Some(target), Some(gap)) = (limits.itl_target(), costs.gap(situation))
-        && gap > target
-    {
+    let local = situation.local?;
+    if local.gap.is_some_and(|gap| gap > limits.itl_target()) {
         return Some(Decision::Remote);
     }
-    let local = costs.local(situation)?;
-    let remote = costs.remote(situation, queue_depth, now)?;
-    Some(if remote < local { Decision::Remote } else { Decision::Local(Reason::Sooner) })
+    let ahead = queue_depth / u64::from(situation.prefill_workers.max(1));
+    let remote = costs.expect(situation.uncached_tokens, ahead, now)?;
+    Some(if remote < local.first_token { Decision::Remote } else { Decision::Local(Reason::Sooner) })
 }
 
 #[cfg(test)]
@@ -118,31 +122,25 @@ mod tests {
     const NOW: Duration = Duration::from_secs(100);
 
     fn situation() -> Situation {
-        Situation {
-            uncached_tokens: 2_000,
-            prefill_workers: 3,
-            queue_depth: Some(0),
-            lost_handoffs: 0,
-            backlog_tokens: 0,
-            running: 0,
-            chunk_tokens: 500,
-        }
+        Situation { uncached_tokens: 2_000, prefill_workers: 3, queue_depth: Some(0), lost_handoffs: 0, local: None }
+    }
+
+    fn takes(first_token_ms: u64, gap_ms: Option<u64>) -> Option<Forecast> {
+        Some(Forecast { first_token: Duration::from_millis(first_token_ms), gap: gap_ms.map(Duration::from_millis) })
     }
 
     fn limits(policy: Policy) -> Limits {
-        Limits { policy, max_local_prefill_length: 1_000, max_prefill_queue_size: 2, itl_target_ms: None }
+        Limits { policy, max_local_prefill_length: 1_000, max_prefill_queue_size: 2, itl_target_ms: 60.0 }
     }
 
     fn decided(policy: Policy, situation: Situation) -> Decision {
-        decide(&limits(policy), &situation, &CostModel::default(), NOW)
+        decide(&limits(policy), &situation, &HandoffCosts::default(), NOW)
     }
 
-    /// 1 ms a token here, 0.5 ms there, 100 ms a place in the queue, 10 ms a decoding step.
-    fn costs() -> CostModel {
-        let mut costs = CostModel::default();
-        costs.observe_step(0, Duration::from_millis(10));
-        costs.observe_step(1_000, Duration::from_secs(1));
-        costs.observe_handoff(0, Duration::from_millis(100), 1_000, Duration::from_millis(500), NOW);
+    /// 0.5 ms a token, 100 ms a place in the queue.
+    fn costs() -> HandoffCosts {
+        let mut costs = HandoffCosts::default();
+        costs.observe(0, Duration::from_millis(100), 1_000, Duration::from_millis(500), NOW);
         costs
     }
 
@@ -190,38 +188,34 @@ mod tests {
     #[test]
     fn auto_takes_the_earlier_first_token() {
         let auto = |situation| decide(&limits(Policy::Auto), &situation, &costs(), NOW);
-        // Here 2.0 s, there 0.1 + 1.0.
-        assert_eq!(auto(situation()), Decision::Remote);
-        // Here 0.1 s, there 0.1 + 0.05.
-        let short = Situation { uncached_tokens: 100, ..situation() };
-        assert_eq!(auto(short), Decision::Local(Reason::Sooner));
-        // Somebody's prompt comes first here.
-        assert_eq!(auto(Situation { backlog_tokens: 500, ..short }), Decision::Remote);
+        // There 0.1 s + 1.0 s.
+        assert_eq!(auto(Situation { local: takes(1_101, None), ..situation() }), Decision::Remote);
+        let sooner = Situation { local: takes(1_099, None), ..situation() };
+        assert_eq!(auto(sooner), Decision::Local(Reason::Sooner));
         // Thirty jobs for three workers.
-        assert_eq!(auto(Situation { queue_depth: Some(30), ..situation() }), Decision::Local(Reason::Sooner));
+        let busy = Situation { queue_depth: Some(30), local: takes(2_000, None), ..situation() };
+        assert_eq!(auto(busy), Decision::Local(Reason::Sooner));
+        assert_eq!(auto(Situation { queue_depth: Some(2), ..busy }), Decision::Remote);
     }
 
     #[test]
     fn auto_spares_the_requests_that_run() {
-        let limits = Limits { itl_target_ms: Some(60.0), ..limits(Policy::Auto) };
-        let auto = |situation| decide(&limits, &situation, &costs(), NOW);
-        let short = Situation { uncached_tokens: 100, ..situation() };
-        assert_eq!(auto(short), Decision::Local(Reason::Sooner));
-        // A step of 100 prompt tokens takes 110 ms.
-        assert_eq!(auto(Situation { running: 1, ..short }), Decision::Remote);
-        assert_eq!(auto(Situation { running: 1, chunk_tokens: 40, ..short }), Decision::Local(Reason::Sooner));
-        assert_eq!(auto(Situation { running: 1, prefill_workers: 0, ..short }), Decision::Local(Reason::Alone));
+        let auto = |situation| decide(&limits(Policy::Auto), &situation, &costs(), NOW);
+        let sooner = |gap_ms| Situation { local: takes(100, gap_ms), ..situation() };
+        assert_eq!(auto(sooner(None)), Decision::Local(Reason::Sooner));
+        assert_eq!(auto(sooner(Some(60))), Decision::Local(Reason::Sooner));
+        assert_eq!(auto(sooner(Some(61))), Decision::Remote);
+        assert_eq!(auto(Situation { prefill_workers: 0, ..sooner(Some(61)) }), Decision::Local(Reason::Alone));
     }
 
     #[test]
     fn auto_goes_by_the_thresholds_until_it_has_measured_and_when_that_was_long_ago() {
-        let decided = |costs: &CostModel, now| decide(&limits(Policy::Auto), &situation(), costs, now);
-        assert_eq!(decided(&CostModel::default(), NOW), Decision::Remote);
-        let mut slow = costs();
-        for _ in 0..50 {
-            slow.observe_handoff(0, Duration::from_secs(9), 1_000, Duration::from_secs(9), NOW);
-        }
-        assert_eq!(decided(&slow, NOW), Decision::Local(Reason::Sooner));
-        assert_eq!(decided(&slow, NOW + Duration::from_secs(61)), Decision::Remote);
+        let decided = |local, costs: &HandoffCosts, now| {
+            decide(&limits(Policy::Auto), &Situation { local, ..situation() }, costs, now)
+        };
+        assert_eq!(decided(takes(1, None), &HandoffCosts::default(), NOW), Decision::Remote);
+        assert_eq!(decided(None, &costs(), NOW), Decision::Remote);
+        assert_eq!(decided(takes(1, None), &costs(), NOW), Decision::Local(Reason::Sooner));
+        assert_eq!(decided(takes(1, None), &costs(), NOW + Duration::from_secs(61)), Decision::Remote);
     }
 }

@@ -4,9 +4,9 @@ use super::{HandoffId, WorkerId};
 
 /// What a decode worker puts on the queue: that there is something to prefill, and where to ask for it.
 ///
-/// It holds no tokens, so the queue's limit on payloads is never met, and no permission: whoever pulls it must claim the
-/// handoff from the decode worker, which alone knows whether it is still wanted. A job that outlived its worker, or was
-/// delivered twice, therefore costs one claim and harms nobody, and no clock ever decides that a job is too old.
+/// It holds no tokens, so the queue's limit on payloads is never met, and no permission: whoever pulls it must claim
+/// the handoff from the decode worker, which alone knows whether it is still wanted. A job that outlived its worker, or
+/// was delivered twice, therefore costs one claim and harms nobody, and no clock ever decides that a job is too old.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Job {
     /// Names the handoff. Also the queue's message id, by which it drops repeated publishing.
@@ -24,8 +24,8 @@ pub struct Job {
     pub traceparent: Option<String>,
 }
 
-/// A message on the queue that is no job for this worker, and never will be. It is counted, logged, and acked, so that it
-/// comes to nobody else.
+/// A message on the queue that is no job for this worker, and never will be. It is counted, logged, and acked, so that
+/// it comes to nobody else.
 #[derive(Debug, thiserror::Error)]
 pub enum JobError {
     /// Larger than any job.

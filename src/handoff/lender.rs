@@ -123,8 +123,8 @@ impl<R: Copy, P> Lender<R, P> {
     }
 
     /// Looks into the mailbox: `load` reads a slot's word, with acquire ordering, so that the data it vouches for is
-    /// visible too. Between any two steps of the engine; best before [`on`](Self::on), since a worker that completes and
-    /// leaves does so in this order.
+    /// visible too. Between any two steps of the engine; best before [`on`](Self::on), since a worker that completes
+    /// and leaves does so in this order.
     pub fn poll(&mut self, load: impl Fn(Slot) -> MailboxWord, now: Duration, actions: &mut Vec<LenderAction<R, P>>) {
         self.clock.advance(now);
         // Backwards, because resolving takes the slot out of the list.
@@ -137,7 +137,7 @@ impl<R: Copy, P> Lender<R, P> {
             }
             match load(slot).status_of(*epoch) {
                 Some(Status::Done) => self.resolve(slot, Outcome::Completed, actions),
-                Some(Status::Failed) => self.resolve(slot, Outcome::Released, actions),
+                Some(Status::Failed) => self.resolve(slot, Outcome::Failed, actions),
                 None => {}
             }
         }
@@ -188,9 +188,14 @@ impl<R: Copy, P> Lender<R, P> {
                     self.set_deadline(slot, now + self.timeouts.silent);
                 }
             }
-            ToDecode::Released { handoff, epoch } | ToDecode::Failed { handoff, epoch, .. } => {
+            ToDecode::Released { handoff, epoch } => {
                 if let Some(slot) = self.granted(handoff, epoch, from) {
                     self.resolve(slot, Outcome::Released, actions);
+                }
+            }
+            ToDecode::Failed { handoff, epoch, .. } => {
+                if let Some(slot) = self.granted(handoff, epoch, from) {
+                    self.resolve(slot, Outcome::Failed, actions);
                 }
             }
         }
@@ -255,7 +260,7 @@ impl<R: Copy, P> Lender<R, P> {
         let Some(Loan { state: State::Queued { request }, .. }) = self.seat(slot).loan else { return };
         let Some(Loan { pages, .. }) = self.close(slot) else { return };
         actions.push(match restart {
-            true => LenderAction::Restart { request, pages: Some(pages) },
+            true => LenderAction::Restart { request, pages: Some(pages), again: false },
             false => LenderAction::Free { pages },
         });
         actions.push(LenderAction::Count(Outcome::Expired));
@@ -273,7 +278,7 @@ impl<R: Copy, P> Lender<R, P> {
         let loan = self.seat(slot).loan.as_mut()?;
         let State::Granted { request, holder } = loan.state else { return None };
         loan.state = State::Quarantined { holder };
-        actions.push(LenderAction::Restart { request, pages: None });
+        actions.push(LenderAction::Restart { request, pages: None, again: true });
         Some(holder)
     }
 
@@ -283,15 +288,15 @@ impl<R: Copy, P> Lender<R, P> {
         actions.push(LenderAction::Reclaim { session, handoff: loan.handoff, slot, epoch: *epoch });
     }
 
-    /// The end of a granted loan, and the one place where pages that somebody could write to are let go. Its callers are
-    /// the three resolutions: a mailbox word of the loan's epoch or a message of its holder (who then writes no more), a
-    /// revocation, and a fence (after which it cannot).
+    /// The end of a granted loan, and the one place where pages that somebody could write to are let go. Its callers
+    /// are the three resolutions: a mailbox word of the loan's epoch or a message of its holder (who then writes no
+    /// more), a revocation, and a fence (after which it cannot).
     fn resolve(&mut self, slot: Slot, outcome: Outcome, actions: &mut Vec<LenderAction<R, P>>) {
         let Some(Loan { pages, state, .. }) = self.close(slot) else { return };
         actions.push(match state {
             State::Granted { request, .. } if outcome == Outcome::Completed => LenderAction::Resume { request, pages },
             State::Granted { request, .. } | State::Queued { request } => {
-                LenderAction::Restart { request, pages: Some(pages) }
+                LenderAction::Restart { request, pages: Some(pages), again: outcome != Outcome::Failed }
             }
             State::Quarantined { .. } => LenderAction::Free { pages },
         });

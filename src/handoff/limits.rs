@@ -4,8 +4,8 @@ use serde::{Deserialize, Serialize};
 
 /// When to prefill remotely: from flags at start, and live from etcd.
 ///
-/// In etcd they are a JSON object; fields it lacks keep the flags' values. A field nobody knows, or a value out of range,
-/// makes the whole object invalid, and whoever reads it keeps the limits it had.
+/// In etcd they are a JSON object; fields it lacks keep the flags' values. A field nobody knows, or a value out of
+/// range, makes the whole object invalid, and whoever reads it keeps the limits it had.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Limits {
@@ -15,9 +15,9 @@ pub struct Limits {
     pub max_local_prefill_length: u32,
     /// Jobs on the queue, for each live prefill worker, from which on prompts are prefilled here.
     pub max_prefill_queue_size: u32,
-    /// With [`Policy::Auto`]: longest gap, in milliseconds, that prefilling here may put between two tokens of the
-    /// requests that run. `null`: any.
-    pub itl_target_ms: Option<f64>,
+    /// Milliseconds between two tokens of the requests that run, which what is prefilled here beside them is cut for.
+    /// With [`Policy::Auto`] prompts that would exceed it all the same go elsewhere.
+    pub itl_target_ms: f64,
 }
 
 /// How it is decided where a prompt is prefilled.
@@ -61,7 +61,7 @@ impl Default for Limits {
             policy: Policy::Threshold,
             max_local_prefill_length: 512,
             max_prefill_queue_size: 2,
-            itl_target_ms: None,
+            itl_target_ms: 200.0,
         }
     }
 }
@@ -87,19 +87,17 @@ impl Limits {
             let expected = "at least 1; set policy to \"never\" to prefill everything locally";
             return Err(LimitsError::OutOfRange { field: "max_prefill_queue_size", value: "0".into(), expected });
         }
-        match self.itl_target_ms {
-            Some(target) if !(target > 0.0 && target <= 60_000.0) => Err(LimitsError::OutOfRange {
-                field: "itl_target_ms",
-                value: target.to_string(),
-                expected: "above 0 and at most 60000, or null",
-            }),
-            _ => Ok(()),
+        let target = self.itl_target_ms;
+        if !(target > 0.0 && target <= 60_000.0) {
+            let expected = "above 0 and at most 60000";
+            return Err(LimitsError::OutOfRange { field: "itl_target_ms", value: target.to_string(), expected });
         }
+        Ok(())
     }
 
     /// The target as a duration.
-    pub fn itl_target(&self) -> Option<Duration> {
-        self.itl_target_ms.and_then(|target| Duration::try_from_secs_f64(target / 1_000.0).ok())
+    pub fn itl_target(&self) -> Duration {
+        Duration::try_from_secs_f64(self.itl_target_ms / 1_000.0).unwrap_or_default()
     }
 }
 
@@ -109,12 +107,11 @@ mod tests {
 
     #[test]
     fn what_etcd_does_not_say_stays_as_the_flags_have_it() {
-        let flags = Limits { max_local_prefill_length: 77, itl_target_ms: Some(40.0), ..Limits::default() };
+        let flags = Limits { max_local_prefill_length: 77, itl_target_ms: 40.0, ..Limits::default() };
         let live = flags.overridden_by(br#"{"policy": "auto", "max_prefill_queue_size": 5}"#).unwrap();
         assert_eq!(live, Limits { policy: Policy::Auto, max_prefill_queue_size: 5, ..flags });
         assert_eq!(flags.overridden_by(b"{}").unwrap(), flags);
-        assert_eq!(flags.overridden_by(br#"{"itl_target_ms": null}"#).unwrap().itl_target(), None);
-        assert_eq!(flags.itl_target(), Some(Duration::from_millis(40)));
+        assert_eq!(flags.itl_target(), Duration::from_millis(40));
     }
 
     #[test]
@@ -128,6 +125,7 @@ mod tests {
             (r#"{"max_local_prefill_length": -1}"#, "-1"),
             (r#"{"max_local_prefill_length": "512"}"#, "invalid type: string"),
             (r#"{"max_prefill_queue_size": 0}"#, "max_prefill_queue_size is 0; it must be at least 1"),
+            (r#"{"itl_target_ms": null}"#, "invalid type: null"),
             (r#"{"itl_target_ms": 0}"#, "itl_target_ms is 0; it must be above 0"),
             (r#"{"itl_target_ms": 1e9}"#, "itl_target_ms is 1000000000; it must be"),
         ] {

@@ -150,7 +150,8 @@ impl ToPrefill {
 }
 
 fn encode(message: &impl Serialize) -> Vec<u8> {
-    // postcard fails when its buffer is full, which a `Vec` never is, or for sequences of unknown length: there are none.
+    // postcard fails when its buffer is full, which a `Vec` never is, or for sequences of unknown length: there are
+    // none.
     postcard::to_stdvec(message).unwrap_or_default()
 }
 

@@ -7,8 +7,8 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct HandoffId(pub u128);
 
-/// A worker's incarnation: the id of its lease in etcd. A worker that restarts, or loses its lease, comes back as another
-/// one, and nothing learned about the old one is applied to the new. Written as 16 hexadecimal digits.
+/// A worker's incarnation: the id of its lease in etcd. A worker that restarts, or loses its lease, comes back as
+/// another one, and nothing learned about the old one is applied to the new. Written as 16 hexadecimal digits.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct WorkerId(pub u64);
 
@@ -22,8 +22,8 @@ pub struct Slot(pub u32);
 
 /// Which loan of a slot: raised at each one, and never 0, so that an empty mailbox word matches none.
 ///
-/// After 2^32 - 1 loans of one slot it starts again from 1. That is harmless: a slot is not lent again while the holder of
-/// an earlier loan may still write, so no word of that age is under way.
+/// After 2^32 - 1 loans of one slot it starts again from 1. That is harmless: a slot is not lent again while the holder
+/// of an earlier loan may still write, so no word of that age is under way.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Serialize, Deserialize)]
 pub struct Epoch(NonZeroU32);
 
@@ -164,7 +164,8 @@ fn hex_digits(text: &str, digits: usize) -> Result<u128, BadId> {
     value.ok_or(BadId { digits })
 }
 
-// In JSON ids are their hexadecimal digits, since many readers lose the low bits of large numbers; on a session, numbers.
+// In JSON ids are their hexadecimal digits, since many readers lose the low bits of large numbers; on a session,
+// numbers.
 
 impl Serialize for HandoffId {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {

@@ -1,9 +1,9 @@
 //! `engine mock`: many workers in one process that take no hardware.
 //!
-//! Each is a whole worker: it registers, takes requests or jobs, plans, lends pages, moves them, streams. Only the arithmetic
-//! is not there: steps take the time that is given, and pages hold digests of the tokens, from which the answer follows, so
-//! that a page gone astray changes the text. It carries benchmarks of what is around a model, and shows what grows with the
-//! number of workers.
+//! Each is a whole worker: it registers, takes requests or jobs, plans, lends pages, moves them, streams. Only the
+//! arithmetic is not there: steps take the time that is given, and pages hold digests of the tokens, from which the
+//! answer follows, so that a page gone astray changes the text. It carries benchmarks of what is around a model, and
+//! shows what grows with the number of workers.
 
 mod model;
 

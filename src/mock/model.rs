@@ -14,8 +14,9 @@ const HEADS: usize = 2;
 const HEAD_DIM: usize = HIDDEN / HEADS;
 const LAYERS: usize = 2;
 
-/// Writes the files of a small Llama without weights into `folder`: its shape says how large pages are, its tokenizer and
-/// template are used as any model's. Equal arguments give equal files: mocks on different hosts serve the same model.
+/// Writes the files of a small Llama without weights into `folder`: its shape says how large pages are, its tokenizer
+/// and template are used as any model's. Equal arguments give equal files: mocks on different hosts serve the same
+/// model.
 pub(super) fn write(folder: &Path, max_model_len: usize) -> io::Result<()> {
     fs::create_dir_all(folder)?;
     let write = |name: &str, json: Value| fs::write(folder.join(name), json.to_string());

@@ -4,8 +4,8 @@ use super::{Loan, Scheduler, SlotId, sequence::Place};
 use crate::cache::LentPage;
 
 impl Scheduler {
-    /// Takes back a sequence whose prompt another worker has prefilled: `pages` hold everything but the last token. It runs
-    /// again, where its arrival puts it, and its full pages can be found by others.
+    /// Takes back a sequence whose prompt another worker has prefilled: `pages` hold everything but the last token. It
+    /// runs again, where its arrival puts it, and its full pages can be found by others.
     pub fn resume(&mut self, slot: SlotId, pages: Box<[LentPage]>) {
         let sequence = self.slots[slot.index()].as_mut().expect("a sequence that is away has its slot");
         debug_assert!(pages.iter().map(LentPage::number).eq(sequence.lent.iter().copied()), "these are not its pages");
@@ -20,10 +20,11 @@ impl Scheduler {
         self.come_back(slot);
     }
 
-    /// Takes back a sequence whose prompt no other worker has prefilled. It runs again from the start: here, or if somebody had
-    /// `begun`, wherever the router then says, which is told how often that has happened. Without `pages` they are in
+    /// Takes back a sequence whose prompt no other worker has prefilled. It runs again from the start: here, or if one
+    /// may try
+    /// `again`, wherever the router then says, which is told how often that has happened. Without `pages` they are in
     /// quarantine from now on, until [`Scheduler::free_lent`].
-    pub fn restart(&mut self, slot: SlotId, pages: Option<Box<[LentPage]>>, begun: bool) {
+    pub fn restart(&mut self, slot: SlotId, pages: Option<Box<[LentPage]>>, again: bool) {
         self.recall(slot);
         if let Some(pages) = pages {
             self.free_lent(pages);
@@ -31,8 +32,8 @@ impl Scheduler {
         let sequence = self.slots[slot.index()].as_mut().expect("a sequence that is away has its slot");
         sequence.table.release(&mut self.pool);
         sequence.restart();
-        sequence.lost += u32::from(begun);
-        sequence.place = if begun { Place::Undecided } else { Place::HereForGood };
+        sequence.lost += u32::from(again);
+        sequence.place = if again { Place::Undecided } else { Place::HereForGood };
         self.come_back(slot);
     }
 
@@ -59,7 +60,8 @@ impl Scheduler {
         self.away.len()
     }
 
-    /// Lends the running sequence at `at` all pages that its prompt still needs, if there are as many, and sends it away.
+    /// Lends the running sequence at `at` all pages that its prompt still needs, if there are as many, and sends it
+    /// away.
     pub(super) fn lend(&mut self, at: usize) -> Option<Loan> {
         let slot = self.running[at];
         let needed = self.pages_to_lend(slot);
@@ -91,7 +93,8 @@ impl Scheduler {
         }
     }
 
-    /// A sequence that was away runs again. There is a place for it: those away count as running when others are let in.
+    /// A sequence that was away runs again. There is a place for it: those away count as running when others are let
+    /// in.
     fn come_back(&mut self, slot: SlotId) {
         self.away.retain(|&other| other != slot);
         let arrival = self.sequence(slot).arrival;

@@ -1,10 +1,10 @@
 //! Continuous batching: which tokens of which sequences the next step computes.
 //!
-//! There is no prefill phase and no decode phase (the idea is vLLM V1's): a sequence has `num_computed` and `num_tokens`,
-//! and each step moves the first towards the second under a budget of tokens. Chunked prefill, prefix hits and preemption
-//! are all changes of `num_computed`, and so is a prompt that another worker has prefilled. Planning does no I/O and knows no clock; a step is
-//! [`Scheduler::plan`], the computation itself elsewhere, [`Scheduler::commit`], and [`Scheduler::push_token`] for what
-//! was sampled.
+//! There is no prefill phase and no decode phase (the idea is vLLM V1's): a sequence has `num_computed` and
+//! `num_tokens`, and each step moves the first towards the second under a budget of tokens. Chunked prefill, prefix
+//! hits and preemption are all changes of `num_computed`, and so is a prompt that another worker has prefilled.
+//! Planning does no I/O and knows no clock; a step is [`Scheduler::plan`], the computation itself elsewhere,
+//! [`Scheduler::commit`], and [`Scheduler::push_token`] for what was sampled.
 
 mod loans;
 mod plan;

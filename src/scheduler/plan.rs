@@ -24,7 +24,8 @@ pub struct Loan {
     /// Which sequence. It is away until [`Scheduler::resume`](super::Scheduler::resume) or
     /// [`Scheduler::restart`](super::Scheduler::restart).
     pub slot: SlotId,
-    /// Position of the first token that `pages` hold, a multiple of the block size: those before were found in the cache.
+    /// Position of the first token that `pages` hold, a multiple of the block size: those before were found in the
+    /// cache.
     pub first: usize,
     /// The pages of the tokens from `first` to the last but one.
     pub pages: Box<[LentPage]>,

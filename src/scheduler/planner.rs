@@ -11,10 +11,10 @@ enum Pass {
 }
 
 impl Scheduler {
-    /// Decides what the next step computes: every sequence that decodes, then chunks of prompts, oldest first, then whoever
-    /// waits and fits. The pages for it are reserved. `router` is asked about each prompt of which nothing is computed
-    /// yet, and those it sends elsewhere leave in [`StepPlan::loans`]. The plan has no entries only if there is nothing to do before a page, a sequence or a
-    /// reader of pages comes back.
+    /// Decides what the next step computes: every sequence that decodes, then chunks of prompts, oldest first, then
+    /// whoever waits and fits. The pages for it are reserved. `router` is asked about each prompt of which nothing is
+    /// computed yet, and those it sends elsewhere leave in [`StepPlan::loans`]. The plan has no entries only if there
+    /// is nothing to do before a page, a sequence or a reader of pages comes back.
     pub fn plan(&mut self, plan: &mut StepPlan, router: &mut dyn Router) {
         plan.clear();
         self.budget = self.limits.max_num_batched_tokens;
@@ -39,9 +39,12 @@ impl Scheduler {
 
     fn plan_running(&mut self, pass: Pass, plan: &mut StepPlan, router: &mut dyn Router) {
         let mut at = 0;
-        while at < self.running.len() && plan.tokens() < self.budget {
+        while at < self.running.len() {
             let slot = self.running[at];
-            if self.sequence(slot).decodes() == (pass == Pass::Decodes) {
+            let sequence = self.sequence(slot);
+            // One that may go to another worker needs no budget for it.
+            let takes_part = plan.tokens() < self.budget || sequence.place == Place::Undecided && router.is_open();
+            if takes_part && sequence.decodes() == (pass == Pass::Decodes) {
                 self.plan_one(at, pass, plan, router);
             }
             // Whoever left has made room for the next one here.
@@ -50,8 +53,8 @@ impl Scheduler {
     }
 
     /// Lets sequences in, in order, while there are places, tokens in the budget and pages for all of the prompt: were
-    /// it let in with less, it would take what older prompts still need, and lose it again. A prompt that another worker
-    /// computes needs no budget.
+    /// it let in with less, it would take what older prompts still need, and lose it again. A prompt that another
+    /// worker computes needs no budget.
     fn plan_waiting(&mut self, plan: &mut StepPlan, router: &mut dyn Router) {
         while self.running.len() + self.away.len() < self.limits.max_num_seqs && plan.preempted() == 0 {
             let in_budget = plan.tokens() < self.budget;
@@ -87,8 +90,8 @@ impl Scheduler {
         fits(missing) || fits(1) && !self.sequence(slot).prefill_only && fits(missing - self.shared_hits(slot))
     }
 
-    /// Moves the last of the running sequences to where its arrival puts it: one that was preempted may be older than one
-    /// that was away.
+    /// Moves the last of the running sequences to where its arrival puts it: one that was preempted may be older than
+    /// one that was away.
     fn settle_in(&mut self, slot: SlotId) -> usize {
         let arrival = self.sequence(slot).arrival;
         let at =
@@ -136,8 +139,8 @@ impl Scheduler {
         });
     }
 
-    /// Asks whether another worker computes the prompt of the sequence at `at`, of which nothing is computed yet, and if so
-    /// lends it the pages. Without pages to lend it stays, and takes them one by one.
+    /// Asks whether another worker computes the prompt of the sequence at `at`, of which nothing is computed yet, and
+    /// if so lends it the pages. Without pages to lend it stays, and takes them one by one.
     fn send_away(&mut self, at: usize, plan: &mut StepPlan, router: &mut dyn Router) -> bool {
         let slot = self.running[at];
         let sequence = self.sequence(slot);
@@ -163,7 +166,8 @@ impl Scheduler {
         true
     }
 
-    /// Gives the sequence at `at` every next page that is in the index already, and says whether the one after is on its way.
+    /// Gives the sequence at `at` every next page that is in the index already, and says whether the one after is on
+    /// its way.
     fn take_hits(&mut self, at: usize) -> Next {
         let slot = self.running[at];
         let block_size = self.hasher.block_size();
@@ -183,7 +187,8 @@ impl Scheduler {
                 continue;
             }
             // Asked anew in every step, so nothing is left behind when the other one is cancelled or preempted. Only
-            // older sequences are waited for, so the waiting has an end: the oldest waits for none, and those away come back.
+            // older sequences are waited for, so the waiting has an end: the oldest waits for none, and those away come
+            // back.
             let arrival = sequence.arrival;
             let promised = self.running[..at].iter().chain(&self.away).any(|&other| {
                 let other = self.sequence(other);
@@ -194,8 +199,8 @@ impl Scheduler {
         }
     }
 
-    /// Reserves pages for the next `wanted` tokens of the sequence at `at`, from those that arrived after it if need be.
-    /// Returns for how many there are pages.
+    /// Reserves pages for the next `wanted` tokens of the sequence at `at`, from those that arrived after it if need
+    /// be. Returns for how many there are pages.
     fn reserve(&mut self, at: usize, wanted: usize, plan: &mut StepPlan) -> usize {
         let slot = self.running[at];
         let block_size = self.hasher.block_size();

@@ -3,8 +3,8 @@ use std::collections::VecDeque;
 use super::{Sequence, StepPlan};
 use crate::cache::{KvPool, PageCounts, PageHasher};
 
-/// Where a sequence lives from [`Scheduler::add`] to [`Scheduler::remove`]; below [`SchedulerLimits::max_sequences`], and
-/// given to another sequence afterwards.
+/// Where a sequence lives from [`Scheduler::add`] to [`Scheduler::remove`]; below [`SchedulerLimits::max_sequences`],
+/// and given to another sequence afterwards.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct SlotId(u32);
 
@@ -30,8 +30,8 @@ pub struct SchedulerLimits {
 /// progresses in every step, because pages are taken from the youngest when they run out and the pool holds the longest
 /// sequence. Only pages that are lent or in quarantine can make it wait, and those come back.
 ///
-/// A sequence whose prompt another worker computes is *away*: neither running nor waiting. It keeps its slot, its prefix
-/// hits and its place among the running ones, to which it returns.
+/// A sequence whose prompt another worker computes is *away*: neither running nor waiting. It keeps its slot, its
+/// prefix hits and its place among the running ones, to which it returns.
 #[derive(Debug)]
 pub struct Scheduler {
     pub(super) limits: SchedulerLimits,
@@ -74,8 +74,8 @@ impl Scheduler {
         }
     }
 
-    /// From now on prompts get at most so many tokens, at least one, of a step in which others decode, and have to wait for
-    /// it. Without decodes a step is as large as the limits say.
+    /// From now on prompts get at most so many tokens, at least one, of a step in which others decode, and have to wait
+    /// for it. Without decodes a step is as large as the limits say.
     pub fn cut_chunks_beside_decodes(&mut self, tokens: usize) {
         self.chunk_beside_decodes = tokens.max(1);
     }

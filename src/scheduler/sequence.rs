@@ -14,8 +14,8 @@ pub struct Sequence {
     pub(super) table: BlockTable,
     /// Hashes of the full pages of `tokens`; of the output's pages once they are published.
     pub(super) hashes: Vec<PageHash>,
-    /// Prompt tokens whose log-probabilities are no longer owed: all of them unless the request asked for them, else the
-    /// first, which nothing predicts, and those that followed.
+    /// Prompt tokens whose log-probabilities are no longer owed: all of them unless the request asked for them, else
+    /// the first, which nothing predicts, and those that followed.
     pub(super) scored: usize,
     /// Whether a step has computed any of it.
     pub(super) started: bool,

@@ -250,6 +250,25 @@ fn a_prompt_that_a_worker_lost_goes_where_the_router_says_which_hears_of_it() {
 }
 
 #[test]
+fn a_prompt_that_came_back_is_sent_away_again_however_full_the_step_is() {
+    let mut fixture = Fixture::new(4, 4, 100);
+    let a = fixture.add(0..3);
+    fixture.step();
+    let b = fixture.add(100..117);
+    let loan = fixture.step_with_worker().1.pop().unwrap();
+    assert_eq!(loan.slot, b);
+    for start in [200, 300, 400] {
+        fixture.add(start..start + 8);
+    }
+    fixture.step_with_worker();
+    fixture.scheduler.restart(b, Some(loan.pages), true);
+    fixture.scheduler.cut_chunks_beside_decodes(0);
+    let (entries, loans) = fixture.step_with_worker();
+    assert_eq!((entries.len(), loans.len()), (1, 1), "{entries:?}");
+    assert_eq!((entries[0].0, loans[0].slot), (a, b));
+}
+
+#[test]
 fn beside_decodes_a_prompt_gets_the_chunk_it_is_given_and_alone_all_of_the_step() {
     let mut fixture = Fixture::new(4, 20, 100);
     fixture.scheduler.cut_chunks_beside_decodes(6);

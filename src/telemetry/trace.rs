@@ -16,11 +16,6 @@ pub struct BadTraceContext;
 impl TraceContext {
     /// Name of the HTTP header.
     pub const HEADER: &str = "traceparent";
-
-    /// Names the trace, and nothing else.
-    pub fn trace_id(&self) -> u128 {
-        self.trace
-    }
 }
 
 impl FromStr for TraceContext {
@@ -61,7 +56,6 @@ mod tests {
     fn a_context_is_written_as_it_is_read() {
         let context: TraceContext = TEXT.parse().unwrap();
         assert_eq!(context.to_string(), TEXT);
-        assert_eq!(context.trace_id(), 0x0af7_6519_16cd_43dd_8448_eb21_1c80_319c);
     }
 
     #[test]

@@ -22,13 +22,14 @@ pub struct SessionAddresses {
     pub tls: bool,
 }
 
-/// What tells this host, since it was started, from all others: the kernel's boot id. Containers of a host have the same.
+/// What tells this host, since it was started, from all others: the kernel's boot id. Containers of a host have the
+/// same.
 pub fn host_identity() -> io::Result<String> {
     Ok(fs::read_to_string("/proc/sys/kernel/random/boot_id")?.trim().to_string())
 }
 
-/// The folder for this user's unix sockets, made if need be: `engine` in `XDG_RUNTIME_DIR`, or `/tmp/engine-{uid}`. An error if
-/// somebody else owns it or may write to it.
+/// The folder for this user's unix sockets, made if need be: `engine` in `XDG_RUNTIME_DIR`, or `/tmp/engine-{uid}`. An
+/// error if somebody else owns it or may write to it.
 pub fn runtime_directory() -> io::Result<PathBuf> {
     let user = rustix::process::geteuid().as_raw();
     let folder = match std::env::var_os("XDG_RUNTIME_DIR") {

@@ -7,8 +7,8 @@ pub(super) const PROOF_BYTES: usize = 32;
 
 /// The secret that the workers of a cluster share. Empty is a secret like any other, which everybody knows.
 ///
-/// It never crosses the network: each side proves that it has it by a keyed hash (BLAKE3) of what both have said, random
-/// numbers of both included, so neither a listener nor an impostor learns anything to use again.
+/// It never crosses the network: each side proves that it has it by a keyed hash (BLAKE3) of what both have said,
+/// random numbers of both included, so neither a listener nor an impostor learns anything to use again.
 #[derive(Clone)]
 pub struct ClusterToken([u8; blake3::KEY_LEN]);
 

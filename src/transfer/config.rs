@@ -21,8 +21,8 @@ pub struct Limits {
     pub frame_bytes: usize,
     /// How often each side gives a sign of life.
     pub heartbeat: Duration,
-    /// After so many heartbeats without one from the peer the session is closed. Counted, not timed: a process that was itself
-    /// stopped, or whose clock jumped, does not blame its peers.
+    /// After so many heartbeats without one from the peer the session is closed. Counted, not timed: a process that was
+    /// itself stopped, or whose clock jumped, does not blame its peers.
     pub missed_heartbeats: u32,
 }
 
@@ -48,7 +48,8 @@ pub struct ServerConfig {
     pub tcp: Option<SocketAddr>,
     /// Host name or address other workers reach `tcp` under; by default the address listened on.
     pub advertise: Option<String>,
-    /// Folder for the unix socket, this user's alone ([`runtime_directory`](super::runtime_directory)); `None` serves tcp alone.
+    /// Folder for the unix socket, this user's alone ([`runtime_directory`](super::runtime_directory)); `None` serves
+    /// tcp alone.
     pub unix: Option<PathBuf>,
     /// Encrypts what goes over TCP. Peers that do not want that are turned away.
     pub tls: Option<ServerTls>,

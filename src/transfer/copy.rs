@@ -1,9 +1,10 @@
 //! Copying pages past the caches.
 
-/// Copies `bytes` bytes, with non-temporal stores where the processor has them: who copies does not read the target, and
-/// whoever will is another process on another core, so fetching every line of the target first, only to overwrite it, is a third
-/// of the memory traffic for nothing. The hardware fetches the source ahead by itself; doing so here as well was measured to be a
-/// tenth slower. When this returns, the stores are ordered before whatever the thread stores next.
+/// Copies `bytes` bytes, with non-temporal stores where the processor has them: who copies does not read the target,
+/// and whoever will is another process on another core, so fetching every line of the target first, only to overwrite
+/// it, is a third of the memory traffic for nothing. The hardware fetches the source ahead by itself; doing so here as
+/// well was measured to be a tenth slower. When this returns, the stores are ordered before whatever the thread stores
+/// next.
 ///
 /// # Safety
 ///
@@ -34,9 +35,9 @@ mod avx {
     pub(super) unsafe fn copy(source: *const u8, target: *mut u8, bytes: usize) {
         let head = target.align_offset(VECTOR).min(bytes);
         let turns = (bytes - head) / TURN;
-        // SAFETY: `head`, the turns and the tail are the whole range once, within the caller's promise. Targets of streaming
-        // stores are aligned, because `head` ends at such an address. The hardware fetches
-        // ahead by itself: doing it here as well was measured to be a tenth slower.
+        // The hardware fetches ahead by itself: doing it here as well was measured to be a tenth slower. SAFETY:
+        // `head`, the turns and the tail are the whole range once, within the caller's promise. Targets of streaming
+        // stores are aligned, because `head` ends at such an address.
         unsafe {
             std::ptr::copy_nonoverlapping(source, target, head);
             for turn in 0..turns {

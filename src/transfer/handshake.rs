@@ -77,7 +77,8 @@ pub(super) enum HandshakeError {
     Io(#[from] io::Error),
 }
 
-/// The decode worker's side up to the point where it knows whom it talks to. `check` has the last word before the proof.
+/// The decode worker's side up to the point where it knows whom it talks to. `check` has the last word before the
+/// proof.
 pub(super) async fn accept(
     socket: &Socket,
     token: &ClusterToken,
@@ -118,8 +119,8 @@ pub(super) async fn welcome(socket: &Socket, welcome: Welcome, files: Option<[&F
     Ok(())
 }
 
-/// The prefill worker's side, from the hello to the welcome. Over shm the files of the decode worker's KV memory and mailbox
-/// come with it.
+/// The prefill worker's side, from the hello to the welcome. Over shm the files of the decode worker's KV memory and
+/// mailbox come with it.
 pub(super) async fn connect(
     socket: &Socket,
     token: &ClusterToken,

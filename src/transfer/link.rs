@@ -63,8 +63,8 @@ impl FrameReader {
 
 /// When to give a sign of life, and how long ago the peer gave one.
 ///
-/// Heartbeats are counted instead of timed: whoever was stopped itself for a while (or its machine suspended) finds one beat
-/// missing when it goes on, not many, and hears its peers before the next.
+/// Heartbeats are counted instead of timed: whoever was stopped itself for a while (or its machine suspended) finds one
+/// beat missing when it goes on, not many, and hears its peers before the next.
 pub(super) struct Heart {
     interval: Interval,
     missed: u32,

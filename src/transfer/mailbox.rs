@@ -31,19 +31,19 @@ impl Mailbox {
         self.memory.shape().pages as u32
     }
 
-    /// What lies in a slot. If it is the word of a loan, everything written under that loan can be read afterwards by this
-    /// thread: the load acquires what the writer's store released. Panics beyond the last slot.
+    /// What lies in a slot. If it is the word of a loan, everything written under that loan can be read afterwards by
+    /// this thread: the load acquires what the writer's store released. Panics beyond the last slot.
     #[inline]
     pub fn load(&self, slot: Slot) -> MailboxWord {
         MailboxWord::from_raw(self.word(slot).load(Ordering::Acquire))
     }
 
-    /// Posts a loan's last word. Everything that the calling thread did before, whatever instructions it did it with, is
-    /// visible to whoever loads the word.
+    /// Posts a loan's last word. Everything that the calling thread did before, whatever instructions it did it with,
+    /// is visible to whoever loads the word.
     pub(super) fn post(&self, slot: Slot, word: MailboxWord) {
-        // Pages are copied with non-temporal stores, which on x86 are not ordered by the plain store that a release is there.
-        // The copy ends with a fence of its own; this one is here so that the mailbox does not rely on how pages were
-        // written. Once a handoff, it costs nothing.
+        // Pages are copied with non-temporal stores, which on x86 are not ordered by the plain store that a release is
+        // there. The copy ends with a fence of its own; this one is here so that the mailbox does not rely on how pages
+        // were written. Once a handoff, it costs nothing.
         std::sync::atomic::fence(Ordering::SeqCst);
         self.word(slot).store(word.raw(), Ordering::Release);
     }
@@ -55,8 +55,8 @@ impl Mailbox {
 
     fn word(&self, slot: Slot) -> &AtomicU64 {
         let word = self.memory.pages(0, slot.0 as usize, 1).cast::<u64>();
-        // SAFETY: in the mapping, which lives as long as `self`, and aligned, since slots are and the mapping is. The memory is
-        // only ever accessed as this atomic, by all processes that map it.
+        // SAFETY: in the mapping, which lives as long as `self`, and aligned, since slots are and the mapping is. The
+        // memory is only ever accessed as this atomic, by all processes that map it.
         unsafe { AtomicU64::from_ptr(word) }
     }
 }

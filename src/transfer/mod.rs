@@ -4,13 +4,14 @@
 //! [`Connector`], and through it a [`Session`] to each decode worker it has work from. A session carries messages both
 //! ways (opaque here; `handoff` gives them meaning), and pages one way:
 //!
-//! - **shm**, on one host: the prefill worker maps the decode worker's KV memory and copies pages into it. One copy, and
-//!   nothing for the receiver to do.
-//! - **tcp**, otherwise: pages are sent straight from the sender's KV memory, and the receiver reads them from the socket
-//!   straight into those of its pages that it lent to this session; anything else ends the session.
+//! - **shm**, on one host: the prefill worker maps the decode worker's KV memory and copies pages into it. One copy,
+//!   and nothing for the receiver to do.
+//! - **tcp**, otherwise: pages are sent straight from the sender's KV memory, and the receiver reads them from the
+//!   socket straight into those of its pages that it lent to this session; anything else ends the session.
 //!
-//! What is written under a loan is in place before the loan's mailbox word is, whichever way it went. When a loan can no
-//! longer be written to is said by [`SessionEvent::Revoked`] for one loan and by [`SessionEvent::Fenced`] for a session.
+//! What is written under a loan is in place before the loan's mailbox word is, whichever way it went. When a loan can
+//! no longer be written to is said by [`SessionEvent::Revoked`] for one loan and by [`SessionEvent::Fenced`] for a
+//! session.
 
 mod address;
 mod auth;

@@ -81,8 +81,8 @@ impl<P: Payload> Outbound<P> {
         self.queue.push_back(Queued { head, payload });
     }
 
-    /// Drops the data frames of a loan that are not begun, and hands them out. One that is begun has to be finished, or the
-    /// peer could not tell where the next frame starts.
+    /// Drops the data frames of a loan that are not begun, and hands them out. One that is begun has to be finished, or
+    /// the peer could not tell where the next frame starts.
     pub(super) fn withdraw(&mut self, loan: Loan) -> Vec<P> {
         let begun = usize::from(self.sent > 0).min(self.queue.len());
         let rest = self.queue.split_off(begun);
@@ -115,8 +115,8 @@ impl<P: Payload> Outbound<P> {
         for frame in &self.queue {
             let room = VECTOR_MAX - parts.len();
             parts.extend(frame.parts(skip).take(room).map(|(start, length)| {
-                // SAFETY: the head is owned by the queue, and a payload's parts stay readable and unchanged while it is in the
-                // queue, as `Payload` demands. The slices are gone before this function can change the queue.
+                // SAFETY: the head is owned by the queue, and a payload's parts stay readable and unchanged while it is
+                // in the queue, as `Payload` demands. The slices are gone before this function can change the queue.
                 IoSlice::new(unsafe { std::slice::from_raw_parts(start, length) })
             }));
             skip = 0;

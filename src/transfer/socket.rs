@@ -1,5 +1,5 @@
-//! One connection, unix or TCP: non-blocking, vectored, able to pass files and to say who the peer is; over TCP encrypted, if
-//! that is wanted.
+//! One connection, unix or TCP: non-blocking, vectored, able to pass files and to say who the peer is; over TCP
+//! encrypted, if that is wanted.
 
 use std::fs::File;
 use std::io::{self, IoSlice, IoSliceMut};
@@ -25,8 +25,8 @@ pub(super) const VECTOR_MAX: usize = 64;
 /// Buffers of a TCP connection that does not leave the host, each way.
 const LOCAL_BUFFER_BYTES: usize = 512 << 10;
 
-/// A connected stream socket. Each method makes one system call once the socket is ready, and is cancel safe: what was not
-/// returned did not happen.
+/// A connected stream socket. Each method makes one system call once the socket is ready, and is cancel safe: what was
+/// not returned did not happen.
 pub(super) struct Socket {
     fd: AsyncFd<OwnedFd>,
     /// Never locked while waiting.
@@ -64,9 +64,10 @@ impl Socket {
         }
     }
 
-    /// Takes over a TCP connection: what is written goes out at once. Between two processes of a host the kernel's buffers are
-    /// kept small enough for what one has copied into them to be in the cache when the other copies it out; left to itself, the
-    /// kernel lets them grow to megabytes, which was measured to be a quarter slower. Between hosts they are its business.
+    /// Takes over a TCP connection: what is written goes out at once. Between two processes of a host the kernel's
+    /// buffers are kept small enough for what one has copied into them to be in the cache when the other copies it out;
+    /// left to itself, the kernel lets them grow to megabytes, which was measured to be a quarter slower. Between hosts
+    /// they are its business.
     pub(super) fn tcp(stream: TcpStream) -> io::Result<Self> {
         stream.set_nodelay(true)?;
         if stream.peer_addr()?.ip() == stream.local_addr()?.ip() {
@@ -120,7 +121,8 @@ impl Socket {
         }
     }
 
-    /// Writes from the first of `buffers`, then the next. Encrypted, it may not have left when this returns; reading sends it.
+    /// Writes from the first of `buffers`, then the next. Encrypted, it may not have left when this returns; reading
+    /// sends it.
     pub(super) async fn write_vectored(&self, buffers: &[IoSlice<'_>]) -> io::Result<usize> {
         if let Some(tls) = &self.tls {
             while !locked(tls).to_send().is_empty() {
@@ -201,8 +203,8 @@ impl Socket {
     pub(super) fn peer(&self) -> io::Result<PeerProcess> {
         let fd = self.fd.get_ref();
         let peer = sockopt::socket_peercred(fd)?;
-        // The second way is for kernels before 6.5. There the number could by now be another process', if the peer has ended
-        // already; the handshake goes on only if it answers after this.
+        // The second way is for kernels before 6.5. There the number could by now be another process', if the peer has
+        // ended already; the handshake goes on only if it answers after this.
         let ended = peer_pidfd(fd).or_else(|_| Ok(pidfd_open(peer.pid, PidfdFlags::empty())?));
         let ended = ended.and_then(|fd| register(fd, Interest::READABLE)).ok();
         Ok(PeerProcess { user: peer.uid.as_raw(), ended })

@@ -1,8 +1,8 @@
 //! TLS for sessions over TCP: certificates, and one connection's records.
 //!
-//! rustls' interface without buffers keeps the sockets ours, so that a session's reads and writes stay cancel safe and vectored.
-//! Records are decrypted where they were received, and rustls hands each out in memory of its own; from there a page's bytes
-//! go straight into the page.
+//! rustls' interface without buffers keeps the sockets ours, so that a session's reads and writes stay cancel safe and
+//! vectored. Records are decrypted where they were received, and rustls hands each out in memory of its own; from there
+//! a page's bytes go straight into the page.
 
 use std::io::{self, IoSlice, IoSliceMut};
 use std::path::{Path, PathBuf};
@@ -88,7 +88,8 @@ impl SessionTls {
         Ok(Some(ServerTls(Arc::new(config))))
     }
 
-    /// For a prefill worker: with `identity`, it shows a certificate to those that ask for one. `None` if nothing is given.
+    /// For a prefill worker: with `identity`, it shows a certificate to those that ask for one. `None` if nothing is
+    /// given.
     pub fn client(&self) -> Result<Option<ClientTls>, TlsError> {
         let Some(ca) = &self.ca else {
             return if self.identity.is_some() { Err(TlsError::NoCa) } else { Ok(None) };
@@ -261,8 +262,8 @@ impl Tls {
         }
     }
 
-    /// Does what is due next: with what was received, whose bytes go to `targets` (the last of which is the first to be filled)
-    /// and, if those are full, into `plain`; and if that is nothing, encrypts.
+    /// Does what is due next: with what was received, whose bytes go to `targets` (the last of which is the first to be
+    /// filled) and, if those are full, into `plain`; and if that is nothing, encrypts.
     fn step(&mut self, targets: &mut Vec<&mut [u8]>, to_encrypt: Option<&[u8]>) -> io::Result<Reached> {
         let Self { side, incoming, start, end, plain, plain_at, outgoing, .. } = self;
         let received = &mut incoming[*start..*end];

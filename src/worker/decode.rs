@@ -98,7 +98,7 @@ fn limits(disagg: &DisaggArgs) -> Result<Limits> {
         policy: disagg.disagg_policy.into(),
         max_local_prefill_length: narrow(disagg.max_local_prefill_length),
         max_prefill_queue_size: narrow(disagg.max_prefill_queue_size),
-        itl_target_ms: disagg.itl_target.map(|target| target.as_secs_f64() * 1e3),
+        itl_target_ms: disagg.itl_target.as_secs_f64() * 1e3,
     };
     limits.check()?;
     Ok(limits)

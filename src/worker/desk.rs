@@ -1,7 +1,7 @@
 //! The prefill worker's handoffs: carries out what the [`Borrower`] decides.
 //!
-//! The engine thread passes pages on under the same lock under which it is decided to stop: so what was cancelled gets no
-//! further write, and what is told to a decode worker about writes under way is true.
+//! The engine thread passes pages on under the same lock under which it is decided to stop: so what was cancelled gets
+//! no further write, and what is told to a decode worker about writes under way is true.
 
 use std::{
     collections::{HashMap, VecDeque},
@@ -131,8 +131,8 @@ impl Desk {
         self.room.clone()
     }
 
-    /// Whether to take another job: one at a time, unless they are so short that several fit one step. What waits in the
-    /// queue can go to any worker; what is here cannot.
+    /// Whether to take another job: one at a time, unless they are so short that several fit one step. What waits in
+    /// the queue can go to any worker; what is here cannot.
     pub(super) fn has_room(&self) -> bool {
         let tokens: usize = self.deliveries.values().map(|held| held.tokens).sum();
         self.borrower.room() > 0 && tokens < self.engine.limits().max_num_batched_tokens
@@ -312,8 +312,8 @@ impl Desk {
         }
     }
 
-    /// Whether a write may be given to the writer, under the lock under which this was asked: nothing is written of what
-    /// was cancelled. If so it counts as under way.
+    /// Whether a write may be given to the writer, under the lock under which this was asked: nothing is written of
+    /// what was cancelled. If so it counts as under way.
     pub(super) fn begin_write(&mut self, handoff: HandoffId, desk: &SharedDesk) -> bool {
         match self.prompts.get_mut(&handoff) {
             Some(prompt) if !prompt.over => prompt.writing += 1,

@@ -16,7 +16,7 @@ use super::{
     export::Exports,
     handle::Shared,
     inbox,
-    lending::Lending,
+    lending::{Lending, Routing},
     pace::Pace,
     post::Message,
     session::{Session, Terms},
@@ -99,7 +99,7 @@ impl<R: Runner> Engine<R> {
             terms: (0..limits.max_sequences).map(|_| None).collect(),
             sessions: (0..limits.max_sequences).map(|_| None).collect(),
             step: Step::new(&shared.config),
-            pace: Pace::new(shared.config.itl_target),
+            pace: Pace::new(shared.config.itl_target, shared.config.max_num_batched_tokens),
             lending,
             exports: Exports::new(limits.max_sequences, shared.config.block_size),
             messages,
@@ -146,25 +146,22 @@ impl<R: Runner> Engine<R> {
 
     /// Counts a step, and learns from how long it took.
     fn take_note(&mut self, took: Duration) {
-        let Self { step: Step { plan, .. }, scheduler, pace, lending, shared, .. } = self;
+        let Self { step: Step { plan, .. }, scheduler, pace, shared, .. } = self;
         shared.metrics.preemptions.inc_by(plan.preempted() as u64);
         let (prompt_tokens, decodes) = (plan.prompt_tokens(), plan.decodes());
         shared.metrics.observe_step(StepKind::of(plan.entries().len(), decodes), took);
         pace.stepped(prompt_tokens, decodes, took);
         scheduler.cut_chunks_beside_decodes(pace.chunk());
-        if let Some(lending) = lending {
-            lending.stepped(prompt_tokens, took);
-        }
     }
 
     /// Decides what the next step computes, and sends away what others compute.
     fn plan(&mut self) {
-        let Self { scheduler, sessions, step: Step { plan, .. }, lending, exports, .. } = self;
+        let Self { scheduler, sessions, step: Step { plan, .. }, pace, lending, exports, .. } = self;
         let trace = |slot: SlotId| sessions[slot.index()].as_ref().and_then(Session::trace);
         match lending {
             None => scheduler.plan(plan, &mut AllLocal),
             Some(lending) => {
-                scheduler.plan(plan, lending);
+                scheduler.plan(plan, &mut Routing { lending, pace });
                 lending.lend(&mut plan.loans, scheduler, trace);
             }
         }
@@ -226,6 +223,7 @@ impl<R: Runner> Engine<R> {
                 }
                 return;
             }
+            Message::ItlTarget(target) => return self.pace.set_target(target),
             Message::Wake => return,
         };
         let (sequence, terms, session) = *request;

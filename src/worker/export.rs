@@ -5,11 +5,11 @@ use crate::scheduler::{PlanEntry, Scheduler, Sequence, SlotId};
 
 /// Takes the pages of one prompt as they are computed, on the engine thread. It never waits.
 ///
-/// The pages stay as they are until [`PrefillHandle`] is dropped. Dropped itself when nothing more will come: the prompt
-/// is computed, was cancelled, or the engine has gone.
+/// The pages stay as they are until [`PrefillHandle`] is dropped. Dropped itself when nothing more will come: the
+/// prompt is computed, was cancelled, or the engine has gone.
 pub trait Exporter: Send {
-    /// The pages `first..first + pages.len()` of the prompt are computed in `layer`; `pages` are their numbers here. Pages
-    /// before the first one asked for are left out, and for each layer pages come in order.
+    /// The pages `first..first + pages.len()` of the prompt are computed in `layer`; `pages` are their numbers here.
+    /// Pages before the first one asked for are left out, and for each layer pages come in order.
     fn layer(&mut self, layer: usize, first: usize, pages: &[u32]);
 
     /// The same of all layers at once, as the whole prompt was found in the cache.

@@ -1,5 +1,5 @@
-//! A runner without a model. Its cache holds digests of tokens and positions, and the token it draws is a digest of what
-//! it reads back through the block table, so that any mix-up of pages changes the text.
+//! A runner without a model. Its cache holds digests of tokens and positions, and the token it draws is a digest of
+//! what it reads back through the block table, so that any mix-up of pages changes the text.
 
 use std::sync::{
     Arc, Condvar, Mutex,

@@ -13,8 +13,8 @@ use rtrb::{Consumer, Producer, RingBuffer};
 
 use super::{Event, FinishReason, TokenOutput};
 
-/// A token on its way from the engine thread. Its alternatives, if any, are the next `top_len` entries of the second ring,
-/// so that the common token without them stays small.
+/// A token on its way from the engine thread. Its alternatives, if any, are the next `top_len` entries of the second
+/// ring, so that the common token without them stays small.
 #[derive(Debug, Clone, Copy)]
 struct Scored {
     token: u32,

@@ -23,11 +23,11 @@ use crate::{cache::PageHasher, scheduler::Sequence, telemetry::EngineMetrics};
 pub struct EngineConfig {
     /// Sequences in one step at most (`--max-num-seqs`).
     pub max_num_seqs: usize,
-    /// Tokens in one step at most (`--max-num-batched-tokens`); at least `max_num_seqs`, so that decodes never crowd out a
-    /// prefill entirely.
+    /// Tokens in one step at most (`--max-num-batched-tokens`); at least `max_num_seqs`, so that decodes never crowd
+    /// out a prefill entirely.
     pub max_num_batched_tokens: usize,
-    /// How long a step should take at most while answers are being generated (`--itl-target`): prompts computed beside them are
-    /// cut into chunks for it.
+    /// How long a step should take at most while answers are being generated (`--itl-target`): prompts computed beside
+    /// them are cut into chunks for it. [`Post::itl_target`] changes it.
     pub itl_target: Duration,
     /// Requests that may wait beyond those that run (`--max-waiting-requests`).
     pub max_waiting_requests: usize,
@@ -82,9 +82,6 @@ pub enum ConfigError {
 }
 
 impl EngineConfig {
-    /// Where nothing else is asked for: five tokens a second at the slowest, as fast as most people read.
-    pub const ITL_TARGET_DEFAULT: Duration = Duration::from_millis(200);
-
     /// Checks the limits against each other.
     pub fn validate(&self) -> Result<(), ConfigError> {
         let Self { max_num_seqs, max_num_batched_tokens, max_model_len, block_size, blocks, .. } = *self;
@@ -215,7 +212,8 @@ impl Drop for Place {
     }
 }
 
-/// The way to the engine thread, for any number of threads. When all handles are gone, the engine finishes what it has and ends.
+/// The way to the engine thread, for any number of threads. When all handles are gone, the engine finishes what it has
+/// and ends.
 #[derive(Clone)]
 pub struct EngineHandle {
     shared: Arc<Shared>,

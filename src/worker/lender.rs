@@ -17,7 +17,7 @@ use super::{
 use crate::{
     cli::{TransportArg, WorkerArgs},
     cluster::{Cluster, LeaseId, ModelKey},
-    handoff::{CostModel, LenderTimeouts, Limits},
+    handoff::{HandoffCosts, LenderTimeouts, Limits},
     telemetry::Metrics,
     transfer::{self, Mailbox, ServerConfig, SessionServer, Transport},
 };
@@ -63,8 +63,7 @@ pub(super) async fn start(
         mailbox,
         view: view.clone(),
         jobs: new_jobs,
-        chunk_tokens: config.max_num_batched_tokens,
-        costs: CostModel::default(),
+        costs: HandoffCosts::default(),
         started: Instant::now(),
     };
     let lending = LendingConfig { mailbox_slots, timeouts: LenderTimeouts::default() };
@@ -78,7 +77,7 @@ impl Lender {
         let Self { key, limits, view, jobs, post, addresses, .. } = self;
         tokio::spawn(follow_workers(cluster.clone(), key, view.clone(), post.clone()));
         tokio::spawn(follow_depth(cluster.clone(), key, view.clone()));
-        tokio::spawn(follow_limits(cluster.clone(), key, view, limits));
+        tokio::spawn(follow_limits(cluster.clone(), key, view, limits, post.clone()));
         tokio::spawn(publish_jobs(cluster.clone(), key, jobs, lease, addresses, post));
     }
 }

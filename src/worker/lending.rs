@@ -5,11 +5,12 @@ use std::{
     time::{Duration, Instant},
 };
 
+use super::pace::Pace;
 use crate::{
     cache::LentPage,
     handoff::{
-        Epoch, Grant, HandoffId, Lender, LenderAction, LenderEvent, LenderTimeouts, MailboxWord, SessionId, Slot,
-        ToPrefill,
+        Epoch, Forecast, Grant, HandoffId, Lender, LenderAction, LenderEvent, LenderTimeouts, MailboxWord, SessionId,
+        Slot, ToPrefill,
     },
     scheduler::{Candidate, Loan, Route, Router, Scheduler, SlotId},
     telemetry::{HandoffMetrics, HandoffPhase, TraceContext},
@@ -23,8 +24,8 @@ pub trait LendingPort: Send {
     /// Whether any prompt could be prefilled elsewhere now. Asked in every step.
     fn is_open(&self) -> bool;
 
-    /// Where a prompt is prefilled.
-    fn decide(&mut self, candidate: Candidate) -> Route;
+    /// Where a prompt is prefilled; `local` is what it would take here, if that is known.
+    fn decide(&mut self, candidate: Candidate, local: Option<Forecast>) -> Route;
 
     /// Jobs that wait before one put on the queue now, for each prefill worker.
     fn jobs_ahead(&self) -> u64;
@@ -48,10 +49,8 @@ pub trait LendingPort: Send {
     /// Ends a session so that nothing more is written on it.
     fn fence(&mut self, session: SessionId);
 
-    /// A step took so long, and computed so many prompt tokens.
-    fn stepped(&mut self, prompt_tokens: usize, took: Duration);
-
-    /// A handoff was claimed `queued` after it was put behind `ahead` others, and its `tokens` were there `computing` later.
+    /// A handoff was claimed `queued` after it was put behind `ahead` others, and its `tokens` were there `computing`
+    /// later.
     fn handed_off(&mut self, ahead: u64, queued: Duration, tokens: usize, computing: Duration);
 }
 
@@ -168,19 +167,14 @@ impl Lending {
         }
     }
 
-    /// Nobody waits for this sequence any more, which has been removed. The mailbox is not looked into before: should the
-    /// word have come since the last look, there would be nobody to resume.
+    /// Nobody waits for this sequence any more, which has been removed. The mailbox is not looked into before: should
+    /// the word have come since the last look, there would be nobody to resume.
     pub(super) fn withdraw(&mut self, slot: SlotId, scheduler: &mut Scheduler) {
         if let Some(Away { handoff, .. }) = self.away[slot.index()].take() {
             let now = Instant::now();
             self.lender.on(LenderEvent::Withdraw { handoff }, now - self.started, &mut self.actions);
             self.perform(scheduler, now);
         }
-    }
-
-    /// Takes note of how long a step took.
-    pub(super) fn stepped(&mut self, prompt_tokens: usize, took: Duration) {
-        self.port.stepped(prompt_tokens, took);
     }
 
     /// Panics unless what is lent here is what the scheduler thinks is lent.
@@ -233,10 +227,9 @@ impl Lending {
                     }
                     scheduler.resume(request, pages);
                 }
-                LenderAction::Restart { request, pages } => {
-                    // A job that nobody took says that the queue or the workers are of no use now.
-                    let begun = self.away[request.index()].take().is_some_and(|away| away.granted.is_some());
-                    scheduler.restart(request, pages, begun);
+                LenderAction::Restart { request, pages, again } => {
+                    self.away[request.index()] = None;
+                    scheduler.restart(request, pages, again);
                 }
                 LenderAction::Free { pages } => scheduler.free_lent(pages),
                 LenderAction::Count(outcome) => self.metrics.count(outcome),
@@ -276,12 +269,18 @@ impl Lending {
     }
 }
 
-impl Router for Lending {
+/// Asks where prompts go, knowing how fast they are computed here.
+pub(super) struct Routing<'a> {
+    pub(super) lending: &'a mut Lending,
+    pub(super) pace: &'a Pace,
+}
+
+impl Router for Routing<'_> {
     fn is_open(&self) -> bool {
-        self.lender.can_lend() && self.port.is_open()
+        self.lending.lender.can_lend() && self.lending.port.is_open()
     }
 
     fn route(&mut self, candidate: Candidate) -> Route {
-        self.port.decide(candidate)
+        self.lending.port.decide(candidate, self.pace.forecast(candidate))
     }
 }

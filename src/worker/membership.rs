@@ -26,8 +26,8 @@ pub(super) struct Particulars {
     pub(super) transports: Vec<String>,
 }
 
-/// Registers a worker, and tells how busy its engine is for as long as it is registered: that of a decode worker, because
-/// frontends place by it. Jobs find prefill workers by themselves.
+/// Registers a worker, and tells how busy its engine is for as long as it is registered: that of a decode worker,
+/// because frontends place by it. Jobs find prefill workers by themselves.
 pub(super) fn register(cluster: &Cluster, cli: &WorkerArgs, worker: Particulars, engine: &EngineHandle) -> Lease {
     let Particulars { role, address, model, key, sessions, transports } = worker;
     let card = WorkerCard {

@@ -24,8 +24,8 @@ pub struct MockModel {
     pub words: Range<u32>,
 }
 
-/// A runner that only keeps time. In the pages a token leaves a digest of itself and everything before it, and what is drawn
-/// is a digest of what the pages hold: a page that went astray, or came late, changes the text.
+/// A runner that only keeps time. In the pages a token leaves a digest of itself and everything before it, and what is
+/// drawn is a digest of what the pages hold: a page that went astray, or came late, changes the text.
 ///
 /// It reaches the pages through their file, so that nothing here has to be `unsafe`.
 pub(super) struct MockRunner {
@@ -83,8 +83,8 @@ impl MockRunner {
         Ok(())
     }
 
-    /// What follows the token at `position`: it hangs on that token's own cells, and on another page, of which each position
-    /// looks at the next.
+    /// What follows the token at `position`: it hangs on that token's own cells, and on another page, of which each
+    /// position looks at the next.
     fn draw(&self, batch: &Batch, span: &SequenceSpan, position: usize, row: &SampleRow<'_>) -> io::Result<Sampled> {
         let layers = self.region.shape().layers;
         let other_page = position % (position / self.block_size + 1);

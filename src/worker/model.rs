@@ -71,7 +71,7 @@ pub(super) fn load(cli: &WorkerArgs, source: &ModelSource, shared: bool) -> Resu
     let config = EngineConfig {
         max_num_seqs: cli.max_num_seqs,
         max_num_batched_tokens: cli.max_num_batched_tokens,
-        itl_target: cli.disagg.itl_target.unwrap_or(EngineConfig::ITL_TARGET_DEFAULT),
+        itl_target: cli.disagg.itl_target,
         max_waiting_requests: cli.max_waiting_requests,
         max_model_len: sizing.max_model_len,
         vocab_size: model.vocab_size,

@@ -1,24 +1,29 @@
-//! How long a step may take while answers are being generated, and what that leaves for prompts.
+//! How long steps take, may take while answers are being generated, and what that leaves for prompts.
 
 use std::time::Duration;
+
+use crate::{handoff::Forecast, scheduler::Candidate};
 
 /// Prompt tokens of a step before anything was measured, and at least.
 const CHUNK_MIN: usize = 16;
 /// What the latest step counts for in a mean.
 const WEIGHT: f64 = 0.2;
-/// Steps with prompts beside decodes after which one goes nearly without, to see what decoding takes by now: while prompts
-/// keep coming there would be none.
+/// Steps with prompts beside decodes after which one goes nearly without, to see what decoding takes by now: while
+/// prompts keep coming there would be none.
 const MIXED_MAX: u32 = 32;
 
-/// Cuts prompts into chunks such that a step in which others decode takes about as long as their readers accept between two
-/// tokens. How fast this machine computes prompts of this model is measured, as no number of tokens suits all: 512 are
-/// milliseconds on one and seconds on another. (A token budget from a target for the time between tokens is Sarathi-Serve's.)
+/// What steps take on this machine with this model, as measured, and what follows for prompts.
 ///
-/// Only when tokens are computed depends on it, never which ones.
+/// It cuts them into chunks such that a step in which others decode takes about as long as their readers accept between
+/// two tokens: 512 are milliseconds on one machine and seconds on another. (A token budget from a target for the time
+/// between tokens is Sarathi-Serve's.) And it predicts what a prompt would take here. Only where and when tokens are
+/// computed depends on it, never which ones.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Pace {
     /// Seconds a step should take.
     target: f64,
+    /// Prompt tokens of a step at most.
+    step_max: usize,
     /// Seconds of a step that only decodes, lately.
     decode_step: Option<f64>,
     /// Seconds of a prompt token, lately.
@@ -28,8 +33,13 @@ pub(super) struct Pace {
 }
 
 impl Pace {
-    pub(super) fn new(target: Duration) -> Self {
-        Self { target: target.as_secs_f64(), decode_step: None, prompt_token: None, mixed: 0 }
+    pub(super) fn new(target: Duration, step_max: usize) -> Self {
+        Self { target: target.as_secs_f64(), step_max, decode_step: None, prompt_token: None, mixed: 0 }
+    }
+
+    /// How long a step should take from now on.
+    pub(super) fn set_target(&mut self, target: Duration) {
+        self.target = target.as_secs_f64();
     }
 
     /// A step took so long, and computed so many prompt tokens beside `decodes` tokens of answers.
@@ -57,17 +67,34 @@ impl Pace {
         }
     }
 
-    /// Prompt tokens of the next step in which others decode. They get as much time as decoding itself at least, however
-    /// long that takes, so that prompts get done.
+    /// Prompt tokens of the next step in which others decode.
     pub(super) fn chunk(&self) -> usize {
-        if self.mixed >= MIXED_MAX {
-            return 1;
+        if self.mixed >= MIXED_MAX { 1 } else { self.fair_chunk() }
+    }
+
+    /// What prefilling a prompt here would take, once that was measured.
+    pub(super) fn forecast(&self, candidate: Candidate) -> Option<Forecast> {
+        let prompt_token = self.prompt_token?;
+        let tokens = candidate.queued + candidate.tokens - candidate.cached;
+        let computing = tokens as f64 * prompt_token;
+        if candidate.decoding == 0 {
+            return Some(Forecast { first_token: seconds(computing)?, gap: None });
         }
+        let chunk = self.fair_chunk();
+        let decoding = self.decode_step.unwrap_or(0.0);
+        Some(Forecast {
+            first_token: seconds(computing + tokens.div_ceil(chunk) as f64 * decoding)?,
+            gap: Some(seconds(decoding + chunk.min(tokens) as f64 * prompt_token)?),
+        })
+    }
+
+    /// Prompts get as much time as decoding itself at least, however long that takes, so that they get done.
+    fn fair_chunk(&self) -> usize {
         let Some(prompt_token) = self.prompt_token else { return CHUNK_MIN };
         let decoding = self.decode_step.unwrap_or(0.0);
         let time = (self.target - decoding).max(decoding);
         // What is too large for the type is cut to its largest value.
-        ((time / prompt_token) as usize).max(CHUNK_MIN)
+        ((time / prompt_token) as usize).max(CHUNK_MIN).min(self.step_max)
     }
 }
 
@@ -75,12 +102,16 @@ fn observe(mean: &mut Option<f64>, sample: f64) {
     *mean = Some(mean.map_or(sample, |mean| mean + (sample - mean) * WEIGHT));
 }
 
+fn seconds(seconds: f64) -> Option<Duration> {
+    Duration::try_from_secs_f64(seconds).ok()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
 
     fn pace(decode_ms: u64, prompt_token_ms: u64) -> Pace {
-        let mut pace = Pace::new(Duration::from_millis(200));
+        let mut pace = Pace::new(Duration::from_millis(200), 512);
         pace.stepped(0, 8, Duration::from_millis(decode_ms));
         pace.stepped(100, 8, Duration::from_millis(decode_ms + 100 * prompt_token_ms));
         pace
@@ -99,7 +130,7 @@ mod tests {
     #[test]
     fn a_prompt_gets_on_however_slow_the_machine_is_and_before_anything_is_known() {
         assert_eq!(pace(50, 1_000).chunk(), CHUNK_MIN);
-        assert_eq!(Pace::new(Duration::from_millis(200)).chunk(), CHUNK_MIN);
+        assert_eq!(Pace::new(Duration::from_millis(200), 512).chunk(), CHUNK_MIN);
     }
 
     #[test]
@@ -124,8 +155,34 @@ mod tests {
 
     #[test]
     fn a_machine_that_is_fast_beyond_measure_is_not_held_back() {
-        let mut pace = Pace::new(Duration::from_millis(200));
+        let mut pace = Pace::new(Duration::from_millis(200), 512);
         pace.stepped(512, 0, Duration::ZERO);
-        assert_eq!(pace.chunk(), usize::MAX);
+        assert_eq!(pace.chunk(), 512);
+    }
+
+    fn prompt(tokens: usize, queued: usize, decoding: usize) -> Candidate {
+        Candidate { tokens: tokens + 100, cached: 100, decoding, queued, lost: 0 }
+    }
+
+    fn takes(first_token_ms: u64, gap_ms: Option<u64>) -> Option<Forecast> {
+        Some(Forecast { first_token: Duration::from_millis(first_token_ms), gap: gap_ms.map(Duration::from_millis) })
+    }
+
+    #[test]
+    fn a_forecast_is_of_the_chunks_that_the_prompt_would_be_cut_into() {
+        assert_eq!(Pace::new(Duration::from_millis(200), 512).forecast(prompt(1_000, 0, 0)), None);
+        // 2 ms a token, and beside 40 ms of decoding 80 tokens a step.
+        let pace = pace(40, 2);
+        assert_eq!(pace.forecast(prompt(1_000, 500, 0)), takes(3_000, None));
+        assert_eq!(pace.forecast(prompt(1_100, 500, 8)), takes(3_200 + 20 * 40, Some(200)));
+        assert_eq!(pace.forecast(prompt(10, 0, 8)), takes(20 + 40, Some(60)));
+    }
+
+    #[test]
+    fn decoding_that_takes_more_than_half_of_the_target_takes_prompts_over_it() {
+        let mut pace = pace(120, 2);
+        assert_eq!(pace.forecast(prompt(1_200, 0, 8)), takes(2_400 + 20 * 120, Some(240)));
+        pace.set_target(Duration::from_millis(320));
+        assert_eq!(pace.forecast(prompt(1_200, 0, 8)), takes(2_400 + 12 * 120, Some(320)));
     }
 }

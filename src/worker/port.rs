@@ -17,18 +17,19 @@ use super::{LendingPort, Post};
 use crate::{
     cluster::{Cluster, LeaseId, ModelKey, Role, WorkerFilter},
     handoff::{
-        CostModel, Decision, Epoch, HandoffId, Job, LenderEvent, Limits, MailboxWord, Reason, SessionId, Situation,
-        Slot, ToDecode, ToPrefill, WorkerId, decide,
+        Decision, Epoch, Forecast, HandoffCosts, HandoffId, Job, LenderEvent, Limits, MailboxWord, Reason, SessionId,
+        Situation, Slot, ToDecode, ToPrefill, WorkerId, decide,
     },
     scheduler::{Candidate, Route},
     telemetry::{HandoffMetrics, TraceContext},
     transfer::{Mailbox, SessionEvent, SessionServer, Sink},
 };
 
-/// Between two looks at how long the queue is while prompts are long enough for it to matter. Jobs of our own are counted as
-/// they go.
+/// Between two looks at how long the queue is while prompts are long enough for it to matter. Jobs of our own are
+/// counted as they go.
 const DEPTH_PERIOD: Duration = Duration::from_millis(250);
-/// As many periods pass between two looks while it does not matter: each look of each decode worker is a question to NATS.
+/// As many periods pass between two looks while it does not matter: each look of each decode worker is a question to
+/// NATS.
 const IDLE_DEPTH_PERIODS: u32 = 8;
 /// Jobs on the way to the queue at a time.
 const PUBLISHING_MAX: usize = 64;
@@ -77,9 +78,7 @@ pub(super) struct ClusterPort {
     pub(super) mailbox: Mailbox,
     pub(super) view: Arc<View>,
     pub(super) jobs: mpsc::UnboundedSender<NewJob>,
-    /// Prompt tokens that one step takes, at most.
-    pub(super) chunk_tokens: usize,
-    pub(super) costs: CostModel,
+    pub(super) costs: HandoffCosts,
     pub(super) started: Instant,
 }
 
@@ -96,15 +95,13 @@ impl LendingPort for ClusterPort {
         self.view.prefill_workers.load(Ordering::Relaxed) > 0 && self.view.depth().is_some()
     }
 
-    fn decide(&mut self, candidate: Candidate) -> Route {
+    fn decide(&mut self, candidate: Candidate, local: Option<Forecast>) -> Route {
         let situation = Situation {
             uncached_tokens: (candidate.tokens - candidate.cached) as u32,
             prefill_workers: self.view.prefill_workers.load(Ordering::Relaxed),
             queue_depth: self.view.depth(),
             lost_handoffs: candidate.lost,
-            backlog_tokens: candidate.queued as u64,
-            running: candidate.decoding as u32,
-            chunk_tokens: self.chunk_tokens as u32,
+            local,
         };
         let decision = decide(&self.view.limits(), &situation, &self.costs, self.started.elapsed());
         let (route, depth_mattered) = match decision {
@@ -154,12 +151,8 @@ impl LendingPort for ClusterPort {
         self.with_sessions(|sessions| sessions.fence(session));
     }
 
-    fn stepped(&mut self, prompt_tokens: usize, took: Duration) {
-        self.costs.observe_step(prompt_tokens as u32, took);
-    }
-
     fn handed_off(&mut self, ahead: u64, queued: Duration, tokens: usize, computing: Duration) {
-        self.costs.observe_handoff(ahead, queued, tokens as u32, computing, self.started.elapsed());
+        self.costs.observe(ahead, queued, tokens as u32, computing, self.started.elapsed());
     }
 }
 
@@ -265,7 +258,7 @@ pub(super) async fn follow_depth(cluster: Cluster, key: ModelKey, view: Arc<View
 }
 
 /// Follows the live limits, `base` being those of the command line.
-pub(super) async fn follow_limits(cluster: Cluster, key: ModelKey, view: Arc<View>, base: Limits) {
+pub(super) async fn follow_limits(cluster: Cluster, key: ModelKey, view: Arc<View>, base: Limits, post: Post) {
     let mut config = cluster.discovery.config(key);
     loop {
         let json = config.borrow_and_update().clone();
@@ -274,6 +267,7 @@ pub(super) async fn follow_limits(cluster: Cluster, key: ModelKey, view: Arc<Vie
                 let mut current = view.limits.write().unwrap_or_else(PoisonError::into_inner);
                 if *current != limits {
                     tracing::info!(?limits, "the limits of disaggregation have changed");
+                    post.itl_target(limits.itl_target());
                 }
                 *current = limits;
             }

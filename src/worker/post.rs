@@ -1,4 +1,7 @@
-use std::sync::mpsc::{Receiver, Sender, channel};
+use std::{
+    sync::mpsc::{Receiver, Sender, channel},
+    time::Duration,
+};
 
 use super::{
     export::PrefillTask,
@@ -20,12 +23,15 @@ pub(super) enum Message {
     Lender(LenderEvent),
     /// No prefill worker is left to take jobs.
     Alone,
+    /// How long a step should take from now on while answers are being generated.
+    ItlTarget(Duration),
     /// Look at the flags.
     Wake,
 }
 
-/// Where an engine thread takes its messages from. Made before the engine, for those who have to reach it and whom it has
-/// to reach. Nothing bounds the channel: requests and prompts have places, which are counted, and sessions few messages.
+/// Where an engine thread takes its messages from. Made before the engine, for those who have to reach it and whom it
+/// has to reach. Nothing bounds the channel: requests and prompts have places, which are counted, and sessions few
+/// messages.
 pub struct Inbox(pub(super) Receiver<Message>, pub(super) Post);
 
 /// The way into an [`Inbox`].
@@ -47,6 +53,11 @@ impl Post {
     /// Tells the engine thread that no prefill worker is left: jobs on the queue are not to be waited for.
     pub fn alone(&self) {
         let _ = self.send(Message::Alone);
+    }
+
+    /// Changes how long a step should take while answers are being generated.
+    pub fn itl_target(&self, target: Duration) {
+        let _ = self.send(Message::ItlTarget(target));
     }
 
     /// `false`: the engine has gone.

@@ -31,7 +31,8 @@ const CONNECT_TIME_MAX: Duration = Duration::from_secs(5);
 /// Between two looks at handoffs that take too long.
 const TICK: Duration = Duration::from_millis(100);
 
-/// Loads the model and computes prompts of the cluster's decode workers until a signal comes. `ready` hears when it begins to.
+/// Loads the model and computes prompts of the cluster's decode workers until a signal comes. `ready` hears when it
+/// begins to.
 pub async fn run(mut cli: WorkerArgs, ready: impl FnOnce(Ready)) -> Result<()> {
     let bound = api::bind(&cli.host, cli.port()).await?;
     let cluster = match join(cli.cluster.options(), Needs::EtcdAndNats).await? {
@@ -239,7 +240,8 @@ impl Shop {
             Err(error) => {
                 let alive = self.decode_workers.borrow().contains_key(&LeaseId(decode.0));
                 tracing::warn!(worker = %decode, %error, alive, "no session to a decode worker");
-                // That it is missing says nothing before the set is known; then the job comes again, until it was tried enough.
+                // That it is missing says nothing before the set is known; then the job comes again, until it was tried
+                // enough.
                 let gone = !alive && !self.decode_workers.borrow().is_empty();
                 return desk::on(&self.desk, BorrowerEvent::ConnectFailed { decode, gone });
             }

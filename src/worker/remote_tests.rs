@@ -1,4 +1,5 @@
-//! Two engine threads with made-up models, one prefilling for the other, and a test between them that plays the network.
+//! Two engine threads with made-up models, one prefilling for the other, and a test between them that plays the
+//! network.
 
 mod returning;
 
@@ -21,7 +22,7 @@ use super::{
 };
 use crate::{
     handoff::{
-        Epoch, Grant, HandoffId, LenderEvent, LenderTimeouts, MailboxWord, SessionId, Slot, Status, ToDecode,
+        Epoch, Forecast, Grant, HandoffId, LenderEvent, LenderTimeouts, MailboxWord, SessionId, Slot, Status, ToDecode,
         ToPrefill, WorkerId,
     },
     scheduler::{Candidate, Route},
@@ -58,7 +59,7 @@ impl LendingPort for Port {
         self.wires.open.load(Ordering::Relaxed)
     }
 
-    fn decide(&mut self, candidate: Candidate) -> Route {
+    fn decide(&mut self, candidate: Candidate, _: Option<Forecast>) -> Route {
         let long = candidate.tokens - candidate.cached > self.wires.threshold;
         if long && candidate.lost < self.wires.handoffs_max.load(Ordering::Relaxed) {
             Route::Remote
@@ -99,8 +100,6 @@ impl LendingPort for Port {
     fn fence(&mut self, _: SessionId) {
         self.wires.fenced.store(true, Ordering::Relaxed);
     }
-
-    fn stepped(&mut self, _: usize, _: std::time::Duration) {}
 
     fn handed_off(&mut self, _: u64, _: std::time::Duration, tokens: usize, _: std::time::Duration) {
         assert!(tokens > 0);

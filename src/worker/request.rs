@@ -7,8 +7,8 @@ use crate::telemetry::TraceContext;
 pub struct Request {
     /// The prompt, at least one token.
     pub prompt: Vec<u32>,
-    /// The beginning of the answer, where another worker has generated it: fewer than `max_tokens`. It counts as output in
-    /// every respect, but is not reported again.
+    /// The beginning of the answer, where another worker has generated it: fewer than `max_tokens`. It counts as output
+    /// in every respect, but is not reported again.
     pub output: Vec<u32>,
     /// How tokens are drawn.
     pub sampling: SamplingParams,
@@ -16,8 +16,8 @@ pub struct Request {
     pub max_tokens: u32,
     /// Tokens to generate before one of `stop_token_ids` may be drawn.
     pub min_tokens: u32,
-    /// Tokens that end the answer, end-of-sequence included unless the request ignores it. The stopping token is reported
-    /// like any other, followed by [`FinishReason::Stop`].
+    /// Tokens that end the answer, end-of-sequence included unless the request ignores it. The stopping token is
+    /// reported like any other, followed by [`FinishReason::Stop`].
     pub stop_token_ids: Vec<u32>,
     /// Alternatives to report with each generated token; `Some(0)`: only the token's own log-probability.
     pub logprobs: Option<u32>,

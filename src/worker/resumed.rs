@@ -17,7 +17,7 @@ fn start() -> EngineHandle {
     let config = EngineConfig {
         max_num_seqs: 4,
         max_num_batched_tokens: 16,
-        itl_target: EngineConfig::ITL_TARGET_DEFAULT,
+        itl_target: std::time::Duration::from_millis(200),
         max_waiting_requests: 100,
         max_model_len: MODEL_LEN,
         vocab_size: VOCAB_SIZE,

@@ -68,8 +68,8 @@ pub enum SizingError {
 /// Decides how many pages the KV cache has and how long a sequence may be. `layout.blocks` is ignored;
 /// `model_positions` is the context the model was made for, `available` the machine's free memory in bytes.
 ///
-/// Without a wish it takes a quarter of the free memory, at most 4 GiB, and no more than `max_num_seqs` of the longest sequences.
-/// A context nobody asked for is cut to what the pages hold.
+/// Without a wish it takes a quarter of the free memory, at most 4 GiB, and no more than `max_num_seqs` of the longest
+/// sequences. A context nobody asked for is cut to what the pages hold.
 pub fn size_kv(
     wish: KvRequest,
     layout: KvLayout,
@@ -142,8 +142,8 @@ fn meminfo_available(meminfo: &str) -> Option<usize> {
     line.trim().strip_suffix("kB")?.trim().parse::<usize>().ok()?.checked_mul(1024)
 }
 
-/// Bytes of cached files among what a control group uses, from its `memory.stat`: a model that was just downloaded or read
-/// is all of it there.
+/// Bytes of cached files among what a control group uses, from its `memory.stat`: a model that was just downloaded or
+/// read is all of it there.
 fn cached_files(stat: &str) -> usize {
     let counted = stat.lines().filter_map(|line| line.split_once(' '));
     let counted = counted.filter(|(name, _)| matches!(*name, "inactive_file" | "active_file"));

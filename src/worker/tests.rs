@@ -16,7 +16,7 @@ pub(super) fn config() -> EngineConfig {
     EngineConfig {
         max_num_seqs: 8,
         max_num_batched_tokens: 32,
-        itl_target: EngineConfig::ITL_TARGET_DEFAULT,
+        itl_target: std::time::Duration::from_millis(200),
         max_waiting_requests: 100,
         max_model_len: 128,
         vocab_size: VOCAB_SIZE,

@@ -23,8 +23,8 @@ impl Model {
         Self { path: demo_model(), made_up: false, context: 1024, pages: 256, folder: None }
     }
 
-    /// A model of this shape with made-up weights and a vocabulary of 256 tokens, that takes next to no time. Its answers
-    /// make no sense, but their log-probabilities depend on every token before.
+    /// A model of this shape with made-up weights and a vocabulary of 256 tokens, that takes next to no time. Its
+    /// answers make no sense, but their log-probabilities depend on every token before.
     pub(crate) fn made_up(layers: usize, heads: usize, context: usize) -> Self {
         let folder = tempfile::tempdir().unwrap();
         let config = json!({

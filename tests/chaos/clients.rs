@@ -20,7 +20,8 @@ const DEADLINE: Duration = Duration::from_secs(240);
 const LOOK: Duration = Duration::from_millis(100);
 const QUESTIONS: usize = 72;
 /// Of so many answers one may be given up because three workers in a row were lost under it before it had got any
-/// further: what kills whoever takes it must not meet everybody. Here it is not the request's fault, but who is to know.
+/// further: what kills whoever takes it must not meet everybody. Here it is not the request's fault, but who is to
+/// know.
 const ANSWERS_PER_GIVEN_UP: usize = 100;
 /// Wrong answers that are told in full.
 const EXAMPLES: usize = 5;

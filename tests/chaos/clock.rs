@@ -13,8 +13,8 @@ const GAP: Duration = Duration::from_secs(4);
 /// After such a gap connections time out, leases run out and workers are given up, for so long.
 const RECOVERY: Duration = Duration::from_secs(40);
 
-/// Time in which this process ran: counted, so that a test which was itself stopped for a while, with all its processes,
-/// blames nobody for it.
+/// Time in which this process ran: counted, so that a test which was itself stopped for a while, with all its
+/// processes, blames nobody for it.
 #[derive(Clone)]
 pub(crate) struct Clock(Arc<Ticks>);
 

@@ -1,8 +1,8 @@
 //! Chaos: clients ask a cluster whose workers and services are killed, stopped, drained and started again all the time.
 //!
-//! Whatever a client got whole is what one process answers, bit for bit; what it got in part is the beginning of that; and
-//! nobody waits beyond the deadline. Afterwards nothing is left: no page owned, lent or in quarantine, no job on the queue,
-//! no memory that grew.
+//! Whatever a client got whole is what one process answers, bit for bit; what it got in part is the beginning of that;
+//! and nobody waits beyond the deadline. Afterwards nothing is left: no page owned, lent or in quarantine, no job on
+//! the queue, no memory that grew.
 //!
 //! ```sh
 //! cargo test --test chaos                                                       # half a minute
@@ -40,8 +40,8 @@ use story::Story;
 const CLIENTS: usize = 32;
 const DECODE_WORKERS: usize = 3;
 const PREFILL_WORKERS: usize = 3;
-/// How much the resident memory of a process may grow from before the storm to after it. Its caches are full by then; what
-/// remains is the allocator's.
+/// How much the resident memory of a process may grow from before the storm to after it. Its caches are full by then;
+/// what remains is the allocator's.
 const GROWTH_BYTES_MAX: usize = 48 << 20;
 
 fn number(variable: &str) -> Option<u64> {
@@ -110,8 +110,8 @@ fn chaos(duration: Duration) {
     tally.check();
 }
 
-/// Resident bytes of the frontend and of all workers. Workers that are killed now and then are young; the first of either
-/// role is only ever stopped, and as old as the frontend.
+/// Resident bytes of the frontend and of all workers. Workers that are killed now and then are young; the first of
+/// either role is only ever stopped, and as old as the frontend.
 fn memory(frontend: &Server, decodes: &[Seat], prefills: &[Seat]) -> Vec<(String, usize)> {
     let worker = |seat: &Seat| (seat.name().to_owned(), seat.with(Server::resident_bytes));
     let frontend = ("frontend".to_owned(), frontend.resident_bytes());

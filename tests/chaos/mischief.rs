@@ -19,8 +19,8 @@ use crate::{
     story::Story,
 };
 
-/// After so long everybody has heard that a decode worker is well: the frontend asks those that were not every two seconds,
-/// and gives them five to answer.
+/// After so long everybody has heard that a decode worker is well: the frontend asks those that were not every two
+/// seconds, and gives them five to answer.
 const SETTLING_TIME: Duration = Duration::from_secs(8);
 
 /// Where the jobs are.
@@ -81,8 +81,8 @@ impl Guard {
         self.well.lock().unwrap()[seat.number] = Some((self.clock.now(), seat.with(|decode| decode.address)));
     }
 
-    /// Returns when no job is on the queue, waiting or with anybody. What the server has in its storage is counted: its own
-    /// figure of jobs under way may be too high after a `kill -9`, as it writes that down less often than jobs.
+    /// Returns when no job is on the queue, waiting or with anybody. What the server has in its storage is counted: its
+    /// own figure of jobs under way may be too high after a `kill -9`, as it writes that down less often than jobs.
     pub(crate) fn wait_until_the_queue_is_empty(&self, nats: &str) {
         let started = self.clock.now();
         self.runtime.block_on(async {

@@ -1,4 +1,5 @@
-//! Discovery and the queue over real etcd and NATS servers that are killed, restarted, robbed of their data and cut off.
+//! Discovery and the queue over real etcd and NATS servers that are killed, restarted, robbed of their data and cut
+//! off.
 
 mod discovery;
 mod joining;

@@ -211,8 +211,8 @@ async fn without_a_server_publishing_fails_at_once_and_jobs_survive_its_restart(
     assert!(timeout(BOUND, held.ack()).await.expect("it does not hang").is_err());
     service.restart();
     publish(&nats, key("m"), "after").await;
-    // The acknowledgement was lost with the connection: the first job comes again. One that was being published when the
-    // connection broke may come as well, in spite of the error.
+    // The acknowledgement was lost with the connection: the first job comes again. One that was being published when
+    // the connection broke may come as well, in spite of the error.
     let mut missing = vec!["before", "after"];
     while !missing.is_empty() {
         let job = next(&mut consumer).await;

@@ -1,5 +1,5 @@
-//! A whole cluster: etcd, NATS, a frontend, two decode and two prefill workers. Whoever computes what, and however pages
-//! travel, clients get every token and log-probability that one process would have given them.
+//! A whole cluster: etcd, NATS, a frontend, two decode and two prefill workers. Whoever computes what, and however
+//! pages travel, clients get every token and log-probability that one process would have given them.
 
 use std::{io::Write, thread};
 

@@ -25,8 +25,8 @@ pub(crate) trait Target {
     fn run(&mut self, input: &[u8]) -> String;
 }
 
-/// Runs everything in a folder of the corpus, then mutations of it for `FUZZ_SECONDS` (10 unless set). `FUZZ_SEED` repeats
-/// a run of the target called `name`.
+/// Runs everything in a folder of the corpus, then mutations of it for `FUZZ_SECONDS` (10 unless set). `FUZZ_SEED`
+/// repeats a run of the target called `name`.
 pub(crate) fn fuzz<T: Target>(name: &str, corpus: &str, mut target: T) {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/corpus").join(corpus);
     let mut files: Vec<PathBuf> = std::fs::read_dir(&folder)
@@ -93,8 +93,8 @@ fn number(variable: &str) -> Option<u64> {
     Some(text.parse().unwrap_or_else(|_| panic!("{variable}={text} is not a number")))
 }
 
-/// Watches one target: panics and memory from inside, hangs from a thread of its own. Each input lies in a file while it
-/// runs, for those that take the process with them.
+/// Watches one target: panics and memory from inside, hangs from a thread of its own. Each input lies in a file while
+/// it runs, for those that take the process with them.
 struct Watch {
     running: PathBuf,
     state: std::sync::Arc<State>,

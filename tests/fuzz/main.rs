@@ -1,5 +1,5 @@
-//! Mutational fuzzing of everything that reads bytes from strangers: request bodies, the inputs of chat templates, and the
-//! headers of model files. None of them may panic, hang or allocate without bound.
+//! Mutational fuzzing of everything that reads bytes from strangers: request bodies, the inputs of chat templates, and
+//! the headers of model files. None of them may panic, hang or allocate without bound.
 //!
 //! `make test` replays the corpus in `tests/corpus` and fuzzes each target for a few seconds; `make fuzz` does it for ten
 //! minutes. An input that fails is saved as `tests/corpus/*/crash-*`, to be committed with its fix. There is no coverage

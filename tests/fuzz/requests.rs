@@ -1,4 +1,5 @@
-//! Request bodies, sent over HTTP to the whole server: what is valid is answered, the rest refused with a 4xx that says why.
+//! Request bodies, sent over HTTP to the whole server: what is valid is answered, the rest refused with a 4xx that says
+//! why.
 
 use std::io;
 use std::rc::Rc;
@@ -21,8 +22,8 @@ use crate::driver::Target;
 const ENDPOINTS: [&str; 4] = ["/v1/chat/completions", "/v1/completions", "/tokenize", "/detokenize"];
 const VOCABULARY: usize = 17;
 
-/// A server with a tokenizer, a template and an engine thread, but no model. Its tasks run on the thread of the test, so
-/// what they allocate is counted.
+/// A server with a tokenizer, a template and an engine thread, but no model. Its tasks run on the thread of the test,
+/// so what they allocate is counted.
 pub(crate) struct RequestBody {
     runtime: Rc<Runtime>,
     address: std::net::SocketAddr,
@@ -52,7 +53,7 @@ impl RequestBody {
         let engine = EngineConfig {
             max_num_seqs: 8,
             max_num_batched_tokens: 64,
-            itl_target: EngineConfig::ITL_TARGET_DEFAULT,
+            itl_target: Duration::from_millis(200),
             max_waiting_requests: 256,
             max_model_len: 128,
             vocab_size: VOCABULARY,

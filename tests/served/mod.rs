@@ -27,7 +27,8 @@ use tokio::runtime::Runtime;
 
 use crate::support::demo_model;
 
-/// What answers are made of: characters of one to four bytes, many of them in several tokens, and a stop string's parts.
+/// What answers are made of: characters of one to four bytes, many of them in several tokens, and a stop string's
+/// parts.
 const PALETTE: &str = "Grüße, 世界! 🙂🚀 stop here and sto p the en d\n\n a b c é € 🧑‍🚀 1 2 3 stop";
 const TEMPLATE: &str = "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}\
                         {{ strftime_now('%Y-%m-%d %H:%M:%S') }} assistant:";
@@ -181,7 +182,7 @@ impl Worker {
         let config = EngineConfig {
             max_num_seqs: options.max_num_seqs,
             max_num_batched_tokens: 64,
-            itl_target: EngineConfig::ITL_TARGET_DEFAULT,
+            itl_target: Duration::from_millis(200),
             max_waiting_requests: options.max_waiting_requests,
             max_model_len: options.max_model_len,
             vocab_size: 49_152,

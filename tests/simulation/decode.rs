@@ -3,8 +3,8 @@
 use std::collections::VecDeque;
 
 use engine::handoff::{
-    Epoch, Grant, HandoffId, Lender, LenderAction, LenderEvent, LenderTimeouts, Limits, MailboxWord, Outcome, Policy,
-    SessionId, Slot, Status, ToDecode, ToPrefill, WorkerId,
+    Epoch, Grant, HANDOFFS_MAX, HandoffId, Lender, LenderAction, LenderEvent, LenderTimeouts, Limits, MailboxWord,
+    Outcome, Policy, SessionId, Slot, Status, ToDecode, ToPrefill, WorkerId,
 };
 
 use crate::{
@@ -257,13 +257,14 @@ impl World {
                 request.own = pages;
                 request.state = State::Decoding { position: 0, until };
             }
-            LenderAction::Restart { request, pages } => {
+            LenderAction::Restart { request, pages, again } => {
                 if let Some(pages) = &pages {
                     self.unlend(decode, pages);
                 }
                 let Some(request) = self.handed_off(decode, request) else { return };
                 request.state = State::Waiting;
-                request.lost_handoffs += 1;
+                // What nobody may try again is done here.
+                request.lost_handoffs += if again { 1 } else { HANDOFFS_MAX };
                 let (client, shared, own) =
                     (request.client, std::mem::take(&mut request.shared), pages.unwrap_or_default());
                 let released = Request { client, shared, own, state: State::Waiting, lost_handoffs: 0 };
@@ -276,6 +277,7 @@ impl World {
             LenderAction::Count(outcome) => match outcome {
                 Outcome::Completed => self.tally.completed += 1,
                 Outcome::Released => self.tally.released += 1,
+                Outcome::Failed => self.tally.failed += 1,
                 Outcome::Fenced => self.tally.fenced += 1,
                 Outcome::Expired => self.tally.expired += 1,
             },

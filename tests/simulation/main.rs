@@ -3,8 +3,8 @@
 //! decides. (The idea, and that a model's answers betray a wrong write, are FoundationDB's and TigerBeetle's.)
 //!
 //! Checked after each event: no write lands in a page that is not lent to that writer under that grant; every page is
-//! free, published, owned, lent or in quarantine, once; no job is taken off the queue while somebody waits for it; every
-//! request ends once, with the right tokens or with an error. And at rest: nothing is open.
+//! free, published, owned, lent or in quarantine, once; no job is taken off the queue while somebody waits for it;
+//! every request ends once, with the right tokens or with an error. And at rest: nothing is open.
 //!
 //! ```sh
 //! cargo test --test simulation                            # a few thousand schedules
@@ -69,6 +69,7 @@ fn all_schedules_keep_every_promise() {
         ("cancelled", sum.cancelled),
         ("completed", sum.completed),
         ("released", sum.released),
+        ("failed", sum.failed),
         ("fenced", sum.fenced),
         ("expired", sum.expired),
         ("sunk", sum.sunk),

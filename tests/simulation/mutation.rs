@@ -1,5 +1,5 @@
-/// A mistake in the protocol, made on purpose, to see that the simulation notices. The state machines stay as they are; what
-/// goes in or comes out of them is altered the way the mistake would alter it.
+/// A mistake in the protocol, made on purpose, to see that the simulation notices. The state machines stay as they are;
+/// what goes in or comes out of them is altered the way the mistake would alter it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Mutation {
     /// Any word in a slot counts for its present loan.

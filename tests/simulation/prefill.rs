@@ -1,4 +1,5 @@
-//! A prefill worker: a real [`Borrower`], an engine that computes chunk by chunk, and writers (in `wire`) that take their time.
+//! A prefill worker: a real [`Borrower`], an engine that computes chunk by chunk, and writers (in `wire`) that take
+//! their time.
 
 use std::{collections::VecDeque, rc::Rc, time::Duration};
 

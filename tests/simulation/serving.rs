@@ -1,7 +1,7 @@
-//! What a decode worker does with requests when it does not hand them off: takes them in, finds pages, computes, generates,
-//! and gives back.
+//! What a decode worker does with requests when it does not hand them off: takes them in, finds pages, computes,
+//! generates, and gives back.
 
-use engine::handoff::{CostModel, Decision, Job, LenderEvent, Situation, decide};
+use engine::handoff::{Decision, HandoffCosts, Job, LenderEvent, Situation, decide};
 
 use crate::{
     decode::{Heard, Published, Request, State},
@@ -101,17 +101,10 @@ impl World {
         let uncached = (prompt.len() - request.shared.len() * PAGE_TOKENS) as u32;
         let live = self.prefills.iter().filter(|prefill| prefill.life.alive).count() as u32;
         let queue_depth = (self.now >= self.queue.down_until).then_some(self.queue.len() as u64);
-        let situation = Situation {
-            uncached_tokens: uncached,
-            prefill_workers: live,
-            queue_depth,
-            lost_handoffs,
-            backlog_tokens: 0,
-            running: 1,
-            chunk_tokens: 16,
-        };
+        let situation =
+            Situation { uncached_tokens: uncached, prefill_workers: live, queue_depth, lost_handoffs, local: None };
         let now = worker.life.clock(self.now);
-        let decision = decide(&worker.limits, &situation, &CostModel::default(), now);
+        let decision = decide(&worker.limits, &situation, &HandoffCosts::default(), now);
         let own = match decision {
             // Tests of the rule are its own; here a whole range of prompts is to be handed off.
             Decision::Remote => self.hand_off(decode, index, own, uncached),

@@ -1,5 +1,5 @@
-//! Sessions. Over TCP everything is one ordered stream, and the receiver writes to memory, into pages it knows to be lent.
-//! Over shared memory messages are a stream, and the prefill worker's writer writes to memory, wherever it likes.
+//! Sessions. Over TCP everything is one ordered stream, and the receiver writes to memory, into pages it knows to be
+//! lent. Over shared memory messages are a stream, and the prefill worker's writer writes to memory, wherever it likes.
 
 use std::collections::VecDeque;
 
@@ -233,8 +233,8 @@ impl World {
         self.step_later(link);
     }
 
-    /// The decode worker's transport takes a loan back. The receiver of a stream can do so alone; over shared memory it takes
-    /// the peer, whose writer then says that it stopped.
+    /// The decode worker's transport takes a loan back. The receiver of a stream can do so alone; over shared memory it
+    /// takes the peer, whose writer then says that it stopped.
     pub(crate) fn revoke(&mut self, session: SessionId, slot: Slot, epoch: Epoch) {
         let link = session.0 as LinkId;
         let Link { decode, transport, decode_open, .. } = self.links[link];

@@ -149,6 +149,7 @@ pub(crate) struct Tally {
     pub(crate) granted: u64,
     pub(crate) completed: u64,
     pub(crate) released: u64,
+    pub(crate) failed: u64,
     pub(crate) fenced: u64,
     pub(crate) expired: u64,
     pub(crate) writes: u64,
@@ -209,6 +210,7 @@ impl Tally {
         self.granted += other.granted;
         self.completed += other.completed;
         self.released += other.released;
+        self.failed += other.failed;
         self.fenced += other.fenced;
         self.expired += other.expired;
         self.writes += other.writes;

@@ -1,10 +1,10 @@
 //! Causal attention over pages.
 //!
-//! Keys are taken in partitions of 256, counted from position 0 (the idea is FlashDecoding's). For each query head
-//! a partition yields its largest score, the sum of exponentials and the weighted values; these are merged in order.
-//! One partition is computed the same way, operation for operation, whether its query stands alone or in a tile, whether
-//! one thread merges as it goes or several threads have computed the partitions in advance: so the bits do not depend on
-//! batch, chunking or threads. A key that a query must not see is not computed with at all.
+//! Keys are taken in partitions of 256, counted from position 0 (the idea is FlashDecoding's). For each query head a
+//! partition yields its largest score, the sum of exponentials and the weighted values; these are merged in order. One
+//! partition is computed the same way, operation for operation, whether its query stands alone or in a tile, whether
+//! one thread merges as it goes or several threads have computed the partitions in advance: so the bits do not depend
+//! on batch, chunking or threads. A key that a query must not see is not computed with at all.
 //!
 //! This file plans the work and spreads it over threads; [`kernel`] computes, [`merge`] merges.
 

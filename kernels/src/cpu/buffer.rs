@@ -49,8 +49,8 @@ impl<T: Plain> Aligned<T> {
     }
 }
 
-/// Room for `len` values at an aligned start. Asks for no more than the allocator's own alignment, because only then does
-/// it hand out fresh pages without writing zeros to them.
+/// Room for `len` values at an aligned start. Asks for no more than the allocator's own alignment, because only then
+/// does it hand out fresh pages without writing zeros to them.
 fn layout<T>(len: usize) -> Layout {
     let bytes = len.checked_mul(size_of::<T>()).and_then(|bytes| bytes.checked_add(ALIGNMENT));
     let layout = bytes.and_then(|bytes| Layout::from_size_align(bytes, 16).ok());

@@ -1,7 +1,7 @@
 //! Operations on rows: norms, the gated activation, rotation and storing keys and values.
 //!
-//! A row is summed in sixteen lanes, element `i` in lane `i % 16`, and the lanes in a fixed order: a result depends on the
-//! row's length alone.
+//! A row is summed in sixteen lanes, element `i` in lane `i % 16`, and the lanes in a fixed order: a result depends on
+//! the row's length alone.
 
 use std::ops::Range;
 
@@ -184,8 +184,8 @@ impl Kernel for RopeAndCache<'_> {
                 let key = &row[(heads + head) * head_dim..][..head_dim];
                 let value = &row[(heads + kv_heads + head) * head_dim..][..head_dim];
                 let dtype = self.cache.layout().dtype;
-                // SAFETY: a page has `block_size` columns of keys and rows of values, and this token's are written by this
-                // chunk alone.
+                // SAFETY: a page has `block_size` columns of keys and rows of values, and this token's are written by
+                // this chunk alone.
                 unsafe {
                     scatter(isa, key, dtype, keys, offset, size);
                     scatter(isa, value, dtype, values, offset * head_dim, 1);

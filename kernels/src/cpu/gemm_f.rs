@@ -1,8 +1,9 @@
 //! Products of float weights (f32, f16, bf16) with f32 activations.
 //!
-//! As in the quantised product, lanes are output columns and each output is summed over `k` in order in one accumulator.
-//! A few rows read the packed weights directly, several column groups at a time so that enough sums are under way to hide
-//! the latency of an addition. For more rows 16-bit weights are widened once into a panel in the first-level cache.
+//! As in the quantised product, lanes are output columns and each output is summed over `k` in order in one
+//! accumulator. A few rows read the packed weights directly, several column groups at a time so that enough sums are
+//! under way to hide the latency of an addition. For more rows 16-bit weights are widened once into a panel in the
+//! first-level cache.
 
 use std::ops::Range;
 
@@ -127,8 +128,8 @@ impl FloatGemm<'_> {
     fn panel_of<I: Isa>(&mut self, isa: I, group: usize, k: &Range<usize>) -> *const f32 {
         let weights = self.part.data[group * self.part.group_bytes..].as_ptr();
         let panel = self.panel.as_mut_ptr();
-        // SAFETY: `run` checked the group; a panel has room for PANEL_DEPTH rows and belongs to this thread alone. Panels
-        // start at an even `k`, so a last odd one has its (zero) partner both in the weights and in the panel.
+        // SAFETY: `run` checked the group; a panel has room for PANEL_DEPTH rows and belongs to this thread alone.
+        // Panels start at an even `k`, so a last odd one has its (zero) partner both in the weights and in the panel.
         unsafe {
             match self.part.format {
                 Format::Bf16 => {

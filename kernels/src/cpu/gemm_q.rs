@@ -1,11 +1,12 @@
 //! Products of quantised weights with quantised activations.
 //!
-//! Lanes are output columns, and each output is summed over `k` in one accumulator, block after block: the integer product
-//! of a block, its peak included, is exact, then `acc = fma(product, d_w × d_a, acc)` and, with a minimum, `acc = fma(m_w, d_a × Σq, acc)`. The
-//! order is the same for one row or many and on every instruction set, so the bits are too.
+//! Lanes are output columns, and each output is summed over `k` in one accumulator, block after block: the integer
+//! product of a block, its peak included, is exact, then `acc = fma(product, d_w × d_a, acc)` and, with a minimum, `acc
+//! = fma(m_w, d_a × Σq, acc)`. The order is the same for one row or many and on every instruction set, so the bits are
+//! too.
 //!
-//! A few rows (decoding) read the packed weights directly and are bound by memory. For more rows (prefill) 4-bit weights
-//! are unpacked once into a panel that stays in the first-level cache while all rows pass by.
+//! A few rows (decoding) read the packed weights directly and are bound by memory. For more rows (prefill) 4-bit
+//! weights are unpacked once into a panel that stays in the first-level cache while all rows pass by.
 
 use std::ops::Range;
 
@@ -142,8 +143,8 @@ impl QuantizedGemm<'_> {
         }
     }
 
-    /// The next rows, as many as a tile takes; returns how many. `place`: column group, row, whether these are the first
-    /// blocks of `k`, and whether they are the last.
+    /// The next rows, as many as a tile takes; returns how many. `place`: column group, row, whether these are the
+    /// first blocks of `k`, and whether they are the last.
     #[inline(always)]
     unsafe fn some_rows<I: Isa, L: Layout, const PANEL: bool>(
         &self,
@@ -276,7 +277,8 @@ unsafe fn accumulate<I: Isa, L: Layout, const R: usize, const PANEL: bool>(
     }
 }
 
-/// Adds what the high bytes of a block's peak make with its 8-bit weights at `w`; with a `half`, only if the peak lies there.
+/// Adds what the high bytes of a block's peak make with its 8-bit weights at `w`; with a `half`, only if the peak lies
+/// there.
 ///
 /// # Safety
 /// 512 weights are readable at `w`.

@@ -3,7 +3,8 @@
 use crate::{KernelError, KvLayout, KvRegion};
 
 /// Keys and values of all layers. A page of one layer and head holds its keys as `[head_dim][token]`, because score
-/// lanes are tokens, then its values as `[token][head_dim]`. Memory is taken from the system as pages are first written.
+/// lanes are tokens, then its values as `[token][head_dim]`. Memory is taken from the system as pages are first
+/// written.
 pub struct KvCache {
     region: KvRegion,
     layout: KvLayout,

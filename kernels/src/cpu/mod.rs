@@ -1,9 +1,9 @@
 //! The fast CPU backend.
 //!
 //! Weights are repacked at load into what the inner loops want (`pack`), kernels are written once over sixteen-lane
-//! vectors and compiled for each instruction set (`isa`), and a pool of threads shares each operation's chunks (`pool`).
-//! Every output is summed in one accumulator in a fixed order, so a row's bits depend neither on the batch nor on the
-//! threads nor on the processor.
+//! vectors and compiled for each instruction set (`isa`), and a pool of threads shares each operation's chunks
+//! (`pool`). Every output is summed in one accumulator in a fixed order, so a row's bits depend neither on the batch
+//! nor on the threads nor on the processor.
 
 mod attention;
 mod buffer;

@@ -1,7 +1,7 @@
 //! Weights in the order the kernels read them.
 //!
-//! Output columns are taken in groups of sixteen, one a vector lane; a group holds its weights for all `k`, one after the
-//! other, so that a product streams through memory once. Quantised weights come in blocks of 32 `k`:
+//! Output columns are taken in groups of sixteen, one a vector lane; a group holds its weights for all `k`, one after
+//! the other, so that a product streams through memory once. Quantised weights come in blocks of 32 `k`:
 //!
 //! | format | a block of 16 columns | from |
 //! | --- | --- | --- |
@@ -10,7 +10,8 @@
 //! | `I8Min` | the same, 16 f16 minimums | Q5_1, Q5_K |
 //! | `I8Halves` | 8 × 64 bytes, 2 × 16 f16 scales: of the first and second sixteen `k` | Q6_K |
 //!
-//! 64 bytes are 16 columns × 4 consecutive `k`; in `U4` they are two such groups, the first in the low nibbles. A weight is
+//! 64 bytes are 16 columns × 4 consecutive `k`; in `U4` they are two such groups, the first in the low nibbles. A
+//! weight is
 //! `scale × q + minimum`. K-quants' two-level scales are multiplied out and rounded to f16: one part in 2,000 of
 //! what a 4-bit weight is uncertain by anyway, and Q4_0's `-8 × scale` is exact. Float weights stay as they are, `[k][16]`;
 //! bf16 in pairs of `k`, `[k / 2][16][2]`.
@@ -137,8 +138,8 @@ fn decode(dtype: DType, row: &[u8], block: usize) -> Decoded {
     }
 }
 
-/// Writes columns `16 × group ..` of `matrix` to `out`, which is zero and [`Format::group_bytes`] long. Columns beyond the
-/// matrix stay zero.
+/// Writes columns `16 × group ..` of `matrix` to `out`, which is zero and [`Format::group_bytes`] long. Columns beyond
+/// the matrix stay zero.
 pub(crate) fn pack_group(matrix: &Matrix<'_>, group: usize, out: &mut [u8]) {
     let format = Format::of(matrix.dtype());
     let columns = LANES.min(matrix.rows() - group * LANES);

@@ -1,9 +1,10 @@
 //! Threads that share the chunks of one operation.
 //!
-//! [`Pool::run`] publishes a job and works on it itself; workers help. Chunks are claimed one by one from a counter, and
-//! the caller waits for chunks to be finished, not for workers to arrive: on shared cores a worker that the system has put
-//! aside delays nothing but the chunk it holds. A job costs no allocation, no lock and, while workers are
-//! awake, no system call. Workers spin for a moment after a job, because the next is usually microseconds away, then park.
+//! [`Pool::run`] publishes a job and works on it itself; workers help. Chunks are claimed one by one from a counter,
+//! and the caller waits for chunks to be finished, not for workers to arrive: on shared cores a worker that the system
+//! has put aside delays nothing but the chunk it holds. A job costs no allocation, no lock and, while workers are
+//! awake, no system call. Workers spin for a moment after a job, because the next is usually microseconds away, then
+//! park.
 
 use std::hint::spin_loop;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -20,7 +21,8 @@ const CALLER_SPINS: u32 = 2_000;
 type Entry = unsafe fn(*const (), usize, usize);
 
 struct Shared {
-    /// Job number in the upper half, chunks not yet claimed in the lower. One word, so that a claim can never mix two jobs.
+    /// Job number in the upper half, chunks not yet claimed in the lower. One word, so that a claim can never mix two
+    /// jobs.
     claim: AtomicU64,
     /// The job. Written only while `claim` says that nothing is left and all chunks are finished.
     entry: AtomicPtr<()>,
@@ -69,7 +71,8 @@ impl Shared {
                 spins += 1;
             }
             if self.claim.load(Acquire) as u32 == 0 {
-                // Announce first, look again, then park; the caller publishes first and then looks for the announcement.
+                // Announce first, look again, then park; the caller publishes first and then looks for the
+                // announcement.
                 parked.store(true, SeqCst);
                 while parked.load(SeqCst) && self.claim.load(SeqCst) as u32 == 0 && !self.stop.load(SeqCst) {
                     thread::park();
@@ -118,8 +121,8 @@ impl Pool {
         self.workers.len() + 1
     }
 
-    /// Calls `job(thread, chunk)` once for each `chunk` in `0..chunks`, on any threads in any order, and returns when all
-    /// have been called. No two calls at one time have the same `thread`, which is below [`Pool::threads`].
+    /// Calls `job(thread, chunk)` once for each `chunk` in `0..chunks`, on any threads in any order, and returns when
+    /// all have been called. No two calls at one time have the same `thread`, which is below [`Pool::threads`].
     pub(crate) fn run<F: Fn(usize, usize) + Sync>(&mut self, chunks: usize, job: &F) {
         if self.workers.is_empty() || chunks <= 1 {
             for chunk in 0..chunks {

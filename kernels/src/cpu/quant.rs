@@ -1,13 +1,13 @@
 //! Activations as small integers.
 //!
-//! A row is cut into blocks of 32, as the weights are, and an activation of a block is `scale × q`. The block's *peak*, the
-//! four consecutive elements with the largest magnitude among them, has `q` of 15 bits, `128 × high + low`. All others have
-//! 8 bits, and it is they who determine the scale: the largest of them becomes ±127. So an outlier does not take the
-//! precision of its neighbours away, which is most of what 8-bit activations cost a model (tests/reference/README.md has
-//! the figures), for the price of one more product of four.
+//! A row is cut into blocks of 32, as the weights are, and an activation of a block is `scale × q`. The block's *peak*,
+//! the four consecutive elements with the largest magnitude among them, has `q` of 15 bits, `128 × high + low`. All
+//! others have 8 bits, and it is they who determine the scale: the largest of them becomes ±127. So an outlier does not
+//! take the precision of its neighbours away, which is most of what 8-bit activations cost a model
+//! (tests/reference/README.md has the figures), for the price of one more product of four.
 //!
-//! That the few largest activations spoil the precision of the rest and are better multiplied apart is an observation of
-//! LLM.int8() (Dettmers et al., 2022); blocks of bytes with their scales and sums are llama.cpp's Q8_1.
+//! That the few largest activations spoil the precision of the rest and are better multiplied apart is an observation
+//! of LLM.int8() (Dettmers et al., 2022); blocks of bytes with their scales and sums are llama.cpp's Q8_1.
 
 use super::buffer::{Aligned, Shared};
 use super::isa::{Dispatch, Isa, Kernel, LANES};

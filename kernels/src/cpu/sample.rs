@@ -1,7 +1,7 @@
 //! Drawing a token from one row of logits, in a handful of passes and without sorting the vocabulary.
 //!
-//! Whatever is filtered by `top_k`, `top_p` and `min_p`, what remains is a leading part of the tokens ordered by likelihood.
-//! So each filter only has to find where that part ends: a [`key()`] to cut at.
+//! Whatever is filtered by `top_k`, `top_p` and `min_p`, what remains is a leading part of the tokens ordered by
+//! likelihood. So each filter only has to find where that part ends: a [`key()`] to cut at.
 
 mod key;
 mod scan;
@@ -178,8 +178,8 @@ fn mass(keys: &[u64], weighing: &Weighing) -> f64 {
     keys.iter().map(|&key| weighing.weight(logit_and_id(key).0) as f64).sum()
 }
 
-/// [`nucleus`] of the whole vocabulary: first narrows down where it ends, by the masses above a few bars at a time, until few
-/// enough tokens are left to select among.
+/// [`nucleus`] of the whole vocabulary: first narrows down where it ends, by the masses above a few bars at a time,
+/// until few enough tokens are left to select among.
 fn nucleus_of_all(
     logits: &[f32],
     weighing: &Weighing,

@@ -26,8 +26,8 @@ impl Case {
     }
 
     /// What two right answers may differ by. Scores and sums in single precision are off by some 1e-6. The rest is keys
-    /// that lie so near the middle between two numbers of the cache's type that a last bit decides which one they become:
-    /// a step of 2^-11 or 2^-8 of one of a key's elements, hence about as much of a weight.
+    /// that lie so near the middle between two numbers of the cache's type that a last bit decides which one they
+    /// become: a step of 2^-11 or 2^-8 of one of a key's elements, hence about as much of a weight.
     fn tolerance(&self) -> f32 {
         match self.dtype {
             KvDType::F32 => 5e-5,

@@ -21,8 +21,8 @@ fn largest(x: &[f32]) -> f32 {
     x.iter().fold(0.0, |max, x| max.max(x.abs()))
 }
 
-/// The unit in which a backend that rounds activations counts a block of them: of the eight fours, the one with the largest
-/// magnitude (the first of equals) may take 127 × 128 units, and the largest of the other seven takes 127.
+/// The unit in which a backend that rounds activations counts a block of them: of the eight fours, the one with the
+/// largest magnitude (the first of equals) may take 127 × 128 units, and the largest of the other seven takes 127.
 fn unit(block: &[f32]) -> f32 {
     let fours: Vec<f32> = block.chunks(4).map(largest).collect();
     let peak = (0..fours.len()).rev().max_by(|&a, &b| fours[a].total_cmp(&fours[b])).unwrap();

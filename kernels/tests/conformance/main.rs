@@ -1,8 +1,8 @@
 //! One suite every backend passes, for every type, head count, page size and ragged shape.
 //!
 //! Two kinds of demands: results are near those of the reference (and, where something is known outright, the reference
-//! too is near that), and results do not depend, in a single bit, on anything they must not depend on: the other rows of
-//! the batch, how a prompt was cut into chunks, which pages it lies in, how many threads there were.
+//! too is near that), and results do not depend, in a single bit, on anything they must not depend on: the other rows
+//! of the batch, how a prompt was cut into chunks, which pages it lies in, how many threads there were.
 
 mod attention;
 mod linear;

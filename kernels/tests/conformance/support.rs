@@ -154,10 +154,10 @@ impl Weight {
     }
 }
 
-/// What a backend may make of a weight of `dtype` that is `value`: [`Weight::random`] makes minimums of at most 1/8, so scale
-/// times quant is within 1/8 of the value, and each of the two may be off by half a unit of f16 in the last place (or of
-/// its smallest numbers). Otherwise a fused multiply-add of scale, quant and minimum, which is nearer the truth than the two
-/// roundings of llama.cpp, may differ in the last bit.
+/// What a backend may make of a weight of `dtype` that is `value`: [`Weight::random`] makes minimums of at most 1/8, so
+/// scale times quant is within 1/8 of the value, and each of the two may be off by half a unit of f16 in the last place
+/// (or of its smallest numbers). Otherwise a fused multiply-add of scale, quant and minimum, which is nearer the truth
+/// than the two roundings of llama.cpp, may differ in the last bit.
 pub(crate) fn weight_tolerance<B: Subject>(dtype: DType, value: f32) -> f32 {
     match dtype {
         DType::Q4K | DType::Q5K | DType::Q6K if B::ROUNDS_SCALES => (value.abs() + 0.25) / 2048.0 + 1e-6,

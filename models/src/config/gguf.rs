@@ -10,8 +10,8 @@ use crate::family::FAMILIES;
 use crate::gguf::{Gguf, GgufError};
 use crate::weights::floats;
 
-/// Reads the metadata of the first of `parts`, a file or the parts of a split one, any of which may hold the tensors that
-/// are looked for; `path` is for messages.
+/// Reads the metadata of the first of `parts`, a file or the parts of a split one, any of which may hold the tensors
+/// that are looked for; `path` is for messages.
 pub(crate) fn parse(parts: &[Gguf], path: &Path) -> Result<ModelConfig, ModelError> {
     let file = &parts[0];
     let has_tensor = |name: &str| parts.iter().any(|part| part.tensor(name).is_some());

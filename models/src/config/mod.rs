@@ -129,8 +129,8 @@ impl ModelConfig {
         tables + self.layers as u64 * (attention + mlp + norms) + hidden
     }
 
-    /// Checks what no model can be without: sizes in range, heads that divide, numbers that are numbers. `path` is for the
-    /// message.
+    /// Checks what no model can be without: sizes in range, heads that divide, numbers that are numbers. `path` is for
+    /// the message.
     pub(crate) fn validate(&self, path: &Path) -> Result<(), ModelError> {
         let error =
             |field: &str, problem: String| Err(ModelError::Field { path: path.into(), field: field.into(), problem });

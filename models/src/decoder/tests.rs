@@ -17,8 +17,8 @@ use crate::config::hf;
 use crate::config::json::Fields;
 use crate::weights::{DummyWeights, Tensor, floats};
 
-/// Made-up weights, large enough that logits spread over several units, and norms that are not all one. Remembers what it
-/// gave out.
+/// Made-up weights, large enough that logits spread over several units, and norms that are not all one. Remembers what
+/// it gave out.
 struct Lively {
     dummy: DummyWeights,
     given: RefCell<HashMap<String, CandleTensor>>,

@@ -1,8 +1,8 @@
 //! GGUF, the file format of llama.cpp: metadata, a tensor table, and the tensors' bytes, in one file.
 //!
-//! The file is mapped and never trusted: every length is compared with the bytes that are left before anything is done with
-//! it, and values stay in the file until somebody asks for them, so opening allocates for the names of keys and tensors alone.
-//! The format is specified in `docs/gguf.md` of the ggml repository; versions 2 and 3 are read.
+//! The file is mapped and never trusted: every length is compared with the bytes that are left before anything is done
+//! with it, and values stay in the file until somebody asks for them, so opening allocates for the names of keys and
+//! tensors alone. The format is specified in `docs/gguf.md` of the ggml repository; versions 2 and 3 are read.
 
 mod error;
 mod reader;

@@ -12,9 +12,10 @@ const COMPOSITION: usize = 4;
 /// Text of up to this many bytes an allowed token is simply encoded; English has about four.
 const DIRECT_BYTES_PER_TOKEN: usize = 8;
 
-/// Encodes unless the text has more than `limit` tokens, which is found out at a cost that depends on `limit` rather than on
-/// the text: no token is longer than the longest of the vocabulary, and pieces cut between words have about as many tokens
-/// as the whole. Both give numbers the text certainly exceeds; only text they do not convict is encoded as a whole.
+/// Encodes unless the text has more than `limit` tokens, which is found out at a cost that depends on `limit` rather
+/// than on the text: no token is longer than the longest of the vocabulary, and pieces cut between words have about as
+/// many tokens as the whole. Both give numbers the text certainly exceeds; only text they do not convict is encoded as
+/// a whole.
 pub(super) fn encode(
     tokenizer: &Tokenizer,
     text: &str,

@@ -1,8 +1,8 @@
 //! Text to token ids and back.
 //!
-//! Encoding is Hugging Face's `tokenizers`, so that ids are those the model was trained on; a GGUF file's vocabulary is first
-//! translated into the `tokenizer.json` it came from (`gguf`). Decoding is our own: one table of the bytes of every token,
-//! which makes streaming ([`DecodeStream`]) and the bytes of log-probabilities cheap and exact.
+//! Encoding is Hugging Face's `tokenizers`, so that ids are those the model was trained on; a GGUF file's vocabulary is
+//! first translated into the `tokenizer.json` it came from (`gguf`). Decoding is our own: one table of the bytes of
+//! every token, which makes streaming ([`DecodeStream`]) and the bytes of log-probabilities cheap and exact.
 
 mod bounded;
 mod error;

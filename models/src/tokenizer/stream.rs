@@ -2,9 +2,9 @@ use std::sync::Arc;
 
 use super::Tokenizer;
 
-/// Decodes tokens as they come. Each [`push`](Self::push) yields text that is whole: a character whose bytes are spread over
-/// several tokens appears with the last of them. All that is yielded, in order, is what [`Tokenizer::decode`] gives for the
-/// same ids. Work and memory for a token depend on its own length alone.
+/// Decodes tokens as they come. Each [`push`](Self::push) yields text that is whole: a character whose bytes are spread
+/// over several tokens appears with the last of them. All that is yielded, in order, is what [`Tokenizer::decode`]
+/// gives for the same ids. Work and memory for a token depend on its own length alone.
 #[derive(Debug)]
 pub struct DecodeStream {
     tokenizer: Arc<Tokenizer>,

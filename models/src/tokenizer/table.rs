@@ -98,8 +98,8 @@ impl Spelling {
     }
 }
 
-/// The byte a character of GPT-2's alphabet stands for: printable Latin-1 for itself, the other 68 bytes, in order, as the
-/// characters from U+0100 on (`bytes_to_unicode` of OpenAI's GPT-2).
+/// The byte a character of GPT-2's alphabet stands for: printable Latin-1 for itself, the other 68 bytes, in order, as
+/// the characters from U+0100 on (`bytes_to_unicode` of OpenAI's GPT-2).
 fn byte_of(c: char) -> Option<u8> {
     match c as u32 {
         n @ (0x21..=0x7e | 0xa1..=0xac | 0xae..=0xff) => Some(n as u8),

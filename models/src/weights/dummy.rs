@@ -7,8 +7,8 @@ use half::{bf16, f16};
 use super::{Tensor, WeightSource};
 use crate::ModelError;
 
-/// Made-up weights for measuring a shape: uniform around zero with the spread trained models begin with, norms of 1. Each
-/// tensor depends on the seed and its own name alone, and exists only while the backend takes it over.
+/// Made-up weights for measuring a shape: uniform around zero with the spread trained models begin with, norms of 1.
+/// Each tensor depends on the seed and its own name alone, and exists only while the backend takes it over.
 pub(crate) struct DummyWeights {
     /// Seed of all tensors.
     pub(crate) seed: u64,

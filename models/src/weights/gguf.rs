@@ -81,8 +81,8 @@ fn file_name(canonical: &str) -> String {
     parsed.unwrap_or_else(|| canonical.into())
 }
 
-/// Undoes `LlamaModel.permute` of llama.cpp's `convert_hf_to_gguf.py`: it moves row `s·d/2 + j` of each head (`s` 0 or 1) to
-/// row `2j + s`. Whole rows move, so quantised ones stay as they are.
+/// Undoes `LlamaModel.permute` of llama.cpp's `convert_hf_to_gguf.py`: it moves row `s·d/2 + j` of each head (`s` 0 or
+/// 1) to row `2j + s`. Whole rows move, so quantised ones stay as they are.
 fn half_split_rows(data: &[u8], row_bytes: usize, head_dim: usize) -> Vec<u8> {
     let mut out = Vec::with_capacity(data.len());
     for head in data.chunks_exact(row_bytes * head_dim) {

@@ -10,12 +10,12 @@ use crate::golden::{Goldens, reference};
 use crate::runner::{Runner, cpu_backend};
 use crate::stats::{Regrets, argmax, log_sum_exp};
 
-/// A greedy choice the reference makes with less of a margin, in nats, may be made differently: rounded activations move
-/// single log-probabilities.
+/// A greedy choice the reference makes with less of a margin, in nats, may be made differently: rounded activations
+/// move single log-probabilities.
 const CLEAR_MARGIN: f64 = 1.0;
 
-/// How much worse than its f32 weights the model may predict the text, as a part of the perplexity: what rounding activations
-/// may cost (tests/reference/README.md says what it does).
+/// How much worse than its f32 weights the model may predict the text, as a part of the perplexity: what rounding
+/// activations may cost (tests/reference/README.md says what it does).
 const PERPLEXITY_EXCESS: f64 = 0.003;
 
 /// Teacher-forced results over the text: log-probabilities of the true tokens, and regrets.

@@ -31,8 +31,8 @@ pub(crate) fn cpu_backend() -> CpuBackend {
 }
 
 impl<B: Backend> Runner<B> {
-    /// Loads the model at `path` for sequences of up to `positions` tokens, with the KV cache the engine would choose for
-    /// it unless `kv_dtype` says otherwise.
+    /// Loads the model at `path` for sequences of up to `positions` tokens, with the KV cache the engine would choose
+    /// for it unless `kv_dtype` says otherwise.
     pub(crate) fn load(mut backend: B, path: &Path, positions: usize, kv_dtype: Option<KvDType>) -> Self {
         let source = ModelSource::open(path.to_str().unwrap(), &OpenOptions::default()).unwrap();
         let limits = ForwardLimits { max_tokens: CHUNK, max_logit_rows: CHUNK, max_positions: positions };

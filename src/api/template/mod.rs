@@ -1,7 +1,7 @@
 //! Chat templates: the Jinja program a model carries that turns messages into the prompt it was trained on.
 //!
-//! Templates are written against the environment that Hugging Face transformers gives them (`chat_template_utils.py`), so that
-//! environment is rebuilt here on minijinja: Python's string and dictionary methods, `tojson` as `json.dumps`,
+//! Templates are written against the environment that Hugging Face transformers gives them (`chat_template_utils.py`),
+//! so that environment is rebuilt here on minijinja: Python's string and dictionary methods, `tojson` as `json.dumps`,
 //! `raise_exception`, `strftime_now`, loop controls, trimmed blocks. Rendering is bounded in steps and in output, because a
 //! template is a program from a file nobody has read.
 
@@ -97,8 +97,8 @@ impl ChatTemplate {
         Ok(template)
     }
 
-    /// Whether the template itself reads content given as a list of parts. If not, the parts' texts must be joined before
-    /// rendering: such a template would print the list, or nothing.
+    /// Whether the template itself reads content given as a list of parts. If not, the parts' texts must be joined
+    /// before rendering: such a template would print the list, or nothing.
     pub fn takes_content_parts(&self) -> bool {
         self.takes_content_parts
     }

@@ -62,8 +62,8 @@ pub(crate) struct ResponseFormat {
     pub(crate) kind: String,
 }
 
-/// Messages of a conversation at most, and parts of one of them: thousands of turns. Each takes many times the memory of
-/// the dozen bytes it can be written in.
+/// Messages of a conversation at most, and parts of one of them: thousands of turns. Each takes many times the memory
+/// of the dozen bytes it can be written in.
 pub(crate) const MESSAGES_MAX: usize = 8192;
 
 /// A conversation, of at most [`MESSAGES_MAX`] messages.

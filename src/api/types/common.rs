@@ -143,9 +143,9 @@ pub(crate) struct SamplingFields {
     pub(crate) stream_options: Option<StreamOptions>,
 }
 
-/// Declares a request's struct: the given fields, those of [`SamplingFields`], and the fields every endpoint accepts and
-/// needs not look at. A macro, because serde's `flatten` would forgo both the refusal of unknown fields and the field's
-/// name in errors.
+/// Declares a request's struct: the given fields, those of [`SamplingFields`], and the fields every endpoint accepts
+/// and needs not look at. A macro, because serde's `flatten` would forgo both the refusal of unknown fields and the
+/// field's name in errors.
 macro_rules! generating_request {
     ($(#[$attribute:meta])* $name:ident { $($(#[$about:meta])* $field:ident: $type:ty,)* }) => {
         $(#[$attribute])*

@@ -8,7 +8,8 @@ use crate::cluster::ClusterError;
 
 /// How long one call may take. Well under a third of a lease's life, so that a lost answer does not cost the lease.
 const CALL_TIMEOUT: Duration = Duration::from_secs(2);
-/// Pings on a quiet connection: a watch on a dead one would wait for ever. etcd takes more than one in five seconds amiss.
+/// Pings on a quiet connection: a watch on a dead one would wait for ever. etcd takes more than one in five seconds
+/// amiss.
 const PING_PERIOD: Duration = Duration::from_secs(10);
 /// How long the answer to a ping may take.
 const PING_TIMEOUT: Duration = Duration::from_secs(5);

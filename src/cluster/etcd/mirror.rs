@@ -32,9 +32,9 @@ pub(super) enum Change {
     Delete { key: String },
 }
 
-/// A range of keys as the server has them, followed for ever: listed once, then watched; after a loss of the connection the
-/// watch goes on where it ended, and if the server no longer knows what happened since, or is not the one it was, the
-/// range is listed again.
+/// A range of keys as the server has them, followed for ever: listed once, then watched; after a loss of the connection
+/// the watch goes on where it ended, and if the server no longer knows what happened since, or is not the one it was,
+/// the range is listed again.
 pub(super) struct Mirror {
     connection: Connection,
     range: Range,
@@ -115,8 +115,8 @@ impl Mirror {
             }
         }
         if message.events().is_empty() && !message.created() {
-            // A progress report: nothing happened up to here. The message that a watch was created says where the store is,
-            // not what has been delivered.
+            // A progress report: nothing happened up to here. The message that a watch was created says where the store
+            // is, not what has been delivered.
             reached = reached.max(revision);
         }
         self.position = Some(Position { cluster, revision: reached });

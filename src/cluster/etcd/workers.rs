@@ -45,8 +45,8 @@ pub(super) async fn watch(
 struct Workers {
     filter: WorkerFilter,
     live: WorkerSet,
-    /// Workers that a store which lost its data does not know. They are most likely alive and about to register again, so
-    /// they stay until then, or until this time.
+    /// Workers that a store which lost its data does not know. They are most likely alive and about to register again,
+    /// so they stay until then, or until this time.
     doubtful: BTreeMap<LeaseId, Instant>,
     /// Twice a lease's life: by then whoever lives has noticed the loss of its lease and registered again.
     patience: Duration,

@@ -13,8 +13,8 @@ use super::{
 };
 use crate::cluster::{Delivery, ModelKey, QueueError, Settle, queue::Supplier};
 
-/// How long the server keeps one request for a job. Short: a request of a consumer that is gone can swallow a job until it
-/// is given back.
+/// How long the server keeps one request for a job. Short: a request of a consumer that is gone can swallow a job until
+/// it is given back.
 const PULL_TIME: Duration = Duration::from_secs(5);
 /// Pause after an error.
 const PAUSE: Duration = Duration::from_millis(250);

@@ -79,7 +79,8 @@ pub enum BorrowerEvent {
         /// From the first one on, those found in the prefix index included.
         tokens: u32,
     },
-    /// A write, or the word, ended unperformed. Nothing that the writer still has for this grant will be performed either.
+    /// A write, or the word, ended unperformed. Nothing that the writer still has for this grant will be performed
+    /// either.
     WriteFailed {
         /// Under whose grant.
         handoff: HandoffId,

@@ -67,8 +67,8 @@ pub enum LenderEvent {
 /// What a [`Lender`](super::Lender) wants done, in order.
 #[derive(Debug, PartialEq, Eq)]
 pub enum LenderAction<R, P> {
-    /// Let the transport accept writes to the [`pages`](super::Lender::pages) of `slot` under `epoch` from this session, then send the
-    /// [`Grant`](crate::handoff::Grant) on it.
+    /// Let the transport accept writes to the [`pages`](super::Lender::pages) of `slot` under `epoch` from this
+    /// session, then send the [`Grant`](crate::handoff::Grant) on it.
     Grant {
         /// The claimant's.
         session: SessionId,
@@ -90,8 +90,8 @@ pub enum LenderAction<R, P> {
         /// For the log.
         why: Gone,
     },
-    /// Send [`ToPrefill::Release`](crate::handoff::ToPrefill::Release), and have the transport revoke the grant if it can. Either
-    /// may answer.
+    /// Send [`ToPrefill::Release`](crate::handoff::ToPrefill::Release), and have the transport revoke the grant if it
+    /// can. Either may answer.
     Reclaim {
         /// The holder's.
         session: SessionId,
@@ -114,12 +114,15 @@ pub enum LenderAction<R, P> {
         /// Its pages.
         pages: P,
     },
-    /// The handoff came to nothing: prefill here, or hand off anew.
+    /// The handoff came to nothing.
     Restart {
         /// Which.
         request: R,
         /// Its pages, content undefined; `None` if they are in quarantine, to follow as [`Free`](Self::Free).
         pages: Option<P>,
+        /// Whether another prefill worker may do better. Not if nobody took the job, which says that the queue or the
+        /// workers are of no use now, nor if its holder said that this prompt is beyond it.
+        again: bool,
     },
     /// Nobody waits for these pages, and nobody can write to them any more: give them back to the pool.
     Free {
@@ -137,6 +140,8 @@ pub enum Outcome {
     Completed,
     /// The holder stopped, or was stopped, before or after the request gave it up.
     Released,
+    /// The holder could not compute or write it.
+    Failed,
     /// The holder's session was cut off.
     Fenced,
     /// It was never granted.
@@ -145,13 +150,14 @@ pub enum Outcome {
 
 impl Outcome {
     /// All, to register metrics by.
-    pub const ALL: [Self; 4] = [Self::Completed, Self::Released, Self::Fenced, Self::Expired];
+    pub const ALL: [Self; 5] = [Self::Completed, Self::Released, Self::Failed, Self::Fenced, Self::Expired];
 
     /// Lower case.
     pub fn label(self) -> &'static str {
         match self {
             Self::Completed => "completed",
             Self::Released => "released",
+            Self::Failed => "failed",
             Self::Fenced => "fenced",
             Self::Expired => "expired",
         }

@@ -45,7 +45,7 @@ impl Bench {
         assert_eq!(
             actions,
             [
-                LenderAction::Restart { request: 1, pages: None },
+                LenderAction::Restart { request: 1, pages: None, again: true },
                 LenderAction::Reclaim { session, handoff, slot, epoch }
             ]
         );
@@ -84,7 +84,8 @@ impl Bench {
 }
 
 fn back(outcome: Outcome) -> Actions {
-    vec![LenderAction::Restart { request: 1, pages: Some("pages") }, LenderAction::Count(outcome)]
+    let again = !matches!(outcome, Outcome::Failed | Outcome::Expired);
+    vec![LenderAction::Restart { request: 1, pages: Some("pages"), again }, LenderAction::Count(outcome)]
 }
 
 fn freed(outcome: Outcome) -> Actions {
@@ -108,7 +109,7 @@ fn a_completed_handoff_resumes_its_request_with_its_pages() {
 fn a_failed_word_gives_the_pages_back() {
     let (mut bench, slot, epoch) = Bench::granted();
     bench.mailbox[slot.0 as usize] = MailboxWord::new(epoch, Status::Failed);
-    assert_eq!(bench.poll(), back(Outcome::Released));
+    assert_eq!(bench.poll(), back(Outcome::Failed));
 }
 
 #[test]
@@ -228,7 +229,10 @@ fn only_the_holder_can_give_pages_back() {
 fn a_closed_session_starts_the_request_again_and_keeps_the_pages_until_it_is_fenced() {
     let (mut bench, ..) = Bench::granted();
     let session = ALICE.0;
-    assert_eq!(bench.on(LenderEvent::SessionClosed { session }), [LenderAction::Restart { request: 1, pages: None }]);
+    assert_eq!(
+        bench.on(LenderEvent::SessionClosed { session }),
+        [LenderAction::Restart { request: 1, pages: None, again: true }]
+    );
     assert_eq!(bench.pass(3_600), []);
     assert_eq!(bench.on(LenderEvent::SessionFenced { session }), freed(Outcome::Fenced));
 }
@@ -240,7 +244,10 @@ fn a_lost_lease_is_no_proof_of_death() {
     let (session, handoff) = (ALICE.0, H);
     assert_eq!(
         actions,
-        [LenderAction::Restart { request: 1, pages: None }, LenderAction::Reclaim { session, handoff, slot, epoch }]
+        [
+            LenderAction::Restart { request: 1, pages: None, again: true },
+            LenderAction::Reclaim { session, handoff, slot, epoch }
+        ]
     );
     assert_eq!(bench.on(LenderEvent::WorkerGone { worker: ALICE.1 }), []);
     assert_eq!(bench.pass(5), [LenderAction::Fence { session }]);

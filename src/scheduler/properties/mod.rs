@@ -1,4 +1,5 @@
-//! The scheduler against a model of the KV cache, under random arrivals, lengths, cancellations, loans and too few pages.
+//! The scheduler against a model of the KV cache, under random arrivals, lengths, cancellations, loans and too few
+//! pages.
 
 mod simulation;
 

@@ -3,8 +3,8 @@ use proptest::prelude::*;
 use super::super::{Candidate, Loan, Route, Router, Scheduler, SchedulerLimits, Sequence, SlotId, StepPlan};
 use crate::cache::{LentPage, PageHasher};
 
-/// What a cell of the simulated cache holds once the token that `tokens` end with is computed there: a digest of all of them, as keys
-/// and values depend on all of them.
+/// What a cell of the simulated cache holds once the token that `tokens` end with is computed there: a digest of all of
+/// them, as keys and values depend on all of them.
 fn digest(before: u64, token: u32) -> u64 {
     (before ^ u64::from(token)).wrapping_mul(0x9E37_79B9_7F4A_7C15).rotate_left(23)
 }

@@ -61,9 +61,9 @@ impl Connector {
         Ok(Self { shared: Arc::new(Shared { config, host, region, orders, next_session }) })
     }
 
-    /// Opens a session to the decode worker at `addresses`, as the worker `own`; served by a task of the tokio runtime this is
-    /// called in. Over shm if it runs on this host and its unix socket can be reached from here, else over tcp, which is counted
-    /// and logged.
+    /// Opens a session to the decode worker at `addresses`, as the worker `own`; served by a task of the tokio runtime
+    /// this is called in. Over shm if it runs on this host and its unix socket can be reached from here, else over tcp,
+    /// which is counted and logged.
     pub async fn connect(&self, addresses: &SessionAddresses, own: WorkerId) -> Result<Session, ConnectError> {
         let opening = async {
             let unix = addresses.unix.as_deref().filter(|_| addresses.host == self.shared.host);
@@ -104,12 +104,14 @@ impl Connector {
     }
 
     async fn connect_tcp(&self, address: &str, to: &SessionAddresses, own: WorkerId) -> Result<Session, ConnectError> {
-        let mut socket = Socket::tcp(TcpStream::connect(address).await?)?;
-        match &self.shared.config.tls {
+        let tls = match &self.shared.config.tls {
             Some(_) if !to.tls => return Err(ConnectError::Plain),
-            Some(tls) => socket = socket.encrypted(Tls::client(tls, host_of(address))?).await?,
             None if to.tls => return Err(ConnectError::Encrypted),
-            None => {}
+            agreed => agreed,
+        };
+        let mut socket = Socket::tcp(TcpStream::connect(address).await?)?;
+        if let Some(tls) = tls {
+            socket = socket.encrypted(Tls::client(tls, host_of(address))?).await?;
         }
         let hello = self.hello(to, own, Transport::Tcp);
         let (welcome, _) = handshake::connect(&socket, &self.shared.config.token, &hello).await?;

@@ -18,8 +18,8 @@ pub(super) struct Pages {
 // SAFETY: the pointers lead into the region, which may be used from any thread and is kept mapped by the value itself.
 unsafe impl Send for Pages {}
 
-// SAFETY: the parts never change and lie in the region that the value keeps mapped. That their content does not change is
-// the promise of whoever wrote them: the engine keeps pages as they are until the write is reported done.
+// SAFETY: the parts never change and lie in the region that the value keeps mapped. That their content does not change
+// is the promise of whoever wrote them: the engine keeps pages as they are until the write is reported done.
 unsafe impl Payload for Pages {
     fn parts(&self) -> &[(*const u8, usize)] {
         &self.parts

@@ -119,8 +119,8 @@ impl ClientSession {
             let (unmapped, wait) = oneshot::channel();
             order(orders, self.id, standing, &self.commands, Work::Close(unmapped));
             if wait.await.is_ok() {
-                // Nothing in this process can write to the decode worker's pages any more. Told so, it has them back without
-                // waiting for our end; if it does not hear it, it waits.
+                // Nothing in this process can write to the decode worker's pages any more. Told so, it has them back
+                // without waiting for our end; if it does not hear it, it waits.
                 self.outbound.push(&Frame::Unmapped);
                 let farewell = async {
                     while !self.outbound.is_empty() {

@@ -42,7 +42,8 @@ impl Writer {
         if self.inner.copier.is_some() { Transport::Shm } else { Transport::Tcp }
     }
 
-    /// Writes pages under a loan. The `remote` pages must be among those lent, and each `(layer, remote)` named once. Until
+    /// Writes pages under a loan. The `remote` pages must be among those lent, and each `(layer, remote)` named once.
+    /// Until
     /// `done` is called, the `local` pages must not change; after it, they are not read any more.
     pub fn write(
         &self,
@@ -66,8 +67,8 @@ impl Writer {
         }
     }
 
-    /// Ends a loan with its last word, after everything written before. `done` says that the word is in the mailbox: the decode
-    /// worker will find it.
+    /// Ends a loan with its last word, after everything written before. `done` says that the word is in the mailbox:
+    /// the decode worker will find it.
     pub fn complete(
         &self,
         slot: Slot,
@@ -82,8 +83,8 @@ impl Writer {
         self.submit(|| Work::Complete((slot, epoch), word, reply));
     }
 
-    /// Sends a message, after everything written before. False if it is larger than the decode worker takes, or the session
-    /// has ended.
+    /// Sends a message, after everything written before. False if it is larger than the decode worker takes, or the
+    /// session has ended.
     pub fn send(&self, message: Bytes) -> bool {
         if message.len() > self.inner.message_bytes_max || self.inner.commands.is_closed() {
             return false;

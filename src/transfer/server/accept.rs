@@ -75,8 +75,8 @@ fn join_host(host: &str, bound: SocketAddr) -> String {
     }
 }
 
-/// Makes a unix socket that is found under its name only once it is listened on: [`remove_stale_sockets`] of another worker
-/// that starts at the same time must not meet it before.
+/// Makes a unix socket that is found under its name only once it is listened on: [`remove_stale_sockets`] of another
+/// worker that starts at the same time must not meet it before.
 fn bind_unix(folder: &Path, instance: &str) -> io::Result<(UnixListener, PathBuf)> {
     let (hidden, path) = (folder.join(format!("{instance}.new")), folder.join(format!("{instance}.sock")));
     let listener = UnixListener::bind(&hidden)?;
@@ -172,7 +172,8 @@ async fn open(
     if !shared.admit(id, sender) {
         return handshake::refuse(&socket, Refusal::Busy).await;
     }
-    // From here on nothing can fail or be cancelled but in `run`, which reports the session's end and gives back its place.
+    // From here on nothing can fail or be cancelled but in `run`, which reports the session's end and gives back its
+    // place.
     let peer = Peer { worker: WorkerId(hello.worker), transport };
     Ok((ServerSession::new(shared.clone(), id, socket, reach, peer), commands))
 }

@@ -67,9 +67,10 @@ impl Landing {
         let target = |run: &Run| {
             let start = self.region.pages(run.layer as usize, run.page as usize, run.count as usize);
             let length = run.count as usize * page_bytes - skip;
-            // SAFETY: the pages lie within the region, which `self` keeps mapped, and no two runs of a frame share one. They
-            // are lent to this session, whose task is the only one that writes under its loans, and it looks at whether the
-            // loan still stands before each read. Until the loan is resolved nobody else touches a lent page.
+            // SAFETY: the pages lie within the region, which `self` keeps mapped, and no two runs of a frame share one.
+            // They are lent to this session, whose task is the only one that writes under its loans, and it looks at
+            // whether the loan still stands before each read. Until the loan is resolved nobody else touches a lent
+            // page.
             let bytes = unsafe { std::slice::from_raw_parts_mut(start.add(skip), length) };
             skip = 0;
             IoSliceMut::new(bytes)

@@ -44,8 +44,8 @@ pub enum SessionEvent {
         /// What, as given to [`Writer::send`](super::Writer::send).
         message: Bytes,
     },
-    /// The answer to [`SessionServer::revoke`]: nothing written under this loan can land any more. Over tcp it comes at once; over
-    /// shm when the peer has stopped, which a peer that hangs does not.
+    /// The answer to [`SessionServer::revoke`]: nothing written under this loan can land any more. Over tcp it comes at
+    /// once; over shm when the peer has stopped, which a peer that hangs does not.
     Revoked {
         /// Which.
         session: SessionId,
@@ -113,8 +113,8 @@ impl Shared {
 }
 
 impl SessionServer {
-    /// Listens, and serves from tasks of the tokio runtime it is called in. Pages of `region` are written by peers; who else
-    /// touches one while it is lent breaks the contract. If `region` cannot be shared, tcp alone is served.
+    /// Listens, and serves from tasks of the tokio runtime it is called in. Pages of `region` are written by peers; who
+    /// else touches one while it is lent breaks the contract. If `region` cannot be shared, tcp alone is served.
     pub async fn start(
         config: ServerConfig,
         region: Region,
@@ -143,14 +143,14 @@ impl SessionServer {
         &self.addresses
     }
 
-    /// Sends a message. One that is larger than the limit, or more than wait for a peer that does not take them, end the
-    /// session. To a session that has ended, nothing is sent.
+    /// Sends a message. One that is larger than the limit, or more than wait for a peer that does not take them, end
+    /// the session. To a session that has ended, nothing is sent.
     pub fn send(&self, session: SessionId, message: Bytes) {
         self.command(session, Command::Send(message));
     }
 
-    /// Lends pages to a session, which may from now on write to them and end the loan with a word in `slot`. To be called
-    /// before the message that tells the peer. Panics if the mailbox has no such slot.
+    /// Lends pages to a session, which may from now on write to them and end the loan with a word in `slot`. To be
+    /// called before the message that tells the peer. Panics if the mailbox has no such slot.
     pub fn lend(&self, session: SessionId, slot: Slot, epoch: Epoch, pages: Arc<[u32]>) {
         assert!(slot.0 < self.shared.mailbox.slots(), "a slot beyond the mailbox");
         self.command(session, Command::Lend((slot, epoch), pages));
@@ -161,8 +161,8 @@ impl SessionServer {
         self.command(session, Command::Revoke((slot, epoch)));
     }
 
-    /// Closes a session. [`SessionEvent::Fenced`] follows at once over tcp, and over shm when the peer has unmapped the memory
-    /// or has ended.
+    /// Closes a session. [`SessionEvent::Fenced`] follows at once over tcp, and over shm when the peer has unmapped the
+    /// memory or has ended.
     pub fn fence(&self, session: SessionId) {
         self.command(session, Command::Fence);
     }

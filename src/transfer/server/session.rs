@@ -119,8 +119,8 @@ impl ServerSession {
         }
         let mut heart = Heart::new(&limits);
         loop {
-            // In this order, so that a loan that is taken back is seen before the next read, and a peer that never stops
-            // sending still gets answers and signs of life.
+            // In this order, so that a loan that is taken back is seen before the next read, and a peer that never
+            // stops sending still gets answers and signs of life.
             tokio::select! {
                 biased;
                 command = commands.recv() => match command {
@@ -227,8 +227,9 @@ impl ServerSession {
         Ok(())
     }
 
-    /// Writes the completion word for a peer that cannot. All data frames of the loan came before it on the same connection, and
-    /// this thread of control has read them into their pages; the post releases that to the thread that loads the word.
+    /// Writes the completion word for a peer that cannot. All data frames of the loan came before it on the same
+    /// connection, and this thread of control has read them into their pages; the post releases that to the thread that
+    /// loads the word.
     fn post(&self, loan: Loan, word: MailboxWord) {
         self.shared.mailbox.post(loan.0, word);
     }
@@ -247,8 +248,8 @@ async fn receive(
     Ok(None)
 }
 
-/// Waits until a peer that shares the memory can write to it no more: it says that it has unmapped it, or its process has
-/// ended. The end of its connection proves nothing. False if the server is dropped before.
+/// Waits until a peer that shares the memory can write to it no more: it says that it has unmapped it, or its process
+/// has ended. The end of its connection proves nothing. False if the server is dropped before.
 async fn wait_until_gone(
     socket: &Socket,
     reader: &mut FrameReader,

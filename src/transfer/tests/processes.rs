@@ -1,18 +1,19 @@
-//! Sessions between two processes, one of which is killed, stopped, or does not keep the rules. The other process is this
-//! test binary again, running [`child`].
+//! Sessions between two processes, one of which is killed, stopped, or does not keep the rules. The other process is
+//! this test binary again, running [`child`].
 
 use std::io::{BufRead, BufReader, Write};
 use std::process::{Child, ChildStdin, Command, Stdio};
 use std::sync::Arc;
 use std::time::Duration;
 
-use rustix::process::{Pid, Signal, kill_process};
-
 use super::support::*;
 use crate::handoff::{SessionId, Slot, Status, WorkerId};
 use crate::transfer::handshake;
 use crate::transfer::socket::Socket;
 use crate::transfer::{ClusterToken, ConnectError, Region, SessionAddresses, SessionEvent, Transport, WriteError};
+
+#[path = "../../../tests/program/signal.rs"]
+mod signal;
 
 const ROLE: &str = "ENGINE_TRANSFER_TEST_ROLE";
 const ADDRESSES: &str = "ENGINE_TRANSFER_TEST_ADDRESSES";
@@ -33,8 +34,8 @@ impl Process {
         Self { stdin: child.stdin.take().unwrap(), child }
     }
 
-    fn signal(&self, signal: Signal) {
-        kill_process(Pid::from_child(&self.child), signal).unwrap();
+    fn signal(&self, name: &str) {
+        signal::send(self.child.id(), name);
     }
 
     fn is_running(&mut self) -> bool {
@@ -145,7 +146,7 @@ async fn writing() -> (Decode, Process, SessionId) {
 #[tokio::test]
 async fn a_process_killed_in_the_middle_of_a_write_is_fenced() {
     let (mut decode, process, session) = writing().await;
-    process.signal(Signal::KILL);
+    process.signal("KILL");
     decode.ended(session).await;
     // Now that it is fenced, the pages are this process' alone.
     // SAFETY: see above.
@@ -156,7 +157,7 @@ async fn a_process_killed_in_the_middle_of_a_write_is_fenced() {
 #[tokio::test]
 async fn a_stopped_process_is_not_fenced_until_it_goes_on_and_lets_go() {
     let (mut decode, mut process, session) = writing().await;
-    process.signal(Signal::STOP);
+    process.signal("STOP");
     assert_eq!(decode.event().await, SessionEvent::Closed { session });
     // It may still write. Meanwhile others are served.
     let other = Prefill::new(Transport::Shm);
@@ -164,7 +165,7 @@ async fn a_stopped_process_is_not_fenced_until_it_goes_on_and_lets_go() {
     drop(another);
     decode.ended(id).await;
     assert!(decode.no_event());
-    process.signal(Signal::CONT);
+    process.signal("CONT");
     assert_eq!(decode.event().await, SessionEvent::Fenced { session });
     assert!(process.is_running());
 }
@@ -172,22 +173,22 @@ async fn a_stopped_process_is_not_fenced_until_it_goes_on_and_lets_go() {
 #[tokio::test]
 async fn a_stopped_process_that_is_killed_is_fenced() {
     let (mut decode, process, session) = writing().await;
-    process.signal(Signal::STOP);
+    process.signal("STOP");
     assert_eq!(decode.event().await, SessionEvent::Closed { session });
     assert!(decode.no_event());
-    process.signal(Signal::KILL);
+    process.signal("KILL");
     assert_eq!(decode.event().await, SessionEvent::Fenced { session });
 }
 
 #[tokio::test]
 async fn a_revoked_loan_of_a_stopped_process_stays_unresolved() {
     let (mut decode, process, session) = writing().await;
-    process.signal(Signal::STOP);
+    process.signal("STOP");
     decode.server.revoke(session, Slot(0), epoch(1));
     decode.server.fence(session);
     assert_eq!(decode.event().await, SessionEvent::Closed { session });
     assert!(decode.no_event());
-    process.signal(Signal::KILL);
+    process.signal("KILL");
     assert_eq!(decode.event().await, SessionEvent::Fenced { session });
 }
 
@@ -249,7 +250,7 @@ async fn the_death_of_a_decode_worker_ends_sessions_and_writes() {
         let addresses: SessionAddresses = serde_json::from_str(&addresses).unwrap();
         let prefill = Prefill::new(transport);
         let mut session = soon(prefill.connector.connect(&addresses, WorkerId(1))).await.unwrap();
-        process.signal(Signal::KILL);
+        process.signal("KILL");
         assert_eq!(soon(session.receive()).await, None);
         let result = write(&session.writer(), Slot(0), epoch(1), all_layers(&[(0, 0)])).await;
         assert_eq!(result, Err(WriteError::Closed));

@@ -177,8 +177,8 @@ fn fill(region: &Region, layer: usize, page: u32, byte: u8) {
 
 fn read(region: &Region, layer: usize, page: u32) -> Vec<u8> {
     let length = region.shape().page_bytes;
-    // SAFETY: the page lies in the region, and bytes have no invalid values. A test that looks while somebody writes sees a
-    // mixture of old and new, which is what it looks for.
+    // SAFETY: the page lies in the region, and bytes have no invalid values. A test that looks while somebody writes
+    // sees a mixture of old and new, which is what it looks for.
     unsafe { std::slice::from_raw_parts(region.pages(layer, page as usize, 1), length) }.to_vec()
 }
 

@@ -132,7 +132,8 @@ impl Kernel for OnePartition<'_, '_> {
     }
 }
 
-/// Rows `$from..$to` in tiles as tall as the registers allow; `$step` is called with the first row and a constant count.
+/// Rows `$from..$to` in tiles as tall as the registers allow; `$step` is called with the first row and a constant
+/// count.
 macro_rules! in_tiles {
     ($isa:ident, $from:expr, $to:expr, |$row:ident, $count:ident| $step:expr) => {{
         let (mut $row, end) = ($from, $to);
@@ -299,7 +300,8 @@ impl OnePartition<'_, '_> {
             let (_, values, offset) = self.locate::<E>(key);
             for chunk in 0..head_dim.div_ceil(LANES) {
                 let count = LANES.min(head_dim - chunk * LANES);
-                // SAFETY: a page holds `head_dim` values of each token; the panel holds PARTITION keys (`compute` checked).
+                // SAFETY: a page holds `head_dim` values of each token; the panel holds PARTITION keys (`compute`
+                // checked).
                 unsafe {
                     let from = values.add(offset * head_dim + chunk * LANES);
                     let to = panel.add((chunk * PARTITION + key) * LANES);

@@ -7,7 +7,8 @@ fn noise(len: usize) -> Vec<f32> {
     (0..len as u32).map(|i| (i.wrapping_mul(2_654_435_761) >> 8) as f32 / (1 << 22) as f32 - 2.0).collect()
 }
 
-/// Attention of the last `query_len` of [`TOKENS`] tokens, in a cache whose other elements are all NaN, pages in reverse.
+/// Attention of the last `query_len` of [`TOKENS`] tokens, in a cache whose other elements are all NaN, pages in
+/// reverse.
 fn last_queries(
     backend: &mut CpuBackend,
     shape: AttentionShape,

@@ -19,7 +19,8 @@ pub(super) unsafe fn run<K: Kernel>(kernel: K) {
     kernel.run(Avx2(()));
 }
 
-/// The same expression of a half, for both: closures would be functions of their own, compiled without the instructions.
+/// The same expression of a half, for both: closures would be functions of their own, compiled without the
+/// instructions.
 macro_rules! both {
     ($pair:expr, |$half:ident| $body:expr) => {{
         let pair = $pair;

@@ -2,8 +2,9 @@ use std::arch::x86_64::*;
 
 use super::{Isa, Kernel, PEAK_UNIT};
 
-/// AVX-512 with VNNI: sixteen lanes are one register, and `vpdpbusd` multiplies unsigned weights with signed activations.
-/// Signed weights have 128 added (by flipping their top bit), which is taken off again as `128 × Σ activations`.
+/// AVX-512 with VNNI: sixteen lanes are one register, and `vpdpbusd` multiplies unsigned weights with signed
+/// activations. Signed weights have 128 added (by flipping their top bit), which is taken off again as `128 × Σ
+/// activations`.
 #[derive(Clone, Copy)]
 pub(super) struct Avx512(());
 

@@ -1,9 +1,9 @@
 //! The vector instructions the kernels are written in.
 //!
-//! A kernel is generic over [`Isa`] and sees sixteen f32 lanes, whatever the machine has: one AVX-512 register, two AVX2
-//! registers or an array. [`Level::run`] picks the instance once a call, inside a function compiled for those
-//! instructions (the pattern is that of the `pulp` crate). Every operation rounds the same way in every
-//! instance, so all give the same bits.
+//! A kernel is generic over [`Isa`] and sees sixteen f32 lanes, whatever the machine has: one AVX-512 register, two
+//! AVX2 registers or an array. [`Level::run`] picks the instance once a call, inside a function compiled for those
+//! instructions (the pattern is that of the `pulp` crate). Every operation rounds the same way in every instance, so
+//! all give the same bits.
 
 #[cfg(target_arch = "x86_64")]
 mod avx2;
@@ -26,8 +26,8 @@ pub(crate) trait Isa: Copy + Send + Sync + 'static {
     type W: Copy;
     /// Integer sums of sixteen columns, within one block.
     type I: Copy;
-    /// Rows of the tallest tiles: as many as the vector registers hold sums for. Plain Rust has no use for tiles, and is
-    /// compiled for single rows alone.
+    /// Rows of the tallest tiles: as many as the vector registers hold sums for. Plain Rust has no use for tiles, and
+    /// is compiled for single rows alone.
     const ROWS_MAX: usize;
 
     /// All lanes `x`.
@@ -89,9 +89,11 @@ pub(crate) trait Isa: Copy + Send + Sync + 'static {
     unsafe fn dot_u4(self, sum: Self::I, w: Self::W, a: *const i8) -> Self::I;
     /// Adds the products of signed 8-bit weights with four activations (none of them -128) at `a`.
     unsafe fn dot_i8(self, sum: Self::I, w: Self::W, a: *const i8) -> Self::I;
-    /// The sums made by [`Isa::dot_u4`], and [`PEAK_UNIT`] times the products of `w` with four more activations at `high`.
+    /// The sums made by [`Isa::dot_u4`], and [`PEAK_UNIT`] times the products of `w` with four more activations at
+    /// `high`.
     unsafe fn finish_u4(self, sum: Self::I, w: Self::W, high: *const i8) -> Self::F;
-    /// Adds [`PEAK_UNIT`] times the products of signed 8-bit weights with four activations (none of them -128) at `high`.
+    /// Adds [`PEAK_UNIT`] times the products of signed 8-bit weights with four activations (none of them -128) at
+    /// `high`.
     unsafe fn peak_i8(self, sum: Self::I, w: Self::W, high: *const i8) -> Self::I;
     /// The sums made by [`Isa::dot_i8`]; `activations` is the sum of all activations that
     /// went in, those of peaks times [`PEAK_UNIT`].

@@ -267,8 +267,8 @@ fn within_block(block: usize, logits: &[f32], weighing: &Weighing, target: f64) 
 }
 
 widest! {
-    /// Collects the [`key`]s of all logits that are at least `lowest` and below `end`, in the order of ids. `keys` has room
-    /// for all.
+    /// Collects the [`key`]s of all logits that are at least `lowest` and below `end`, in the order of ids. `keys` has
+    /// room for all.
     fn collect(logits: &[f32], lowest: f32, end: f32, keys: &mut Vec<u64>) = collect_body
 }
 
