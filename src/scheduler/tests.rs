@@ -254,18 +254,16 @@ fn a_prompt_that_came_back_is_sent_away_again_however_full_the_step_is() {
     let mut fixture = Fixture::new(4, 4, 100);
     let a = fixture.add(0..3);
     fixture.step();
-    let b = fixture.add(100..117);
-    let loan = fixture.step_with_worker().1.pop().unwrap();
-    assert_eq!(loan.slot, b);
-    for start in [200, 300, 400] {
-        fixture.add(start..start + 8);
-    }
-    fixture.step_with_worker();
-    fixture.scheduler.restart(b, Some(loan.pages), true);
-    fixture.scheduler.cut_chunks_beside_decodes(0);
+    let b = fixture.add(200..208);
+    let c = fixture.add(100..117);
+    let (entries, mut loans) = fixture.step_with_worker();
+    assert_eq!(entries, [(a, 3, 1), (b, 0, 3)]);
+    let loan = loans.pop().unwrap();
+    assert_eq!(loan.slot, c);
+    fixture.scheduler.restart(c, Some(loan.pages), true);
     let (entries, loans) = fixture.step_with_worker();
-    assert_eq!((entries.len(), loans.len()), (1, 1), "{entries:?}");
-    assert_eq!((entries[0].0, loans[0].slot), (a, b));
+    assert_eq!(entries, [(a, 4, 1), (b, 3, 3)]);
+    assert_eq!(loans[0].slot, c);
 }
 
 #[test]

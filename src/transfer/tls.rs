@@ -149,6 +149,8 @@ pub(super) struct Tls {
     /// For the socket, from `sent` on.
     outgoing: Vec<u8>,
     sent: usize,
+    /// There was an error, or the peer has closed the connection.
+    over: bool,
 }
 
 /// Where a connection has got to with what it has received so far.
@@ -178,7 +180,7 @@ impl Tls {
     fn new(side: Side) -> Self {
         let incoming = vec![0; INCOMING_BYTES].into();
         let (plain, outgoing) = (Vec::with_capacity(RECORD_BYTES), Vec::with_capacity(OUTGOING_BYTES + RECORD_BYTES));
-        Self { side, incoming, start: 0, end: 0, plain, plain_at: 0, outgoing, sent: 0 }
+        Self { side, incoming, start: 0, end: 0, plain, plain_at: 0, outgoing, sent: 0, over: false }
     }
 
     /// Goes on with the handshake as far as what was received allows. Whether it is over.
@@ -265,6 +267,9 @@ impl Tls {
     /// Does what is due next: with what was received, whose bytes go to `targets` (the last of which is the first to be
     /// filled) and, if those are full, into `plain`; and if that is nothing, encrypts.
     fn step(&mut self, targets: &mut Vec<&mut [u8]>, to_encrypt: Option<&[u8]>) -> io::Result<Reached> {
+        if self.over {
+            return Err(io::ErrorKind::NotConnected.into());
+        }
         let Self { side, incoming, start, end, plain, plain_at, outgoing, .. } = self;
         let received = &mut incoming[*start..*end];
         if *plain_at == plain.len() {
@@ -279,25 +284,22 @@ impl Tls {
         *start += discard;
         if reached.is_err() {
             self.say_why();
+            self.over = true;
         }
         reached
     }
 
-    /// Queues the alert that tells the peer what was wrong with it.
+    /// Queues the alert that tells the peer what was wrong with it. One look: it is the first to be had, and what was wrong
+    /// with the bytes would be wrong at a second look, too.
     fn say_why(&mut self) {
         let Self { side, incoming, start, end, outgoing, .. } = self;
-        loop {
-            let received = &mut incoming[*start..*end];
-            let mut due = Due { targets: &mut Vec::new(), plain: &mut Vec::new(), outgoing, to_encrypt: None };
-            let (discard, reached) = match side {
-                Side::Client(connection) => due.handle(connection.process_tls_records(received)),
-                Side::Server(connection) => due.handle(connection.process_tls_records(received)),
-            };
-            *start += discard;
-            if !matches!(reached, Ok(Reached::On)) {
-                return;
-            }
-        }
+        let received = &mut incoming[*start..*end];
+        let mut due = Due { targets: &mut Vec::new(), plain: &mut Vec::new(), outgoing, to_encrypt: None };
+        // The first error is the one to report.
+        let _ = match side {
+            Side::Client(connection) => due.handle(connection.process_tls_records(received)),
+            Side::Server(connection) => due.handle(connection.process_tls_records(received)),
+        };
     }
 }
 
