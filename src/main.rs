@@ -30,8 +30,7 @@ fn main() -> ExitCode {
 }
 
 /// Allows this process as many open files as the system lets it have. The usual limit of 1,024 is there for programs
-/// that use
-/// `select`, and fewer than the connections and sessions that are promised.
+/// that use `select`, and fewer than the connections and sessions that are promised.
 fn open_more_files() {
     use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
     let limit = getrlimit(Resource::Nofile);

@@ -1,13 +1,12 @@
 //! What lets another worker continue an answer: lines that a stream carries beside its events, for the frontend alone.
 //!
 //! A request with the header [`PROGRESS_HEADER`] gets, as the first lines of each server-sent event, comments of the
-//! form
-//! `: {…}`: who the answer is (once), and for the event's choice the tokens it is made of since the choice's event
+//! form `: {…}`: who the answer is (once), and for the event's choice the tokens it is made of since the choice's event
 //! before, and how much text has been let out with it. A comment and its data are one event, so whoever has the one has
-//! the other. The frontend takes the comments out, keeps them in order without looking into them, and, if the worker dies,
-//! sends them all to another: the request's body again, preceded by the *journal*, the comments' JSON a line each, whose
-//! length is said in [`RESUME_HEADER`]. That worker works through the tokens as if it had generated them itself, lets out
-//! nothing that was let out before, and goes on, with comments of its own that continue the journal.
+//! the other. The frontend takes the comments out, keeps them in order without looking into them, and, if the worker
+//! dies, sends them all to another: the request's body again, preceded by the *journal*, the comments' JSON a line
+//! each, whose length is said in [`RESUME_HEADER`]. That worker works through the tokens as if it had generated them
+//! itself, lets out nothing that was let out before, and goes on, with comments of its own that continue the journal.
 //!
 //! Exactness rests on determinism: a token follows from the prompt, the parameters, the seed and the tokens before it.
 //! That both workers understood the request alike (templates, defaults, limits) is not hoped for but compared, by a

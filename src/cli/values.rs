@@ -160,8 +160,8 @@ pub(super) fn parse_seconds(text: &str) -> Result<Duration, String> {
 /// A duration from a number of milliseconds.
 pub(super) fn parse_millis(text: &str) -> Result<Duration, String> {
     let millis: f64 = text.parse().map_err(|_| format!("'{text}' is no number of milliseconds"))?;
-    if !(0.0..=1e6).contains(&millis) || millis == 0.0 {
-        return Err(format!("'{text}' is not between 0 and 1e6 milliseconds"));
+    if !(millis > 0.0 && millis <= 60_000.0) {
+        return Err(format!("'{text}' is not above 0 and at most 60000 milliseconds"));
     }
     Ok(Duration::from_secs_f64(millis / 1e3))
 }

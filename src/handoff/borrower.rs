@@ -79,9 +79,9 @@ struct Work {
 enum End {
     /// The word is with the writer.
     Posting,
-    /// Asked to stop.
+    /// Asked to stop, or unable to go on.
     Released,
-    /// Unable to go on.
+    /// The prompt is beyond this worker.
     Failed(String),
 }
 
@@ -191,16 +191,17 @@ impl Borrower {
                 }
             }
             BorrowerEvent::Computed { handoff, tokens } => self.computed(handoff, tokens, actions),
-            BorrowerEvent::WriteFailed { handoff, reason } => {
+            BorrowerEvent::WriteFailed { handoff } => {
                 if let Some(work) = self.work(handoff) {
                     work.writing = work.writing.saturating_sub(1);
                     // The word, if it was on its way, will not be posted.
                     work.end.take_if(|end| matches!(end, End::Posting));
-                    self.stop(handoff, End::Failed(reason), actions);
+                    self.stop(handoff, End::Released, actions);
                     self.finish_stopping(handoff, actions);
                 }
             }
-            BorrowerEvent::ComputeFailed { handoff, reason } => self.stop(handoff, End::Failed(reason), actions),
+            BorrowerEvent::Refused { handoff, reason } => self.stop(handoff, End::Failed(reason), actions),
+            BorrowerEvent::ComputeFailed { handoff } => self.stop(handoff, End::Released, actions),
             BorrowerEvent::Posted { handoff } => {
                 if self.work(handoff).is_some_and(|work| matches!(work.end, Some(End::Posting))) {
                     self.ack(handoff, actions);

@@ -92,13 +92,14 @@ fn by_thresholds(limits: &Limits, situation: &Situation, queue_depth: u64) -> De
     if situation.uncached_tokens <= limits.max_local_prefill_length {
         return Decision::Local(Reason::Short);
     }
-    if queue_depth >= u64::from(limits.max_prefill_queue_size) * u64::from(situation.prefill_workers) {
-        return Decision::Local(Reason::Busy);
-    }
-    Decision::Remote
+    if is_busy(limits, situation, queue_depth) { Decision::Local(Reason::Busy) } else { Decision::Remote }
 }
 
-/// `None` until there is something to compare.
+fn is_busy(limits: &Limits, situation: &Situation, queue_depth: u64) -> bool {
+    queue_depth >= u64::from(limits.max_prefill_queue_size) * u64::from(situation.prefill_workers)
+}
+
+/// `None` if what was measured does not decide it.
 fn by_measurements(
     limits: &Limits,
     situation: &Situation,
@@ -107,7 +108,7 @@ fn by_measurements(
     now: Duration,
 ) -> Option<Decision> {
     let local = situation.local?;
-    if local.gap.is_some_and(|gap| gap > limits.itl_target()) {
+    if local.gap.is_some_and(|gap| gap > limits.itl_target()) && !is_busy(limits, situation, queue_depth) {
         return Some(Decision::Remote);
     }
     let ahead = queue_depth / u64::from(situation.prefill_workers.max(1));
@@ -205,6 +206,7 @@ mod tests {
         assert_eq!(auto(sooner(None)), Decision::Local(Reason::Sooner));
         assert_eq!(auto(sooner(Some(60))), Decision::Local(Reason::Sooner));
         assert_eq!(auto(sooner(Some(61))), Decision::Remote);
+        assert_eq!(auto(Situation { queue_depth: Some(6), ..sooner(Some(61)) }), Decision::Local(Reason::Sooner));
         assert_eq!(auto(Situation { prefill_workers: 0, ..sooner(Some(61)) }), Decision::Local(Reason::Alone));
     }
 

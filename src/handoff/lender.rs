@@ -300,8 +300,9 @@ impl<R: Copy, P> Lender<R, P> {
             }
             State::Quarantined { .. } => LenderAction::Free { pages },
         });
-        // Pages that nobody waited for served nobody, even if their holder got to the end.
-        let abandoned = matches!(state, State::Quarantined { .. }) && outcome == Outcome::Completed;
+        // Pages that nobody waited for served nobody, however their holder ended.
+        let ended = matches!(outcome, Outcome::Completed | Outcome::Failed);
+        let abandoned = matches!(state, State::Quarantined { .. }) && ended;
         actions.push(LenderAction::Count(if abandoned { Outcome::Released } else { outcome }));
     }
 

@@ -30,7 +30,8 @@ pub enum Policy {
     Always,
     /// Remotely, if the prompt is long and the queue is short.
     Threshold,
-    /// Wherever measurements promise the earlier first token.
+    /// Wherever measurements promise the earlier first token, and remotely what would hold up requests that run beyond
+    /// [`Limits::itl_target_ms`].
     Auto,
 }
 
@@ -61,6 +62,7 @@ impl Default for Limits {
             policy: Policy::Threshold,
             max_local_prefill_length: 512,
             max_prefill_queue_size: 2,
+            // Five tokens a second at the slowest, as fast as most people read.
             itl_target_ms: 200.0,
         }
     }

@@ -42,8 +42,9 @@ impl Scheduler {
         while at < self.running.len() {
             let slot = self.running[at];
             let sequence = self.sequence(slot);
-            // One that may go to another worker needs no budget for it.
-            let takes_part = plan.tokens() < self.budget || sequence.place == Place::Undecided && router.is_open();
+            // One that may go to another worker needs no budget for it; if it stays, it gets its prefix hits and no more.
+            let may_leave = sequence.place == Place::Undecided && router.is_open();
+            let takes_part = plan.tokens() < self.budget || may_leave;
             if takes_part && sequence.decodes() == (pass == Pass::Decodes) {
                 self.plan_one(at, pass, plan, router);
             }

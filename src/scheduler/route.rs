@@ -7,7 +7,8 @@ pub struct Candidate {
     pub cached: usize,
     /// Sequences that are generating, which a local prefill slows down.
     pub decoding: usize,
-    /// Prompt tokens of other sequences that are to be computed here first.
+    /// Prompt tokens of other sequences that run here and come first: at most so many are to be computed, as some may
+    /// be found, or leave.
     pub queued: usize,
     /// How often another worker took it on and did not bring it to an end.
     pub lost: u32,
@@ -22,7 +23,8 @@ pub enum Route {
     Remote,
 }
 
-/// Decides where prompts are computed. Asked when a sequence would otherwise get its first tokens computed.
+/// Decides where prompts are computed. Asked about those that run and of which nothing is computed yet, in every step
+/// until some of it is.
 pub trait Router {
     /// Whether any prompt could go to another worker now.
     fn is_open(&self) -> bool;

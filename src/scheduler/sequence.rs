@@ -35,7 +35,7 @@ pub struct Sequence {
 /// Where the prompt of a sequence is computed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Place {
-    /// Nobody has asked yet.
+    /// Wherever the router says, which is asked until some of it is computed.
     Undecided,
     /// Here, until it has to start again.
     Here,

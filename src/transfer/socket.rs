@@ -109,7 +109,12 @@ impl Socket {
         loop {
             let (read, sending) = {
                 let mut tls = locked(tls);
-                (tls.decrypt(buffers)?, !tls.to_send().is_empty())
+                let read = tls.decrypt(buffers);
+                if read.is_err() {
+                    // So that the peer learns why, if the socket takes it at once.
+                    let _ = rustix::net::send(self.fd.get_ref(), tls.to_send(), SendFlags::NOSIGNAL);
+                }
+                (read?, !tls.to_send().is_empty())
             };
             if read > 0 {
                 return Ok(read);

@@ -149,8 +149,8 @@ pub(super) struct Tls {
     /// For the socket, from `sent` on.
     outgoing: Vec<u8>,
     sent: usize,
-    /// There was an error, or the peer has closed the connection.
-    over: bool,
+    /// The error after which nothing is done any more, or that the peer has closed the connection.
+    over: Option<(io::ErrorKind, String)>,
 }
 
 /// Where a connection has got to with what it has received so far.
@@ -180,7 +180,7 @@ impl Tls {
     fn new(side: Side) -> Self {
         let incoming = vec![0; INCOMING_BYTES].into();
         let (plain, outgoing) = (Vec::with_capacity(RECORD_BYTES), Vec::with_capacity(OUTGOING_BYTES + RECORD_BYTES));
-        Self { side, incoming, start: 0, end: 0, plain, plain_at: 0, outgoing, sent: 0, over: false }
+        Self { side, incoming, start: 0, end: 0, plain, plain_at: 0, outgoing, sent: 0, over: None }
     }
 
     /// Goes on with the handshake as far as what was received allows. Whether it is over.
@@ -218,7 +218,11 @@ impl Tls {
         self.plain_at += taken;
         while self.plain_at == self.plain.len() && !targets.is_empty() && self.start < self.end {
             let before: usize = targets.iter().map(|target| target.len()).sum();
-            let reached = self.step(&mut targets, None)?;
+            let reached = match self.step(&mut targets, None) {
+                // What came before the error is of use.
+                Err(_) if taken > 0 => break,
+                reached => reached?,
+            };
             taken += before - targets.iter().map(|target| target.len()).sum::<usize>();
             if reached != Reached::On {
                 break;
@@ -267,8 +271,8 @@ impl Tls {
     /// Does what is due next: with what was received, whose bytes go to `targets` (the last of which is the first to be
     /// filled) and, if those are full, into `plain`; and if that is nothing, encrypts.
     fn step(&mut self, targets: &mut Vec<&mut [u8]>, to_encrypt: Option<&[u8]>) -> io::Result<Reached> {
-        if self.over {
-            return Err(io::ErrorKind::NotConnected.into());
+        if let Some((kind, error)) = &self.over {
+            return Err(io::Error::new(*kind, error.clone()));
         }
         let Self { side, incoming, start, end, plain, plain_at, outgoing, .. } = self;
         let received = &mut incoming[*start..*end];
@@ -282,15 +286,15 @@ impl Tls {
             Side::Server(connection) => due.handle(connection.process_tls_records(received)),
         };
         *start += discard;
-        if reached.is_err() {
+        if let Err(error) = &reached {
+            self.over = Some((error.kind(), error.to_string()));
             self.say_why();
-            self.over = true;
         }
         reached
     }
 
-    /// Queues the alert that tells the peer what was wrong with it. One look: it is the first to be had, and what was wrong
-    /// with the bytes would be wrong at a second look, too.
+    /// Queues the alert that tells the peer what was wrong with it. Looks once: there is no more than this alert to send,
+    /// and the same bytes would fail again.
     fn say_why(&mut self) {
         let Self { side, incoming, start, end, outgoing, .. } = self;
         let received = &mut incoming[*start..*end];

@@ -13,7 +13,7 @@ use bytes::Bytes;
 use tokio::sync::{Notify, mpsc};
 use tracing::{Instrument, Span, field::Empty};
 
-use super::{EngineHandle, PrefillHandle, PrefillRequest, courier::Courier};
+use super::{EngineHandle, PrefillHandle, PrefillRequest, SubmitError, courier::Courier};
 use crate::{
     cluster::Delivery,
     handoff::{
@@ -203,7 +203,8 @@ pub(super) fn take(desk: &SharedDesk, note: Note) {
         Note::Posted { handoff, result: Ok(()) } => this.posted(handoff, desk),
         // Such as of a loan that was taken back.
         Note::Posted { handoff, result: Err(error) } => {
-            this.on(BorrowerEvent::WriteFailed { handoff, reason: error.to_string() }, desk);
+            this.log(handoff, &error);
+            this.on(BorrowerEvent::WriteFailed { handoff }, desk);
         }
         Note::Ended { handoff } => this.ended(handoff, desk),
         Note::Connect { .. } => {}
@@ -306,8 +307,11 @@ impl Desk {
                 let prompt = Prompt { pages, granted: Instant::now(), computed: None, over: false, writing: 0 };
                 self.prompts.insert(handoff, prompt);
             }
+            Err(SubmitError::QueueFull { .. } | SubmitError::ShuttingDown) => {
+                self.follow_ups.push_back(BorrowerEvent::ComputeFailed { handoff });
+            }
             Err(error) => {
-                self.follow_ups.push_back(BorrowerEvent::ComputeFailed { handoff, reason: error.to_string() });
+                self.follow_ups.push_back(BorrowerEvent::Refused { handoff, reason: error.to_string() });
             }
         }
     }
@@ -338,7 +342,10 @@ impl Desk {
         }
         let event = match result {
             Ok(()) => BorrowerEvent::Wrote { handoff, writes: 1 },
-            Err(error) => BorrowerEvent::WriteFailed { handoff, reason: error.to_string() },
+            Err(error) => {
+                self.log(handoff, &error);
+                BorrowerEvent::WriteFailed { handoff }
+            }
         };
         self.on(event, desk);
         self.let_go(handoff);
@@ -361,8 +368,7 @@ impl Desk {
     /// The engine has passed on everything, or has failed.
     fn ended(&mut self, handoff: HandoffId, desk: &SharedDesk) {
         if self.prompts.get(&handoff).is_some_and(|prompt| prompt.computed.is_none() && !prompt.over) {
-            let reason = "the prefill worker's engine stopped".to_owned();
-            self.on(BorrowerEvent::ComputeFailed { handoff, reason }, desk);
+            self.on(BorrowerEvent::ComputeFailed { handoff }, desk);
         }
     }
 
@@ -370,6 +376,12 @@ impl Desk {
     fn let_go(&mut self, handoff: HandoffId) {
         if self.prompts.get(&handoff).is_some_and(|prompt| prompt.over && prompt.writing == 0) {
             self.prompts.remove(&handoff);
+        }
+    }
+
+    fn log(&mut self, handoff: HandoffId, error: &WriteError) {
+        if let Some(held) = self.held_for(handoff) {
+            held.span.in_scope(|| tracing::debug!(%error, "not written"));
         }
     }
 

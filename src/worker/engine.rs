@@ -107,6 +107,7 @@ impl<R: Runner> Engine<R> {
             cancellations: 0,
             held_up: false,
         };
+        engine.scheduler.cut_chunks_beside_decodes(engine.pace.chunk());
         engine.publish_gauges();
         let handle = EngineHandle::new(shared.clone(), hasher, post);
         thread::Builder::new()
@@ -205,7 +206,7 @@ impl<R: Runner> Engine<R> {
     }
 
     fn take(&mut self, message: Message) {
-        let Self { scheduler, exports, lending, .. } = self;
+        let Self { scheduler, pace, exports, lending, .. } = self;
         let request = match message {
             Message::Request(request) => request,
             Message::Prefill(task) => return exports.add(*task, scheduler),
@@ -223,7 +224,10 @@ impl<R: Runner> Engine<R> {
                 }
                 return;
             }
-            Message::ItlTarget(target) => return self.pace.set_target(target),
+            Message::ItlTarget(target) => {
+                pace.set_target(target);
+                return scheduler.cut_chunks_beside_decodes(pace.chunk());
+            }
             Message::Wake => return,
         };
         let (sequence, terms, session) = *request;

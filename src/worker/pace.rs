@@ -8,6 +8,8 @@ use crate::{handoff::Forecast, scheduler::Candidate};
 const CHUNK_MIN: usize = 16;
 /// What the latest step counts for in a mean.
 const WEIGHT: f64 = 0.2;
+/// Prompt tokens of a step that tells as much about each as more would.
+const TELLING_TOKENS: f64 = 32.0;
 /// Steps with prompts beside decodes after which one goes nearly without, to see what decoding takes by now: while
 /// prompts keep coming there would be none.
 const MIXED_MAX: u32 = 32;
@@ -45,25 +47,29 @@ impl Pace {
     /// A step took so long, and computed so many prompt tokens beside `decodes` tokens of answers.
     pub(super) fn stepped(&mut self, prompt_tokens: usize, decodes: usize, took: Duration) {
         let took = took.as_secs_f64();
-        // One prompt token among answers is one answer more.
-        if prompt_tokens <= usize::from(decodes > 0) {
+        // One prompt token, such as the last of a prompt that was found, is one answer more.
+        if prompt_tokens <= 1 {
             // What was known before so many steps with prompts is of the past.
             if self.mixed >= MIXED_MAX {
                 self.decode_step = None;
             }
-            observe(&mut self.decode_step, took);
+            observe(&mut self.decode_step, took, WEIGHT);
             self.mixed = 0;
             return;
         }
+        // What a step takes whatever it computes weighs the more on a token the fewer there are.
+        let weight = WEIGHT * (prompt_tokens as f64 / TELLING_TOKENS).min(1.0);
         if decodes == 0 {
-            observe(&mut self.prompt_token, took / prompt_tokens as f64);
+            observe(&mut self.prompt_token, took / prompt_tokens as f64, weight);
             return;
         }
         self.mixed += 1;
         match &mut self.decode_step {
             // Decoding cannot take longer than the same and a prompt: there was a stall, or more to decode.
             Some(decoding) if took < *decoding => *decoding = took,
-            decoding => observe(&mut self.prompt_token, (took - decoding.unwrap_or(0.0)) / prompt_tokens as f64),
+            decoding => {
+                observe(&mut self.prompt_token, (took - decoding.unwrap_or(0.0)) / prompt_tokens as f64, weight);
+            }
         }
     }
 
@@ -75,16 +81,18 @@ impl Pace {
     /// What prefilling a prompt here would take, once that was measured.
     pub(super) fn forecast(&self, candidate: Candidate) -> Option<Forecast> {
         let prompt_token = self.prompt_token?;
-        let tokens = candidate.queued + candidate.tokens - candidate.cached;
+        let own = candidate.tokens - candidate.cached;
+        let tokens = candidate.queued + own;
         let computing = tokens as f64 * prompt_token;
         if candidate.decoding == 0 {
             return Some(Forecast { first_token: seconds(computing)?, gap: None });
         }
-        let chunk = self.fair_chunk();
+        let chunk = self.fair_chunk().min(self.step_max.saturating_sub(candidate.decoding)).max(1);
         let decoding = self.decode_step.unwrap_or(0.0);
         Some(Forecast {
             first_token: seconds(computing + tokens.div_ceil(chunk) as f64 * decoding)?,
-            gap: Some(seconds(decoding + chunk.min(tokens) as f64 * prompt_token)?),
+            // Those before it are computed here in any case.
+            gap: Some(seconds(decoding + chunk.min(own) as f64 * prompt_token)?),
         })
     }
 
@@ -98,8 +106,8 @@ impl Pace {
     }
 }
 
-fn observe(mean: &mut Option<f64>, sample: f64) {
-    *mean = Some(mean.map_or(sample, |mean| mean + (sample - mean) * WEIGHT));
+fn observe(mean: &mut Option<f64>, sample: f64, weight: f64) {
+    *mean = Some(mean.map_or(sample, |mean| mean + (sample - mean) * weight));
 }
 
 fn seconds(seconds: f64) -> Option<Duration> {
@@ -154,6 +162,18 @@ mod tests {
     }
 
     #[test]
+    fn a_step_for_a_single_token_says_nothing_about_prompts_and_a_short_one_little() {
+        let mut pace = Pace::new(Duration::from_millis(200), 512);
+        pace.stepped(512, 0, Duration::from_millis(512));
+        for _ in 0..20 {
+            pace.stepped(1, 0, Duration::from_millis(20));
+        }
+        assert_eq!(pace.chunk(), 180);
+        pace.stepped(4, 0, Duration::from_millis(20));
+        assert!(pace.chunk() > 150, "{}", pace.chunk());
+    }
+
+    #[test]
     fn a_machine_that_is_fast_beyond_measure_is_not_held_back() {
         let mut pace = Pace::new(Duration::from_millis(200), 512);
         pace.stepped(512, 0, Duration::ZERO);
@@ -176,6 +196,10 @@ mod tests {
         assert_eq!(pace.forecast(prompt(1_000, 500, 0)), takes(3_000, None));
         assert_eq!(pace.forecast(prompt(1_100, 500, 8)), takes(3_200 + 20 * 40, Some(200)));
         assert_eq!(pace.forecast(prompt(10, 0, 8)), takes(20 + 40, Some(60)));
+        assert_eq!(pace.forecast(prompt(10, 1_590, 8)), takes(3_200 + 20 * 40, Some(60)));
+        // Where nearly all of a step is decodes, the rest is all there is for prompts.
+        assert_eq!(pace.forecast(prompt(100, 0, 502)), takes(200 + 10 * 40, Some(60)));
+        assert_eq!(pace.forecast(prompt(100, 0, 512)), takes(200 + 100 * 40, Some(42)));
     }
 
     #[test]

@@ -178,7 +178,12 @@ pub(super) fn sink(post: Post, sessions: Arc<OnceLock<SessionServer>>) -> Sink {
             SessionEvent::Message { session, message } => {
                 let Some(&worker) = peers.get(&session) else { return };
                 match ToDecode::decode(&message) {
-                    Ok(message) => post.lender(LenderEvent::Message { session, worker, message }),
+                    Ok(message) => {
+                        if let ToDecode::Failed { handoff, reason, .. } = &message {
+                            tracing::warn!(%worker, %handoff, %reason, "a prompt is prefilled here: it is beyond a prefill worker");
+                        }
+                        post.lender(LenderEvent::Message { session, worker, message });
+                    }
                     Err(error) => {
                         tracing::warn!(%worker, %error, "a prefill worker is cut off");
                         if let Some(sessions) = sessions.get() {

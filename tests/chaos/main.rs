@@ -74,17 +74,18 @@ fn chaos(duration: Duration) {
 
     let (story, guard) = (Story::new(clock.clone()), Guard::new(&cell, &decodes, clock.clone()));
     let until = clock.now() + duration;
-    let tally = thread::scope(|scope| {
+    let (tally, nats_was_killed) = thread::scope(|scope| {
         let random = move |lane| Random::of(seed, lane);
         for (lane, seat) in (0..).zip(decodes.iter().chain(&prefills)) {
             let (story, guard) = (&story, &guard);
             scope.spawn(move || harm_worker(seat, guard, story, random(lane), until));
         }
-        for (lane, service, name) in [(100, &mut cell.etcd, "etcd"), (101, &mut cell.nats, "NATS")] {
-            let story = &story;
-            scope.spawn(move || harm_service(service, name, story, random(lane), until));
-        }
-        clients.storm(&frontend, CLIENTS, until)
+        let [_etcd, nats] =
+            [(100, &mut cell.etcd, "etcd"), (101, &mut cell.nats, "NATS")].map(|(lane, service, name)| {
+                let story = &story;
+                scope.spawn(move || harm_service(service, name, story, random(lane), until))
+            });
+        (clients.storm(&frontend, CLIENTS, until), nats.join().unwrap())
     });
     println!("{story}\n{tally}");
     let moved = ["retries", "migrations", "broken"]
@@ -97,7 +98,7 @@ fn chaos(duration: Duration) {
     at_rest();
     clients.everything_once(&frontend).check();
     at_rest();
-    guard.wait_until_the_queue_is_empty(&cell.nats.url());
+    guard.wait_until_the_queue_is_empty(&cell.nats.url(), nats_was_killed);
     println!("all quiet after {:?}", clock.now() - quiet);
     for seat in decodes.iter().chain(&prefills) {
         let kept = seat.with(|worker| pages(worker, "free") + pages(worker, "cached"));

@@ -25,6 +25,8 @@ const SETTLING_TIME: Duration = Duration::from_secs(8);
 
 /// Where the jobs are.
 const STREAM: &str = "engine-prefill";
+/// How long the queue waits for a worker's sign of life before it delivers a job again.
+const ACK_WAIT: Duration = Duration::from_secs(30);
 /// Longer than jobs are kept for a worker that is gone.
 const PATIENCE: Duration = Duration::from_secs(120);
 
@@ -81,21 +83,28 @@ impl Guard {
         self.well.lock().unwrap()[seat.number] = Some((self.clock.now(), seat.with(|decode| decode.address)));
     }
 
-    /// Returns when no job is on the queue, waiting or with anybody. After a `kill -9` either of the server's figures may
-    /// be too high for good, as it writes down neither at once: the jobs it stores may be some that were acked, until
-    /// they are too old, and its consumer may count jobs as under way that are stored no more.
-    pub(crate) fn wait_until_the_queue_is_empty(&self, nats: &str) {
+    /// Returns when no job is on the queue, waiting or with anybody, while everybody is at rest.
+    ///
+    /// A server that `was_killed` may say too much for good, as it writes down neither figure at once: it may store jobs
+    /// that were acked, and count jobs as under way that it stores no more. A job that is there comes to somebody, for the
+    /// first time or again, before the second [`ACK_WAIT`] is over, and is acked: what stays longer is nobody's.
+    pub(crate) fn wait_until_the_queue_is_empty(&self, nats: &str, was_killed: bool) {
         let started = self.clock.now();
+        let (mut seen, mut since) = (None, started);
         self.runtime.block_on(async {
             let jetstream = async_nats::jetstream::new(async_nats::connect(nats).await.unwrap());
             loop {
-                let stored = jetstream.get_stream(STREAM).await.map(|stream| stream.cached_info().state.messages);
-                let depth = self.cluster.queue.depth(self.key).await;
-                let nobodys = depth.as_ref().is_ok_and(|depth| depth.waiting + depth.delivered == 0);
-                if matches!(stored, Ok(0)) || nobodys {
+                let stored = jetstream.get_stream(STREAM).await.map(|stream| stream.cached_info().state.messages).ok();
+                let depth = self.cluster.queue.depth(self.key).await.ok();
+                let now = self.clock.now();
+                if seen != Some((stored, depth)) {
+                    (seen, since) = (Some((stored, depth)), now);
+                }
+                let waiting = depth.map(|depth| depth.waiting);
+                if stored == Some(0) || was_killed && waiting == Some(0) && now - since > 2 * ACK_WAIT {
                     return;
                 }
-                assert!(self.clock.now() - started < PATIENCE, "jobs are left: {stored:?}, {depth:?}");
+                assert!(now - started < PATIENCE, "jobs are left: {stored:?}, {depth:?}");
                 tokio::time::sleep(Duration::from_millis(100)).await;
             }
         });
@@ -161,15 +170,23 @@ pub(crate) fn harm_worker(seat: &Seat, guard: &Guard, story: &Story, mut random:
     }
 }
 
-/// Kills and stops a service now and then. It is well on return.
-pub(crate) fn harm_service(service: &mut Service, name: &str, story: &Story, mut random: Random, until: Duration) {
+/// Kills and stops a service now and then. It is well on return. Whether it was killed.
+pub(crate) fn harm_service(
+    service: &mut Service,
+    name: &str,
+    story: &Story,
+    mut random: Random,
+    until: Duration,
+) -> bool {
     let clock = story.clock();
+    let mut was_killed = false;
     loop {
         clock.rest(random.within(2_000, 15_000), until);
         if clock.now() >= until {
-            return;
+            return was_killed;
         }
         let (killed, pause) = (random.below(2) == 0, random.pause());
+        was_killed |= killed;
         if killed {
             story.tell(format!("{name} for {pause:?}: killed"));
             service.kill();

@@ -92,7 +92,7 @@ impl World {
                 Heard::Message { session, message } => BorrowerEvent::Message { session, message: *message },
                 Heard::Closed { session } => BorrowerEvent::SessionClosed { session },
                 Heard::Wrote { handoff, writes } => BorrowerEvent::Wrote { handoff, writes },
-                Heard::WriteFailed { handoff } => BorrowerEvent::WriteFailed { handoff, reason: "taken back".into() },
+                Heard::WriteFailed { handoff } => BorrowerEvent::WriteFailed { handoff },
                 Heard::Posted { handoff } => BorrowerEvent::Posted { handoff },
                 Heard::Delivered { delivery, attempt, payload } => {
                     self.take_job(prefill, delivery, attempt, &payload);
@@ -231,7 +231,7 @@ impl World {
             }
             if self.rng.per_mille(3) {
                 let reason = "out of pages".into();
-                self.inform_borrower(prefill, BorrowerEvent::ComputeFailed { handoff, reason });
+                self.inform_borrower(prefill, BorrowerEvent::Refused { handoff, reason });
                 continue;
             }
             let chunk = self.rng.within(1, 4) as usize;

@@ -1,9 +1,9 @@
 //! Products of quantised weights with quantised activations.
 //!
 //! Lanes are output columns, and each output is summed over `k` in one accumulator, block after block: the integer
-//! product of a block, its peak included, is exact, then `acc = fma(product, d_w × d_a, acc)` and, with a minimum, `acc
-//! = fma(m_w, d_a × Σq, acc)`. The order is the same for one row or many and on every instruction set, so the bits are
-//! too.
+//! product of a block, its peak included, is exact, then `acc = fma(product, d_w × d_a, acc)` and, with a minimum,
+//! `acc = fma(m_w, d_a × Σq, acc)`. The order is the same for one row or many and on every instruction set, so the bits
+//! are too.
 //!
 //! A few rows (decoding) read the packed weights directly and are bound by memory. For more rows (prefill) 4-bit
 //! weights are unpacked once into a panel that stays in the first-level cache while all rows pass by.

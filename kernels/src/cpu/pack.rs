@@ -11,10 +11,9 @@
 //! | `I8Halves` | 8 × 64 bytes, 2 × 16 f16 scales: of the first and second sixteen `k` | Q6_K |
 //!
 //! 64 bytes are 16 columns × 4 consecutive `k`; in `U4` they are two such groups, the first in the low nibbles. A
-//! weight is
-//! `scale × q + minimum`. K-quants' two-level scales are multiplied out and rounded to f16: one part in 2,000 of
-//! what a 4-bit weight is uncertain by anyway, and Q4_0's `-8 × scale` is exact. Float weights stay as they are, `[k][16]`;
-//! bf16 in pairs of `k`, `[k / 2][16][2]`.
+//! weight is `scale × q + minimum`. K-quants' two-level scales are multiplied out and rounded to f16: one part in 2,000
+//! of what a 4-bit weight is uncertain by anyway, and Q4_0's `-8 × scale` is exact. Float weights stay as they are,
+//! `[k][16]`; bf16 in pairs of `k`, `[k / 2][16][2]`.
 
 use half::f16;
 

@@ -84,15 +84,18 @@ pub enum BorrowerEvent {
     WriteFailed {
         /// Under whose grant.
         handoff: HandoffId,
-        /// For the log.
-        reason: String,
     },
-    /// The prompt cannot be computed here.
-    ComputeFailed {
+    /// The prompt is beyond this worker, now and later.
+    Refused {
         /// Which.
         handoff: HandoffId,
         /// For the log.
         reason: String,
+    },
+    /// The prompt is not computed here any further, for a reason that is not its own.
+    ComputeFailed {
+        /// Which.
+        handoff: HandoffId,
     },
     /// The mailbox word is written.
     Posted {

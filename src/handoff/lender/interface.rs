@@ -140,7 +140,7 @@ pub enum Outcome {
     Completed,
     /// The holder stopped, or was stopped, before or after the request gave it up.
     Released,
-    /// The holder could not compute or write it.
+    /// The prompt was beyond its holder.
     Failed,
     /// The holder's session was cut off.
     Fenced,

@@ -136,10 +136,9 @@ fn write(
             wanted()?;
             let length = CHUNK_BYTES.min(bytes - start);
             // SAFETY: both ranges were checked to lie in their regions, which are mapped: `local` by this thread's
-            // clone,
-            // `remote` because this thread alone drops it. The regions are different memory. The decode worker lent these
-            // pages to this session and reads and reuses them only after the completion word, or once this process has
-            // unmapped them or ended; our own pages are left alone until the write is reported done.
+            // clone, `remote` because this thread alone drops it. The regions are different memory. The decode worker
+            // lent these pages to this session and reads and reuses them only after the completion word, or once this
+            // process has unmapped them or ended; our own pages are left alone until the write is reported done.
             unsafe { copy_streaming(source.add(start), target.add(start), length) };
         }
     }

@@ -43,8 +43,7 @@ impl Writer {
     }
 
     /// Writes pages under a loan. The `remote` pages must be among those lent, and each `(layer, remote)` named once.
-    /// Until
-    /// `done` is called, the `local` pages must not change; after it, they are not read any more.
+    /// Until `done` is called, the `local` pages must not change; after it, they are not read any more.
     pub fn write(
         &self,
         slot: Slot,
