@@ -115,6 +115,7 @@ elsewhere:
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::handoff::{Limits, Policy};
 
     fn parse(line: &[&str]) -> Result<Role, String> {
         Role::try_parse_from([&["engine"], line].concat()).map_err(|error| error.to_string())
@@ -130,6 +131,17 @@ mod tests {
     #[test]
     fn the_flags_do_not_contradict_each_other() {
         Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn flags_that_are_not_given_are_the_limits_that_hold_without_any() {
+        let (flags, limits) = (worker(&["--model", "m"]).disagg, Limits::default());
+        assert_eq!(Policy::from(flags.disagg_policy), limits.policy);
+        assert_eq!(flags.max_local_prefill_length, limits.max_local_prefill_length as usize);
+        assert_eq!(flags.max_prefill_queue_size, limits.max_prefill_queue_size as usize);
+        assert_eq!(flags.itl_target, limits.itl_target());
+        let refused = parse(&["--model", "m", "--itl-target", "100000"]).unwrap_err();
+        assert!(refused.contains("above 0 and at most 60000 milliseconds"), "{refused}");
     }
 
     #[test]
