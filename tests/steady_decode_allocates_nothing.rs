@@ -24,7 +24,8 @@ const BLOCK_SIZE: usize = 16;
 /// Steps that are left to settle, then steps that are watched.
 const SETTLING: usize = 5;
 const WATCHED: usize = 210;
-const MAX_TOKENS: usize = SETTLING + WATCHED + 5;
+/// Some are generated before the last prompt is computed.
+const MAX_TOKENS: usize = SETTLING + WATCHED + 40;
 const MAX_MODEL_LEN: usize = 512;
 
 static ALLOCATIONS: AtomicUsize = AtomicUsize::new(0);
@@ -90,10 +91,9 @@ impl<R: Runner> Runner for Watch<R> {
         out: &mut [Sampled],
         layer_done: &mut dyn FnMut(usize),
     ) -> Result<(), RunnerError> {
-        if batch.tokens.len() == SEQUENCES && batch.sequences.len() == SEQUENCES {
-            self.decodes += 1;
-        }
-        let watched = (SETTLING + 1..=SETTLING + WATCHED).contains(&self.decodes);
+        let all_decode = batch.tokens.len() == SEQUENCES && batch.sequences.len() == SEQUENCES;
+        self.decodes += usize::from(all_decode);
+        let watched = all_decode && (SETTLING + 1..=SETTLING + WATCHED).contains(&self.decodes);
         WATCHED_THREAD.set(watched);
         WATCHED_STEPS.fetch_add(usize::from(watched), Ordering::Relaxed);
         self.runner.execute(batch, row, out, layer_done)
