@@ -10,10 +10,11 @@ use super::{
     membership::{self, Particulars},
     model::{self, Loaded},
     signals::Signals,
+    ways::Ways,
 };
 use crate::{
     api::{self, ApiConfig, ChatTemplate, Defaults, ServerConfig},
-    cli::{DisaggArgs, TransportArg, WorkerArgs},
+    cli::{DisaggArgs, WorkerArgs},
     cluster::{Cluster, Joined, Needs, Role, join},
     handoff::Limits,
     telemetry::Metrics,
@@ -27,7 +28,7 @@ pub async fn run(cli: WorkerArgs, ready: impl FnOnce(Ready)) -> Result<()> {
     let cluster = cluster(&cli).await?;
     let metrics = Metrics::new();
     let mut signals = Signals::new()?;
-    let shared = cluster.is_some() && cli.disagg.transport != TransportArg::Tcp;
+    let shared = cluster.is_some() && Ways::of(&cli.disagg)?.shm;
     let loading = tokio::task::spawn_blocking(move || load(&cli, shared).map(|loaded| (loaded, cli)));
     let ((config, loaded), cli) = tokio::select! {
         loaded = loading => loaded.context("loading the model panicked")??,

@@ -68,7 +68,8 @@ pub enum PortState {
 }
 
 /// What a port is plugged into.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "lowercase")]
 pub enum Link {
     /// An InfiniBand subnet.
     InfiniBand,

@@ -32,6 +32,7 @@ pub(super) fn hello(to: &SessionAddresses, transport: Transport) -> Hello {
         transport,
         layers: SHAPE.layers as u64,
         page_bytes: SHAPE.page_bytes as u64,
+        rdma: Vec::new(),
     }
 }
 
@@ -54,6 +55,8 @@ pub(super) struct Decode {
 pub(super) fn server_config(unix: PathBuf) -> ServerConfig {
     ServerConfig {
         tcp: Some(([127, 0, 0, 1], 0).into()),
+        tcp_pages: true,
+        rdma: None,
         advertise: None,
         unix: Some(unix),
         tls: None,
@@ -138,7 +141,9 @@ pub(super) fn connector_config(transport: Transport) -> ConnectorConfig {
         token: ClusterToken::new("tea"),
         model_key: "model".into(),
         timeout: PATIENCE,
-        tcp_only: transport == Transport::Tcp,
+        shm: transport == Transport::Shm,
+        rdma: None,
+        tcp: true,
         metrics: TransferMetrics::default(),
     }
 }
