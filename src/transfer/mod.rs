@@ -25,6 +25,7 @@ mod link;
 mod mailbox;
 mod metrics;
 mod outbound;
+pub mod rdma;
 mod runs;
 mod server;
 mod socket;

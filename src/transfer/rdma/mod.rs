@@ -1,0 +1,7 @@
+//! Moving pages between hosts by RDMA write.
+
+mod choose;
+mod devices;
+
+pub use choose::{Choice, ChooseError, Wish, choose};
+pub use devices::{Device, Gid, GidKind, Link, Port, PortState, SYSFS_CLASS, devices};
