@@ -3,9 +3,11 @@
 
 mod model;
 mod network;
+mod whole;
 
 pub(crate) use model::Model;
 pub(crate) use network::Network;
+pub(crate) use whole::answers_equal_those_of_one_process;
 
 use std::{
     io::Write,
