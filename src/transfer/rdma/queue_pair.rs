@@ -20,7 +20,7 @@ const HOPS_MAX: u8 = 64;
 /// How long the adapter waits for an acknowledgement: 4.096 µs × 2^17, half a second.
 const ACKNOWLEDGED_IN: u8 = 17;
 /// How often it tries again, which makes some four seconds: longer than a link takes to come back, shorter than a
-/// session takes to give up its peer.
+/// session takes to give up its peer. 7, the most, is for ever to some adapters, soft-RoCE among them.
 const RETRIES: u8 = 6;
 /// Bytes of a request that may stand in the request itself: a mailbox word.
 pub(super) const INLINE_BYTES: u32 = 8;
