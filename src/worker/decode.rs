@@ -26,9 +26,13 @@ pub async fn run(cli: WorkerArgs, ready: impl FnOnce(Ready)) -> Result<()> {
     let bound = api::bind(&cli.host, cli.port()).await?;
     let limits = limits(&cli.disagg)?;
     let cluster = cluster(&cli).await?;
+    let ways = match &cluster {
+        Some(_) => Some(Ways::of(&cli.disagg)?.open().await?),
+        None => None,
+    };
     let metrics = Metrics::new();
     let mut signals = Signals::new()?;
-    let shared = cluster.is_some() && Ways::of(&cli.disagg)?.shm;
+    let shared = ways.as_ref().is_some_and(|ways| ways.shm);
     let loading = tokio::task::spawn_blocking(move || load(&cli, shared).map(|loaded| (loaded, cli)));
     let ((config, loaded), cli) = tokio::select! {
         loaded = loading => loaded.context("loading the model panicked")??,
@@ -39,8 +43,8 @@ pub async fn run(cli: WorkerArgs, ready: impl FnOnce(Ready)) -> Result<()> {
         }
     };
     let (model, key) = (loaded.card(&cli, config.model_names.clone()), loaded.key);
-    let (engine, lender) = if cluster.is_some() {
-        let (engine, lender) = lender::start(&cli, limits, loaded, &metrics).await?;
+    let (engine, lender) = if let Some(ways) = &ways {
+        let (engine, lender) = lender::start(&cli, limits, loaded, ways, &metrics).await?;
         (engine, Some(lender))
     } else {
         (Engine::start(loaded.runner, loaded.config, metrics.engine.clone())?, None)

@@ -41,6 +41,7 @@ pub(super) async fn start(
     cli: &WorkerArgs,
     limits: Limits,
     loaded: Loaded,
+    ways: &Ways,
     metrics: &Metrics,
 ) -> Result<(EngineHandle, Lender)> {
     let Loaded { runner, config, region, key, .. } = loaded;
@@ -49,8 +50,7 @@ pub(super) async fn start(
     let mailbox = Mailbox::new(mailbox_slots).context("cannot make a mailbox")?;
     let (post, inbox) = inbox();
     let sessions: Arc<OnceLock<SessionServer>> = Arc::default();
-    let ways = Ways::of(&cli.disagg)?;
-    let mut server = server_config(cli, &ways, key, metrics).await?;
+    let mut server = server_config(cli, ways, key, metrics).await?;
     let (pages, words) = (region.clone(), mailbox.clone());
     server.rdma = ways.register(move |adapters| Target::new(adapters, &pages, &words)).await?;
     let on = [

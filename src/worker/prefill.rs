@@ -40,6 +40,7 @@ pub async fn run(mut cli: WorkerArgs, ready: impl FnOnce(Ready)) -> Result<()> {
         Joined::Member(cluster) => cluster,
         Joined::Alone(found) => bail!("a prefill worker needs a cluster: {found}"),
     };
+    let ways = Ways::of(&cli.disagg)?.open().await?;
     let mut signals = Signals::new()?;
     let mut expected = None;
     if cli.model.is_none() {
@@ -66,7 +67,6 @@ pub async fn run(mut cli: WorkerArgs, ready: impl FnOnce(Ready)) -> Result<()> {
         bail!("{name} is not the same model here as in the cluster: its files differ");
     }
     let (model, key) = (loaded.card(&cli, vec![name.clone()]), loaded.key);
-    let ways = Ways::of(&cli.disagg)?;
     let pages = loaded.region.clone();
     let rdma = ways.register(move |adapters| Source::new(adapters, &pages)).await?;
     let transports = ways.names(rdma.is_some());

@@ -11,7 +11,6 @@ use crate::{
 };
 
 /// The ways that are allowed.
-#[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Ways {
     /// Through memory that processes of a host share.
     pub(super) shm: bool,
@@ -22,6 +21,7 @@ pub(super) struct Ways {
     /// Without adapters the worker does not start.
     rdma_needed: bool,
     wish: Wish,
+    adapters: Option<Adapters>,
 }
 
 impl Ways {
@@ -46,33 +46,43 @@ impl Ways {
             tcp: allowed(Transport::Tcp) && !disagg.require_rdma,
             rdma_needed,
             wish: Wish { devices: disagg.rdma_device.clone(), gid_index: disagg.rdma_gid_index },
+            adapters: None,
         })
     }
 
-    /// Opens adapters and registers memory with them, if that is allowed and possible. It is an error only if it was
-    /// asked for.
+    /// Opens the adapters, if they are allowed and there are any. Without them it is an error only if they were asked
+    /// for.
+    pub(super) async fn open(mut self) -> Result<Self> {
+        if self.rdma {
+            let wish = self.wish.clone();
+            let opened = tokio::task::spawn_blocking(move || Adapters::open(&wish)).await;
+            self.adapters = self.unless_needed(opened.context("opening RDMA devices panicked")?)?;
+        }
+        Ok(self)
+    }
+
+    /// Registers memory with the adapters that are open, if any are.
     pub(super) async fn register<T: Send + 'static>(
         &self,
         register: impl FnOnce(&Adapters) -> Result<T, RdmaError> + Send + 'static,
     ) -> Result<Option<T>> {
-        if !self.rdma {
-            return Ok(None);
-        }
-        let wish = self.wish.clone();
-        let open = move || {
-            let adapters = Adapters::open(&wish)?;
-            let registered = register(&adapters)?;
-            Ok::<_, RdmaError>((adapters, registered))
-        };
-        match tokio::task::spawn_blocking(open).await.context("registering memory panicked")? {
-            Ok((adapters, registered)) => {
-                for choice in adapters.choices() {
-                    let gid = std::net::Ipv6Addr::from(choice.gid);
-                    tracing::info!(device = %choice.device, port = choice.port, gid_index = choice.gid_index, %gid,
-                        link = %choice.link, gbps = choice.rate_gbps, "KV memory is registered for RDMA");
-                }
-                Ok(Some(registered))
+        let Some(adapters) = self.adapters.clone() else { return Ok(None) };
+        let registered = tokio::task::spawn_blocking(move || register(&adapters)).await;
+        let registered = self.unless_needed(registered.context("registering memory panicked")?)?;
+        if let (Some(_), Some(adapters)) = (&registered, &self.adapters) {
+            for choice in adapters.choices() {
+                let gid = std::net::Ipv6Addr::from(choice.gid);
+                tracing::info!(device = %choice.device, port = choice.port, gid_index = choice.gid_index, %gid,
+                    link = %choice.link, gbps = choice.rate_gbps, "KV memory is registered for RDMA");
             }
+        }
+        Ok(registered)
+    }
+
+    /// What came of it; that nothing did is an error, or only said.
+    fn unless_needed<T>(&self, result: Result<T, RdmaError>) -> Result<Option<T>> {
+        match result {
+            Ok(value) => Ok(Some(value)),
             Err(error) if self.rdma_needed => Err(error).context("RDMA was asked for"),
             Err(RdmaError::Choose(ChooseError::NoDevice)) => {
                 tracing::debug!("this host has no RDMA device");
@@ -123,7 +133,10 @@ mod tests {
         assert_eq!(allowed(&["--require-rdma"]), [true, true, false, true]);
         assert_eq!(allowed(&["--transport", "rdma", "--require-rdma"]), [false, true, false, true]);
         assert_eq!(allowed(&["--rdma-device", "mlx5_0"]), [true, true, true, true]);
-        assert!(ways(&["--transport", "tcp", "--require-rdma"]).unwrap_err().to_string().contains("--require-rdma"));
+        assert!(
+            ways(&["--transport", "tcp", "--require-rdma"])
+                .is_err_and(|error| error.to_string().contains("--require-rdma"))
+        );
         assert!(ways(&["--transport", "shm", "--rdma-gid-index", "3"]).is_err());
     }
 
