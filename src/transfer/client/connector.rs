@@ -89,7 +89,7 @@ impl Connector {
         }
         let Some(address) = &addresses.tcp else { return Err(ConnectError::NoAddress) };
         let without_rdma = match self.source_for(addresses) {
-            Ok(source) => match self.connect_rdma(source, address, addresses, own).await {
+            Ok(source) => match self.try_rdma(source, address, addresses, own).await {
                 Err(error) if config.tcp && is_about_rdma(&error) => {
                     tracing::warn!(%address, %error, "no RDMA with a decode worker");
                     "it was tried"
@@ -113,6 +113,20 @@ impl Connector {
         let Some(theirs) = to.rdma.first() else { return Err("the decode worker uses no adapter") };
         let ours = source.links().next();
         if ours == Some(theirs.link) { Ok(source) } else { Err("one worker is on InfiniBand, the other on Ethernet") }
+    }
+
+    /// Where TCP will do too, an adapter that hears nothing is not waited for until there is no time left for that.
+    async fn try_rdma(
+        &self,
+        source: &Source,
+        address: &str,
+        to: &SessionAddresses,
+        own: WorkerId,
+    ) -> Result<Session, ConnectError> {
+        let ConnectorConfig { tcp, timeout, .. } = self.shared.config;
+        let patience = if tcp { timeout / 2 } else { timeout };
+        let connected = tokio::time::timeout(patience, self.connect_rdma(source, address, to, own)).await;
+        connected.unwrap_or_else(|_| Err(RdmaError::Unreachable(io::ErrorKind::TimedOut.into()).into()))
     }
 
     /// The connection is TCP's; what is written does not go over it.

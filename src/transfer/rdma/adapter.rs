@@ -156,10 +156,8 @@ unsafe impl Sync for Registered {}
 /// What may be done with registered memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Access {
-    /// The adapter reads it.
-    Read,
-    /// The adapter writes what it has read elsewhere.
-    Fetch,
+    /// This process's own adapter alone reads and writes it.
+    Own,
     /// Peers write it, and read it back.
     Peers,
 }
@@ -168,8 +166,9 @@ impl Registered {
     /// Registers all of `region`.
     pub(super) fn new(adapter: &Arc<Adapter>, region: &Region, access: Access) -> Result<Self, RdmaError> {
         let flags = match access {
-            Access::Read => 0,
-            Access::Fetch => sys::ibv_access_flags::IBV_ACCESS_LOCAL_WRITE.0,
+            // Writing too where only reading is wanted: pages that nobody has touched yet would otherwise be registered
+            // as the zeroes they read as, by kernels that do not look ahead.
+            Access::Own => sys::ibv_access_flags::IBV_ACCESS_LOCAL_WRITE.0,
             // No relaxed ordering: the word behind the pages must not overtake them on its way through PCIe.
             Access::Peers => {
                 sys::ibv_access_flags::IBV_ACCESS_LOCAL_WRITE.0

@@ -35,8 +35,8 @@ impl Source {
         let lane = |adapter| {
             let scratch = Region::private(SCRATCH).map_err(RdmaError::Scratch)?;
             Ok(Arc::new(SourceLane {
-                region: Registered::new(adapter, region, Access::Read)?,
-                scratch: Registered::new(adapter, &scratch, Access::Fetch)?,
+                region: Registered::new(adapter, region, Access::Own)?,
+                scratch: Registered::new(adapter, &scratch, Access::Own)?,
             }))
         };
         Ok(Self { lanes: adapters.0.iter().map(lane).collect::<Result<_, RdmaError>>()? })
