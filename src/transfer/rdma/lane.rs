@@ -16,7 +16,7 @@ use crate::transfer::mailbox::SLOT_BYTES;
 /// times what the fastest links hold.
 pub(super) const DEPTH: usize = 512;
 /// Requests posted with one doorbell, at most.
-const CHAIN_MAX: usize = 128;
+pub(in super::super) const CHAIN_MAX: usize = 128;
 /// One in so many requests reports that it is complete, and for all before it; the last of a chain always does.
 const SIGNALLED_EVERY: usize = 64;
 /// Bytes of one request, at most. A loan that is taken back waits for the requests under way.

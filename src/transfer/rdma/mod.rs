@@ -29,12 +29,12 @@ pub use devices::{Device, Gid, GidKind, Link, Port, PortState, SYSFS_CLASS, devi
 pub use error::RdmaError;
 pub(super) use lane::{Lane, RdmaLane};
 pub(super) use queue_pair::Endpoint;
-#[cfg(test)]
-pub(super) use requests::RequestLimits;
 pub(super) use requests::{Piece, Requests};
 pub use source::Source;
 pub use target::Target;
 pub(super) use target::{Granted, Offer};
+#[cfg(test)]
+pub(super) use {lane::CHAIN_MAX, requests::RequestLimits};
 
 /// Adapters a session may be striped over.
 pub(super) const LANES_MAX: usize = 8;
