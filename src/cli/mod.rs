@@ -4,12 +4,14 @@
 mod cluster;
 mod frontend;
 mod mock;
+mod transport;
 mod values;
 mod worker;
 
 pub use cluster::ClusterArgs;
 pub use frontend::FrontendArgs;
 pub use mock::MockArgs;
+pub use transport::TransportArgs;
 pub use values::{DisaggPolicyArg, KvDTypeArg, LoadFormatArg, LogFormatArg, TransportArg};
 pub use worker::{DisaggArgs, WorkerArgs};
 
