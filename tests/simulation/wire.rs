@@ -1,7 +1,7 @@
 //! Sessions. Over TCP everything is one ordered stream, and the receiver writes to memory, into pages it knows to be
 //! lent. Over shared memory messages are a stream, and the prefill worker's writer writes to memory, wherever it likes.
-//! Over RDMA they are a stream too, and what the writer posts is on its way beside it, and lands whatever becomes of the
-//! stream or the writer's process, until the decode worker's adapter is told to refuse it.
+//! Over RDMA they are a stream too, and what the writer posts is on its way beside it, and lands in any order, whatever
+//! becomes of the stream or the writer's process, until the decode worker's adapter is told to refuse it.
 
 use std::collections::VecDeque;
 
@@ -41,7 +41,7 @@ pub(crate) struct Link {
     to_prefill: u64,
     /// What the prefill worker's writer has before it.
     writer: VecDeque<Task>,
-    /// What it has posted to its adapter, and when the last of it lands.
+    /// What it has posted to its adapter, and when all of it has landed.
     under_way: VecDeque<Task>,
     to_memory: u64,
     /// The decode worker's adapter refuses what still comes.
@@ -239,6 +239,7 @@ impl World {
             return self.step_later(link);
         }
         match transport {
+            Transport::Rdma if self.must_wait(link, &task) => self.links[link].writer.push_front(task),
             Transport::Rdma => {
                 let lands = (self.now + self.delay()).max(self.links[link].to_memory);
                 self.links[link].to_memory = lands;
@@ -262,6 +263,12 @@ impl World {
         self.step_later(link);
     }
 
+    /// Whether a word's data is not acknowledged yet.
+    fn must_wait(&self, link: LinkId, task: &Task) -> bool {
+        let posted = !self.links[link].under_way.is_empty();
+        matches!(task, Task::Word(_)) && posted && self.mutation != Some(Mutation::WordUnacknowledged)
+    }
+
     fn perform(&mut self, link: LinkId, task: &Task) {
         match *task {
             Task::Write(write) => self.write(link, write),
@@ -272,7 +279,12 @@ impl World {
     /// What is under way between adapters comes to the decode worker's.
     pub(crate) fn lands(&mut self, link: LinkId) {
         let Link { prefill, prefill_open, refused, .. } = self.links[link];
-        let Some(task) = self.links[link].under_way.pop_front() else { return };
+        let under_way = self.links[link].under_way.len() as u64;
+        if under_way == 0 {
+            return;
+        }
+        let first = self.rng.below(under_way) as usize;
+        let Some(task) = self.links[link].under_way.remove(first) else { return };
         if refused {
             self.tally.sunk += 1;
             // Its adapter tells the writer, which is the end of the session there.
