@@ -20,30 +20,28 @@ fn cell() -> Cell {
     Cell::of(Model::made_up(2, 2, 1024))
 }
 
-/// Flags of a worker whose pages travel by RDMA or not at all, over a device of its choice or this one.
-fn rdma(device: Option<&str>) -> Vec<&str> {
-    let device = device.map(|device| ["--rdma-device", device]);
-    [&["--transport", "rdma", "--require-rdma"], device.as_ref().map_or(&[][..], |flags| flags)].concat()
-}
+/// Pages travel by RDMA or not at all, over devices of the workers' choice.
+const RDMA: [&str; 3] = ["--transport", "rdma", "--require-rdma"];
 
 /// Whether a prefill worker has written any page.
 fn writes(prefill: &Server) -> bool {
-    let metrics = prefill.get("/metrics").text();
-    metrics.contains("engine_transfer_bytes_total{transport=\"rdma\"}")
+    // Until then there is no such metric.
+    prefill.get("/metrics").text().contains("engine_transfer_bytes_total{transport=\"rdma\"}")
 }
 
 #[test]
 #[ignore = "needs an RDMA device: make test-rdma"]
 fn answers_equal_those_of_one_process_between_two_adapters() {
-    answers_equal_those_of_one_process(&cell(), "rdma", &rdma(Some("rxw0"))[2..], &rdma(Some("rxw1"))[2..]);
+    let over = |device| ["--require-rdma", "--rdma-device", device];
+    answers_equal_those_of_one_process(&cell(), "rdma", &over("rxw0"), &over("rxw1"));
 }
 
 #[test]
 #[ignore = "needs an RDMA device: make test-rdma"]
 fn a_prefill_worker_that_dies_while_it_writes_costs_a_pause() {
     let cell = cell();
-    let decode = cell.decode(&[&["--max-local-prefill-length", "64"], &rdma(None)[..]].concat());
-    let prefill = cell.prefill(&[&SLOWLY[..], &rdma(None)].concat());
+    let decode = cell.decode(&[&["--max-local-prefill-length", "64"], &RDMA[..]].concat());
+    let prefill = cell.prefill(&[&SLOWLY[..], &RDMA].concat());
     cell.wait_for_prefill_worker(&decode);
     let [first, second] = [1, 2].map(|number| cell.prompt(number, 300));
     let answer = thread::scope(|scope| {
@@ -60,7 +58,7 @@ fn a_prefill_worker_that_dies_while_it_writes_costs_a_pause() {
 
     // What it leaves behind is as good as new.
     drop(prefill);
-    let prefill = cell.prefill(&rdma(None));
+    let prefill = cell.prefill(&RDMA);
     // The decode worker hears of it before it hears that the other one's lease is over.
     prefill.wait_until("it has joined", |prefill| prefill.log().contains("registered"));
     cell.wait_for_prefill_worker(&decode);
