@@ -1,7 +1,7 @@
 #!/bin/bash
 # Measures `engine transfer-bench` beside `ib_write_bw`, over the same emulated device in the same boot of the guest of
-# tests/rdma/guest.sh, and writes a page into benches/results. What the device does takes the emulated processor, so that
-# the speeds mean nothing, but neither has more of it than the other: what is compared is what each adds.
+# tests/rdma/guest.sh, and writes a page into benches/results. The emulated processor does the device's work, so the
+# speeds mean nothing; but both have as much of it, and what is compared is what each adds.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 turns=5
@@ -34,9 +34,9 @@ lines = [
     "",
     f"- Machine: {cpu}, {len(os.sched_getaffinity(0))} cores, {memory:.0f} GiB; on it QEMU, which emulates two cores",
     f"- Device: soft-RoCE of Linux {kernel} on the loopback interface, MTU 4096; peer: ib_write_bw of perftest {perftest}",
-    f"- {turns} turns each, alternating, in one boot; GB/s, median (least to most). A turn of `engine transfer-bench` is the",
-    "  median of 5 rounds of 128 pages of 64 KiB, or 64 of 1 MiB, no two adjacent, and the mailbox word behind them; one of",
-    "  `ib_write_bw` is 256 writes, or 128, into the same place, 128 at a time",
+    f"- {turns} turns each, alternating, in one boot; GB/s, median (least to most). A turn of `engine transfer-bench`",
+    "  is the median of 5 rounds of 128 pages of 64 KiB, or 64 of 1 MiB, no two adjacent, and the mailbox word behind",
+    "  them; one of `ib_write_bw` is 256 writes, or 128, into the same place, 128 at a time",
     "- The emulated processor does the device's work: only the ratio means something",
     "",
     "| page | engine transfer-bench | ib_write_bw | ratio | floor |",

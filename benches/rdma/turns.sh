@@ -1,6 +1,6 @@
 #!/bin/busybox sh
-# In the guest of tests/rdma/guest.sh: `engine transfer-bench` and `ib_write_bw` in turns, over one device. Prints a line a
-# turn: `bandwidth <bytes of a page> <who> <GB/s>`.
+# In the guest of tests/rdma/guest.sh: `engine transfer-bench` and `ib_write_bw` in turns, over one device. Prints a line
+# a turn: `bandwidth <bytes of a page> <who> <GB/s>`.
 #
 #   turns.sh ENGINE TURNS
 set -eo pipefail

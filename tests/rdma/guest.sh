@@ -1,13 +1,13 @@
 #!/bin/bash
-# Boots a throw-away machine with verbs devices, for programs that need some where there are none, and runs a plan in it:
-# QEMU, which emulates the processor and so needs neither root nor virtualisation, and Linux' soft-RoCE, which does
-# over an ordinary network interface what an RDMA adapter does.
+# Boots a throw-away machine with RDMA devices, for programs that need some where there are none, and runs a plan in it.
+# QEMU emulates the processor, and so needs neither root nor virtualisation; Linux' soft-RoCE does over an ordinary
+# network interface what an adapter does.
 #
 #   tests/rdma/guest.sh [FILE...] <plan
 #
-# Each line of the plan is: the seconds it may take, its name, and a command for busybox's shell. The first that fails is the
-# last. Each FILE is in the guest under the path it has here, without its symbols, together with the libraries it is
-# linked with. Ends with 0 if everything went well, 1 if a command failed, 125 if the guest gave no verdict.
+# Each line of the plan is: the seconds it may take, its name, and a command for busybox's shell. The first that fails
+# is the last. Each FILE is in the guest under the path it has here, without its symbols, together with the libraries it
+# is linked with. Ends with 0 if everything went well, 1 if a command failed, 125 if the guest gave no verdict.
 #
 # LIMIT (480) bounds the whole in seconds; MEMORY (2048) is the guest's, in MiB.
 set -euo pipefail

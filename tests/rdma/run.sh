@@ -7,8 +7,9 @@ set -euo pipefail
 cd "$(dirname "$0")/../.."
 PATH=$PATH:/usr/sbin:/usr/local/sbin
 
-# Of the whole workspace, as `make test` builds them: for one package with other features everything would be compiled again.
-programs=$(cargo test --workspace --lib --bin engine --test rdma --locked --no-run --message-format json-render-diagnostics | python3 -c '
+# Of the whole workspace, as `make test` builds them: one package has other features, and all would be compiled again.
+programs=$(cargo test --workspace --lib --bin engine --test rdma --locked --no-run \
+    --message-format json-render-diagnostics | python3 -c '
 import json, sys
 names = {("engine", "lib", True): "transport", ("engine", "bin", False): "engine", ("rdma", "test", True): "cluster"}
 for line in sys.stdin:
@@ -38,5 +39,5 @@ steps=("$@")
 [ $# -gt 0 ] || steps=(transport cluster)
 plan=$(for step in "${steps[@]}"; do plan "$step"; done)
 
-LIMIT=450 tests/rdma/guest.sh "$some" "$transport" "$engine" "$cluster" "$(command -v etcd)" "$(command -v nats-server)" \
-    "$tokenizer"/tokenizer{,_config}.json <<<"$plan"
+LIMIT=450 tests/rdma/guest.sh "$some" "$transport" "$engine" "$cluster" "$tokenizer"/tokenizer{,_config}.json \
+    "$(command -v etcd)" "$(command -v nats-server)" <<<"$plan"
