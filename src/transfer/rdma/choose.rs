@@ -207,16 +207,16 @@ fn address<'a>(device: &Device, port: &'a Port, wish: &Wish) -> Result<&'a Gid, 
     })
 }
 
-/// Lower is better. Routers forward the first two; a link-local address reaches who is on the same segment; a loopback
-/// address reaches nobody else.
+/// Lower is better. Routers forward the first two. A loopback address reaches this host alone, and is found on an
+/// interface whose link-local address reaches nobody at all. A link-local address reaches who is on the same segment.
 fn preference(gid: &Gid) -> usize {
     let address = gid.address();
     match gid.ipv4() {
-        Some(v4) if v4.is_loopback() => 4,
-        Some(v4) if v4.is_link_local() => 3,
+        Some(v4) if v4.is_loopback() => 2,
+        Some(v4) if v4.is_link_local() => 5,
         Some(_) => 0,
-        None if address.is_loopback() => 4,
-        None if address.is_unicast_link_local() => 2,
+        None if address.is_loopback() => 3,
+        None if address.is_unicast_link_local() => 4,
         None => 1,
     }
 }

@@ -380,8 +380,9 @@ pub(super) mod testing {
                 ("ports/1/link_layer", "Ethernet"),
             ],
         );
-        write_gid(&soft.join("ports/1"), 0, "fe80:0000:0000:0000:0200:00ff:fe00:0000", "", "");
+        write_gid(&soft.join("ports/1"), 0, "fe80:0000:0000:0000:0200:00ff:fe00:0000", "RoCE v2", "lo");
         write_gid(&soft.join("ports/1"), 1, "0000:0000:0000:0000:0000:ffff:7f00:0001", "RoCE v2", "lo");
+        write_gid(&soft.join("ports/1"), 2, "0000:0000:0000:0000:0000:0000:0000:0001", "", "");
         class
     }
 }
@@ -443,6 +444,10 @@ mod tests {
         assert_eq!(soft.rate_gbps, 2.5);
         assert_eq!((soft.netdev.as_deref(), soft.netdev_mtu), (Some("lo"), Some(65536)));
         let kinds: Vec<_> = soft.gids.iter().map(|gid| gid.kind).collect();
-        assert_eq!(kinds, [GidKind::RoceV1, GidKind::RoceV2], "without an attribute, the kind never chosen unasked");
+        assert_eq!(
+            kinds,
+            [GidKind::RoceV2, GidKind::RoceV2, GidKind::RoceV1],
+            "without an attribute, the kind never chosen unasked"
+        );
     }
 }
