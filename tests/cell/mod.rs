@@ -106,7 +106,7 @@ impl Cell {
         Server::start_as(&[flags, &["--etcd", &services[0], "--nats", &services[1], "--host", &here]].concat())
     }
 
-    fn services(&self) -> [String; 2] {
+    pub(crate) fn services(&self) -> [String; 2] {
         [self.etcd.url(), self.nats.url()]
     }
 
