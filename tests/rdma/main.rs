@@ -10,10 +10,11 @@ mod services;
 #[path = "../support/mod.rs"]
 mod support;
 
-use std::thread;
+use std::{process::Command, thread};
 
 use cell::{Cell, Model, SLOWLY, answers_equal_those_of_one_process, ask, handoffs, prefills, wait_until_idle};
 use program::Server;
+use serde_json::Value;
 
 /// A model that the guest's emulated processor is fast enough for.
 fn cell() -> Cell {
@@ -65,5 +66,26 @@ fn a_prefill_worker_that_dies_while_it_writes_costs_a_pause() {
     assert_eq!(ask(&decode, &second), ask(&alone, &second));
     assert_eq!((prefills(&decode, "local"), prefills(&decode, "remote")), (1.0, 1.0));
     assert!(writes(&prefill));
+    wait_until_idle(&decode);
+}
+
+#[test]
+#[ignore = "needs an RDMA device: make test-rdma"]
+fn a_doctor_has_the_way_over_rdma_measured() {
+    let cell = cell();
+    let decode = cell.decode(&RDMA);
+    let _prefill = cell.prefill(&RDMA);
+    cell.wait_for_prefill_worker(&decode);
+    let mut doctor = Command::new(env!("CARGO_BIN_EXE_engine"));
+    doctor.args(["doctor", "--json", "--require-rdma", "--measure", "--kv-cache-memory", "64MiB"]);
+    doctor.args(["--etcd", &cell.etcd.url(), "--nats", &cell.nats.url()]);
+    let said = doctor.output().unwrap();
+    let text = String::from_utf8(said.stdout).unwrap();
+    assert!(said.status.success(), "{text}\n{}", decode.log());
+    let said: Value = serde_json::from_str(&text).unwrap();
+    let findings = said["findings"].as_array().unwrap();
+    let of = |check: &str| findings.iter().find(|finding| finding["check"] == check).unwrap()["seen"].to_string();
+    assert!(of("transport").contains("RDMA: "), "{text}");
+    assert!(of("transfer").contains("over rdma") && of("transfer").contains("of the link's"), "{text}");
     wait_until_idle(&decode);
 }
