@@ -27,6 +27,8 @@ pub(super) struct Loaded {
     /// What other workers have to have in common with it.
     pub(super) key: ModelKey,
     layout: KvLayout,
+    /// Of weights and shape.
+    fingerprint: [u8; 32],
 }
 
 /// Finds the model's files. Blocks, for minutes if they have to be downloaded.
@@ -60,7 +62,8 @@ pub(super) fn load(cli: &WorkerArgs, source: &ModelSource, shared: bool) -> Resu
     if cli.block_size == 0 {
         bail!("--block-size must be at least 1");
     }
-    let key = ModelKey::new(&source.fingerprint()?, &layout, CPU_PAGE_ORDER);
+    let fingerprint = source.fingerprint()?;
+    let key = ModelKey::new(&fingerprint, &layout, CPU_PAGE_ORDER);
     // Before loading: what cannot be is said at once, and the model's tables are no longer than what is served.
     let wish = KvRequest { blocks: cli.kv_blocks, bytes: cli.kv_cache_memory, max_model_len: cli.max_model_len };
     let weights = usize::try_from(source.weight_bytes()).unwrap_or(usize::MAX);
@@ -88,7 +91,7 @@ pub(super) fn load(cli: &WorkerArgs, source: &ModelSource, shared: bool) -> Resu
     if let Some(model) = &cli.mock {
         let region = KvRegion::shared(layout.region_shape()).context("cannot reserve a mock's pages")?;
         let runner = Box::new(MockRunner::new(model.clone(), region.clone(), layout.block_size));
-        return Ok(Loaded { runner, config, region, key, layout });
+        return Ok(Loaded { runner, config, region, key, layout, fingerprint });
     }
     let mut backend = CpuBackend::new(CpuOptions { threads, level: None });
     if shared {
@@ -97,7 +100,7 @@ pub(super) fn load(cli: &WorkerArgs, source: &ModelSource, shared: bool) -> Resu
     let loaded = source.load(&mut backend, limits)?;
     let runner = ModelRunner::new(backend, loaded.model, layout, limits.max_logit_rows)?;
     let Some(region) = runner.region() else { bail!("this backend's KV cache cannot be reached") };
-    Ok(Loaded { runner: Box::new(runner), config, region, key, layout })
+    Ok(Loaded { runner: Box::new(runner), config, region, key, layout, fingerprint })
 }
 
 impl Loaded {
@@ -119,6 +122,10 @@ impl Loaded {
             load_format: cli.load_format.as_str().to_owned(),
             kv_cache_dtype: dtype.to_owned(),
             block_size: self.layout.block_size,
+            layers: self.region.shape().layers,
+            page_bytes: self.region.shape().page_bytes,
+            page_order: CPU_PAGE_ORDER.to_owned(),
+            weights: self.fingerprint[..8].iter().map(|byte| format!("{byte:02x}")).collect(),
         }
     }
 }
