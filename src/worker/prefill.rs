@@ -19,7 +19,7 @@ use super::{
     ways::Ways,
 };
 use crate::{
-    api::{self, Measure, ServerConfig},
+    api::{self, Measure, ServerConfig, Shown},
     cli::{KvDTypeArg, LoadFormatArg, WorkerArgs},
     cluster::{Cluster, Joined, LeaseId, ModelKey, Needs, Role, WorkerCard, WorkerFilter, WorkerSet, find_model, join},
     handoff::{Borrower, BorrowerConfig, BorrowerEvent, BorrowerTimeouts, ToPrefill, WorkerId},
@@ -110,8 +110,14 @@ pub async fn run(mut cli: WorkerArgs, ready: impl FnOnce(Ready)) -> Result<()> {
     tokio::spawn(pull(shop.clone(), leaving.subscribe()));
     ready(Ready { address, text: announcement(&name, address) });
 
-    let measuring = (cli.cluster.cluster_token.clone(), measuring(&shop, &cli, ways)?);
-    let (failed, left) = (engine.clone(), leaving.subscribe());
+    let shown = Shown {
+        engine: engine.clone(),
+        metrics,
+        leaving: leaving.subscribe(),
+        cluster_token: cli.cluster.cluster_token.clone(),
+        measure: measuring(&shop, &cli, ways)?,
+    };
+    let failed = engine.clone();
     let shutdown = async {
         tokio::select! {
             _ = signals.next() => signals.leave_at_next(),
@@ -125,7 +131,7 @@ pub async fn run(mut cli: WorkerArgs, ready: impl FnOnce(Ready)) -> Result<()> {
         emptied(&desk).await;
     };
     let server = ServerConfig { connections_max: cli.max_connections, drain_timeout: cli.shutdown_timeout };
-    api::serve_status(listener, engine.clone(), metrics, server, left, measuring, shutdown, drain).await;
+    api::serve_status(listener, shown, server, shutdown, drain).await;
     if let EngineStatus::Failed { reason } = engine.status() {
         bail!("the engine failed: {reason}");
     }

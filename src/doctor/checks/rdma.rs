@@ -208,7 +208,8 @@ pub(super) mod tests {
         let devices = vec![device];
         let choice = choose(&devices, &wish);
         let device_files = vec![("uverbs0".into(), Ok(()))];
-        RdmaFacts { devices: Ok(devices), device_files, library: Ok(()), wish, choice, opened: Some(Ok(())) }
+        let opened = choice.is_ok().then_some(Ok(()));
+        RdmaFacts { devices: Ok(devices), device_files, library: Ok(()), wish, choice, opened }
     }
 
     /// One adapter on which nothing is amiss.
