@@ -88,6 +88,7 @@ impl<B: Subject> Layer<B> {
         let mut out = self.backend.activations(batch.tokens.len(), shape.q_width());
         let [q, k] = &self.norms;
         let norm = qk_norm.then_some(QkNorm { q, k, eps: 1e-6 });
+        self.backend.begin(&batch);
         self.backend.rope_and_cache(&mut qkv, shape, norm, &self.rope, &mut self.cache, LAYER, &batch);
         let scale = 1.0 / (shape.head_dim as f32).sqrt();
         self.backend.attention(&qkv, shape, scale, &self.cache, LAYER, &batch, &mut out);

@@ -69,4 +69,5 @@ macro_rules! suites {
 suites! {
     reference: engine_kernels::reference::ReferenceBackend;
     cpu: engine_kernels::cpu::CpuBackend;
+    cuda_emulated: engine_cuda_emulated::EmulatedBackend;
 }

@@ -1,0 +1,17 @@
+//! The CUDA backend.
+//!
+//! Kernels (`kernels/cuda/*.cu`) and what enqueues them ([`CudaBackend`]) know of the device only what [`Driver`] says, of
+//! which there are two: the real one, and one that compiles the same kernels for the host and runs their threads as
+//! fibers (`kernels/emulated`), for tests without a GPU.
+
+mod backend;
+mod buffer;
+mod driver;
+mod plan;
+mod sample;
+mod stream;
+mod weight;
+
+pub use backend::CudaBackend;
+pub use buffer::{Activations, KvCache, Linear, Rope, Vector};
+pub use driver::{Address, Arg, Driver, DriverError, HostMemory, Launch, Memory};
