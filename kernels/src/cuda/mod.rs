@@ -6,6 +6,8 @@
 
 mod backend;
 mod buffer;
+#[cfg(feature = "cuda")]
+mod device;
 mod driver;
 mod plan;
 mod sample;
@@ -14,4 +16,6 @@ mod weight;
 
 pub use backend::CudaBackend;
 pub use buffer::{Activations, KvCache, Linear, Rope, Vector};
+#[cfg(feature = "cuda")]
+pub use device::{Device, DeviceGraph, DeviceMemory, PinnedMemory, device_count};
 pub use driver::{Address, Arg, Driver, DriverError, HostMemory, Launch, Memory};
