@@ -299,3 +299,4 @@ extern "C" const char* simt_launch(const char* name, const unsigned grid[3], uns
 
 // The kernels themselves, the same text that nvcc compiles.
 #include "../../cuda/kernels.cu"
+#include "faulty.cu"

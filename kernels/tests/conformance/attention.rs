@@ -179,6 +179,9 @@ fn cases() -> Vec<Case> {
             cases.push(case);
         }
     }
+    cases.push(Case::new(4, 2, 96, 128, KvDType::F16));
+    cases.push(Case::new(4, 1, 256, 128, KvDType::BF16));
+    cases.push(Case::new(2, 2, 256, 16, KvDType::F32));
     cases
 }
 
