@@ -13,7 +13,7 @@ PEERS  ?= llama.cpp nixl dynamo
 FUZZ_SECONDS ?= 600
 SOAK_SECONDS ?= 120
 
-.PHONY: help setup setup-services run cluster demo-model test-assets test fmt lint doc client bench bench-frontend bench-scale fuzz soak avx512 goldens
+.PHONY: help setup setup-services setup-rdma run cluster demo-model test-assets test test-rdma fmt lint doc client bench bench-frontend bench-scale bench-rdma fuzz soak avx512 goldens
 
 help: ## Print this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -23,6 +23,9 @@ setup: ## Install the few Debian packages the build needs, or say which are miss
 
 setup-services: ## The same, and the services that a cluster and the tests run: etcd and NATS
 	@scripts/setup.sh services
+
+setup-rdma: ## The same, and an emulated machine with RDMA devices: QEMU and soft-RoCE
+	@scripts/setup.sh services rdma
 
 run: setup $(if $(filter $(DEMO),$(MODEL)),demo-model) ## Serve the demo model on 127.0.0.1:8000 (MODEL=, HOST=, PORT=, ARGS= change that)
 	$(CARGO) run --release --locked -- --model $(MODEL) --host $(HOST) --port $(PORT) $(ARGS)
@@ -37,10 +40,13 @@ demo-model: setup ## Fetch the demo model, 98 MB, once
 test-assets: setup ## Fetch Qwen3's tokenizer for the tests, once
 	@scripts/fetch-test-assets.sh
 
-test: setup-services demo-model test-assets ## Format check, all tests, lints, documentation, the OpenAI client
+test: setup-rdma demo-model test-assets ## Format check, all tests, lints, documentation, the OpenAI client
 	$(CARGO) fmt --all --check
 	$(CARGO) test --workspace --locked
-	$(MAKE) --no-print-directory lint doc client
+	$(MAKE) --no-print-directory test-rdma lint doc client
+
+test-rdma: setup-rdma ## The tests that need an RDMA device, in an emulated machine (QEMU) with soft-RoCE; part of make test
+	tests/rdma/run.sh
 
 fmt: ## Format the code
 	$(CARGO) fmt --all
@@ -69,6 +75,10 @@ bench-frontend: setup-services ## Measure the frontend beside Dynamo's, fetched 
 
 bench-scale: setup-services ## What grows with what: clusters of up to 200 decode and 100 prefill mock workers
 	$(CARGO) bench --locked --bench scale -- --results benches/results
+
+bench-rdma: setup-rdma ## Measure RDMA transfers beside ib_write_bw, in the machine of make test-rdma
+	@scripts/setup.sh perftest
+	benches/rdma/run.sh
 
 fuzz: setup ## Fuzz each parser for FUZZ_SECONDS (600)
 	FUZZ_SECONDS=$(FUZZ_SECONDS) $(CARGO) test --workspace --locked --test fuzz -- --nocapture

@@ -1,7 +1,7 @@
 #!/bin/sh
-# Checks for what building and fetching need (with the argument `services`, also for what a cluster and the tests need),
-# and installs what is missing from Debian's archive. Silent when there is nothing to do. As root (or with passwordless
-# sudo) it installs; otherwise it says what to run.
+# Checks for what building and fetching need (with the argument `services`, also for what a cluster and the tests need;
+# with `rdma`, for the emulated machine with RDMA devices), and installs what is missing from Debian's archive. Silent
+# when there is nothing to do. As root (or with passwordless sudo) it installs; otherwise it says what to run.
 set -eu
 
 missing=""
@@ -25,15 +25,39 @@ need libprotobuf-dev test -e /usr/include/google/protobuf/empty.proto
 # The demo model and the client tests come from PyPI, each in an environment of its own.
 need python3 python3 --version
 need python3-venv python3 -c 'import venv, ensurepip'
-if [ "${1:-}" = services ]; then
-    # A cluster's services; the tests run real ones.
-    need etcd-server sh -c 'command -v etcd'
-    need nats-server sh -c 'command -v nats-server || command -v /usr/sbin/nats-server'
-    # Network namespaces for a test between them.
-    need iproute2 sh -c 'command -v ip || command -v /usr/sbin/ip'
-    # Certificates for the tests of encrypted connections.
-    need openssl openssl version
-fi
+for part in "$@"; do
+    case $part in
+    services)
+        # A cluster's services; the tests run real ones.
+        need etcd-server sh -c 'command -v etcd'
+        need nats-server sh -c 'command -v nats-server || command -v /usr/sbin/nats-server'
+        # Network namespaces for a test between them.
+        need iproute2 sh -c 'command -v ip || command -v /usr/sbin/ip'
+        # Certificates for the tests of encrypted connections.
+        need openssl openssl version
+        ;;
+    rdma)
+        # The machine, and what goes into it: a shell, `ip` and `rdma`, the verbs library with its driver.
+        need qemu-system-x86 sh -c 'command -v qemu-system-x86_64'
+        need busybox-static busybox insmod --help
+        need iproute2 sh -c 'command -v rdma'
+        need ibverbs-providers test -e /etc/libibverbs.d/rxe.driver
+        # The kernel is unpacked and the modules that it takes are found.
+        need kmod sh -c 'command -v depmod || command -v /usr/sbin/depmod'
+        need xz-utils sh -c 'command -v xz'
+        need cpio cpio --version
+        need binutils strip --version
+        ;;
+    perftest)
+        # What `engine transfer-bench` is measured beside.
+        need perftest sh -c 'command -v ib_write_bw'
+        ;;
+    *)
+        echo "setup: there is no part '$part', only services, rdma and perftest" >&2
+        exit 1
+        ;;
+    esac
+done
 
 [ -n "$missing" ] || exit 0
 

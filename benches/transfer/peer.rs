@@ -63,6 +63,8 @@ pub(crate) fn decode(page_bytes: usize) -> Result<()> {
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
     let folder = tempfile::tempdir()?;
     let config = ServerConfig {
+        tcp_pages: true,
+        rdma: None,
         tcp: Some(([127, 0, 0, 1], 0).into()),
         advertise: None,
         unix: Some(folder.path().to_path_buf()),

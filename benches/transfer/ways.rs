@@ -69,7 +69,9 @@ impl Engine {
             token: ClusterToken::default(),
             model_key: "bench".into(),
             timeout: std::time::Duration::from_secs(10),
-            tcp_only: transport == Transport::Tcp,
+            shm: transport == Transport::Shm,
+            rdma: None,
+            tcp: true,
             metrics: TransferMetrics::default(),
         };
         let connector = Connector::new(config, peer::filled(page_bytes)?)?;
@@ -84,6 +86,7 @@ impl Way for Engine {
     fn name(&self) -> (&'static str, &'static str) {
         match self.transport {
             Transport::Shm => ("engine, shm", "1"),
+            Transport::Rdma => ("engine, rdma", "0"),
             Transport::Tcp => ("engine, tcp", "2, into the kernel and out of it"),
         }
     }

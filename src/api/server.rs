@@ -233,13 +233,19 @@ mod tests {
         }
     }
 
-    #[tokio::test]
-    async fn a_connection_that_is_not_used_gives_way_to_a_new_one() {
+    /// A server that says hello to so many connections at a time.
+    async fn with_places(connections_max: usize) -> SocketAddr {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
         let router = Router::new().route("/", get(|| async { "hello" }));
-        let config = ServerConfig { connections_max: 2, drain_timeout: Duration::ZERO };
+        let config = ServerConfig { connections_max, drain_timeout: Duration::ZERO };
         tokio::spawn(serve_router(listener, router, config, std::future::pending(), std::future::ready(())));
+        address
+    }
+
+    #[tokio::test]
+    async fn a_connection_that_is_not_used_gives_way_to_a_new_one() {
+        let address = with_places(2).await;
         let mut first = TcpStream::connect(address).await.unwrap();
         asks(&mut first).await;
         let _second = TcpStream::connect(address).await.unwrap();
@@ -254,11 +260,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_connection_that_never_says_anything_gives_way() {
-        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let address = listener.local_addr().unwrap();
-        let router = Router::new().route("/", get(|| async { "hello" }));
-        let config = ServerConfig { connections_max: 1, drain_timeout: Duration::ZERO };
-        tokio::spawn(serve_router(listener, router, config, std::future::pending(), std::future::ready(())));
+        let address = with_places(1).await;
         let mut silent = TcpStream::connect(address).await.unwrap();
         asks(&mut TcpStream::connect(address).await.unwrap()).await;
         assert_eq!(silent.read(&mut [0; 8]).await.unwrap(), 0);
@@ -266,11 +268,7 @@ mod tests {
 
     #[tokio::test]
     async fn those_who_come_at_once_are_answered_one_after_the_other_where_there_is_one_place() {
-        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let address = listener.local_addr().unwrap();
-        let router = Router::new().route("/", get(|| async { "hello" }));
-        let config = ServerConfig { connections_max: 1, drain_timeout: Duration::ZERO };
-        tokio::spawn(serve_router(listener, router, config, std::future::pending(), std::future::ready(())));
+        let address = with_places(1).await;
         let mut streams = Vec::new();
         for _ in 0..3 {
             streams.push(TcpStream::connect(address).await.unwrap());

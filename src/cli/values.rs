@@ -106,10 +106,12 @@ impl From<DisaggPolicyArg> for Policy {
 /// `--transport`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum TransportArg {
-    /// Shared memory on one host, else TCP.
+    /// Shared memory on one host, else RDMA, else TCP.
     Auto,
     /// Shared memory, or not at all.
     Shm,
+    /// RDMA, or not at all, on one host too.
+    Rdma,
     /// TCP, on one host too.
     Tcp,
 }

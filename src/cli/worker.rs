@@ -1,6 +1,6 @@
 use std::{path::PathBuf, time::Duration};
 
-use clap::Args;
+use clap::{Args, builder::NonEmptyStringValueParser};
 
 use super::{
     ClusterArgs, LogArgs,
@@ -94,7 +94,7 @@ pub struct WorkerArgs {
         env = "ENGINE_API_KEY",
         hide_env_values = true,
         value_delimiter = ',',
-        value_parser = clap::builder::NonEmptyStringValueParser::new(),
+        value_parser = NonEmptyStringValueParser::new(),
         help_heading = "Server"
     )]
     pub api_key: Vec<String>,
@@ -174,6 +174,20 @@ pub struct DisaggArgs {
     /// How KV pages travel between workers
     #[arg(long, value_enum, value_name = "TRANSPORT", default_value = "auto")]
     pub transport: TransportArg,
+
+    /// RDMA ports to use, each a device or device:port; several share the pages of a session between them [default: the
+    /// fastest that is active]
+    #[arg(long, value_name = "DEVICE", value_delimiter = ',', value_parser = NonEmptyStringValueParser::new())]
+    pub rdma_device: Vec<String>,
+
+    /// Entry of their GID tables to use as address [default: a RoCE v2 address, IPv4 before IPv6; the first on
+    /// InfiniBand]
+    #[arg(long, value_name = "INDEX")]
+    pub rdma_gid_index: Option<u8>,
+
+    /// Let no pages go over TCP: without RDMA a worker does not start, and pairs of workers without it prefill locally
+    #[arg(long)]
+    pub require_rdma: bool,
 
     /// Address to listen on for prefill workers' sessions [default: that of --host]
     #[arg(long, value_name = "HOST", conflicts_with = "is_prefill_worker")]

@@ -5,8 +5,10 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
+use super::RdmaPort;
+
 /// Where a decode worker takes sessions: part of its card.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct SessionAddresses {
     /// The host it runs on, by [`host_identity`].
     pub host: String,
@@ -20,6 +22,9 @@ pub struct SessionAddresses {
     /// Whether it is encrypted there.
     #[serde(default)]
     pub tls: bool,
+    /// Its RDMA ports, in the order in which a session is striped over them.
+    #[serde(default)]
+    pub rdma: Vec<RdmaPort>,
 }
 
 /// What tells this host, since it was started, from all others: the kernel's boot id. Containers of a host have the

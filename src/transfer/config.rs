@@ -2,7 +2,7 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use super::{ClusterToken, ServerTls, TransferMetrics};
+use super::{ClusterToken, ServerTls, Target, TransferMetrics};
 
 /// What a session may use. The decode worker's hold for both sides; it states them when a session opens.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -46,6 +46,10 @@ impl Default for Limits {
 pub struct ServerConfig {
     /// Where to listen for other hosts; `None` serves this host alone. Port 0 takes a free one.
     pub tcp: Option<SocketAddr>,
+    /// Whether pages may come that way too, and not only what is said beside RDMA.
+    pub tcp_pages: bool,
+    /// The region and mailbox, registered for other hosts' adapters.
+    pub rdma: Option<Target>,
     /// Host name or address other workers reach `tcp` under; by default the address listened on.
     pub advertise: Option<String>,
     /// Folder for the unix socket, this user's alone ([`runtime_directory`](super::runtime_directory)); `None` serves

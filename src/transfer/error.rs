@@ -3,6 +3,8 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
+use super::RdmaError;
+
 /// Why a decode worker does not take a session. It tells the peer.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, thiserror::Error)]
 pub enum Refusal {
@@ -30,6 +32,12 @@ pub enum Refusal {
     /// This worker's KV memory cannot be shared, or the system cannot say when a peer has ended.
     #[error("this worker cannot share its memory")]
     NotShared,
+    /// Pages do not come to this worker that way.
+    #[error("this worker takes no pages over {0}; see its --transport and --require-rdma")]
+    Transport(String),
+    /// The adapters do not get together.
+    #[error("no RDMA with this worker: {0}")]
+    Rdma(String),
     /// As many sessions as are allowed.
     #[error("the decode worker has as many sessions as it takes")]
     Busy,
@@ -56,6 +64,15 @@ pub enum ConnectError {
     /// The worker gave no address that can be used from here.
     #[error("the decode worker has no address that can be reached from this host")]
     NoAddress,
+    /// RDMA did not come about.
+    #[error(transparent)]
+    Rdma(#[from] RdmaError),
+    /// What leads there is not allowed.
+    #[error(
+        "pages could go over TCP alone, which --require-rdma or --transport forbids: {0}; 'engine doctor' says what is \
+         missing"
+    )]
+    NoWay(&'static str),
     /// It took too long.
     #[error("no answer within the time allowed for opening a session")]
     TimedOut,

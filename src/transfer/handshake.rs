@@ -2,9 +2,11 @@
 //!
 //! ```text
 //! prefill → decode   Hello       version, which server it looks for, itself, its model, the transport it wants
+//!                                and over RDMA its queue pairs
 //! decode  → prefill  Challenge   a random number, and proof of the cluster token
 //! prefill → decode   Proof       the same from the other side
-//! decode  → prefill  Welcome     limits and sizes; over shm with the files of the KV memory and of the mailbox
+//! decode  → prefill  Welcome     limits and sizes; over shm with the files of the KV memory and of the mailbox,
+//!                                over RDMA with the queue pairs that lead to them
 //! ```
 //!
 //! At each step the decode worker may answer with a refusal instead. Nothing here may be large or take long.
@@ -15,11 +17,12 @@ use std::io;
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
 use super::auth::{PROOF_BYTES, Prover};
+use super::rdma::{Endpoint, Offer};
 use super::socket::Socket;
 use super::{ClusterToken, ConnectError, Refusal, Transport};
 
 /// Raised whenever two builds could misunderstand each other.
-pub(super) const VERSION: u32 = 1;
+pub(super) const VERSION: u32 = 2;
 /// What a handshake frame begins with; whatever else arrives is not for us.
 const MAGIC: [u8; 4] = *b"EkvS";
 /// Bytes of one handshake frame after its magic and length.
@@ -38,6 +41,8 @@ pub(super) struct Hello {
     pub(super) transport: Transport,
     pub(super) layers: u64,
     pub(super) page_bytes: u64,
+    /// Its queue pairs, over RDMA.
+    pub(super) rdma: Vec<Endpoint>,
 }
 
 /// What the decode worker tells about itself when it takes the session.
@@ -50,6 +55,8 @@ pub(super) struct Welcome {
     pub(super) frame_bytes: u32,
     pub(super) heartbeat_ms: u32,
     pub(super) missed_heartbeats: u32,
+    /// Over RDMA, a queue pair for each of the prefill worker's, and what it leads to.
+    pub(super) rdma: Vec<Offer>,
 }
 
 #[derive(Serialize, Deserialize)]

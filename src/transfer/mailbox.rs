@@ -6,9 +6,9 @@ use super::{Region, RegionShape};
 use crate::handoff::{MailboxWord, Slot};
 
 /// Bytes a slot takes: a cache line, so that a peer that writes one word does not take others from the poller's cache.
-const SLOT_BYTES: usize = 64;
+pub(super) const SLOT_BYTES: usize = 64;
 
-/// The decode worker's mailbox: a word a slot, in memory that prefill workers of the same host write themselves. Clones
+/// The decode worker's mailbox: a word a slot, in memory that prefill workers, or their adapters, write themselves. Clones
 /// are the same mailbox.
 #[derive(Debug, Clone)]
 pub struct Mailbox {
@@ -51,6 +51,11 @@ impl Mailbox {
     /// The memory to hand to peers.
     pub(super) fn file(&self) -> Option<&File> {
         self.memory.file()
+    }
+
+    /// The memory to register with adapters: `slots` slots, the word first in each.
+    pub(super) fn region(&self) -> &Region {
+        &self.memory
     }
 
     fn word(&self, slot: Slot) -> &AtomicU64 {

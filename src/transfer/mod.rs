@@ -6,6 +6,8 @@
 //!
 //! - **shm**, on one host: the prefill worker maps the decode worker's KV memory and copies pages into it. One copy,
 //!   and nothing for the receiver to do.
+//! - **rdma**, between hosts with adapters: the prefill worker's adapter reads its pages and the decode worker's writes
+//!   them, and the word behind them, without either's processor.
 //! - **tcp**, otherwise: pages are sent straight from the sender's KV memory, and the receiver reads them from the
 //!   socket straight into those of its pages that it lent to this session; anything else ends the session.
 //!
@@ -25,6 +27,7 @@ mod link;
 mod mailbox;
 mod metrics;
 mod outbound;
+pub mod rdma;
 mod runs;
 mod server;
 mod socket;
@@ -39,6 +42,7 @@ pub use config::{Limits, ServerConfig};
 pub use error::{ConnectError, Refusal, ServerError, WriteError};
 pub use mailbox::Mailbox;
 pub use metrics::TransferMetrics;
+pub use rdma::{Adapters, RdmaError, RdmaPort, Source, Target};
 pub use runs::PageCopy;
 pub use server::{Peer, SessionEvent, SessionServer, Sink};
 pub use tls::{ClientTls, ServerTls, SessionTls, TlsError};
@@ -54,6 +58,8 @@ use serde::{Deserialize, Serialize};
 pub enum Transport {
     /// Memory shared between two processes of a host.
     Shm,
+    /// Two adapters, and a TCP connection for what is said.
+    Rdma,
     /// A TCP connection.
     Tcp,
 }
@@ -63,6 +69,7 @@ impl Transport {
     pub const fn name(self) -> &'static str {
         match self {
             Self::Shm => "shm",
+            Self::Rdma => "rdma",
             Self::Tcp => "tcp",
         }
     }

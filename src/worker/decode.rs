@@ -10,10 +10,11 @@ use super::{
     membership::{self, Particulars},
     model::{self, Loaded},
     signals::Signals,
+    ways::Ways,
 };
 use crate::{
     api::{self, ApiConfig, ChatTemplate, Defaults, ServerConfig},
-    cli::{DisaggArgs, TransportArg, WorkerArgs},
+    cli::{DisaggArgs, WorkerArgs},
     cluster::{Cluster, Joined, Needs, Role, join},
     handoff::Limits,
     telemetry::Metrics,
@@ -25,9 +26,13 @@ pub async fn run(cli: WorkerArgs, ready: impl FnOnce(Ready)) -> Result<()> {
     let bound = api::bind(&cli.host, cli.port()).await?;
     let limits = limits(&cli.disagg)?;
     let cluster = cluster(&cli).await?;
+    let ways = match &cluster {
+        Some(_) => Some(Ways::of(&cli.disagg)?.open().await?),
+        None => None,
+    };
     let metrics = Metrics::new();
     let mut signals = Signals::new()?;
-    let shared = cluster.is_some() && cli.disagg.transport != TransportArg::Tcp;
+    let shared = ways.as_ref().is_some_and(|ways| ways.shm);
     let loading = tokio::task::spawn_blocking(move || load(&cli, shared).map(|loaded| (loaded, cli)));
     let ((config, loaded), cli) = tokio::select! {
         loaded = loading => loaded.context("loading the model panicked")??,
@@ -38,8 +43,8 @@ pub async fn run(cli: WorkerArgs, ready: impl FnOnce(Ready)) -> Result<()> {
         }
     };
     let (model, key) = (loaded.card(&cli, config.model_names.clone()), loaded.key);
-    let (engine, lender) = if cluster.is_some() {
-        let (engine, lender) = lender::start(&cli, limits, loaded, &metrics).await?;
+    let (engine, lender) = if let Some(ways) = &ways {
+        let (engine, lender) = lender::start(&cli, limits, loaded, ways, &metrics).await?;
         (engine, Some(lender))
     } else {
         (Engine::start(loaded.runner, loaded.config, metrics.engine.clone())?, None)

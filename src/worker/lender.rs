@@ -13,13 +13,14 @@ use super::{
     Engine, EngineHandle, LendingConfig, Post, inbox, membership,
     model::Loaded,
     port::{ClusterPort, NewJob, View, follow_depth, follow_limits, follow_workers, publish_jobs, sink},
+    ways::Ways,
 };
 use crate::{
-    cli::{TransportArg, WorkerArgs},
+    cli::WorkerArgs,
     cluster::{Cluster, LeaseId, ModelKey},
     handoff::{HandoffCosts, LenderTimeouts, Limits},
     telemetry::Metrics,
-    transfer::{self, Mailbox, ServerConfig, SessionServer, Transport},
+    transfer::{self, Mailbox, ServerConfig, SessionServer, Target, Transport},
 };
 
 /// What keeps a lending engine informed, until [`Lender::follow`] sets it going.
@@ -40,6 +41,7 @@ pub(super) async fn start(
     cli: &WorkerArgs,
     limits: Limits,
     loaded: Loaded,
+    ways: &Ways,
     metrics: &Metrics,
 ) -> Result<(EngineHandle, Lender)> {
     let Loaded { runner, config, region, key, .. } = loaded;
@@ -48,8 +50,14 @@ pub(super) async fn start(
     let mailbox = Mailbox::new(mailbox_slots).context("cannot make a mailbox")?;
     let (post, inbox) = inbox();
     let sessions: Arc<OnceLock<SessionServer>> = Arc::default();
-    let server = server_config(cli, key, metrics).await?;
-    let on = [(server.unix.is_some(), Transport::Shm), (server.tcp.is_some(), Transport::Tcp)];
+    let mut server = server_config(cli, ways, key, metrics).await?;
+    let (pages, words) = (region.clone(), mailbox.clone());
+    server.rdma = ways.register(move |adapters| Target::new(adapters, &pages, &words)).await?;
+    let on = [
+        (server.unix.is_some(), Transport::Shm),
+        (server.rdma.is_some(), Transport::Rdma),
+        (server.tcp_pages, Transport::Tcp),
+    ];
     let transports = on.iter().filter(|(on, _)| *on).map(|(_, transport)| transport.name().to_owned()).collect();
     let sink = sink(post.clone(), sessions.clone());
     let server = SessionServer::start(server, region, mailbox.clone(), sink).await?;
@@ -83,16 +91,17 @@ impl Lender {
 }
 
 /// Where sessions are taken, as the command line says.
-async fn server_config(cli: &WorkerArgs, key: ModelKey, metrics: &Metrics) -> Result<ServerConfig> {
+async fn server_config(cli: &WorkerArgs, ways: &Ways, key: ModelKey, metrics: &Metrics) -> Result<ServerConfig> {
     let mut tcp = None;
-    if cli.disagg.transport != TransportArg::Shm {
+    // RDMA's sessions are opened there too.
+    if ways.tcp || ways.rdma {
         let (host, port) = (cli.session_host(), cli.disagg.session_port);
         let found = tokio::net::lookup_host((host, port)).await;
         let mut found = found.with_context(|| format!("cannot resolve --session-host {host}"))?;
         tcp = Some(found.next().with_context(|| format!("--session-host {host} has no address"))?);
     }
     let mut unix = None;
-    if cli.disagg.transport != TransportArg::Tcp {
+    if ways.shm {
         match transfer::runtime_directory() {
             Ok(folder) => unix = Some(folder),
             Err(error) if tcp.is_some() => tracing::warn!(%error, "no shared memory with workers of this host"),
@@ -101,6 +110,8 @@ async fn server_config(cli: &WorkerArgs, key: ModelKey, metrics: &Metrics) -> Re
     }
     Ok(ServerConfig {
         tcp,
+        tcp_pages: ways.tcp,
+        rdma: None,
         advertise: tcp.map(|address: SocketAddr| membership::host(cli, address)),
         unix,
         tls: cli.disagg.session_tls().server()?,

@@ -26,6 +26,7 @@ mod session;
 mod signals;
 mod sizing;
 mod step;
+mod ways;
 
 pub use engine::Engine;
 pub use export::{Exporter, PrefillHandle, PrefillRequest};

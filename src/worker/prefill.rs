@@ -16,14 +16,15 @@ use super::{
     membership::{self, Particulars},
     model,
     signals::Signals,
+    ways::Ways,
 };
 use crate::{
     api::{self, ServerConfig},
-    cli::{KvDTypeArg, LoadFormatArg, TransportArg, WorkerArgs},
+    cli::{KvDTypeArg, LoadFormatArg, WorkerArgs},
     cluster::{Cluster, Joined, LeaseId, ModelKey, Needs, Role, WorkerCard, WorkerFilter, WorkerSet, find_model, join},
     handoff::{Borrower, BorrowerConfig, BorrowerEvent, BorrowerTimeouts, ToPrefill, WorkerId},
     telemetry::Metrics,
-    transfer::{Connector, ConnectorConfig, SessionAddresses},
+    transfer::{Connector, ConnectorConfig, SessionAddresses, Source},
 };
 
 /// How long opening a session may take.
@@ -39,6 +40,7 @@ pub async fn run(mut cli: WorkerArgs, ready: impl FnOnce(Ready)) -> Result<()> {
         Joined::Member(cluster) => cluster,
         Joined::Alone(found) => bail!("a prefill worker needs a cluster: {found}"),
     };
+    let ways = Ways::of(&cli.disagg)?.open().await?;
     let mut signals = Signals::new()?;
     let mut expected = None;
     if cli.model.is_none() {
@@ -65,12 +67,17 @@ pub async fn run(mut cli: WorkerArgs, ready: impl FnOnce(Ready)) -> Result<()> {
         bail!("{name} is not the same model here as in the cluster: its files differ");
     }
     let (model, key) = (loaded.card(&cli, vec![name.clone()]), loaded.key);
+    let pages = loaded.region.clone();
+    let rdma = ways.register(move |adapters| Source::new(adapters, &pages)).await?;
+    let transports = ways.names(rdma.is_some());
     let connector = ConnectorConfig {
         tls: cli.disagg.session_tls().client()?,
         token: membership::token(&cli),
         model_key: key.to_string(),
         timeout: CONNECT_TIME_MAX,
-        tcp_only: cli.disagg.transport == TransportArg::Tcp,
+        shm: ways.shm,
+        rdma,
+        tcp: ways.tcp,
         metrics: metrics.transfer.clone(),
     };
     let layers = loaded.region.shape().layers;
@@ -86,20 +93,13 @@ pub async fn run(mut cli: WorkerArgs, ready: impl FnOnce(Ready)) -> Result<()> {
 
     let listener = bound.listen()?;
     let address = listener.local_addr()?;
-    let worker = Particulars {
-        role: Role::Prefill,
-        address,
-        model,
-        key,
-        sessions: serde_json::Value::Null,
-        transports: transports(cli.disagg.transport),
-    };
+    let worker =
+        Particulars { role: Role::Prefill, address, model, key, sessions: serde_json::Value::Null, transports };
     let lease = membership::register(&cluster, &cli, worker, &engine);
     let leaving = watch::Sender::new(false);
     let shop = Shop {
         desk: desk.clone(),
         connector,
-        shm_only: cli.disagg.transport == TransportArg::Shm,
         decode_workers: cluster.discovery.workers(WorkerFilter::of(key, Role::Decode)),
         cluster: cluster.clone(),
         key,
@@ -156,23 +156,11 @@ fn take_model(cli: &mut WorkerArgs, card: &WorkerCard) -> Result<()> {
     Ok(())
 }
 
-/// What is offered to decode workers, for their operators to read.
-fn transports(wanted: TransportArg) -> Vec<String> {
-    let names = match wanted {
-        TransportArg::Auto => &["shm", "tcp"][..],
-        TransportArg::Shm => &["shm"],
-        TransportArg::Tcp => &["tcp"],
-    };
-    names.iter().map(ToString::to_string).collect()
-}
-
 /// What the tasks of a prefill worker share.
 #[derive(Clone)]
 struct Shop {
     desk: SharedDesk,
     connector: Connector,
-    /// Never over TCP.
-    shm_only: bool,
     /// Those that are alive.
     decode_workers: watch::Receiver<Arc<WorkerSet>>,
     cluster: Cluster,
@@ -227,12 +215,7 @@ impl Shop {
     async fn session(self, decode: WorkerId, addresses: serde_json::Value) {
         let own = WorkerId((*self.lease.borrow()).map_or(0, |lease| lease.0));
         let opened = match serde_json::from_value::<SessionAddresses>(addresses) {
-            Ok(mut addresses) => {
-                if self.shm_only {
-                    addresses.tcp = None;
-                }
-                self.connector.connect(&addresses, own).await.map_err(|error| error.to_string())
-            }
+            Ok(addresses) => self.connector.connect(&addresses, own).await.map_err(|error| error.to_string()),
             Err(error) => Err(format!("the job's addresses cannot be read: {error}")),
         };
         let mut session = match opened {

@@ -3,9 +3,11 @@
 
 mod model;
 mod network;
+mod whole;
 
 pub(crate) use model::Model;
 pub(crate) use network::Network;
+pub(crate) use whole::answers_equal_those_of_one_process;
 
 use std::{
     io::Write,
@@ -104,7 +106,7 @@ impl Cell {
         Server::start_as(&[flags, &["--etcd", &services[0], "--nats", &services[1], "--host", &here]].concat())
     }
 
-    fn services(&self) -> [String; 2] {
+    pub(crate) fn services(&self) -> [String; 2] {
         [self.etcd.url(), self.nats.url()]
     }
 

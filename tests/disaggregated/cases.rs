@@ -1,6 +1,7 @@
 //! Unusual requests and unusual clusters, with models that take next to no time.
 
 use std::{
+    process::Command,
     thread,
     time::{Duration, Instant},
 };
@@ -53,6 +54,22 @@ fn two_models_in_one_cluster_keep_apart() {
     let nameless = json!({"prompt": cell.prompt(1, 300), "max_tokens": 1});
     assert_eq!(frontend.post("/v1/completions", &nameless).status, 400, "which of them?");
     assert_eq!(frontend.post("/v1/completions", &question("third")).status, 404);
+}
+
+#[test]
+fn a_worker_that_is_to_use_a_device_that_is_not_there_says_so_before_it_loads_a_model() {
+    let cell = Cell::of(small());
+    let [etcd, nats] = cell.services();
+    let model = cell.model.flags();
+    for role in [&[][..], &["--is-prefill-worker"]] {
+        let services = ["--etcd", &etcd, "--nats", &nats, "--port", "0", "--rdma-device", "no_such_device"];
+        let output =
+            Command::new(env!("CARGO_BIN_EXE_engine")).args(&model).args(role).args(services).output().unwrap();
+        let (text, log) = (String::from_utf8_lossy(&output.stderr), String::from_utf8_lossy(&output.stdout));
+        assert_eq!(output.status.code(), Some(1), "{text}");
+        assert!(text.contains("RDMA was asked for: ") && text.contains("no RDMA device"), "{text}");
+        assert!(!format!("{text}{log}").contains("parameters"), "a model was loaded before");
+    }
 }
 
 /// A prompt whose tokens would not fit a message of the queue.

@@ -127,6 +127,11 @@ fn a_closed_session_taken_for_a_fenced_one_is_noticed() {
 }
 
 #[test]
+fn an_adapter_that_goes_on_writing_after_the_fence_is_noticed() {
+    is_noticed(Mutation::NotRefused);
+}
+
+#[test]
 fn a_lost_lease_taken_for_death_is_noticed() {
     is_noticed(Mutation::LeaseLossIsDeath);
 }

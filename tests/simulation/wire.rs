@@ -1,5 +1,7 @@
 //! Sessions. Over TCP everything is one ordered stream, and the receiver writes to memory, into pages it knows to be
 //! lent. Over shared memory messages are a stream, and the prefill worker's writer writes to memory, wherever it likes.
+//! Over RDMA they are a stream too, and what the writer posts is on its way beside it, and lands whatever becomes of the
+//! stream or the writer's process, until the decode worker's adapter is told to refuse it.
 
 use std::collections::VecDeque;
 
@@ -16,6 +18,7 @@ use crate::{
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Transport {
     SharedMemory,
+    Rdma,
     Tcp,
 }
 
@@ -38,6 +41,11 @@ pub(crate) struct Link {
     to_prefill: u64,
     /// What the prefill worker's writer has before it.
     writer: VecDeque<Task>,
+    /// What it has posted to its adapter, and when the last of it lands.
+    under_way: VecDeque<Task>,
+    to_memory: u64,
+    /// The decode worker's adapter refuses what still comes.
+    refused: bool,
     /// Loans taken back: the writer does nothing more for them.
     revoked: Vec<(Slot, Epoch)>,
     stepping: bool,
@@ -74,6 +82,21 @@ impl Task {
         }
     }
 
+    /// What the writer hears when it is done.
+    fn done(&self) -> prefill::Heard {
+        match *self {
+            Self::Write(Write { handoff, .. }) => prefill::Heard::Wrote { handoff, writes: 1 },
+            Self::Word(Word { handoff, .. }) => prefill::Heard::Posted { handoff },
+        }
+    }
+
+    fn of_write(&self) -> Option<HandoffId> {
+        match self {
+            Self::Write(Write { handoff, .. }) => Some(*handoff),
+            Self::Word(_) => None,
+        }
+    }
+
     fn loan(&self) -> (Slot, Epoch) {
         match self {
             Self::Write(Write { slot, epoch, .. }) | Self::Word(Word { slot, epoch, .. }) => (*slot, *epoch),
@@ -95,7 +118,7 @@ impl World {
             let gone = !same && (there || self.rng.per_mille(500));
             prefill::Heard::ConnectFailed { decode, gone }
         } else {
-            let transport = if self.rng.per_mille(500) { Transport::Tcp } else { Transport::SharedMemory };
+            let transport = [Transport::SharedMemory, Transport::Rdma, Transport::Tcp][self.rng.below(3) as usize];
             self.links.push(Link {
                 decode: place,
                 prefill,
@@ -109,6 +132,9 @@ impl World {
                 to_decode: self.now,
                 to_prefill: self.now,
                 writer: VecDeque::new(),
+                under_way: VecDeque::new(),
+                to_memory: self.now,
+                refused: false,
                 revoked: vec![],
                 stepping: false,
             });
@@ -193,7 +219,7 @@ impl World {
     /// Whether a prefill worker's writers have anything left to do for a handoff.
     pub(crate) fn is_writing(&self, prefill: usize, handoff: HandoffId) -> bool {
         let mut links = self.links.iter().filter(|link| link.prefill == prefill && link.prefill_open);
-        links.any(|link| link.writer.iter().any(|task| task.handoff() == handoff))
+        links.any(|link| link.writer.iter().chain(&link.under_way).any(|task| task.handoff() == handoff))
     }
 
     pub(crate) fn writer_step(&mut self, link: LinkId) {
@@ -207,34 +233,59 @@ impl World {
             note!(self, "a write on session {link} fails to post");
             return self.hang_up_prefill(link);
         }
-        let shared = self.links[link].transport == Transport::SharedMemory;
+        let transport = self.links[link].transport;
         if self.links[link].revoked.contains(&task.loan()) {
             self.tell_prefill(prefill, prefill::Heard::WriteFailed { handoff: task.handoff() });
             return self.step_later(link);
         }
-        match task {
-            Task::Write(write) => {
-                if shared {
-                    self.write(link, write);
-                } else {
-                    self.send_to_decode(link, Cargo::Write(write));
-                }
-                self.tell_prefill(prefill, prefill::Heard::Wrote { handoff: write.handoff, writes: 1 });
+        match transport {
+            Transport::Rdma => {
+                let lands = (self.now + self.delay()).max(self.links[link].to_memory);
+                self.links[link].to_memory = lands;
+                self.links[link].under_way.push_back(task);
+                self.at(lands, Event::Lands(link));
             }
-            Task::Word(word) => {
-                if shared {
-                    self.post(link, word);
-                } else {
-                    self.send_to_decode(link, Cargo::Word(word));
-                }
-                self.tell_prefill(prefill, prefill::Heard::Posted { handoff: word.handoff });
+            Transport::SharedMemory => {
+                self.perform(link, &task);
+                self.tell_prefill(prefill, task.done());
+            }
+            Transport::Tcp => {
+                let done = task.done();
+                let cargo = match task {
+                    Task::Write(write) => Cargo::Write(write),
+                    Task::Word(word) => Cargo::Word(word),
+                };
+                self.send_to_decode(link, cargo);
+                self.tell_prefill(prefill, done);
             }
         }
         self.step_later(link);
     }
 
-    /// The decode worker's transport takes a loan back. The receiver of a stream can do so alone; over shared memory it
-    /// takes the peer, whose writer then says that it stopped.
+    fn perform(&mut self, link: LinkId, task: &Task) {
+        match *task {
+            Task::Write(write) => self.write(link, write),
+            Task::Word(word) => self.post(link, word),
+        }
+    }
+
+    /// What is under way between adapters comes to the decode worker's.
+    pub(crate) fn lands(&mut self, link: LinkId) {
+        let Link { prefill, prefill_open, refused, .. } = self.links[link];
+        let Some(task) = self.links[link].under_way.pop_front() else { return };
+        if refused {
+            self.tally.sunk += 1;
+            // Its adapter tells the writer, which is the end of the session there.
+            return self.hang_up_prefill(link);
+        }
+        self.perform(link, &task);
+        if prefill_open {
+            self.tell_prefill(prefill, task.done());
+        }
+    }
+
+    /// The decode worker's transport takes a loan back. The receiver of a stream can do so alone; otherwise it takes the
+    /// peer, whose writer then says that it stopped.
     pub(crate) fn revoke(&mut self, session: SessionId, slot: Slot, epoch: Epoch) {
         let link = session.0 as LinkId;
         let Link { decode, transport, decode_open, .. } = self.links[link];
@@ -254,7 +305,9 @@ impl World {
         let Link { transport, prefill_open, cut, .. } = self.links[link];
         if prefill_open && !cut {
             self.links[link].revoked.push((slot, epoch));
-            if transport == Transport::SharedMemory {
+            if transport != Transport::Tcp {
+                // After what is under way has landed, of which the writer hears before it says so.
+                self.links[link].to_decode = self.links[link].to_decode.max(self.links[link].to_memory);
                 self.send_to_decode(link, Cargo::Stopped(slot, epoch));
             }
         }
@@ -304,7 +357,8 @@ impl World {
         self.decodes[decode].forget_session(link);
         let session = SessionId(link as u64);
         self.tell_decode(decode, Heard::Closed { session });
-        if transport == Transport::Tcp || !prefill_open || self.mutation == Some(Mutation::ClosedIsFenced) {
+        let alone = matches!(transport, Transport::Tcp | Transport::Rdma);
+        if alone || !prefill_open || self.mutation == Some(Mutation::ClosedIsFenced) {
             self.fence_soon(link);
         }
         if prefill_open {
@@ -321,10 +375,9 @@ impl World {
         }
         note!(self, "session {link} is closed at prefill {prefill}");
         let writer = std::mem::take(&mut self.links[link].writer);
-        for task in writer {
-            if let Task::Write(Write { handoff, .. }) = task {
-                self.tell_prefill(prefill, prefill::Heard::Wrote { handoff, writes: 1 });
-            }
+        let under_way: Vec<HandoffId> = self.links[link].under_way.iter().filter_map(Task::of_write).collect();
+        for handoff in writer.iter().filter_map(Task::of_write).chain(under_way) {
+            self.tell_prefill(prefill, prefill::Heard::Wrote { handoff, writes: 1 });
         }
         self.tell_prefill(prefill, prefill::Heard::Closed { session: SessionId(link as u64) });
         self.other_end_is_gone(link);
@@ -348,6 +401,7 @@ impl World {
 
     pub(crate) fn fenced(&mut self, link: LinkId) {
         let decode = self.links[link].decode;
+        self.links[link].refused = self.mutation != Some(Mutation::NotRefused);
         // A decode worker that restarted has other sessions.
         if !self.links[link].dead {
             note!(self, "session {link} is fenced at decode {decode}");

@@ -9,16 +9,18 @@ use tokio::net::{TcpStream, UnixStream};
 use tokio::sync::mpsc;
 
 use super::copier::{self, Order, PeerMemory, Standing, Work};
+use super::poster::Poster;
 use super::session::{ClientSession, MESSAGES_MAX, Path, Session};
 use super::writer::{Inner, Writer, order};
 use crate::handoff::{SessionId, WorkerId};
 use crate::transfer::handshake::{self, Hello, VERSION, Welcome};
 use crate::transfer::outbound::Outbound;
+use crate::transfer::rdma::RdmaLane;
 use crate::transfer::socket::Socket;
 use crate::transfer::tls::Tls;
 use crate::transfer::{
-    ClientTls, ClusterToken, ConnectError, Limits, Mailbox, Refusal, Region, RegionShape, SessionAddresses,
-    TransferMetrics, Transport, host_identity,
+    ClientTls, ClusterToken, ConnectError, Limits, Mailbox, RdmaError, Refusal, Region, RegionShape, SessionAddresses,
+    Source, TransferMetrics, Transport, host_identity,
 };
 
 /// What a prefill worker's [`Connector`] is made with.
@@ -32,8 +34,12 @@ pub struct ConnectorConfig {
     pub model_key: String,
     /// How long opening a session may take.
     pub timeout: Duration,
-    /// Never shm, even on one host: for tests and measurements of tcp.
-    pub tcp_only: bool,
+    /// Whether memory is shared with workers of the same host.
+    pub shm: bool,
+    /// The pages, registered for adapters to read.
+    pub rdma: Option<Source>,
+    /// Whether pages may go over TCP where there is nothing better.
+    pub tcp: bool,
     /// Where to count.
     pub metrics: TransferMetrics,
 }
@@ -62,26 +68,85 @@ impl Connector {
     }
 
     /// Opens a session to the decode worker at `addresses`, as the worker `own`; served by a task of the tokio runtime
-    /// this is called in. Over shm if it runs on this host and its unix socket can be reached from here, else over tcp,
-    /// which is counted and logged.
+    /// this is called in. Of the ways that are allowed the first that leads there: shm if it runs on this host and its
+    /// unix socket can be reached from here; RDMA if both have adapters that reach each other; TCP, which is counted
+    /// and logged.
     pub async fn connect(&self, addresses: &SessionAddresses, own: WorkerId) -> Result<Session, ConnectError> {
-        let opening = async {
-            let unix = addresses.unix.as_deref().filter(|_| addresses.host == self.shared.host);
-            if let Some(path) = unix.filter(|_| !self.shared.config.tcp_only) {
-                match self.connect_shm(path, addresses, own).await {
-                    Err(error) if is_elsewhere(&error) => {
-                        tracing::warn!(path = %path.display(), %error, "no shared memory with a worker of this host");
-                    }
-                    decided => return decided,
-                }
-            }
-            let Some(address) = &addresses.tcp else { return Err(ConnectError::NoAddress) };
-            let session = self.connect_tcp(address, addresses, own).await?;
-            self.shared.config.metrics.fallbacks.inc();
-            tracing::warn!(session = session.id().0, %address, "pages go over TCP, the slowest way");
-            Ok(session)
-        };
+        let opening = self.connect_somehow(addresses, own);
         tokio::time::timeout(self.shared.config.timeout, opening).await.map_err(|_| ConnectError::TimedOut)?
+    }
+
+    async fn connect_somehow(&self, addresses: &SessionAddresses, own: WorkerId) -> Result<Session, ConnectError> {
+        let config = &self.shared.config;
+        let unix = addresses.unix.as_deref().filter(|_| addresses.host == self.shared.host);
+        if let Some(path) = unix.filter(|_| config.shm) {
+            match self.connect_shm(path, addresses, own).await {
+                Err(error) if is_elsewhere(&error) => {
+                    tracing::warn!(path = %path.display(), %error, "no shared memory with a worker of this host");
+                }
+                decided => return decided,
+            }
+        }
+        let Some(address) = &addresses.tcp else { return Err(ConnectError::NoAddress) };
+        let without_rdma = match self.source_for(addresses) {
+            Ok(source) => match self.try_rdma(source, address, addresses, own).await {
+                Err(error) if config.tcp && is_about_rdma(&error) => {
+                    tracing::warn!(%address, %error, "no RDMA with a decode worker");
+                    "it was tried"
+                }
+                decided => return decided,
+            },
+            Err(reason) => reason,
+        };
+        if !config.tcp {
+            return Err(ConnectError::NoWay(without_rdma));
+        }
+        let session = self.connect_tcp(address, addresses, own).await?;
+        config.metrics.fallbacks.inc();
+        tracing::warn!(session = session.id().0, %address, %without_rdma, "pages go over TCP, the slowest way");
+        Ok(session)
+    }
+
+    /// What to write to a decode worker from over RDMA, or why it cannot be tried.
+    fn source_for(&self, to: &SessionAddresses) -> Result<&Source, &'static str> {
+        let Some(source) = &self.shared.config.rdma else { return Err("this worker uses no adapter") };
+        let Some(theirs) = to.rdma.first() else { return Err("the decode worker uses no adapter") };
+        let ours = source.links().next();
+        if ours == Some(theirs.link) { Ok(source) } else { Err("one worker is on InfiniBand, the other on Ethernet") }
+    }
+
+    /// Where TCP will do too, an adapter that hears nothing is not waited for until there is no time left for that.
+    async fn try_rdma(
+        &self,
+        source: &Source,
+        address: &str,
+        to: &SessionAddresses,
+        own: WorkerId,
+    ) -> Result<Session, ConnectError> {
+        let ConnectorConfig { tcp, timeout, .. } = self.shared.config;
+        let patience = if tcp { timeout / 2 } else { timeout };
+        let connected = tokio::time::timeout(patience, self.connect_rdma(source, address, to, own)).await;
+        connected.unwrap_or_else(|_| Err(RdmaError::Unreachable(io::ErrorKind::TimedOut.into()).into()))
+    }
+
+    /// The connection is TCP's; what is written does not go over it.
+    async fn connect_rdma(
+        &self,
+        source: &Source,
+        address: &str,
+        to: &SessionAddresses,
+        own: WorkerId,
+    ) -> Result<Session, ConnectError> {
+        let socket = self.open_tcp(address, to).await?;
+        let (source, lanes) = (source.clone(), to.rdma.len());
+        let opening = blocking(move || source.open(lanes)).await?;
+        let hello = Hello { rdma: opening.endpoints(), ..self.hello(to, own, Transport::Rdma) };
+        let (welcome, _) = handshake::connect(&socket, &self.shared.config.token, &hello).await?;
+        let offers = welcome.rdma.clone();
+        let lanes = blocking(move || opening.connect(&offers)).await?;
+        let mut poster = Poster::new(lanes, self.shared.region.shape(), self.remote_shape(&welcome));
+        poster.prove().await.map_err(RdmaError::Unreachable)?;
+        Ok(self.start(socket, &welcome, own, Way::Rdma(Box::new(poster))))
     }
 
     async fn connect_shm(
@@ -100,10 +165,18 @@ impl Connector {
             region: Region::open(region, self.remote_shape(&welcome))?,
             mailbox: Mailbox::open(mailbox, welcome.slots)?,
         };
-        Ok(self.start(socket, &welcome, own, Some(memory)))
+        Ok(self.start(socket, &welcome, own, Way::Shm(memory)))
     }
 
     async fn connect_tcp(&self, address: &str, to: &SessionAddresses, own: WorkerId) -> Result<Session, ConnectError> {
+        let socket = self.open_tcp(address, to).await?;
+        let hello = self.hello(to, own, Transport::Tcp);
+        let (welcome, _) = handshake::connect(&socket, &self.shared.config.token, &hello).await?;
+        Ok(self.start(socket, &welcome, own, Way::Tcp))
+    }
+
+    /// A TCP connection, encrypted if that is agreed.
+    async fn open_tcp(&self, address: &str, to: &SessionAddresses) -> Result<Socket, ConnectError> {
         let tls = match &self.shared.config.tls {
             Some(_) if !to.tls => return Err(ConnectError::Plain),
             None if to.tls => return Err(ConnectError::Encrypted),
@@ -113,9 +186,7 @@ impl Connector {
         if let Some(tls) = tls {
             socket = socket.encrypted(Tls::client(tls, host_of(address))?).await?;
         }
-        let hello = self.hello(to, own, Transport::Tcp);
-        let (welcome, _) = handshake::connect(&socket, &self.shared.config.token, &hello).await?;
-        Ok(self.start(socket, &welcome, own, None))
+        Ok(socket)
     }
 
     fn hello(&self, to: &SessionAddresses, own: WorkerId, transport: Transport) -> Hello {
@@ -129,6 +200,7 @@ impl Connector {
             transport,
             layers: shape.layers as u64,
             page_bytes: shape.page_bytes as u64,
+            rdma: Vec::new(),
         }
     }
 
@@ -138,20 +210,21 @@ impl Connector {
     }
 
     /// Starts the task of a session that both sides agreed on.
-    fn start(&self, socket: Socket, welcome: &Welcome, own: WorkerId, memory: Option<PeerMemory>) -> Session {
+    fn start(&self, socket: Socket, welcome: &Welcome, own: WorkerId, way: Way) -> Session {
         let Shared { config, region, orders, .. } = &*self.shared;
         let id = SessionId(self.shared.next_session.fetch_add(1, Ordering::Relaxed));
         let (commands, received) = mpsc::unbounded_channel();
         let (message_sender, messages) = mpsc::channel(MESSAGES_MAX);
         let mut copier = None;
-        let path = match memory {
-            Some(memory) => {
+        let (transport, path) = match way {
+            Way::Shm(memory) => {
                 let standing = Arc::new(Standing::default());
                 order(orders, id, &standing, &commands, Work::Open(memory));
                 copier = Some((orders.clone(), standing.clone()));
-                Path::Shm { orders: orders.clone(), standing }
+                (Transport::Shm, Path::Shm { orders: orders.clone(), standing })
             }
-            None => Path::tcp(region.clone(), welcome.frame_bytes as usize),
+            Way::Rdma(poster) => (Transport::Rdma, Path::Rdma(poster)),
+            Way::Tcp => (Transport::Tcp, Path::tcp(region.clone(), welcome.frame_bytes as usize)),
         };
         let inner = Inner {
             session: id,
@@ -160,6 +233,7 @@ impl Connector {
             slots: welcome.slots,
             message_bytes_max: welcome.message_bytes as usize,
             commands: commands.clone(),
+            transport,
             copier,
             metrics: config.metrics.clone(),
         };
@@ -178,6 +252,26 @@ impl Connector {
         tokio::spawn(task.run(received));
         Session { writer, messages }
     }
+}
+
+/// What a session's pages go through.
+enum Way {
+    Shm(PeerMemory),
+    Rdma(Box<Poster<RdmaLane>>),
+    Tcp,
+}
+
+/// Runs what waits for adapters where it holds up nobody.
+async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T, RdmaError> + Send + 'static,
+) -> Result<T, ConnectError> {
+    let ended = tokio::task::spawn_blocking(work).await;
+    Ok(ended.map_err(|error| ConnectError::Io(io::Error::other(error)))??)
+}
+
+/// Whether it is only RDMA that did not come about.
+fn is_about_rdma(error: &ConnectError) -> bool {
+    matches!(error, ConnectError::Rdma(_) | ConnectError::Refused(Refusal::Rdma(_) | Refusal::Transport(_)))
 }
 
 /// The host of `host:port`, without the brackets of an IPv6 address.

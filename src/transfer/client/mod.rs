@@ -3,6 +3,7 @@
 mod connector;
 mod copier;
 mod payload;
+mod poster;
 mod reply;
 mod session;
 mod writer;

@@ -8,19 +8,22 @@ use tokio::sync::oneshot;
 
 use super::copier::{Order, Standing, Work};
 use super::payload::{Pages, frames};
+use super::poster::Poster;
 use super::reply::Reply;
 use super::writer::{Writer, order};
 use crate::handoff::{Epoch, SessionId, Slot};
 use crate::transfer::frame::{Frame, Loan, Violation};
 use crate::transfer::link::{FrameReader, Heart, LinkError};
 use crate::transfer::outbound::Outbound;
+use crate::transfer::rdma::RdmaLane;
 use crate::transfer::socket::Socket;
 use crate::transfer::{Limits, Region, Transport, WriteError};
 
 /// Messages that may wait to be taken from [`Session::receive`]; beyond it the session is closed.
 pub(super) const MESSAGES_MAX: usize = 4096;
 
-/// A prefill worker's session to a decode worker. Dropping it closes it: writes under way end, the memory is unmapped.
+/// A prefill worker's session to a decode worker. Dropping it closes it: writes under way end, the memory is
+/// unmapped, the connection between adapters gone.
 pub struct Session {
     pub(super) writer: Writer,
     pub(super) messages: mpsc::Receiver<Bytes>,
@@ -64,7 +67,7 @@ impl Drop for Session {
 pub(super) enum Command {
     /// Send a frame.
     Send(Frame),
-    /// Over tcp: write, complete or send.
+    /// Where there is no copier: write, complete or send.
     Work(Work),
     /// End.
     Close,
@@ -84,9 +87,18 @@ pub(super) enum Path {
         orders: Sender<Order>,
         standing: Arc<Standing>,
     },
+    Rdma(Box<Poster<RdmaLane>>),
 }
 
 impl Path {
+    /// Waits until something has happened that no socket tells of. Cancel safe.
+    async fn event(&mut self) -> std::io::Result<()> {
+        match self {
+            Self::Rdma(poster) => poster.event().await,
+            Self::Tcp { .. } | Self::Shm { .. } => std::future::pending().await,
+        }
+    }
+
     pub(super) fn tcp(local: Region, frame_bytes: usize) -> Self {
         Self::Tcp { local, frame_bytes, completions: HashMap::new(), revoked: HashMap::new() }
     }
@@ -114,21 +126,29 @@ impl ClientSession {
         tracing::info!(session = self.id.0, %reason, "session to a decode worker closed");
         // From here on writes fail; those that wait are told so as they are dropped.
         drop(commands);
-        if let Path::Shm { orders, standing } = &self.path {
-            standing.close();
-            let (unmapped, wait) = oneshot::channel();
-            order(orders, self.id, standing, &self.commands, Work::Close(unmapped));
-            if wait.await.is_ok() {
-                // Nothing in this process can write to the decode worker's pages any more. Told so, it has them back
-                // without waiting for our end; if it does not hear it, it waits.
-                self.outbound.push(&Frame::Unmapped);
-                let farewell = async {
-                    while !self.outbound.is_empty() {
-                        self.outbound.write_some(&self.socket).await?;
-                    }
-                    std::io::Result::Ok(())
-                };
-                let _ = tokio::time::timeout(self.limits.handshake, farewell).await;
+        match self.path {
+            Path::Tcp { .. } => {}
+            Path::Rdma(poster) => {
+                // The adapter is done with our pages before anybody hears that their writes have failed. That it
+                // cannot be awaited any more if the process ends is no loss.
+                let _ = tokio::task::spawn_blocking(move || drop(poster)).await;
+            }
+            Path::Shm { orders, standing } => {
+                standing.close();
+                let (unmapped, wait) = oneshot::channel();
+                order(&orders, self.id, &standing, &self.commands, Work::Close(unmapped));
+                if wait.await.is_ok() {
+                    // Nothing in this process can write to the decode worker's pages any more. Told so, it has them
+                    // back without waiting for our end; if it does not hear it, it waits.
+                    self.outbound.push(&Frame::Unmapped);
+                    let farewell = async {
+                        while !self.outbound.is_empty() {
+                            self.outbound.write_some(&self.socket).await?;
+                        }
+                        std::io::Result::Ok(())
+                    };
+                    let _ = tokio::time::timeout(self.limits.handshake, farewell).await;
+                }
             }
         }
     }
@@ -159,6 +179,10 @@ impl ClientSession {
                         self.frame(frame)?;
                     }
                 }
+                event = self.path.event() => {
+                    event?;
+                    self.post()?;
+                }
                 written = self.outbound.write_some(&self.socket), if !self.outbound.is_empty() => {
                     for pages in written? {
                         pages.reply.into_iter().for_each(|reply| reply.send(Ok(())));
@@ -176,9 +200,31 @@ impl ClientSession {
         Ok(())
     }
 
+    /// Over RDMA, posts what there is room for, and sends what its turn has come for.
+    fn post(&mut self) -> Result<(), LinkError> {
+        if let Path::Rdma(poster) = &mut self.path {
+            let mut frames = Vec::new();
+            poster.advance(&mut frames)?;
+            frames.iter().try_for_each(|frame| self.send(frame))?;
+        }
+        Ok(())
+    }
+
     /// Work that over shm is the copier's.
     fn work(&mut self, work: Work) -> Result<(), LinkError> {
-        let Path::Tcp { local, frame_bytes, completions, revoked } = &mut self.path else { return Ok(()) };
+        let (local, frame_bytes, completions, revoked) = match &mut self.path {
+            Path::Tcp { local, frame_bytes, completions, revoked } => (local, frame_bytes, completions, revoked),
+            Path::Rdma(poster) => {
+                match work {
+                    Work::Write(loan, runs, reply) => poster.write(loan, runs, reply),
+                    Work::Complete(loan, word, reply) => poster.complete(loan, word, reply),
+                    Work::Send(frame) => poster.send(frame),
+                    Work::Open(_) | Work::Close(_) => {}
+                }
+                return self.post();
+            }
+            Path::Shm { .. } => return Ok(()),
+        };
         let taken_back = |(slot, epoch): Loan| revoked.get(&slot) == Some(&epoch);
         match work {
             Work::Write(loan, _, reply) | Work::Complete(loan, _, reply) if taken_back(loan) => {
@@ -223,7 +269,11 @@ impl ClientSession {
                 // Through the copier, which has dropped or done all it had for the loan when it gets there.
                 order(orders, self.id, standing, &self.commands, Work::Send(Frame::Stopped(loan)));
             }
-            (Frame::Completed(..), Path::Shm { .. })
+            (Frame::Revoke(loan), Path::Rdma(poster)) => {
+                poster.revoke(loan);
+                self.post()?;
+            }
+            (Frame::Completed(..), Path::Shm { .. } | Path::Rdma(_))
             | (Frame::Data(..) | Frame::Complete(..) | Frame::Stopped(_) | Frame::Unmapped, _) => {
                 return Err(Violation::Direction.into());
             }

@@ -27,6 +27,7 @@ pub(super) struct Inner {
     pub(super) slots: u32,
     pub(super) message_bytes_max: usize,
     pub(super) commands: UnboundedSender<Command>,
+    pub(super) transport: Transport,
     pub(super) copier: Option<(Sender<Order>, Arc<Standing>)>,
     pub(super) metrics: TransferMetrics,
 }
@@ -39,11 +40,11 @@ impl Writer {
 
     /// How pages go.
     pub fn transport(&self) -> Transport {
-        if self.inner.copier.is_some() { Transport::Shm } else { Transport::Tcp }
+        self.inner.transport
     }
 
-    /// Writes pages under a loan. The `remote` pages must be among those lent, and each `(layer, remote)` named once.
-    /// Until `done` is called, the `local` pages must not change; after it, they are not read any more.
+    /// Writes pages under a loan. The `remote` pages must be among those lent, and each `(layer, remote)` written once
+    /// under it: what goes over several adapters is in no order but before the loan's last word. Until `done` is called, the `local` pages must not change; after it, they are not read any more.
     pub fn write(
         &self,
         slot: Slot,
@@ -101,7 +102,7 @@ impl Writer {
         }
     }
 
-    /// Hands work to the copier, or over tcp to the session's task. If that is gone, dropping the work says so.
+    /// Hands work to the copier, or if there is none to the session's task. If that is gone, dropping the work says so.
     fn submit(&self, work: impl FnOnce() -> Work) {
         let Inner { session, commands, .. } = &*self.inner;
         match &self.inner.copier {

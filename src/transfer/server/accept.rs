@@ -17,12 +17,31 @@ use super::session::{Reach, ServerSession};
 use super::{Command, Peer, Shared};
 use crate::handoff::{SessionId, WorkerId};
 use crate::transfer::handshake::{self, HandshakeError, Hello, Welcome};
+use crate::transfer::rdma::Offer;
 use crate::transfer::socket::Socket;
 use crate::transfer::tls::Tls;
 use crate::transfer::{Refusal, ServerError, Transport};
 
 /// Before the next try when the system has no file left for a connection.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
+
+/// Where somebody knocks.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Door {
+    /// Processes of this host, for sessions over shm.
+    Unix,
+    /// Others, for sessions over TCP, and those over RDMA, which need a connection to be agreed upon.
+    Tcp,
+}
+
+impl Door {
+    const fn name(self) -> &'static str {
+        match self {
+            Self::Unix => "unix",
+            Self::Tcp => "tcp",
+        }
+    }
+}
 
 /// The tasks that accept connections, and where.
 pub(super) struct Listening {
@@ -43,7 +62,7 @@ pub(super) async fn listen(shared: &Arc<Shared>) -> Result<Listening, ServerErro
         listening.tcp = Some(host.map_or_else(|| bound.to_string(), |host| join_host(&host, bound)));
         let (shared, handshakes) = (shared.clone(), handshakes.clone());
         listening.tasks.push(tokio::spawn(async move {
-            accept_all(&shared, &handshakes, Transport::Tcp, async || {
+            accept_all(&shared, &handshakes, Door::Tcp, async || {
                 let (stream, _) = listener.accept().await?;
                 Socket::tcp(stream)
             })
@@ -57,7 +76,7 @@ pub(super) async fn listen(shared: &Arc<Shared>) -> Result<Listening, ServerErro
         listening.unix = Some(path);
         let (shared, handshakes) = (shared.clone(), handshakes.clone());
         listening.tasks.push(tokio::spawn(async move {
-            accept_all(&shared, &handshakes, Transport::Shm, async || {
+            accept_all(&shared, &handshakes, Door::Unix, async || {
                 let (stream, _) = listener.accept().await?;
                 Socket::new(UnixStream::into_std(stream)?)
             })
@@ -98,7 +117,7 @@ fn remove_stale_sockets(folder: &Path) {
 }
 
 /// Accepts for ever.
-async fn accept_all<A, F>(shared: &Arc<Shared>, handshakes: &Arc<Semaphore>, transport: Transport, accept: A)
+async fn accept_all<A, F>(shared: &Arc<Shared>, handshakes: &Arc<Semaphore>, door: Door, accept: A)
 where
     A: Fn() -> F,
     F: Future<Output = io::Result<Socket>>,
@@ -107,7 +126,7 @@ where
         let socket = match accept().await {
             Ok(socket) => socket,
             Err(error) => {
-                tracing::warn!(%error, transport = transport.name(), "cannot accept a session");
+                tracing::warn!(%error, door = door.name(), "cannot accept a session");
                 tokio::time::sleep(ACCEPT_PAUSE).await;
                 continue;
             }
@@ -118,19 +137,19 @@ where
         };
         let shared = shared.clone();
         tokio::spawn(async move {
-            let opening = tokio::time::timeout(shared.config.limits.handshake, open(&shared, socket, transport));
+            let opening = tokio::time::timeout(shared.config.limits.handshake, open(&shared, socket, door));
             let opened = opening.await;
             drop(permit);
             match opened {
                 Ok(Ok((session, commands))) => session.run(commands).await,
-                Ok(Err(HandshakeError::Silent)) => tracing::debug!(transport = transport.name(), "somebody looked in"),
+                Ok(Err(HandshakeError::Silent)) => tracing::debug!(door = door.name(), "somebody looked in"),
                 Ok(Err(error)) => {
                     shared.config.metrics.refused.inc();
-                    tracing::warn!(%error, transport = transport.name(), "no session");
+                    tracing::warn!(%error, door = door.name(), "no session");
                 }
                 Err(_) => {
                     shared.config.metrics.refused.inc();
-                    tracing::warn!(transport = transport.name(), "no session: the handshake took too long");
+                    tracing::warn!(door = door.name(), "no session: the handshake took too long");
                 }
             }
         });
@@ -141,14 +160,14 @@ where
 async fn open(
     shared: &Arc<Shared>,
     mut socket: Socket,
-    transport: Transport,
+    door: Door,
 ) -> Result<(ServerSession, mpsc::UnboundedReceiver<Command>), HandshakeError> {
-    if let (Transport::Tcp, Some(tls)) = (transport, &shared.config.tls) {
+    if let (Door::Tcp, Some(tls)) = (door, &shared.config.tls) {
         socket = socket.encrypted(Tls::server(tls)?).await?;
     }
-    let process = match transport {
-        Transport::Shm => Some(socket.peer()?),
-        Transport::Tcp => None,
+    let process = match door {
+        Door::Unix => Some(socket.peer()?),
+        Door::Tcp => None,
     };
     let hello = handshake::accept(&socket, &shared.config.token, |hello| {
         let shape = shared.region.shape();
@@ -160,12 +179,20 @@ async fn open(
                 return Err(Refusal::NotShared);
             }
         }
-        check(shared, hello, transport, shape.layers as u64, shape.page_bytes as u64)
+        check(shared, hello, process.is_some(), shape.layers as u64, shape.page_bytes as u64)
     })
     .await?;
-    let reach = match process.and_then(|process| process.ended) {
-        None => Reach::Tcp(Loans::default()),
-        Some(ended) => Reach::shm(ended),
+    let reach = match (process.and_then(|process| process.ended), &shared.config.rdma) {
+        (Some(ended), _) => Reach::shm(ended),
+        (None, Some(target)) if hello.transport == Transport::Rdma => {
+            let (target, peers) = (target.clone(), hello.rdma.clone());
+            let accepting = tokio::task::spawn_blocking(move || target.accept(&peers));
+            match accepting.await.map_err(io::Error::other)? {
+                Ok(accepted) => Reach::rdma(accepted),
+                Err(error) => return handshake::refuse(&socket, Refusal::Rdma(error.to_string())).await,
+            }
+        }
+        (None, _) => Reach::Tcp(Loans::default()),
     };
     let id = shared.new_session();
     let (sender, commands) = mpsc::unbounded_channel();
@@ -174,13 +201,21 @@ async fn open(
     }
     // From here on nothing can fail or be cancelled but in `run`, which reports the session's end and gives back its
     // place.
-    let peer = Peer { worker: WorkerId(hello.worker), transport };
+    let peer = Peer { worker: WorkerId(hello.worker), transport: hello.transport };
     Ok((ServerSession::new(shared.clone(), id, socket, reach, peer), commands))
 }
 
-fn check(shared: &Shared, hello: &Hello, transport: Transport, layers: u64, page_bytes: u64) -> Result<(), Refusal> {
-    if hello.instance != shared.instance || hello.transport != transport {
+fn check(shared: &Shared, hello: &Hello, local: bool, layers: u64, page_bytes: u64) -> Result<(), Refusal> {
+    if hello.instance != shared.instance {
         return Err(Refusal::Instance);
+    }
+    let taken = match hello.transport {
+        Transport::Shm => local,
+        Transport::Rdma => !local && shared.config.rdma.is_some(),
+        Transport::Tcp => !local && shared.config.tcp_pages,
+    };
+    if !taken {
+        return Err(Refusal::Transport(hello.transport.name().to_owned()));
     }
     if hello.model_key != shared.config.model_key {
         return Err(Refusal::ModelKey);
@@ -207,7 +242,7 @@ impl Shared {
         Some([self.region.file()?, self.mailbox.file()?])
     }
 
-    pub(super) fn welcome(&self) -> Welcome {
+    pub(super) fn welcome(&self, rdma: Vec<Offer>) -> Welcome {
         let limits = &self.config.limits;
         // Limits beyond 32 bits are as good as none.
         let small = |number: usize| u32::try_from(number).unwrap_or(u32::MAX);
@@ -219,6 +254,7 @@ impl Shared {
             frame_bytes: small(self.frame_bytes()),
             heartbeat_ms: small(limits.heartbeat.as_millis() as usize).max(1),
             missed_heartbeats: limits.missed_heartbeats,
+            rdma,
         }
     }
 

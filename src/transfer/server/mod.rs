@@ -15,7 +15,7 @@ use tokio::sync::mpsc::UnboundedSender;
 use tokio::task::JoinHandle;
 
 use super::frame::Loan;
-use super::{Mailbox, Region, ServerConfig, ServerError, SessionAddresses, Transport};
+use super::{Mailbox, Region, ServerConfig, ServerError, SessionAddresses, Target, Transport};
 use crate::handoff::{Epoch, SessionId, Slot, WorkerId};
 
 /// Who opened a session.
@@ -45,7 +45,7 @@ pub enum SessionEvent {
         message: Bytes,
     },
     /// The answer to [`SessionServer::revoke`]: nothing written under this loan can land any more. Over tcp it comes at
-    /// once; over shm when the peer has stopped, which a peer that hangs does not.
+    /// once; otherwise when the peer has stopped, which a peer that hangs does not.
     Revoked {
         /// Which.
         session: SessionId,
@@ -134,7 +134,9 @@ impl SessionServer {
         });
         let accept::Listening { tasks, unix, tcp } = accept::listen(&shared).await?;
         let tls = shared.config.tls.is_some();
-        let addresses = SessionAddresses { host, instance, unix: unix.clone(), tcp, tls };
+        // They are reached through the connection.
+        let rdma = shared.config.rdma.as_ref().filter(|_| tcp.is_some()).map(Target::ports).unwrap_or_default();
+        let addresses = SessionAddresses { host, instance, unix: unix.clone(), tcp, tls, rdma };
         Ok(Self { shared, addresses, listeners: tasks, socket: unix })
     }
 
@@ -161,8 +163,8 @@ impl SessionServer {
         self.command(session, Command::Revoke((slot, epoch)));
     }
 
-    /// Closes a session. [`SessionEvent::Fenced`] follows at once over tcp, and over shm when the peer has unmapped the
-    /// memory or has ended.
+    /// Closes a session. [`SessionEvent::Fenced`] follows at once over tcp and RDMA, and over shm when the peer has
+    /// unmapped the memory or has ended.
     pub fn fence(&self, session: SessionId) {
         self.command(session, Command::Fence);
     }

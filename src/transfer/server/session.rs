@@ -15,6 +15,7 @@ use crate::transfer::frame::{Frame, Loan, Violation};
 use crate::transfer::handshake;
 use crate::transfer::link::{FrameReader, Heart, LinkError};
 use crate::transfer::outbound::{NoPayload, Outbound};
+use crate::transfer::rdma::{Granted, Offer};
 use crate::transfer::socket::Socket;
 
 /// How the peer writes, and what is known about that.
@@ -28,11 +29,24 @@ pub(super) enum Reach {
         /// Loans the peer was asked to stop writing under.
         revoking: HashSet<Loan>,
     },
+    /// By its adapter and ours.
+    Rdma {
+        /// What lets it.
+        granted: Granted,
+        /// What it has to know of that.
+        offers: Vec<Offer>,
+        /// Loans the peer was asked to stop writing under.
+        revoking: HashSet<Loan>,
+    },
 }
 
 impl Reach {
     pub(super) fn shm(ended: AsyncFd<OwnedFd>) -> Self {
         Self::Shm { ended, revoking: HashSet::new() }
+    }
+
+    pub(super) fn rdma((granted, offers): (Granted, Vec<Offer>)) -> Self {
+        Self::Rdma { granted, offers, revoking: HashSet::new() }
     }
 }
 
@@ -91,12 +105,15 @@ impl ServerSession {
         }
         let Self { shared, socket, reach, mut reader, .. } = self;
         shared.emit(SessionEvent::Closed { session });
-        let mut fenced = true;
-        if let Reach::Shm { ended, .. } = reach {
-            socket.end_writing();
-            fenced = unmapped || wait_until_gone(&socket, &mut reader, &ended, &mut commands).await;
-        }
-        // Over tcp this task was the writer, and it has ended: no byte of the session will be read any more.
+        let fenced = match reach {
+            // This task was the writer, and it has ended: no byte of the session will be read any more.
+            Reach::Tcp(_) => true,
+            Reach::Shm { ended, .. } => {
+                socket.end_writing();
+                unmapped || wait_until_gone(&socket, &mut reader, &ended, &mut commands).await
+            }
+            Reach::Rdma { granted, .. } => fence(granted).await,
+        };
         drop(socket);
         shared.sessions().remove(&session);
         if fenced {
@@ -107,12 +124,13 @@ impl ServerSession {
 
     /// Serves until it ends, for whatever reason.
     async fn serve(&mut self, commands: &mut UnboundedReceiver<Command>) -> Result<std::convert::Infallible, End> {
-        let files = match &self.reach {
-            Reach::Tcp(_) => None,
-            Reach::Shm { .. } => self.shared.files(),
+        let (files, offers) = match &self.reach {
+            Reach::Tcp(_) => (None, Vec::new()),
+            Reach::Shm { .. } => (self.shared.files(), Vec::new()),
+            Reach::Rdma { offers, .. } => (None, offers.clone()),
         };
         let limits = self.shared.config.limits;
-        let welcome = handshake::welcome(&self.socket, self.shared.welcome(), files);
+        let welcome = handshake::welcome(&self.socket, self.shared.welcome(offers), files);
         match tokio::time::timeout(limits.handshake, welcome).await {
             Ok(sent) => sent?,
             Err(_) => return Err(LinkError::Stalled.into()),
@@ -180,7 +198,7 @@ impl ServerSession {
                 }
                 self.revoked(loan);
             }
-            Reach::Shm { revoking, .. } => {
+            Reach::Shm { revoking, .. } | Reach::Rdma { revoking, .. } => {
                 if revoking.insert(loan) {
                     self.outbound.push(&Frame::Revoke(loan));
                 }
@@ -213,15 +231,15 @@ impl ServerSession {
                 self.outbound.push(&Frame::Completed(loan, accepted));
             }
             (Frame::Stopped(loan), Reach::Tcp(loans)) => loans.stopped(loan)?,
-            (Frame::Stopped(loan), Reach::Shm { revoking, .. }) => {
+            (Frame::Stopped(loan), Reach::Shm { revoking, .. } | Reach::Rdma { revoking, .. }) => {
                 if !revoking.remove(&loan) {
                     return Err(Violation::NoSuchLoan.into());
                 }
                 self.revoked(loan);
             }
             (Frame::Unmapped, Reach::Shm { .. }) => return Err(End::Unmapped),
-            (Frame::Data(..) | Frame::Complete(..), Reach::Shm { .. })
-            | (Frame::Unmapped, Reach::Tcp(_))
+            (Frame::Data(..) | Frame::Complete(..), Reach::Shm { .. } | Reach::Rdma { .. })
+            | (Frame::Unmapped, Reach::Tcp(_) | Reach::Rdma { .. })
             | (Frame::Completed(..) | Frame::Revoke(_), _) => return Err(Violation::Direction.into()),
         }
         Ok(())
@@ -246,6 +264,20 @@ async fn receive(
         *landing = None;
     }
     Ok(None)
+}
+
+/// Ends the connections between a peer's adapters and ours, which nothing of the peer's can outlive. False if that is
+/// not to be had; its pages then stay where they are.
+async fn fence(granted: Granted) -> bool {
+    match tokio::task::spawn_blocking(move || granted.fence()).await {
+        Ok(Ok(())) => true,
+        Ok(Err(error)) => {
+            tracing::error!(%error, "a session over RDMA cannot be fenced; the pages lent to it stay in quarantine");
+            false
+        }
+        // The runtime is going, and the process with it.
+        Err(_) => false,
+    }
 }
 
 /// Waits until a peer that shares the memory can write to it no more: it says that it has unmapped it, or its process

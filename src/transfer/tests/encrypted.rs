@@ -1,6 +1,9 @@
 //! TLS on TCP sessions.
 
-use std::process::Command;
+use std::{
+    io::{self, IoSlice, IoSliceMut},
+    process::Command,
+};
 
 use tokio::net::TcpStream;
 
@@ -8,6 +11,7 @@ use super::support::*;
 use crate::handoff::{MailboxWord, Slot, Status, WorkerId};
 use crate::transfer::handshake;
 use crate::transfer::socket::Socket;
+use crate::transfer::tls::Tls;
 use crate::transfer::{ClusterToken, ConnectError, SessionTls, TlsError, Transport};
 
 /// An authority, and a certificate for 127.0.0.1 by it, for either side.
@@ -119,6 +123,53 @@ async fn whoever_does_not_encrypt_is_refused_by_who_does() {
     let hello = hello(secret.server.addresses(), Transport::Tcp);
     assert!(soon(handshake::connect(&socket, &ClusterToken::new("tea"), &hello)).await.is_err());
     assert!(secret.metrics.refused.get() >= 1);
+}
+
+/// Carries what one side has to send to the other, the last byte changed if it is to be `damaged`.
+fn carry(from: &mut Tls, to: &mut Tls, damaged: bool) {
+    while !from.to_send().is_empty() {
+        let (bytes, space) = (from.to_send(), to.space());
+        let length = bytes.len().min(space.len());
+        space[..length].copy_from_slice(&bytes[..length]);
+        space[length - 1] ^= u8::from(damaged);
+        from.sent(length);
+        to.received(length);
+    }
+}
+
+#[test]
+fn what_was_damaged_on_the_way_ends_both_directions_with_the_same_error_and_the_peer_learns_of_it() {
+    let certificates = Certificates::new();
+    let (ours, theirs) =
+        (certificates.tls(false, true).server().unwrap(), certificates.tls(true, false).client().unwrap());
+    let mut server = Tls::server(&ours.unwrap()).unwrap();
+    let mut client = Tls::client(&theirs.unwrap(), "127.0.0.1").unwrap();
+    loop {
+        let over = client.handshake().unwrap();
+        carry(&mut client, &mut server, false);
+        if server.handshake().unwrap() && over {
+            break;
+        }
+        carry(&mut server, &mut client, false);
+    }
+    carry(&mut server, &mut client, false);
+    let receive = |tls: &mut Tls| {
+        let mut buffer = [0; 64];
+        tls.decrypt(&mut [IoSliceMut::new(&mut buffer)]).map(|length| buffer[..length].to_vec())
+    };
+    client.encrypt(&[IoSlice::new(b"whole")]).unwrap();
+    carry(&mut client, &mut server, false);
+    assert_eq!(receive(&mut server).unwrap(), b"whole");
+    client.encrypt(&[IoSlice::new(b"damaged")]).unwrap();
+    carry(&mut client, &mut server, true);
+    let error = receive(&mut server).unwrap_err();
+    assert_eq!(error.kind(), io::ErrorKind::InvalidData);
+    for later in [receive(&mut server).map(drop), server.encrypt(&[IoSlice::new(b"more")]).map(drop)] {
+        assert_eq!(later.unwrap_err().to_string(), error.to_string());
+    }
+    carry(&mut server, &mut client, false);
+    let heard = receive(&mut client).unwrap_err().to_string();
+    assert!(heard.contains("BadRecordMac"), "{heard}");
 }
 
 #[test]

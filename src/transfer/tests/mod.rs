@@ -4,4 +4,4 @@ mod encrypted;
 mod processes;
 mod refusals;
 mod sessions;
-mod support;
+pub(super) mod support;

@@ -285,6 +285,7 @@ async fn a_peer_that_hangs_is_noticed_by_either_side() {
         let limits = (64, SLOTS, 1 << 20, 1 << 20, 1 << 20, 10, 3);
         let (pages, slots, message_bytes, queued_bytes, frame_bytes, heartbeat_ms, missed_heartbeats) = limits;
         let welcome = handshake::Welcome {
+            rdma: Vec::new(),
             pages,
             slots,
             message_bytes,

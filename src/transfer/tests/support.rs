@@ -16,13 +16,13 @@ use crate::transfer::{
 };
 
 /// How long anything may take before a test gives up. Not a measurement: the machine may be very busy.
-pub(super) const PATIENCE: Duration = Duration::from_secs(60);
+pub(in crate::transfer) const PATIENCE: Duration = Duration::from_secs(60);
 
-pub(super) const SHAPE: RegionShape = RegionShape { layers: 3, pages: 64, page_bytes: 4096 };
-pub(super) const SLOTS: u32 = 8;
+pub(in crate::transfer) const SHAPE: RegionShape = RegionShape { layers: 3, pages: 64, page_bytes: 4096 };
+pub(in crate::transfer) const SLOTS: u32 = 8;
 
 /// What a prefill worker says first, for tests that are the prefill worker themselves.
-pub(super) fn hello(to: &SessionAddresses, transport: Transport) -> Hello {
+pub(in crate::transfer) fn hello(to: &SessionAddresses, transport: Transport) -> Hello {
     Hello {
         version: VERSION,
         nonce: [9; 32],
@@ -32,28 +32,31 @@ pub(super) fn hello(to: &SessionAddresses, transport: Transport) -> Hello {
         transport,
         layers: SHAPE.layers as u64,
         page_bytes: SHAPE.page_bytes as u64,
+        rdma: Vec::new(),
     }
 }
 
 /// Waits for something that will happen.
-pub(super) async fn soon<T>(future: impl Future<Output = T>) -> T {
+pub(in crate::transfer) async fn soon<T>(future: impl Future<Output = T>) -> T {
     tokio::time::timeout(PATIENCE, future).await.expect("it happens")
 }
 
 /// A decode worker: memory, mailbox, server, and what the server reported.
-pub(super) struct Decode {
-    pub(super) region: Region,
-    pub(super) mailbox: Mailbox,
-    pub(super) server: SessionServer,
-    pub(super) metrics: TransferMetrics,
-    pub(super) folder: tempfile::TempDir,
+pub(in crate::transfer) struct Decode {
+    pub(in crate::transfer) region: Region,
+    pub(in crate::transfer) mailbox: Mailbox,
+    pub(in crate::transfer) server: SessionServer,
+    pub(in crate::transfer) metrics: TransferMetrics,
+    pub(in crate::transfer) folder: tempfile::TempDir,
     events: UnboundedReceiver<SessionEvent>,
 }
 
 /// What tests change of a server's configuration.
-pub(super) fn server_config(unix: PathBuf) -> ServerConfig {
+pub(in crate::transfer) fn server_config(unix: PathBuf) -> ServerConfig {
     ServerConfig {
         tcp: Some(([127, 0, 0, 1], 0).into()),
+        tcp_pages: true,
+        rdma: None,
         advertise: None,
         unix: Some(unix),
         tls: None,
@@ -66,11 +69,11 @@ pub(super) fn server_config(unix: PathBuf) -> ServerConfig {
 }
 
 impl Decode {
-    pub(super) async fn start() -> Self {
+    pub(in crate::transfer) async fn start() -> Self {
         Self::start_with(|_| ()).await
     }
 
-    pub(super) async fn start_with(change: impl FnOnce(&mut ServerConfig)) -> Self {
+    pub(in crate::transfer) async fn start_with(change: impl FnOnce(&mut ServerConfig)) -> Self {
         let folder = tempfile::tempdir().unwrap();
         let mut config = server_config(folder.path().to_path_buf());
         change(&mut config);
@@ -83,17 +86,17 @@ impl Decode {
     }
 
     /// The next event.
-    pub(super) async fn event(&mut self) -> SessionEvent {
+    pub(in crate::transfer) async fn event(&mut self) -> SessionEvent {
         soon(self.events.recv()).await.expect("the server lives")
     }
 
     /// Events that have happened and were not looked at.
-    pub(super) fn no_event(&mut self) -> bool {
+    pub(in crate::transfer) fn no_event(&mut self) -> bool {
         self.events.try_recv().is_err()
     }
 
     /// The next event is a session's opening.
-    pub(super) async fn opened(&mut self) -> SessionId {
+    pub(in crate::transfer) async fn opened(&mut self) -> SessionId {
         match self.event().await {
             SessionEvent::Opened { session, .. } => session,
             other => panic!("no session: {other:?}"),
@@ -101,7 +104,7 @@ impl Decode {
     }
 
     /// The next event is a message.
-    pub(super) async fn message(&mut self) -> Bytes {
+    pub(in crate::transfer) async fn message(&mut self) -> Bytes {
         match self.event().await {
             SessionEvent::Message { message, .. } => message,
             other => panic!("no message: {other:?}"),
@@ -109,46 +112,48 @@ impl Decode {
     }
 
     /// The session's last two events come next.
-    pub(super) async fn ended(&mut self, session: SessionId) {
+    pub(in crate::transfer) async fn ended(&mut self, session: SessionId) {
         assert_eq!(self.event().await, SessionEvent::Closed { session });
         assert_eq!(self.event().await, SessionEvent::Fenced { session });
     }
 
     /// Opens a session of `prefill`.
-    pub(super) async fn session(&mut self, prefill: &Prefill) -> (SessionId, Session) {
+    pub(in crate::transfer) async fn session(&mut self, prefill: &Prefill) -> (SessionId, Session) {
         let session = soon(prefill.connector.connect(self.server.addresses(), WorkerId(7))).await.unwrap();
         (self.opened().await, session)
     }
 
     /// The bytes of a page. For pages that nobody writes to.
-    pub(super) fn page(&self, layer: usize, page: u32) -> Vec<u8> {
+    pub(in crate::transfer) fn page(&self, layer: usize, page: u32) -> Vec<u8> {
         read(&self.region, layer, page)
     }
 }
 
 /// A prefill worker: memory full of a pattern, and a connector.
-pub(super) struct Prefill {
-    pub(super) connector: Connector,
-    pub(super) metrics: TransferMetrics,
+pub(in crate::transfer) struct Prefill {
+    pub(in crate::transfer) connector: Connector,
+    pub(in crate::transfer) metrics: TransferMetrics,
 }
 
-pub(super) fn connector_config(transport: Transport) -> ConnectorConfig {
+pub(in crate::transfer) fn connector_config(transport: Transport) -> ConnectorConfig {
     ConnectorConfig {
         tls: None,
         token: ClusterToken::new("tea"),
         model_key: "model".into(),
         timeout: PATIENCE,
-        tcp_only: transport == Transport::Tcp,
+        shm: transport == Transport::Shm,
+        rdma: None,
+        tcp: true,
         metrics: TransferMetrics::default(),
     }
 }
 
 impl Prefill {
-    pub(super) fn new(transport: Transport) -> Self {
+    pub(in crate::transfer) fn new(transport: Transport) -> Self {
         Self::new_with(SHAPE, connector_config(transport))
     }
 
-    pub(super) fn new_with(shape: RegionShape, config: ConnectorConfig) -> Self {
+    pub(in crate::transfer) fn new_with(shape: RegionShape, config: ConnectorConfig) -> Self {
         let region = Region::private(shape).unwrap();
         for layer in 0..shape.layers {
             for page in 0..shape.pages {
@@ -161,12 +166,12 @@ impl Prefill {
 }
 
 /// What the prefill worker's page is full of.
-pub(super) fn pattern(layer: usize, page: u32) -> u8 {
+pub(in crate::transfer) fn pattern(layer: usize, page: u32) -> u8 {
     1 + (layer as u8 * 71).wrapping_add(page as u8 * 3) % 251
 }
 
 /// Whether every byte is the prefill worker's of that page.
-pub(super) fn holds(bytes: &[u8], layer: usize, page: u32) -> bool {
+pub(in crate::transfer) fn holds(bytes: &[u8], layer: usize, page: u32) -> bool {
     bytes.iter().all(|&byte| byte == pattern(layer, page))
 }
 
@@ -183,24 +188,29 @@ fn read(region: &Region, layer: usize, page: u32) -> Vec<u8> {
 }
 
 /// All layers of some pages: `(local, remote)`.
-pub(super) fn all_layers(pages: &[(u32, u32)]) -> Vec<PageCopy> {
+pub(in crate::transfer) fn all_layers(pages: &[(u32, u32)]) -> Vec<PageCopy> {
     let layers = 0..SHAPE.layers as u32;
     layers.flat_map(|layer| pages.iter().map(move |&(local, remote)| PageCopy { layer, local, remote })).collect()
 }
 
-pub(super) fn epoch(number: u32) -> Epoch {
+pub(in crate::transfer) fn epoch(number: u32) -> Epoch {
     Epoch::new(number).unwrap()
 }
 
 /// Writes and waits for the report.
-pub(super) async fn write(writer: &Writer, slot: Slot, epoch: Epoch, copies: Vec<PageCopy>) -> Result<(), WriteError> {
+pub(in crate::transfer) async fn write(
+    writer: &Writer,
+    slot: Slot,
+    epoch: Epoch,
+    copies: Vec<PageCopy>,
+) -> Result<(), WriteError> {
     let (done, wait) = oneshot::channel();
     writer.write(slot, epoch, copies, |result| done.send(result).expect("the test waits"));
     soon(wait).await.expect("every write is reported")
 }
 
 /// Completes and waits for the report.
-pub(super) async fn complete(
+pub(in crate::transfer) async fn complete(
     writer: &Writer,
     slot: Slot,
     epoch: Epoch,

@@ -1,0 +1,293 @@
+//! What a session over RDMA has to do, in order: posted to the adapters as they have room, and answered as they are
+//! done.
+
+use std::collections::{HashMap, VecDeque};
+use std::future::poll_fn;
+use std::io;
+use std::task::Poll;
+
+use super::reply::Reply;
+use crate::handoff::{Epoch, MailboxWord, Slot};
+use crate::transfer::frame::{Frame, Loan};
+use crate::transfer::rdma::{LANES_MAX, Lane, Piece, Requests};
+use crate::transfer::runs::RunCopy;
+use crate::transfer::{RegionShape, WriteError};
+
+/// Rounds of posting and looking before the session's other business has its turn.
+const ROUNDS_MAX: usize = 8;
+
+/// How many requests of each lane.
+type Marks = [u64; LANES_MAX];
+
+/// Writes of one session, over one lane for each adapter it is striped over.
+///
+/// A lane is a queue pair, which performs in order what is posted to it; so over one, the mailbox word follows its data
+/// with nothing in between. Over several, the data of the others is read back before the word is posted.
+pub(super) struct Poster<L> {
+    // Dropped first: nothing is read from our pages any more when those who wait hear that the session has ended.
+    lanes: Vec<L>,
+    /// To be posted.
+    queue: VecDeque<Operation>,
+    /// Posted, and to be answered in this order.
+    posted: VecDeque<Posted>,
+    /// Requests of each lane that are complete, when last looked at.
+    complete: Marks,
+    /// Each slot's last loan that was taken back.
+    revoked: HashMap<Slot, Epoch>,
+    /// The lane that gets the next write.
+    next_lane: usize,
+    /// When the completion that is first in the queue may be posted: what was read back for it.
+    reading_back: Option<Marks>,
+    /// There is more to do that no event will tell of.
+    unfinished: bool,
+    /// Of the request that is being made.
+    pieces: Vec<Piece>,
+    local: RegionShape,
+    remote: RegionShape,
+}
+
+enum Operation {
+    Write(Loan, Requests, Reply),
+    Complete(Loan, MailboxWord, Reply),
+    Send(Frame),
+}
+
+/// What follows when everything that was posted before it is complete.
+struct Posted {
+    marks: Marks,
+    then: Then,
+}
+
+enum Then {
+    Answer(Reply, Result<(), WriteError>),
+    Send(Frame),
+}
+
+impl<L: Lane> Poster<L> {
+    /// `lanes` are connected; there is one at least, and no more than [`LANES_MAX`].
+    pub(super) fn new(lanes: Vec<L>, local: RegionShape, remote: RegionShape) -> Self {
+        Self {
+            lanes,
+            queue: VecDeque::new(),
+            posted: VecDeque::new(),
+            complete: [0; LANES_MAX],
+            revoked: HashMap::new(),
+            next_lane: 0,
+            reading_back: None,
+            unfinished: false,
+            pieces: Vec::new(),
+            local,
+            remote,
+        }
+    }
+
+    /// Returns when each lane has read from the peer's memory, which proves that both adapters reach each other.
+    pub(super) async fn prove(&mut self) -> io::Result<()> {
+        let marks = self.read_back();
+        self.ring()?;
+        loop {
+            self.look()?;
+            if self.is_complete(&marks) {
+                return Ok(());
+            }
+            self.event().await?;
+        }
+    }
+
+    /// Takes on a write; `runs` are coalesced.
+    pub(super) fn write(&mut self, loan: Loan, runs: Vec<RunCopy>, reply: Reply) {
+        if self.is_revoked(loan) {
+            return reply.send(Err(WriteError::Revoked));
+        }
+        self.queue.push_back(Operation::Write(loan, Requests::new(runs, self.local, self.remote), reply));
+    }
+
+    /// Takes on a loan's last word.
+    pub(super) fn complete(&mut self, loan: Loan, word: MailboxWord, reply: Reply) {
+        if self.is_revoked(loan) {
+            return reply.send(Err(WriteError::Revoked));
+        }
+        self.queue.push_back(Operation::Complete(loan, word, reply));
+    }
+
+    /// Takes on a frame that is to follow everything before it.
+    pub(super) fn send(&mut self, frame: Frame) {
+        self.queue.push_back(Operation::Send(frame));
+    }
+
+    /// Posts nothing more under this loan. [`Frame::Stopped`] follows what was posted.
+    pub(super) fn revoke(&mut self, loan: Loan) {
+        self.revoked.insert(loan.0, loan.1);
+        let marks = self.added();
+        for (i, operation) in std::mem::take(&mut self.queue).into_iter().enumerate() {
+            match operation {
+                Operation::Write(of, _, reply) | Operation::Complete(of, _, reply) if of == loan => {
+                    if i == 0 {
+                        self.reading_back = None;
+                    }
+                    // Part of the first may be under way.
+                    self.posted.push_back(Posted { marks, then: Then::Answer(reply, Err(WriteError::Revoked)) });
+                }
+                other => self.queue.push_back(other),
+            }
+        }
+        self.posted.push_back(Posted { marks, then: Then::Send(Frame::Stopped(loan)) });
+    }
+
+    /// Posts what there is room for, and answers what is done; frames whose turn has come are left in `frames`.
+    pub(super) fn advance(&mut self, frames: &mut Vec<Frame>) -> io::Result<()> {
+        for _ in 0..ROUNDS_MAX {
+            let looked = self.look()?;
+            let posted = self.post()?;
+            if !self.answer(frames) && !looked && !posted {
+                self.unfinished = false;
+                return Ok(());
+            }
+        }
+        self.unfinished = true;
+        Ok(())
+    }
+
+    /// Waits until [`Poster::advance`] may have something to do. Cancel safe.
+    pub(super) async fn event(&mut self) -> io::Result<()> {
+        poll_fn(|context| {
+            if self.unfinished {
+                return Poll::Ready(Ok(()));
+            }
+            let mut woken = Poll::Pending;
+            for lane in &mut self.lanes {
+                // All of them are asked, so that each knows whom to wake.
+                if let Poll::Ready(event) = lane.poll_event(context) {
+                    event?;
+                    woken = Poll::Ready(Ok(()));
+                }
+            }
+            woken
+        })
+        .await
+    }
+
+    /// Looks at what is complete; whether more is.
+    fn look(&mut self) -> io::Result<bool> {
+        let before = self.complete;
+        for (complete, lane) in self.complete.iter_mut().zip(&mut self.lanes) {
+            *complete = lane.completed()?;
+        }
+        Ok(self.complete != before)
+    }
+
+    /// Posts what there is room for; whether anything was posted, or came to its turn.
+    fn post(&mut self) -> io::Result<bool> {
+        let before = (self.added(), self.queue.len());
+        while let Some(operation) = self.queue.pop_front() {
+            let then = match operation {
+                Operation::Write(loan, mut requests, reply) => {
+                    if !self.post_write(&mut requests)? {
+                        self.queue.push_front(Operation::Write(loan, requests, reply));
+                        break;
+                    }
+                    Then::Answer(reply, Ok(()))
+                }
+                Operation::Complete(loan, word, reply) => {
+                    if !self.post_word(loan.0, word)? {
+                        self.queue.push_front(Operation::Complete(loan, word, reply));
+                        break;
+                    }
+                    Then::Answer(reply, Ok(()))
+                }
+                Operation::Send(frame) => Then::Send(frame),
+            };
+            self.posted.push_back(Posted { marks: self.added(), then });
+        }
+        self.ring()?;
+        Ok(before != (self.added(), self.queue.len()))
+    }
+
+    /// Whether all of it is posted.
+    fn post_write(&mut self, requests: &mut Requests) -> io::Result<bool> {
+        loop {
+            let Some(free) = self.free_lane()? else { return Ok(requests.is_empty()) };
+            let lane = &mut self.lanes[free];
+            let Some(to) = requests.next(lane.limits(), &mut self.pieces) else { return Ok(true) };
+            lane.write(to, &self.pieces);
+            self.next_lane = (free + 1) % self.lanes.len();
+        }
+    }
+
+    /// Whether it is posted: there has to be room, and over several lanes their data must have been read back.
+    fn post_word(&mut self, slot: Slot, word: MailboxWord) -> io::Result<bool> {
+        if self.lanes.iter().any(|lane| lane.room() == 0) {
+            self.ring()?;
+            if self.lanes.iter().any(|lane| lane.room() == 0) {
+                return Ok(false);
+            }
+        }
+        if self.lanes.len() > 1 {
+            match self.reading_back {
+                None => {
+                    self.reading_back = Some(self.read_back());
+                    return Ok(false);
+                }
+                Some(marks) if !self.is_complete(&marks) => return Ok(false),
+                Some(_) => self.reading_back = None,
+            }
+        }
+        self.lanes[0].word(slot, word);
+        Ok(true)
+    }
+
+    /// Asks each lane for a piece of the peer's memory; how many requests that makes.
+    fn read_back(&mut self) -> Marks {
+        self.lanes.iter_mut().for_each(Lane::read_back);
+        self.added()
+    }
+
+    /// The next lane that has room.
+    fn free_lane(&mut self) -> io::Result<Option<usize>> {
+        let lanes = self.lanes.len();
+        let find =
+            |lanes_of: &[L], from: usize| (from..from + lanes).map(|i| i % lanes).find(|&i| lanes_of[i].room() > 0);
+        if let Some(free) = find(&self.lanes, self.next_lane) {
+            return Ok(Some(free));
+        }
+        // What is full may be the chains.
+        self.ring()?;
+        Ok(find(&self.lanes, self.next_lane))
+    }
+
+    fn ring(&mut self) -> io::Result<()> {
+        self.lanes.iter_mut().try_for_each(Lane::ring)
+    }
+
+    /// Answers what is complete; whether anything was.
+    fn answer(&mut self, frames: &mut Vec<Frame>) -> bool {
+        let mut answered = false;
+        while let Some(Posted { then, .. }) = self.posted.pop_front_if(|first| reached(&self.complete, &first.marks)) {
+            answered = true;
+            match then {
+                Then::Answer(reply, result) => reply.send(result),
+                Then::Send(frame) => frames.push(frame),
+            }
+        }
+        answered
+    }
+
+    fn added(&self) -> Marks {
+        std::array::from_fn(|i| self.lanes.get(i).map_or(0, Lane::added))
+    }
+
+    fn is_complete(&self, marks: &Marks) -> bool {
+        reached(&self.complete, marks)
+    }
+
+    fn is_revoked(&self, (slot, epoch): Loan) -> bool {
+        self.revoked.get(&slot) == Some(&epoch)
+    }
+}
+
+fn reached(complete: &Marks, marks: &Marks) -> bool {
+    complete.iter().zip(marks).all(|(complete, mark)| complete >= mark)
+}
+
+#[cfg(test)]
+mod tests;

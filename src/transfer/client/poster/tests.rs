@@ -1,0 +1,383 @@
+//! Posters over lanes that are made up, and do what was posted when they are told to.
+
+use std::cell::RefCell;
+use std::collections::VecDeque;
+use std::rc::Rc;
+use std::sync::{Arc, Mutex};
+use std::task::Context;
+
+use proptest::prelude::*;
+
+use super::*;
+use crate::handoff::Status;
+use crate::transfer::PageCopy;
+use crate::transfer::rdma::{CHAIN_MAX, RequestLimits};
+use crate::transfer::runs::coalesce;
+
+const SHAPE: RegionShape = RegionShape { layers: 2, pages: 128, page_bytes: 16 };
+const LIMITS: RequestLimits = RequestLimits { bytes_max: 40, pieces_max: 3 };
+
+/// The decode worker's memory: where each byte came from, and the words, each with the memory that was visible when it
+/// was written.
+struct Peer {
+    memory: Vec<Option<u64>>,
+    words: Vec<(Slot, MailboxWord, Vec<Option<u64>>)>,
+    /// Writes by lane that the adapter has accepted, and nobody can see yet.
+    on_the_way: Vec<Vec<(u64, u64)>>,
+}
+
+enum Request {
+    Write(u64, Vec<Piece>),
+    Word(Slot, MailboxWord),
+    ReadBack,
+}
+
+struct FakeLane {
+    _alive: Arc<()>,
+    depth: usize,
+    chain: Vec<Request>,
+    posted: Rc<RefCell<VecDeque<Request>>>,
+    chains: Rc<RefCell<Vec<usize>>>,
+    added: u64,
+    done: Rc<RefCell<u64>>,
+}
+
+impl Lane for FakeLane {
+    fn room(&self) -> usize {
+        let under_way = (self.added - *self.done.borrow()) as usize;
+        (CHAIN_MAX - self.chain.len()).min(self.depth - under_way)
+    }
+
+    fn limits(&self) -> RequestLimits {
+        LIMITS
+    }
+
+    fn write(&mut self, to: u64, pieces: &[Piece]) {
+        self.add(Request::Write(to, pieces.to_vec()));
+    }
+
+    fn word(&mut self, slot: Slot, word: MailboxWord) {
+        self.add(Request::Word(slot, word));
+    }
+
+    fn read_back(&mut self) {
+        self.add(Request::ReadBack);
+    }
+
+    fn ring(&mut self) -> io::Result<()> {
+        if !self.chain.is_empty() {
+            self.chains.borrow_mut().push(self.chain.len());
+        }
+        self.posted.borrow_mut().extend(self.chain.drain(..));
+        Ok(())
+    }
+
+    fn added(&self) -> u64 {
+        self.added
+    }
+
+    fn completed(&mut self) -> io::Result<u64> {
+        Ok(*self.done.borrow())
+    }
+
+    fn poll_event(&mut self, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Poll::Pending
+    }
+}
+
+impl FakeLane {
+    fn add(&mut self, request: Request) {
+        assert!(self.room() > 0, "a request without room for it");
+        self.added += 1;
+        self.chain.push(request);
+    }
+}
+
+/// The adapters: what the tests let happen.
+struct Fabric {
+    peer: Rc<RefCell<Peer>>,
+    lanes: Vec<(Rc<RefCell<VecDeque<Request>>>, Rc<RefCell<u64>>)>,
+    /// Requests of each chain that was posted.
+    chains: Rc<RefCell<Vec<usize>>>,
+    /// Of this and the lanes.
+    alive: Arc<()>,
+}
+
+fn start(lanes: usize, depth: usize) -> (Poster<FakeLane>, Fabric) {
+    let peer = Peer { memory: vec![None; SHAPE.total_bytes()], words: Vec::new(), on_the_way: vec![Vec::new(); lanes] };
+    let peer = Rc::new(RefCell::new(peer));
+    let (chains, alive) = (Rc::default(), Arc::new(()));
+    let lane = |_| FakeLane {
+        _alive: alive.clone(),
+        depth,
+        chain: Vec::new(),
+        posted: Rc::default(),
+        chains: Rc::clone(&chains),
+        added: 0,
+        done: Rc::default(),
+    };
+    let lanes: Vec<_> = (0..lanes).map(lane).collect();
+    let handles = lanes.iter().map(|lane| (lane.posted.clone(), lane.done.clone())).collect();
+    (Poster::new(lanes, SHAPE, SHAPE), Fabric { peer, lanes: handles, chains, alive })
+}
+
+impl Fabric {
+    /// Performs the first request of a lane, if there is one. Over one lane, a write is in memory before what follows
+    /// it; over several, before what follows the next read of its own lane.
+    fn perform(&self, lane: usize) -> bool {
+        let (posted, done) = &self.lanes[lane];
+        let Some(request) = posted.borrow_mut().pop_front() else { return false };
+        let mut peer = self.peer.borrow_mut();
+        match request {
+            Request::Write(mut to, pieces) => {
+                for Piece { offset, bytes } in pieces {
+                    for i in 0..u64::from(bytes) {
+                        peer.on_the_way[lane].push((to, offset + i));
+                        to += 1;
+                    }
+                }
+            }
+            Request::Word(slot, word) => {
+                peer.settle(lane);
+                let seen = peer.memory.clone();
+                peer.words.push((slot, word, seen));
+            }
+            Request::ReadBack => peer.settle(lane),
+        }
+        *done.borrow_mut() += 1;
+        true
+    }
+
+    fn perform_all(&self) -> bool {
+        let mut any = false;
+        for lane in 0..self.lanes.len() {
+            while self.perform(lane) {
+                any = true;
+            }
+        }
+        any
+    }
+
+    fn settle(&self) {
+        (0..self.lanes.len()).for_each(|lane| self.peer.borrow_mut().settle(lane));
+    }
+}
+
+impl Peer {
+    fn settle(&mut self, lane: usize) {
+        for (to, from) in std::mem::take(&mut self.on_the_way[lane]) {
+            self.memory[to as usize] = Some(from);
+        }
+    }
+
+    /// Whether pages hold what was to be written.
+    fn holds(memory: &[Option<u64>], copies: &[PageCopy]) -> bool {
+        copies.iter().all(|copy| {
+            let at = |page: u32| copy.layer as usize * SHAPE.layer_stride() + page as usize * SHAPE.page_bytes;
+            (0..SHAPE.page_bytes).all(|i| memory[at(copy.remote) + i] == Some((at(copy.local) + i) as u64))
+        })
+    }
+}
+
+/// What was answered, in order.
+type Answers = Arc<Mutex<Vec<(usize, Result<(), WriteError>)>>>;
+
+fn reply(answers: &Answers, number: usize) -> Reply {
+    let answers = answers.clone();
+    Reply::new(move |result| answers.lock().unwrap().push((number, result)))
+}
+
+fn epoch(number: u32) -> Epoch {
+    Epoch::new(number).unwrap()
+}
+
+fn pages(pages: impl IntoIterator<Item = (u32, u32)>) -> Vec<PageCopy> {
+    let copy = |layer: u32| move |(local, remote): (u32, u32)| PageCopy { layer, local, remote };
+    let pages: Vec<_> = pages.into_iter().collect();
+    (0..SHAPE.layers as u32).flat_map(|layer| pages.iter().copied().map(copy(layer))).collect()
+}
+
+fn runs(copies: &[PageCopy]) -> Vec<RunCopy> {
+    coalesce(copies.to_vec(), SHAPE, SHAPE).unwrap()
+}
+
+#[test]
+fn over_one_lane_the_word_goes_right_behind_its_data_and_128_pages_with_one_doorbell() {
+    let (mut poster, fabric) = start(1, 512);
+    let (answers, mut frames) = (Answers::default(), Vec::new());
+    let (loan, copies) = ((Slot(1), epoch(1)), pages((0..64).map(|i| (2 * i, 2 * i))));
+    poster.write(loan, runs(&copies), reply(&answers, 0));
+    poster.complete(loan, MailboxWord::new(loan.1, Status::Done), reply(&answers, 1));
+    poster.advance(&mut frames).unwrap();
+    // Nothing waits for an answer of the peer.
+    assert_eq!(*fabric.chains.borrow(), [128, 1]);
+    assert!(answers.lock().unwrap().is_empty());
+    fabric.perform_all();
+    poster.advance(&mut frames).unwrap();
+    assert_eq!(*answers.lock().unwrap(), [(0, Ok(())), (1, Ok(()))]);
+    let peer = fabric.peer.borrow();
+    let [(slot, _, seen)] = &peer.words[..] else { panic!("one word") };
+    assert!(*slot == Slot(1) && Peer::holds(seen, &copies));
+}
+
+#[test]
+fn over_several_lanes_the_word_waits_until_the_data_of_each_was_read_back() {
+    let (mut poster, fabric) = start(3, 64);
+    let (answers, mut frames) = (Answers::default(), Vec::new());
+    let (loan, copies) = ((Slot(0), epoch(1)), pages((0..6).map(|i| (i, 2 * i))));
+    poster.write(loan, runs(&copies), reply(&answers, 0));
+    poster.complete(loan, MailboxWord::new(loan.1, Status::Done), reply(&answers, 1));
+    poster.advance(&mut frames).unwrap();
+    // The first lane is done with all it has long before the others are.
+    while fabric.perform(0) {
+        poster.advance(&mut frames).unwrap();
+    }
+    assert!(fabric.peer.borrow().words.is_empty());
+    while fabric.perform_all() {
+        poster.advance(&mut frames).unwrap();
+    }
+    let peer = fabric.peer.borrow();
+    assert!(peer.words.len() == 1 && Peer::holds(&peer.words[0].2, &copies));
+    assert_eq!(*answers.lock().unwrap(), [(0, Ok(())), (1, Ok(()))]);
+}
+
+#[test]
+fn what_finds_no_room_waits_for_it() {
+    let (mut poster, fabric) = start(1, 2);
+    let (answers, mut frames) = (Answers::default(), Vec::new());
+    let copies = pages((0..16).map(|i| (i, 2 * i)));
+    poster.write((Slot(0), epoch(1)), runs(&copies), reply(&answers, 0));
+    poster.advance(&mut frames).unwrap();
+    for performed in 0..copies.len() {
+        assert!(fabric.lanes[0].0.borrow().len() <= 2);
+        assert!(answers.lock().unwrap().is_empty(), "{performed} of {} are done", copies.len());
+        assert!(fabric.perform(0));
+        poster.advance(&mut frames).unwrap();
+    }
+    assert_eq!(*answers.lock().unwrap(), [(0, Ok(()))]);
+}
+
+#[test]
+fn a_message_follows_what_was_written_before_it() {
+    let (mut poster, fabric) = start(1, 64);
+    let (answers, mut frames) = (Answers::default(), Vec::new());
+    poster.write((Slot(0), epoch(1)), runs(&pages([(0, 0)])), reply(&answers, 0));
+    poster.send(Frame::Message("after".into()));
+    poster.advance(&mut frames).unwrap();
+    assert!(frames.is_empty());
+    fabric.perform_all();
+    poster.advance(&mut frames).unwrap();
+    assert_eq!(frames, [Frame::Message("after".into())]);
+}
+
+#[test]
+fn of_a_loan_that_is_taken_back_nothing_more_is_posted_and_stopped_follows_what_was() {
+    let (mut poster, fabric) = start(1, 2);
+    let (answers, mut frames) = (Answers::default(), Vec::new());
+    let (loan, other) = ((Slot(0), epoch(1)), (Slot(1), epoch(1)));
+    poster.write(loan, runs(&pages((0..8).map(|i| (i, 2 * i)))), reply(&answers, 0));
+    poster.complete(loan, MailboxWord::new(loan.1, Status::Done), reply(&answers, 1));
+    poster.write(other, runs(&pages([(3, 31)])), reply(&answers, 2));
+    poster.advance(&mut frames).unwrap();
+    poster.revoke(loan);
+    poster.write(loan, runs(&pages([(0, 1)])), reply(&answers, 3));
+    poster.advance(&mut frames).unwrap();
+    assert_eq!(*answers.lock().unwrap(), [(3, Err(WriteError::Revoked))], "two writes of it are still under way");
+    assert!(frames.is_empty());
+    assert!(fabric.perform(0) && fabric.perform(0));
+    poster.advance(&mut frames).unwrap();
+    assert_eq!(frames, [Frame::Stopped(loan)]);
+    fabric.perform_all();
+    poster.advance(&mut frames).unwrap();
+    let revoked = Err(WriteError::Revoked);
+    assert_eq!(*answers.lock().unwrap(), [(3, revoked), (0, revoked), (1, revoked), (2, Ok(()))]);
+    fabric.settle();
+    assert!(fabric.peer.borrow().words.is_empty());
+}
+
+#[test]
+fn those_who_wait_hear_of_the_end_after_the_lanes_are_gone() {
+    let (mut poster, fabric) = start(1, 2);
+    let lanes = Arc::downgrade(&fabric.alive);
+    poster.write((Slot(0), epoch(1)), runs(&pages([(0, 0)])), {
+        Reply::new(move |result| assert_eq!((result, lanes.strong_count()), (Err(WriteError::Closed), 0)))
+    });
+    drop(fabric);
+    drop(poster);
+}
+
+/// What may happen to a poster.
+#[derive(Debug, Clone)]
+enum Step {
+    Write(u32, Vec<(u32, u32)>),
+    Complete(u32),
+    Revoke(u32),
+    Perform(usize),
+}
+
+fn step() -> impl Strategy<Value = Step> {
+    let loan = 0..4u32;
+    prop_oneof![
+        4 => (loan.clone(), proptest::collection::vec(0..32u32, 1..8), 0..24u32).prop_map(|(loan, from, first)| {
+            // Each loan has pages of its own.
+            Step::Write(loan, (first..).zip(from).map(|(to, from)| (from, loan * 8 + to % 8)).collect())
+        }),
+        2 => loan.clone().prop_map(Step::Complete),
+        1 => loan.prop_map(Step::Revoke),
+        6 => (0..3usize).prop_map(Step::Perform),
+    ]
+}
+
+proptest! {
+    #[test]
+    fn whatever_happens_words_follow_their_data_and_everybody_is_answered(
+        lanes in 1..4usize,
+        depth in 1..12usize,
+        steps in proptest::collection::vec(step(), 1..60),
+    ) {
+        let (mut poster, fabric) = start(lanes, depth);
+        let (answers, mut frames) = (Answers::default(), Vec::new());
+        // What each loan was to write, until it ended.
+        let mut written: Vec<Option<Vec<PageCopy>>> = vec![Some(Vec::new()); 4];
+        let mut completed = Vec::new();
+        let (mut asked, mut revoked) = (0, 0);
+        for step in steps {
+            let loan = |number: u32| (Slot(number), epoch(1));
+            match step {
+                Step::Write(number, mut copies) => if let Some(written) = &mut written[number as usize] {
+                    copies.sort_unstable_by_key(|&(_, to)| to);
+                    copies.dedup_by_key(|&mut (_, to)| to);
+                    copies.retain(|&(_, to)| !written.iter().any(|old| old.remote == to));
+                    let copies = pages(copies);
+                    written.extend(&copies);
+                    poster.write(loan(number), runs(&copies), reply(&answers, asked));
+                    asked += 1;
+                }
+                Step::Complete(number) => if let Some(copies) = written[number as usize].take() {
+                    completed.push((Slot(number), copies));
+                    poster.complete(loan(number), MailboxWord::new(epoch(1), Status::Done), reply(&answers, asked));
+                    asked += 1;
+                }
+                Step::Revoke(number) => if written[number as usize].take().is_some() {
+                    poster.revoke(loan(number));
+                    revoked += 1;
+                }
+                Step::Perform(lane) => drop(fabric.perform(lane % lanes)),
+            }
+            poster.advance(&mut frames).unwrap();
+        }
+        while fabric.perform_all() {
+            poster.advance(&mut frames).unwrap();
+        }
+        poster.advance(&mut frames).unwrap();
+        let mut numbers: Vec<usize> = answers.lock().unwrap().iter().map(|&(number, _)| number).collect();
+        numbers.sort_unstable();
+        prop_assert_eq!(numbers, (0..asked).collect::<Vec<_>>());
+        prop_assert_eq!(frames.len(), revoked);
+        let peer = fabric.peer.borrow();
+        prop_assert_eq!(peer.words.len(), completed.len());
+        for ((slot, _, seen), (of, copies)) in peer.words.iter().zip(&completed) {
+            prop_assert!(slot == of && Peer::holds(seen, copies));
+        }
+    }
+}

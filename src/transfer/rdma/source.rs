@@ -1,0 +1,82 @@
+use std::sync::Arc;
+
+use super::adapter::{Access, Registered};
+use super::lane::{RdmaLane, queue_size};
+use super::queue_pair::{Endpoint, QueuePair};
+use super::target::Offer;
+use super::{Adapters, Link, RdmaError};
+use crate::transfer::{Region, RegionShape};
+
+/// Memory that only a read back goes to.
+const SCRATCH: RegionShape = RegionShape { layers: 1, pages: 1, page_bytes: 4096 };
+
+/// A prefill worker's KV memory, registered for its adapters to read. Clones are the same.
+#[derive(Clone)]
+pub struct Source {
+    lanes: Arc<[Arc<SourceLane>]>,
+}
+
+/// What there is of it for each adapter.
+pub(super) struct SourceLane {
+    pub(super) region: Registered,
+    pub(super) scratch: Registered,
+}
+
+impl std::fmt::Debug for Source {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Source").field("lanes", &self.lanes.len()).finish()
+    }
+}
+
+impl Source {
+    /// Registers `region` with all `adapters`, for as long as the value or a session lives. Blocks for seconds if it is
+    /// large.
+    pub fn new(adapters: &Adapters, region: &Region) -> Result<Self, RdmaError> {
+        let lane = |adapter| {
+            let scratch = Region::private(SCRATCH).map_err(RdmaError::Scratch)?;
+            Ok(Arc::new(SourceLane {
+                region: Registered::new(adapter, region, Access::Own)?,
+                scratch: Registered::new(adapter, &scratch, Access::Own)?,
+            }))
+        };
+        Ok(Self { lanes: adapters.0.iter().map(lane).collect::<Result<_, RdmaError>>()? })
+    }
+
+    /// What its ports are plugged into, which has to be the same at the other end.
+    pub(in super::super) fn links(&self) -> impl Iterator<Item = Link> {
+        self.lanes.iter().map(|lane| lane.region.adapter.choice.link)
+    }
+
+    /// Queue pairs for a session that uses the first `lanes` adapters.
+    pub(in super::super) fn open(&self, lanes: usize) -> Result<Opening, RdmaError> {
+        let pair = |lane: &Arc<SourceLane>| {
+            let (requests, pieces) = queue_size(lane);
+            Ok((QueuePair::new(&lane.region.adapter, requests, pieces)?, lane.clone()))
+        };
+        Ok(Opening(self.lanes.iter().take(lanes).map(pair).collect::<Result<_, RdmaError>>()?))
+    }
+}
+
+/// Queue pairs that are not connected yet.
+pub(in super::super) struct Opening(Vec<(QueuePair, Arc<SourceLane>)>);
+
+impl Opening {
+    /// For the decode worker.
+    pub(in super::super) fn endpoints(&self) -> Vec<Endpoint> {
+        self.0.iter().map(|(pair, _)| pair.endpoint()).collect()
+    }
+
+    /// Connects them to what the decode worker offers. Blocks while the kernel finds the way.
+    pub(in super::super) fn connect(self, offers: &[Offer]) -> Result<Vec<RdmaLane>, RdmaError> {
+        if offers.len() != self.0.len() {
+            return Err(RdmaError::Peer);
+        }
+        let connect = |((mut pair, lane), offer): ((QueuePair, Arc<SourceLane>), &Offer)| {
+            pair.connect(&offer.endpoint)?;
+            let armed = pair.completions().arm();
+            armed.map_err(|source| lane.region.adapter.error("report completions", source))?;
+            Ok(RdmaLane::new(pair, lane, offer.clone()))
+        };
+        self.0.into_iter().zip(offers).map(connect).collect()
+    }
+}

@@ -1,0 +1,99 @@
+use std::sync::Arc;
+
+use serde::{Deserialize, Serialize};
+
+use super::adapter::{Access, Registered};
+use super::queue_pair::{Endpoint, QueuePair};
+use super::{Adapters, RdmaError, RdmaPort};
+use crate::transfer::{Mailbox, Region};
+
+/// A decode worker's KV memory and mailbox, registered for prefill workers to write to. Clones are the same.
+///
+/// One key opens all of it. It opens nothing by itself: an adapter takes it only over a queue pair that this worker has
+/// connected, to a peer that has proved that it belongs to the cluster, and until this worker ends it.
+#[derive(Clone)]
+pub struct Target {
+    lanes: Arc<[TargetLane]>,
+}
+
+/// What there is of it for each adapter.
+struct TargetLane {
+    region: Registered,
+    mailbox: Registered,
+}
+
+/// One adapter's part of a session, as the prefill worker has to know it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(in super::super) struct Offer {
+    pub(super) endpoint: Endpoint,
+    pub(super) region_address: u64,
+    pub(super) region_key: u32,
+    pub(super) mailbox_address: u64,
+    pub(super) mailbox_key: u32,
+}
+
+impl std::fmt::Debug for Target {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Target").field("lanes", &self.lanes.len()).finish()
+    }
+}
+
+impl Target {
+    /// Registers `region` and `mailbox` with all `adapters`, for as long as the value or a session lives. Blocks for
+    /// seconds if they are large.
+    pub fn new(adapters: &Adapters, region: &Region, mailbox: &Mailbox) -> Result<Self, RdmaError> {
+        let lane = |adapter| {
+            Ok(TargetLane {
+                region: Registered::new(adapter, region, Access::Peers)?,
+                mailbox: Registered::new(adapter, mailbox.region(), Access::Peers)?,
+            })
+        };
+        Ok(Self { lanes: adapters.0.iter().map(lane).collect::<Result<_, RdmaError>>()? })
+    }
+
+    /// The ports it can be reached through.
+    pub fn ports(&self) -> Vec<RdmaPort> {
+        self.lanes.iter().map(|lane| RdmaPort::of(&lane.region.adapter.choice)).collect()
+    }
+
+    /// Connects queue pairs to those of a prefill worker, the first ones if it has fewer than there are adapters. From
+    /// now on it may write. Blocks while the kernel finds the way.
+    pub(in super::super) fn accept(&self, peers: &[Endpoint]) -> Result<(Granted, Vec<Offer>), RdmaError> {
+        if peers.is_empty() || peers.len() > self.lanes.len() {
+            return Err(RdmaError::Peer);
+        }
+        let mut granted = Granted { pairs: Vec::new(), _memory: self.clone() };
+        let mut offers = Vec::new();
+        for (lane, peer) in self.lanes.iter().zip(peers) {
+            // Nothing is ever posted to it.
+            let pair = QueuePair::new(&lane.region.adapter, 1, 1)?;
+            pair.connect(peer)?;
+            offers.push(Offer {
+                endpoint: pair.endpoint(),
+                region_address: lane.region.address(),
+                region_key: lane.region.remote_key(),
+                mailbox_address: lane.mailbox.address(),
+                mailbox_key: lane.mailbox.remote_key(),
+            });
+            granted.pairs.push(pair);
+        }
+        Ok((granted, offers))
+    }
+}
+
+/// What lets one session write.
+pub(in super::super) struct Granted {
+    pairs: Vec<QueuePair>,
+    /// Stays registered as long as somebody may write.
+    _memory: Target,
+}
+
+impl Granted {
+    /// Takes it back: when this returns `Ok`, nothing of the session can land any more, whatever its peer does. Blocks
+    /// until then.
+    pub(in super::super) fn fence(self) -> Result<(), RdmaError> {
+        // All of them, even if one cannot be ended.
+        let ended: Vec<_> = self.pairs.into_iter().map(QueuePair::fence).collect();
+        ended.into_iter().collect()
+    }
+}

@@ -1,0 +1,148 @@
+//! How a worker's pages may travel, as its command line says.
+
+use anyhow::{Context, Result, bail};
+
+use crate::{
+    cli::{DisaggArgs, TransportArg},
+    transfer::{
+        Adapters, RdmaError, Transport,
+        rdma::{ChooseError, Wish},
+    },
+};
+
+/// The ways that are allowed.
+pub(super) struct Ways {
+    /// Through memory that processes of a host share.
+    pub(super) shm: bool,
+    /// Through adapters, if there are any.
+    pub(super) rdma: bool,
+    /// Through TCP.
+    pub(super) tcp: bool,
+    /// Without adapters the worker does not start.
+    rdma_needed: bool,
+    wish: Wish,
+    adapters: Option<Adapters>,
+}
+
+impl Ways {
+    pub(super) fn of(disagg: &DisaggArgs) -> Result<Self> {
+        let asked_for = disagg.require_rdma || !disagg.rdma_device.is_empty() || disagg.rdma_gid_index.is_some();
+        let only = match disagg.transport {
+            TransportArg::Auto => None,
+            TransportArg::Shm => Some(Transport::Shm),
+            TransportArg::Rdma => Some(Transport::Rdma),
+            TransportArg::Tcp => Some(Transport::Tcp),
+        };
+        if let Some(other @ (Transport::Shm | Transport::Tcp)) = only.filter(|_| asked_for) {
+            bail!("--transport {} has no use for --require-rdma, --rdma-device and --rdma-gid-index", other.name());
+        }
+        let allowed = |way| only.is_none_or(|only| only == way);
+        let rdma_needed = asked_for || only == Some(Transport::Rdma);
+        // Adapters do not encrypt: pages of workers that encrypt what goes over TCP use them only when told to.
+        let encrypted = disagg.session_cert.is_some() || disagg.session_ca.is_some();
+        Ok(Self {
+            shm: allowed(Transport::Shm),
+            rdma: allowed(Transport::Rdma) && (rdma_needed || !encrypted),
+            tcp: allowed(Transport::Tcp) && !disagg.require_rdma,
+            rdma_needed,
+            wish: Wish { devices: disagg.rdma_device.clone(), gid_index: disagg.rdma_gid_index },
+            adapters: None,
+        })
+    }
+
+    /// Opens the adapters, if they are allowed and there are any. Without them it is an error only if they were asked
+    /// for.
+    pub(super) async fn open(mut self) -> Result<Self> {
+        if self.rdma {
+            let wish = self.wish.clone();
+            let opened = tokio::task::spawn_blocking(move || Adapters::open(&wish)).await;
+            self.adapters = self.unless_needed(opened.context("opening RDMA devices panicked")?)?;
+        }
+        Ok(self)
+    }
+
+    /// Registers memory with the adapters that are open, if any are.
+    pub(super) async fn register<T: Send + 'static>(
+        &self,
+        register: impl FnOnce(&Adapters) -> Result<T, RdmaError> + Send + 'static,
+    ) -> Result<Option<T>> {
+        let Some(adapters) = self.adapters.clone() else { return Ok(None) };
+        let registered = tokio::task::spawn_blocking(move || register(&adapters)).await;
+        let registered = self.unless_needed(registered.context("registering memory panicked")?)?;
+        if let (Some(_), Some(adapters)) = (&registered, &self.adapters) {
+            for choice in adapters.choices() {
+                let gid = std::net::Ipv6Addr::from(choice.gid);
+                tracing::info!(device = %choice.device, port = choice.port, gid_index = choice.gid_index, %gid,
+                    link = %choice.link, gbps = choice.rate_gbps, "KV memory is registered for RDMA");
+            }
+        }
+        Ok(registered)
+    }
+
+    /// What came of it; that nothing did is an error, or only said.
+    fn unless_needed<T>(&self, result: Result<T, RdmaError>) -> Result<Option<T>> {
+        match result {
+            Ok(value) => Ok(Some(value)),
+            Err(error) if self.rdma_needed => Err(error).context("RDMA was asked for"),
+            Err(RdmaError::Choose(ChooseError::NoDevice)) => {
+                tracing::debug!("this host has no RDMA device");
+                Ok(None)
+            }
+            Err(error) => {
+                tracing::warn!(%error, "pages do not go over RDMA; 'engine doctor' says more");
+                Ok(None)
+            }
+        }
+    }
+
+    /// What is offered, for operators to read.
+    pub(super) fn names(&self, rdma: bool) -> Vec<String> {
+        let ways = [(self.shm, Transport::Shm), (rdma, Transport::Rdma), (self.tcp, Transport::Tcp)];
+        ways.iter().filter(|(on, _)| *on).map(|(_, way)| way.name().to_owned()).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cli::Role;
+
+    fn ways(flags: &[&str]) -> Result<Ways> {
+        match Role::try_parse_from([&["engine", "--is-prefill-worker"], flags].concat()).unwrap() {
+            Role::Prefill(worker) => Ways::of(&worker.disagg),
+            other => panic!("{other:?}"),
+        }
+    }
+
+    /// Shared memory, RDMA and TCP, and whether RDMA has to be there.
+    fn allowed(flags: &[&str]) -> [bool; 4] {
+        let ways = ways(flags).unwrap();
+        [ways.shm, ways.rdma, ways.tcp, ways.rdma_needed]
+    }
+
+    #[test]
+    fn what_is_asked_for_is_allowed_and_nothing_else() {
+        assert_eq!(allowed(&[]), [true, true, true, false]);
+        assert_eq!(allowed(&["--transport", "shm"]), [true, false, false, false]);
+        assert_eq!(allowed(&["--transport", "rdma"]), [false, true, false, true]);
+        assert_eq!(allowed(&["--transport", "tcp"]), [false, false, true, false]);
+    }
+
+    #[test]
+    fn required_rdma_forbids_tcp_and_a_device_that_is_named_has_to_be_there() {
+        assert_eq!(allowed(&["--require-rdma"]), [true, true, false, true]);
+        assert_eq!(allowed(&["--transport", "rdma", "--require-rdma"]), [false, true, false, true]);
+        assert_eq!(allowed(&["--rdma-device", "mlx5_0"]), [true, true, true, true]);
+        assert!(
+            ways(&["--transport", "tcp", "--require-rdma"])
+                .is_err_and(|error| error.to_string().contains("--require-rdma"))
+        );
+        assert!(ways(&["--transport", "shm", "--rdma-gid-index", "3"]).is_err());
+    }
+
+    #[test]
+    fn workers_that_encrypt_send_nothing_in_the_clear_unless_told_to() {
+        assert_eq!(allowed(&["--session-ca", "ca.pem"]), [true, false, true, false]);
+        assert_eq!(allowed(&["--session-ca", "ca.pem", "--require-rdma"]), [true, true, false, true]);
+    }
+}
