@@ -175,7 +175,7 @@ __device__ __forceinline__ void attention(const float* qkv, Rows rows, const int
 // query heads a block computes. Operations: 4 a key, query head and element, in single precision.
 // Floor at decoding: the context's keys and values over the bandwidth.
 #define ATTENTION(HEADS, SUFFIX, T)                                                                                     \
-    extern "C" __global__ void __launch_bounds__(attention::THREADS) attention_##HEADS##_##SUFFIX(                      \
+    extern "C" __global__ void __launch_bounds__(attention::THREADS, 4) attention_##HEADS##_##SUFFIX(                      \
         const float* qkv, const int* positions, const int* table_starts, const int* block_tables, const int* items,     \
         void* pages, int heads, int kv_heads, int head_dim, int block_size, float scale, float* partials, float* out) { \
         attention::attention<T, HEADS>(qkv, Rows{positions, table_starts, block_tables}, items,                         \

@@ -303,7 +303,7 @@ __device__ void run(float* logits, int vocab, const Row& row, Touched* touched, 
 // penalties are described by the structures above.
 // Grid: rows. Bytes: 4 a logit and pass: 2 passes for greedy rows, 4 for plain draws, 5 more for each of top_k, top_p and
 // alternatives; after the first they come from the L2 cache. Operations: an exponential a logit and pass that weighs.
-extern "C" __global__ void __launch_bounds__(sample::THREADS)
+extern "C" __global__ void __launch_bounds__(sample::THREADS, 2)
     sample_rows(float* logits, int vocab, const void* rows, void* touched, void* outcomes) {
     sample::run(logits + static_cast<size_t>(blockIdx.x) * padded(vocab), vocab,
                 static_cast<const sample::Row*>(rows)[blockIdx.x], static_cast<sample::Touched*>(touched),

@@ -1,6 +1,7 @@
 //! Steps of the CUDA backend as a whole, on the emulated device: recorded, replayed, and failing.
 
 use engine_cuda_emulated::{Emulated, EmulatedBackend};
+use engine_kernels::cuda::{CudaBackend, Driver};
 use engine_kernels::reference::ReferenceBackend;
 use engine_kernels::{
     AttentionShape, Backend, Batch, DType, KernelError, KvDType, KvLayout, Matrix, QkNorm, RopeTable,
@@ -120,9 +121,8 @@ fn assert_near(ours: &[f32], theirs: &[f32]) {
     }
 }
 
-#[test]
-fn steps_that_are_replayed_compute_what_the_reference_does() {
-    let (mut layer, mut reference) = (device(), Layer::new(ReferenceBackend));
+fn replayed_steps_match_the_reference<D: Driver>(driver: D) {
+    let (mut layer, mut reference) = (Layer::new(CudaBackend::new(driver)), Layer::new(ReferenceBackend));
     for batch in [prompt(20), prompt(17)] {
         assert_near(&layer.step(&batch), &reference.step(&batch));
     }
@@ -136,6 +136,20 @@ fn steps_that_are_replayed_compute_what_the_reference_does() {
         }
     }
     assert_eq!(layer.backend.graphs(), 2, "one for a sequence, one for three or four");
+}
+
+#[test]
+fn steps_that_are_replayed_compute_what_the_reference_does() {
+    replayed_steps_match_the_reference(Emulated::default());
+}
+
+#[cfg(feature = "cuda")]
+mod cuda_device {
+    #[test]
+    #[ignore = "needs a CUDA device"]
+    fn steps_that_are_replayed_compute_what_the_reference_does() {
+        super::replayed_steps_match_the_reference(engine_kernels::cuda::Device::new(0).unwrap());
+    }
 }
 
 #[test]

@@ -10,7 +10,7 @@ mod worker;
 pub use cluster::ClusterArgs;
 pub use frontend::FrontendArgs;
 pub use mock::MockArgs;
-pub use values::{DisaggPolicyArg, KvDTypeArg, LoadFormatArg, LogFormatArg, TransportArg};
+pub use values::{DeviceArg, DisaggPolicyArg, KvDTypeArg, LoadFormatArg, LogFormatArg, TransportArg};
 pub use worker::{DisaggArgs, WorkerArgs};
 
 use clap::{Args, CommandFactory, Parser, Subcommand, error::ErrorKind};

@@ -70,6 +70,17 @@ impl Subject for EmulatedBackend {
     }
 }
 
+#[cfg(feature = "cuda")]
+impl Subject for engine_kernels::cuda::CudaBackend<engine_kernels::cuda::Device> {
+    const ROUNDS_ACTIVATIONS: bool = EmulatedBackend::ROUNDS_ACTIVATIONS;
+    const ROUNDS_SCALES: bool = EmulatedBackend::ROUNDS_SCALES;
+    const FEW_ROWS: usize = EmulatedBackend::FEW_ROWS;
+
+    fn with_threads(_: usize) -> Self {
+        Self::new(engine_kernels::cuda::Device::new(0).unwrap())
+    }
+}
+
 /// A small seeded generator: xorshift64* (Vigna 2016).
 pub(crate) struct Random(u64);
 
