@@ -13,7 +13,7 @@ PEERS  ?= llama.cpp nixl dynamo
 FUZZ_SECONDS ?= 600
 SOAK_SECONDS ?= 120
 
-.PHONY: help setup setup-services setup-rdma run cluster demo-model test-assets test test-rdma fmt lint doc client bench bench-frontend bench-scale bench-rdma fuzz soak avx512 goldens
+.PHONY: help setup setup-services setup-rdma run cluster demo-model test-assets test test-rdma fmt lint doc client bench bench-frontend bench-scale bench-rdma fuzz soak avx512 goldens cuda cuda-check gpu-check
 
 help: ## Print this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -91,6 +91,18 @@ soak: setup-services demo-model ## The handoff's simulation on fresh seeds, 64 s
 
 avx512: setup ## Run the kernels' tests on an emulated processor with AVX-512 (Bochs, slow)
 	tests/avx512/run.sh
+
+cuda: setup ## Build target/cuda/engine, with CUDA; fetches NVIDIA's compiler from PyPI at the first run, and needs no GPU
+	CUDA_HOME="$$(scripts/fetch-nvcc.sh)" $(CARGO) build --release --locked --features cuda --bin engine
+	@mkdir -p target/cuda && strip -o target/cuda/engine target/release/engine && ls -lh target/cuda/engine
+
+cuda-check: setup ## Compile the CUDA kernels and their driver; look at what became of the kernels. Needs no GPU
+	CUDA_HOME="$$(scripts/fetch-nvcc.sh)" $(CARGO) clippy --locked -p engine-kernels --features cuda -- -D warnings
+	scripts/check-kernels.sh
+
+gpu-check: setup ## Build target/cuda/gpu-check-*, the kernels' tests for a real device, to be carried to one; runs them on a stand-in here
+	CUDA_HOME="$$(scripts/fetch-nvcc.sh)" scripts/build-gpu-check.sh
+	scripts/check-driver.sh
 
 goldens: demo-model ## Make the reference fixtures anew with transformers (downloads PyTorch)
 	tests/reference/run.sh

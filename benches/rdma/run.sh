@@ -33,10 +33,11 @@ lines = [
     f"# RDMA transfers, engine {version}",
     "",
     f"- Machine: {cpu}, {len(os.sched_getaffinity(0))} cores, {memory:.0f} GiB; on it QEMU, which emulates two cores",
-    f"- Device: soft-RoCE of Linux {kernel} on the loopback interface, MTU 4096; peer: ib_write_bw of perftest {perftest}",
+    f"- Device: soft-RoCE of Linux {kernel} on the loopback interface, MTU 4096",
+    f"- Peer: `ib_write_bw` of perftest {perftest}",
     f"- {turns} turns each, alternating, in one boot; GB/s, median (least to most). A turn of `engine transfer-bench`",
     "  is the median of 5 rounds of 128 pages of 64 KiB, or 64 of 1 MiB, no two adjacent, and the mailbox word behind",
-    "  them; one of `ib_write_bw` is 256 writes, or 128, into the same place, 128 at a time",
+    "  them; one of `ib_write_bw` is as many writes after a warm-up, into one place, up to 128 at a time",
     "- The emulated processor does the device's work: only the ratio means something",
     "",
     "| page | engine transfer-bench | ib_write_bw | ratio | floor |",
@@ -44,7 +45,7 @@ lines = [
 ]
 for size, ours, theirs in map(row, (65536, 1048576)):
     ratio = statistics.median(ours) / statistics.median(theirs)
-    lines.append(f"| {size >> 10} KiB | {spread(ours)} | {spread(theirs)} | {ratio:.2f}× | 0.9× |")
+    lines.append(f"| {f'{size >> 20} MiB' if size >> 20 else f'{size >> 10} KiB'} | {spread(ours)} | {spread(theirs)} | {ratio:.2f}× | 0.9× |")
 name = re.sub(r"[^a-z0-9]+", "-", cpu.lower()).strip("-")
 page = pathlib.Path(f"benches/results/{datetime.datetime.now(datetime.UTC):%Y-%m-%d}-{name}-rdma.md")
 page.write_text("\n".join(lines) + "\n")

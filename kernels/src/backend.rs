@@ -74,8 +74,22 @@ pub trait Backend: Send + 'static {
     /// be moved.
     fn kv_region(&self, cache: &Self::KvCache) -> Option<KvRegion>;
 
-    /// `out[t] = table[tokens[t]]`; sets `out` to `[tokens.len(), hidden]`.
-    fn embed(&mut self, table: &Self::Linear, tokens: &[u32], out: &mut Self::Activations);
+    /// Tells the backend of the step to come. Operations that take a batch are given this one until the next call.
+    fn begin(&mut self, batch: &Batch);
+
+    /// Begins a step and computes it by `operations`, which do the same with every batch of the same size: a backend may
+    /// record what they enqueue and later enqueue that again, without calling them.
+    fn step(&mut self, batch: &Batch, operations: &mut dyn FnMut(&mut Self)) {
+        self.begin(batch);
+        operations(self);
+    }
+
+    /// What has failed since the backend was made, if something has. Operations do not say so themselves, because on
+    /// some devices they are only enqueued; results are meaningless from the failure on.
+    fn check(&mut self) -> Result<(), KernelError>;
+
+    /// `out[t] = table[batch.tokens[t]]`; sets `out` to `[tokens, hidden]`.
+    fn embed(&mut self, table: &Self::Linear, batch: &Batch, out: &mut Self::Activations);
 
     /// `out = x / sqrt(mean(x²) + eps) * weight`, row by row (Zhang and Sennrich 2019).
     fn rms_norm(&mut self, x: &Self::Activations, weight: &Self::Vector, eps: f32, out: &mut Self::Activations);

@@ -1,6 +1,8 @@
 use crate::DType;
+use crate::cuda::DriverError;
 
-/// Why a backend refused something it was given. All of these are found while loading, none in a step.
+/// Why a backend refused something it was given. All but [`KernelError::Driver`] are found while
+/// loading.
 #[derive(Debug, thiserror::Error)]
 pub enum KernelError {
     /// The bytes handed over do not hold a matrix of the stated shape and type.
@@ -43,4 +45,17 @@ pub enum KernelError {
         /// What the system said.
         source: std::io::Error,
     },
+    /// Heads of a width that the backend's attention cannot compute.
+    #[error(
+        "heads of {head_dim} elements: this device's kernels take multiples of 8 up to {max}; run with --device cpu"
+    )]
+    HeadDim {
+        /// Elements of a head.
+        head_dim: usize,
+        /// Widest heads there may be.
+        max: usize,
+    },
+    /// The device, or its driver.
+    #[error(transparent)]
+    Driver(#[from] DriverError),
 }

@@ -6,7 +6,9 @@
 
 mod backend;
 mod batch;
+mod blocks;
 pub mod cpu;
+pub mod cuda;
 mod dtype;
 mod error;
 mod kv;

@@ -35,6 +35,11 @@ impl RopeTable {
         self.cos.len() / self.pairs
     }
 
+    /// All cosines and all sines, `[positions, pairs]` each.
+    pub fn tables(&self) -> (&[f32], &[f32]) {
+        (&self.cos, &self.sin)
+    }
+
     /// Cosines and sines of one position, `[pairs]` each.
     pub fn at(&self, position: u32) -> (&[f32], &[f32]) {
         let start = position as usize * self.pairs;

@@ -161,26 +161,32 @@ impl<B: Backend> Model<B> for Decoder<B> {
         let (shape, eps) = (*shape, config.rms_norm_eps);
         let scale = 1.0 / (config.head_dim as f32).sqrt();
 
-        backend.embed(embedding, &batch.tokens, &mut b.residual);
-        for (index, layer) in layers.iter().enumerate() {
-            if index == 0 {
-                backend.rms_norm(&b.residual, &layer.attention_norm, eps, &mut b.normed);
-            } else {
-                backend.add_rms_norm(&mut b.residual, &b.delta, &layer.attention_norm, eps, &mut b.normed);
-            }
-            backend.linear(&b.normed, &layer.qkv, layer.qkv_bias.as_ref(), &mut b.qkv);
-            let qk_norm = layer.q_norm.as_ref().zip(layer.k_norm.as_ref()).map(|(q, k)| QkNorm { q, k, eps });
-            backend.rope_and_cache(&mut b.qkv, shape, qk_norm, rope, cache, index, batch);
-            layer_done(index);
-            backend.attention(&b.qkv, shape, scale, cache, index, batch, &mut b.attention);
-            backend.linear(&b.attention, &layer.output, layer.output_bias.as_ref(), &mut b.delta);
+        let mut layers_done = 0;
+        backend.step(batch, &mut |backend| {
+            backend.embed(embedding, batch, &mut b.residual);
+            for (index, layer) in layers.iter().enumerate() {
+                if index == 0 {
+                    backend.rms_norm(&b.residual, &layer.attention_norm, eps, &mut b.normed);
+                } else {
+                    backend.add_rms_norm(&mut b.residual, &b.delta, &layer.attention_norm, eps, &mut b.normed);
+                }
+                backend.linear(&b.normed, &layer.qkv, layer.qkv_bias.as_ref(), &mut b.qkv);
+                let qk_norm = layer.q_norm.as_ref().zip(layer.k_norm.as_ref()).map(|(q, k)| QkNorm { q, k, eps });
+                backend.rope_and_cache(&mut b.qkv, shape, qk_norm, rope, cache, index, batch);
+                layer_done(index);
+                layers_done = index + 1;
+                backend.attention(&b.qkv, shape, scale, cache, index, batch, &mut b.attention);
+                backend.linear(&b.attention, &layer.output, layer.output_bias.as_ref(), &mut b.delta);
 
-            backend.add_rms_norm(&mut b.residual, &b.delta, &layer.mlp_norm, eps, &mut b.normed);
-            backend.linear(&b.normed, &layer.gate_up, layer.gate_up_bias.as_ref(), &mut b.gate_up);
-            backend.silu_mul(&b.gate_up, &mut b.mlp);
-            backend.linear(&b.mlp, &layer.down, layer.down_bias.as_ref(), &mut b.delta);
-        }
-        backend.add_rms_norm(&mut b.residual, &b.delta, norm, eps, &mut b.normed);
+                backend.add_rms_norm(&mut b.residual, &b.delta, &layer.mlp_norm, eps, &mut b.normed);
+                backend.linear(&b.normed, &layer.gate_up, layer.gate_up_bias.as_ref(), &mut b.gate_up);
+                backend.silu_mul(&b.gate_up, &mut b.mlp);
+                backend.linear(&b.mlp, &layer.down, layer.down_bias.as_ref(), &mut b.delta);
+            }
+            backend.add_rms_norm(&mut b.residual, &b.delta, norm, eps, &mut b.normed);
+        });
+        // What was replayed did not come by here.
+        (layers_done..layers.len()).for_each(layer_done);
     }
 
     fn logits(&mut self, backend: &mut B, rows: &[u32]) -> &mut B::Activations {

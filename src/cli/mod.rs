@@ -16,7 +16,7 @@ pub use frontend::FrontendArgs;
 pub use mock::MockArgs;
 pub use transfer_bench::TransferBenchArgs;
 pub use transport::TransportArgs;
-pub use values::{DisaggPolicyArg, KvDTypeArg, LoadFormatArg, LogFormatArg, TransportArg};
+pub use values::{DeviceArg, DisaggPolicyArg, KvDTypeArg, LoadFormatArg, LogFormatArg, TransportArg};
 pub use worker::{DisaggArgs, WorkerArgs};
 
 use clap::{Args, CommandFactory, Parser, Subcommand, error::ErrorKind};

@@ -61,6 +61,38 @@ impl KvDTypeArg {
     }
 }
 
+/// `--device`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum DeviceArg {
+    /// The first CUDA device, or the CPU where there is none.
+    Auto,
+    /// The CPU.
+    Cpu,
+    /// A CUDA device, by its number among those that CUDA_VISIBLE_DEVICES leaves.
+    Cuda(usize),
+}
+
+/// What computes.
+pub(super) fn parse_device(text: &str) -> Result<DeviceArg, String> {
+    match text.split_once(':') {
+        None if text == "auto" => Some(DeviceArg::Auto),
+        None if text == "cpu" => Some(DeviceArg::Cpu),
+        None if text == "cuda" => Some(DeviceArg::Cuda(0)),
+        Some(("cuda", number)) => number.parse().ok().map(DeviceArg::Cuda),
+        _ => None,
+    }
+    .ok_or_else(|| format!("'{text}' is no device; expected auto, cpu or cuda:N, as in cuda:0"))
+}
+
+/// A part of a whole.
+pub(super) fn parse_share(text: &str) -> Result<f64, String> {
+    let share: f64 = text.parse().map_err(|_| format!("'{text}' is no number"))?;
+    if !(share > 0.0 && share <= 1.0) {
+        return Err(format!("'{text}' is not above 0 and at most 1"));
+    }
+    Ok(share)
+}
+
 /// `--log-format`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum LogFormatArg {
@@ -198,6 +230,21 @@ pub(super) fn parse_namespace(text: &str) -> Result<String, String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn devices_are_named_as_they_are_elsewhere() {
+        for (text, device) in [
+            ("auto", DeviceArg::Auto),
+            ("cpu", DeviceArg::Cpu),
+            ("cuda", DeviceArg::Cuda(0)),
+            ("cuda:3", DeviceArg::Cuda(3)),
+        ] {
+            assert_eq!(parse_device(text), Ok(device));
+        }
+        for text in ["", "gpu", "cuda:", "cuda:x", "cuda:-1", "cpu:0"] {
+            assert!(parse_device(text).unwrap_err().contains("cuda:0"), "{text}");
+        }
+    }
 
     #[test]
     fn sizes_have_binary_and_decimal_units() {

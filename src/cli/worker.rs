@@ -4,7 +4,10 @@ use clap::{Args, builder::NonEmptyStringValueParser};
 
 use super::{
     ClusterArgs, LogArgs, TransportArgs,
-    values::{DisaggPolicyArg, KvDTypeArg, LoadFormatArg, parse_millis, parse_seconds, parse_size, parse_within},
+    values::{
+        DeviceArg, DisaggPolicyArg, KvDTypeArg, LoadFormatArg, parse_device, parse_millis, parse_seconds, parse_share,
+        parse_size, parse_within,
+    },
 };
 use crate::worker::MockModel;
 
@@ -57,7 +60,11 @@ pub struct WorkerArgs {
     )]
     pub max_waiting_requests: usize,
 
-    /// Threads that compute [default: one a core]
+    /// What computes: cpu, cuda:N, or auto for the first CUDA device if there is one
+    #[arg(long, value_name = "DEVICE", value_parser = parse_device, default_value = "auto", help_heading = "Engine")]
+    pub device: DeviceArg,
+
+    /// Threads that compute on a CPU [default: one a core]
     #[arg(long, value_name = "N", help_heading = "Engine")]
     pub threads: Option<usize>,
 
@@ -69,7 +76,11 @@ pub struct WorkerArgs {
     #[arg(long, value_name = "PAGES", value_parser = parse_within::<1, 268_435_456>, help_heading = "KV cache")]
     pub kv_blocks: Option<usize>,
 
-    /// Memory of the KV cache, as 2GiB or 512MiB [default: a quarter of what is free, at most 4 GiB]
+    /// Part of a CUDA device's memory that is used, by others too; what weights leave of it becomes KV pages
+    #[arg(long, value_name = "PART", value_parser = parse_share, default_value_t = 0.9, help_heading = "KV cache")]
+    pub gpu_memory_utilization: f64,
+
+    /// Memory of the KV cache, as 2GiB or 512MiB [default: on a CPU a quarter of what is free, at most 4 GiB]
     #[arg(long, value_name = "SIZE", value_parser = parse_size, conflicts_with = "kv_blocks", help_heading = "KV cache")]
     pub kv_cache_memory: Option<usize>,
 

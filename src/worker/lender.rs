@@ -44,7 +44,8 @@ pub(super) async fn start(
     ways: &Ways,
     metrics: &Metrics,
 ) -> Result<(EngineHandle, Lender)> {
-    let Loaded { runner, config, region, key, .. } = loaded;
+    let region = loaded.region()?;
+    let Loaded { runner, config, key, .. } = loaded;
     // Loans in quarantine keep their words, beside those of the sequences that are away: as many again.
     let mailbox_slots = u32::try_from(2 * config.max_num_seqs).unwrap_or(u32::MAX);
     let mailbox = Mailbox::new(mailbox_slots).context("cannot make a mailbox")?;

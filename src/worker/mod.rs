@@ -6,6 +6,7 @@
 mod courier;
 pub mod decode;
 mod desk;
+mod device;
 mod engine;
 mod export;
 mod generation;

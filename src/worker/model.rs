@@ -2,14 +2,19 @@
 
 use anyhow::{Context, Result, bail};
 use engine_kernels::{
-    KvDType, KvLayout, KvRegion,
+    Backend, KvDType, KvLayout, KvRegion,
     cpu::{CpuBackend, CpuOptions},
 };
 use engine_models::{ForwardLimits, ModelSource, OpenOptions};
 
-use super::{EngineConfig, KvRequest, ModelRunner, Runner, available_memory, mock_runner::MockRunner, size_kv};
+use super::{
+    EngineConfig, KvRequest, ModelRunner, Runner, available_memory,
+    device::{self, Chosen},
+    mock_runner::MockRunner,
+    size_kv,
+};
 use crate::{
-    cli::WorkerArgs,
+    cli::{DeviceArg, WorkerArgs},
     cluster::{ModelCard, ModelKey},
 };
 
@@ -17,13 +22,16 @@ use crate::{
 const LOGIT_ROWS_MAX: usize = 64;
 /// How the CPU backend orders the elements of a page; part of what workers agree on.
 const CPU_PAGE_ORDER: &str = "keys [head_dim][token], values [token][head_dim]";
+/// How the CUDA backend does.
+#[cfg(feature = "cuda")]
+const CUDA_PAGE_ORDER: &str = "keys and values [token][head_dim]";
 
 /// A model that is ready to compute.
 pub(super) struct Loaded {
     pub(super) runner: Box<dyn Runner>,
     pub(super) config: EngineConfig,
-    /// Where its pages are.
-    pub(super) region: KvRegion,
+    /// Where its pages are, if others can reach them.
+    region: Option<KvRegion>,
     /// What other workers have to have in common with it.
     pub(super) key: ModelKey,
     layout: KvLayout,
@@ -62,11 +70,24 @@ pub(super) fn load(cli: &WorkerArgs, source: &ModelSource, shared: bool) -> Resu
     if cli.block_size == 0 {
         bail!("--block-size must be at least 1");
     }
+    // A mock computes nothing.
+    let device = device::choose(if cli.mock.is_some() { DeviceArg::Cpu } else { cli.device })?;
+    tracing::info!("device: {device}");
+    let page_order = match device {
+        Chosen::Cpu => CPU_PAGE_ORDER,
+        #[cfg(feature = "cuda")]
+        Chosen::Cuda { .. } => CUDA_PAGE_ORDER,
+    };
     let fingerprint = source.fingerprint()?;
-    let key = ModelKey::new(&fingerprint, &layout, CPU_PAGE_ORDER);
+    let key = ModelKey::new(&fingerprint, &layout, page_order);
     // Before loading: what cannot be is said at once, and the model's tables are no longer than what is served.
-    let wish = KvRequest { blocks: cli.kv_blocks, bytes: cli.kv_cache_memory, max_model_len: cli.max_model_len };
     let weights = usize::try_from(source.weight_bytes()).unwrap_or(usize::MAX);
+    let wish = KvRequest {
+        blocks: cli.kv_blocks,
+        bytes: cli.kv_cache_memory,
+        max_model_len: cli.max_model_len,
+        device_bytes: device.bytes_for_pages(cli.gpu_memory_utilization, weights)?,
+    };
     let available = available_memory().unwrap_or(0).saturating_sub(weights);
     let sizing = size_kv(wish, layout, model.max_position_embeddings, cli.max_num_seqs, available)?;
     tracing::info!("{}", sizing.explanation);
@@ -91,19 +112,44 @@ pub(super) fn load(cli: &WorkerArgs, source: &ModelSource, shared: bool) -> Resu
     if let Some(model) = &cli.mock {
         let region = KvRegion::shared(layout.region_shape()).context("cannot reserve a mock's pages")?;
         let runner = Box::new(MockRunner::new(model.clone(), region.clone(), layout.block_size));
-        return Ok(Loaded { runner, config, region, key, layout, fingerprint });
+        return Ok(Loaded { runner, config, region: Some(region), key, layout, fingerprint });
     }
-    let mut backend = CpuBackend::new(CpuOptions { threads, level: None });
-    if shared {
-        backend.share_kv_cache();
-    }
+    let (runner, region) = match device {
+        Chosen::Cpu => {
+            let mut backend = CpuBackend::new(CpuOptions { threads, level: None });
+            if shared {
+                backend.share_kv_cache();
+            }
+            load_into(backend, source, limits, layout)?
+        }
+        #[cfg(feature = "cuda")]
+        Chosen::Cuda { device, .. } => {
+            load_into(engine_kernels::cuda::CudaBackend::new(device), source, limits, layout)?
+        }
+    };
+    Ok(Loaded { runner, config, region, key, layout, fingerprint })
+}
+
+fn load_into<B: Backend>(
+    mut backend: B,
+    source: &ModelSource,
+    limits: ForwardLimits,
+    layout: KvLayout,
+) -> Result<(Box<dyn Runner>, Option<KvRegion>)> {
     let loaded = source.load(&mut backend, limits)?;
     let runner = ModelRunner::new(backend, loaded.model, layout, limits.max_logit_rows)?;
-    let Some(region) = runner.region() else { bail!("this backend's KV cache cannot be reached") };
-    Ok(Loaded { runner: Box::new(runner), config, region, key, layout, fingerprint })
+    let region = runner.region();
+    Ok((Box::new(runner), region))
 }
 
 impl Loaded {
+    /// Where its pages are, for others to read or write.
+    pub(super) fn region(&self) -> Result<KvRegion> {
+        self.region.clone().context(
+            "KV pages on a CUDA device cannot be moved between workers yet: run with --standalone, or with --device cpu",
+        )
+    }
+
     /// What others are told of the model, so that they can list it, and load it too.
     pub(super) fn card(&self, cli: &WorkerArgs, names: Vec<String>) -> ModelCard {
         let given = cli.model.clone().unwrap_or_default();
@@ -122,8 +168,8 @@ impl Loaded {
             load_format: cli.load_format.as_str().to_owned(),
             kv_cache_dtype: dtype.to_owned(),
             block_size: self.layout.block_size,
-            layers: self.region.shape().layers,
-            page_bytes: self.region.shape().page_bytes,
+            layers: self.layout.region_shape().layers,
+            page_bytes: self.layout.region_shape().page_bytes,
             page_order: CPU_PAGE_ORDER.to_owned(),
             weights: self.fingerprint[..8].iter().map(|byte| format!("{byte:02x}")).collect(),
         }

@@ -67,7 +67,8 @@ pub async fn run(mut cli: WorkerArgs, ready: impl FnOnce(Ready)) -> Result<()> {
         bail!("{name} is not the same model here as in the cluster: its files differ");
     }
     let (model, key) = (loaded.card(&cli, vec![name.clone()]), loaded.key);
-    let pages = loaded.region.clone();
+    let region = loaded.region()?;
+    let pages = region.clone();
     let rdma = ways.register(move |adapters| Source::new(adapters, &pages)).await?;
     let transports = ways.names(rdma.is_some());
     let connector = ConnectorConfig {
@@ -80,8 +81,8 @@ pub async fn run(mut cli: WorkerArgs, ready: impl FnOnce(Ready)) -> Result<()> {
         tcp: ways.tcp,
         metrics: metrics.transfer.clone(),
     };
-    let layers = loaded.region.shape().layers;
-    let connector = Connector::new(connector, loaded.region).context("cannot start to copy pages")?;
+    let layers = region.shape().layers;
+    let connector = Connector::new(connector, region).context("cannot start to copy pages")?;
     let config = BorrowerConfig {
         model_key: key.to_string(),
         block_size: loaded.config.block_size as u32,

@@ -75,6 +75,6 @@ impl<B: Backend> Runner for ModelRunner<B> {
             let logits = model.logits(backend, rows);
             backend.sample(logits, &|i| row(first + i), &mut out[first..first + rows.len()]);
         }
-        Ok(())
+        backend.check().map_err(|error| RunnerError(error.to_string()))
     }
 }

@@ -14,6 +14,8 @@ pub struct KvRequest {
     pub bytes: Option<usize>,
     /// `--max-model-len`.
     pub max_model_len: Option<usize>,
+    /// Bytes that `--gpu-memory-utilization` leaves for pages, if those are a device's.
+    pub device_bytes: Option<usize>,
 }
 
 /// The KV cache as it will be, and the longest sequence it serves.
@@ -68,7 +70,7 @@ pub enum SizingError {
 /// Decides how many pages the KV cache has and how long a sequence may be. `layout.blocks` is ignored;
 /// `model_positions` is the context the model was made for, `available` the machine's free memory in bytes.
 ///
-/// Without a wish it takes a quarter of the free memory, at most 4 GiB, and no more than `max_num_seqs` of the longest
+/// Without a wish it takes what a device leaves, or on a CPU a quarter of the free memory, at most 4 GiB, and no more than `max_num_seqs` of the longest
 /// sequences. A context nobody asked for is cut to what the pages hold.
 pub fn size_kv(
     wish: KvRequest,
@@ -86,11 +88,14 @@ pub fn size_kv(
     }
     let longest = wish.max_model_len.unwrap_or(model_positions);
     let useful = longest.div_ceil(page_tokens).saturating_mul(max_num_seqs);
-    let default_bytes = default_kv_bytes(available);
+    let default_bytes = wish.device_bytes.unwrap_or_else(|| default_kv_bytes(available));
     let (blocks, why) = match (wish.blocks, wish.bytes) {
         (Some(blocks), _) => (blocks, "--kv-blocks".to_owned()),
         (None, Some(bytes)) => (bytes / page, "--kv-cache-memory".to_owned()),
         (None, None) if default_bytes / page >= useful => (useful, "all that --max-num-seqs can use".to_owned()),
+        (None, None) if wish.device_bytes.is_some() => {
+            (default_bytes / page, "what --gpu-memory-utilization leaves".to_owned())
+        }
         (None, None) => {
             let free = mib(available);
             (default_bytes / page, format!("a quarter of the {free} MiB free, at most {} MiB", mib(DEFAULT_BYTES_MAX)))
@@ -187,6 +192,16 @@ mod tests {
     }
 
     #[test]
+    fn pages_of_a_device_take_what_is_left_of_it_and_no_more_than_is_of_use() {
+        let wish = |bytes| KvRequest { device_bytes: Some(bytes), ..KvRequest::default() };
+        let small = size(wish(10 << 20), 8192, 1).unwrap();
+        assert!(small.explanation.contains("--gpu-memory-utilization"), "{}", small.explanation);
+        assert!(size(wish(0), 8192, GIB).is_err());
+        let plenty = size(wish(GIB << 10), 8192, 1).unwrap();
+        assert!(plenty.explanation.contains("all that --max-num-seqs can use"), "{}", plenty.explanation);
+    }
+
+    #[test]
     fn a_context_nobody_asked_for_is_cut_and_explained() {
         let sizing = size(KvRequest { blocks: Some(10), ..KvRequest::default() }, 8192, GIB).unwrap();
         assert_eq!(sizing.max_model_len, 160);
@@ -195,7 +210,7 @@ mod tests {
 
     #[test]
     fn a_context_that_was_asked_for_is_never_cut() {
-        let wish = KvRequest { bytes: Some(10 << 20), max_model_len: Some(161), blocks: None };
+        let wish = KvRequest { bytes: Some(10 << 20), max_model_len: Some(161), ..KvRequest::default() };
         let expected = SizingError::ContextTooLong { asked: 161, needed: 11, needed_mib: 11, blocks: 10, fits: 160 };
         assert_eq!(size(wish, 8192, GIB), Err(expected));
         let wish = KvRequest { max_model_len: Some(9000), ..KvRequest::default() };

@@ -45,7 +45,8 @@ put() { # put <file> [<path in the guest>]: with its libraries, and theirs
     done
 }
 
-cat >"$root/plan"
+# The last line may lack its end.
+{ cat; echo; } >"$root/plan"
 put "$here/init.sh" /init
 put "$(command -v busybox)" /bin/busybox
 put "$(command -v ip)" /opt/ip

@@ -151,7 +151,14 @@ impl Backend for CpuBackend {
         Some(cache.region().clone())
     }
 
-    fn embed(&mut self, table: &Linear, tokens: &[u32], out: &mut Activations) {
+    fn begin(&mut self, _: &Batch) {}
+
+    fn check(&mut self) -> Result<(), KernelError> {
+        Ok(())
+    }
+
+    fn embed(&mut self, table: &Linear, batch: &Batch, out: &mut Activations) {
+        let tokens = &batch.tokens[..];
         out.set_rows(tokens.len());
         let cols = out.cols();
         let out = Shared::new(out.values_mut());

@@ -12,8 +12,8 @@
 use super::buffer::{Aligned, Shared};
 use super::isa::{Dispatch, Isa, Kernel, LANES};
 
-/// Elements that share a scale.
-pub(crate) const BLOCK: usize = 32;
+/// Elements that share a scale: as many as share one among the weights.
+pub(crate) use crate::blocks::BLOCK;
 
 /// Consecutive elements that are multiplied at once, and of which each block has one peak.
 const GROUP: usize = 4;

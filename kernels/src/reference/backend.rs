@@ -142,9 +142,15 @@ impl Backend for ReferenceBackend {
         None
     }
 
-    fn embed(&mut self, table: &Self::Linear, tokens: &[u32], out: &mut Self::Activations) {
-        out.set_rows(tokens.len());
-        for (row, &token) in tokens.iter().enumerate() {
+    fn begin(&mut self, _: &Batch) {}
+
+    fn check(&mut self) -> Result<(), KernelError> {
+        Ok(())
+    }
+
+    fn embed(&mut self, table: &Self::Linear, batch: &Batch, out: &mut Self::Activations) {
+        out.set_rows(batch.tokens.len());
+        for (row, &token) in batch.tokens.iter().enumerate() {
             out.row_mut(row).copy_from_slice(table.row(token as usize));
         }
     }

@@ -88,6 +88,7 @@ impl<B: Subject> Layer<B> {
         let mut out = self.backend.activations(batch.tokens.len(), shape.q_width());
         let [q, k] = &self.norms;
         let norm = qk_norm.then_some(QkNorm { q, k, eps: 1e-6 });
+        self.backend.begin(&batch);
         self.backend.rope_and_cache(&mut qkv, shape, norm, &self.rope, &mut self.cache, LAYER, &batch);
         let scale = 1.0 / (shape.head_dim as f32).sqrt();
         self.backend.attention(&qkv, shape, scale, &self.cache, LAYER, &batch, &mut out);
@@ -178,6 +179,9 @@ fn cases() -> Vec<Case> {
             cases.push(case);
         }
     }
+    cases.push(Case::new(4, 2, 96, 128, KvDType::F16));
+    cases.push(Case::new(4, 1, 256, 128, KvDType::BF16));
+    cases.push(Case::new(2, 2, 256, 16, KvDType::F32));
     cases
 }
 

@@ -13,22 +13,32 @@ mod support;
 
 /// Runs the suite for one backend.
 macro_rules! suite {
-    ($backend:ident, $type:ty, { $($topic:ident: $($test:ident),+;)+ }) => {
+    ($backend:ident, $type:ty, $ignored:tt, { $($topic:ident: $($test:ident),+;)+ }) => {
         mod $backend {
             $(mod $topic {
-                $(#[test]
-                fn $test() {
-                    crate::$topic::$test::<$type>();
-                })+
+                $(suite!(@test $topic, $test, $type, $ignored);)+
             })+
+        }
+    };
+    (@test $topic:ident, $test:ident, $type:ty, (always)) => {
+        #[test]
+        fn $test() {
+            crate::$topic::$test::<$type>();
+        }
+    };
+    (@test $topic:ident, $test:ident, $type:ty, (with $what:literal)) => {
+        #[test]
+        #[ignore = $what]
+        fn $test() {
+            crate::$topic::$test::<$type>();
         }
     };
 }
 
 /// The tests, once for each backend.
 macro_rules! suites {
-    ($($backend:ident: $type:ty;)+) => {
-        $(suite!($backend, $type, {
+    ($($(#[$attribute:meta])? $backend:ident: $type:ty, $ignored:tt;)+) => {
+        $($(#[$attribute])? suite!($backend, $type, $ignored, {
             attention:
                 ragged_batches_match_the_reference,
                 long_contexts_match_the_reference,
@@ -67,6 +77,9 @@ macro_rules! suites {
 }
 
 suites! {
-    reference: engine_kernels::reference::ReferenceBackend;
-    cpu: engine_kernels::cpu::CpuBackend;
+    reference: engine_kernels::reference::ReferenceBackend, (always);
+    cpu: engine_kernels::cpu::CpuBackend, (always);
+    cuda_emulated: engine_cuda_emulated::EmulatedBackend, (always);
+    #[cfg(feature = "cuda")]
+    cuda_device: engine_kernels::cuda::CudaBackend<engine_kernels::cuda::Device>, (with "needs a CUDA device");
 }

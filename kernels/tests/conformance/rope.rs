@@ -37,6 +37,7 @@ fn run<B: Subject>(
     let norms = norms.map(|(q, k)| (backend.vector(q), backend.vector(k)));
     let norm = norms.as_ref().map(|(q, k)| QkNorm { q, k, eps: 1e-6 });
     let mut x = backend.filled(qkv, shape.qkv_width());
+    backend.begin(&batch);
     backend.rope_and_cache(&mut x, shape, norm, &rope, &mut cache, 0, &batch);
     let all = backend.read(&x);
     all.chunks_exact(shape.qkv_width()).flat_map(|row| &row[..shape.q_width()]).copied().collect()

@@ -19,7 +19,7 @@ pub(crate) fn embeddings_are_the_rows_of_every_type<B: Subject>() {
         let mut out = backend.activations(70, cols);
         for count in [1, 2, 17, 70] {
             let tokens: Vec<u32> = (0..count).map(|_| random.below(50) as u32).collect();
-            backend.embed(&table, &tokens, &mut out);
+            backend.embedded(&table, &tokens, &mut out);
             let want: Vec<f32> = tokens.iter().flat_map(|&t| &values[t as usize * cols..][..cols]).copied().collect();
             let what = format!("{dtype:?}, {count} tokens");
             assert_near(&backend.read(&out), &want, |i| weight_tolerance::<B>(dtype, want[i]), &what);

@@ -1,8 +1,9 @@
 //! Random numbers, random weights, and comparisons.
 
+use engine_cuda_emulated::{Emulated, EmulatedBackend};
 use engine_kernels::cpu::{CpuBackend, CpuOptions};
 use engine_kernels::reference::ReferenceBackend;
-use engine_kernels::{Backend, DType, Matrix};
+use engine_kernels::{Backend, Batch, DType, Matrix};
 use half::{bf16, f16};
 
 /// A backend under test.
@@ -12,6 +13,10 @@ pub(crate) trait Subject: Backend + Sized {
 
     /// Whether the two levels of scales of K-quants are multiplied out and rounded to f16.
     const ROUNDS_SCALES: bool;
+
+    /// Up to so many rows, products add up in another order than for more, so that only within the two are the bits the
+    /// same.
+    const FEW_ROWS: usize = 0;
 
     /// One that works with so many threads.
     fn with_threads(threads: usize) -> Self;
@@ -26,6 +31,14 @@ pub(crate) trait Subject: Backend + Sized {
         let mut out = self.activations(values.len() / cols, cols);
         self.write(values, &mut out);
         out
+    }
+
+    /// The rows `tokens` of a table.
+    fn embedded(&mut self, table: &Self::Linear, tokens: &[u32], out: &mut Self::Activations) {
+        let mut batch = Batch::default();
+        batch.push(tokens, 0, &[], tokens.len());
+        self.begin(&batch);
+        self.embed(table, &batch, out);
     }
 }
 
@@ -44,6 +57,27 @@ impl Subject for CpuBackend {
 
     fn with_threads(threads: usize) -> Self {
         Self::new(CpuOptions { threads, level: None })
+    }
+}
+
+impl Subject for EmulatedBackend {
+    const ROUNDS_ACTIVATIONS: bool = false;
+    const ROUNDS_SCALES: bool = true;
+    const FEW_ROWS: usize = 16;
+
+    fn with_threads(_: usize) -> Self {
+        Self::new(Emulated::default())
+    }
+}
+
+#[cfg(feature = "cuda")]
+impl Subject for engine_kernels::cuda::CudaBackend<engine_kernels::cuda::Device> {
+    const ROUNDS_ACTIVATIONS: bool = EmulatedBackend::ROUNDS_ACTIVATIONS;
+    const ROUNDS_SCALES: bool = EmulatedBackend::ROUNDS_SCALES;
+    const FEW_ROWS: usize = EmulatedBackend::FEW_ROWS;
+
+    fn with_threads(_: usize) -> Self {
+        Self::new(engine_kernels::cuda::Device::new(0).unwrap())
     }
 }
 

@@ -3,7 +3,7 @@
 use engine_kernels::{Backend, KvDType};
 
 use crate::golden::{Goldens, reference};
-use crate::runner::{Runner, cpu_backend, reference_backend};
+use crate::runner::{Runner, cpu_backend, cuda_backend, reference_backend};
 use crate::stats::Regrets;
 
 const F32_MODELS: [&str; 7] =
@@ -74,6 +74,11 @@ fn f32_models_on_the_cpu_backend_give_transformers_logits() {
 }
 
 #[test]
+fn f32_models_on_the_emulated_cuda_backend_give_transformers_logits() {
+    f32_models_agree(cuda_backend);
+}
+
+#[test]
 fn half_precision_models_on_the_reference_backend_choose_transformers_tokens() {
     half_models_agree(reference_backend);
 }
@@ -81,6 +86,11 @@ fn half_precision_models_on_the_reference_backend_choose_transformers_tokens() {
 #[test]
 fn half_precision_models_on_the_cpu_backend_choose_transformers_tokens() {
     half_models_agree(cpu_backend);
+}
+
+#[test]
+fn half_precision_models_on_the_emulated_cuda_backend_choose_transformers_tokens() {
+    half_models_agree(cuda_backend);
 }
 
 #[test]
@@ -93,14 +103,25 @@ fn every_gguf_type_means_what_it_means_to_llama_cpp() {
     }
 }
 
-#[test]
-fn every_gguf_type_on_the_cpu_backend_chooses_transformers_tokens() {
+/// `error_max` is of the range of logits.
+fn gguf_files_agree<B: Backend>(backend: impl Fn() -> B, error_max: f32) {
     for name in GGUF_FILES {
-        let (ours, theirs) = gguf_logits(cpu_backend(), name, None);
+        let (ours, theirs) = gguf_logits(backend(), name, None);
         let regrets = Regrets::of_logits(ours.iter().zip(&theirs));
         let error = relative_error(&ours, &theirs);
         println!("{name}: {regrets}, largest error {error:.1e} of the range");
         assert!(regrets.mean() <= 0.02 && regrets.p99() <= 0.2, "{name}: {regrets}");
-        assert!(error <= 0.05, "{name}: {error} of the logits' range");
+        assert!(error <= error_max, "{name}: {error} of the logits' range");
     }
+}
+
+#[test]
+fn every_gguf_type_on_the_cpu_backend_chooses_transformers_tokens() {
+    gguf_files_agree(cpu_backend, 0.05);
+}
+
+#[test]
+fn every_gguf_type_on_the_emulated_cuda_backend_chooses_transformers_tokens() {
+    // Activations are not rounded, as they are on CPUs.
+    gguf_files_agree(cuda_backend, 0.01);
 }

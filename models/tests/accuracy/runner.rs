@@ -1,5 +1,6 @@
 use std::path::Path;
 
+use engine_cuda_emulated::{Emulated, EmulatedBackend};
 use engine_kernels::cpu::{CpuBackend, CpuOptions};
 use engine_kernels::reference::ReferenceBackend;
 use engine_kernels::{Backend, Batch, KvDType, KvLayout};
@@ -28,6 +29,10 @@ pub(crate) fn reference_backend() -> ReferenceBackend {
 
 pub(crate) fn cpu_backend() -> CpuBackend {
     CpuBackend::new(CpuOptions { threads: 2, level: None })
+}
+
+pub(crate) fn cuda_backend() -> EmulatedBackend {
+    EmulatedBackend::new(Emulated::default())
 }
 
 impl<B: Backend> Runner<B> {

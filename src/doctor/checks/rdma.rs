@@ -100,6 +100,7 @@ fn describe(port: &Port) -> String {
             text.push_str(&format!(", addresses: {} of RoCE v2, {} of v1", of(GidKind::RoceV2), of(GidKind::RoceV1)))
         }
         Link::InfiniBand => text.push_str(&format!(", LID {:#x}, subnet manager {:#x}", port.lid, port.sm_lid)),
+        Link::Other => {}
     }
     text
 }

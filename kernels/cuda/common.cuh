@@ -1,0 +1,108 @@
+// What all kernels share: element types, vectors of eight, and reductions in a fixed order.
+//
+// Rows of activations are f32, as long as `padded(cols)`, and what pads them is zero: it is allocated zeroed, and no
+// kernel writes it. So everything can be read eight elements at a time, whatever the number of columns.
+#pragma once
+
+#ifdef __CUDACC__
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cstdint>
+// Kernels are launched by name. nvcc's modules know theirs; the emulation has to be told.
+#define REGISTER(name) static_assert(true)
+#endif
+
+constexpr int WARP = 32;
+constexpr unsigned ALL_LANES = ~0u;
+
+/// Columns of a row as it lies in memory.
+__device__ __forceinline__ int padded(int cols) { return (cols + 7) / 8 * 8; }
+
+__device__ __forceinline__ int lane_id() { return threadIdx.x % WARP; }
+__device__ __forceinline__ int warp_id() { return threadIdx.x / WARP; }
+
+/// IEEE half precision and bfloat16, as bits.
+struct Half {
+    uint16_t bits;
+};
+struct Brain {
+    uint16_t bits;
+};
+
+#ifdef __CUDACC__
+__device__ __forceinline__ float to_float(Half x) { return __half2float(__ushort_as_half(x.bits)); }
+__device__ __forceinline__ Half to_half(float x) { return {__half_as_ushort(__float2half_rn(x))}; }
+__device__ __forceinline__ Brain to_brain(float x) { return {__bfloat16_as_ushort(__float2bfloat16_rn(x))}; }
+#else
+inline float to_float(Half x) { return simt::half_to_float(x.bits); }
+inline Half to_half(float x) { return {simt::float_to_half(x)}; }
+inline Brain to_brain(float x) { return {simt::float_to_brain(x)}; }
+#endif
+__device__ __forceinline__ float to_float(Brain x) { return __uint_as_float(static_cast<unsigned>(x.bits) << 16); }
+
+__device__ __forceinline__ void store(float* to, float x) { *to = x; }
+__device__ __forceinline__ void store(Half* to, float x) { *to = to_half(x); }
+__device__ __forceinline__ void store(Brain* to, float x) { *to = to_brain(x); }
+
+/// Eight consecutive elements, from an address that is a multiple of their size.
+__device__ __forceinline__ void load8(const float* from, float (&to)[8]) {
+    float4 low = *reinterpret_cast<const float4*>(from), high = *reinterpret_cast<const float4*>(from + 4);
+    to[0] = low.x, to[1] = low.y, to[2] = low.z, to[3] = low.w;
+    to[4] = high.x, to[5] = high.y, to[6] = high.z, to[7] = high.w;
+}
+
+template <class T> // Half or Brain
+__device__ __forceinline__ void load8(const T* from, float (&to)[8]) {
+    uint4 raw = *reinterpret_cast<const uint4*>(from);
+    const unsigned words[4] = {raw.x, raw.y, raw.z, raw.w};
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        to[2 * i] = to_float(T{static_cast<uint16_t>(words[i])});
+        to[2 * i + 1] = to_float(T{static_cast<uint16_t>(words[i] >> 16)});
+    }
+}
+
+/// The sum over a warp, the same in all lanes: sums of two commute, so each lane adds up the same numbers in pairs.
+template <class T>
+__device__ __forceinline__ T warp_sum(T x) {
+#pragma unroll
+    for (int bits = WARP / 2; bits > 0; bits /= 2) x += __shfl_xor_sync(ALL_LANES, x, bits);
+    return x;
+}
+
+template <class T>
+__device__ __forceinline__ T warp_max(T x) {
+#pragma unroll
+    for (int bits = WARP / 2; bits > 0; bits /= 2) {
+        T other = __shfl_xor_sync(ALL_LANES, x, bits);
+        x = other > x ? other : x;
+    }
+    return x;
+}
+
+/// The sum over a block of WARPS warps, the same in all threads: within warps, then over them in order.
+template <int WARPS, class T>
+__device__ __forceinline__ T block_sum(T x) {
+    __shared__ T sums[WARPS];
+    x = warp_sum(x);
+    __syncthreads();
+    if (lane_id() == 0) sums[warp_id()] = x;
+    __syncthreads();
+    T sum = sums[0];
+#pragma unroll
+    for (int i = 1; i < WARPS; i++) sum += sums[i];
+    return sum;
+}
+
+template <int WARPS, class T>
+__device__ __forceinline__ T block_max(T x) {
+    __shared__ T highest[WARPS];
+    x = warp_max(x);
+    __syncthreads();
+    if (lane_id() == 0) highest[warp_id()] = x;
+    __syncthreads();
+    T best = highest[0];
+#pragma unroll
+    for (int i = 1; i < WARPS; i++) best = highest[i] > best ? highest[i] : best;
+    return best;
+}

@@ -1,0 +1,74 @@
+// Norms and rotates queries and keys, and stores keys and values in their pages.
+
+#include "pages.cuh"
+
+namespace rope {
+
+constexpr int WARPS = 4;
+constexpr int THREADS = WARPS * WARP;
+
+/// A warp takes a head of a row: query heads stay in place, key and value heads go to the cache.
+template <class T>
+__device__ __forceinline__ void rope_and_cache(float* qkv, Rows rows, const float* cos, const float* sin,
+                                               const float* q_norm, const float* k_norm, float eps, Pages<T> pages,
+                                               int heads, int pairs) {
+    __shared__ float vectors[WARPS][HEAD_DIM_MAX];
+    const int row = blockIdx.x, head = blockIdx.y * WARPS + warp_id(), lane = lane_id();
+    const int kv_heads = pages.kv_heads, head_dim = pages.head_dim, position = rows.positions[row];
+    if (position < 0 || head >= heads + 2 * kv_heads) return;
+    float* x = qkv + static_cast<size_t>(row) * padded((heads + 2 * kv_heads) * head_dim) + head * head_dim;
+    float* vector = vectors[warp_id()];
+    const bool is_query = head < heads, is_value = head >= heads + kv_heads;
+
+    float squares = 0.0f;
+    for (int i = lane; i < head_dim; i += WARP) {
+        vector[i] = x[i];
+        squares = fmaf(vector[i], vector[i], squares);
+    }
+    const float* norm = is_query ? q_norm : k_norm;
+    if (norm && !is_value) {
+        const float scale = 1.0f / sqrtf(warp_sum(squares) / static_cast<float>(head_dim) + eps);
+        for (int i = lane; i < head_dim; i += WARP) vector[i] = vector[i] * scale * norm[i];
+    }
+    __syncwarp();
+
+    const int* table = rows.block_tables + rows.table_starts[row];
+    T* key = is_query ? nullptr : pages.key(table, position, (head - heads) % kv_heads);
+    T* stored = is_value ? key + static_cast<size_t>(pages.block_size) * head_dim : key;
+    for (int i = lane; i < head_dim; i += WARP) {
+        float value = vector[i];
+        if (!is_value && i < 2 * pairs) {
+            // Element i turns together with element i + pairs (the half-split convention).
+            const int pair = i % pairs;
+            const float c = cos[static_cast<size_t>(position) * pairs + pair];
+            const float s = sin[static_cast<size_t>(position) * pairs + pair];
+            value = i < pairs ? value * c - vector[i + pairs] * s : value * c + vector[i - pairs] * s;
+        }
+        if (is_query) {
+            x[i] = value;
+        } else {
+            store(stored + i, value);
+        }
+    }
+}
+
+}  // namespace rope
+
+// rope_and_cache_{type of the cache}: norms the query and key heads of each row (if q_norm and k_norm are given), rotates
+// them to the row's position, writes queries back and keys and values into the row's page.
+// qkv: [rows, (heads + 2 kv_heads) * head_dim]; cos, sin: [positions, pairs]; norms: [head_dim].
+// Grid: (rows, heads of all kinds / 4). Bytes: 4 a value read, 4 a query value and an element of the cache a key and value
+// element written. Operations: 6 a value. A row's result depends on that row alone.
+#define ROPE_AND_CACHE(SUFFIX, T)                                                                                       \
+    extern "C" __global__ void __launch_bounds__(rope::THREADS) rope_and_cache_##SUFFIX(                                \
+        float* qkv, const int* positions, const int* table_starts, const int* block_tables, const float* cos,           \
+        const float* sin, const float* q_norm, const float* k_norm, float eps, void* pages, int heads, int kv_heads,    \
+        int head_dim, int block_size, int pairs) {                                                                      \
+        rope::rope_and_cache(qkv, Rows{positions, table_starts, block_tables}, cos, sin, q_norm, k_norm, eps,           \
+                             Pages<T>{static_cast<T*>(pages), kv_heads, head_dim, block_size}, heads, pairs);           \
+    }                                                                                                                   \
+    REGISTER(rope_and_cache_##SUFFIX)
+
+ROPE_AND_CACHE(f32, float);
+ROPE_AND_CACHE(f16, Half);
+ROPE_AND_CACHE(bf16, Brain);

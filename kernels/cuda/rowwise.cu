@@ -1,0 +1,68 @@
+// Operations that look at one row at a time. All are bound by memory: the floor of each is its bytes over the device's
+// bandwidth, which at decoding's sizes is below a launch. A row's result depends on that row alone.
+
+#include "common.cuh"
+
+namespace rowwise {
+
+constexpr int THREADS = 256;
+
+/// Root mean square norm of a row; with `delta`, of `x + delta`, which is stored in `x` (Zhang and Sennrich 2019).
+template <bool ADD>
+__device__ __forceinline__ void rms_norm(float* x, const float* delta, const float* weight, float* out, int cols, float eps) {
+    const size_t start = static_cast<size_t>(blockIdx.x) * padded(cols);
+    float squares = 0.0f;
+    for (int i = threadIdx.x; i < cols; i += THREADS) {
+        float value = x[start + i];
+        if (ADD) {
+            value += delta[start + i];
+            x[start + i] = value;
+        }
+        squares = fmaf(value, value, squares);
+    }
+    squares = block_sum<THREADS / WARP>(squares);
+    const float scale = 1.0f / sqrtf(squares / static_cast<float>(cols) + eps);
+    // Each thread reads what it has written itself.
+    for (int i = threadIdx.x; i < cols; i += THREADS) out[start + i] = x[start + i] * scale * weight[i];
+}
+
+}  // namespace rowwise
+
+// out = x / sqrt(mean(x^2) + eps) * weight, for x and out of [rows, cols].
+// Grid: rows. Bytes: 8 a value (4 more if a row outgrows the L1 cache between its two passes). Operations: 4 a value.
+extern "C" __global__ void __launch_bounds__(rowwise::THREADS)
+    rms_norm(float* x, const float* weight, float* out, int cols, float eps) {
+    rowwise::rms_norm<false>(x, nullptr, weight, out, cols, eps);
+}
+
+// residual += delta; out = rms_norm(residual), for [rows, cols].
+// Grid: rows. Bytes: 16 a value. Operations: 5 a value.
+extern "C" __global__ void __launch_bounds__(rowwise::THREADS)
+    add_rms_norm(float* residual, const float* delta, const float* weight, float* out, int cols, float eps) {
+    rowwise::rms_norm<true>(residual, delta, weight, out, cols, eps);
+}
+
+// out = silu(gate) * up, for gate_up of [rows, 2 * ffn], gate first, and out of [rows, ffn].
+// Grid: (rows, ffn / 256). Bytes: 12 a value of out. Operations: an exponential and a division a value.
+extern "C" __global__ void __launch_bounds__(rowwise::THREADS)
+    silu_mul(const float* gate_up, float* out, int ffn) {
+    const int i = blockIdx.y * rowwise::THREADS + threadIdx.x;
+    const size_t row = blockIdx.x;
+    if (i >= ffn) return;
+    const float gate = gate_up[row * padded(2 * ffn) + i], up = gate_up[row * padded(2 * ffn) + ffn + i];
+    out[row * padded(ffn) + i] = gate / (1.0f + expf(-gate)) * up;
+}
+
+// out[i] = x[rows[i]], for x of [?, cols] and out of [count, cols].
+// Grid: count. Bytes: 8 a value. No arithmetic.
+extern "C" __global__ void __launch_bounds__(rowwise::THREADS)
+    select_rows(const float* x, const int* rows, float* out, int cols) {
+    const size_t to = static_cast<size_t>(blockIdx.x) * padded(cols);
+    const size_t from = static_cast<size_t>(rows[blockIdx.x]) * padded(cols);
+    for (int i = threadIdx.x; i < cols; i += rowwise::THREADS) out[to + i] = x[from + i];
+}
+
+REGISTER(rms_norm);
+REGISTER(add_rms_norm);
+REGISTER(silu_mul);
+REGISTER(select_rows);

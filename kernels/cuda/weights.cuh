@@ -1,0 +1,90 @@
+// Weights as the device keeps them: rows of `padded(cols)` elements, zeros at the end, so laid out that eight elements
+// are one aligned load. Quantised blocks are taken apart when they are loaded (src/cuda/weight.rs): all quants, row
+// after row, then all scales.
+#pragma once
+
+#include "common.cuh"
+
+/// What a matrix is made of. `scales` is unused by floats.
+template <class T>
+struct Floats {
+    const T* values;
+
+    __device__ __forceinline__ Floats(const void* values, const void*) : values(static_cast<const T*>(values)) {}
+
+    /// Elements `at ..` of a row that starts with element `start` of the matrix; `at` is a multiple of eight.
+    __device__ __forceinline__ void load(size_t start, int at, float (&to)[8]) const { load8(values + start + at, to); }
+};
+
+/// Two f16: what a quant is multiplied by, and what is added then.
+struct alignas(4) ScaleAndMinimum {
+    Half scale, minimum;
+};
+
+/// Four bits a quant, the first in the lowest; a scale and a minimum for 32. Q4_0, Q4_1 and Q4_K.
+struct Nibbles {
+    const uint32_t* quants;
+    const ScaleAndMinimum* scales;
+
+    __device__ __forceinline__ Nibbles(const void* quants, const void* scales)
+        : quants(static_cast<const uint32_t*>(quants)), scales(static_cast<const ScaleAndMinimum*>(scales)) {}
+
+    __device__ __forceinline__ void load(size_t start, int at, float (&to)[8]) const {
+        const uint32_t eight = quants[(start + at) / 8];
+        const ScaleAndMinimum pair = scales[(start + at) / 32];
+        const float scale = to_float(pair.scale), minimum = to_float(pair.minimum);
+#pragma unroll
+        for (int i = 0; i < 8; i++) to[i] = fmaf(static_cast<float>(eight >> 4 * i & 15), scale, minimum);
+    }
+};
+
+/// Signed bytes, the quants of eight elements as two words.
+__device__ __forceinline__ void signed_bytes(uint2 words, float (&to)[8]) {
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        to[i] = static_cast<float>(static_cast<int8_t>(words.x >> 8 * i));
+        to[4 + i] = static_cast<float>(static_cast<int8_t>(words.y >> 8 * i));
+    }
+}
+
+/// Eight bits a quant, an f16 scale for 32. Q8_0 and Q5_0.
+struct Bytes {
+    const uint2* quants;
+    const Half* scales;
+
+    __device__ __forceinline__ Bytes(const void* quants, const void* scales)
+        : quants(static_cast<const uint2*>(quants)), scales(static_cast<const Half*>(scales)) {}
+
+    __device__ __forceinline__ void load(size_t start, int at, float (&to)[8]) const {
+        signed_bytes(quants[(start + at) / 8], to);
+        const float scale = to_float(scales[(start + at) / 32]);
+#pragma unroll
+        for (int i = 0; i < 8; i++) to[i] *= scale;
+    }
+};
+
+/// Eight bits a quant, a scale and a minimum for 16. Q5_1, Q5_K and Q6_K.
+struct FineBytes {
+    const uint2* quants;
+    const ScaleAndMinimum* scales;
+
+    __device__ __forceinline__ FineBytes(const void* quants, const void* scales)
+        : quants(static_cast<const uint2*>(quants)), scales(static_cast<const ScaleAndMinimum*>(scales)) {}
+
+    __device__ __forceinline__ void load(size_t start, int at, float (&to)[8]) const {
+        signed_bytes(quants[(start + at) / 8], to);
+        const ScaleAndMinimum pair = scales[(start + at) / 16];
+        const float scale = to_float(pair.scale), minimum = to_float(pair.minimum);
+#pragma unroll
+        for (int i = 0; i < 8; i++) to[i] = fmaf(to[i], scale, minimum);
+    }
+};
+
+/// Calls MACRO(suffix, type) for each kind of matrix; the suffixes are those of src/cuda/weight.rs.
+#define FOR_EACH_MATRIX(MACRO)   \
+    MACRO(f32, Floats<float>)    \
+    MACRO(f16, Floats<Half>)     \
+    MACRO(bf16, Floats<Brain>)   \
+    MACRO(nibbles, Nibbles)      \
+    MACRO(bytes, Bytes)          \
+    MACRO(fine_bytes, FineBytes)

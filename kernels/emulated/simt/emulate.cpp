@@ -1,0 +1,302 @@
+// The scheduler of the emulation: fibers, barriers, exchanges within warps, and the launch of a grid.
+
+#include "emulate.h"
+
+#include <cstdio>
+#include <cstdlib>
+#include <numeric>
+#include <vector>
+
+#include <signal.h>
+#include <sys/mman.h>
+#include <ucontext.h>
+#include <unistd.h>
+
+thread_local dim3 threadIdx, blockIdx, blockDim, gridDim;
+
+namespace simt {
+
+const Kernel* kernels = nullptr;
+
+namespace {
+
+constexpr std::size_t STACK = 64 << 10;
+constexpr unsigned BLOCK_MAX = 1024;
+
+#if defined(__x86_64__)
+// Saves what a call must preserve and goes on where `to` was saved: a few nanoseconds, where swapcontext makes two
+// system calls.
+extern "C" void simt_switch(void** from, void* to);
+asm(R"(
+.text
+.globl simt_switch
+.type simt_switch, @function
+simt_switch:
+    pushq %rbp
+    pushq %rbx
+    pushq %r12
+    pushq %r13
+    pushq %r14
+    pushq %r15
+    movq %rsp, (%rdi)
+    movq %rsi, %rsp
+    popq %r15
+    popq %r14
+    popq %r13
+    popq %r12
+    popq %rbx
+    popq %rbp
+    ret
+.size simt_switch, .-simt_switch
+)");
+
+struct Context {
+    void* top = nullptr;
+
+    void start(unsigned char*, unsigned char* top_of_stack, void (*entry)()) {
+        // As if `entry` had been about to be called: its address to return to, and six registers below it.
+        void** frame = reinterpret_cast<void**>(top_of_stack) - 2;
+        frame[0] = reinterpret_cast<void*>(entry);
+        frame[1] = nullptr;
+        std::memset(frame - 6, 0, 6 * sizeof(void*));
+        top = frame - 6;
+    }
+    static void go(Context& from, Context& to) { simt_switch(&from.top, to.top); }
+};
+#else
+struct Context {
+    ucontext_t state;
+
+    void start(unsigned char* stack, unsigned char* top_of_stack, void (*entry)()) {
+        getcontext(&state);
+        state.uc_stack.ss_sp = stack;
+        state.uc_stack.ss_size = static_cast<std::size_t>(top_of_stack - stack);
+        makecontext(&state, entry, 0);
+    }
+    static void go(Context& from, Context& to) { swapcontext(&from.state, &to.state); }
+};
+#endif
+
+enum class Wait : unsigned char { None, Block, Warp, Over };
+
+struct Fiber {
+    Context context;
+    Wait wait;
+    /// The line at which it waits.
+    int line;
+    /// Exchanges it has taken part in: their places take turns.
+    unsigned exchanges;
+};
+
+struct Warp {
+    unsigned arrived;
+    alignas(16) unsigned char slots[2][WARP * EXCHANGE];
+};
+
+/// One host thread's machine: it runs a block at a time.
+struct Machine {
+    unsigned char* stacks;
+    std::vector<Fiber> fibers{BLOCK_MAX};
+    std::vector<Warp> warps{BLOCK_MAX / WARP};
+    Context host;
+    const Kernel* kernel = nullptr;
+    void* const* args = nullptr;
+    unsigned threads = 0, arrived = 0, current = 0;
+    char error[256] = "";
+
+    Machine() {
+        void* memory = mmap(nullptr, BLOCK_MAX * (STACK + 4096), PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE,
+                            -1, 0);
+        if (memory == MAP_FAILED) std::abort();
+        stacks = static_cast<unsigned char*>(memory);
+        // What stays inaccessible lies below each stack, where an overflow meets it.
+        for (unsigned i = 0; i < BLOCK_MAX; i++) mprotect(stack(i), STACK, PROT_READ | PROT_WRITE);
+    }
+    ~Machine() { munmap(stacks, BLOCK_MAX * (STACK + 4096)); }
+
+    unsigned char* stack(unsigned i) { return stacks + i * (STACK + 4096) + 4096; }
+    /// Where a fiber's stack begins: not at the same place of a page for all, which would be the same few cache lines.
+    unsigned char* top(unsigned i) { return stack(i) + STACK - i * 320 % 4096 / 16 * 16; }
+    void yield() { Context::go(fibers[current].context, host); }
+    bool run_block(unsigned long long order);
+    bool stuck();
+};
+
+/// This host thread's, made at its first launch. (A plain pointer: objects with constructors are checked at each use.)
+thread_local Machine* machine = nullptr;
+
+void entry() {
+    Machine& m = *machine;
+    m.kernel->run(*m.kernel, m.args);
+    m.fibers[m.current].wait = Wait::Over;
+    m.yield();
+}
+
+bool Machine::stuck() {
+    unsigned waiting = 0, over = 0, first = 0;
+    for (unsigned i = 0; i < threads; i++) {
+        if (fibers[i].wait == Wait::Over) over++;
+        else if (!waiting++) first = i;
+    }
+    std::snprintf(error, sizeof error,
+                  "kernel %s, block (%u, %u, %u): thread %u waits at line %d for threads that do not come (%u wait, %u have ended)",
+                  kernel->name, blockIdx.x, blockIdx.y, blockIdx.z, first, fibers[first].line, waiting, over);
+    return false;
+}
+
+bool Machine::run_block(unsigned long long order) {
+    arrived = 0;
+    error[0] = '\0';
+    for (unsigned i = 0; i < threads; i++) {
+        fibers[i].context.start(stack(i), top(i), entry);
+        fibers[i].wait = Wait::None;
+        fibers[i].exchanges = 0;
+    }
+    for (unsigned w = 0; w < (threads + WARP - 1) / WARP; w++) warps[w].arrived = 0;
+    // Threads go on in an order that visits each once: steps of a length that has no divisor in common with their number.
+    unsigned step = 1 + order % threads;
+    while (std::gcd(step, threads) != 1) step++;
+    unsigned next = order / threads % threads, over = 0;
+    step %= threads;
+    for (unsigned idle = 0; over < threads; next += next + step < threads ? step : step - threads) {
+        if (fibers[next].wait != Wait::None) {
+            if (++idle > threads) return stuck();
+            continue;
+        }
+        idle = 0;
+        current = next;
+        threadIdx = {next, 0, 0};
+        Context::go(host, fibers[next].context);
+        if (error[0]) return false;
+        over += fibers[next].wait == Wait::Over;
+    }
+    return true;
+}
+
+/// What is said if a kernel touches memory that is nobody's.
+void on_fault(int signal, siginfo_t* info, void*) {
+    const Kernel* kernel = machine ? machine->kernel : nullptr;
+    if (kernel) {
+        char text[256];
+        int length = std::snprintf(text, sizeof text,
+                                   "kernel %s, block (%u, %u, %u), thread %u: no allocation holds address %p\n",
+                                   kernel->name, blockIdx.x, blockIdx.y, blockIdx.z, threadIdx.x, info->si_addr);
+        if (length > 0 && write(2, text, static_cast<std::size_t>(length)) < 0) _exit(1);
+    }
+    struct sigaction fallback = {};
+    fallback.sa_handler = SIG_DFL;
+    sigaction(signal, &fallback, nullptr);
+}
+
+struct FaultHandler {
+    FaultHandler() {
+        struct sigaction action = {};
+        action.sa_sigaction = on_fault;
+        action.sa_flags = SA_SIGINFO | SA_ONSTACK;
+        sigaction(SIGSEGV, &action, nullptr);
+        sigaction(SIGBUS, &action, nullptr);
+    }
+};
+
+}  // namespace
+
+void meet_block(int line) {
+    Machine& m = *machine;
+    Fiber& self = m.fibers[m.current];
+    self.wait = Wait::Block;
+    self.line = line;
+    if (++m.arrived < m.threads) return m.yield();
+    m.arrived = 0;
+    for (unsigned i = 0; i < m.threads; i++) {
+        if (m.fibers[i].line != line) {
+            std::snprintf(m.error, sizeof m.error, "kernel %s: threads meet at the barriers of lines %d and %d",
+                          m.kernel->name, line, m.fibers[i].line);
+            return m.yield();
+        }
+        m.fibers[i].wait = Wait::None;
+    }
+}
+
+unsigned char* slots() {
+    Machine& m = *machine;
+    // Whoever shows something for the next exchange has seen this one, but others may not have: two places take turns.
+    return m.warps[m.current / WARP].slots[m.fibers[m.current].exchanges++ % 2];
+}
+
+void meet_warp(unsigned mask, int line) {
+    Machine& m = *machine;
+    Fiber& self = m.fibers[m.current];
+    Warp& warp = m.warps[m.current / WARP];
+    self.wait = Wait::Warp;
+    self.line = line;
+    if (mask != ~0u) {
+        std::snprintf(m.error, sizeof m.error, "kernel %s, line %d: only whole warps are emulated", m.kernel->name, line);
+        m.yield();
+    }
+    if (++warp.arrived < WARP) return m.yield();
+    warp.arrived = 0;
+    for (unsigned lane = 0; lane < WARP; lane++) {
+        Fiber& fiber = m.fibers[m.current / WARP * WARP + lane];
+        if (fiber.line != line) {
+            std::snprintf(m.error, sizeof m.error, "kernel %s: lanes of a warp meet at lines %d and %d", m.kernel->name,
+                          line, fiber.line);
+            m.yield();
+        }
+        fiber.wait = Wait::None;
+    }
+}
+
+namespace {
+
+const Kernel* find(const char* name) {
+    for (const Kernel* kernel = kernels; kernel; kernel = kernel->next) {
+        if (!std::strcmp(kernel->name, name)) return kernel;
+    }
+    return nullptr;
+}
+
+}  // namespace
+}  // namespace simt
+
+/// The kinds of a kernel's arguments, a letter each; null if there is no such kernel.
+extern "C" const char* simt_kinds(const char* name) {
+    const simt::Kernel* kernel = simt::find(name);
+    return kernel ? kernel->kinds : nullptr;
+}
+
+/// Runs all blocks of a grid. Null, or what went wrong (good until this thread launches again).
+extern "C" const char* simt_launch(const char* name, const unsigned grid[3], unsigned threads, void* const* args,
+                                   unsigned long long seed) {
+    static simt::FaultHandler handler;
+    static thread_local simt::Machine own;
+    simt::machine = &own;
+    simt::Machine& m = own;
+    m.kernel = simt::find(name);
+    m.args = args;
+    m.threads = threads;
+    if (!m.kernel || threads == 0 || threads > simt::BLOCK_MAX || threads % simt::WARP) {
+        return "no such kernel, or no whole number of warps";
+    }
+    gridDim = {grid[0], grid[1], grid[2]};
+    blockDim = {threads, 1, 1};
+    unsigned long long blocks = 1ull * grid[0] * grid[1] * grid[2];
+    // Blocks in an order of their own too: none may wait for another.
+    unsigned long long step = blocks > 1 ? 1 + seed % blocks : 1;
+    while (std::gcd(step, blocks) != 1) step++;
+    unsigned long long at = seed % blocks;
+    for (unsigned long long i = 0; i < blocks; i++, at = (at + step) % blocks) {
+        blockIdx = {static_cast<unsigned>(at % grid[0]), static_cast<unsigned>(at / grid[0] % grid[1]),
+                    static_cast<unsigned>(at / grid[0] / grid[1])};
+        seed = seed * 6364136223846793005ull + 1442695040888963407ull;
+        if (!m.run_block(seed >> 20)) {
+            m.kernel = nullptr;
+            return m.error;
+        }
+    }
+    m.kernel = nullptr;
+    return nullptr;
+}
+
+// The kernels themselves, the same text that nvcc compiles.
+#include "../../cuda/kernels.cu"
+#include "faulty.cu"

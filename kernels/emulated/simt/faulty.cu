@@ -1,0 +1,36 @@
+// Kernels with the usual mistakes, to see that they are found.
+
+#include "../../cuda/common.cuh"
+
+// Half of the threads never come to the barrier.
+extern "C" __global__ void faulty_divergence(int* out) {
+    if (threadIdx.x < 16) __syncthreads();
+    out[threadIdx.x] = 1;
+}
+REGISTER(faulty_divergence);
+
+// Neighbours read what may not have been written yet.
+extern "C" __global__ void faulty_race(int* out) {
+    __shared__ int shared[64];
+    shared[threadIdx.x] = -1;
+    __syncthreads();
+    shared[threadIdx.x] = static_cast<int>(threadIdx.x);
+    out[threadIdx.x] = shared[(threadIdx.x + 1) % 64];
+}
+REGISTER(faulty_race);
+
+// The last thread writes one beyond the end.
+extern "C" __global__ void faulty_bound(int* out) { out[threadIdx.x + 1] = 1; }
+REGISTER(faulty_bound);
+
+// Lanes exchange at different places.
+extern "C" __global__ void faulty_exchange(int* out) {
+    int value = static_cast<int>(threadIdx.x);
+    if (value % 2) {
+        value = __shfl_xor_sync(ALL_LANES, value, 1);
+    } else {
+        value = __shfl_xor_sync(ALL_LANES, value, 2);
+    }
+    out[threadIdx.x] = value;
+}
+REGISTER(faulty_exchange);

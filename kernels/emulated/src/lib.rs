@@ -1,0 +1,179 @@
+//! A CUDA driver for tests on machines without one.
+//!
+//! It runs the very kernels of `kernels/cuda`, compiled for the host: `simt/` says how. It is as strict as it can be:
+//!
+//! - What is enqueued runs as late as it may: when somebody waits for it. Whoever reads too early reads old data.
+//! - Memory ends at a page nobody may touch, so a kernel that goes beyond it faults.
+//! - Arguments are compared with what the kernel takes, and pointers with what is allocated.
+//! - Threads of a block, and blocks, go on in another order in each launch; threads that wait for each other at
+//!   different places are an error.
+
+mod memory;
+mod queue;
+
+use std::ffi::CString;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use engine_kernels::cuda::{Address, CudaBackend, Driver, DriverError, HostMemory, Launch, Memory};
+
+use memory::Guarded;
+use queue::{Queue, Work, failed};
+
+/// An emulated device.
+#[derive(Debug, Clone, Default)]
+pub struct Emulated(Arc<Mutex<Queue>>);
+
+/// A backend on an emulated device.
+pub type EmulatedBackend = CudaBackend<Emulated>;
+
+/// Memory of an emulated device, or host memory that it knows.
+#[derive(Debug)]
+pub struct EmulatedMemory {
+    memory: Guarded,
+    queue: Arc<Mutex<Queue>>,
+}
+
+/// A recording.
+#[derive(Debug)]
+pub struct EmulatedGraph(Vec<Work>);
+
+fn lock(queue: &Mutex<Queue>) -> MutexGuard<'_, Queue> {
+    queue.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Emulated {
+    fn queue(&self) -> MutexGuard<'_, Queue> {
+        lock(&self.0)
+    }
+
+    /// Kernels that were run so far.
+    pub fn launches(&self) -> u64 {
+        self.queue().launches
+    }
+
+    fn memory(&self, bytes: usize) -> Result<EmulatedMemory, DriverError> {
+        if self.queue().captured.is_some() {
+            return Err(failed("allocating", "a recording is under way"));
+        }
+        let memory = Guarded::new(bytes).ok_or(DriverError::OutOfMemory { bytes })?;
+        self.queue().allocated(memory.start(), bytes);
+        Ok(EmulatedMemory { memory, queue: self.0.clone() })
+    }
+
+    /// Waits for everything, and checks that there is such memory.
+    fn settled(&self, address: Address, bytes: usize) -> Result<usize, DriverError> {
+        let mut queue = self.queue();
+        queue.run_all()?;
+        let start = address.0 as usize;
+        if !queue.holds(start, bytes) {
+            return Err(failed(format!("copying {bytes} bytes"), "they are not in one allocation"));
+        }
+        Ok(start)
+    }
+}
+
+impl Memory for EmulatedMemory {
+    fn address(&self) -> Address {
+        Address(self.memory.start() as u64)
+    }
+}
+
+impl HostMemory for EmulatedMemory {
+    fn start(&self) -> *mut u8 {
+        self.memory.start() as *mut u8
+    }
+}
+
+impl Drop for EmulatedMemory {
+    fn drop(&mut self) {
+        let mut queue = lock(&self.queue);
+        // What was enqueued may use it. A failure of that comes up elsewhere.
+        let _ = queue.run_all();
+        queue.freed(self.memory.start());
+    }
+}
+
+impl Driver for Emulated {
+    type Memory = EmulatedMemory;
+    type HostMemory = EmulatedMemory;
+    type Event = u64;
+    type Graph = EmulatedGraph;
+
+    fn name(&self) -> String {
+        "emulated".into()
+    }
+
+    fn memory(&self) -> Result<(usize, usize), DriverError> {
+        Ok((1 << 34, 1 << 34))
+    }
+
+    fn allocate(&self, bytes: usize) -> Result<EmulatedMemory, DriverError> {
+        self.memory(bytes)
+    }
+
+    fn allocate_host(&self, bytes: usize) -> Result<EmulatedMemory, DriverError> {
+        self.memory(bytes)
+    }
+
+    fn write(&self, from: &[u8], to: Address) -> Result<(), DriverError> {
+        let to = self.settled(to, from.len())?;
+        // SAFETY: there are so many bytes, and nothing that uses them is under way.
+        unsafe { (to as *mut u8).copy_from_nonoverlapping(from.as_ptr(), from.len()) };
+        Ok(())
+    }
+
+    fn read(&self, from: Address, to: &mut [u8]) -> Result<(), DriverError> {
+        let from = self.settled(from, to.len())?;
+        // SAFETY: there are so many bytes, and nothing that uses them is under way.
+        unsafe { to.as_mut_ptr().copy_from_nonoverlapping(from as *const u8, to.len()) };
+        Ok(())
+    }
+
+    fn upload(&self, from: &EmulatedMemory, to: Address, bytes: usize) -> Result<(), DriverError> {
+        self.queue().push(Work::Copy { from: from.memory.start(), to: to.0 as usize, bytes })
+    }
+
+    fn download(&self, from: Address, to: &EmulatedMemory, bytes: usize) -> Result<(), DriverError> {
+        self.queue().push(Work::Copy { from: from.0 as usize, to: to.memory.start(), bytes })
+    }
+
+    fn launch(&self, launch: &Launch<'_>) -> Result<(), DriverError> {
+        let name = CString::new(launch.kernel).map_err(|error| failed("launching", error.to_string()))?;
+        let int = |n: usize| u32::try_from(n).map_err(|error| failed("launching", error.to_string()));
+        let grid = [int(launch.grid[0])?, int(launch.grid[1])?, int(launch.grid[2])?];
+        let args = launch.args.to_vec();
+        self.queue().push(Work::Kernel { name, grid, block: int(launch.block)?, args })
+    }
+
+    fn record(&self) -> Result<u64, DriverError> {
+        Ok(self.queue().end())
+    }
+
+    fn wait(&self, event: &u64) -> Result<(), DriverError> {
+        self.queue().run_until(*event)
+    }
+
+    fn synchronize(&self) -> Result<(), DriverError> {
+        self.queue().run_all()
+    }
+
+    fn begin_capture(&self) -> Result<(), DriverError> {
+        match self.queue().captured.replace(Vec::new()) {
+            None => Ok(()),
+            Some(_) => Err(failed("recording", "a recording is under way")),
+        }
+    }
+
+    fn end_capture(&self) -> Result<EmulatedGraph, DriverError> {
+        let captured = self.queue().captured.take();
+        captured.map(EmulatedGraph).ok_or_else(|| failed("ending a recording", "none is under way"))
+    }
+
+    fn replay(&self, graph: &EmulatedGraph) -> Result<(), DriverError> {
+        let mut queue = self.queue();
+        graph.0.iter().try_for_each(|work| queue.push(work.clone()))
+    }
+}
+
+#[cfg(test)]
+mod tests;

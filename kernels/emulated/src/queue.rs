@@ -1,0 +1,166 @@
+//! Work that waits until somebody waits for it.
+
+use std::collections::BTreeMap;
+use std::ffi::{CStr, CString, c_char, c_uint, c_void};
+
+use engine_kernels::cuda::{Arg, DriverError};
+
+unsafe extern "C" {
+    fn simt_kinds(kernel: *const c_char) -> *const c_char;
+    fn simt_launch(
+        kernel: *const c_char,
+        grid: *const c_uint,
+        threads: c_uint,
+        args: *const *const c_void,
+        seed: u64,
+    ) -> *const c_char;
+}
+
+/// One thing that was enqueued.
+#[derive(Debug, Clone)]
+pub(crate) enum Work {
+    Copy { from: usize, to: usize, bytes: usize },
+    Kernel { name: CString, grid: [c_uint; 3], block: c_uint, args: Vec<Arg> },
+}
+
+/// A stream of work, run as late as it may be.
+#[derive(Debug, Default)]
+pub(crate) struct Queue {
+    waiting: std::collections::VecDeque<Work>,
+    /// What was run, and so the number of the first of `waiting`.
+    run: u64,
+    pub(crate) captured: Option<Vec<Work>>,
+    /// Start and length of everything that is allocated.
+    allocations: BTreeMap<usize, usize>,
+    failure: Option<DriverError>,
+    /// Kernels that were run.
+    pub(crate) launches: u64,
+}
+
+pub(crate) fn failed(operation: impl Into<String>, reason: impl Into<String>) -> DriverError {
+    DriverError::Failed { operation: operation.into(), reason: reason.into() }
+}
+
+impl Queue {
+    /// The number of the next thing that is enqueued.
+    pub(crate) fn end(&self) -> u64 {
+        self.run + self.waiting.len() as u64
+    }
+
+    pub(crate) fn push(&mut self, work: Work) -> Result<(), DriverError> {
+        self.check(&work)?;
+        match &mut self.captured {
+            Some(captured) => captured.push(work),
+            None => self.waiting.push_back(work),
+        }
+        Ok(())
+    }
+
+    /// Runs everything before number `end`.
+    pub(crate) fn run_until(&mut self, end: u64) -> Result<(), DriverError> {
+        if self.captured.is_some() {
+            return Err(failed("waiting", "a recording is under way"));
+        }
+        while self.run < end && self.failure.is_none() {
+            let Some(work) = self.waiting.pop_front() else { break };
+            self.run += 1;
+            if let Err(error) = self.execute(&work) {
+                self.failure = Some(error);
+            }
+        }
+        self.failure.clone().map_or(Ok(()), Err)
+    }
+
+    pub(crate) fn run_all(&mut self) -> Result<(), DriverError> {
+        self.run_until(self.end())
+    }
+
+    pub(crate) fn allocated(&mut self, start: usize, bytes: usize) {
+        self.allocations.insert(start, bytes);
+    }
+
+    pub(crate) fn freed(&mut self, start: usize) {
+        self.allocations.remove(&start);
+    }
+
+    /// Whether `bytes` from `start` on are all in one allocation.
+    pub(crate) fn holds(&self, start: usize, bytes: usize) -> bool {
+        let allocation = self.allocations.range(..=start).next_back();
+        allocation.is_some_and(|(&first, &len)| start - first <= len && bytes <= len - (start - first))
+    }
+
+    fn check(&self, work: &Work) -> Result<(), DriverError> {
+        match work {
+            Work::Copy { from, to, bytes } => {
+                if !self.holds(*from, *bytes) || !self.holds(*to, *bytes) {
+                    return Err(failed(format!("copying {bytes} bytes"), "they are not in one allocation"));
+                }
+            }
+            Work::Kernel { name, grid, block, args } => {
+                let operation = || format!("launching {name:?} on {grid:?} blocks of {block}");
+                // SAFETY: a string that ends; the result is one too, and lives as long as the program.
+                let kinds = unsafe { simt_kinds(name.as_ptr()) };
+                if kinds.is_null() {
+                    return Err(failed(operation(), "there is no such kernel"));
+                }
+                // SAFETY: as above.
+                let kinds = unsafe { CStr::from_ptr(kinds) }.to_bytes();
+                let given = args.iter().map(|arg| match arg {
+                    Arg::Pointer(_) => b'p',
+                    Arg::Int(_) => b'i',
+                    Arg::Float(_) => b'f',
+                });
+                if !given.eq(kinds.iter().copied()) {
+                    return Err(failed(operation(), format!("{args:?} are not its arguments")));
+                }
+                for arg in args {
+                    if let Arg::Pointer(address) = arg
+                        && address.0 != 0
+                        && !self.holds(address.0 as usize, 0)
+                    {
+                        return Err(failed(operation(), format!("{address:x?} is nobody's")));
+                    }
+                }
+                // Limits of real devices.
+                if *block > 1024 || grid[1] > 65_535 || grid[2] > 65_535 || grid[0] > i32::MAX as u32 {
+                    return Err(failed(operation(), "no device has so large a grid or block"));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn execute(&mut self, work: &Work) -> Result<(), DriverError> {
+        // Memory may have been given back in the meantime.
+        self.check(work)?;
+        match work {
+            Work::Copy { from, to, bytes } => {
+                // SAFETY: checked above; nobody else touches this memory before waiting for the copy.
+                unsafe { std::ptr::copy(*from as *const u8, *to as *mut u8, *bytes) };
+            }
+            Work::Kernel { name, grid, block, args } => {
+                self.launches += 1;
+                let cells: Vec<u64> = args
+                    .iter()
+                    .map(|arg| match arg {
+                        Arg::Pointer(address) => address.0,
+                        Arg::Int(value) => u64::from(*value as u32),
+                        Arg::Float(value) => u64::from(value.to_bits()),
+                    })
+                    .collect();
+                // Little-endian: a cell starts with its low word.
+                let pointers: Vec<*const c_void> = cells.iter().map(|cell| std::ptr::from_ref(cell).cast()).collect();
+                let seed = self.launches.wrapping_mul(0x9e37_79b9_7f4a_7c15);
+                // SAFETY: the kernel takes such arguments (checked above). What it does with the pointers is what is being
+                // tested: outside of allocations it faults.
+                let error = unsafe { simt_launch(name.as_ptr(), grid.as_ptr(), *block, pointers.as_ptr(), seed) };
+                if !error.is_null() {
+                    // SAFETY: a string that ends and stays until this thread's next launch.
+                    let reason = unsafe { CStr::from_ptr(error) }.to_string_lossy().into_owned();
+                    return Err(failed(format!("kernel {name:?}"), reason));
+                }
+            }
+        }
+        Ok(())
+    }
+}

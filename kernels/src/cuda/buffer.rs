@@ -1,0 +1,197 @@
+//! What lies in device memory.
+
+use super::driver::{Address, Driver, HostMemory, Memory};
+use super::plan::bucket;
+use super::stream::Stream;
+use super::weight::Form;
+use crate::KvLayout;
+
+/// Device memory that may be missing: after a failure, nothing more is allocated or launched.
+pub(super) struct Buffer<D: Driver>(Option<D::Memory>);
+
+impl<D: Driver> Buffer<D> {
+    pub(super) fn zeroed(stream: &Stream<D>, bytes: usize) -> Self {
+        Self(stream.attempt(|driver| driver.allocate(bytes.max(16))))
+    }
+
+    pub(super) fn holding(stream: &Stream<D>, bytes: &[u8]) -> Self {
+        let buffer = Self::zeroed(stream, bytes.len());
+        let to = buffer.address();
+        stream.attempt(|driver| driver.write(bytes, to));
+        buffer
+    }
+
+    pub(super) fn address(&self) -> Address {
+        self.0.as_ref().map_or(Address::NULL, Memory::address)
+    }
+}
+
+/// A vector of f32.
+pub struct Vector<D: Driver> {
+    pub(super) buffer: Buffer<D>,
+    pub(super) len: usize,
+}
+
+/// Cosines and sines, `[positions, pairs]` each.
+pub struct Rope<D: Driver> {
+    pub(super) cos: Buffer<D>,
+    pub(super) sin: Buffer<D>,
+    pub(super) pairs: usize,
+    pub(super) positions: usize,
+}
+
+/// Consecutive rows of a weight that are stored alike.
+pub(super) struct Part<D: Driver> {
+    pub(super) form: Form,
+    pub(super) values: Buffer<D>,
+    pub(super) scales: Buffer<D>,
+    /// Number of the first of its rows.
+    pub(super) first: usize,
+    pub(super) rows: usize,
+}
+
+/// A weight matrix `[out, in]`.
+pub struct Linear<D: Driver> {
+    pub(super) parts: Vec<Part<D>>,
+    pub(super) rows: usize,
+    pub(super) cols: usize,
+    pub(super) bytes: usize,
+}
+
+/// A working buffer `[rows, cols]` of f32. In memory, rows are filled up to a multiple of eight elements with zeros
+/// that nobody overwrites, and there is room for the rows that steps are filled up with.
+pub struct Activations<D: Driver> {
+    pub(super) buffer: Buffer<D>,
+    pub(super) rows: usize,
+    pub(super) rows_max: usize,
+    pub(super) cols: usize,
+}
+
+impl<D: Driver> Activations<D> {
+    pub(super) fn new(stream: &Stream<D>, rows_max: usize, cols: usize) -> Self {
+        let bytes = bucket(rows_max) * cols.next_multiple_of(8) * size_of::<f32>();
+        Self { buffer: Buffer::zeroed(stream, bytes), rows: 0, rows_max, cols }
+    }
+
+    /// Says how many rows it holds from now on.
+    pub(super) fn set_rows(&mut self, rows: usize) {
+        assert!(rows <= self.rows_max, "{rows} rows do not fit into a buffer of {}", self.rows_max);
+        self.rows = rows;
+    }
+
+    pub(super) fn address(&self) -> Address {
+        self.buffer.address()
+    }
+
+    /// f32 from one row to the next.
+    pub(super) fn stride(&self) -> usize {
+        self.cols.next_multiple_of(8)
+    }
+
+    /// Rows to compute for those it holds.
+    pub(super) fn computed_rows(&self) -> usize {
+        bucket(self.rows)
+    }
+}
+
+/// Keys and values of all layers: `[layer][page][kv_head][K or V][token][head_dim]`.
+pub struct KvCache<D: Driver> {
+    pub(super) buffer: Buffer<D>,
+    pub(super) layout: KvLayout,
+}
+
+impl<D: Driver> KvCache<D> {
+    /// Where the pages of a layer start.
+    pub(super) fn layer(&self, layer: usize) -> Address {
+        assert!(layer < self.layout.layers, "layer {layer} of {}", self.layout.layers);
+        self.buffer.address().offset(layer * self.layout.region_shape().layer_stride())
+    }
+}
+
+/// Data on its way between host and device: a piece of page-locked memory and one of device memory as large. Both grow
+/// as needed, which is seldom.
+pub(super) struct Staged<D: Driver> {
+    host: Option<D::HostMemory>,
+    device: Buffer<D>,
+    capacity: usize,
+    /// The end of the last copy.
+    copied: Option<D::Event>,
+}
+
+impl<D: Driver> Staged<D> {
+    pub(super) fn new() -> Self {
+        Self { host: None, device: Buffer(None), capacity: 0, copied: None }
+    }
+
+    pub(super) fn address(&self) -> Address {
+        self.device.address()
+    }
+
+    /// Makes room for `bytes`. Whether the device's side has another address now.
+    pub(super) fn reserve(&mut self, stream: &Stream<D>, bytes: usize) -> bool {
+        if bytes <= self.capacity {
+            return false;
+        }
+        self.settle(stream);
+        self.capacity = bytes.next_power_of_two().max(4096);
+        self.host = stream.attempt(|driver| driver.allocate_host(self.capacity));
+        self.device = Buffer::zeroed(stream, self.capacity);
+        true
+    }
+
+    /// Waits until the last copy is over.
+    fn settle(&mut self, stream: &Stream<D>) {
+        if let Some(event) = self.copied.take() {
+            stream.attempt(|driver| driver.wait(&event));
+        }
+    }
+
+    /// Enqueues a copy of `parts`, one after the other, to the device. They fit: see [`Staged::reserve`].
+    pub(super) fn upload(&mut self, stream: &Stream<D>, parts: &[&[u8]]) {
+        self.settle(stream);
+        let bytes: usize = parts.iter().map(|part| part.len()).sum();
+        assert!(bytes <= self.capacity, "room was made first");
+        let Some(host) = &self.host else { return };
+        let mut at = 0;
+        for part in parts {
+            // SAFETY: within the memory by the assertion, and no copy of it is under way.
+            unsafe { host.start().add(at).copy_from_nonoverlapping(part.as_ptr(), part.len()) };
+            at += part.len();
+        }
+        let to = self.device.address();
+        stream.attempt(|driver| driver.upload(host, to, bytes));
+        self.copied = stream.attempt(|driver| driver.record());
+    }
+
+    /// Copies the first `bytes` of the device's side to the host, waits for everything, and shows them; nothing after a
+    /// failure.
+    pub(super) fn download(&mut self, stream: &Stream<D>, bytes: usize) -> &[u8] {
+        assert!(bytes <= self.capacity, "room was made first");
+        let Some(host) = &self.host else { return &[] };
+        let from = self.device.address();
+        stream.attempt(|driver| driver.download(from, host, bytes));
+        if stream.attempt(|driver| driver.synchronize()).is_none() {
+            return &[];
+        }
+        // SAFETY: within the memory by the assertion; it was zeroed or copied to, and no copy is under way.
+        unsafe { std::slice::from_raw_parts(host.start(), bytes) }
+    }
+}
+
+/// Plain values as bytes.
+pub(super) fn bytes_of<T: PlainWord>(values: &[T]) -> &[u8] {
+    // SAFETY: any such value is initialised bytes without padding.
+    unsafe { std::slice::from_raw_parts(values.as_ptr().cast(), size_of_val(values)) }
+}
+
+/// Types without padding whose bytes kernels read.
+///
+/// # Safety
+/// Every byte of a value is initialised.
+pub(super) unsafe trait PlainWord: Copy {}
+// SAFETY: plain numbers.
+unsafe impl PlainWord for i32 {}
+// SAFETY: plain numbers.
+unsafe impl PlainWord for u32 {}
+// SAFETY: plain numbers.
+unsafe impl PlainWord for f32 {}

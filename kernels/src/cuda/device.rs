@@ -1,0 +1,299 @@
+//! The real driver.
+//!
+//! libcuda is looked for when the first device is asked for, so the program starts where there is none.
+
+use std::cell::RefCell;
+use std::collections::HashMap;
+use std::ffi::{CString, c_void};
+use std::fmt;
+use std::sync::Arc;
+
+use cudarc::driver::{CudaContext, CudaEvent, CudaGraph, CudaStream, result, sys};
+
+use super::driver::{Address, Arg, Driver, DriverError, HostMemory, Launch, Memory};
+
+/// The kernels, for several kinds of devices (`build.rs` says which). As the driver's loader wants it, aligned.
+#[repr(C, align(64))]
+struct Fatbin<T: ?Sized>(T);
+static KERNELS: &Fatbin<[u8]> = &Fatbin(*include_bytes!(concat!(env!("OUT_DIR"), "/kernels.fatbin")));
+
+/// Most arguments a kernel takes.
+const ARGS_MAX: usize = 16;
+
+/// A CUDA device, and the stream everything runs on.
+pub struct Device {
+    context: Arc<CudaContext>,
+    stream: Arc<CudaStream>,
+    module: sys::CUmodule,
+    /// Kernels that were launched before.
+    functions: RefCell<HashMap<String, sys::CUfunction>>,
+    name: String,
+}
+
+// SAFETY: handles of the driver may be used from any thread, one at a time (`RefCell` sees to that).
+unsafe impl Send for Device {}
+
+/// Device memory of a [`Device`].
+pub struct DeviceMemory {
+    context: Arc<CudaContext>,
+    start: sys::CUdeviceptr,
+}
+
+/// Page-locked memory of a [`Device`].
+pub struct PinnedMemory {
+    context: Arc<CudaContext>,
+    start: *mut u8,
+}
+
+// SAFETY: it owns its memory as a `Vec` does.
+unsafe impl Send for PinnedMemory {}
+
+/// A recording of a [`Device`].
+pub struct DeviceGraph(CudaGraph);
+
+// SAFETY: a graph's handle may be used from any thread, one at a time: `DeviceGraph` is not `Sync`.
+unsafe impl Send for DeviceGraph {}
+
+impl fmt::Debug for Device {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Device({}, {})", self.context.ordinal(), self.name)
+    }
+}
+
+/// Says what was asked for when something fails.
+trait During<T> {
+    fn during(self, operation: impl FnOnce() -> String) -> Result<T, DriverError>;
+}
+
+impl<T> During<T> for Result<T, result::DriverError> {
+    fn during(self, operation: impl FnOnce() -> String) -> Result<T, DriverError> {
+        self.map_err(|error| DriverError::Failed { operation: operation(), reason: error.to_string() })
+    }
+}
+
+/// Devices that can be used: none without a driver, or with `CUDA_VISIBLE_DEVICES` empty.
+pub fn device_count() -> usize {
+    // SAFETY: loads a library by name, as every call below does.
+    if !unsafe { sys::is_culib_present() } {
+        return 0;
+    }
+    let count = result::init().and_then(|()| CudaContext::device_count());
+    count.ok().and_then(|count| usize::try_from(count).ok()).unwrap_or(0)
+}
+
+impl Device {
+    /// Device number `ordinal` among those that `CUDA_VISIBLE_DEVICES` leaves.
+    pub fn new(ordinal: usize) -> Result<Self, DriverError> {
+        let count = device_count();
+        if ordinal >= count {
+            return Err(DriverError::Unavailable(format!("there are {count}, and number {ordinal} was asked for")));
+        }
+        let unavailable = |error: result::DriverError| DriverError::Unavailable(error.to_string());
+        let context = CudaContext::new(ordinal).map_err(unavailable)?;
+        // SAFETY: whatever is enqueued here is enqueued on one stream: nothing needs events between streams.
+        unsafe { context.disable_event_tracking() };
+        let stream = context.new_stream().map_err(unavailable)?;
+        let name = context.name().map_err(unavailable)?;
+        // SAFETY: a fatbin, which says itself where it ends.
+        let module = unsafe { result::module::load_data(KERNELS.0.as_ptr().cast()) };
+        let module = module.during(|| format!("loading the kernels on {name}"))?;
+        Ok(Self { context, stream, module, functions: RefCell::default(), name })
+    }
+
+    /// Milliseconds from one event to another, both of which have been waited for.
+    pub fn milliseconds(&self, from: &CudaEvent, to: &CudaEvent) -> Result<f32, DriverError> {
+        from.elapsed_ms(to).during(|| "measuring time".into())
+    }
+
+    fn bind(&self) -> Result<(), DriverError> {
+        self.context.bind_to_thread().during(|| "choosing the device".into())
+    }
+
+    fn function(&self, kernel: &str) -> Result<sys::CUfunction, DriverError> {
+        if let Some(function) = self.functions.borrow().get(kernel) {
+            return Ok(*function);
+        }
+        let failed = |reason: String| DriverError::Failed { operation: format!("finding kernel {kernel}"), reason };
+        let name = CString::new(kernel).map_err(|error| failed(error.to_string()))?;
+        // SAFETY: the module is loaded as long as the device exists.
+        let function = unsafe { result::module::get_function(self.module, name) };
+        let function = function.map_err(|error| failed(error.to_string()))?;
+        self.functions.borrow_mut().insert(kernel.into(), function);
+        Ok(function)
+    }
+}
+
+impl Drop for Device {
+    fn drop(&mut self) {
+        let _ = self.stream.synchronize();
+        // SAFETY: nothing runs any more, and nobody else has the module. A failure leaks it.
+        let _ = unsafe { result::module::unload(self.module) };
+    }
+}
+
+impl Memory for DeviceMemory {
+    fn address(&self) -> Address {
+        Address(self.start)
+    }
+}
+
+impl Drop for DeviceMemory {
+    fn drop(&mut self) {
+        let _ = self.context.bind_to_thread();
+        // SAFETY: our own allocation; the driver waits for what uses it. A failure leaks it.
+        let _ = unsafe { result::free_sync(self.start) };
+    }
+}
+
+impl HostMemory for PinnedMemory {
+    fn start(&self) -> *mut u8 {
+        self.start
+    }
+}
+
+impl Drop for PinnedMemory {
+    fn drop(&mut self) {
+        let _ = self.context.bind_to_thread();
+        // Copies from or to it may be under way. A failure leaks the memory.
+        let _ = result::ctx::synchronize();
+        // SAFETY: our own allocation, which nothing uses any more.
+        let _ = unsafe { result::free_host(self.start.cast()) };
+    }
+}
+
+impl Driver for Device {
+    type Memory = DeviceMemory;
+    type HostMemory = PinnedMemory;
+    type Event = CudaEvent;
+    type Graph = DeviceGraph;
+
+    fn name(&self) -> String {
+        self.name.clone()
+    }
+
+    fn memory(&self) -> Result<(usize, usize), DriverError> {
+        self.context.mem_get_info().during(|| "asking for free memory".into())
+    }
+
+    fn allocate(&self, bytes: usize) -> Result<DeviceMemory, DriverError> {
+        self.bind()?;
+        let out_of_memory = sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY;
+        // SAFETY: zeroed below, before anything reads it.
+        let start = match unsafe { result::malloc_sync(bytes) } {
+            Err(result::DriverError(error)) if error == out_of_memory => {
+                return Err(DriverError::OutOfMemory { bytes });
+            }
+            start => start.during(|| format!("allocating {bytes} bytes"))?,
+        };
+        let memory = DeviceMemory { context: self.context.clone(), start };
+        // SAFETY: our own memory, as long as that.
+        let zeroed = unsafe { result::memset_d8_async(start, 0, bytes, self.stream.cu_stream()) };
+        zeroed.during(|| format!("zeroing {bytes} bytes"))?;
+        Ok(memory)
+    }
+
+    fn allocate_host(&self, bytes: usize) -> Result<PinnedMemory, DriverError> {
+        self.bind()?;
+        // Flags 0: ordinary memory that the host can read fast.
+        // SAFETY: zeroed below.
+        let start = unsafe { result::malloc_host(bytes, 0) }.during(|| format!("locking {bytes} bytes"))?;
+        // SAFETY: so many bytes were allocated.
+        unsafe { start.cast::<u8>().write_bytes(0, bytes) };
+        Ok(PinnedMemory { context: self.context.clone(), start: start.cast() })
+    }
+
+    fn write(&self, from: &[u8], to: Address) -> Result<(), DriverError> {
+        self.bind()?;
+        // SAFETY: the caller's address of as much memory. `from` stays until the copy is over: it is waited for.
+        let copied = unsafe { result::memcpy_htod_async(to.0, from, self.stream.cu_stream()) };
+        copied.during(|| format!("copying {} bytes to the device", from.len()))?;
+        self.synchronize()
+    }
+
+    fn read(&self, from: Address, to: &mut [u8]) -> Result<(), DriverError> {
+        self.bind()?;
+        let bytes = to.len();
+        // SAFETY: the caller's address of as much memory. `to` stays until the copy is over: it is waited for.
+        let copied = unsafe { result::memcpy_dtoh_async(to, from.0, self.stream.cu_stream()) };
+        copied.during(|| format!("copying {bytes} bytes from the device"))?;
+        self.synchronize()
+    }
+
+    fn upload(&self, from: &PinnedMemory, to: Address, bytes: usize) -> Result<(), DriverError> {
+        self.bind()?;
+        // SAFETY: the caller's memory, both of it as large, which stays as it is until the copy is over.
+        let copied = unsafe {
+            let from = std::slice::from_raw_parts(from.start, bytes);
+            result::memcpy_htod_async(to.0, from, self.stream.cu_stream())
+        };
+        copied.during(|| format!("copying {bytes} bytes to the device"))
+    }
+
+    fn download(&self, from: Address, to: &PinnedMemory, bytes: usize) -> Result<(), DriverError> {
+        self.bind()?;
+        // SAFETY: the caller's memory, both of it as large, which nobody uses until the copy is over.
+        let copied = unsafe {
+            let to = std::slice::from_raw_parts_mut(to.start, bytes);
+            result::memcpy_dtoh_async(to, from.0, self.stream.cu_stream())
+        };
+        copied.during(|| format!("copying {bytes} bytes from the device"))
+    }
+
+    fn launch(&self, launch: &Launch<'_>) -> Result<(), DriverError> {
+        self.bind()?;
+        let function = self.function(launch.kernel)?;
+        let operation = || format!("launching {} on {:?} blocks of {}", launch.kernel, launch.grid, launch.block);
+        assert!(launch.args.len() <= ARGS_MAX, "room for a kernel's arguments");
+        // Little-endian: a cell starts with its low word.
+        let mut cells = [0u64; ARGS_MAX];
+        let mut pointers = [std::ptr::null_mut::<c_void>(); ARGS_MAX];
+        for ((cell, pointer), arg) in cells.iter_mut().zip(&mut pointers).zip(launch.args) {
+            *cell = match arg {
+                Arg::Pointer(address) => address.0,
+                Arg::Int(value) => u64::from(*value as u32),
+                Arg::Float(value) => u64::from(value.to_bits()),
+            };
+            *pointer = std::ptr::from_mut(cell).cast();
+        }
+        let [x, y, z] = launch.grid.map(|side| u32::try_from(side).unwrap_or(u32::MAX));
+        let stream = self.stream.cu_stream();
+        // SAFETY: the emulated driver, which all launches are tested on, compares arguments with what kernels take, and
+        // faults where they leave the memory they were given.
+        let launched = unsafe {
+            result::launch_kernel(function, (x, y, z), (launch.block as u32, 1, 1), 0, stream, &mut pointers)
+        };
+        launched.during(operation)
+    }
+
+    fn record(&self) -> Result<CudaEvent, DriverError> {
+        // With times, for whoever measures; the default is without.
+        let flags = Some(sys::CUevent_flags::CU_EVENT_DEFAULT);
+        self.stream.record_event(flags).during(|| "recording an event".into())
+    }
+
+    fn wait(&self, event: &CudaEvent) -> Result<(), DriverError> {
+        event.synchronize().during(|| "waiting for the device".into())
+    }
+
+    fn synchronize(&self) -> Result<(), DriverError> {
+        self.stream.synchronize().during(|| "waiting for the device".into())
+    }
+
+    fn begin_capture(&self) -> Result<(), DriverError> {
+        let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
+        self.stream.begin_capture(mode).during(|| "beginning to record".into())
+    }
+
+    fn end_capture(&self) -> Result<DeviceGraph, DriverError> {
+        let flags = sys::CUgraphInstantiate_flags(0);
+        let graph = self.stream.end_capture(flags).during(|| "recording a step".into())?;
+        graph.map(DeviceGraph).ok_or_else(|| DriverError::Failed {
+            operation: "recording a step".into(),
+            reason: "nothing was recorded".into(),
+        })
+    }
+
+    fn replay(&self, graph: &DeviceGraph) -> Result<(), DriverError> {
+        graph.0.launch().during(|| "replaying a step".into())
+    }
+}

@@ -1,0 +1,21 @@
+//! The CUDA backend.
+//!
+//! Kernels (`kernels/cuda/*.cu`) and what enqueues them ([`CudaBackend`]) know of the device only what [`Driver`] says, of
+//! which there are two: the real one, and one that compiles the same kernels for the host and runs their threads as
+//! fibers (`kernels/emulated`), for tests without a GPU.
+
+mod backend;
+mod buffer;
+#[cfg(feature = "cuda")]
+mod device;
+mod driver;
+mod plan;
+mod sample;
+mod stream;
+mod weight;
+
+pub use backend::CudaBackend;
+pub use buffer::{Activations, KvCache, Linear, Rope, Vector};
+#[cfg(feature = "cuda")]
+pub use device::{Device, DeviceGraph, DeviceMemory, PinnedMemory, device_count};
+pub use driver::{Address, Arg, Driver, DriverError, HostMemory, Launch, Memory};

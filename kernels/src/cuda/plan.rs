@@ -1,0 +1,213 @@
+//! From a batch to what the kernels are told of it: a pure function.
+
+use std::ops::Range;
+
+use crate::Batch;
+
+/// Keys a block of the attention kernel takes at a time (`kernels/cuda/attention.cu`).
+pub(super) const PARTITION: usize = 128;
+/// Partitions of a step that are computed side by side at most: their results have to be kept until they are merged.
+pub(super) const SLOTS_MAX: usize = 2048;
+/// Largest step that is recorded.
+const RECORDED_ROWS_MAX: usize = 256;
+
+/// The rows that are computed for `rows` of them: steps of nearly the same size are computed alike, so that one
+/// recording serves them all. Rows that nobody asked for are computed from what lies in the buffers, and not looked at.
+pub(super) fn bucket(rows: usize) -> usize {
+    match rows {
+        0..=16 => rows.next_power_of_two(),
+        17..=RECORDED_ROWS_MAX => rows.next_multiple_of(16),
+        _ => rows,
+    }
+}
+
+/// What makes two steps enqueue the same work: the same kernels in the same grids on the same addresses.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash)]
+pub(super) struct Shape {
+    /// Rows, those nobody asked for included.
+    pub(super) rows: usize,
+    /// Items of attention's work, those that are no work included.
+    pub(super) items: usize,
+    /// Whether partitions have to be merged.
+    pub(super) merges: bool,
+}
+
+/// Everything the kernels are told of a step, as one array of C `int`s that is sent to the device in one copy.
+/// Where its parts start depends on the shape alone.
+#[derive(Debug, Default)]
+pub(super) struct Plan {
+    words: Vec<i32>,
+    /// All sequences compute a single token.
+    decodes: bool,
+    shape: Shape,
+    tokens: usize,
+    position_max: u32,
+}
+
+impl Plan {
+    pub(super) fn shape(&self) -> Shape {
+        self.shape
+    }
+
+    /// Tokens somebody asked for.
+    pub(super) fn tokens(&self) -> usize {
+        self.tokens
+    }
+
+    /// Furthest position of a token.
+    pub(super) fn position_max(&self) -> u32 {
+        self.position_max
+    }
+
+    /// Whether it pays to record such a step: the shapes of decoding come again and again.
+    pub(super) fn is_recordable(&self) -> bool {
+        self.decodes && (1..=RECORDED_ROWS_MAX).contains(&self.tokens)
+    }
+
+    pub(super) fn words(&self) -> &[i32] {
+        &self.words
+    }
+
+    /// Refills the plan.
+    pub(super) fn set(&mut self, batch: &Batch) {
+        let as_int = |&x: &u32| x as i32;
+        let Self { words, .. } = self;
+        self.tokens = batch.tokens.len();
+        self.position_max = batch.positions.iter().copied().max().unwrap_or(0);
+        self.decodes = batch.sequences.iter().all(|sequence| sequence.query_len == 1);
+        let rows = bucket(self.tokens);
+        words.clear();
+        words.extend(batch.tokens.iter().map(as_int));
+        words.resize(rows, 0);
+        words.extend(batch.positions.iter().map(as_int));
+        words.resize(2 * rows, -1);
+        for sequence in &batch.sequences {
+            words.extend((0..sequence.query_len).map(|_| sequence.table_start as i32));
+        }
+        words.resize(3 * rows, 0);
+
+        // Each decoding row's partitions are computed side by side; a prompt has rows enough.
+        words.resize(4 * rows, -1);
+        let mut slots = 0;
+        for sequence in &batch.sequences {
+            let partitions = (sequence.context_len as usize).div_ceil(PARTITION);
+            if sequence.query_len == 1 && partitions > 1 && slots + partitions <= SLOTS_MAX {
+                words[3 * rows + sequence.query_start as usize] = slots as i32;
+                for partition in 0..partitions {
+                    words.extend([sequence.query_start as i32, partition as i32, (slots + partition) as i32, 0]);
+                }
+                slots += partitions;
+            } else {
+                let rows = sequence.query_start..sequence.query_start + sequence.query_len;
+                words.extend(rows.flat_map(|row| [row as i32, -1, -1, 0]));
+            }
+        }
+        let work = (words.len() - 4 * rows) / 4;
+        let items = if self.decodes { work.next_power_of_two() } else { work };
+        words.extend((work..items).flat_map(|_| [-1, -1, -1, 0]));
+        words.extend(batch.block_tables.iter().map(as_int));
+        self.shape = Shape { rows, items, merges: slots > 0 };
+    }
+}
+
+/// Where the parts of a plan are, in words.
+impl Shape {
+    pub(super) fn tokens(&self) -> Range<usize> {
+        0..self.rows
+    }
+
+    pub(super) fn positions(&self) -> usize {
+        self.rows
+    }
+
+    pub(super) fn table_starts(&self) -> usize {
+        2 * self.rows
+    }
+
+    pub(super) fn first_slots(&self) -> usize {
+        3 * self.rows
+    }
+
+    pub(super) fn items(&self) -> usize {
+        4 * self.rows
+    }
+
+    pub(super) fn block_tables(&self) -> usize {
+        4 * (self.rows + self.items)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn plan(batch: &Batch) -> Plan {
+        let mut plan = Plan::default();
+        plan.set(batch);
+        plan
+    }
+
+    /// The items of a plan that are work.
+    fn items(plan: &Plan) -> Vec<[i32; 3]> {
+        let shape = plan.shape();
+        let all = plan.words()[shape.items()..shape.block_tables()].as_chunks::<4>().0;
+        all.iter().filter(|item| item[0] >= 0).map(|&[row, partition, slot, _]| [row, partition, slot]).collect()
+    }
+
+    #[test]
+    fn a_prompt_is_an_item_a_row_and_a_decode_an_item_a_partition() {
+        let mut batch = Batch::default();
+        batch.push(&[7, 8, 9], 300, &[4, 5, 6], 3);
+        batch.push(&[1], 299, &[2, 3, 1], 0);
+        let plan = plan(&batch);
+        assert!(!plan.is_recordable());
+        let expected = [[0, -1, -1], [1, -1, -1], [2, -1, -1], [3, 0, 0], [3, 1, 1], [3, 2, 2]];
+        assert_eq!(items(&plan), expected);
+        let (shape, words) = (plan.shape(), plan.words());
+        assert_eq!(words[shape.tokens()], [7, 8, 9, 1]);
+        assert_eq!(words[shape.positions()..][..4], [300, 301, 302, 299]);
+        assert_eq!(words[shape.table_starts()..][..4], [0, 0, 0, 3]);
+        assert_eq!(words[shape.first_slots()..][..4], [-1, -1, -1, 0]);
+        assert_eq!(words[shape.block_tables()..], [4, 5, 6, 2, 3, 1]);
+    }
+
+    #[test]
+    fn decodes_of_about_the_same_size_have_one_shape() {
+        let shape_of = |contexts: &[u32]| {
+            let mut batch = Batch::default();
+            for context in contexts {
+                batch.push(&[5], context - 1, &vec![0; *context as usize], 0);
+            }
+            plan(&batch).shape()
+        };
+        assert_eq!(shape_of(&[100, 60, 1]), shape_of(&[3, 128, 77, 128]));
+        assert_eq!(shape_of(&[700, 600, 65]), shape_of(&[800, 900, 1]));
+        assert_ne!(shape_of(&[100]), shape_of(&[1000]));
+        assert_ne!(shape_of(&[100; 16]), shape_of(&[100; 17]));
+    }
+
+    #[test]
+    fn rows_that_fill_up_a_step_have_no_position_and_no_work() {
+        let mut batch = Batch::default();
+        for _ in 0..3 {
+            batch.push(&[5], 0, &[9], 0);
+        }
+        let plan = plan(&batch);
+        let shape = plan.shape();
+        assert_eq!(shape, Shape { rows: 4, items: 4, merges: false });
+        assert_eq!(plan.words()[shape.positions()..][..4], [0, 0, 0, -1]);
+        assert_eq!(plan.words()[shape.block_tables() - 4], -1);
+    }
+
+    #[test]
+    fn slots_that_run_out_leave_the_rest_unsplit() {
+        let mut batch = Batch::default();
+        let context = (SLOTS_MAX / 2 + 1) * PARTITION;
+        for _ in 0..2 {
+            batch.push(&[5], context as u32 - 1, &[0], 0);
+        }
+        let plan = plan(&batch);
+        assert_eq!(items(&plan).len(), SLOTS_MAX / 2 + 2);
+        assert_eq!(items(&plan).last(), Some(&[1, -1, -1]));
+    }
+}

@@ -1,0 +1,203 @@
+//! Sampling on the device: describing the rows, and reading what came out.
+
+use super::buffer::{Activations, PlainWord, Staged, bytes_of};
+use super::driver::Driver;
+use super::stream::Stream;
+use crate::sampling::uniform;
+use crate::{MAX_TOP_LOGPROBS, RowTask, SampleRow, Sampled, SamplingParams};
+
+/// Threads of a block (`kernels/cuda/sample.cu`).
+const THREADS: usize = 256;
+/// Largest vocabulary whose weights, in the kernel's units, add up to less than 2^64.
+const VOCABULARY_MAX: usize = 1 << 19;
+
+/// `sample::Row` of `kernels/cuda/sample.cu`.
+#[derive(Debug, Clone, Copy)]
+#[repr(C)]
+struct Row {
+    uniform: f64,
+    lowest: f64,
+    inverse_temperature: f32,
+    top_p: f32,
+    repetition_penalty: f32,
+    presence_penalty: f32,
+    frequency_penalty: f32,
+    top_k: i32,
+    known: i32,
+    alternatives: i32,
+    touched: i32,
+    touched_end: i32,
+}
+
+/// `sample::Touched`.
+#[derive(Debug, Clone, Copy, PartialEq)]
+#[repr(C)]
+struct Touched {
+    id: u32,
+    bias: f32,
+    marks: u32,
+    before: f32,
+}
+
+const SEEN: u32 = 1 << 30;
+const SUPPRESSED: u32 = 1 << 29;
+
+/// `sample::Outcome`.
+#[derive(Debug, Clone, Copy)]
+#[repr(C)]
+struct Outcome {
+    token: u32,
+    impossible: u32,
+    logprob: f32,
+    top_len: u32,
+    ids: [u32; MAX_TOP_LOGPROBS],
+    logprobs: [f32; MAX_TOP_LOGPROBS],
+}
+
+// SAFETY: two doubles, then ten words: no padding.
+unsafe impl PlainWord for Row {}
+// SAFETY: four words.
+unsafe impl PlainWord for Touched {}
+
+/// What sampling needs between steps.
+pub(super) struct Sampler<D: Driver> {
+    rows: Vec<Row>,
+    touched: Vec<Touched>,
+    /// For each token, its place in `touched` plus one; all 0 between rows.
+    places: Vec<u32>,
+    described: Staged<D>,
+    outcomes: Staged<D>,
+}
+
+impl<D: Driver> Sampler<D> {
+    pub(super) fn new() -> Self {
+        Self {
+            rows: Vec::new(),
+            touched: Vec::new(),
+            places: Vec::new(),
+            described: Staged::new(),
+            outcomes: Staged::new(),
+        }
+    }
+
+    /// Samples or scores each row of `logits`, and waits for the outcomes.
+    pub(super) fn sample<'a>(
+        &mut self,
+        stream: &Stream<D>,
+        logits: &Activations<D>,
+        row: &(dyn Fn(usize) -> SampleRow<'a> + Sync),
+        out: &mut [Sampled],
+    ) {
+        let vocabulary = logits.cols;
+        assert!(out.len() == logits.rows, "one outcome a row");
+        assert!(vocabulary <= VOCABULARY_MAX, "a vocabulary of {vocabulary} tokens");
+        self.rows.clear();
+        self.touched.clear();
+        if self.places.len() < vocabulary {
+            self.places.resize(vocabulary, 0);
+        }
+        for i in 0..out.len() {
+            let described = self.describe(&row(i), vocabulary);
+            self.rows.push(described);
+        }
+
+        let (rows, touched) = (bytes_of(&self.rows), bytes_of(&self.touched));
+        self.described.reserve(stream, rows.len() + touched.len());
+        self.described.upload(stream, &[rows, touched]);
+        let bytes = out.len() * size_of::<Outcome>();
+        self.outcomes.reserve(stream, bytes);
+        let args = [
+            logits.address().into(),
+            vocabulary.into(),
+            self.described.address().into(),
+            self.described.address().offset(rows.len()).into(),
+            self.outcomes.address().into(),
+        ];
+        stream.launch("sample_rows", [out.len(), 1, 1], THREADS, &args);
+        let outcomes = self.outcomes.download(stream, bytes);
+        for (out, bytes) in out.iter_mut().zip(outcomes.chunks_exact(size_of::<Outcome>())) {
+            // SAFETY: the kernel has written an outcome there, whose every bit pattern is a value.
+            let outcome = unsafe { bytes.as_ptr().cast::<Outcome>().read_unaligned() };
+            out.token = outcome.token;
+            out.impossible = outcome.impossible != 0;
+            out.logprob = outcome.logprob;
+            out.top_len = outcome.top_len;
+            let top = outcome.ids.into_iter().zip(outcome.logprobs);
+            out.top.iter_mut().zip(top).take(outcome.top_len as usize).for_each(|(slot, entry)| *slot = entry);
+        }
+    }
+
+    fn describe(&mut self, row: &SampleRow<'_>, vocabulary: usize) -> Row {
+        let touched = self.touched.len();
+        let greedy = SamplingParams::default();
+        let (params, known) = match row.task {
+            RowTask::Score { token } => {
+                assert!((token as usize) < vocabulary, "token {token} of {vocabulary}");
+                (&greedy, token as i32)
+            }
+            RowTask::Sample { params, suppress } => {
+                self.touch(params, suppress, row);
+                (params, -1)
+            }
+        };
+        let temperature = f64::from(params.temperature);
+        let lowest = if params.min_p > 0.0 { temperature * libm::log(params.min_p.into()) } else { f64::NEG_INFINITY };
+        let position = (row.prompt.len() + row.output.len()) as u64;
+        Row {
+            uniform: uniform(params.seed, position),
+            lowest,
+            // Finite, so that the likeliest token weighs e^(0 · x) = 1 however small the temperature.
+            inverse_temperature: if temperature == 0.0 { 0.0 } else { (1.0 / params.temperature).min(f32::MAX) },
+            top_p: params.top_p,
+            repetition_penalty: params.repetition_penalty,
+            presence_penalty: params.presence_penalty,
+            frequency_penalty: params.frequency_penalty,
+            top_k: params.top_k.min(vocabulary as u32) as i32,
+            known,
+            alternatives: row.logprobs.map_or(-1, |wanted| wanted.min(MAX_TOP_LOGPROBS as u32) as i32),
+            touched: touched as i32,
+            touched_end: self.touched.len() as i32,
+        }
+    }
+
+    /// Lists each token whose logit a request changes, once.
+    fn touch(&mut self, params: &SamplingParams, suppress: &[u32], row: &SampleRow<'_>) {
+        let Self { touched, places, .. } = self;
+        let first = touched.len();
+        let mut entry = |id: u32, change: &dyn Fn(&mut Touched)| {
+            let place = &mut places[id as usize];
+            if *place == 0 {
+                touched.push(Touched { id, bias: 0.0, marks: 0, before: 0.0 });
+                *place = touched.len() as u32;
+            }
+            change(&mut touched[*place as usize - 1]);
+        };
+        for &(id, bias) in &params.logit_bias {
+            entry(id, &|token| token.bias += bias);
+        }
+        for &id in suppress {
+            entry(id, &|token| token.marks |= SUPPRESSED);
+        }
+        let repetition = params.repetition_penalty != 1.0;
+        if repetition {
+            row.prompt.iter().for_each(|&id| entry(id, &|token| token.marks |= SEEN));
+        }
+        if repetition || params.presence_penalty != 0.0 || params.frequency_penalty != 0.0 {
+            row.output.iter().for_each(|&id| entry(id, &|token| token.marks = (token.marks | SEEN) + 1));
+        }
+        for token in &touched[first..] {
+            places[token.id as usize] = 0;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_kernels_structures_have_these_sizes() {
+        // Eights first and words after them: the same layout in both languages.
+        assert_eq!((size_of::<Row>(), size_of::<Touched>(), size_of::<Outcome>()), (56, 16, 176));
+    }
+}

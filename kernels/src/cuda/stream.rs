@@ -1,0 +1,43 @@
+//! The driver, up to its first failure.
+
+use std::cell::RefCell;
+
+use super::driver::{Arg, Driver, DriverError, Launch};
+
+/// A driver's stream whose operations return nothing: as on the device itself, a failure comes up later, when somebody
+/// asks. After it nothing more is done.
+#[derive(Debug)]
+pub(super) struct Stream<D> {
+    driver: D,
+    failure: RefCell<Option<DriverError>>,
+}
+
+impl<D: Driver> Stream<D> {
+    pub(super) fn new(driver: D) -> Self {
+        Self { driver, failure: RefCell::new(None) }
+    }
+
+    pub(super) fn driver(&self) -> &D {
+        &self.driver
+    }
+
+    /// What has failed, if something has.
+    pub(super) fn check(&self) -> Result<(), DriverError> {
+        self.failure.borrow().clone().map_or(Ok(()), Err)
+    }
+
+    /// Does something with the driver, unless something failed before.
+    pub(super) fn attempt<T>(&self, operation: impl FnOnce(&D) -> Result<T, DriverError>) -> Option<T> {
+        if self.failure.borrow().is_some() {
+            return None;
+        }
+        operation(&self.driver).inspect_err(|error| *self.failure.borrow_mut() = Some(error.clone())).ok()
+    }
+
+    /// Enqueues a kernel, if there is anything to compute.
+    pub(super) fn launch(&self, kernel: &str, grid: [usize; 3], block: usize, args: &[Arg]) {
+        if !grid.contains(&0) {
+            self.attempt(|driver| driver.launch(&Launch { kernel, grid, block, args }));
+        }
+    }
+}

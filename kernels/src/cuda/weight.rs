@@ -1,0 +1,112 @@
+//! Taking weights apart into what the device's loads want (`kernels/cuda/weights.cuh` is the other half).
+
+use crate::blocks::{BLOCK, decode};
+use crate::{DType, Matrix};
+
+/// How a matrix lies in device memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Form {
+    F32,
+    F16,
+    BF16,
+    /// Four bits a quant, scale and minimum for 32.
+    Nibbles,
+    /// Eight bits a quant, a scale for 32.
+    Bytes,
+    /// Eight bits a quant, scale and minimum for 16.
+    FineBytes,
+}
+
+impl Form {
+    pub(super) const fn of(dtype: DType) -> Self {
+        match dtype {
+            DType::F32 => Self::F32,
+            DType::F16 => Self::F16,
+            DType::BF16 => Self::BF16,
+            DType::Q4_0 | DType::Q4_1 | DType::Q4K => Self::Nibbles,
+            DType::Q5_0 | DType::Q8_0 => Self::Bytes,
+            DType::Q5_1 | DType::Q5K | DType::Q6K => Self::FineBytes,
+        }
+    }
+
+    /// Its kernels.
+    pub(super) const fn kernels(self) -> &'static Kernels {
+        macro_rules! named {
+            ($suffix:literal) => {
+                &Kernels {
+                    embed: concat!("embed_", $suffix),
+                    skinny: [
+                        concat!("skinny_1_", $suffix),
+                        concat!("skinny_2_", $suffix),
+                        concat!("skinny_4_", $suffix),
+                        concat!("skinny_8_", $suffix),
+                    ],
+                    tiled: concat!("tiled_", $suffix),
+                }
+            };
+        }
+        match self {
+            Self::F32 => named!("f32"),
+            Self::F16 => named!("f16"),
+            Self::BF16 => named!("bf16"),
+            Self::Nibbles => named!("nibbles"),
+            Self::Bytes => named!("bytes"),
+            Self::FineBytes => named!("fine_bytes"),
+        }
+    }
+}
+
+/// Names of the kernels of `kernels/cuda/linear.cu` for one form.
+#[derive(Debug)]
+pub(super) struct Kernels {
+    pub(super) embed: &'static str,
+    /// For 1, 2, 4 and 8 rows at a time.
+    pub(super) skinny: [&'static str; 4],
+    pub(super) tiled: &'static str,
+}
+
+/// A matrix taken apart. Rows are as long as `cols` rounded up to a multiple of eight.
+#[derive(Debug, Default, PartialEq)]
+pub(super) struct Unpacked {
+    pub(super) values: Vec<u8>,
+    /// Empty for floats.
+    pub(super) scales: Vec<u8>,
+}
+
+impl Unpacked {
+    /// Appends the rows of another matrix of the same form and width.
+    pub(super) fn push(&mut self, matrix: &Matrix<'_>) {
+        let form = Form::of(matrix.dtype());
+        if let Form::F32 | Form::F16 | Form::BF16 = form {
+            let element = matrix.dtype().block_bytes();
+            let padding = (matrix.cols().next_multiple_of(8) - matrix.cols()) * element;
+            for row in 0..matrix.rows() {
+                self.values.extend_from_slice(matrix.row(row));
+                self.values.resize(self.values.len() + padding, 0);
+            }
+            return;
+        }
+        for row in 0..matrix.rows() {
+            for block in 0..matrix.cols() / BLOCK {
+                let decoded = decode(matrix.dtype(), matrix.row(row), block);
+                let quants = decoded.quants.map(|quant| quant as u8);
+                let (scales, minimum) =
+                    (decoded.scales.map(|scale| scale.to_le_bytes()), decoded.minimum.to_le_bytes());
+                match form {
+                    Form::Nibbles => {
+                        self.values.extend(quants.as_chunks::<2>().0.iter().map(|[low, high]| low | high << 4));
+                        self.scales.extend([scales[0], minimum].concat());
+                    }
+                    Form::Bytes => {
+                        self.values.extend(quants);
+                        self.scales.extend(scales[0]);
+                    }
+                    _ => {
+                        self.values.extend(quants);
+                        self.scales.extend([scales[0], minimum, scales[1], minimum].concat());
+                    }
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,19 @@
+#!/bin/sh
+# Builds the kernels' tests with the real CUDA driver in them as programs that need nothing but a device and its driver:
+# target/cuda/gpu-check-*. CUDA_HOME says where nvcc is.
+set -eu
+cd "$(dirname "$0")/.."
+
+rm -rf target/cuda/gpu-check-*
+mkdir -p target/cuda
+# As `cargo test --workspace` builds them: another selection means other features, and compiling everything again.
+cargo test --workspace --features cuda --locked --test conformance --test cuda_steps --no-run --message-format json |
+    python3 -c '
+import json, sys
+for line in sys.stdin:
+    artifact = json.loads(line)
+    if artifact.get("executable") and artifact["target"]["name"] in ("conformance", "cuda_steps"):
+        print(artifact["target"]["name"], artifact["executable"])
+' | while read -r name program; do strip -o "target/cuda/gpu-check-$name" "$program"; done
+ls -lh target/cuda/gpu-check-*
+echo "on a machine with a GPU, run each with: --ignored cuda_device"

@@ -1,0 +1,88 @@
+//! What computes: this machine's cores, or a CUDA device.
+
+use std::fmt;
+
+use anyhow::Result;
+
+use crate::cli::DeviceArg;
+
+/// What was chosen.
+pub(super) enum Chosen {
+    /// The cores.
+    Cpu,
+    /// A CUDA device, opened.
+    #[cfg(feature = "cuda")]
+    Cuda {
+        /// Its number.
+        ordinal: usize,
+        /// The device.
+        device: engine_kernels::cuda::Device,
+    },
+}
+
+impl fmt::Display for Chosen {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Cpu => f.write_str("cpu"),
+            #[cfg(feature = "cuda")]
+            Self::Cuda { ordinal, device } => {
+                write!(f, "cuda:{ordinal} ({})", engine_kernels::cuda::Driver::name(device))
+            }
+        }
+    }
+}
+
+impl Chosen {
+    /// Bytes of a device's memory that are left for pages once weights and others have taken their part; `None` for the
+    /// CPU, whose memory is everybody's.
+    #[cfg_attr(not(feature = "cuda"), allow(unused_variables, reason = "the CPU asks for none of them"))]
+    pub(super) fn bytes_for_pages(&self, utilization: f64, weights: usize) -> Result<Option<usize>> {
+        match self {
+            Self::Cpu => Ok(None),
+            #[cfg(feature = "cuda")]
+            Self::Cuda { device, .. } => {
+                let (free, total) = engine_kernels::cuda::Driver::memory(device)?;
+                let usable = ((total as f64 * utilization) as usize).saturating_sub(total - free);
+                Ok(Some(usable.saturating_sub(weights)))
+            }
+        }
+    }
+}
+
+/// Opens the device that `--device` names; `auto` takes the first CUDA device if there is one.
+#[cfg(feature = "cuda")]
+pub(super) fn choose(wanted: DeviceArg) -> Result<Chosen> {
+    use engine_kernels::cuda::{Device, device_count};
+
+    let ordinal = match wanted {
+        DeviceArg::Cuda(ordinal) => ordinal,
+        DeviceArg::Auto if device_count() > 0 => 0,
+        DeviceArg::Auto | DeviceArg::Cpu => return Ok(Chosen::Cpu),
+    };
+    Ok(Chosen::Cuda { ordinal, device: Device::new(ordinal)? })
+}
+
+/// Opens the device that `--device` names. This build knows the CPU alone.
+#[cfg(not(feature = "cuda"))]
+pub(super) fn choose(wanted: DeviceArg) -> Result<Chosen> {
+    match wanted {
+        DeviceArg::Cuda(ordinal) => anyhow::bail!(
+            "--device cuda:{ordinal}: this engine was built without CUDA; `make cuda` builds one that has it"
+        ),
+        DeviceArg::Auto | DeviceArg::Cpu => Ok(Chosen::Cpu),
+    }
+}
+
+#[cfg(all(test, not(feature = "cuda")))]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_build_without_cuda_computes_on_the_cpu_and_says_what_has_it() {
+        for wanted in [DeviceArg::Auto, DeviceArg::Cpu] {
+            assert_eq!(choose(wanted).unwrap().to_string(), "cpu");
+        }
+        let refused = choose(DeviceArg::Cuda(1)).err().unwrap().to_string();
+        assert!(refused.contains("cuda:1") && refused.contains("make cuda"), "{refused}");
+    }
+}
