@@ -35,6 +35,7 @@ pub(super) struct Loaded {
     /// What other workers have to have in common with it.
     pub(super) key: ModelKey,
     layout: KvLayout,
+    page_order: &'static str,
     /// Of weights and shape.
     fingerprint: [u8; 32],
 }
@@ -112,7 +113,7 @@ pub(super) fn load(cli: &WorkerArgs, source: &ModelSource, shared: bool) -> Resu
     if let Some(model) = &cli.mock {
         let region = KvRegion::shared(layout.region_shape()).context("cannot reserve a mock's pages")?;
         let runner = Box::new(MockRunner::new(model.clone(), region.clone(), layout.block_size));
-        return Ok(Loaded { runner, config, region: Some(region), key, layout, fingerprint });
+        return Ok(Loaded { runner, config, region: Some(region), key, layout, page_order, fingerprint });
     }
     let (runner, region) = match device {
         Chosen::Cpu => {
@@ -127,7 +128,7 @@ pub(super) fn load(cli: &WorkerArgs, source: &ModelSource, shared: bool) -> Resu
             load_into(engine_kernels::cuda::CudaBackend::new(device), source, limits, layout)?
         }
     };
-    Ok(Loaded { runner, config, region, key, layout, fingerprint })
+    Ok(Loaded { runner, config, region, key, layout, page_order, fingerprint })
 }
 
 fn load_into<B: Backend>(
@@ -170,7 +171,7 @@ impl Loaded {
             block_size: self.layout.block_size,
             layers: self.layout.region_shape().layers,
             page_bytes: self.layout.region_shape().page_bytes,
-            page_order: CPU_PAGE_ORDER.to_owned(),
+            page_order: self.page_order.to_owned(),
             weights: self.fingerprint[..8].iter().map(|byte| format!("{byte:02x}")).collect(),
         }
     }

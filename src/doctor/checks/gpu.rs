@@ -6,6 +6,7 @@ pub(in crate::doctor) fn gpus(facts: &GpuFacts) -> Vec<Finding> {
     let found = |check, level, seen: String| Finding::new(Area::Gpu, check, level, seen);
     let Some(driver) = &facts.driver else {
         let seen = match facts.device_files.len() {
+            0 if facts.used => "none; workers compute on the CPU".to_owned(),
             0 => "none; this build computes on CPUs, so nothing is missing".to_owned(),
             _ => format!("no NVIDIA driver is loaded, though /dev has {}", facts.device_files.join(", ")),
         };
@@ -14,11 +15,15 @@ pub(in crate::doctor) fn gpus(facts: &GpuFacts) -> Vec<Finding> {
     let names = if facts.gpus.is_empty() { "no GPU".to_owned() } else { facts.gpus.join(", ") };
     let mut findings = vec![
         found("driver", Level::Note, driver.clone()),
-        found("gpu", Level::Note, format!("{names}: left idle, as this build computes on CPUs; CUDA is in the works")),
+        match facts.used {
+            true => found("gpu", Level::Ok, format!("{names}: for workers with --device cuda:N")),
+            false => found("gpu", Level::Note, format!("{names}: left idle, as this build computes on CPUs"))
+                .remedy("`make cuda` builds one that computes on GPUs"),
+        },
     ];
     let seen = match facts.peermem {
-        true => "nvidia_peermem is loaded: adapters will be able to write to GPU memory through it",
-        false => "nvidia_peermem is not loaded; adapters will reach GPU memory by dma-buf alone (open kernel modules)",
+        true => "nvidia_peermem is loaded; nothing uses it yet",
+        false => "nvidia_peermem is not loaded; nothing would use it yet",
     };
     findings.push(found("peer memory", Level::Note, seen.to_owned()));
     findings
@@ -37,5 +42,7 @@ mod tests {
         let findings = gpus(&facts);
         assert!(findings.iter().any(|finding| finding.seen.starts_with("H100: left idle")), "{findings:?}");
         assert!(findings.iter().all(|finding| finding.level == Level::Note));
+        let findings = gpus(&GpuFacts { used: true, ..facts });
+        assert!(findings.iter().any(|finding| finding.level == Level::Ok && finding.seen.contains("--device cuda")));
     }
 }

@@ -14,6 +14,8 @@ pub(in crate::doctor) struct GpuFacts {
     pub(in crate::doctor) gpus: Vec<String>,
     /// Device files of GPUs that are there: `/dev/nvidia0`.
     pub(in crate::doctor) device_files: Vec<String>,
+    /// Whether this build can compute on GPUs.
+    pub(in crate::doctor) used: bool,
     /// The module by which adapters reach GPU memory without dma-buf.
     pub(in crate::doctor) peermem: bool,
 }
@@ -30,7 +32,8 @@ impl GpuFacts {
             .filter(|name| name.strip_prefix("nvidia").is_some_and(|number| number.parse::<u32>().is_ok()))
             .collect();
         device_files.sort();
-        Self { driver, gpus, device_files, peermem: Path::new("/sys/module/nvidia_peermem").exists() }
+        let peermem = Path::new("/sys/module/nvidia_peermem").exists();
+        Self { driver, gpus, device_files, used: cfg!(feature = "cuda"), peermem }
     }
 }
 
