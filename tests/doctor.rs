@@ -34,7 +34,7 @@ fn of<'a>(findings: &'a [Value], check: &str) -> Vec<&'a Value> {
     findings.iter().filter(|finding| finding["check"] == check).collect()
 }
 
-fn failed<'a>(findings: &'a [Value]) -> Vec<&'a str> {
+fn failed(findings: &[Value]) -> Vec<&str> {
     let failed = findings.iter().filter(|finding| finding["level"] == "failure");
     failed.map(|finding| finding["check"].as_str().unwrap()).collect()
 }
