@@ -1,6 +1,6 @@
 #!/bin/sh
-# Runs what `make gpu-check` builds on this machine: the code for real CUDA devices, on a stand-in for libcuda that runs the
-# kernels as the tests' emulation does. What no GPU has run yet has made the right calls at least.
+# Runs what `make gpu-check` builds on this machine: the code for real CUDA devices, on a stand-in for libcuda that runs
+# the kernels as the tests' emulation does. What no GPU has run yet has made the right calls at least.
 set -eu
 cd "$(dirname "$0")/.."
 
