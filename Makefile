@@ -40,7 +40,7 @@ demo-model: setup ## Fetch the demo model, 98 MB, once
 test-assets: setup ## Fetch Qwen3's tokenizer for the tests, once
 	@scripts/fetch-test-assets.sh
 
-test: setup-rdma demo-model test-assets ## Format check, all tests, lints, documentation, the OpenAI client
+test: setup-rdma demo-model test-assets ## Format check, all tests, those on RDMA devices, lints, documentation, the OpenAI client
 	$(CARGO) fmt --all --check
 	$(CARGO) test --workspace --locked
 	$(MAKE) --no-print-directory test-rdma lint cuda-check doc client

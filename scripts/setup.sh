@@ -27,6 +27,10 @@ need libprotobuf-dev test -e /usr/include/google/protobuf/empty.proto
 # The demo model and the client tests come from PyPI, each in an environment of its own.
 need python3 python3 --version
 need python3-venv python3 -c 'import venv, ensurepip'
+# Bindings to the verbs library are made from its headers. Running takes none of this, nor the library.
+need cmake cmake --version
+need libclang-dev sh -c 'ls /usr/lib/llvm-*/lib/libclang*.so* && ls /usr/lib/llvm-*/lib/clang/*/include/stddef.h'
+need libibverbs-dev test -e /usr/include/infiniband/verbs.h
 for part in "$@"; do
     case $part in
     services)

@@ -4,8 +4,9 @@ use std::process::ExitCode;
 
 use engine::{
     cli::Role,
-    frontend, mock,
+    doctor, frontend, mock,
     telemetry::init_logging,
+    transfer_bench,
     worker::{Ready, decode, prefill},
 };
 
@@ -14,14 +15,14 @@ fn io_threads(role: &Role) -> usize {
     let cores = std::thread::available_parallelism().map_or(2, |cores| cores.get());
     match role {
         Role::Decode(_) | Role::Prefill(_) => (cores / 4).clamp(2, 8),
-        Role::Frontend(_) | Role::Mock(_) => cores,
+        Role::Frontend(_) | Role::Mock(_) | Role::Doctor(_) | Role::TransferBench(_) => cores,
     }
 }
 
 fn main() -> ExitCode {
     let role = Role::from_command_line();
     match start(role) {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(code) => code,
         Err(error) => {
             eprintln!("error: {error:#}");
             ExitCode::FAILURE
@@ -29,27 +30,37 @@ fn main() -> ExitCode {
     }
 }
 
-/// Allows this process as many open files as the system lets it have. The usual limit of 1,024 is there for programs
-/// that use `select`, and fewer than the connections and sessions that are promised.
-fn open_more_files() {
+/// Allows this process as many open files, and as much locked memory, as the system lets it have. The usual limit of
+/// 1,024 files is there for programs that use `select`, and fewer than the connections and sessions that are promised;
+/// adapters lock the memory that is registered with them.
+fn raise_limits() {
     use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
-    let limit = getrlimit(Resource::Nofile);
-    if let Err(error) = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, ..limit }) {
-        tracing::warn!(%error, "the limit of open files stays where it is");
+    for (resource, what) in [(Resource::Nofile, "open files"), (Resource::Memlock, "locked memory")] {
+        let limit = getrlimit(resource);
+        if let Err(error) = setrlimit(resource, Rlimit { current: limit.maximum, ..limit }) {
+            tracing::warn!(%error, "the limit of {what} stays where it is");
+        }
     }
 }
 
-fn start(role: Role) -> anyhow::Result<()> {
+fn start(role: Role) -> anyhow::Result<ExitCode> {
     init_logging(&role.log().log_level, role.log().log_format.into())?;
-    open_more_files();
+    raise_limits();
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(io_threads(&role)).enable_all().build()?;
     let result = runtime.block_on(async {
         match role {
-            Role::Decode(args) => decode::run(args, Ready::print).await,
-            Role::Prefill(args) => prefill::run(args, Ready::print).await,
-            Role::Frontend(args) => frontend::run(args).await,
-            Role::Mock(args) => mock::run(args).await,
+            Role::Decode(args) => decode::run(args, Ready::print).await?,
+            Role::Prefill(args) => prefill::run(args, Ready::print).await?,
+            Role::Frontend(args) => frontend::run(args).await?,
+            Role::Mock(args) => mock::run(args).await?,
+            Role::TransferBench(args) => transfer_bench::run(args).await?,
+            Role::Doctor(args) => {
+                if !doctor::run(args).await? {
+                    return Ok(ExitCode::FAILURE);
+                }
+            }
         }
+        Ok(ExitCode::SUCCESS)
     });
     // Work on blocking threads (a prompt being encoded, a model being loaded) is left behind.
     runtime.shutdown_background();

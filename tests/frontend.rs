@@ -118,6 +118,10 @@ fn card(address: SocketAddr, model: &str) -> WorkerCard {
             load_format: "auto".into(),
             kv_cache_dtype: "f16".into(),
             block_size: 16,
+            layers: 0,
+            page_bytes: 0,
+            page_order: String::new(),
+            weights: String::new(),
         },
         model_key: ModelKey::of(model.as_bytes()),
     }

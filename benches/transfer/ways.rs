@@ -4,17 +4,15 @@ use std::io::{BufRead, BufReader, Lines, Read, Write};
 use std::net::TcpStream;
 use std::path::Path;
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
-use std::sync::mpsc;
 use std::time::Instant;
 
-use anyhow::{Context, Result, ensure};
-use engine::handoff::{Epoch, MailboxWord, Slot, Status, WorkerId};
-use engine::transfer::{
-    ClusterToken, Connector, ConnectorConfig, PageCopy, Session, TransferMetrics, Transport, WriteError,
-};
+use anyhow::{Context, Result};
+use engine::transfer::{ClusterToken, Transport};
+use engine::transfer_bench::{Pages, Sender};
+use engine::worker::Ways;
 
 use super::PAGES;
-use super::peer::{self, Decode};
+use super::peer::Decode;
 
 /// One way.
 pub(crate) trait Way {
@@ -34,7 +32,7 @@ pub(crate) struct Copy {
 
 impl Copy {
     pub(crate) fn new(page_bytes: usize) -> Result<Self> {
-        let bytes = peer::shape(page_bytes).total_bytes();
+        let bytes = 2 * PAGES * page_bytes;
         Ok(Self { source: vec![1; bytes], target: vec![2; bytes], page_bytes })
     }
 }
@@ -47,7 +45,8 @@ impl Way for Copy {
     fn write(&mut self) -> Result<f64> {
         let started = Instant::now();
         for i in 0..PAGES {
-            let start = peer::page(i) as usize * self.page_bytes;
+            // Every second page, as the others do.
+            let start = 2 * i * self.page_bytes;
             let range = start..start + self.page_bytes;
             self.target[range.clone()].copy_from_slice(&self.source[range]);
         }
@@ -56,35 +55,19 @@ impl Way for Copy {
 }
 
 /// A session.
-pub(crate) struct Engine {
-    session: Session,
-    epoch: Epoch,
-    transport: Transport,
-}
+pub(crate) struct Engine(Sender);
 
 impl Engine {
     pub(crate) fn new(decode: &Decode, page_bytes: usize, transport: Transport) -> Result<Self> {
-        let config = ConnectorConfig {
-            tls: None,
-            token: ClusterToken::default(),
-            model_key: "bench".into(),
-            timeout: std::time::Duration::from_secs(10),
-            shm: transport == Transport::Shm,
-            rdma: None,
-            tcp: true,
-            metrics: TransferMetrics::default(),
-        };
-        let connector = Connector::new(config, peer::filled(page_bytes)?)?;
-        let connecting = connector.connect(&decode.addresses, WorkerId(1));
-        let session = tokio::runtime::Handle::current().block_on(connecting)?;
-        ensure!(session.transport() == transport, "the session takes another way");
-        Ok(Self { session, epoch: Epoch::FIRST, transport })
+        let (ways, pages) = (Ways::among(&[transport]), Pages::new(PAGES, page_bytes)?);
+        let connecting = Sender::connect(&ways, ClusterToken::default(), pages, &decode.addresses);
+        Ok(Self(tokio::runtime::Handle::current().block_on(connecting)?))
     }
 }
 
 impl Way for Engine {
     fn name(&self) -> (&'static str, &'static str) {
-        match self.transport {
+        match self.0.transport() {
             Transport::Shm => ("engine, shm", "1"),
             Transport::Rdma => ("engine, rdma", "0"),
             Transport::Tcp => ("engine, tcp", "2, into the kernel and out of it"),
@@ -92,23 +75,7 @@ impl Way for Engine {
     }
 
     fn write(&mut self) -> Result<f64> {
-        let (slot, epoch) = (Slot(0), self.epoch);
-        self.session.send(epoch.get().to_le_bytes().to_vec().into());
-        let answer = tokio::runtime::Handle::current().block_on(self.session.receive());
-        let filled = answer.context("the session has ended")?;
-        ensure!(epoch == Epoch::FIRST || filled[..] == [1], "pages did not arrive");
-        self.epoch = epoch.next();
-        let pages = (0..PAGES).map(|i| PageCopy { layer: 0, local: peer::page(i), remote: peer::page(i) });
-        let (pages, writer) = (pages.collect(), self.session.writer());
-        let (done, wait) = mpsc::channel::<Result<(), WriteError>>();
-        let started = Instant::now();
-        writer.write(slot, epoch, pages, |_| ());
-        writer.complete(slot, epoch, MailboxWord::new(epoch, Status::Done), move |result| {
-            // Nobody waits any more only if this benchmark is being ended.
-            let _ = done.send(result);
-        });
-        wait.recv()??;
-        Ok(started.elapsed().as_secs_f64())
+        self.0.round(PAGES)
     }
 }
 

@@ -40,7 +40,7 @@ pub(crate) use server::serve_router;
 pub use server::{Bound, ServerConfig, ServerError, bind, serve};
 pub use state::ApiConfig;
 pub(crate) use state::unix_seconds;
-pub use status::serve_status;
+pub use status::{Measure, Shown, serve_status};
 pub use template::{ChatTemplate, RenderOptions, TemplateError};
 
 use state::{InFlight, Serving};

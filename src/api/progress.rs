@@ -32,6 +32,15 @@ pub const CLUSTER_TOKEN_HEADER: HeaderName = HeaderName::from_static("x-engine-c
 /// How a line of progress begins. Other comments begin otherwise.
 pub const PROGRESS_PREFIX: &[u8] = b": {";
 
+/// Whether a request comes from within the cluster, for all that its token says.
+pub(super) fn is_of_cluster(headers: &HeaderMap, token: Option<&str>) -> bool {
+    token.is_none_or(|token| {
+        let given = headers.get(CLUSTER_TOKEN_HEADER).map_or(&b""[..], |given| given.as_bytes());
+        let (given, token) = (blake3::hash(given), blake3::hash(token.as_bytes()));
+        given.as_bytes().ct_eq(token.as_bytes()).into()
+    })
+}
+
 /// Bytes of a journal at most: more than a million tokens' lines.
 pub const JOURNAL_BYTES_MAX: usize = 64 << 20;
 
@@ -50,11 +59,7 @@ impl Relay {
     /// Reads the headers. Returns also how many bytes of the body are the journal.
     pub(crate) fn from_headers(headers: &HeaderMap, token: Option<&str>) -> Result<(bool, Option<usize>), ApiError> {
         let (progress, resume) = (headers.contains_key(PROGRESS_HEADER), headers.get(RESUME_HEADER));
-        let trusted = token.is_none_or(|token| {
-            let given = headers.get(CLUSTER_TOKEN_HEADER).map_or(&b""[..], |given| given.as_bytes());
-            let (given, token) = (blake3::hash(given), blake3::hash(token.as_bytes()));
-            given.as_bytes().ct_eq(token.as_bytes()).into()
-        });
+        let trusted = is_of_cluster(headers, token);
         if !trusted && resume.is_some() {
             let message = "Only this cluster's frontends can continue an answer";
             return Err(ApiError::new(StatusCode::FORBIDDEN, "not_in_cluster", message));

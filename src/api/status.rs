@@ -1,46 +1,69 @@
 use std::{future::Future, sync::Arc};
 
 use axum::{
-    Router,
-    extract::State,
-    http::{HeaderValue, StatusCode, header},
+    Json, Router,
+    extract::{Path, State},
+    http::{HeaderMap, HeaderValue, StatusCode, header},
     response::{IntoResponse, Response},
-    routing::get,
+    routing::{get, post},
 };
-use tokio::{net::TcpListener, sync::watch};
+use futures::future::BoxFuture;
+use tokio::{
+    net::TcpListener,
+    sync::{Mutex, watch},
+};
 
-use super::{ServerConfig, server::serve_router};
+use super::{ServerConfig, progress::is_of_cluster, server::serve_router};
 use crate::{
+    cluster::LeaseId,
     telemetry::Metrics,
-    worker::{EngineHandle, EngineStatus},
+    worker::{EngineHandle, EngineStatus, Measured},
 };
 
-/// What a worker without clients shows of itself.
+/// Measures how fast pages reach the decode worker of this lease; an error is for people.
+pub type Measure = Box<dyn Fn(LeaseId) -> BoxFuture<'static, Result<Measured, String>> + Send + Sync>;
+
+/// What a worker without clients shows of itself, and does for its cluster.
+pub struct Shown {
+    /// Is it well?
+    pub engine: EngineHandle,
+    /// What it counts.
+    pub metrics: Metrics,
+    /// It is unhealthy once this is true.
+    pub leaving: watch::Receiver<bool>,
+    /// Who does not know it has nothing measured.
+    pub cluster_token: Option<String>,
+    /// How it measures.
+    pub measure: Measure,
+}
+
 struct Status {
-    engine: EngineHandle,
-    metrics: Metrics,
-    leaving: watch::Receiver<bool>,
+    shown: Shown,
+    /// One at a time.
+    measuring: Mutex<()>,
 }
 
 /// Serves `/health` and `/metrics` of a worker that takes no requests, until `shutdown` and then `drain` have resolved.
-/// It is unhealthy once `leaving` is true.
+/// `POST /measure/{lease}` has it measure its way to the decode worker of that lease.
 pub async fn serve_status(
     listener: TcpListener,
-    engine: EngineHandle,
-    metrics: Metrics,
+    shown: Shown,
     config: ServerConfig,
-    leaving: watch::Receiver<bool>,
     shutdown: impl Future<Output = ()>,
     drain: impl Future<Output = ()>,
 ) {
-    let status = Arc::new(Status { engine, metrics, leaving });
-    let router = Router::new().route("/health", get(health)).route("/metrics", get(render)).with_state(status);
+    let status = Arc::new(Status { shown, measuring: Mutex::default() });
+    let router = Router::new()
+        .route("/health", get(health))
+        .route("/metrics", get(render))
+        .route("/measure/{lease}", post(measure_one))
+        .with_state(status);
     serve_router(listener, router, config, shutdown, drain).await;
 }
 
 async fn health(State(status): State<Arc<Status>>) -> Response {
-    match status.engine.status() {
-        EngineStatus::Running if !*status.leaving.borrow() => "ok\n".into_response(),
+    match status.shown.engine.status() {
+        EngineStatus::Running if !*status.shown.leaving.borrow() => "ok\n".into_response(),
         EngineStatus::Failed { reason } => (StatusCode::INTERNAL_SERVER_ERROR, reason + "\n").into_response(),
         _ => (StatusCode::SERVICE_UNAVAILABLE, "leaving\n").into_response(),
     }
@@ -48,5 +71,21 @@ async fn health(State(status): State<Arc<Status>>) -> Response {
 
 async fn render(State(status): State<Arc<Status>>) -> Response {
     let text = HeaderValue::from_static("text/plain; version=0.0.4; charset=utf-8");
-    ([(header::CONTENT_TYPE, text)], status.metrics.render()).into_response()
+    ([(header::CONTENT_TYPE, text)], status.shown.metrics.render()).into_response()
+}
+
+async fn measure_one(State(status): State<Arc<Status>>, Path(lease): Path<String>, headers: HeaderMap) -> Response {
+    if !is_of_cluster(&headers, status.shown.cluster_token.as_deref()) {
+        return (StatusCode::FORBIDDEN, "the cluster tokens differ\n").into_response();
+    }
+    let Ok(lease) = lease.parse() else {
+        return (StatusCode::BAD_REQUEST, "a lease is sixteen hexadecimal digits\n").into_response();
+    };
+    let Ok(_alone) = status.measuring.try_lock() else {
+        return (StatusCode::CONFLICT, "somebody measures already\n").into_response();
+    };
+    match (status.shown.measure)(lease).await {
+        Ok(measured) => Json(measured).into_response(),
+        Err(error) => (StatusCode::BAD_GATEWAY, error + "\n").into_response(),
+    }
 }

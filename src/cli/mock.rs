@@ -3,7 +3,7 @@ use std::time::Duration;
 use clap::Args;
 
 use super::{
-    ClusterArgs, LogArgs, TransportArg,
+    ClusterArgs, LogArgs, TransportArgs,
     values::{parse_step_time, parse_token_time},
     worker::DEFAULT_PORT,
 };
@@ -43,10 +43,6 @@ pub struct MockArgs {
     #[arg(long, value_name = "TOKENS", default_value_t = 512, help_heading = "Mock")]
     pub max_local_prefill_length: usize,
 
-    /// How KV pages travel between workers
-    #[arg(long, value_enum, value_name = "TRANSPORT", default_value = "auto", help_heading = "Mock")]
-    pub transport: TransportArg,
-
     /// Address to listen on; 0.0.0.0 for all interfaces
     #[arg(long, value_name = "HOST", default_value = "127.0.0.1", help_heading = "Server")]
     pub host: String,
@@ -54,6 +50,10 @@ pub struct MockArgs {
     /// Port of the first decode worker; 0 for any free one
     #[arg(long, value_name = "PORT", default_value_t = DEFAULT_PORT, help_heading = "Server")]
     pub port: u16,
+
+    /// How KV pages travel.
+    #[command(flatten)]
+    pub transports: TransportArgs,
 
     /// The cluster's services.
     #[command(flatten)]

@@ -2,14 +2,20 @@
 //! Dynamo's; each can also be given by environment where that is said.
 
 mod cluster;
+mod doctor;
 mod frontend;
 mod mock;
+mod transfer_bench;
+mod transport;
 mod values;
 mod worker;
 
 pub use cluster::ClusterArgs;
+pub use doctor::DoctorArgs;
 pub use frontend::FrontendArgs;
 pub use mock::MockArgs;
+pub use transfer_bench::TransferBenchArgs;
+pub use transport::TransportArgs;
 pub use values::{DeviceArg, DisaggPolicyArg, KvDTypeArg, LoadFormatArg, LogFormatArg, TransportArg};
 pub use worker::{DisaggArgs, WorkerArgs};
 
@@ -31,6 +37,10 @@ struct Cli {
 enum Command {
     /// The cluster's HTTP edge: spreads requests over decode workers, and moves them when one dies
     Frontend(FrontendArgs),
+    /// Looks at this machine, etcd, NATS and the cluster, and says what is amiss and what to do about it
+    Doctor(DoctorArgs),
+    /// How fast KV pages move between two processes, one with --serve and one with --connect
+    TransferBench(TransferBenchArgs),
     /// Many workers in one process that compute nothing, to measure and try out clusters
     Mock(MockArgs),
 }
@@ -46,6 +56,10 @@ pub enum Role {
     Frontend(FrontendArgs),
     /// Many workers without hardware.
     Mock(MockArgs),
+    /// Somebody who looks whether all is well.
+    Doctor(DoctorArgs),
+    /// One of two who measure transfers.
+    TransferBench(TransferBenchArgs),
 }
 
 impl Role {
@@ -64,6 +78,8 @@ impl Role {
         match command {
             Some(Command::Frontend(frontend)) => Ok(Self::Frontend(frontend)),
             Some(Command::Mock(mock)) => Ok(Self::Mock(mock)),
+            Some(Command::Doctor(doctor)) => Ok(Self::Doctor(doctor)),
+            Some(Command::TransferBench(bench)) => Ok(Self::TransferBench(bench)),
             None if worker.disagg.is_prefill_worker => Ok(Self::Prefill(worker)),
             None if worker.model.is_none() => {
                 let say = "--model is missing: a directory, a .gguf file, or a model of the hub as Qwen/Qwen3-0.6B";
@@ -79,6 +95,8 @@ impl Role {
             Self::Decode(worker) | Self::Prefill(worker) => &worker.log,
             Self::Frontend(frontend) => &frontend.log,
             Self::Mock(mock) => &mock.log,
+            Self::Doctor(doctor) => &doctor.log,
+            Self::TransferBench(bench) => &bench.log,
         }
     }
 }
@@ -97,6 +115,13 @@ pub struct LogArgs {
     /// What is logged, as `info` or `warn,engine=debug`
     #[arg(long, value_name = "FILTER", env = "RUST_LOG", default_value = DEFAULT_FILTER)]
     pub log_level: String,
+}
+
+impl LogArgs {
+    /// Nothing, for those whose output is an answer.
+    fn quiet() -> Self {
+        Self { log_format: LogFormatArg::Text, log_level: "off".to_owned() }
+    }
 }
 
 const EXAMPLES: &str = "\
@@ -150,6 +175,9 @@ mod tests {
         assert!(matches!(parse(&["--is-prefill-worker"]), Ok(Role::Prefill(_))));
         assert!(matches!(parse(&["frontend"]), Ok(Role::Frontend(_))));
         assert!(matches!(parse(&["mock", "--step-time", "0"]), Ok(Role::Mock(_))));
+        assert!(matches!(parse(&["doctor", "--json"]), Ok(Role::Doctor(_))));
+        assert!(matches!(parse(&["transfer-bench", "--serve"]), Ok(Role::TransferBench(_))));
+        assert!(parse(&["transfer-bench"]).is_err());
     }
 
     #[test]

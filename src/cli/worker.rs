@@ -3,13 +3,13 @@ use std::{path::PathBuf, time::Duration};
 use clap::{Args, builder::NonEmptyStringValueParser};
 
 use super::{
-    ClusterArgs, LogArgs,
+    ClusterArgs, LogArgs, TransportArgs,
     values::{
-        DeviceArg, DisaggPolicyArg, KvDTypeArg, LoadFormatArg, TransportArg, parse_device, parse_millis, parse_seconds,
-        parse_share, parse_size, parse_within,
+        DeviceArg, DisaggPolicyArg, KvDTypeArg, LoadFormatArg, parse_device, parse_millis, parse_seconds, parse_share,
+        parse_size, parse_within,
     },
 };
-use crate::{transfer::SessionTls, worker::MockModel};
+use crate::worker::MockModel;
 
 /// Port of a decode worker, and of a frontend.
 pub(super) const DEFAULT_PORT: u16 = 8000;
@@ -180,23 +180,9 @@ pub struct DisaggArgs {
     #[arg(long, value_name = "MS", value_parser = parse_millis, default_value = "200", conflicts_with = "is_prefill_worker")]
     pub itl_target: Duration,
 
-    /// How KV pages travel between workers
-    #[arg(long, value_enum, value_name = "TRANSPORT", default_value = "auto")]
-    pub transport: TransportArg,
-
-    /// RDMA ports to use, each a device or device:port; several share the pages of a session between them [default: the
-    /// fastest that is active]
-    #[arg(long, value_name = "DEVICE", value_delimiter = ',', value_parser = NonEmptyStringValueParser::new())]
-    pub rdma_device: Vec<String>,
-
-    /// Entry of their GID tables to use as address [default: a RoCE v2 address, IPv4 before IPv6; the first on
-    /// InfiniBand]
-    #[arg(long, value_name = "INDEX")]
-    pub rdma_gid_index: Option<u8>,
-
-    /// Let no pages go over TCP: without RDMA a worker does not start, and pairs of workers without it prefill locally
-    #[arg(long)]
-    pub require_rdma: bool,
+    /// How KV pages travel.
+    #[command(flatten)]
+    pub transports: TransportArgs,
 
     /// Address to listen on for prefill workers' sessions [default: that of --host]
     #[arg(long, value_name = "HOST", conflicts_with = "is_prefill_worker")]
@@ -205,27 +191,6 @@ pub struct DisaggArgs {
     /// Port to listen on for prefill workers' sessions; 0 for any free one
     #[arg(long, value_name = "PORT", default_value_t = 0, conflicts_with = "is_prefill_worker")]
     pub session_port: u16,
-
-    /// Certificates (PEM) that sign those of the other workers. Over TCP a prefill worker then opens encrypted sessions
-    /// alone, and a decode worker takes only peers that show a certificate; shared memory on one host stays as it is
-    #[arg(long, value_name = "FILE")]
-    pub session_ca: Option<PathBuf>,
-
-    /// Certificate (PEM) of this worker, with which a decode worker encrypts TCP sessions, and a prefill worker says
-    /// who it is
-    #[arg(long, value_name = "FILE", requires = "session_key")]
-    pub session_cert: Option<PathBuf>,
-
-    /// Key (PEM) of that certificate
-    #[arg(long, value_name = "FILE", requires = "session_cert")]
-    pub session_key: Option<PathBuf>,
-}
-
-impl DisaggArgs {
-    /// How sessions over TCP are encrypted.
-    pub fn session_tls(&self) -> SessionTls {
-        SessionTls { ca: self.session_ca.clone(), identity: self.session_cert.clone().zip(self.session_key.clone()) }
-    }
 }
 
 impl WorkerArgs {

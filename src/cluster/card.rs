@@ -77,6 +77,20 @@ pub struct ModelCard {
     pub kv_cache_dtype: String,
     /// Tokens of a KV page.
     pub block_size: usize,
+    /// Layers of the model, and bytes of a KV page of one of them: what whoever measures needs to open a session. 0: not
+    /// said.
+    #[serde(default)]
+    pub layers: usize,
+    /// See `layers`.
+    #[serde(default)]
+    pub page_bytes: usize,
+    /// How elements are ordered inside a page, in the backend's words. For people, as is `weights`: the model key is
+    /// what counts, and these say what makes two of them differ.
+    #[serde(default)]
+    pub page_order: String,
+    /// A digest of the weights and the model's shape, in hexadecimal digits.
+    #[serde(default)]
+    pub weights: String,
 }
 
 impl WorkerCard {
@@ -123,6 +137,10 @@ pub(crate) mod tests {
                 load_format: "auto".into(),
                 kv_cache_dtype: "f16".into(),
                 block_size: 16,
+                layers: 2,
+                page_bytes: 4096,
+                page_order: "as on CPUs".into(),
+                weights: "0123456789abcdef".into(),
             },
             model_key: key,
         }

@@ -28,6 +28,14 @@ pub struct ClusterOptions {
     pub nats: NatsOptions,
 }
 
+impl ClusterOptions {
+    /// Names the services at their usual ports of this machine.
+    pub fn use_this_machine(&mut self) {
+        self.etcd.endpoints = vec![format!("http://{LOCAL_ETCD}")];
+        self.nats.servers = vec![format!("nats://{LOCAL_NATS}")];
+    }
+}
+
 /// Why the cluster cannot be joined as it was described.
 #[derive(Debug, thiserror::Error)]
 pub enum ClusterError {
@@ -81,6 +89,16 @@ impl fmt::Display for LocalServices {
 }
 
 impl LocalServices {
+    /// Looks for both at their usual ports of this machine.
+    pub async fn of_this_machine() -> Self {
+        Self::probe(LOCAL_ETCD, LOCAL_NATS).await
+    }
+
+    /// Whether they make a cluster.
+    pub fn is_cluster(&self) -> bool {
+        self.etcd && self.jetstream
+    }
+
     /// Tries addresses of etcd and NATS.
     pub async fn probe(etcd: &str, nats: &str) -> Self {
         let (etcd, nats) =
@@ -129,12 +147,11 @@ pub enum Needs {
 pub async fn join(mut options: ClusterOptions, needs: Needs) -> Result<Joined, ClusterError> {
     match (options.etcd.endpoints.is_empty(), options.nats.servers.is_empty()) {
         (true, true) => {
-            let found = LocalServices::probe(LOCAL_ETCD, LOCAL_NATS).await;
-            if !(found.etcd && found.jetstream) {
+            let found = LocalServices::of_this_machine().await;
+            if !found.is_cluster() {
                 return Ok(Joined::Alone(found));
             }
-            options.etcd.endpoints = vec![format!("http://{LOCAL_ETCD}")];
-            options.nats.servers = vec![format!("nats://{LOCAL_NATS}")];
+            options.use_this_machine();
             tracing::info!(
                 "found etcd and NATS on this machine: joining the cluster `{}` (--standalone serves alone)",
                 options.namespace

@@ -31,8 +31,11 @@ pub use lease::LeaseId;
 pub use load::{LoadReport, LoadStream, Loads, report_load};
 pub use local::Local;
 pub use model_key::{ModelKey, ParseModelKeyError};
-pub use nats::{Nats, NatsAuth, NatsOptions};
+pub use nats::{Nats, NatsAuth, NatsOptions, NatsServer};
 pub use queue::{Consumer, Delivery, Queue, QueueDepth, QueueError, Settle};
+
+#[cfg(test)]
+pub(crate) use card::tests;
 
 use std::sync::Arc;
 

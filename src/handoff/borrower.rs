@@ -241,6 +241,8 @@ impl Borrower {
                     self.stop(handoff, End::Released, actions);
                 }
             }
+            // Sessions with jobs do not measure.
+            ToPrefill::Scratch { .. } | ToPrefill::NoScratch => {}
         }
     }
 

@@ -66,6 +66,8 @@ enum State<R> {
     Granted { request: R, holder: Holder },
     /// The holder may write, or may be about to, and nobody waits for it.
     Quarantined { holder: Holder },
+    /// The holder may write, and nobody ever waited for it: it measures.
+    Scratch { holder: Holder },
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -99,15 +101,46 @@ impl<R: Copy, P> Lender<R, P> {
         Ok(slot)
     }
 
+    /// Lends pages to a session that measures: it may write to them at once, nobody reads them, and they come back as
+    /// those of a loan in quarantine do. One such loan at a time, and none if no slot is free: then they come back.
+    pub fn lend_scratch(
+        &mut self,
+        session: SessionId,
+        worker: WorkerId,
+        handoff: HandoffId,
+        pages: P,
+        now: Duration,
+    ) -> Result<(Slot, Epoch), P> {
+        debug_assert!(!self.by_handoff.contains_key(&handoff), "{handoff} was lent before");
+        if self.measures() {
+            return Err(pages);
+        }
+        let Some(slot) = self.free.pop() else { return Err(pages) };
+        let deadline = self.clock.advance(now) + self.timeouts.silent;
+        let state = State::Scratch { holder: Holder { session, worker } };
+        let seat = self.seat(slot);
+        seat.loan = Some(Loan { handoff, pages, state, deadline });
+        let epoch = seat.epoch;
+        self.open.push(slot);
+        self.by_handoff.insert(handoff, slot);
+        Ok((slot, epoch))
+    }
+
+    /// Whether pages are lent to somebody who measures.
+    fn measures(&self) -> bool {
+        let loans = self.open.iter().filter_map(|slot| self.seats[slot.0 as usize].loan.as_ref());
+        loans.into_iter().any(|loan| matches!(loan.state, State::Scratch { .. }))
+    }
+
     /// The pages lent under `slot`, whose numbers go into the grant.
     pub fn pages(&self, slot: Slot) -> Option<&P> {
         self.seats.get(slot.0 as usize)?.loan.as_ref().map(|loan| &loan.pages)
     }
 
-    /// Every lent page, for the integrity check: `true` for those in quarantine.
+    /// Every lent page, for the integrity check: `true` for those in quarantine, as are those of who measures.
     pub fn lent(&self) -> impl Iterator<Item = (&P, bool)> {
         self.open.iter().filter_map(|slot| self.seats[slot.0 as usize].loan.as_ref()).map(|loan| {
-            let quarantined = matches!(loan.state, State::Quarantined { .. });
+            let quarantined = matches!(loan.state, State::Quarantined { .. } | State::Scratch { .. });
             (&loan.pages, quarantined)
         })
     }
@@ -182,6 +215,8 @@ impl<R: Copy, P> Lender<R, P> {
     fn message(&mut self, from: Holder, message: ToDecode, now: Duration, actions: &mut Vec<LenderAction<R, P>>) {
         match message {
             ToDecode::Claim { handoff } => self.claim(from, handoff, now, actions),
+            // The pages would have to come from somewhere: see `lend_scratch`.
+            ToDecode::Measure { .. } => {}
             ToDecode::Progress { handoff, epoch, .. } => {
                 let Some(slot) = self.granted(handoff, epoch, from) else { return };
                 if let Some(Loan { state: State::Granted { .. }, .. }) = self.seat(slot).loan {
@@ -229,7 +264,7 @@ impl<R: Copy, P> Lender<R, P> {
                 loan.state = State::Quarantined { holder };
                 self.reclaim(slot, holder.session, now, actions);
             }
-            State::Quarantined { .. } => {}
+            State::Quarantined { .. } | State::Scratch { .. } => {}
         }
     }
 
@@ -246,7 +281,7 @@ impl<R: Copy, P> Lender<R, P> {
                     self.expire(handoff, true, actions);
                 }
                 State::Granted { .. } => self.give_up(slot, now, actions),
-                State::Quarantined { holder } => {
+                State::Quarantined { holder } | State::Scratch { holder } => {
                     loan.deadline = Duration::MAX;
                     actions.push(LenderAction::Fence { session: holder.session });
                 }
@@ -298,8 +333,12 @@ impl<R: Copy, P> Lender<R, P> {
             State::Granted { request, .. } | State::Queued { request } => {
                 LenderAction::Restart { request, pages: Some(pages), again: outcome != Outcome::Failed }
             }
-            State::Quarantined { .. } => LenderAction::Free { pages },
+            State::Quarantined { .. } | State::Scratch { .. } => LenderAction::Free { pages },
         });
+        if matches!(state, State::Scratch { .. }) {
+            // No handoff has ended.
+            return;
+        }
         // Pages that nobody waited for served nobody, however their holder ended.
         let ended = matches!(outcome, Outcome::Completed | Outcome::Failed);
         let abandoned = matches!(state, State::Quarantined { .. }) && ended;
@@ -351,7 +390,7 @@ impl<R: Copy, P> Loan<R, P> {
     fn holder(&self) -> Option<Holder> {
         match self.state {
             State::Queued { .. } => None,
-            State::Granted { holder, .. } | State::Quarantined { holder } => Some(holder),
+            State::Granted { holder, .. } | State::Quarantined { holder } | State::Scratch { holder } => Some(holder),
         }
     }
 }

@@ -35,6 +35,12 @@ pub enum ToDecode {
         /// For the log.
         reason: String,
     },
+    /// "Lend me pages that nobody wants, to measure how fast they can be written." The end of such a loan is its mailbox
+    /// word.
+    Measure {
+        /// How many.
+        pages: u32,
+    },
 }
 
 /// What a decode worker says over a session to a prefill worker.
@@ -56,6 +62,17 @@ pub enum ToPrefill {
         /// The grant's.
         epoch: Epoch,
     },
+    /// The answer to a wish to measure.
+    Scratch {
+        /// Where in the mailbox the end is announced.
+        slot: Slot,
+        /// Goes with every write and with the mailbox word.
+        epoch: Epoch,
+        /// The decode worker's pages; perhaps fewer than were wished for.
+        pages: Vec<u32>,
+    },
+    /// The same: it has no pages to spare, or somebody measures already.
+    NoScratch,
 }
 
 /// Leave to write a handoff's pages, given once in its life.

@@ -97,7 +97,7 @@ fn worker(args: &MockArgs, folder: &Path, role: &[OsString]) -> Result<WorkerArg
     };
     worker.cluster = args.cluster.clone();
     worker.host.clone_from(&args.host);
-    worker.disagg.transport = args.transport;
+    worker.disagg.transports = args.transports.clone();
     worker.max_model_len = Some(args.max_model_len);
     worker.max_num_seqs = args.max_num_seqs;
     worker.max_num_batched_tokens = args.max_num_batched_tokens;

@@ -27,7 +27,7 @@ pub async fn run(cli: WorkerArgs, ready: impl FnOnce(Ready)) -> Result<()> {
     let limits = limits(&cli.disagg)?;
     let cluster = cluster(&cli).await?;
     let ways = match &cluster {
-        Some(_) => Some(Ways::of(&cli.disagg)?.open().await?),
+        Some(_) => Some(Ways::of(&cli.disagg.transports)?.open().await?),
         None => None,
     };
     let metrics = Metrics::new();

@@ -115,7 +115,7 @@ async fn server_config(cli: &WorkerArgs, ways: &Ways, key: ModelKey, metrics: &M
         rdma: None,
         advertise: tcp.map(|address: SocketAddr| membership::host(cli, address)),
         unix,
-        tls: cli.disagg.session_tls().server()?,
+        tls: cli.disagg.transports.session_tls().server()?,
         token: membership::token(cli),
         model_key: key.to_string(),
         limits: transfer::Limits::default(),

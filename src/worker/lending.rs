@@ -10,7 +10,7 @@ use crate::{
     cache::LentPage,
     handoff::{
         Epoch, Forecast, Grant, HandoffId, Lender, LenderAction, LenderEvent, LenderTimeouts, MailboxWord, SessionId,
-        Slot, ToPrefill,
+        Slot, ToDecode, ToPrefill, WorkerId,
     },
     scheduler::{Candidate, Loan, Route, Router, Scheduler, SlotId},
     telemetry::{HandoffMetrics, HandoffPhase, TraceContext},
@@ -37,6 +37,9 @@ pub trait LendingPort: Send {
     /// A word of the mailbox, with acquire ordering.
     fn word(&self, slot: Slot) -> MailboxWord;
 
+    /// Somebody has claimed a job: it does not wait any more.
+    fn claimed(&mut self);
+
     /// Lets a session write to `pages` under this slot and epoch.
     fn permit(&mut self, session: SessionId, slot: Slot, epoch: Epoch, pages: Arc<[u32]>);
 
@@ -62,6 +65,9 @@ pub struct LendingConfig {
     /// How long to wait for what.
     pub timeouts: LenderTimeouts,
 }
+
+/// Pages lent to somebody who measures: enough for any link, and a moment's work to find.
+const SCRATCH_PAGES_MAX: usize = 256;
 
 type Pages = Box<[LentPage]>;
 
@@ -132,8 +138,39 @@ impl Lending {
         let now = Instant::now();
         // First, as a worker that completes and then leaves does so in this order.
         self.poll(now);
-        self.lender.on(event, now - self.started, &mut self.actions);
+        if let LenderEvent::Message { session, worker, message: ToDecode::Measure { pages } } = event {
+            self.lend_scratch(session, worker, pages as usize, scheduler, now);
+        } else {
+            self.lender.on(event, now - self.started, &mut self.actions);
+        }
         self.perform(scheduler, now);
+    }
+
+    /// Lends pages that nobody needs to somebody who measures.
+    fn lend_scratch(
+        &mut self,
+        session: SessionId,
+        worker: WorkerId,
+        wished: usize,
+        scheduler: &mut Scheduler,
+        now: Instant,
+    ) {
+        let pages = scheduler.lend_scratch(wished.min(SCRATCH_PAGES_MAX));
+        let numbers: Vec<u32> = pages.iter().map(LentPage::number).collect();
+        if numbers.is_empty() {
+            return self.port.send(session, ToPrefill::NoScratch);
+        }
+        match self.lender.lend_scratch(session, worker, HandoffId(rand::random()), pages, now - self.started) {
+            Ok((slot, epoch)) => {
+                // First, as with any grant.
+                self.port.permit(session, slot, epoch, numbers.as_slice().into());
+                self.port.send(session, ToPrefill::Scratch { slot, epoch, pages: numbers });
+            }
+            Err(pages) => {
+                scheduler.free_lent(pages);
+                self.port.send(session, ToPrefill::NoScratch);
+            }
+        }
     }
 
     /// Lends what a plan sends away. `trace` is what a sequence is part of.
@@ -255,6 +292,7 @@ impl Lending {
         let tokens = sequence.tokens();
         let lent = self.lender.pages(slot).map_or(&[][..], |pages| pages);
         let pages: Vec<u32> = lent.iter().map(LentPage::number).collect();
+        self.port.claimed();
         // First: whoever has the grant may write at once.
         self.port.permit(session, slot, epoch, pages.as_slice().into());
         let grant = Grant {

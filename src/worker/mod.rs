@@ -13,6 +13,7 @@ mod generation;
 mod handle;
 mod lender;
 mod lending;
+mod measure;
 mod membership;
 mod mock_runner;
 mod model;
@@ -34,13 +35,15 @@ pub use export::{Exporter, PrefillHandle, PrefillRequest};
 pub use generation::Generation;
 pub use handle::{ConfigError, EngineConfig, EngineHandle, EngineStatus, Snapshot};
 pub use lending::{LendingConfig, LendingPort};
+pub use measure::{Gauge, MeasureError, Measured};
 pub use mock_runner::MockModel;
 pub use post::{Inbox, Post, inbox};
 pub use ready::Ready;
 pub use request::{Event, FinishReason, Request, SubmitError, TokenOutput};
 pub use runner::{ModelRunner, Runner, RunnerError};
 pub(crate) use signals::Signals;
-pub use sizing::{KvRequest, KvSizing, SizingError, available_memory, size_kv};
+pub use sizing::{KvRequest, KvSizing, SizingError, available_memory, default_kv_bytes, size_kv};
+pub use ways::Ways;
 
 #[cfg(test)]
 mod fake;

@@ -35,6 +35,8 @@ pub(super) struct Loaded {
     /// What other workers have to have in common with it.
     pub(super) key: ModelKey,
     layout: KvLayout,
+    /// Of weights and shape.
+    fingerprint: [u8; 32],
 }
 
 /// Finds the model's files. Blocks, for minutes if they have to be downloaded.
@@ -76,7 +78,8 @@ pub(super) fn load(cli: &WorkerArgs, source: &ModelSource, shared: bool) -> Resu
         #[cfg(feature = "cuda")]
         Chosen::Cuda { .. } => CUDA_PAGE_ORDER,
     };
-    let key = ModelKey::new(&source.fingerprint()?, &layout, page_order);
+    let fingerprint = source.fingerprint()?;
+    let key = ModelKey::new(&fingerprint, &layout, page_order);
     // Before loading: what cannot be is said at once, and the model's tables are no longer than what is served.
     let weights = usize::try_from(source.weight_bytes()).unwrap_or(usize::MAX);
     let wish = KvRequest {
@@ -109,7 +112,7 @@ pub(super) fn load(cli: &WorkerArgs, source: &ModelSource, shared: bool) -> Resu
     if let Some(model) = &cli.mock {
         let region = KvRegion::shared(layout.region_shape()).context("cannot reserve a mock's pages")?;
         let runner = Box::new(MockRunner::new(model.clone(), region.clone(), layout.block_size));
-        return Ok(Loaded { runner, config, region: Some(region), key, layout });
+        return Ok(Loaded { runner, config, region: Some(region), key, layout, fingerprint });
     }
     let (runner, region) = match device {
         Chosen::Cpu => {
@@ -124,7 +127,7 @@ pub(super) fn load(cli: &WorkerArgs, source: &ModelSource, shared: bool) -> Resu
             load_into(engine_kernels::cuda::CudaBackend::new(device), source, limits, layout)?
         }
     };
-    Ok(Loaded { runner, config, region, key, layout })
+    Ok(Loaded { runner, config, region, key, layout, fingerprint })
 }
 
 fn load_into<B: Backend>(
@@ -165,6 +168,10 @@ impl Loaded {
             load_format: cli.load_format.as_str().to_owned(),
             kv_cache_dtype: dtype.to_owned(),
             block_size: self.layout.block_size,
+            layers: self.layout.region_shape().layers,
+            page_bytes: self.layout.region_shape().page_bytes,
+            page_order: CPU_PAGE_ORDER.to_owned(),
+            weights: self.fingerprint[..8].iter().map(|byte| format!("{byte:02x}")).collect(),
         }
     }
 }

@@ -132,10 +132,13 @@ impl LendingPort for ClusterPort {
         self.mailbox.load(slot)
     }
 
-    fn permit(&mut self, session: SessionId, slot: Slot, epoch: Epoch, pages: Arc<[u32]>) {
+    fn claimed(&mut self) {
         if let Some(depth) = self.view.depth() {
             self.view.set_depth(Some(depth.saturating_sub(1)));
         }
+    }
+
+    fn permit(&mut self, session: SessionId, slot: Slot, epoch: Epoch, pages: Arc<[u32]>) {
         self.with_sessions(|sessions| sessions.lend(session, slot, epoch, pages));
     }
 

@@ -11,7 +11,7 @@ use tokio::{
 };
 
 use super::{
-    Engine, EngineStatus, Ready,
+    Engine, EngineStatus, Gauge, Ready,
     desk::{self, Desk, Note, SharedDesk},
     membership::{self, Particulars},
     model,
@@ -19,7 +19,7 @@ use super::{
     ways::Ways,
 };
 use crate::{
-    api::{self, ServerConfig},
+    api::{self, Measure, ServerConfig, Shown},
     cli::{KvDTypeArg, LoadFormatArg, WorkerArgs},
     cluster::{Cluster, Joined, LeaseId, ModelKey, Needs, Role, WorkerCard, WorkerFilter, WorkerSet, find_model, join},
     handoff::{Borrower, BorrowerConfig, BorrowerEvent, BorrowerTimeouts, ToPrefill, WorkerId},
@@ -40,7 +40,7 @@ pub async fn run(mut cli: WorkerArgs, ready: impl FnOnce(Ready)) -> Result<()> {
         Joined::Member(cluster) => cluster,
         Joined::Alone(found) => bail!("a prefill worker needs a cluster: {found}"),
     };
-    let ways = Ways::of(&cli.disagg)?.open().await?;
+    let ways = Ways::of(&cli.disagg.transports)?.open().await?;
     let mut signals = Signals::new()?;
     let mut expected = None;
     if cli.model.is_none() {
@@ -72,7 +72,7 @@ pub async fn run(mut cli: WorkerArgs, ready: impl FnOnce(Ready)) -> Result<()> {
     let rdma = ways.register(move |adapters| Source::new(adapters, &pages)).await?;
     let transports = ways.names(rdma.is_some());
     let connector = ConnectorConfig {
-        tls: cli.disagg.session_tls().client()?,
+        tls: cli.disagg.transports.session_tls().client()?,
         token: membership::token(&cli),
         model_key: key.to_string(),
         timeout: CONNECT_TIME_MAX,
@@ -108,10 +108,17 @@ pub async fn run(mut cli: WorkerArgs, ready: impl FnOnce(Ready)) -> Result<()> {
         dead_jobs: metrics.engine.handoffs.dead_jobs.clone(),
     };
     tokio::spawn(shop.clone().take_notes(notes));
-    tokio::spawn(pull(shop, leaving.subscribe()));
+    tokio::spawn(pull(shop.clone(), leaving.subscribe()));
     ready(Ready { address, text: announcement(&name, address) });
 
-    let (failed, left) = (engine.clone(), leaving.subscribe());
+    let shown = Shown {
+        engine: engine.clone(),
+        metrics,
+        leaving: leaving.subscribe(),
+        cluster_token: cli.cluster.cluster_token.clone(),
+        measure: measuring(&shop, &cli, ways)?,
+    };
+    let failed = engine.clone();
     let shutdown = async {
         tokio::select! {
             _ = signals.next() => signals.leave_at_next(),
@@ -125,13 +132,28 @@ pub async fn run(mut cli: WorkerArgs, ready: impl FnOnce(Ready)) -> Result<()> {
         emptied(&desk).await;
     };
     let server = ServerConfig { connections_max: cli.max_connections, drain_timeout: cli.shutdown_timeout };
-    api::serve_status(listener, engine.clone(), metrics, server, left, shutdown, drain).await;
+    api::serve_status(listener, shown, server, shutdown, drain).await;
     if let EngineStatus::Failed { reason } = engine.status() {
         bail!("the engine failed: {reason}");
     }
     engine.stop();
     engine.stopped().await;
     Ok(())
+}
+
+/// Measures ways to decode workers for whoever asks, as this worker's pages would go.
+fn measuring(shop: &Shop, cli: &WorkerArgs, ways: Ways) -> Result<Measure> {
+    let gauge = Gauge::new(ways, &cli.disagg.transports, cli.cluster.cluster_token.as_deref())?;
+    let (workers, own) = (shop.decode_workers.clone(), shop.lease.clone());
+    Ok(Box::new(move |lease| {
+        let (gauge, decode) = (gauge.clone(), workers.borrow().get(&lease).cloned());
+        let own = WorkerId((*own.borrow()).map_or(0, |lease| lease.0));
+        let measuring = async move {
+            let decode = decode.ok_or_else(|| format!("there is no decode worker {lease} of this model"))?;
+            gauge.measure(&decode, own).await.map_err(|error| error.to_string())
+        };
+        Box::pin(measuring)
+    }))
 }
 
 /// What is done, and where to look at it.

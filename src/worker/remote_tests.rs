@@ -86,6 +86,8 @@ impl LendingPort for Port {
         MailboxWord::from_raw(self.wires.words[slot.0 as usize].load(Ordering::Acquire))
     }
 
+    fn claimed(&mut self) {}
+
     fn permit(&mut self, session: SessionId, slot: Slot, epoch: Epoch, pages: Arc<[u32]>) {
         assert_eq!(session, SESSION);
         self.wires.permitted.lock().unwrap().push((slot, epoch, pages));
@@ -398,6 +400,21 @@ fn a_silent_worker_is_asked_then_fenced() {
     decode.post.lender(LenderEvent::SessionClosed { session: SESSION });
     decode.post.lender(LenderEvent::SessionFenced { session: SESSION });
     decode.wait_until(|snapshot| snapshot.pages_quarantined == 0);
+}
+
+#[test]
+fn pages_are_lent_to_who_measures_and_come_back_with_its_word() {
+    let decode = decode(config(), 16);
+    let blocks = decode.handle.limits().blocks;
+    decode.says(ToDecode::Measure { pages: 10_000 });
+    let ToPrefill::Scratch { slot, epoch, pages } = decode.hears() else { panic!("there are pages to spare") };
+    assert_eq!(pages.len(), blocks / 8, "no more than an eighth of them");
+    assert_eq!(decode.wires.permitted.lock().unwrap().last().unwrap().2[..], pages[..]);
+    decode.says(ToDecode::Measure { pages: 1 });
+    assert_eq!(decode.hears(), ToPrefill::NoScratch, "one at a time");
+    let word = MailboxWord::new(epoch, Status::Done);
+    decode.wires.words[slot.0 as usize].store(word.raw(), Ordering::Release);
+    decode.wait_until(|snapshot| snapshot.pages_quarantined == 0 && snapshot.pages_free == blocks);
 }
 
 #[test]

@@ -88,7 +88,7 @@ pub fn size_kv(
     }
     let longest = wish.max_model_len.unwrap_or(model_positions);
     let useful = longest.div_ceil(page_tokens).saturating_mul(max_num_seqs);
-    let default_bytes = wish.device_bytes.unwrap_or((available / DEFAULT_SHARE).min(DEFAULT_BYTES_MAX));
+    let default_bytes = wish.device_bytes.unwrap_or_else(|| default_kv_bytes(available));
     let (blocks, why) = match (wish.blocks, wish.bytes) {
         (Some(blocks), _) => (blocks, "--kv-blocks".to_owned()),
         (None, Some(bytes)) => (bytes / page, "--kv-cache-memory".to_owned()),
@@ -125,6 +125,11 @@ pub fn size_kv(
         ));
     }
     Ok(KvSizing { blocks, max_model_len, explanation })
+}
+
+/// Most bytes the KV cache takes when nobody says how many, of `available` free ones.
+pub fn default_kv_bytes(available: usize) -> usize {
+    (available / DEFAULT_SHARE).min(DEFAULT_BYTES_MAX)
 }
 
 /// Memory the process may still take, in bytes: what the system has available, or what is left of the control group's

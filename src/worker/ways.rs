@@ -3,7 +3,7 @@
 use anyhow::{Context, Result, bail};
 
 use crate::{
-    cli::{DisaggArgs, TransportArg},
+    cli::{TransportArg, TransportArgs},
     transfer::{
         Adapters, RdmaError, Transport,
         rdma::{ChooseError, Wish},
@@ -11,13 +11,14 @@ use crate::{
 };
 
 /// The ways that are allowed.
-pub(super) struct Ways {
+#[derive(Clone)]
+pub struct Ways {
     /// Through memory that processes of a host share.
-    pub(super) shm: bool,
+    pub(crate) shm: bool,
     /// Through adapters, if there are any.
-    pub(super) rdma: bool,
+    pub(crate) rdma: bool,
     /// Through TCP.
-    pub(super) tcp: bool,
+    pub(crate) tcp: bool,
     /// Without adapters the worker does not start.
     rdma_needed: bool,
     wish: Wish,
@@ -25,9 +26,17 @@ pub(super) struct Ways {
 }
 
 impl Ways {
-    pub(super) fn of(disagg: &DisaggArgs) -> Result<Self> {
-        let asked_for = disagg.require_rdma || !disagg.rdma_device.is_empty() || disagg.rdma_gid_index.is_some();
-        let only = match disagg.transport {
+    /// These, and none of them needed.
+    pub fn among(transports: &[Transport]) -> Self {
+        let has = |transport| transports.contains(&transport);
+        let (shm, rdma, tcp) = (has(Transport::Shm), has(Transport::Rdma), has(Transport::Tcp));
+        Self { shm, rdma, tcp, rdma_needed: false, wish: Wish::default(), adapters: None }
+    }
+
+    /// As flags say; an error if they contradict each other.
+    pub fn of(args: &TransportArgs) -> Result<Self> {
+        let asked_for = args.require_rdma || !args.rdma_device.is_empty() || args.rdma_gid_index.is_some();
+        let only = match args.transport {
             TransportArg::Auto => None,
             TransportArg::Shm => Some(Transport::Shm),
             TransportArg::Rdma => Some(Transport::Rdma),
@@ -39,20 +48,20 @@ impl Ways {
         let allowed = |way| only.is_none_or(|only| only == way);
         let rdma_needed = asked_for || only == Some(Transport::Rdma);
         // Adapters do not encrypt: pages of workers that encrypt what goes over TCP use them only when told to.
-        let encrypted = disagg.session_cert.is_some() || disagg.session_ca.is_some();
+        let encrypted = args.session_cert.is_some() || args.session_ca.is_some();
         Ok(Self {
             shm: allowed(Transport::Shm),
             rdma: allowed(Transport::Rdma) && (rdma_needed || !encrypted),
-            tcp: allowed(Transport::Tcp) && !disagg.require_rdma,
+            tcp: allowed(Transport::Tcp) && !args.require_rdma,
             rdma_needed,
-            wish: Wish { devices: disagg.rdma_device.clone(), gid_index: disagg.rdma_gid_index },
+            wish: args.rdma_wish(),
             adapters: None,
         })
     }
 
     /// Opens the adapters, if they are allowed and there are any. Without them it is an error only if they were asked
     /// for.
-    pub(super) async fn open(mut self) -> Result<Self> {
+    pub async fn open(mut self) -> Result<Self> {
         if self.rdma {
             let wish = self.wish.clone();
             let opened = tokio::task::spawn_blocking(move || Adapters::open(&wish)).await;
@@ -62,7 +71,7 @@ impl Ways {
     }
 
     /// Registers memory with the adapters that are open, if any are.
-    pub(super) async fn register<T: Send + 'static>(
+    pub(crate) async fn register<T: Send + 'static>(
         &self,
         register: impl FnOnce(&Adapters) -> Result<T, RdmaError> + Send + 'static,
     ) -> Result<Option<T>> {
@@ -96,7 +105,7 @@ impl Ways {
     }
 
     /// What is offered, for operators to read.
-    pub(super) fn names(&self, rdma: bool) -> Vec<String> {
+    pub(crate) fn names(&self, rdma: bool) -> Vec<String> {
         let ways = [(self.shm, Transport::Shm), (rdma, Transport::Rdma), (self.tcp, Transport::Tcp)];
         ways.iter().filter(|(on, _)| *on).map(|(_, way)| way.name().to_owned()).collect()
     }
@@ -109,7 +118,7 @@ mod tests {
 
     fn ways(flags: &[&str]) -> Result<Ways> {
         match Role::try_parse_from([&["engine", "--is-prefill-worker"], flags].concat()).unwrap() {
-            Role::Prefill(worker) => Ways::of(&worker.disagg),
+            Role::Prefill(worker) => Ways::of(&worker.disagg.transports),
             other => panic!("{other:?}"),
         }
     }

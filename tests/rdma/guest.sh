@@ -1,13 +1,13 @@
 #!/bin/bash
-# Boots a throw-away machine with verbs devices, for programs that need some where there are none, and runs a plan in it:
-# QEMU, which emulates the processor and so needs neither root nor virtualisation, and Linux' soft-RoCE, which does
-# over an ordinary network interface what an RDMA adapter does.
+# Boots a throw-away machine with RDMA devices, for programs that need some where there are none, and runs a plan in it.
+# QEMU emulates the processor, and so needs neither root nor virtualisation; Linux' soft-RoCE does over an ordinary
+# network interface what an adapter does.
 #
 #   tests/rdma/guest.sh [FILE...] <plan
 #
-# Each line of the plan is: the seconds it may take, its name, and a command for busybox's shell. The first that fails is the
-# last. Each FILE is in the guest under the path it has here, without its symbols, together with the libraries it is
-# linked with. Ends with 0 if everything went well, 1 if a command failed, 125 if the guest gave no verdict.
+# Each line of the plan is: the seconds it may take, its name, and a command for busybox's shell. The first that fails
+# is the last. Each FILE is in the guest under the path it has here, without its symbols, together with the libraries it
+# is linked with. Ends with 0 if everything went well, 1 if a command failed, 125 if the guest gave no verdict.
 #
 # LIMIT (480) bounds the whole in seconds; MEMORY (2048) is the guest's, in MiB.
 set -euo pipefail
@@ -45,7 +45,8 @@ put() { # put <file> [<path in the guest>]: with its libraries, and theirs
     done
 }
 
-cat >"$root/plan"
+# The last line may lack its end.
+{ cat; echo; } >"$root/plan"
 put "$here/init.sh" /init
 put "$(command -v busybox)" /bin/busybox
 put "$(command -v ip)" /opt/ip
@@ -61,8 +62,10 @@ cp -r "$kernel/modules" "$root/modules"
 (cd "$root" && find . | cpio -o -H newc --quiet) >"$work/initrd"
 echo "guest: booting with $(du -m "$work/initrd" | cut -f 1) MB of files"
 
+# Without the instructions that take much longer emulated than what programs do where they lack them.
+cpu=max,avx2=off,fma=off,erms=off,fsrm=off
 status=0
-timeout -k 5 "$limit" qemu-system-x86_64 -accel tcg,thread=multi -cpu max -smp 2 -m "$memory" \
+timeout -k 5 "$limit" qemu-system-x86_64 -accel tcg,thread=multi -cpu "$cpu" -smp 2 -m "$memory" \
     -nodefaults -no-user-config -no-reboot -display none -serial stdio -device isa-debug-exit,iobase=0xf4,iosize=1 \
     -kernel "$kernel/vmlinuz" -initrd "$work/initrd" -append "console=ttyS0 panic=-1 quiet loglevel=1" </dev/null |
     sed -u 's/\r$//' || status=${PIPESTATUS[0]}

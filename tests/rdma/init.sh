@@ -64,7 +64,11 @@ device rxw1 w1
 echo "guest: $(uname -r), ready after $(seconds) s"
 
 # The plan is read on another descriptor, so that no command takes the rest of it for its input.
+steps=0
 while read -r limit name command <&3; do
+    [ -n "$limit" ] || continue
+    [ -n "$command" ] || fail "no command in the plan's line: $limit $name"
+    steps=$((steps + 1))
     echo
     echo "== $name: $command"
     started=$(seconds)
@@ -75,5 +79,6 @@ while read -r limit name command <&3; do
     [ $status != 137 ] || echo "== $name: killed, after its $limit s if nobody else did it"
     [ $status = 0 ] || fail "$name failed, and what follows it was not run"
 done 3</plan
+[ "$steps" -gt 0 ] || fail "nothing to do"
 echo "guest: all done after $(seconds) s"
 leave 52

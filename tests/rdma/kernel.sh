@@ -1,7 +1,7 @@
 #!/bin/bash
-# Fetches Debian's generic kernel for the guest of guest.sh, once a version of it, into the cache folder: the cloud kernel
-# has no soft-RoCE. Prints the folder, in which there are `vmlinuz`, and `modules`, which are loaded in the order of the
-# list `modules/order`.
+# Fetches Debian's generic kernel for the guest of guest.sh, once a version of it, into the cache folder: the cloud
+# kernel has no soft-RoCE. Prints the folder, in which there are `vmlinuz`, and `modules`, which are loaded in the order
+# of the list `modules/order`.
 set -euo pipefail
 
 cache=${XDG_CACHE_HOME:-$HOME/.cache}/engine
@@ -11,8 +11,10 @@ wanted="rdma_rxe crc32_generic veth"
 latest() { # the package that the newest series' package stands for, if apt knows any
     local series
     for series in linux-image-6.12-amd64 linux-image-amd64; do
-        apt-cache depends "$series" 2>/dev/null | awk '/Depends: linux-image-[0-9]/ { print $2; found = 1; exit } END { exit !found }' && return
+        apt-cache depends "$series" 2>/dev/null |
+            awk '/Depends: linux-image-[0-9]/ && !found { print $2; found = 1 } END { exit !found }' && return
     done
+    return 1
 }
 
 update() {
@@ -40,7 +42,9 @@ if [ ! -f "$target/modules/order" ]; then
     depmod --basedir . "$version"
     mkdir -p done/modules
     mv "boot/vmlinuz-$version" done/vmlinuz
-    for module in $wanted; do modprobe --dirname . --set-version "$version" --show-depends "$module"; done |
+    for module in $wanted; do
+        modprobe --dirname . --set-version "$version" --show-depends "$module"
+    done |
         awk '/^insmod/ && !seen[$2]++ { print $2 }' |
         while read -r file; do
             name=$(basename "${file%.xz}")

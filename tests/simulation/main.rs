@@ -127,6 +127,11 @@ fn a_closed_session_taken_for_a_fenced_one_is_noticed() {
 }
 
 #[test]
+fn a_word_that_may_overtake_its_data_is_noticed() {
+    is_noticed(Mutation::WordUnacknowledged);
+}
+
+#[test]
 fn an_adapter_that_goes_on_writing_after_the_fence_is_noticed() {
     is_noticed(Mutation::NotRefused);
 }

@@ -16,6 +16,8 @@ pub(crate) enum Mutation {
     ReleasedWhileWriting,
     /// A closed session is taken for a fenced one.
     ClosedIsFenced,
+    /// Over RDMA, the word is posted while its data is under way.
+    WordUnacknowledged,
     /// A fence over RDMA leaves the queue pair as it is.
     NotRefused,
     /// A lost lease is taken for death.

@@ -1,7 +1,7 @@
 //! Sessions. Over TCP everything is one ordered stream, and the receiver writes to memory, into pages it knows to be
 //! lent. Over shared memory messages are a stream, and the prefill worker's writer writes to memory, wherever it likes.
-//! Over RDMA they are a stream too, and what the writer posts is on its way beside it, and lands whatever becomes of the
-//! stream or the writer's process, until the decode worker's adapter is told to refuse it.
+//! Over RDMA they are a stream too, and what the writer posts is on its way beside it, and lands in any order, whatever
+//! becomes of the stream or the writer's process, until the decode worker's adapter is told to refuse it.
 
 use std::collections::VecDeque;
 
@@ -41,14 +41,22 @@ pub(crate) struct Link {
     to_prefill: u64,
     /// What the prefill worker's writer has before it.
     writer: VecDeque<Task>,
-    /// What it has posted to its adapter, and when the last of it lands.
-    under_way: VecDeque<Task>,
+    /// What it has posted to its adapter, and when all of it has landed.
+    under_way: Vec<(u64, Task)>,
+    posted: u64,
     to_memory: u64,
     /// The decode worker's adapter refuses what still comes.
     refused: bool,
     /// Loans taken back: the writer does nothing more for them.
     revoked: Vec<(Slot, Epoch)>,
     stepping: bool,
+}
+
+impl Link {
+    /// What is not done yet.
+    fn tasks(&self) -> impl Iterator<Item = &Task> {
+        self.writer.iter().chain(self.under_way.iter().map(|(_, task)| task))
+    }
 }
 
 /// What a writer does, in order.
@@ -132,7 +140,8 @@ impl World {
                 to_decode: self.now,
                 to_prefill: self.now,
                 writer: VecDeque::new(),
-                under_way: VecDeque::new(),
+                under_way: vec![],
+                posted: 0,
                 to_memory: self.now,
                 refused: false,
                 revoked: vec![],
@@ -219,7 +228,7 @@ impl World {
     /// Whether a prefill worker's writers have anything left to do for a handoff.
     pub(crate) fn is_writing(&self, prefill: usize, handoff: HandoffId) -> bool {
         let mut links = self.links.iter().filter(|link| link.prefill == prefill && link.prefill_open);
-        links.any(|link| link.writer.iter().chain(&link.under_way).any(|task| task.handoff() == handoff))
+        links.any(|link| link.tasks().any(|task| task.handoff() == handoff))
     }
 
     pub(crate) fn writer_step(&mut self, link: LinkId) {
@@ -239,11 +248,15 @@ impl World {
             return self.step_later(link);
         }
         match transport {
+            Transport::Rdma if self.must_wait(link, &task) => self.links[link].writer.push_front(task),
             Transport::Rdma => {
-                let lands = (self.now + self.delay()).max(self.links[link].to_memory);
-                self.links[link].to_memory = lands;
-                self.links[link].under_way.push_back(task);
-                self.at(lands, Event::Lands(link));
+                let lands = self.now + self.delay();
+                let on = &mut self.links[link];
+                on.posted += 1;
+                on.to_memory = on.to_memory.max(lands);
+                on.under_way.push((on.posted, task));
+                let number = on.posted;
+                self.at(lands, Event::Lands(link, number));
             }
             Transport::SharedMemory => {
                 self.perform(link, &task);
@@ -262,6 +275,12 @@ impl World {
         self.step_later(link);
     }
 
+    /// Whether a word's data is not acknowledged yet.
+    fn must_wait(&self, link: LinkId, task: &Task) -> bool {
+        let posted = !self.links[link].under_way.is_empty();
+        matches!(task, Task::Word(_)) && posted && self.mutation != Some(Mutation::WordUnacknowledged)
+    }
+
     fn perform(&mut self, link: LinkId, task: &Task) {
         match *task {
             Task::Write(write) => self.write(link, write),
@@ -270,9 +289,10 @@ impl World {
     }
 
     /// What is under way between adapters comes to the decode worker's.
-    pub(crate) fn lands(&mut self, link: LinkId) {
+    pub(crate) fn lands(&mut self, link: LinkId, number: u64) {
         let Link { prefill, prefill_open, refused, .. } = self.links[link];
-        let Some(task) = self.links[link].under_way.pop_front() else { return };
+        let Some(place) = self.links[link].under_way.iter().position(|(of, _)| *of == number) else { return };
+        let (_, task) = self.links[link].under_way.swap_remove(place);
         if refused {
             self.tally.sunk += 1;
             // Its adapter tells the writer, which is the end of the session there.
@@ -375,7 +395,7 @@ impl World {
         }
         note!(self, "session {link} is closed at prefill {prefill}");
         let writer = std::mem::take(&mut self.links[link].writer);
-        let under_way: Vec<HandoffId> = self.links[link].under_way.iter().filter_map(Task::of_write).collect();
+        let under_way: Vec<HandoffId> = self.links[link].tasks().filter_map(Task::of_write).collect();
         for handoff in writer.iter().filter_map(Task::of_write).chain(under_way) {
             self.tell_prefill(prefill, prefill::Heard::Wrote { handoff, writes: 1 });
         }

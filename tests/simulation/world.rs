@@ -62,7 +62,7 @@ pub(crate) enum Event {
     /// The prefill worker's transport hears that a loan was taken back.
     TakenBack(LinkId, Slot, Epoch),
     /// What a prefill worker's adapter was given comes to the decode worker's.
-    Lands(LinkId),
+    Lands(LinkId, u64),
     /// The decode worker's end notices that the session is over.
     HangUpDecode(LinkId),
     HangUpPrefill(LinkId),
@@ -309,7 +309,7 @@ impl World {
             Event::Turn(process, life) => self.turn(process, life),
             Event::WriterStep(link) => self.writer_step(link),
             Event::ToDecode(link, cargo) => self.land(link, cargo),
-            Event::Lands(link) => self.lands(link),
+            Event::Lands(link, number) => self.lands(link, number),
             Event::ToPrefill(link, message) => self.hear_prefill(link, *message),
             Event::TakenBack(link, slot, epoch) => self.taken_back(link, slot, epoch),
             Event::HangUpDecode(link) => self.hang_up_decode(link),

@@ -18,9 +18,10 @@ pub use connection::EtcdOptions;
 use std::sync::Arc;
 
 use bytes::Bytes;
+use etcd_client::{GetOptions, KeyValue};
 use tokio::sync::{oneshot, watch};
 
-use super::{ClusterError, Discovery, Lease, ModelKey, WorkerCard, WorkerFilter, WorkerSet};
+use super::{ClusterError, Discovery, Lease, LeaseId, ModelKey, WorkerCard, WorkerFilter, WorkerSet};
 use connection::Connection;
 use mirror::{Change, Mirror, Range};
 
@@ -35,6 +36,22 @@ impl Etcd {
     /// as one that goes away later.
     pub fn new(options: EtcdOptions, namespace: &str) -> Result<Self, ClusterError> {
         Ok(Self { connection: Connection::new(options)?, root: format!("/engine/{namespace}") })
+    }
+
+    /// The server's version.
+    pub async fn version(&self) -> Result<String, String> {
+        self.connection.call(async |mut client| client.status().await).await.map(|status| status.version().to_owned())
+    }
+
+    /// All workers that are registered now, with their cards, or why those cannot be read.
+    pub async fn cards(&self) -> Result<Vec<(LeaseId, Result<WorkerCard, String>)>, String> {
+        let (prefix, all) = (format!("{}/workers/", self.root), GetOptions::new().with_prefix());
+        let listed = self.connection.call(async |mut client| client.get(prefix, Some(all)).await).await?;
+        let card = |entry: &KeyValue| {
+            let lease = workers::lease_of(entry.key_str().ok()?)?;
+            Some((lease, WorkerCard::from_json(entry.value())))
+        };
+        Ok(listed.kvs().iter().filter_map(card).collect())
     }
 
     /// Waits until the server answers.

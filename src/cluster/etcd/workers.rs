@@ -130,7 +130,7 @@ impl Workers {
     }
 }
 
-fn lease_of(key: &str) -> Option<LeaseId> {
+pub(super) fn lease_of(key: &str) -> Option<LeaseId> {
     key.rsplit('/').next()?.parse().ok()
 }
 

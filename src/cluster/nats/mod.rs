@@ -27,6 +27,28 @@ pub struct Nats {
     namespace: String,
 }
 
+/// Where JetStream answers for an account.
+const ACCOUNT: &str = "$JS.API.INFO";
+
+/// The number of streams in JetStream's answer for an account.
+fn streams_of(answer: &[u8]) -> Result<usize, String> {
+    let answer: serde_json::Value = serde_json::from_slice(answer).map_err(|error| error.to_string())?;
+    match (answer["streams"].as_u64(), answer["error"]["description"].as_str()) {
+        (Some(streams), _) => Ok(streams as usize),
+        (None, Some(error)) => Err(error.to_owned()),
+        (None, None) => Err("an answer without a number of streams".to_owned()),
+    }
+}
+
+/// What a NATS server says of itself.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct NatsServer {
+    /// Its version.
+    pub version: String,
+    /// Streams it keeps for this account, or why it keeps none.
+    pub streams: Result<usize, String>,
+}
+
 impl Nats {
     /// Reads credentials, checks the servers' form, and begins to connect. A server that is away now is as good as one that
     /// goes away later.
@@ -34,6 +56,18 @@ impl Nats {
         let connection = connection::Connection::new(&options).await?;
         let jobs = Jobs::new(connection.clone(), namespace, options.ack_wait);
         Ok(Self { connection, jobs: Arc::new(jobs), namespace: namespace.to_owned() })
+    }
+
+    /// Waits until the server answers, and asks it what it is.
+    pub async fn server(&self) -> Result<NatsServer, String> {
+        self.connection.connected().await;
+        let client = &self.connection.client;
+        // Not through the client's own account query, which expects fields that servers before 2.10 do not send.
+        let streams = match client.request(ACCOUNT, Bytes::new()).await {
+            Ok(answer) => streams_of(&answer.payload),
+            Err(error) => Err(error.to_string()),
+        };
+        Ok(NatsServer { version: client.server_info().version, streams })
     }
 
     /// Waits until the server answers and keeps streams.
@@ -70,5 +104,19 @@ impl Loads for Nats {
 
     fn reports(&self) -> LoadStream {
         loads::reports(&self.connection, &self.namespace)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_account_has_streams_or_says_why_not() {
+        assert_eq!(streams_of(br#"{"type": "x", "memory": 0, "streams": 2, "consumers": 1}"#), Ok(2));
+        let refused = br#"{"error": {"code": 503, "err_code": 10039, "description": "JetStream not enabled"}}"#;
+        assert_eq!(streams_of(refused), Err("JetStream not enabled".to_owned()));
+        assert!(streams_of(b"{}").is_err());
+        assert!(streams_of(b"no json").is_err());
     }
 }

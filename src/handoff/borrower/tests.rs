@@ -106,6 +106,7 @@ fn tell(action: &BorrowerAction) -> String {
             ToDecode::Progress { tokens, .. } => format!("progress {tokens}"),
             ToDecode::Released { .. } => "released".into(),
             ToDecode::Failed { reason, .. } => format!("failed: {reason}"),
+            ToDecode::Measure { .. } => "measure".into(),
         },
         BorrowerAction::Prefill { .. } => "prefill".into(),
         BorrowerAction::Cancel { .. } => "cancel".into(),

@@ -289,3 +289,26 @@ fn a_leap_of_the_clock_ends_nobody_s_patience() {
     assert_eq!(bench.on(LenderEvent::Tick), []);
     assert_eq!(bench.pass(10).len(), 2);
 }
+
+#[test]
+fn pages_lent_to_who_measures_come_back_with_the_word_and_count_as_no_handoff() {
+    let mut bench = Bench::new();
+    let (slot, epoch) = bench.lender.lend_scratch(ALICE.0, ALICE.1, H, "pages", bench.now).unwrap();
+    assert_eq!(bench.lender.lent().collect::<Vec<_>>(), [(&"pages", true)]);
+    let refused = bench.lender.lend_scratch(BOB.0, BOB.1, HandoffId(8), "others", bench.now);
+    assert_eq!(refused, Err("others"), "one at a time");
+    bench.mailbox[slot.0 as usize] = MailboxWord::new(epoch, Status::Done);
+    assert_eq!(bench.poll(), [LenderAction::Free { pages: "pages" }]);
+    assert_eq!(bench.lender.open(), 0);
+}
+
+#[test]
+fn who_measures_and_falls_silent_is_fenced_before_the_pages_come_back() {
+    let mut bench = Bench::new();
+    bench.lender.lend_scratch(ALICE.0, ALICE.1, H, "pages", bench.now).unwrap();
+    assert_eq!(bench.pass(9), []);
+    assert_eq!(bench.pass(2), [LenderAction::Fence { session: ALICE.0 }]);
+    assert_eq!(bench.on(LenderEvent::SessionClosed { session: ALICE.0 }), []);
+    assert_eq!(bench.on(LenderEvent::WorkerGone { worker: ALICE.1 }), []);
+    assert_eq!(bench.on(LenderEvent::SessionFenced { session: ALICE.0 }), [LenderAction::Free { pages: "pages" }]);
+}

@@ -145,7 +145,10 @@ impl Connector {
         let offers = welcome.rdma.clone();
         let lanes = blocking(move || opening.connect(&offers)).await?;
         let mut poster = Poster::new(lanes, self.shared.region.shape(), self.remote_shape(&welcome));
-        poster.prove().await.map_err(RdmaError::Unreachable)?;
+        if let Err(error) = poster.prove().await {
+            drop(tokio::task::spawn_blocking(move || poster.close()));
+            return Err(RdmaError::Unreachable(error).into());
+        }
         Ok(self.start(socket, &welcome, own, Way::Rdma(Box::new(poster))))
     }
 
@@ -239,7 +242,8 @@ impl Connector {
         };
         let writer = Writer { inner: Arc::new(inner) };
         config.metrics.sessions.with_label_values(&[writer.transport().name()]).inc();
-        tracing::info!(session = id.0, worker = %own, transport = writer.transport().name(), "session to a decode worker opened");
+        let transport = writer.transport().name();
+        tracing::info!(session = id.0, worker = %own, transport, "session to a decode worker opened");
         let limits = Limits {
             message_bytes: welcome.message_bytes as usize,
             queued_bytes: usize::try_from(welcome.queued_bytes).unwrap_or(usize::MAX),

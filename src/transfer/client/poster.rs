@@ -4,7 +4,7 @@
 use std::collections::{HashMap, VecDeque};
 use std::future::poll_fn;
 use std::io;
-use std::task::Poll;
+use std::task::{Poll, ready};
 
 use super::reply::Reply;
 use crate::handoff::{Epoch, MailboxWord, Slot};
@@ -21,8 +21,12 @@ type Marks = [u64; LANES_MAX];
 
 /// Writes of one session, over one lane for each adapter it is striped over.
 ///
-/// A lane is a queue pair, which performs in order what is posted to it; so over one, the mailbox word follows its data
-/// with nothing in between. Over several, the data of the others is read back before the word is posted.
+/// One rule makes pages arrive before what speaks of them: nothing that lets somebody read or reuse pages is posted or
+/// sent while what was posted before may still be under way. Requests of a queue pair are complete in order, but a
+/// network that takes packets by several ways, and an adapter that places them as they come, may have the memory of a
+/// later write change before that of an earlier one. So a loan's word waits until everything before it is acknowledged,
+/// after which one adapter's writes keep their order; and where another path is taken, through a second adapter or the
+/// session's connection, until it was read back from the peer's memory as well.
 pub(super) struct Poster<L> {
     // Dropped first: nothing is read from our pages any more when those who wait hear that the session has ended.
     lanes: Vec<L>,
@@ -36,8 +40,10 @@ pub(super) struct Poster<L> {
     revoked: HashMap<Slot, Epoch>,
     /// The lane that gets the next write.
     next_lane: usize,
-    /// When the completion that is first in the queue may be posted: what was read back for it.
-    reading_back: Option<Marks>,
+    /// Requests of each lane that are known to be in the peer's memory, not only with its adapter.
+    settled: Marks,
+    /// Whether what is complete is being read back.
+    reading_back: bool,
     /// There is more to do that no event will tell of.
     unfinished: bool,
     /// Of the request that is being made.
@@ -73,7 +79,8 @@ impl<L: Lane> Poster<L> {
             complete: [0; LANES_MAX],
             revoked: HashMap::new(),
             next_lane: 0,
-            reading_back: None,
+            settled: [0; LANES_MAX],
+            reading_back: false,
             unfinished: false,
             pieces: Vec::new(),
             local,
@@ -81,16 +88,29 @@ impl<L: Lane> Poster<L> {
         }
     }
 
-    /// Returns when each lane has read from the peer's memory, which proves that both adapters reach each other.
+    /// Returns when each lane has written to the peer's memory and read from it, which proves that both adapters reach
+    /// each other, and with packets as large as they come.
     pub(super) async fn prove(&mut self) -> io::Result<()> {
-        let marks = self.read_back();
+        self.lanes.iter_mut().for_each(Lane::prove);
         self.ring()?;
         loop {
             self.look()?;
-            if self.is_complete(&marks) {
+            if self.is_complete(&self.added()) {
+                self.settled = self.added();
                 return Ok(());
             }
             self.event().await?;
+        }
+    }
+
+    /// Ends the connections, and then tells those who wait: nothing is read from our pages any more. Blocks.
+    pub(super) fn close(self) {
+        let Self { lanes, queue, posted, .. } = self;
+        // All of them, even if one cannot be ended.
+        let ended: Vec<_> = lanes.into_iter().map(Lane::close).collect();
+        if let Some(error) = ended.into_iter().find_map(Result::err) {
+            tracing::error!(%error, "pages that are being written stay as they are: their adapter cannot be stopped");
+            std::mem::forget((queue, posted));
         }
     }
 
@@ -119,19 +139,16 @@ impl<L: Lane> Poster<L> {
     pub(super) fn revoke(&mut self, loan: Loan) {
         self.revoked.insert(loan.0, loan.1);
         let marks = self.added();
-        for (i, operation) in std::mem::take(&mut self.queue).into_iter().enumerate() {
+        for operation in std::mem::take(&mut self.queue) {
             match operation {
                 Operation::Write(of, _, reply) | Operation::Complete(of, _, reply) if of == loan => {
-                    if i == 0 {
-                        self.reading_back = None;
-                    }
                     // Part of the first may be under way.
                     self.posted.push_back(Posted { marks, then: Then::Answer(reply, Err(WriteError::Revoked)) });
                 }
                 other => self.queue.push_back(other),
             }
         }
-        self.posted.push_back(Posted { marks, then: Then::Send(Frame::Stopped(loan)) });
+        self.queue.push_front(Operation::Send(Frame::Stopped(loan)));
     }
 
     /// Posts what there is room for, and answers what is done; frames whose turn has come are left in `frames`.
@@ -152,6 +169,7 @@ impl<L: Lane> Poster<L> {
     pub(super) async fn event(&mut self) -> io::Result<()> {
         poll_fn(|context| {
             if self.unfinished {
+                ready!(tokio::task::coop::poll_proceed(context)).made_progress();
                 return Poll::Ready(Ok(()));
             }
             let mut woken = Poll::Pending;
@@ -182,20 +200,32 @@ impl<L: Lane> Poster<L> {
         while let Some(operation) = self.queue.pop_front() {
             let then = match operation {
                 Operation::Write(loan, mut requests, reply) => {
-                    if !self.post_write(&mut requests)? {
+                    let posted = self.post_write(&mut requests);
+                    if !matches!(posted, Ok(true)) {
+                        // After an error too: who waits is told when the lanes are gone.
                         self.queue.push_front(Operation::Write(loan, requests, reply));
+                        posted?;
                         break;
                     }
                     Then::Answer(reply, Ok(()))
                 }
                 Operation::Complete(loan, word, reply) => {
-                    if !self.post_word(loan.0, word)? {
+                    // Over several lanes, the word's does not keep the order of the others.
+                    if !self.arrived(self.lanes.len() > 1) {
                         self.queue.push_front(Operation::Complete(loan, word, reply));
                         break;
                     }
+                    self.lanes[0].word(loan.0, word);
                     Then::Answer(reply, Ok(()))
                 }
-                Operation::Send(frame) => Then::Send(frame),
+                Operation::Send(frame) => {
+                    // The connection does not keep the adapters' order.
+                    if !self.arrived(true) {
+                        self.queue.push_front(Operation::Send(frame));
+                        break;
+                    }
+                    Then::Send(frame)
+                }
             };
             self.posted.push_back(Posted { marks: self.added(), then });
         }
@@ -210,36 +240,29 @@ impl<L: Lane> Poster<L> {
             let lane = &mut self.lanes[free];
             let Some(to) = requests.next(lane.limits(), &mut self.pieces) else { return Ok(true) };
             lane.write(to, &self.pieces);
+            self.reading_back = false;
             self.next_lane = (free + 1) % self.lanes.len();
         }
     }
 
-    /// Whether it is posted: there has to be room, and over several lanes their data must have been read back.
-    fn post_word(&mut self, slot: Slot, word: MailboxWord) -> io::Result<bool> {
-        if self.lanes.iter().any(|lane| lane.room() == 0) {
-            self.ring()?;
-            if self.lanes.iter().any(|lane| lane.room() == 0) {
-                return Ok(false);
-            }
+    /// Whether everything that was posted is acknowledged, and if that is not enough, `in_memory`. There is room then.
+    fn arrived(&mut self, in_memory: bool) -> bool {
+        let added = self.added();
+        if self.settled == added {
+            return true;
         }
-        if self.lanes.len() > 1 {
-            match self.reading_back {
-                None => {
-                    self.reading_back = Some(self.read_back());
-                    return Ok(false);
-                }
-                Some(marks) if !self.is_complete(&marks) => return Ok(false),
-                Some(_) => self.reading_back = None,
-            }
+        if !self.is_complete(&added) {
+            return false;
         }
-        self.lanes[0].word(slot, word);
-        Ok(true)
-    }
-
-    /// Asks each lane for a piece of the peer's memory; how many requests that makes.
-    fn read_back(&mut self) -> Marks {
-        self.lanes.iter_mut().for_each(Lane::read_back);
-        self.added()
+        if !in_memory {
+            return true;
+        }
+        if !std::mem::replace(&mut self.reading_back, true) {
+            self.lanes.iter_mut().for_each(Lane::read_back);
+            return false;
+        }
+        (self.reading_back, self.settled) = (false, added);
+        true
     }
 
     /// The next lane that has room.

@@ -131,7 +131,7 @@ impl ClientSession {
             Path::Rdma(poster) => {
                 // The adapter is done with our pages before anybody hears that their writes have failed. That it
                 // cannot be awaited any more if the process ends is no loss.
-                let _ = tokio::task::spawn_blocking(move || drop(poster)).await;
+                let _ = tokio::task::spawn_blocking(move || poster.close()).await;
             }
             Path::Shm { orders, standing } => {
                 standing.close();
@@ -179,14 +179,14 @@ impl ClientSession {
                         self.frame(frame)?;
                     }
                 }
-                event = self.path.event() => {
-                    event?;
-                    self.post()?;
-                }
                 written = self.outbound.write_some(&self.socket), if !self.outbound.is_empty() => {
                     for pages in written? {
                         pages.reply.into_iter().for_each(|reply| reply.send(Ok(())));
                     }
+                }
+                event = self.path.event() => {
+                    event?;
+                    self.post()?;
                 }
             }
         }

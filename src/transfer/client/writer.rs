@@ -44,7 +44,8 @@ impl Writer {
     }
 
     /// Writes pages under a loan. The `remote` pages must be among those lent, and each `(layer, remote)` written once
-    /// under it: what goes over several adapters is in no order but before the loan's last word. Until `done` is called, the `local` pages must not change; after it, they are not read any more.
+    /// under it: what goes over adapters is in no order but before the loan's last word. Until `done` is called, the
+    /// `local` pages must not change; after it, they are not read any more.
     pub fn write(
         &self,
         slot: Slot,

@@ -8,6 +8,7 @@ use std::sync::Arc;
 use ibverbs_sys as sys;
 
 use super::library::{Verbs, verbs};
+use super::queue_pair::QueuePair;
 use super::{Choice, RdmaError, SYSFS_CLASS, Wish, choose, devices};
 use crate::transfer::Region;
 
@@ -19,8 +20,6 @@ pub(super) struct Adapter {
     pub(super) domain: NonNull<sys::ibv_pd>,
     /// Which port, under which address.
     pub(super) choice: Choice,
-    /// Of the port, as it is now.
-    pub(super) mtu: sys::ibv_mtu,
     /// Most bytes of one request.
     pub(super) message_bytes_max: usize,
     /// Most requests in a send queue.
@@ -40,7 +39,13 @@ pub(super) fn open(wish: &Wish) -> Result<Vec<Arc<Adapter>>, RdmaError> {
     let devices = devices(Path::new(SYSFS_CLASS)).map_err(RdmaError::List)?;
     // Before the library, so that a host without RDMA is told what it lacks.
     let choices = choose(&devices, wish)?;
-    choices.into_iter().map(|choice| Adapter::open(choice).map(Arc::new)).collect()
+    let open = |choice| {
+        let adapter = Arc::new(Adapter::open(choice)?);
+        // What cannot make one of these, as EFA cannot, is no use, and better found out now.
+        QueuePair::new(&adapter, 1, 1)?;
+        Ok(adapter)
+    };
+    choices.into_iter().map(open).collect()
 }
 
 /// The error a call of verbs returned, or left in `errno`.
@@ -61,39 +66,33 @@ impl Adapter {
             return Err(RdmaError::Device { device, action: "make a protection domain", source });
         };
         // From here on dropping it gives both back.
-        let mut adapter = Self {
-            verbs,
-            context,
-            domain,
-            choice,
-            mtu: sys::IBV_MTU_1024,
-            message_bytes_max: 0,
-            requests_max: 0,
-            pieces_max: 0,
-        };
+        let mut adapter = Self { verbs, context, domain, choice, message_bytes_max: 0, requests_max: 0, pieces_max: 0 };
         adapter.ask_for_limits()?;
         Ok(adapter)
     }
 
     fn ask_for_limits(&mut self) -> Result<(), RdmaError> {
-        // SAFETY: both are plain numbers, for which zeroes are values.
-        let (mut device, mut port): (sys::ibv_device_attr, sys::ibv_port_attr) = unsafe { (zeroed(), zeroed()) };
+        // SAFETY: plain numbers, for which zeroes are values.
+        let mut device: sys::ibv_device_attr = unsafe { zeroed() };
         // SAFETY: the context is open, and the structure as large as what is written there.
         let result = unsafe { (self.verbs.query_device)(self.context.as_ptr(), &raw mut device) };
         if result != 0 {
             return Err(self.error("tell its limits", failed(result)));
         }
-        // SAFETY: as before; the function writes a beginning of the structure.
-        let result = unsafe { (self.verbs.query_port)(self.context.as_ptr(), self.choice.port, &raw mut port) };
-        if result != 0 {
-            return Err(self.error("tell what its port is like", failed(result)));
-        }
         let positive = |number: c_int| usize::try_from(number).unwrap_or(0).max(1);
-        self.mtu = port.active_mtu;
-        self.message_bytes_max = port.max_msg_sz as usize;
+        self.message_bytes_max = self.port()?.max_msg_sz as usize;
         self.requests_max = positive(device.max_qp_wr);
         self.pieces_max = positive(device.max_sge);
         Ok(())
+    }
+
+    /// What its port is like now: subnet managers give other addresses, and links come back with other packets.
+    pub(super) fn port(&self) -> Result<sys::ibv_port_attr, RdmaError> {
+        // SAFETY: plain numbers, for which zeroes are values.
+        let mut port: sys::ibv_port_attr = unsafe { zeroed() };
+        // SAFETY: the context is open; the function writes a beginning of the structure.
+        let result = unsafe { (self.verbs.query_port)(self.context.as_ptr(), self.choice.port, &raw mut port) };
+        if result == 0 { Ok(port) } else { Err(self.error("tell what its port is like", failed(result))) }
     }
 
     /// An error of this device's.
@@ -158,8 +157,10 @@ unsafe impl Sync for Registered {}
 pub(super) enum Access {
     /// This process's own adapter alone reads and writes it.
     Own,
-    /// Peers write it, and read it back.
-    Peers,
+    /// Peers write it.
+    Written,
+    /// Peers write it and read it.
+    WrittenAndRead,
 }
 
 impl Registered {
@@ -170,7 +171,10 @@ impl Registered {
             // as the zeroes they read as, by kernels that do not look ahead.
             Access::Own => sys::ibv_access_flags::IBV_ACCESS_LOCAL_WRITE.0,
             // No relaxed ordering: the word behind the pages must not overtake them on its way through PCIe.
-            Access::Peers => {
+            Access::Written => {
+                sys::ibv_access_flags::IBV_ACCESS_LOCAL_WRITE.0 | sys::ibv_access_flags::IBV_ACCESS_REMOTE_WRITE.0
+            }
+            Access::WrittenAndRead => {
                 sys::ibv_access_flags::IBV_ACCESS_LOCAL_WRITE.0
                     | sys::ibv_access_flags::IBV_ACCESS_REMOTE_WRITE.0
                     | sys::ibv_access_flags::IBV_ACCESS_REMOTE_READ.0

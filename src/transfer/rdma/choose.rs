@@ -91,6 +91,16 @@ pub enum ChooseError {
         /// What there is.
         found: String,
     },
+    /// The device is of another kind.
+    #[error(
+        "port {port} of RDMA device {device} is neither InfiniBand nor RoCE (EFA, for one); use --transport tcp there"
+    )]
+    OtherKind {
+        /// The device.
+        device: String,
+        /// The port.
+        port: u8,
+    },
     /// The port has no address at the place that was asked for.
     #[error("port {port} of RDMA device {device} has no address at index {index} of its GID table; it has {found}")]
     NoSuchGid {
@@ -188,6 +198,9 @@ fn address<'a>(device: &Device, port: &'a Port, wish: &Wish) -> Result<&'a Gid, 
         let gids = port.gids.iter().map(|gid| format!("index {}: {} {}", gid.index, gid.kind, gid.address()));
         listed(gids)
     };
+    if port.link == Link::Other {
+        return Err(ChooseError::OtherKind { device: device.name.clone(), port: port.number });
+    }
     if let Some(index) = wish.gid_index {
         return port.gids.iter().find(|gid| gid.index == index).ok_or_else(|| ChooseError::NoSuchGid {
             device: device.name.clone(),
@@ -199,6 +212,7 @@ fn address<'a>(device: &Device, port: &'a Port, wish: &Wish) -> Result<&'a Gid, 
     let usable = port.gids.iter().filter(|gid| match port.link {
         Link::InfiniBand => gid.index == 0,
         Link::Ethernet => gid.kind == GidKind::RoceV2,
+        Link::Other => false,
     });
     usable.min_by_key(|gid| (preference(gid), gid.index)).ok_or_else(|| ChooseError::NoAddress {
         device: device.name.clone(),
@@ -207,16 +221,16 @@ fn address<'a>(device: &Device, port: &'a Port, wish: &Wish) -> Result<&'a Gid, 
     })
 }
 
-/// Lower is better. Routers forward the first two; a link-local address reaches who is on the same segment; a loopback
-/// address reaches nobody else.
+/// Lower is better. Routers forward the first two. A loopback address reaches this host alone, and is found on an
+/// interface whose link-local address reaches nobody at all. A link-local address reaches who is on the same segment.
 fn preference(gid: &Gid) -> usize {
     let address = gid.address();
     match gid.ipv4() {
-        Some(v4) if v4.is_loopback() => 4,
-        Some(v4) if v4.is_link_local() => 3,
+        Some(v4) if v4.is_loopback() => 2,
+        Some(v4) if v4.is_link_local() => 5,
         Some(_) => 0,
-        None if address.is_loopback() => 4,
-        None if address.is_unicast_link_local() => 2,
+        None if address.is_loopback() => 3,
+        None if address.is_unicast_link_local() => 4,
         None => 1,
     }
 }
@@ -287,6 +301,15 @@ mod tests {
         let mut devices = host();
         devices[0].ports[0].gids.retain(|gid| gid.kind == GidKind::RoceV1);
         assert_eq!(chosen(&choose(&devices, &Wish::default()).unwrap()), [("mlx5_2", 1, 0)]);
+    }
+
+    #[test]
+    fn a_device_that_is_neither_infiniband_nor_roce_is_passed_over_and_refused_by_name() {
+        let mut devices = host();
+        devices[0].ports[0].link = Link::Other;
+        assert_eq!(chosen(&choose(&devices, &Wish::default()).unwrap()), [("mlx5_2", 1, 0)]);
+        let error = choose(&devices, &wish(&["mlx5_0"], None)).unwrap_err();
+        assert!(error.to_string().contains("mlx5_0 is neither InfiniBand nor RoCE"), "{error}");
     }
 
     #[test]

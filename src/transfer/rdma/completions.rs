@@ -59,7 +59,7 @@ impl Completions {
         loop {
             let mut polled = [sys::ibv_wc::default(); POLLED_MAX];
             // SAFETY: the queue lives, and is that of a live context, which has the operation.
-            let poll = unsafe { (*self.queue.as_ref().context).ops.poll_cq };
+            let poll = unsafe { (*(*self.queue.as_ptr()).context).ops.poll_cq };
             let poll = poll.ok_or_else(|| io::Error::from(io::ErrorKind::Unsupported))?;
             // SAFETY: there is room for as many as are asked for, and `&mut self`.
             let count = unsafe { poll(self.queue.as_ptr(), POLLED_MAX as i32, polled.as_mut_ptr()) };
@@ -81,7 +81,7 @@ impl Completions {
     /// Asks to be woken at the next completion. One that is already there wakes nobody, so poll afterwards.
     pub(super) fn arm(&mut self) -> io::Result<()> {
         // SAFETY: the queue lives, and is that of a live context.
-        let arm = unsafe { (*self.queue.as_ref().context).ops.req_notify_cq };
+        let arm = unsafe { (*(*self.queue.as_ptr()).context).ops.req_notify_cq };
         let arm = arm.ok_or_else(|| io::Error::from(io::ErrorKind::Unsupported))?;
         // SAFETY: as above.
         let result = unsafe { arm(self.queue.as_ptr(), 0) };
@@ -140,7 +140,7 @@ impl Drop for Completions {
 fn meaning(status: sys::ibv_wc_status::Type) -> &'static str {
     use sys::ibv_wc_status as status_of;
     match status {
-        status_of::IBV_WC_RETRY_EXC_ERR => "the peer's adapter does not answer",
+        status_of::IBV_WC_RETRY_EXC_ERR => "the peer's adapter does not answer, at least not to packets of this size",
         status_of::IBV_WC_REM_ACCESS_ERR => "the peer's adapter refused the address or the key",
         status_of::IBV_WC_REM_INV_REQ_ERR => "the peer's adapter refused the request",
         status_of::IBV_WC_REM_OP_ERR => "the peer's adapter could not perform it",

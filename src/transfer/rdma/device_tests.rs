@@ -377,17 +377,37 @@ async fn handoffs_over_two_adapters_arrive_whole() {
 #[tokio::test]
 #[ignore = "needs an RDMA device: make test-rdma"]
 async fn a_loan_that_is_taken_back_gets_no_more_and_the_session_goes_on() {
-    let mut decode = Decode::start(SHAPE, &["rxe0"]).await;
-    let (connector, _) = prefill(SHAPE, &["rxe0"]);
+    let shape = RegionShape { layers: 2, pages: 64, page_bytes: 64 << 10 };
+    let mut decode = Decode::start(shape, &["rxe0"]).await;
+    let (connector, _) = prefill(shape, &["rxe0"]);
     let (id, session) = session(&mut decode, &connector).await;
     decode.lend(id, Slot(0), epoch(1));
+    let copies: Vec<_> = (0..64).map(|page| PageCopy { layer: 0, local: page, remote: page }).collect();
+    let (done, mut answers) = tokio::sync::mpsc::unbounded_channel();
+    for _ in 0..20 {
+        let done = done.clone();
+        session.writer().write(Slot(0), epoch(1), copies.clone(), move |result| {
+            let _ = done.send(result);
+        });
+    }
+    soon(async {
+        while content(&decode.region, 0, 0) != Some(mark(0, 0)) {
+            tokio::task::yield_now().await;
+        }
+    })
+    .await;
     decode.server.revoke(id, Slot(0), epoch(1));
     assert_eq!(decode.event().await, SessionEvent::Revoked { session: id, slot: Slot(0), epoch: epoch(1) });
-    let copies = vec![PageCopy { layer: 0, local: 1, remote: 1 }];
-    let refused = write(&session.writer(), Slot(0), epoch(1), copies.clone()).await;
-    assert_eq!(refused, Err(WriteError::Revoked));
-    assert_eq!(content(&decode.region, 0, 1), Some(UNTOUCHED));
+    fill(&decode.region, UNTOUCHED);
+    let mut revoked = 0;
+    for _ in 0..20 {
+        revoked += usize::from(soon(answers.recv()).await.unwrap() == Err(WriteError::Revoked));
+    }
+    assert!(revoked > 0, "nothing was under way");
+    assert_eq!(write(&session.writer(), Slot(0), epoch(1), copies.clone()).await, Err(WriteError::Revoked));
+    assert!(layer(&decode.region, 0).iter().all(|&byte| byte == UNTOUCHED));
     write(&session.writer(), Slot(0), epoch(2), copies).await.unwrap();
+    complete(&session.writer(), Slot(0), epoch(2), Status::Done).await.unwrap();
     assert_eq!(content(&decode.region, 0, 1), Some(mark(0, 1)));
 }
 

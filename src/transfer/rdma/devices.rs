@@ -75,6 +75,8 @@ pub enum Link {
     InfiniBand,
     /// Ethernet: RoCE.
     Ethernet,
+    /// Something that has no queue pairs of the kind used here, as EFA.
+    Other,
 }
 
 /// An address of a port: an entry of its GID table.
@@ -118,6 +120,7 @@ impl fmt::Display for Link {
         f.write_str(match self {
             Self::InfiniBand => "InfiniBand",
             Self::Ethernet => "Ethernet",
+            Self::Other => "neither InfiniBand nor Ethernet",
         })
     }
 }
@@ -193,7 +196,8 @@ fn device(name: String, folder: &Path, class: &Path) -> Device {
 fn port(number: u8, folder: &Path, device: &Path, class: &Path) -> Port {
     let link = match text(&folder.join("link_layer")).as_deref() {
         Some("Ethernet") => Link::Ethernet,
-        _ => Link::InfiniBand,
+        Some("InfiniBand") => Link::InfiniBand,
+        _ => Link::Other,
     };
     let mut gids: Vec<Gid> = numbered(&folder.join("gids"))
         .filter_map(|index| u8::try_from(index).ok())
@@ -225,7 +229,7 @@ fn gid(index: u8, port: &Path, link: Link) -> Option<Gid> {
     }
     let attributes = port.join("gid_attrs");
     let kind = match (link, text(&attributes.join("types").join(&index_name)).as_deref()) {
-        (Link::InfiniBand, _) => GidKind::Ib,
+        (Link::InfiniBand | Link::Other, _) => GidKind::Ib,
         (Link::Ethernet, Some("RoCE v2")) => GidKind::RoceV2,
         // "IB/RoCE v1"; and without a word, the kind that is never chosen unasked.
         (Link::Ethernet, _) => GidKind::RoceV1,
@@ -380,8 +384,9 @@ pub(super) mod testing {
                 ("ports/1/link_layer", "Ethernet"),
             ],
         );
-        write_gid(&soft.join("ports/1"), 0, "fe80:0000:0000:0000:0200:00ff:fe00:0000", "", "");
+        write_gid(&soft.join("ports/1"), 0, "fe80:0000:0000:0000:0200:00ff:fe00:0000", "RoCE v2", "lo");
         write_gid(&soft.join("ports/1"), 1, "0000:0000:0000:0000:0000:ffff:7f00:0001", "RoCE v2", "lo");
+        write_gid(&soft.join("ports/1"), 2, "0000:0000:0000:0000:0000:0000:0000:0001", "", "");
         class
     }
 }
@@ -443,6 +448,10 @@ mod tests {
         assert_eq!(soft.rate_gbps, 2.5);
         assert_eq!((soft.netdev.as_deref(), soft.netdev_mtu), (Some("lo"), Some(65536)));
         let kinds: Vec<_> = soft.gids.iter().map(|gid| gid.kind).collect();
-        assert_eq!(kinds, [GidKind::RoceV1, GidKind::RoceV2], "without an attribute, the kind never chosen unasked");
+        assert_eq!(
+            kinds,
+            [GidKind::RoceV2, GidKind::RoceV2, GidKind::RoceV1],
+            "without an attribute, the kind never chosen unasked"
+        );
     }
 }

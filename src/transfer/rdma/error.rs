@@ -38,8 +38,8 @@ pub enum RdmaError {
     },
     /// Memory could not be registered.
     #[error(
-        "RDMA device {device}: cannot register {bytes} bytes of KV memory: {source}; registered memory is locked, so \
-         raise the limit of locked memory (ulimit -l unlimited, LimitMEMLOCK=infinity, --ulimit memlock=-1)"
+        "RDMA device {device}: cannot register {bytes} bytes of KV memory: {source}; if it is for want of memory, raise \
+         the limit of locked memory (ulimit -l unlimited, LimitMEMLOCK=infinity, --ulimit memlock=-1)"
     )]
     Register {
         /// The device.
@@ -62,6 +62,9 @@ pub enum RdmaError {
     #[error("the peer's queue pairs do not fit ours")]
     Peer,
     /// Nothing comes back from the peer.
-    #[error("the adapters do not reach each other: {0}")]
+    #[error(
+        "the adapters do not reach each other with packets of their size: {0}; see that the network between them lets \
+         UDP port 4791 and their MTU through"
+    )]
     Unreachable(io::Error),
 }

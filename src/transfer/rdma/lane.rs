@@ -5,23 +5,24 @@ use std::task::{Context, Poll, ready};
 
 use ibverbs_sys as sys;
 
+use super::RdmaError;
 use super::queue_pair::QueuePair;
 use super::requests::{Piece, RequestLimits};
-use super::source::SourceLane;
+use super::source::{SCRATCH, SourceLane};
 use super::target::Offer;
 use crate::handoff::{MailboxWord, Slot};
 use crate::transfer::mailbox::SLOT_BYTES;
 
-/// Requests that are posted and not complete, at most, per connection: with pages of 64 KiB some 30 MB under way, several
-/// times what the fastest links hold.
+/// Requests that are posted and not complete, at most, per connection: up to 64 MiB under way, several times what the
+/// fastest links hold.
 pub(super) const DEPTH: usize = 512;
 /// Requests posted with one doorbell, at most.
 pub(in super::super) const CHAIN_MAX: usize = 128;
 /// One in so many requests reports that it is complete, and for all before it; the last of a chain always does.
 const SIGNALLED_EVERY: usize = 64;
 /// Bytes of one request, at most. A loan that is taken back waits for the requests under way.
-const REQUEST_BYTES_MAX: usize = 1 << 20;
-/// Pieces of memory in one request, at most: what fits into a send queue's entry of 256 bytes.
+const REQUEST_BYTES_MAX: usize = 128 << 10;
+/// Pieces of memory in one request, at most: what keeps a send queue's entry within 192 bytes.
 const PIECES_MAX: usize = 8;
 
 /// One connection of a session, as whoever writes sees it: requests are added to a chain, the chain is posted, and
@@ -39,9 +40,12 @@ pub(in super::super) trait Lane {
     /// Adds the write of a mailbox word.
     fn word(&mut self, slot: Slot, word: MailboxWord);
 
-    /// Adds a read of the peer's memory. When it is complete, what was written before is not only accepted by the
-    /// peer's adapter but in its memory, since the answer had to follow it through PCIe.
+    /// Adds a read of the peer's memory, for when all before it is complete. When it is complete too, what was written
+    /// is not only accepted by the peer's adapter but in its memory, since the answer had to follow it through PCIe.
     fn read_back(&mut self);
+
+    /// Adds a write and a read of what fills the largest packet, both of memory that is there for this.
+    fn prove(&mut self);
 
     /// Posts what was added.
     fn ring(&mut self) -> io::Result<()>;
@@ -54,9 +58,12 @@ pub(in super::super) trait Lane {
 
     /// Waits until more may be complete than [`Lane::completed`] last said.
     fn poll_event(&mut self, context: &mut Context<'_>) -> Poll<io::Result<()>>;
+
+    /// Ends the connection. After an error what is under way may stay so for ever. Blocks.
+    fn close(self) -> Result<(), RdmaError>;
 }
 
-/// How the requests of a lane are held within its limits: [`Lane`] over an adapter.
+/// A [`Lane`] through an adapter.
 pub(in super::super) struct RdmaLane {
     // Dropped first: then nothing of it is under way any more.
     pair: QueuePair,
@@ -90,6 +97,13 @@ impl RdmaLane {
         let limits = RequestLimits { bytes_max, pieces_max: pieces_max as usize };
         let (chain, pieces) = (Vec::with_capacity(CHAIN_MAX), Vec::with_capacity(CHAIN_MAX * limits.pieces_max));
         Self { pair, source, offer, chain, pieces, limits, depth: depth as usize, added: 0, completed: 0 }
+    }
+
+    /// Adds a request between the two scratch pages.
+    fn add_scratch(&mut self, opcode: sys::ibv_wr_opcode::Type, bytes: u32) {
+        let scratch = &self.source.scratch;
+        self.pieces.push(sys::ibv_sge { addr: scratch.address(), length: bytes, lkey: scratch.local_key() });
+        self.add(opcode, self.offer.scratch_address, self.offer.scratch_key, 1);
     }
 
     fn add(&mut self, opcode: sys::ibv_wr_opcode::Type, address: u64, key: u32, pieces: usize) {
@@ -137,9 +151,13 @@ impl Lane for RdmaLane {
     }
 
     fn read_back(&mut self) {
-        let scratch = &self.source.scratch;
-        self.pieces.push(sys::ibv_sge { addr: scratch.address(), length: 8, lkey: scratch.local_key() });
-        self.add(sys::ibv_wr_opcode::IBV_WR_RDMA_READ, self.offer.region_address, self.offer.region_key, 1);
+        self.add_scratch(sys::ibv_wr_opcode::IBV_WR_RDMA_READ, 8);
+    }
+
+    fn prove(&mut self) {
+        for opcode in [sys::ibv_wr_opcode::IBV_WR_RDMA_WRITE, sys::ibv_wr_opcode::IBV_WR_RDMA_READ] {
+            self.add_scratch(opcode, SCRATCH.page_bytes as u32);
+        }
     }
 
     fn ring(&mut self) -> io::Result<()> {
@@ -147,14 +165,18 @@ impl Lane for RdmaLane {
         let (inline, signalled) = (sys::ibv_send_flags::IBV_SEND_INLINE.0, sys::ibv_send_flags::IBV_SEND_SIGNALED.0);
         let mut words = [0u64; CHAIN_MAX];
         let mut piece = 0;
-        let requests = self.chain.as_mut_ptr();
-        for i in 0..=last {
-            let request = &mut self.chain[i];
+        let (requests, pieces) = (self.chain.as_mut_ptr(), self.pieces.as_mut_ptr());
+        for (i, word) in words.iter_mut().enumerate().take(last + 1) {
+            // SAFETY: within the chain, which nothing else refers to here.
+            let request = unsafe { &mut *requests.add(i) };
+            // SAFETY: each request has as many pieces as were pushed for it, in the same order.
+            request.sg_list = unsafe { pieces.add(piece) };
             if request.send_flags & inline != 0 {
-                words[i] = self.pieces[piece].addr;
-                self.pieces[piece].addr = (&raw const words[i]) as u64;
+                // SAFETY: the request's only piece.
+                let piece = unsafe { &mut *request.sg_list };
+                *word = piece.addr;
+                piece.addr = (&raw const *word) as u64;
             }
-            request.sg_list = &raw mut self.pieces[piece];
             piece += request.num_sge as usize;
             if i == last || (i + 1) % SIGNALLED_EVERY == 0 {
                 request.send_flags |= signalled;
@@ -187,5 +209,9 @@ impl Lane for RdmaLane {
         let completions = self.pair.completions();
         ready!(completions.poll_event(context))?;
         Poll::Ready(completions.arm())
+    }
+
+    fn close(self) -> Result<(), RdmaError> {
+        self.pair.fence()
     }
 }

@@ -15,15 +15,27 @@ use super::{Link, RdmaError};
 
 /// Reads that may be under way at a time; they only ask whether what was written is there.
 const READS_MAX: u8 = 1;
+/// `IBV_QPF_GRH_REQUIRED` of a port.
+const GRH_REQUIRED: u8 = 1;
 /// Hops that packets may take.
 const HOPS_MAX: u8 = 64;
-/// How long the adapter waits for an acknowledgement: 4.096 µs × 2^17, half a second.
-const ACKNOWLEDGED_IN: u8 = 17;
-/// How often it tries again, which makes some four seconds: longer than a link takes to come back, shorter than a
+/// How long the adapter waits for an acknowledgement: 4.096 µs × 2^16, a quarter of a second; some take up to four times
+/// as long.
+const ACKNOWLEDGED_IN: u8 = 16;
+/// How often it tries again, which makes two to eight seconds: longer than a link takes to come back, shorter than a
 /// session takes to give up its peer. 7, the most, is for ever to some adapters, soft-RoCE among them.
 const RETRIES: u8 = 6;
 /// Bytes of a request that may stand in the request itself: a mailbox word.
 pub(super) const INLINE_BYTES: u32 = 8;
+
+/// What a pair lets its peer do.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Peers {
+    /// Nothing.
+    Refused,
+    /// Write and read what is registered for it.
+    Allowed,
+}
 
 /// One end of a connection between two adapters, as the other end has to know it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -44,6 +56,8 @@ pub(super) struct QueuePair {
     // Dropped before its completion queue.
     pair: Pair,
     sequence: u32,
+    /// Of the port, when this was made.
+    port: sys::ibv_port_attr,
     completions: Completions,
     adapter: Arc<Adapter>,
 }
@@ -63,6 +77,7 @@ impl QueuePair {
     /// A queue pair that is not connected, with room for `requests` that are posted and not complete, each of at most
     /// `pieces` pieces of memory.
     pub(super) fn new(adapter: &Arc<Adapter>, requests: u32, pieces: u32) -> Result<Self, RdmaError> {
+        let port = adapter.port()?;
         let completions = Completions::new(adapter, requests)?;
         // SAFETY: numbers and pointers, for which zeroes are values.
         let mut wanted: sys::ibv_qp_init_attr = unsafe { zeroed() };
@@ -84,7 +99,7 @@ impl QueuePair {
         let pair = Pair { handle, verbs: adapter.verbs };
         // 24 bits; not 0, so that a peer that was not told it is noticed.
         let sequence = rand::random::<u32>() >> 8 | 1;
-        Ok(Self { pair, sequence, completions, adapter: adapter.clone() })
+        Ok(Self { pair, sequence, port, completions, adapter: adapter.clone() })
     }
 
     /// For the peer.
@@ -92,19 +107,18 @@ impl QueuePair {
         let choice = &self.adapter.choice;
         Endpoint {
             gid: choice.gid,
-            lid: choice.lid,
+            lid: self.port.lid,
             infiniband: choice.link == Link::InfiniBand,
             // SAFETY: the pair lives; its number never changes.
-            number: unsafe { self.pair.handle.as_ref() }.qp_num,
+            number: unsafe { (*self.pair.handle.as_ptr()).qp_num },
             sequence: self.sequence,
             // One of five small numbers.
-            mtu: self.adapter.mtu as u8,
+            mtu: self.port.active_mtu as u8,
         }
     }
 
-    /// Connects to `peer`, which from now on may write and read what is registered for peers. Blocks while the kernel
-    /// finds the way to it.
-    pub(super) fn connect(&self, peer: &Endpoint) -> Result<(), RdmaError> {
+    /// Connects to `peer`, which may from now on do what `peers` says. Blocks while the kernel finds the way to it.
+    pub(super) fn connect(&self, peer: &Endpoint, peers: Peers) -> Result<(), RdmaError> {
         let choice = &self.adapter.choice;
         if peer.infiniband != (choice.link == Link::InfiniBand) || !(1..=5).contains(&peer.mtu) {
             return Err(RdmaError::Peer);
@@ -115,23 +129,28 @@ impl QueuePair {
             |to| {
                 to.qp_state = sys::ibv_qp_state::IBV_QPS_INIT;
                 to.port_num = choice.port;
-                to.qp_access_flags =
-                    sys::ibv_access_flags::IBV_ACCESS_REMOTE_WRITE.0 | sys::ibv_access_flags::IBV_ACCESS_REMOTE_READ.0;
+                to.qp_access_flags = match peers {
+                    Peers::Refused => 0,
+                    Peers::Allowed => {
+                        sys::ibv_access_flags::IBV_ACCESS_REMOTE_WRITE.0
+                            | sys::ibv_access_flags::IBV_ACCESS_REMOTE_READ.0
+                    }
+                };
             },
         )?;
         let way = Mask::IBV_QP_AV | Mask::IBV_QP_PATH_MTU | Mask::IBV_QP_DEST_QPN | Mask::IBV_QP_RQ_PSN;
         let mask = way | Mask::IBV_QP_MAX_DEST_RD_ATOMIC | Mask::IBV_QP_MIN_RNR_TIMER;
         self.modify("find a way to the peer's", mask, |to| {
             to.qp_state = sys::ibv_qp_state::IBV_QPS_RTR;
-            to.path_mtu = self.adapter.mtu.min(sys::ibv_mtu::from(peer.mtu));
+            to.path_mtu = self.port.active_mtu.min(sys::ibv_mtu::from(peer.mtu));
             to.dest_qp_num = peer.number;
             to.rq_psn = peer.sequence;
             to.max_dest_rd_atomic = READS_MAX;
             to.min_rnr_timer = 12;
             to.ah_attr.port_num = choice.port;
             to.ah_attr.dlid = peer.lid;
-            // Always on Ethernet; on InfiniBand where a router lies between.
-            to.ah_attr.is_global = u8::from(!peer.infiniband || peer.gid[..8] != choice.gid[..8]);
+            // By its GID always on Ethernet, and where an InfiniBand port takes nothing else.
+            to.ah_attr.is_global = u8::from(!peer.infiniband || self.port.flags & GRH_REQUIRED != 0);
             to.ah_attr.grh.dgid = sys::ibv_gid { raw: peer.gid };
             to.ah_attr.grh.sgid_index = choice.gid_index;
             to.ah_attr.grh.hop_limit = HOPS_MAX;
@@ -184,7 +203,7 @@ impl QueuePair {
     pub(super) unsafe fn post(&mut self, first: *mut sys::ibv_send_wr) -> io::Result<()> {
         let mut refused = null_mut();
         // SAFETY: the context lives as long as the pair does.
-        let post = unsafe { (*self.pair.handle.as_ref().context).ops.post_send };
+        let post = unsafe { (*(*self.pair.handle.as_ptr()).context).ops.post_send };
         let post = post.ok_or_else(|| io::Error::from(io::ErrorKind::Unsupported))?;
         // SAFETY: the caller's promise, and `&mut self`.
         let result = unsafe { post(self.pair.handle.as_ptr(), first, &raw mut refused) };

@@ -2,13 +2,14 @@ use std::sync::Arc;
 
 use super::adapter::{Access, Registered};
 use super::lane::{RdmaLane, queue_size};
-use super::queue_pair::{Endpoint, QueuePair};
+use super::queue_pair::{Endpoint, Peers, QueuePair};
 use super::target::Offer;
 use super::{Adapters, Link, RdmaError};
 use crate::transfer::{Region, RegionShape};
 
-/// Memory that only a read back goes to.
-const SCRATCH: RegionShape = RegionShape { layers: 1, pages: 1, page_bytes: 4096 };
+/// Memory that holds nothing: what adapters write and read to see whether the other is there. As large as the largest
+/// packet.
+pub(super) const SCRATCH: RegionShape = RegionShape { layers: 1, pages: 1, page_bytes: 4096 };
 
 /// A prefill worker's KV memory, registered for its adapters to read. Clones are the same.
 #[derive(Clone)]
@@ -72,7 +73,7 @@ impl Opening {
             return Err(RdmaError::Peer);
         }
         let connect = |((mut pair, lane), offer): ((QueuePair, Arc<SourceLane>), &Offer)| {
-            pair.connect(&offer.endpoint)?;
+            pair.connect(&offer.endpoint, Peers::Refused)?;
             let armed = pair.completions().arm();
             armed.map_err(|source| lane.region.adapter.error("report completions", source))?;
             Ok(RdmaLane::new(pair, lane, offer.clone()))

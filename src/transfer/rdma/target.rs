@@ -3,7 +3,8 @@ use std::sync::Arc;
 use serde::{Deserialize, Serialize};
 
 use super::adapter::{Access, Registered};
-use super::queue_pair::{Endpoint, QueuePair};
+use super::queue_pair::{Endpoint, Peers, QueuePair};
+use super::source::SCRATCH;
 use super::{Adapters, RdmaError, RdmaPort};
 use crate::transfer::{Mailbox, Region};
 
@@ -20,6 +21,7 @@ pub struct Target {
 struct TargetLane {
     region: Registered,
     mailbox: Registered,
+    scratch: Registered,
 }
 
 /// One adapter's part of a session, as the prefill worker has to know it.
@@ -30,6 +32,8 @@ pub(in super::super) struct Offer {
     pub(super) region_key: u32,
     pub(super) mailbox_address: u64,
     pub(super) mailbox_key: u32,
+    pub(super) scratch_address: u64,
+    pub(super) scratch_key: u32,
 }
 
 impl std::fmt::Debug for Target {
@@ -43,9 +47,11 @@ impl Target {
     /// seconds if they are large.
     pub fn new(adapters: &Adapters, region: &Region, mailbox: &Mailbox) -> Result<Self, RdmaError> {
         let lane = |adapter| {
+            let scratch = Region::private(SCRATCH).map_err(RdmaError::Scratch)?;
             Ok(TargetLane {
-                region: Registered::new(adapter, region, Access::Peers)?,
-                mailbox: Registered::new(adapter, mailbox.region(), Access::Peers)?,
+                region: Registered::new(adapter, region, Access::Written)?,
+                mailbox: Registered::new(adapter, mailbox.region(), Access::Written)?,
+                scratch: Registered::new(adapter, &scratch, Access::WrittenAndRead)?,
             })
         };
         Ok(Self { lanes: adapters.0.iter().map(lane).collect::<Result<_, RdmaError>>()? })
@@ -67,13 +73,15 @@ impl Target {
         for (lane, peer) in self.lanes.iter().zip(peers) {
             // Nothing is ever posted to it.
             let pair = QueuePair::new(&lane.region.adapter, 1, 1)?;
-            pair.connect(peer)?;
+            pair.connect(peer, Peers::Allowed)?;
             offers.push(Offer {
                 endpoint: pair.endpoint(),
                 region_address: lane.region.address(),
                 region_key: lane.region.remote_key(),
                 mailbox_address: lane.mailbox.address(),
                 mailbox_key: lane.mailbox.remote_key(),
+                scratch_address: lane.scratch.address(),
+                scratch_key: lane.scratch.remote_key(),
             });
             granted.pairs.push(pair);
         }

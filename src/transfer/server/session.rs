@@ -275,8 +275,11 @@ async fn fence(granted: Granted) -> bool {
             tracing::error!(%error, "a session over RDMA cannot be fenced; the pages lent to it stay in quarantine");
             false
         }
-        // The runtime is going, and the process with it.
-        Err(_) => false,
+        Err(error) => {
+            // The runtime is going, and the process with it, or else this is worth knowing.
+            tracing::error!(%error, "a session over RDMA was not fenced; the pages lent to it stay in quarantine");
+            false
+        }
     }
 }
 

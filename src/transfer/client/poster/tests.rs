@@ -11,7 +11,7 @@ use proptest::prelude::*;
 use super::*;
 use crate::handoff::Status;
 use crate::transfer::PageCopy;
-use crate::transfer::rdma::{CHAIN_MAX, RequestLimits};
+use crate::transfer::rdma::{CHAIN_MAX, RdmaError, RequestLimits};
 use crate::transfer::runs::coalesce;
 
 const SHAPE: RegionShape = RegionShape { layers: 2, pages: 128, page_bytes: 16 };
@@ -22,7 +22,7 @@ const LIMITS: RequestLimits = RequestLimits { bytes_max: 40, pieces_max: 3 };
 struct Peer {
     memory: Vec<Option<u64>>,
     words: Vec<(Slot, MailboxWord, Vec<Option<u64>>)>,
-    /// Writes by lane that the adapter has accepted, and nobody can see yet.
+    /// Writes by lane that the adapter has taken, and that are not in memory yet.
     on_the_way: Vec<Vec<(u64, u64)>>,
 }
 
@@ -32,14 +32,19 @@ enum Request {
     ReadBack,
 }
 
+/// What a lane was given: requests, and whether the peer's adapter has taken them. It may take them in any order, as
+/// networks with several ways have it; they are complete in the order in which they were posted.
+type Taken = VecDeque<(Request, bool)>;
+
 struct FakeLane {
     _alive: Arc<()>,
     depth: usize,
     chain: Vec<Request>,
-    posted: Rc<RefCell<VecDeque<Request>>>,
+    posted: Rc<RefCell<Taken>>,
     chains: Rc<RefCell<Vec<usize>>>,
     added: u64,
     done: Rc<RefCell<u64>>,
+    broken: Rc<RefCell<bool>>,
 }
 
 impl Lane for FakeLane {
@@ -64,11 +69,18 @@ impl Lane for FakeLane {
         self.add(Request::ReadBack);
     }
 
+    fn prove(&mut self) {
+        self.add(Request::ReadBack);
+    }
+
     fn ring(&mut self) -> io::Result<()> {
+        if *self.broken.borrow() {
+            return Err(io::ErrorKind::OutOfMemory.into());
+        }
         if !self.chain.is_empty() {
             self.chains.borrow_mut().push(self.chain.len());
         }
-        self.posted.borrow_mut().extend(self.chain.drain(..));
+        self.posted.borrow_mut().extend(self.chain.drain(..).map(|request| (request, false)));
         Ok(())
     }
 
@@ -83,6 +95,10 @@ impl Lane for FakeLane {
     fn poll_event(&mut self, _: &mut Context<'_>) -> Poll<io::Result<()>> {
         Poll::Pending
     }
+
+    fn close(self) -> Result<(), RdmaError> {
+        if *self.broken.borrow() { Err(RdmaError::Peer) } else { Ok(()) }
+    }
 }
 
 impl FakeLane {
@@ -96,17 +112,18 @@ impl FakeLane {
 /// The adapters: what the tests let happen.
 struct Fabric {
     peer: Rc<RefCell<Peer>>,
-    lanes: Vec<(Rc<RefCell<VecDeque<Request>>>, Rc<RefCell<u64>>)>,
+    lanes: Vec<(Rc<RefCell<Taken>>, Rc<RefCell<u64>>)>,
     /// Requests of each chain that was posted.
     chains: Rc<RefCell<Vec<usize>>>,
+    /// Whether posting and closing fail.
+    broken: Rc<RefCell<bool>>,
     /// Of this and the lanes.
     alive: Arc<()>,
 }
 
 fn start(lanes: usize, depth: usize) -> (Poster<FakeLane>, Fabric) {
     let peer = Peer { memory: vec![None; SHAPE.total_bytes()], words: Vec::new(), on_the_way: vec![Vec::new(); lanes] };
-    let peer = Rc::new(RefCell::new(peer));
-    let (chains, alive) = (Rc::default(), Arc::new(()));
+    let (peer, chains, broken, alive) = (Rc::new(RefCell::new(peer)), Rc::default(), Rc::default(), Arc::new(()));
     let lane = |_| FakeLane {
         _alive: alive.clone(),
         depth,
@@ -115,43 +132,46 @@ fn start(lanes: usize, depth: usize) -> (Poster<FakeLane>, Fabric) {
         chains: Rc::clone(&chains),
         added: 0,
         done: Rc::default(),
+        broken: Rc::clone(&broken),
     };
     let lanes: Vec<_> = (0..lanes).map(lane).collect();
     let handles = lanes.iter().map(|lane| (lane.posted.clone(), lane.done.clone())).collect();
-    (Poster::new(lanes, SHAPE, SHAPE), Fabric { peer, lanes: handles, chains, alive })
+    (Poster::new(lanes, SHAPE, SHAPE), Fabric { peer, lanes: handles, chains, broken, alive })
 }
 
 impl Fabric {
-    /// Performs the first request of a lane, if there is one. Over one lane, a write is in memory before what follows
-    /// it; over several, before what follows the next read of its own lane.
-    fn perform(&self, lane: usize) -> bool {
+    /// Lets the peer's adapter take one of a lane's requests, of those that wait the one that `which` picks. What it
+    /// took before is then in memory: one adapter keeps the order of what it does there.
+    fn take(&self, lane: usize, which: usize) -> bool {
         let (posted, done) = &self.lanes[lane];
-        let Some(request) = posted.borrow_mut().pop_front() else { return false };
+        let mut posted = posted.borrow_mut();
+        let waiting: Vec<usize> = (0..posted.len()).filter(|&i| !posted[i].1).collect();
+        let Some(&picked) = waiting.get(which % waiting.len().max(1)) else { return false };
+        posted[picked].1 = true;
         let mut peer = self.peer.borrow_mut();
-        match request {
-            Request::Write(mut to, pieces) => {
-                for Piece { offset, bytes } in pieces {
-                    for i in 0..u64::from(bytes) {
-                        peer.on_the_way[lane].push((to, offset + i));
-                        to += 1;
-                    }
-                }
+        match &posted[picked].0 {
+            Request::Write(to, pieces) => {
+                let from = pieces.iter().flat_map(|piece| piece.offset..piece.offset + u64::from(piece.bytes));
+                peer.on_the_way[lane].extend((*to..).zip(from));
             }
             Request::Word(slot, word) => {
                 peer.settle(lane);
                 let seen = peer.memory.clone();
-                peer.words.push((slot, word, seen));
+                peer.words.push((*slot, *word, seen));
             }
             Request::ReadBack => peer.settle(lane),
         }
-        *done.borrow_mut() += 1;
+        while posted.pop_front_if(|(_, taken)| *taken).is_some() {
+            *done.borrow_mut() += 1;
+        }
         true
     }
 
-    fn perform_all(&self) -> bool {
+    /// Lets all lanes' requests be taken, in order.
+    fn take_all(&self) -> bool {
         let mut any = false;
         for lane in 0..self.lanes.len() {
-            while self.perform(lane) {
+            while self.take(lane, 0) {
                 any = true;
             }
         }
@@ -160,6 +180,16 @@ impl Fabric {
 
     fn settle(&self) {
         (0..self.lanes.len()).for_each(|lane| self.peer.borrow_mut().settle(lane));
+    }
+
+    /// Whether anything may still be written to these pages.
+    fn is_under_way(&self, pages: std::ops::Range<u32>) -> bool {
+        let inside = |to: u64| pages.contains(&((to as usize % SHAPE.layer_stride() / SHAPE.page_bytes) as u32));
+        let peer = self.peer.borrow();
+        let waits =
+            |(request, taken): &(Request, bool)| matches!(request, Request::Write(to, _) if !taken && inside(*to));
+        self.lanes.iter().any(|(posted, _)| posted.borrow().iter().any(waits))
+            || peer.on_the_way.iter().flatten().any(|&(to, _)| inside(to))
     }
 }
 
@@ -202,17 +232,24 @@ fn runs(copies: &[PageCopy]) -> Vec<RunCopy> {
 }
 
 #[test]
-fn over_one_lane_the_word_goes_right_behind_its_data_and_128_pages_with_one_doorbell() {
+fn scattered_pages_go_128_with_one_doorbell_and_the_word_when_all_are_acknowledged() {
     let (mut poster, fabric) = start(1, 512);
     let (answers, mut frames) = (Answers::default(), Vec::new());
     let (loan, copies) = ((Slot(1), epoch(1)), pages((0..64).map(|i| (2 * i, 2 * i))));
     poster.write(loan, runs(&copies), reply(&answers, 0));
     poster.complete(loan, MailboxWord::new(loan.1, Status::Done), reply(&answers, 1));
     poster.advance(&mut frames).unwrap();
-    // Nothing waits for an answer of the peer.
-    assert_eq!(*fabric.chains.borrow(), [128, 1]);
-    assert!(answers.lock().unwrap().is_empty());
-    fabric.perform_all();
+    assert_eq!(*fabric.chains.borrow(), [128]);
+    // All but the first, which comes last.
+    for _ in 1..128 {
+        fabric.take(0, 1);
+        poster.advance(&mut frames).unwrap();
+    }
+    assert!(answers.lock().unwrap().is_empty() && fabric.chains.borrow().len() == 1);
+    fabric.take(0, 0);
+    poster.advance(&mut frames).unwrap();
+    assert_eq!(*answers.lock().unwrap(), [(0, Ok(()))]);
+    fabric.take_all();
     poster.advance(&mut frames).unwrap();
     assert_eq!(*answers.lock().unwrap(), [(0, Ok(())), (1, Ok(()))]);
     let peer = fabric.peer.borrow();
@@ -229,11 +266,11 @@ fn over_several_lanes_the_word_waits_until_the_data_of_each_was_read_back() {
     poster.complete(loan, MailboxWord::new(loan.1, Status::Done), reply(&answers, 1));
     poster.advance(&mut frames).unwrap();
     // The first lane is done with all it has long before the others are.
-    while fabric.perform(0) {
+    while fabric.take(0, 0) {
         poster.advance(&mut frames).unwrap();
     }
     assert!(fabric.peer.borrow().words.is_empty());
-    while fabric.perform_all() {
+    while fabric.take_all() {
         poster.advance(&mut frames).unwrap();
     }
     let peer = fabric.peer.borrow();
@@ -248,10 +285,10 @@ fn what_finds_no_room_waits_for_it() {
     let copies = pages((0..16).map(|i| (i, 2 * i)));
     poster.write((Slot(0), epoch(1)), runs(&copies), reply(&answers, 0));
     poster.advance(&mut frames).unwrap();
-    for performed in 0..copies.len() {
+    for taken in 0..copies.len() {
         assert!(fabric.lanes[0].0.borrow().len() <= 2);
-        assert!(answers.lock().unwrap().is_empty(), "{performed} of {} are done", copies.len());
-        assert!(fabric.perform(0));
+        assert!(answers.lock().unwrap().is_empty(), "{taken} of {} are done", copies.len());
+        assert!(fabric.take(0, 0));
         poster.advance(&mut frames).unwrap();
     }
     assert_eq!(*answers.lock().unwrap(), [(0, Ok(()))]);
@@ -264,8 +301,10 @@ fn a_message_follows_what_was_written_before_it() {
     poster.write((Slot(0), epoch(1)), runs(&pages([(0, 0)])), reply(&answers, 0));
     poster.send(Frame::Message("after".into()));
     poster.advance(&mut frames).unwrap();
-    assert!(frames.is_empty());
-    fabric.perform_all();
+    assert!(fabric.take(0, 0) && fabric.take(0, 0));
+    poster.advance(&mut frames).unwrap();
+    assert!(frames.is_empty(), "what was written is with the adapter, and may not be in memory");
+    fabric.take_all();
     poster.advance(&mut frames).unwrap();
     assert_eq!(frames, [Frame::Message("after".into())]);
 }
@@ -284,10 +323,13 @@ fn of_a_loan_that_is_taken_back_nothing_more_is_posted_and_stopped_follows_what_
     poster.advance(&mut frames).unwrap();
     assert_eq!(*answers.lock().unwrap(), [(3, Err(WriteError::Revoked))], "two writes of it are still under way");
     assert!(frames.is_empty());
-    assert!(fabric.perform(0) && fabric.perform(0));
+    assert!(fabric.take(0, 0) && fabric.take(0, 0));
+    poster.advance(&mut frames).unwrap();
+    assert!(frames.is_empty());
+    assert!(fabric.take(0, 0), "they are read back");
     poster.advance(&mut frames).unwrap();
     assert_eq!(frames, [Frame::Stopped(loan)]);
-    fabric.perform_all();
+    fabric.take_all();
     poster.advance(&mut frames).unwrap();
     let revoked = Err(WriteError::Revoked);
     assert_eq!(*answers.lock().unwrap(), [(3, revoked), (0, revoked), (1, revoked), (2, Ok(()))]);
@@ -296,14 +338,34 @@ fn of_a_loan_that_is_taken_back_nothing_more_is_posted_and_stopped_follows_what_
 }
 
 #[test]
-fn those_who_wait_hear_of_the_end_after_the_lanes_are_gone() {
+fn those_who_wait_hear_of_the_end_when_the_lanes_are_gone_also_if_posting_failed() {
+    for broken in [false, true] {
+        let (mut poster, fabric) = start(1, 2);
+        let lanes = Arc::downgrade(&fabric.alive);
+        let heard = Arc::new(Mutex::new(None));
+        let hears = heard.clone();
+        poster.write((Slot(0), epoch(1)), runs(&pages((0..8).map(|i| (i, 2 * i)))), {
+            Reply::new(move |result| *hears.lock().unwrap() = Some((result, lanes.strong_count())))
+        });
+        *fabric.broken.borrow_mut() = broken;
+        assert_eq!(poster.advance(&mut Vec::new()).is_err(), broken);
+        assert_eq!(*heard.lock().unwrap(), None);
+        *fabric.broken.borrow_mut() = false;
+        drop(fabric);
+        poster.close();
+        assert_eq!(*heard.lock().unwrap(), Some((Err(WriteError::Closed), 0)));
+    }
+}
+
+#[test]
+fn where_an_adapter_cannot_be_stopped_nobody_is_told_that_it_was() {
     let (mut poster, fabric) = start(1, 2);
-    let lanes = Arc::downgrade(&fabric.alive);
-    poster.write((Slot(0), epoch(1)), runs(&pages([(0, 0)])), {
-        Reply::new(move |result| assert_eq!((result, lanes.strong_count()), (Err(WriteError::Closed), 0)))
-    });
-    drop(fabric);
-    drop(poster);
+    let answers = Answers::default();
+    poster.write((Slot(0), epoch(1)), runs(&pages([(0, 0)])), reply(&answers, 0));
+    poster.advance(&mut Vec::new()).unwrap();
+    *fabric.broken.borrow_mut() = true;
+    poster.close();
+    assert!(answers.lock().unwrap().is_empty());
 }
 
 /// What may happen to a poster.
@@ -312,7 +374,7 @@ enum Step {
     Write(u32, Vec<(u32, u32)>),
     Complete(u32),
     Revoke(u32),
-    Perform(usize),
+    Take(usize, usize),
 }
 
 fn step() -> impl Strategy<Value = Step> {
@@ -324,7 +386,7 @@ fn step() -> impl Strategy<Value = Step> {
         }),
         2 => loan.clone().prop_map(Step::Complete),
         1 => loan.prop_map(Step::Revoke),
-        6 => (0..3usize).prop_map(Step::Perform),
+        6 => (0..3usize, 0..8usize).prop_map(|(lane, which)| Step::Take(lane, which)),
     ]
 }
 
@@ -362,11 +424,18 @@ proptest! {
                     poster.revoke(loan(number));
                     revoked += 1;
                 }
-                Step::Perform(lane) => drop(fabric.perform(lane % lanes)),
+                Step::Take(lane, which) => {
+                    fabric.take(lane % lanes, which);
+                }
             }
+            let before = frames.len();
             poster.advance(&mut frames).unwrap();
+            for frame in &frames[before..] {
+                let Frame::Stopped((Slot(number), _)) = frame else { panic!("{frame:?}") };
+                prop_assert!(!fabric.is_under_way(number * 8..number * 8 + 8), "stopped, and still writing");
+            }
         }
-        while fabric.perform_all() {
+        while fabric.take_all() {
             poster.advance(&mut frames).unwrap();
         }
         poster.advance(&mut frames).unwrap();

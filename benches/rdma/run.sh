@@ -1,0 +1,53 @@
+#!/bin/bash
+# Measures `engine transfer-bench` beside `ib_write_bw`, over the same emulated device in the same boot of the guest of
+# tests/rdma/guest.sh, and writes a page into benches/results. The emulated processor does the device's work, so the
+# speeds mean nothing; but both have as much of it, and what is compared is what each adds.
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+turns=5
+
+cargo build --release --locked --bin engine
+engine=$(realpath "${CARGO_TARGET_DIR:-target}/release/engine")
+log=$(mktemp)
+trap 'rm -f "$log"' EXIT
+printf '560 turns %q %q %s\n' "$PWD/benches/rdma/turns.sh" "$engine" "$turns" |
+    LIMIT=600 MEMORY=3072 tests/rdma/guest.sh "$PWD/benches/rdma/turns.sh" "$engine" "$(command -v ib_write_bw)" | tee "$log"
+
+python3 - "$log" "$turns" "$(dpkg-query -W -f '${Version}' perftest)" <<'PYTHON'
+import datetime, os, pathlib, re, statistics, subprocess, sys
+log, turns, perftest = pathlib.Path(sys.argv[1]).read_text(), int(sys.argv[2]), sys.argv[3]
+speeds = {}
+for size, who, speed in re.findall(r"^bandwidth (\d+) (\w+) (\S+)$", log, re.MULTILINE):
+    speeds.setdefault((int(size), who), []).append(float(speed))
+assert len(speeds) == 4 and all(len(each) == turns for each in speeds.values()), speeds
+
+processor = pathlib.Path("/proc/cpuinfo").read_text()
+field = lambda name: re.search(rf"^{name}\s*: (.*)$", processor, re.MULTILINE)[1]
+cpu = f"{field('model name')} (family {field('cpu family')}, model {field('model')})"
+memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+kernel = re.search(r"^guest: (\S+), ready", log, re.MULTILINE)[1]
+version = re.search(r'^version = "(.*)"', pathlib.Path("Cargo.toml").read_text(), re.MULTILINE)[1]
+spread = lambda each: f"{statistics.median(each):.4f} ({min(each):.4f} to {max(each):.4f})"
+row = lambda size: (size, *(speeds[size, who] for who in ("ours", "theirs")))
+lines = [
+    f"# RDMA transfers, engine {version}",
+    "",
+    f"- Machine: {cpu}, {len(os.sched_getaffinity(0))} cores, {memory:.0f} GiB; on it QEMU, which emulates two cores",
+    f"- Device: soft-RoCE of Linux {kernel} on the loopback interface, MTU 4096",
+    f"- Peer: `ib_write_bw` of perftest {perftest}",
+    f"- {turns} turns each, alternating, in one boot; GB/s, median (least to most). A turn of `engine transfer-bench`",
+    "  is the median of 5 rounds of 128 pages of 64 KiB, or 64 of 1 MiB, no two adjacent, and the mailbox word behind",
+    "  them; one of `ib_write_bw` is as many writes after a warm-up, into one place, up to 128 at a time",
+    "- The emulated processor does the device's work: only the ratio means something",
+    "",
+    "| page | engine transfer-bench | ib_write_bw | ratio | floor |",
+    "| --- | --- | --- | --- | --- |",
+]
+for size, ours, theirs in map(row, (65536, 1048576)):
+    ratio = statistics.median(ours) / statistics.median(theirs)
+    lines.append(f"| {f'{size >> 20} MiB' if size >> 20 else f'{size >> 10} KiB'} | {spread(ours)} | {spread(theirs)} | {ratio:.2f}× | 0.9× |")
+name = re.sub(r"[^a-z0-9]+", "-", cpu.lower()).strip("-")
+page = pathlib.Path(f"benches/results/{datetime.datetime.now(datetime.UTC):%Y-%m-%d}-{name}-rdma.md")
+page.write_text("\n".join(lines) + "\n")
+print(f"\n{page}:\n\n{page.read_text()}")
+PYTHON

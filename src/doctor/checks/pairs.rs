@@ -1,0 +1,152 @@
+use std::collections::BTreeMap;
+
+use super::{Area, Finding, Level, Wanted};
+use crate::cluster::{Role, WorkerCard};
+use crate::doctor::facts::Worker;
+use crate::transfer::SessionAddresses;
+
+/// How pages would travel between two workers.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+enum Way {
+    Shm,
+    Rdma,
+    Tcp,
+    /// Not at all; why.
+    None(String),
+}
+
+/// What the cards of every decode and prefill worker that meet say of how pages would travel between them.
+pub(in crate::doctor) fn pairs(workers: &Option<Vec<Worker>>, wanted: Wanted) -> Vec<Finding> {
+    let cards = || workers.iter().flatten().filter_map(|worker| worker.card.as_ref().ok());
+    let of = |role| cards().filter(move |card| card.role == role);
+    let mut ways: BTreeMap<Way, Vec<String>> = BTreeMap::new();
+    for decode in of(Role::Decode) {
+        for prefill in of(Role::Prefill).filter(|prefill| prefill.model_key == decode.model_key) {
+            let pair = format!("{} → {}", prefill.address, decode.address);
+            ways.entry(way(prefill, decode)).or_default().push(pair);
+        }
+    }
+    ways.into_iter().map(|(way, pairs)| finding(way, &pairs, wanted)).collect()
+}
+
+fn finding(way: Way, pairs: &[String], wanted: Wanted) -> Finding {
+    /// Pairs that are named; of a large cluster the rest is counted.
+    const NAMED: usize = 8;
+    let mut named = pairs[..pairs.len().min(NAMED)].join(", ");
+    if pairs.len() > NAMED {
+        named.push_str(&format!(" and {} more", pairs.len() - NAMED));
+    }
+    let found = |level, seen: String| Finding::new(Area::Cluster, "transport", level, seen);
+    match way {
+        Way::Shm => found(Level::Ok, format!("shared memory: {named}")),
+        Way::Rdma => found(Level::Ok, format!("RDMA: {named}")),
+        Way::Tcp if wanted == Wanted::NoRdma => found(Level::Ok, format!("TCP, as wanted: {named}")),
+        Way::Tcp => found(Level::Failure, format!("TCP, THE SLOWEST WAY: {named}")).remedy(
+            "run engine doctor --require-rdma on both hosts to see what RDMA lacks there; if TCP is all there is, \
+             say so with --transport tcp",
+        ),
+        Way::None(why) => found(Level::Failure, format!("no way for pages, {why}: {named}"))
+            .remedy("see --transport, --session-host and --advertise-host of these workers"),
+    }
+}
+
+/// As a prefill worker chooses.
+fn way(prefill: &WorkerCard, decode: &WorkerCard) -> Way {
+    let both = |name: &str| [prefill, decode].iter().all(|card| card.transports.iter().any(|other| other == name));
+    let same_host = prefill.host_id == decode.host_id;
+    let Ok(addresses) = serde_json::from_value::<SessionAddresses>(decode.session.clone()) else {
+        return Way::None("because the decode worker's session addresses cannot be read".to_owned());
+    };
+    if same_host && both("shm") && addresses.unix.is_some() {
+        return Way::Shm;
+    }
+    let Some(tcp) = &addresses.tcp else {
+        let why = if same_host { "as they do not share memory" } else { "as the decode worker serves its host alone" };
+        return Way::None(why.to_owned());
+    };
+    if !same_host && is_loopback(tcp) {
+        return Way::None(format!("as the decode worker takes sessions on {tcp}, of its own host"));
+    }
+    match (both("rdma"), both("tcp")) {
+        (true, _) => Way::Rdma,
+        (false, true) => Way::Tcp,
+        (false, false) => Way::None("as they have no transport in common".to_owned()),
+    }
+}
+
+fn is_loopback(address: &str) -> bool {
+    let ip = address.parse::<std::net::SocketAddr>().map(|address| address.ip());
+    ip.map_or_else(|_| address.starts_with("localhost:"), |ip| ip.is_loopback())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{super::workers::tests::worker, *};
+
+    fn decode(host: &str, tcp: Option<&str>, transports: &[&str]) -> Worker {
+        let mut worker = worker(Role::Decode, "m", "d:1");
+        let card = worker.card.as_mut().unwrap();
+        card.host_id = host.into();
+        card.transports = transports.iter().map(ToString::to_string).collect();
+        card.session = serde_json::json!({ "host": host, "instance": "i", "unix": "/run/engine/i.sock", "tcp": tcp });
+        worker
+    }
+
+    fn prefill(host: &str, transports: &[&str]) -> Worker {
+        let mut worker = worker(Role::Prefill, "m", "p:1");
+        let card = worker.card.as_mut().unwrap();
+        card.host_id = host.into();
+        card.transports = transports.iter().map(ToString::to_string).collect();
+        worker
+    }
+
+    fn only(prefill: Worker, decode: Worker, wanted: Wanted) -> Finding {
+        let mut findings = pairs(&Some(vec![prefill, decode]), wanted);
+        assert_eq!(findings.len(), 1);
+        findings.remove(0)
+    }
+
+    #[test]
+    fn workers_of_one_host_share_memory() {
+        let finding = only(prefill("a", &["shm", "tcp"]), decode("a", Some("d:2"), &["shm", "tcp"]), Wanted::Rdma);
+        assert_eq!((finding.level, finding.seen.as_str()), (Level::Ok, "shared memory: p:1 → d:1"));
+    }
+
+    #[test]
+    fn tcp_between_hosts_is_a_loud_failure_unless_it_is_wanted() {
+        let pair = || (prefill("a", &["shm", "rdma", "tcp"]), decode("b", Some("d:2"), &["shm", "tcp"]));
+        let (prefill, decode) = pair();
+        let finding = only(prefill, decode, Wanted::Any);
+        assert_eq!(finding.level, Level::Failure);
+        assert!(finding.seen.contains("TCP, THE SLOWEST WAY"));
+        let (prefill, decode) = pair();
+        assert_eq!(only(prefill, decode, Wanted::NoRdma).level, Level::Ok);
+    }
+
+    #[test]
+    fn adapters_on_both_hosts_mean_rdma() {
+        let both = ["shm", "rdma", "tcp"];
+        let finding = only(prefill("a", &both), decode("b", Some("10.0.0.2:7"), &both), Wanted::Any);
+        assert_eq!((finding.level, finding.seen.as_str()), (Level::Ok, "RDMA: p:1 → d:1"));
+    }
+
+    #[test]
+    fn sessions_on_a_loopback_address_reach_nobody_elsewhere() {
+        let both = ["shm", "rdma", "tcp"];
+        let finding = only(prefill("a", &both), decode("b", Some("127.0.0.1:7"), &both), Wanted::NoRdma);
+        assert_eq!(finding.level, Level::Failure);
+        assert!(finding.seen.contains("of its own host"), "{}", finding.seen);
+    }
+
+    #[test]
+    fn workers_without_a_common_transport_are_a_failure() {
+        let finding = only(prefill("a", &["shm"]), decode("b", None, &["shm"]), Wanted::Any);
+        assert_eq!(finding.level, Level::Failure);
+    }
+
+    #[test]
+    fn pairs_of_different_models_are_none() {
+        let other = worker(Role::Prefill, "n", "p:1");
+        assert!(pairs(&Some(vec![other, decode("a", None, &["shm"])]), Wanted::Any).is_empty());
+    }
+}

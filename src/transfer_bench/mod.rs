@@ -1,0 +1,138 @@
+//! `engine transfer-bench`: how fast KV pages move between two processes, over the sessions that workers use.
+//!
+//! One process serves: it lends pages as a decode worker does ([`Receiver`]). The other connects and writes into them as a
+//! prefill worker does ([`Sender`]), no two pages adjacent, so that each is a write of its own, as with `ib_write_bw` or
+//! NIXL. A round is timed from the submission of its first page until the word behind the last is known to have
+//! arrived. Whether every page arrived is checked after every round, and every byte, those between the pages included,
+//! after the first rounds and the last.
+//!
+//! The two agree on a page size over a connection of their own (`control`), because it is part of a session's handshake.
+
+mod control;
+mod pages;
+mod receiver;
+mod report;
+mod sender;
+
+pub use pages::Pages;
+pub use receiver::Receiver;
+pub use sender::Sender;
+
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use tokio::net::TcpListener;
+
+use crate::cli::TransferBenchArgs;
+use crate::transfer::ClusterToken;
+use crate::worker::Ways;
+use report::Row;
+
+/// In place of a digest of a model: whoever measures has none.
+const MODEL_KEY: &str = "engine transfer-bench";
+/// How long opening a session may take.
+const CONNECT_TIME_MAX: Duration = Duration::from_secs(10);
+/// Rounds that are not counted: they meet memory that nobody has touched, and connections without a window.
+const ROUNDS_UNCOUNTED: usize = 2;
+
+/// Serves, or connects and prints what it measured.
+pub async fn run(args: TransferBenchArgs) -> Result<()> {
+    match &args.connect {
+        Some(address) => connect(&args, address).await,
+        None => serve(&args).await,
+    }
+}
+
+/// Lends pages to all who come, until Ctrl-C.
+async fn serve(args: &TransferBenchArgs) -> Result<()> {
+    let listener = TcpListener::bind((args.host.as_str(), args.port)).await;
+    let listener = listener.with_context(|| format!("cannot listen on {}:{}", args.host, args.port))?;
+    println!("lending pages on {0}; measure with: engine transfer-bench --connect {0}", listener.local_addr()?);
+    let (ways, token) = (Ways::of(&args.transports)?.open().await?, token(args));
+    let serving = async {
+        loop {
+            let (stream, peer) = match listener.accept().await {
+                Ok(accepted) => accepted,
+                Err(error) => return error,
+            };
+            let (ways, token) = (ways.clone(), token.clone());
+            tokio::spawn(async move {
+                match control::serve(stream, &ways, token).await {
+                    Ok(()) => tracing::info!(%peer, "has left"),
+                    Err(error) => tracing::warn!(%peer, "{error:#}"),
+                }
+            });
+        }
+    };
+    tokio::select! {
+        error = serving => Err(error).context("cannot accept a connection"),
+        interrupted = tokio::signal::ctrl_c() => Ok(interrupted?),
+    }
+}
+
+/// Measures each page size, and prints it as soon as it is known.
+async fn connect(args: &TransferBenchArgs, address: &str) -> Result<()> {
+    let ways = Ways::of(&args.transports)?.open().await?;
+    for (index, &page_bytes) in args.page_size.iter().enumerate() {
+        let pages = Pages::new(args.pages, page_bytes)?;
+        let lent = control::Lent::ask(address, pages).await?;
+        let sender = Sender::connect(&ways, token(args), pages, lent.addresses()).await?;
+        let rounds = args.rounds;
+        // On a thread that waits by itself: a task's being woken would be part of what is measured.
+        let row = tokio::task::spawn_blocking(move || measure(sender, pages, rounds)).await??;
+        if args.json {
+            println!("{}", row.json());
+        } else {
+            if index == 0 {
+                println!("{}", Row::header(&row));
+            }
+            println!("{}", row.text());
+        }
+    }
+    Ok(())
+}
+
+/// All rounds of one page size.
+fn measure(mut sender: Sender, pages: Pages, rounds: usize) -> Result<Row> {
+    let mut timed = |count: usize| -> Result<Vec<f64>> {
+        let all = (0..ROUNDS_UNCOUNTED + rounds).map(|_| sender.round(count)).collect::<Result<Vec<_>>>()?;
+        Ok(all[ROUNDS_UNCOUNTED..].to_vec())
+    };
+    let (bandwidth, latency) = (timed(pages.count())?, timed(1)?);
+    sender.finish()?;
+    Ok(Row::new(sender.transport(), pages, &bandwidth, &latency))
+}
+
+/// The secret, or the empty one.
+fn token(args: &TransferBenchArgs) -> ClusterToken {
+    ClusterToken::new(args.cluster_token.as_deref().unwrap_or_default())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::transfer::Transport;
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn pages_arrive_whole_over_every_way() {
+        let pages = Pages::new(8, 4096).unwrap();
+        let (all, token) = (Ways::among(&[Transport::Shm, Transport::Tcp]), ClusterToken::default());
+        let receiver = Receiver::start([127, 0, 0, 1].into(), &all, token.clone(), pages).await.unwrap();
+        for way in [Transport::Shm, Transport::Tcp] {
+            let ways = Ways::among(&[way]);
+            let sender = Sender::connect(&ways, token.clone(), pages, receiver.addresses()).await.unwrap();
+            let row = tokio::task::spawn_blocking(move || measure(sender, pages, 3)).await.unwrap().unwrap();
+            assert!(row.json().contains(way.name()), "{}", row.json());
+        }
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn who_does_not_know_the_token_measures_nothing() {
+        let pages = Pages::new(8, 4096).unwrap();
+        let ways = Ways::among(&[Transport::Tcp]);
+        let token = ClusterToken::new("secret");
+        let receiver = Receiver::start([127, 0, 0, 1].into(), &ways, token, pages).await.unwrap();
+        let connecting = Sender::connect(&ways, ClusterToken::default(), pages, receiver.addresses());
+        assert!(connecting.await.is_err());
+    }
+}
