@@ -43,7 +43,7 @@ test-assets: setup ## Fetch Qwen3's tokenizer for the tests, once
 test: setup-rdma demo-model test-assets ## Format check, all tests, those on RDMA devices, lints, documentation, the OpenAI client
 	$(CARGO) fmt --all --check
 	$(CARGO) test --workspace --locked
-	$(MAKE) --no-print-directory test-rdma lint doc client
+	$(MAKE) --no-print-directory test-rdma lint cuda-check doc client
 
 test-rdma: setup-rdma ## The tests that need an RDMA device, in an emulated machine (QEMU) with soft-RoCE; part of make test
 	tests/rdma/run.sh
@@ -96,8 +96,9 @@ cuda: setup ## Build target/cuda/engine, with CUDA; fetches NVIDIA's compiler fr
 	CUDA_HOME="$$(scripts/fetch-nvcc.sh)" $(CARGO) build --release --locked --features cuda --bin engine
 	@mkdir -p target/cuda && strip -o target/cuda/engine target/release/engine && ls -lh target/cuda/engine
 
-cuda-check: setup ## Compile the CUDA kernels and their driver; look at what became of the kernels. Needs no GPU
-	CUDA_HOME="$$(scripts/fetch-nvcc.sh)" $(CARGO) clippy --locked -p engine-kernels --features cuda -- -D warnings
+cuda-check: setup ## Compile the CUDA kernels and their driver; look at what became of the kernels. Needs no GPU; part of make test
+	CUDA_HOME="$$(scripts/fetch-nvcc.sh)" $(CARGO) clippy --workspace --features cuda --lib --bin engine --bench kernels --test conformance --test cuda_steps \
+		--locked -- -D warnings
 	scripts/check-kernels.sh
 
 gpu-check: setup ## Build target/cuda/gpu-check-*, the kernels' tests for a real device, to be carried to one; runs them on a stand-in here

@@ -4,7 +4,8 @@ use std::env;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-/// Machine code for Ampere and Hopper (and, as their minor versions, Ada), and for anything later what the driver compiles.
+/// Machine code for Ampere and Hopper (and, as their minor versions, Ada), and for anything later what the driver
+/// compiles.
 const TARGETS: [&str; 3] =
     ["arch=compute_80,code=sm_80", "arch=compute_90,code=sm_90", "arch=compute_90,code=compute_90"];
 
@@ -17,7 +18,7 @@ fn main() {
     println!("cargo:rerun-if-env-changed=CUDA_HOME");
     let Some(nvcc) = find_nvcc() else {
         panic!(
-            "the feature `cuda` needs nvcc, which is neither in CUDA_HOME, on the PATH nor fetched: `make cuda` does it all"
+            "the feature `cuda` needs nvcc, which is not in CUDA_HOME, on the PATH or fetched: `make cuda` does it all"
         )
     };
     let out = PathBuf::from(env::var_os("OUT_DIR").expect("cargo sets it")).join("kernels.fatbin");

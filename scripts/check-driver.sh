@@ -1,6 +1,6 @@
 #!/bin/sh
-# Runs what `make gpu-check` builds on this machine: the code for real CUDA devices, on a stand-in for libcuda that runs the
-# kernels as the tests' emulation does. What no GPU has run yet has made the right calls at least.
+# Runs what `make gpu-check` builds on this machine: the code for real CUDA devices, on a stand-in for libcuda that runs
+# the kernels as the tests' emulation does. What no GPU has run yet has made the right calls at least.
 set -eu
 cd "$(dirname "$0")/.."
 
@@ -8,6 +8,7 @@ work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 c++ -std=c++20 -O2 -fPIC -shared -fno-strict-aliasing -ffp-contract=off -Wno-unknown-pragmas \
     kernels/emulated/simt/libcuda.cpp -o "$work/libcuda.so"
-for program in target/cuda/gpu-check-*; do
-    LD_LIBRARY_PATH=$work "$program" --ignored cuda_device
-done
+export LD_LIBRARY_PATH="$work"
+target/cuda/gpu-check-conformance --ignored cuda_device
+target/cuda/gpu-check-cuda_steps --ignored cuda_device
+target/cuda/gpu-check-kernels tiny

@@ -1,6 +1,7 @@
 #!/bin/sh
-# Compiles the CUDA kernels as the build does, and fails if one of them keeps local variables in memory (spills, or arrays
-# that are indexed in ways the compiler cannot see through): what should be registers would be traffic. Prints what each uses.
+# Compiles the CUDA kernels as the build does, and fails if one of them keeps local variables in memory (spills, or
+# arrays that are indexed in ways the compiler cannot see through): what should be registers would be traffic. Prints
+# what each uses.
 set -eu
 cd "$(dirname "$0")/.."
 

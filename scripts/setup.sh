@@ -18,6 +18,8 @@ fi
 
 # Rust links with cc, and the tokenizer's regular expressions (oniguruma) and TLS (ring) are C.
 need gcc cc --version
+# The tests compile the CUDA kernels for an emulated device.
+need g++ c++ --version
 need libc6-dev sh -c 'echo "#include <stdio.h>" | cc -E -'
 # etcd's protocol is compiled from its .proto files, which include Google's.
 need protobuf-compiler protoc --version

@@ -1,10 +1,10 @@
 // Causal attention over paged keys and values, for rows of any sequences.
 //
-// The keys of a row are taken in partitions of 128. Each partition by itself gives a largest score, a sum of weights and
-// a weighted sum of values; partitions are merged in order (the online softmax of Milakov and Gimelshein 2018). A block
-// either goes through all partitions of its row, or computes one of them (flash-decoding, Dao et al. 2023) and leaves the
-// merging to `attention_combine`; both do the same operations in the same order, so a row's bits depend on that row
-// alone: not on the batch, on chunks, on pages, or on how the host cut the work.
+// The keys of a row are taken in partitions of 128. Each partition by itself gives a largest score, a sum of weights
+// and a weighted sum of values; partitions are merged in order (the online softmax of Milakov and Gimelshein 2018). A
+// block either goes through all partitions of its row, or computes one of them (flash-decoding, Dao et al. 2023) and
+// leaves the merging to `attention_combine`; both do the same operations in the same order, so a row's bits depend on
+// that row alone: not on the batch, on chunks, on pages, or on how the host cut the work.
 
 #include "pages.cuh"
 
@@ -17,8 +17,8 @@ constexpr int PARTITION = THREADS;
 /// Query heads a block computes at most; they share the loads of a key/value head.
 constexpr int HEADS_MAX = 4;
 
-/// What partitions leave for `attention_combine`: for each slot and query head, the weighted sum of values `[head_dim]`,
-/// the largest score, and the sum of weights.
+/// What partitions leave for `attention_combine`: for each slot and query head, the weighted sum of values
+/// `[head_dim]`, the largest score, and the sum of weights.
 struct Partials {
     float* base;
     int heads, head_dim;
@@ -119,7 +119,7 @@ __device__ __forceinline__ void attention(const float* qkv, Rows rows, const int
             float mine[HEADS][8] = {};
             for (int i = group; i < here; i += groups) {
                 float v[8];
-                load8(pages.key(table, start + i, kv_head) + static_cast<size_t>(pages.block_size) * head_dim + element, v);
+                load8(pages.value(table, start + i, kv_head) + element, v);
 #pragma unroll
                 for (int h = 0; h < HEADS; h++) {
 #pragma unroll
@@ -167,21 +167,22 @@ __device__ __forceinline__ void attention(const float* qkv, Rows rows, const int
 
 }  // namespace attention
 
-// attention_{heads a block}_{type of the cache}: out[t, h] = softmax(scale * q[t, h] . K) V over the keys up to the row's
-// position. items: [items, 4] with a row, one of its partitions (-1: all of them), and the slot that partition's result
-// goes to (-1: none, write the output); row -1 is no work.
+// attention_{heads a block}_{type of the cache}: out[t, h] = softmax(scale * q[t, h] . K) V over the keys up to the
+// row's position. items: [items, 4] with a row, one of its partitions (-1: all of them), and the slot that partition's
+// result goes to (-1: none, write the output); row -1 is no work.
 // qkv: [rows, (heads + 2 kv_heads) * head_dim]; out: [rows, heads * head_dim].
-// Grid: (items, kv_heads * ceil(heads / kv_heads / heads a block)). Bytes: keys and values of each row's context, once for the
-// query heads a block computes. Operations: 4 a key, query head and element, in single precision.
+// Grid: (items, kv_heads * ceil(heads / kv_heads / heads a block)). Bytes: keys and values of each row's context, once
+// for the query heads a block computes. Operations: 4 a key, query head and element, in single precision.
 // Floor at decoding: the context's keys and values over the bandwidth.
-#define ATTENTION(HEADS, SUFFIX, T)                                                                                     \
-    extern "C" __global__ void __launch_bounds__(attention::THREADS, 4) attention_##HEADS##_##SUFFIX(                      \
-        const float* qkv, const int* positions, const int* table_starts, const int* block_tables, const int* items,     \
-        void* pages, int heads, int kv_heads, int head_dim, int block_size, float scale, float* partials, float* out) { \
-        attention::attention<T, HEADS>(qkv, Rows{positions, table_starts, block_tables}, items,                         \
-                                       Pages<T>{static_cast<T*>(pages), kv_heads, head_dim, block_size}, heads, scale,  \
-                                       attention::Partials{partials, heads, head_dim}, out);                            \
-    }                                                                                                                   \
+#define ATTENTION(HEADS, SUFFIX, T)                                                                                    \
+    extern "C" __global__ void __launch_bounds__(attention::THREADS, 4) attention_##HEADS##_##SUFFIX(                  \
+        const float* qkv, const int* positions, const int* table_starts, const int* block_tables, const int* items,    \
+        void* pages, int heads, int kv_heads, int head_dim, int block_size, float scale, float* partials,              \
+        float* out) {                                                                                                  \
+        attention::attention<T, HEADS>(qkv, Rows{positions, table_starts, block_tables}, items,                        \
+                                       Pages<T>{static_cast<T*>(pages), kv_heads, head_dim, block_size}, heads, scale, \
+                                       attention::Partials{partials, heads, head_dim}, out);                           \
+    }                                                                                                                  \
     REGISTER(attention_##HEADS##_##SUFFIX)
 
 ATTENTION(1, f32, float);
@@ -197,7 +198,8 @@ ATTENTION(4, bf16, Brain);
 // Merges the partitions of rows whose work was split: those with a first slot (-1: none).
 // Grid: (rows, heads). Bytes: 4 (head_dim + 2) a partition and head. Operations: two exponentials a partition.
 extern "C" __global__ void __launch_bounds__(attention::THREADS)
-    attention_combine(const int* positions, const int* first_slots, int heads, int head_dim, float* partials, float* out) {
+    attention_combine(const int* positions, const int* first_slots, int heads, int head_dim, float* partials,
+                      float* out) {
     const int row = blockIdx.x, head = blockIdx.y, slot = first_slots[row];
     if (slot < 0) return;
     const attention::Partials all{partials, heads, head_dim};

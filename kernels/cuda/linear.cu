@@ -126,34 +126,34 @@ __device__ __forceinline__ void embed(Matrix matrix, const int* tokens, float* o
 
 // skinny_{rows}_{matrix}: out[r][first + o] = weight[o] . x[r] + bias for up to 16 rows, `rows` of them at a time.
 // x: [rows, cols]; weight: [features, cols]; out: [rows, width].
-// Grid: (features / 4, rows / 8). Bytes: the matrix, once for eight rows (the second time from the L2 cache). Operations: 2 a
-// weight and row. Floor: the matrix's bytes over the bandwidth.
-#define SKINNY(ROWS, SUFFIX, MATRIX)                                                                                    \
-    extern "C" __global__ void __launch_bounds__(linear::THREADS) skinny_##ROWS##_##SUFFIX(                             \
-        const void* values, const void* scales, const float* x, const float* bias, float* out, int rows, int cols,      \
-        int features, int width, int first) {                                                                           \
-        linear::skinny<MATRIX, ROWS>(MATRIX(values, scales), x, bias, out, rows, cols, features, width, first);         \
-    }                                                                                                                   \
+// Grid: (features / 4, rows / 8). Bytes: the matrix, once for eight rows (the second time from the L2 cache).
+// Operations: 2 a weight and row. Floor: the matrix's bytes over the bandwidth.
+#define SKINNY(ROWS, SUFFIX, MATRIX)                                                                                   \
+    extern "C" __global__ void __launch_bounds__(linear::THREADS) skinny_##ROWS##_##SUFFIX(                            \
+        const void* values, const void* scales, const float* x, const float* bias, float* out, int rows, int cols,     \
+        int features, int width, int first) {                                                                          \
+        linear::skinny<MATRIX, ROWS>(MATRIX(values, scales), x, bias, out, rows, cols, features, width, first);        \
+    }                                                                                                                  \
     REGISTER(skinny_##ROWS##_##SUFFIX);
 
 // tiled_{matrix}: the same for any number of rows.
-// Grid: (features / 64, rows / 32). Bytes: the matrix once for 32 rows, x once for 64 features. Operations: 2 a weight and
-// row, in single precision outside the tensor cores: the floor is that rate, 60 Tflop/s on an H100.
-#define TILED(SUFFIX, MATRIX)                                                                                           \
-    extern "C" __global__ void __launch_bounds__(linear::THREADS) tiled_##SUFFIX(                                       \
-        const void* values, const void* scales, const float* x, const float* bias, float* out, int rows, int cols,      \
-        int features, int width, int first) {                                                                           \
-        linear::tiled(MATRIX(values, scales), x, bias, out, rows, cols, features, width, first);                        \
-    }                                                                                                                   \
+// Grid: (features / 64, rows / 32). Bytes: the matrix once for 32 rows, x once for 64 features. Operations: 2 a weight
+// and row, in single precision outside the tensor cores: the floor is that rate, 60 Tflop/s on an H100.
+#define TILED(SUFFIX, MATRIX)                                                                                          \
+    extern "C" __global__ void __launch_bounds__(linear::THREADS) tiled_##SUFFIX(                                      \
+        const void* values, const void* scales, const float* x, const float* bias, float* out, int rows, int cols,     \
+        int features, int width, int first) {                                                                          \
+        linear::tiled(MATRIX(values, scales), x, bias, out, rows, cols, features, width, first);                       \
+    }                                                                                                                  \
     REGISTER(tiled_##SUFFIX);
 
 // embed_{matrix}: out[t] = weight[tokens[t] - first], where that is one of its rows.
 // Grid: tokens. Bytes: a row of the matrix and 4 a value of out. No arithmetic but unpacking.
-#define EMBED(SUFFIX, MATRIX)                                                                                           \
-    extern "C" __global__ void __launch_bounds__(linear::THREADS) embed_##SUFFIX(                                       \
-        const void* values, const void* scales, const int* tokens, float* out, int cols, int features, int first) {     \
-        linear::embed(MATRIX(values, scales), tokens, out, cols, features, first);                                      \
-    }                                                                                                                   \
+#define EMBED(SUFFIX, MATRIX)                                                                                          \
+    extern "C" __global__ void __launch_bounds__(linear::THREADS) embed_##SUFFIX(                                      \
+        const void* values, const void* scales, const int* tokens, float* out, int cols, int features, int first) {    \
+        linear::embed(MATRIX(values, scales), tokens, out, cols, features, first);                                     \
+    }                                                                                                                  \
     REGISTER(embed_##SUFFIX);
 
 #define ALL_OF(SUFFIX, MATRIX)    \

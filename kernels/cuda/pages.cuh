@@ -21,10 +21,14 @@ struct Pages {
     T* base;
     int kv_heads, head_dim, block_size;
 
-    /// Where the key of a head starts at `position` of the sequence with this block table. The value is
-    /// `block_size * head_dim` elements further on.
+    /// Where the key of a head starts at `position` of the sequence with this block table.
     __device__ __forceinline__ T* key(const int* table, int position, int head) const {
         const size_t page = table[position / block_size];
         return base + ((page * kv_heads + head) * 2 * block_size + position % block_size) * head_dim;
+    }
+
+    /// Where the value does.
+    __device__ __forceinline__ T* value(const int* table, int position, int head) const {
+        return key(table, position, head) + static_cast<size_t>(block_size) * head_dim;
     }
 };

@@ -33,8 +33,12 @@ __device__ __forceinline__ void rope_and_cache(float* qkv, Rows rows, const floa
     __syncwarp();
 
     const int* table = rows.block_tables + rows.table_starts[row];
-    T* key = is_query ? nullptr : pages.key(table, position, (head - heads) % kv_heads);
-    T* stored = is_value ? key + static_cast<size_t>(pages.block_size) * head_dim : key;
+    T* stored = nullptr;
+    if (is_value) {
+        stored = pages.value(table, position, head - heads - kv_heads);
+    } else if (!is_query) {
+        stored = pages.key(table, position, head - heads);
+    }
     for (int i = lane; i < head_dim; i += WARP) {
         float value = vector[i];
         if (!is_value && i < 2 * pairs) {
@@ -54,19 +58,19 @@ __device__ __forceinline__ void rope_and_cache(float* qkv, Rows rows, const floa
 
 }  // namespace rope
 
-// rope_and_cache_{type of the cache}: norms the query and key heads of each row (if q_norm and k_norm are given), rotates
-// them to the row's position, writes queries back and keys and values into the row's page.
+// rope_and_cache_{type of the cache}: norms the query and key heads of each row (if q_norm and k_norm are given),
+// rotates them to the row's position, writes queries back and keys and values into the row's page.
 // qkv: [rows, (heads + 2 kv_heads) * head_dim]; cos, sin: [positions, pairs]; norms: [head_dim].
-// Grid: (rows, heads of all kinds / 4). Bytes: 4 a value read, 4 a query value and an element of the cache a key and value
-// element written. Operations: 6 a value. A row's result depends on that row alone.
-#define ROPE_AND_CACHE(SUFFIX, T)                                                                                       \
-    extern "C" __global__ void __launch_bounds__(rope::THREADS) rope_and_cache_##SUFFIX(                                \
-        float* qkv, const int* positions, const int* table_starts, const int* block_tables, const float* cos,           \
-        const float* sin, const float* q_norm, const float* k_norm, float eps, void* pages, int heads, int kv_heads,    \
-        int head_dim, int block_size, int pairs) {                                                                      \
-        rope::rope_and_cache(qkv, Rows{positions, table_starts, block_tables}, cos, sin, q_norm, k_norm, eps,           \
-                             Pages<T>{static_cast<T*>(pages), kv_heads, head_dim, block_size}, heads, pairs);           \
-    }                                                                                                                   \
+// Grid: (rows, heads of all kinds / 4). Bytes: 4 a value read, 4 a query value and an element of the cache a key and
+// value element written. Operations: 6 a value. A row's result depends on that row alone.
+#define ROPE_AND_CACHE(SUFFIX, T)                                                                                      \
+    extern "C" __global__ void __launch_bounds__(rope::THREADS) rope_and_cache_##SUFFIX(                               \
+        float* qkv, const int* positions, const int* table_starts, const int* block_tables, const float* cos,          \
+        const float* sin, const float* q_norm, const float* k_norm, float eps, void* pages, int heads, int kv_heads,   \
+        int head_dim, int block_size, int pairs) {                                                                     \
+        rope::rope_and_cache(qkv, Rows{positions, table_starts, block_tables}, cos, sin, q_norm, k_norm, eps,          \
+                             Pages<T>{static_cast<T*>(pages), kv_heads, head_dim, block_size}, heads, pairs);          \
+    }                                                                                                                  \
     REGISTER(rope_and_cache_##SUFFIX)
 
 ROPE_AND_CACHE(f32, float);

@@ -9,7 +9,8 @@ constexpr int THREADS = 256;
 
 /// Root mean square norm of a row; with `delta`, of `x + delta`, which is stored in `x` (Zhang and Sennrich 2019).
 template <bool ADD>
-__device__ __forceinline__ void rms_norm(float* x, const float* delta, const float* weight, float* out, int cols, float eps) {
+__device__ __forceinline__ void rms_norm(float* x, const float* delta, const float* weight, float* out, int cols,
+                                         float eps) {
     const size_t start = static_cast<size_t>(blockIdx.x) * padded(cols);
     float squares = 0.0f;
     for (int i = threadIdx.x; i < cols; i += THREADS) {

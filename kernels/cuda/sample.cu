@@ -1,9 +1,9 @@
 // Draws or scores a token from a row of logits, without sorting the vocabulary.
 //
-// Whatever top_k, top_p and min_p take away, what remains is a leading part of the tokens ordered by likelihood, so each
-// filter only has to find where that part ends: a key to cut at, found digit by digit from histograms. Weights are counted in
-// whole units of 2^-44 of the likeliest token's: sums of integers do not depend on their order, so the result is the same
-// in every run and for any number of threads.
+// Whatever top_k, top_p and min_p take away, what remains is a leading part of the tokens ordered by likelihood, so
+// each filter only has to find where that part ends: a key to cut at, found digit by digit from histograms. Weights are
+// counted in whole units of 2^-44 of the likeliest token's: sums of integers do not depend on their order, so the
+// result is the same in every run and for any number of threads.
 
 #include "common.cuh"
 
@@ -105,8 +105,8 @@ __device__ u64 total(Measure measure, int vocab) {
     return block_sum<WARPS>(sum);
 }
 
-/// The first token, in the order of ids, at which the sum of the measure exceeds `target`. Each round, the warps measure an
-/// eighth of what is left, and all go on with the one that holds the token.
+/// The first token, in the order of ids, at which the sum of the measure exceeds `target`. Each round, the warps
+/// measure an eighth of what is left, and all go on with the one that holds the token.
 template <class Measure>
 __device__ int find_in_order(Measure measure, int vocab, u64 target) {
     __shared__ u64 sums[WARPS];
@@ -301,8 +301,9 @@ __device__ void run(float* logits, int vocab, const Row& row, Touched* touched, 
 
 // sample: for each row of logits [rows, vocab], which it overwrites, an outcome. Rows and tokens touched by biases and
 // penalties are described by the structures above.
-// Grid: rows. Bytes: 4 a logit and pass: 2 passes for greedy rows, 4 for plain draws, 5 more for each of top_k, top_p and
-// alternatives; after the first they come from the L2 cache. Operations: an exponential a logit and pass that weighs.
+// Grid: rows. Bytes: 4 a logit and pass: 2 passes for greedy rows, 4 for plain draws, 5 more for each of top_k, top_p
+// and alternatives; after the first they come from the L2 cache. Operations: an exponential a logit and pass that
+// weighs.
 extern "C" __global__ void __launch_bounds__(sample::THREADS, 2)
     sample_rows(float* logits, int vocab, const void* rows, void* touched, void* outcomes) {
     sample::run(logits + static_cast<size_t>(blockIdx.x) * padded(vocab), vocab,

@@ -139,7 +139,8 @@ bool Machine::stuck() {
         else if (!waiting++) first = i;
     }
     std::snprintf(error, sizeof error,
-                  "kernel %s, block (%u, %u, %u): thread %u waits at line %d for threads that do not come (%u wait, %u have ended)",
+                  "kernel %s, block (%u, %u, %u): thread %u waits at line %d for threads that do not come (%u wait, %u "
+                  "have ended)",
                   kernel->name, blockIdx.x, blockIdx.y, blockIdx.z, first, fibers[first].line, waiting, over);
     return false;
 }
@@ -153,7 +154,8 @@ bool Machine::run_block(unsigned long long order) {
         fibers[i].exchanges = 0;
     }
     for (unsigned w = 0; w < (threads + WARP - 1) / WARP; w++) warps[w].arrived = 0;
-    // Threads go on in an order that visits each once: steps of a length that has no divisor in common with their number.
+    // Threads go on in an order that visits each once: steps of a length that has no divisor in common with their
+    // number.
     unsigned step = 1 + order % threads;
     while (std::gcd(step, threads) != 1) step++;
     unsigned next = order / threads % threads, over = 0;
@@ -230,7 +232,8 @@ void meet_warp(unsigned mask, int line) {
     self.wait = Wait::Warp;
     self.line = line;
     if (mask != ~0u) {
-        std::snprintf(m.error, sizeof m.error, "kernel %s, line %d: only whole warps are emulated", m.kernel->name, line);
+        std::snprintf(m.error, sizeof m.error, "kernel %s, line %d: only whole warps are emulated", m.kernel->name,
+                      line);
         m.yield();
     }
     if (++warp.arrived < WARP) return m.yield();

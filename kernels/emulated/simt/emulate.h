@@ -143,7 +143,9 @@ inline std::uint16_t float_to_half(float x) {
     if (magnitude > 0x7f800000u) return sign | 0x7fffu;
     if (magnitude >= 0x477ff000u) return sign | 0x7c00u;
     // Below 2^-14 adding 1/2 leaves the number in the last bits, rounded to nearest even by the addition.
-    if (magnitude < 0x38800000u) return sign | static_cast<std::uint16_t>(bits_of(of_bits(magnitude) + 0.5f) - 0x3f000000u);
+    if (magnitude < 0x38800000u) {
+        return sign | static_cast<std::uint16_t>(bits_of(of_bits(magnitude) + 0.5f) - 0x3f000000u);
+    }
     return sign | static_cast<std::uint16_t>((magnitude - 0x38000000u + 0xfffu + (magnitude >> 13 & 1)) >> 13);
 }
 

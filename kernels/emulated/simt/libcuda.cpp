@@ -1,6 +1,6 @@
-// A stand-in for libcuda: the part of its interface that src/cuda/device.rs uses, over the emulation. It is for seeing, on a
-// machine without a GPU, that the real driver's code makes the right calls (scripts/check-driver.sh). Everything runs
-// at once, and modules are not looked at: the kernels are those compiled in here.
+// A stand-in for libcuda: the part of its interface that src/cuda/device.rs uses, over the emulation. It is for seeing,
+// on a machine without a GPU, that the real driver's code makes the right calls (scripts/check-driver.sh). Everything
+// runs at once, and modules are not looked at: the kernels are those compiled in here.
 
 #include "emulate.cpp"
 
@@ -31,7 +31,8 @@ unsigned long long launches = 0;
 Result run(const Call& call) {
     std::vector<void*> args;
     for (const auto& cell : call.cells) args.push_back(const_cast<unsigned long long*>(&cell));
-    const char* error = simt_launch(call.kernel->name, call.grid, call.threads, args.data(), ++launches * 0x9e3779b97f4a7c15);
+    const unsigned long long seed = ++launches * 0x9e3779b97f4a7c15;
+    const char* error = simt_launch(call.kernel->name, call.grid, call.threads, args.data(), seed);
     if (!error) return SUCCESS;
     last_error = error;
     return LAUNCH_FAILED;
@@ -66,6 +67,8 @@ CALL(cuStreamSynchronize, Stream* stream) { return stream->capturing ? INVALID_V
 CALL(cuEventCreate, int** made, unsigned) { return *made = new int, SUCCESS; }
 CALL(cuEventRecord, int*, Stream* stream) { return stream->capturing ? INVALID_VALUE : SUCCESS; }
 CALL(cuEventSynchronize, int*) { return SUCCESS; }
+CALL(cuEventElapsedTime, float* milliseconds, int*, int*) { return *milliseconds = 1.0f, SUCCESS; }
+CALL(cuEventElapsedTime_v2, float* milliseconds, int*, int*) { return *milliseconds = 1.0f, SUCCESS; }
 CALL(cuEventDestroy_v2, int* event) { return delete event, SUCCESS; }
 
 CALL(cuStreamBeginCapture_v2, Stream* stream, int mode) {
@@ -123,8 +126,8 @@ CALL(cuModuleUnload, void*) { return SUCCESS; }
 CALL(cuModuleGetFunction, const simt::Kernel** made, void*, const char* name) {
     return *made = simt::find(name), *made ? SUCCESS : NOT_FOUND;
 }
-CALL(cuLaunchKernel, const simt::Kernel* kernel, unsigned x, unsigned y, unsigned z, unsigned threads, unsigned threads_y,
-     unsigned threads_z, unsigned shared, Stream* stream, void** args, void**) {
+CALL(cuLaunchKernel, const simt::Kernel* kernel, unsigned x, unsigned y, unsigned z, unsigned threads,
+     unsigned threads_y, unsigned threads_z, unsigned shared, Stream* stream, void** args, void**) {
     ALONE;
     if (threads_y != 1 || threads_z != 1 || shared) return INVALID_VALUE;
     Call call{kernel, {x, y, z}, threads, {}};

@@ -158,10 +158,12 @@ impl Driver for Emulated {
     }
 
     fn begin_capture(&self) -> Result<(), DriverError> {
-        match self.queue().captured.replace(Vec::new()) {
-            None => Ok(()),
-            Some(_) => Err(failed("recording", "a recording is under way")),
+        let mut queue = self.queue();
+        if queue.captured.is_some() {
+            return Err(failed("recording", "a recording is under way"));
         }
+        queue.captured = Some(Vec::new());
+        Ok(())
     }
 
     fn end_capture(&self) -> Result<EmulatedGraph, DriverError> {

@@ -9,8 +9,8 @@ const PAGE: usize = 4096;
 /// What device allocations are aligned to here: the largest load there is. (On devices it is 256.)
 const ALIGNMENT: usize = 16;
 
-/// Zeroed memory between inaccessible pages. It ends where the second of them begins, give or take its alignment, so that
-/// a kernel that reads or writes beyond it faults.
+/// Zeroed memory between inaccessible pages. It ends where the second of them begins, give or take its alignment, so
+/// that a kernel that reads or writes beyond it faults.
 #[derive(Debug)]
 pub(crate) struct Guarded {
     map: NonNull<c_void>,

@@ -151,8 +151,8 @@ impl Queue {
                 // Little-endian: a cell starts with its low word.
                 let pointers: Vec<*const c_void> = cells.iter().map(|cell| std::ptr::from_ref(cell).cast()).collect();
                 let seed = self.launches.wrapping_mul(0x9e37_79b9_7f4a_7c15);
-                // SAFETY: the kernel takes such arguments (checked above). What it does with the pointers is what is being
-                // tested: outside of allocations it faults.
+                // SAFETY: the kernel takes such arguments (checked above). What it does with the pointers is what is
+                // being tested: outside of allocations it faults.
                 let error = unsafe { simt_launch(name.as_ptr(), grid.as_ptr(), *block, pointers.as_ptr(), seed) };
                 if !error.is_null() {
                     // SAFETY: a string that ends and stays until this thread's next launch.

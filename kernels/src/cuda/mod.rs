@@ -1,7 +1,7 @@
 //! The CUDA backend.
 //!
-//! Kernels (`kernels/cuda/*.cu`) and what enqueues them ([`CudaBackend`]) know of the device only what [`Driver`] says, of
-//! which there are two: the real one, and one that compiles the same kernels for the host and runs their threads as
+//! Kernels (`kernels/cuda/*.cu`) and what enqueues them ([`CudaBackend`]) know of the device only what [`Driver`] says,
+//! of which there are two: the real one, and one that compiles the same kernels for the host and runs their threads as
 //! fibers (`kernels/emulated`), for tests without a GPU.
 
 mod backend;
