@@ -109,10 +109,13 @@ impl FakeLane {
     }
 }
 
+/// What a lane was given, and how much of it is complete.
+type Handle = (Rc<RefCell<Taken>>, Rc<RefCell<u64>>);
+
 /// The adapters: what the tests let happen.
 struct Fabric {
     peer: Rc<RefCell<Peer>>,
-    lanes: Vec<(Rc<RefCell<Taken>>, Rc<RefCell<u64>>)>,
+    lanes: Vec<Handle>,
     /// Requests of each chain that was posted.
     chains: Rc<RefCell<Vec<usize>>>,
     /// Whether posting and closing fail.
