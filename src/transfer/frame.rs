@@ -29,8 +29,8 @@ pub(super) struct Run {
     pub(super) count: u32,
 }
 
-/// Everything that can be said once a session is open. Data frames are tcp's alone; so are completions, which shm writes into
-/// the mailbox itself.
+/// Everything that can be said once a session is open. Data frames and completions are tcp's alone: over shm and RDMA
+/// the prefill worker, or its adapter, writes both into memory.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum Frame {
     /// A sign of life.
