@@ -29,6 +29,7 @@ need python3 python3 --version
 need python3-venv python3 -c 'import venv, ensurepip'
 # Bindings to the verbs library are made from its headers. Running takes none of this, nor the library.
 need cmake cmake --version
+need pkg-config pkg-config --version
 need libclang-dev sh -c 'ls /usr/lib/llvm-*/lib/libclang*.so* && ls /usr/lib/llvm-*/lib/clang/*/include/stddef.h'
 need libibverbs-dev test -e /usr/include/infiniband/verbs.h
 for part in "$@"; do
