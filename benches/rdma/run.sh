@@ -1,21 +1,28 @@
 #!/bin/bash
-# Measures `engine transfer-bench` beside `ib_write_bw`, over the same emulated device in the same boot of the guest of
-# tests/rdma/guest.sh, and writes a page into benches/results. The emulated processor does the device's work, so the
-# speeds mean nothing; but both have as much of it, and what is compared is what each adds.
+# Measures `engine transfer-bench` beside `ib_write_bw`, and the two ways a mailbox word could take (word.c), over the
+# same emulated device in the same boot of the guest of tests/rdma/guest.sh, and writes a page into benches/results. The
+# emulated processor does the device's work, so the speeds mean nothing; but both sides of a comparison have as much of
+# it, and what is compared is what each adds.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 turns=5
+rounds=15
 
 cargo build --release --locked --bin engine
 engine=$(realpath "${CARGO_TARGET_DIR:-target}/release/engine")
-log=$(mktemp)
-trap 'rm -f "$log"' EXIT
-printf '560 turns %q %q %s\n' "$PWD/benches/rdma/turns.sh" "$engine" "$turns" |
-    LIMIT=600 MEMORY=3072 tests/rdma/guest.sh "$PWD/benches/rdma/turns.sh" "$engine" "$(command -v ib_write_bw)" | tee "$log"
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+log=$work/log word=$work/word
+cc -std=c11 -D_GNU_SOURCE -O2 -Wall -Wextra -Werror benches/rdma/word.c -libverbs -o "$word"
+{
+    printf '60 word %q rxe0 1 %s\n' "$word" "$rounds"
+    printf '500 turns %q %q %s\n' "$PWD/benches/rdma/turns.sh" "$engine" "$turns"
+} | LIMIT=600 MEMORY=3072 tests/rdma/guest.sh "$PWD/benches/rdma/turns.sh" "$engine" "$(command -v ib_write_bw)" "$word" |
+    tee "$log"
 
-python3 - "$log" "$turns" "$(dpkg-query -W -f '${Version}' perftest)" <<'PYTHON'
+python3 - "$log" "$turns" "$rounds" "$(dpkg-query -W -f '${Version}' perftest)" <<'PYTHON'
 import datetime, os, pathlib, re, statistics, subprocess, sys
-log, turns, perftest = pathlib.Path(sys.argv[1]).read_text(), int(sys.argv[2]), sys.argv[3]
+log, turns, rounds, perftest = pathlib.Path(sys.argv[1]).read_text(), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
 speeds = {}
 for size, who, speed in re.findall(r"^bandwidth (\d+) (\w+) (\S+)$", log, re.MULTILINE):
     speeds.setdefault((int(size), who), []).append(float(speed))
@@ -46,6 +53,25 @@ lines = [
 for size, ours, theirs in map(row, (65536, 1048576)):
     ratio = statistics.median(ours) / statistics.median(theirs)
     lines.append(f"| {f'{size >> 20} MiB' if size >> 20 else f'{size >> 10} KiB'} | {spread(ours)} | {spread(theirs)} | {ratio:.2f}× | 0.9× |")
+
+words = {}
+for way, *figures in re.findall(r"^word (\w+) (\S+) (\S+) (\S+)$", log, re.MULTILINE):
+    words.setdefault(way, []).append([float(figure) for figure in figures])
+assert len(words) == 2 and all(len(each) == rounds for each in words.values()), words
+lines += [
+    "",
+    "## The mailbox word, two ways",
+    "",
+    f"`word.c`: eight bytes between two queue pairs of one process, {rounds} rounds of 64 words each way, alternating.",
+    "Medians, in nanoseconds (of the emulated processor).",
+    "",
+    "| | from posting until it is found | a look that finds nothing | to make ready for the next |",
+    "| --- | --- | --- | --- |",
+]
+for way, title in ("write", "a write, found in memory"), ("immediate", "with immediate data, found in a completion queue"):
+    found, look, ready = (statistics.median(column) for column in zip(*words[way]))
+    lines.append(f"| {title} | {found:,.0f} | {look:.1f} | {ready:,.0f} |")
+
 name = re.sub(r"[^a-z0-9]+", "-", cpu.lower()).strip("-")
 page = pathlib.Path(f"benches/results/{datetime.datetime.now(datetime.UTC):%Y-%m-%d}-{name}-rdma.md")
 page.write_text("\n".join(lines) + "\n")
