@@ -1,0 +1,237 @@
+"""The shape of Qwen3-0.6B in PyTorch, beside the engine: same weights, same GPU, same run.
+
+Needs PyTorch and transformers, and a program by `make cuda`; no network. Weights are made up from a seed and written to
+a folder, which both sides load:
+
+    python benches/peers/torch_qwen3.py --engine target/cuda/engine --tokenizer ~/.cache/engine/qwen3-tokenizer
+
+First both must mean the same model: transformers generates 64 tokens greedily, and the engine says what it thinks of
+each (`echo` with log-probabilities), and generates by itself. Then both are timed, in turns: prefill (PyTorch: SDPA,
+which takes its flash kernel), and decoding (PyTorch: a static cache, and the forward pass compiled into CUDA graphs).
+Prints a page for benches/results.
+
+`--shape tiny --device cpu` goes through all of it where there is no GPU.
+"""
+
+import argparse
+import json
+import os
+import pathlib
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+import urllib.request
+
+import torch
+from transformers import AutoModelForCausalLM, Qwen3Config, StaticCache
+
+SHAPES = {
+    "qwen3-0.6b": dict(hidden_size=1024, intermediate_size=3072, num_hidden_layers=28, num_attention_heads=16,
+                       num_key_value_heads=8, head_dim=128, vocab_size=151_936),
+    "tiny": dict(hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+                 num_key_value_heads=2, head_dim=16, vocab_size=151_936),
+}
+PROMPT = 100
+GREEDY = 64
+
+
+def make_model(folder, shape, device):
+    """Writes a model with weights from a seed, and returns it."""
+    torch.manual_seed(0)
+    config = Qwen3Config(**SHAPES[shape], max_position_embeddings=40_960, rope_theta=1_000_000.0, tie_word_embeddings=True,
+                         attention_bias=False, initializer_range=0.05, bos_token_id=None, eos_token_id=None)
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+    model.save_pretrained(folder)
+    return model
+
+
+class Server:
+    """The engine, serving the model."""
+
+    def __init__(self, engine, folder, device):
+        self.url = "http://127.0.0.1:8765"
+        line = [engine, "--model", folder, "--device", device, "--port", "8765", "--standalone", "--log-level", "warn"]
+        self.process = subprocess.Popen(line + ["--max-model-len", "1024"], stdout=subprocess.DEVNULL)
+        for _ in range(600):
+            try:
+                return urllib.request.urlopen(self.url + "/health").close()
+            except OSError:
+                if self.process.poll() is not None:
+                    sys.exit("the engine has ended")
+                time.sleep(0.5)
+        sys.exit("the engine does not start")
+
+    def complete(self, **body):
+        request = urllib.request.Request(self.url + "/v1/completions", json.dumps(body | {"temperature": 0}).encode(),
+                                         {"Content-Type": "application/json"})
+        with urllib.request.urlopen(request) as response:
+            return json.load(response)["choices"][0]["logprobs"]
+
+    def stop(self):
+        self.process.terminate()
+        self.process.wait()
+
+
+@torch.inference_mode()
+def agreement(model, engine, folder, device):
+    """Compares what both think of the same 64 tokens; a line a figure."""
+    generator = torch.Generator().manual_seed(1)
+    prompt = torch.randint(model.config.vocab_size, (1, PROMPT), generator=generator).to(model.device)
+    tokens = model.generate(prompt, max_new_tokens=GREEDY, min_new_tokens=GREEDY, do_sample=False, pad_token_id=0)
+    theirs = torch.log_softmax(model(tokens).logits[0, PROMPT - 1 : -1].float(), -1)
+    of_token = theirs.gather(1, tokens[0, PROMPT:, None])[:, 0].tolist()
+
+    server = Server(engine, folder, device)
+    try:
+        scored = server.complete(prompt=tokens[0].tolist(), max_tokens=1, logprobs=1, echo=True)
+        alone = server.complete(prompt=prompt[0].tolist(), max_tokens=GREEDY, logprobs=1, ignore_eos=True)
+    finally:
+        server.stop()
+    ours = scored["token_logprobs"][PROMPT : PROMPT + GREEDY]
+    best = [max(top.values()) for top in scored["top_logprobs"][PROMPT : PROMPT + GREEDY]]
+    apart = [abs(a - b) for a, b in zip(ours, of_token)]
+    same = sum(token >= most for token, most in zip(ours, best))
+    # Where the engine would choose otherwise, by how much it prefers its own choice.
+    regret = max(most - token for token, most in zip(ours, best))
+    generated = sum(a == b for a, b in zip(alone["tokens"], scored["tokens"][PROMPT : PROMPT + GREEDY]))
+    return [
+        f"- {same} of transformers' {GREEDY} greedy tokens are the engine's choice too; at the others it prefers its own by "
+        f"{regret:.4f} at most",
+        f"- log-probabilities of these tokens are {max(apart):.4f} apart at most, {statistics.mean(apart):.4f} on average",
+        f"- generating by itself, the engine goes the same way for {generated} of {GREEDY} tokens",
+    ]
+
+
+class Clock:
+    """Seconds between two points of the device's work."""
+
+    def __init__(self, device):
+        self.wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+
+    def __enter__(self):
+        self.wait()
+        self.start = time.perf_counter()
+        return self
+
+    def __exit__(self, *_):
+        self.wait()
+        self.seconds = time.perf_counter() - self.start
+
+
+@torch.inference_mode()
+def torch_prefill(model, tokens, rounds):
+    seconds = []
+    for _ in range(rounds + 1):
+        prompt = torch.randint(model.config.vocab_size, (1, tokens), device=model.device)
+        with Clock(model.device) as clock:
+            model(prompt, use_cache=True, logits_to_keep=1).logits.argmax(-1).cpu()
+        seconds.append(clock.seconds)
+    return tokens / statistics.median(seconds[1:])
+
+
+@torch.inference_mode()
+def torch_decode(model, sequences, context, steps, rounds, compiled):
+    """Tokens a second: a static cache, and one compiled step fed with its own token."""
+    cache = StaticCache(config=model.config, max_cache_len=context + steps + 1)
+    prompt = torch.randint(model.config.vocab_size, (sequences, context), device=model.device)
+
+    def step(token, position):
+        logits = model(token, past_key_values=cache, cache_position=position, logits_to_keep=1).logits
+        return logits[:, -1].argmax(-1, keepdim=True)
+
+    if compiled:
+        step = torch.compile(step, mode="reduce-overhead", fullgraph=True)
+    rates = []
+    for _ in range(rounds + 2):
+        # In place: the compiled step knows where the cache is.
+        cache.reset()
+        model(prompt, past_key_values=cache, logits_to_keep=1, cache_position=torch.arange(context, device=model.device))
+        token, position = prompt[:, -1:].clone(), torch.tensor([context], device=model.device)
+        with Clock(model.device) as clock:
+            for _ in range(steps):
+                token = step(token, position).clone()
+                position += 1
+        rates.append(sequences * steps / clock.seconds)
+    return statistics.median(rates[2:])
+
+
+def torch_attention(config, tokens, device, rounds):
+    """Milliseconds of the attention of one layer over a prompt, as SDPA computes it."""
+    shape = lambda heads: (1, heads, tokens, config.head_dim)
+    make = lambda heads: torch.randn(shape(heads), device=device, dtype=torch.bfloat16)
+    q, k, v = make(config.num_attention_heads), make(config.num_key_value_heads), make(config.num_key_value_heads)
+    times = []
+    for _ in range(rounds + 1):
+        with Clock(device) as clock:
+            torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        times.append(clock.seconds * 1e3)
+    return statistics.median(times[1:])
+
+
+def engine_bench(options, folder, device, prefill, decode):
+    line = [options.engine, "bench", "--model", folder, "--device", device, "--json", "--log-level", "warn",
+            "--prefill", ",".join(map(str, prefill)), "--decode", ",".join(map(str, decode)),
+            "--context", str(options.context), "--steps", str(options.steps), "--rounds", str(options.rounds),
+            "--max-num-batched-tokens", str(options.max_num_batched_tokens)]
+    rows = map(json.loads, subprocess.run(line, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines())
+    rates = {}
+    for row in rows:
+        rates[row["measured"], row.get("tokens") or row["sequences"]] = row
+    return rates
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--engine", required=True, help="the program")
+    parser.add_argument("--tokenizer", required=True, help="folder of a Qwen3 tokenizer.json, which a server needs")
+    parser.add_argument("--work", default="/tmp/torch-qwen3", help="folder for the model")
+    parser.add_argument("--shape", choices=SHAPES, default="qwen3-0.6b")
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
+    parser.add_argument("--prefill", default="2048,16384")
+    parser.add_argument("--decode", default="1,64,256")
+    parser.add_argument("--context", type=int, default=512)
+    parser.add_argument("--steps", type=int, default=64)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--max-num-batched-tokens", type=int, default=8192)
+    options = parser.parse_args()
+    prefill, decode = ([int(each) for each in text.split(",")] for text in (options.prefill, options.decode))
+    device = torch.device(options.device)
+    ours = "cuda:0" if options.device == "cuda" else "cpu"
+
+    folder = pathlib.Path(options.work) / options.shape
+    shutil.rmtree(folder, ignore_errors=True)
+    model = make_model(folder, options.shape, device)
+    for file in pathlib.Path(options.tokenizer).glob("*.json"):
+        if file.name not in ("config.json", "generation_config.json"):
+            shutil.copy(file, folder)
+    name = torch.cuda.get_device_name() if options.device == "cuda" else f"{os.cpu_count()} CPUs"
+    print(f"# {options.shape} in bf16 beside PyTorch {torch.__version__} on {name}\n", flush=True)
+    print("\n".join(agreement(model, options.engine, str(folder), ours)), flush=True)
+
+    first = engine_bench(options, str(folder), ours, prefill, decode)
+    lines = [("prefill", tokens, torch_prefill(model, tokens, options.rounds)) for tokens in prefill]
+    for sequences in decode:
+        rate = torch_decode(model, sequences, options.context, options.steps, options.rounds, options.device == "cuda")
+        lines.append(("decode", sequences, rate))
+    second = engine_bench(options, str(folder), ours, prefill, decode)
+
+    print("\n| | engine, tokens/s (before and after PyTorch's turn) | PyTorch, tokens/s | ratio | engine, GB/s read |")
+    print("| --- | --- | --- | --- | --- |")
+    for kind, size, theirs in lines:
+        rows = first[kind, size], second[kind, size]
+        rates = [row["tokens_per_second"] for row in rows]
+        what = f"prefill of {size:,} tokens" if kind == "prefill" else f"decode, {size} at {options.context} tokens"
+        read = statistics.mean(row.get("gigabytes_read_per_second", 0) for row in rows)
+        print(f"| {what} | {rates[0]:,.0f}, {rates[1]:,.0f} | {theirs:,.0f} | {statistics.mean(rates) / theirs:.2f}× | "
+              f"{f'{read:,.0f}' if read else '–'} |")
+    print()
+    for tokens in prefill:
+        milliseconds = torch_attention(model.config, tokens, device, options.rounds)
+        print(f"- PyTorch's attention of one layer over {tokens:,} tokens: {milliseconds:.3f} ms")
+
+
+if __name__ == "__main__":
+    main()
