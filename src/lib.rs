@@ -3,6 +3,7 @@
 //! Imports run one way: `decode → api → worker → scheduler → cache`, all over `engine_models` and `engine_kernels`.
 
 pub mod api;
+pub mod bench;
 pub mod cache;
 pub mod cli;
 pub mod cluster;

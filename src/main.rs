@@ -3,6 +3,7 @@
 use std::process::ExitCode;
 
 use engine::{
+    bench,
     cli::Role,
     doctor, frontend, mock,
     telemetry::init_logging,
@@ -14,7 +15,7 @@ use engine::{
 fn io_threads(role: &Role) -> usize {
     let cores = std::thread::available_parallelism().map_or(2, |cores| cores.get());
     match role {
-        Role::Decode(_) | Role::Prefill(_) => (cores / 4).clamp(2, 8),
+        Role::Decode(_) | Role::Prefill(_) | Role::Bench(_) => (cores / 4).clamp(2, 8),
         Role::Frontend(_) | Role::Mock(_) | Role::Doctor(_) | Role::TransferBench(_) => cores,
     }
 }
@@ -54,6 +55,7 @@ fn start(role: Role) -> anyhow::Result<ExitCode> {
             Role::Frontend(args) => frontend::run(args).await?,
             Role::Mock(args) => mock::run(args).await?,
             Role::TransferBench(args) => transfer_bench::run(args).await?,
+            Role::Bench(args) => bench::run(args).await?,
             Role::Doctor(args) => {
                 if !doctor::run(args).await? {
                     return Ok(ExitCode::FAILURE);

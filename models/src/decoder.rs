@@ -83,7 +83,11 @@ impl<B: Backend> Decoder<B> {
         let shape = AttentionShape { heads: config.heads, kv_heads: config.kv_heads, head_dim: config.head_dim };
         let hidden = config.hidden_size;
         let mut loader = Loader::new(source, backend, progress);
-        let embedding = loader.linear(&[("model.embed_tokens.weight", config.vocab_size)], hidden)?;
+        let embedding = [("model.embed_tokens.weight", config.vocab_size)];
+        let embedding = match config.tie_word_embeddings {
+            true => loader.linear(&embedding, hidden)?,
+            false => loader.table(&embedding, hidden)?,
+        };
         let layers =
             (0..config.layers).map(|index| Layer::load(&mut loader, config, index)).collect::<Result<_, _>>()?;
         let norm = loader.vector(&[("model.norm.weight", hidden)])?;

@@ -1,8 +1,10 @@
 //! The command line: one struct a role. Every flag that vLLM has too has its name, and those of disaggregation have
 //! Dynamo's; each can also be given by environment where that is said.
 
+mod bench;
 mod cluster;
 mod doctor;
+mod engine;
 mod frontend;
 mod mock;
 mod transfer_bench;
@@ -10,8 +12,10 @@ mod transport;
 mod values;
 mod worker;
 
+pub use bench::BenchArgs;
 pub use cluster::ClusterArgs;
 pub use doctor::DoctorArgs;
+pub use engine::EngineArgs;
 pub use frontend::FrontendArgs;
 pub use mock::MockArgs;
 pub use transfer_bench::TransferBenchArgs;
@@ -37,6 +41,8 @@ struct Cli {
 enum Command {
     /// The cluster's HTTP edge: spreads requests over decode workers, and moves them when one dies
     Frontend(FrontendArgs),
+    /// How fast a model is computed here: prompts by themselves, and sequences decoded at the same time
+    Bench(BenchArgs),
     /// Looks at this machine, etcd, NATS and the cluster, and says what is amiss and what to do about it
     Doctor(DoctorArgs),
     /// How fast KV pages move between two processes, one with --serve and one with --connect
@@ -56,6 +62,8 @@ pub enum Role {
     Frontend(FrontendArgs),
     /// Many workers without hardware.
     Mock(MockArgs),
+    /// Somebody who measures a model.
+    Bench(BenchArgs),
     /// Somebody who looks whether all is well.
     Doctor(DoctorArgs),
     /// One of two who measure transfers.
@@ -78,13 +86,12 @@ impl Role {
         match command {
             Some(Command::Frontend(frontend)) => Ok(Self::Frontend(frontend)),
             Some(Command::Mock(mock)) => Ok(Self::Mock(mock)),
+            Some(Command::Bench(bench)) if bench.engine.model.is_some() => Ok(Self::Bench(bench)),
+            Some(Command::Bench(_)) => Err(model_is_missing()),
             Some(Command::Doctor(doctor)) => Ok(Self::Doctor(doctor)),
             Some(Command::TransferBench(bench)) => Ok(Self::TransferBench(bench)),
             None if worker.disagg.is_prefill_worker => Ok(Self::Prefill(worker)),
-            None if worker.model.is_none() => {
-                let say = "--model is missing: a directory, a .gguf file, or a model of the hub as Qwen/Qwen3-0.6B";
-                Err(Cli::command().error(ErrorKind::MissingRequiredArgument, say))
-            }
+            None if worker.engine.model.is_none() => Err(model_is_missing()),
             None => Ok(Self::Decode(worker)),
         }
     }
@@ -95,10 +102,16 @@ impl Role {
             Self::Decode(worker) | Self::Prefill(worker) => &worker.log,
             Self::Frontend(frontend) => &frontend.log,
             Self::Mock(mock) => &mock.log,
+            Self::Bench(bench) => &bench.log,
             Self::Doctor(doctor) => &doctor.log,
             Self::TransferBench(bench) => &bench.log,
         }
     }
+}
+
+fn model_is_missing() -> clap::Error {
+    let say = "--model is missing: a directory, a .gguf file, or a model of the hub as Qwen/Qwen3-0.6B";
+    Cli::command().error(ErrorKind::MissingRequiredArgument, say)
 }
 
 /// What is worth knowing. NATS's client says in its own words what `cluster` says in ours.
@@ -175,6 +188,7 @@ mod tests {
         assert!(matches!(parse(&["--is-prefill-worker"]), Ok(Role::Prefill(_))));
         assert!(matches!(parse(&["frontend"]), Ok(Role::Frontend(_))));
         assert!(matches!(parse(&["mock", "--step-time", "0"]), Ok(Role::Mock(_))));
+        assert!(matches!(parse(&["bench", "--model", "m"]), Ok(Role::Bench(_))));
         assert!(matches!(parse(&["doctor", "--json"]), Ok(Role::Doctor(_))));
         assert!(matches!(parse(&["transfer-bench", "--serve"]), Ok(Role::TransferBench(_))));
         assert!(parse(&["transfer-bench"]).is_err());
@@ -183,6 +197,7 @@ mod tests {
     #[test]
     fn a_decode_worker_needs_a_model_and_a_prefill_worker_does_not() {
         assert!(parse(&[]).unwrap_err().contains("--model"));
+        assert!(parse(&["bench"]).unwrap_err().contains("--model"));
         assert!(parse(&["--is-prefill-worker"]).is_ok());
     }
 

@@ -3,13 +3,9 @@ use std::{path::PathBuf, time::Duration};
 use clap::{Args, builder::NonEmptyStringValueParser};
 
 use super::{
-    ClusterArgs, LogArgs, TransportArgs,
-    values::{
-        DeviceArg, DisaggPolicyArg, KvDTypeArg, LoadFormatArg, parse_device, parse_millis, parse_seconds, parse_share,
-        parse_size, parse_within,
-    },
+    ClusterArgs, EngineArgs, LogArgs, TransportArgs,
+    values::{DisaggPolicyArg, parse_millis, parse_seconds, parse_size},
 };
-use crate::worker::MockModel;
 
 /// Port of a decode worker, and of a frontend.
 pub(super) const DEFAULT_PORT: u16 = 8000;
@@ -17,38 +13,17 @@ pub(super) const DEFAULT_PORT: u16 = 8000;
 /// Flags of a worker: decode, or with `--is-prefill-worker` prefill.
 #[derive(Debug, Args)]
 pub struct WorkerArgs {
-    /// A directory with config.json and safetensors, a .gguf file, or a model of the Hugging Face hub
-    /// (Qwen/Qwen3-0.6B); a prefill worker can take it from the cluster
-    #[arg(long, value_name = "PATH|ID", help_heading = "Model")]
-    pub model: Option<String>,
+    /// The model, and how it is computed.
+    #[command(flatten)]
+    pub engine: EngineArgs,
 
     /// Names clients may use for the model [default: its directory, file or hub id]
     #[arg(long, value_name = "NAME", num_args = 1.., conflicts_with = "is_prefill_worker", help_heading = "Model")]
     pub served_model_name: Vec<String>,
 
-    /// Branch, tag or commit of a model on the hub
-    #[arg(long, value_name = "REVISION", help_heading = "Model")]
-    pub revision: Option<String>,
-
-    /// Where the weights come from
-    #[arg(long, value_enum, value_name = "FORMAT", default_value = "auto", help_heading = "Model")]
-    pub load_format: LoadFormatArg,
-
     /// A Jinja chat template to use instead of the model's own
     #[arg(long, value_name = "FILE", conflicts_with = "is_prefill_worker", help_heading = "Model")]
     pub chat_template: Option<PathBuf>,
-
-    /// Tokens of a prompt and its answer together [default: what the model was made for, or the KV cache holds]
-    #[arg(long, value_name = "TOKENS", help_heading = "Engine")]
-    pub max_model_len: Option<usize>,
-
-    /// Sequences computed at the same time
-    #[arg(long, value_name = "N", default_value_t = 64, help_heading = "Engine")]
-    pub max_num_seqs: usize,
-
-    /// Tokens computed in one step: longer prompts are prefilled in several, between which others generate
-    #[arg(long, value_name = "TOKENS", default_value_t = 512, help_heading = "Engine")]
-    pub max_num_batched_tokens: usize,
 
     /// Requests that may wait for a place among the running ones; beyond that, 429
     #[arg(
@@ -59,34 +34,6 @@ pub struct WorkerArgs {
         help_heading = "Engine"
     )]
     pub max_waiting_requests: usize,
-
-    /// What computes: cpu, cuda:N, or auto for the first CUDA device if there is one
-    #[arg(long, value_name = "DEVICE", value_parser = parse_device, default_value = "auto", help_heading = "Engine")]
-    pub device: DeviceArg,
-
-    /// Threads that compute on a CPU [default: one a core]
-    #[arg(long, value_name = "N", help_heading = "Engine")]
-    pub threads: Option<usize>,
-
-    /// Tokens of a KV page
-    #[arg(long, value_name = "TOKENS", value_parser = parse_within::<1, 4096>, default_value_t = 16, help_heading = "KV cache")]
-    pub block_size: usize,
-
-    /// KV pages [default: as --kv-cache-memory says]
-    #[arg(long, value_name = "PAGES", value_parser = parse_within::<1, 268_435_456>, help_heading = "KV cache")]
-    pub kv_blocks: Option<usize>,
-
-    /// Part of a CUDA device's memory that is used, by others too; what weights leave of it becomes KV pages
-    #[arg(long, value_name = "PART", value_parser = parse_share, default_value_t = 0.9, help_heading = "KV cache")]
-    pub gpu_memory_utilization: f64,
-
-    /// Memory of the KV cache, as 2GiB or 512MiB [default: on a CPU a quarter of what is free, at most 4 GiB]
-    #[arg(long, value_name = "SIZE", value_parser = parse_size, conflicts_with = "kv_blocks", help_heading = "KV cache")]
-    pub kv_cache_memory: Option<usize>,
-
-    /// Element type of the KV cache; auto: that of the weights, f16 for quantised ones
-    #[arg(long, value_enum, value_name = "TYPE", default_value = "auto", help_heading = "KV cache")]
-    pub kv_cache_dtype: KvDTypeArg,
 
     /// Address to listen on; 0.0.0.0 for all interfaces
     #[arg(long, value_name = "HOST", default_value = "127.0.0.1", help_heading = "Server")]
@@ -128,10 +75,6 @@ pub struct WorkerArgs {
     /// Seconds that running answers have to end after SIGTERM
     #[arg(long, value_name = "SECONDS", value_parser = parse_seconds, default_value = "300", help_heading = "Server")]
     pub shutdown_timeout: Duration,
-
-    /// In place of a model, for workers of a mock.
-    #[arg(skip)]
-    pub mock: Option<MockModel>,
 
     /// How it shares prefills.
     #[command(flatten)]

@@ -19,6 +19,8 @@ use crate::{
 
 /// The name of the made-up model.
 const NAME: &str = "mock";
+/// Tokens of a page.
+const BLOCK_SIZE: usize = 16;
 
 /// Runs as many workers as `args` says until a signal comes.
 pub async fn run(args: MockArgs) -> Result<()> {
@@ -98,15 +100,17 @@ fn worker(args: &MockArgs, folder: &Path, role: &[OsString]) -> Result<WorkerArg
     worker.cluster = args.cluster.clone();
     worker.host.clone_from(&args.host);
     worker.disagg.transports = args.transports.clone();
-    worker.max_model_len = Some(args.max_model_len);
-    worker.max_num_seqs = args.max_num_seqs;
-    worker.max_num_batched_tokens = args.max_num_batched_tokens;
+    let engine = &mut worker.engine;
+    engine.max_model_len = Some(args.max_model_len);
+    engine.max_num_seqs = args.max_num_seqs;
+    engine.max_num_batched_tokens = args.max_num_batched_tokens;
     // Pages for a few of the longest, or for all at an eighth of the length.
     let tokens = args.max_model_len.max(args.max_num_seqs * args.max_model_len.div_ceil(8));
-    worker.kv_blocks = Some(tokens.div_ceil(worker.block_size) + args.max_num_seqs);
-    worker.threads = Some(1);
-    worker.load_format = LoadFormatArg::Dummy;
+    engine.block_size = Some(BLOCK_SIZE);
+    engine.kv_blocks = Some(tokens.div_ceil(BLOCK_SIZE) + args.max_num_seqs);
+    engine.threads = Some(1);
+    engine.load_format = LoadFormatArg::Dummy;
     let (step, prompt_token) = (args.step_time, args.prompt_token_time);
-    worker.mock = Some(MockModel { step, prompt_token, words: model::WORDS });
+    engine.mock = Some(MockModel { step, prompt_token, words: model::WORDS });
     Ok(worker)
 }

@@ -8,7 +8,7 @@ use engine_models::{ModelSource, Tokenizer};
 use super::{
     Engine, EngineStatus, Ready, lender,
     membership::{self, Particulars},
-    model::{self, Loaded},
+    model::{self, Loaded, Purpose},
     signals::Signals,
     ways::Ways,
 };
@@ -42,7 +42,7 @@ pub async fn run(cli: WorkerArgs, ready: impl FnOnce(Ready)) -> Result<()> {
             bail!("interrupted while the model was loading")
         }
     };
-    let (model, key) = (loaded.card(&cli, config.model_names.clone()), loaded.key);
+    let (model, key) = (loaded.card(&cli.engine, config.model_names.clone()), loaded.key);
     let (engine, lender) = if let Some(ways) = &ways {
         let (engine, lender) = lender::start(&cli, limits, loaded, ways, &metrics).await?;
         (engine, Some(lender))
@@ -111,10 +111,11 @@ fn limits(disagg: &DisaggArgs) -> Result<Limits> {
 
 /// Everything from the files to a model that is ready to compute. Takes seconds to minutes, and blocks.
 fn load(cli: &WorkerArgs, shared: bool) -> Result<(ApiConfig, Loaded)> {
-    let source = model::open(cli)?;
+    let source = model::open(&cli.engine)?;
     let tokenizer = Arc::new(source.tokenizer()?);
     let template = chat_template(cli, &source)?;
-    let loaded = model::load(cli, &source, shared)?;
+    let purpose = Purpose { shared, itl_target: cli.disagg.itl_target, max_waiting_requests: cli.max_waiting_requests };
+    let loaded = model::load(&cli.engine, &source, &purpose)?;
     Ok((api_config(cli, &source, tokenizer, template), loaded))
 }
 
@@ -131,7 +132,7 @@ fn api_config(
     }
     ApiConfig {
         model_names,
-        model_root: cli.model.clone().unwrap_or_default(),
+        model_root: cli.engine.model.clone().unwrap_or_default(),
         tokenizer,
         template,
         defaults: Defaults::recommended(recommended),

@@ -3,6 +3,7 @@
 //! One OS thread owns the model, the scheduler and the KV pages. Everything else talks to it through [`EngineHandle`],
 //! and hears from it through one [`Generation`] a request.
 
+mod alone;
 mod courier;
 pub mod decode;
 mod desk;
@@ -30,6 +31,7 @@ mod sizing;
 mod step;
 mod ways;
 
+pub use alone::Alone;
 pub use engine::Engine;
 pub use export::{Exporter, PrefillHandle, PrefillRequest};
 pub use generation::Generation;

@@ -1,5 +1,7 @@
 //! From a command line to a loaded model: what both roles begin with.
 
+use std::time::Duration;
+
 use anyhow::{Context, Result, bail};
 use engine_kernels::{
     Backend, KvDType, KvLayout, KvRegion,
@@ -14,7 +16,7 @@ use super::{
     size_kv,
 };
 use crate::{
-    cli::{DeviceArg, WorkerArgs},
+    cli::{DeviceArg, EngineArgs},
     cluster::{ModelCard, ModelKey},
 };
 
@@ -22,14 +24,33 @@ use crate::{
 const LOGIT_ROWS_MAX: usize = 64;
 /// How the CPU backend orders the elements of a page; part of what workers agree on.
 const CPU_PAGE_ORDER: &str = "keys [head_dim][token], values [token][head_dim]";
+/// Tokens of a page there, if nobody says: few, because of a sequence's last page half is empty.
+const CPU_BLOCK_SIZE: usize = 16;
 /// How the CUDA backend does.
 #[cfg(feature = "cuda")]
 const CUDA_PAGE_ORDER: &str = "keys and values [token][head_dim]";
+/// Tokens of a page there: more, because copies between devices pay by the piece.
+#[cfg(feature = "cuda")]
+const CUDA_BLOCK_SIZE: usize = 64;
+
+/// What a model is loaded for.
+pub(super) struct Purpose {
+    /// Prefill workers of this host are to map the memory of its pages.
+    pub(super) shared: bool,
+    /// As [`EngineConfig`] has it.
+    pub(super) itl_target: Duration,
+    /// As [`EngineConfig`] has it.
+    pub(super) max_waiting_requests: usize,
+}
 
 /// A model that is ready to compute.
 pub(super) struct Loaded {
     pub(super) runner: Box<dyn Runner>,
     pub(super) config: EngineConfig,
+    /// What computes it, for people.
+    pub(super) device: String,
+    /// Bytes of weights that each step reads.
+    pub(super) step_bytes: u64,
     /// Where its pages are, if others can reach them.
     region: Option<KvRegion>,
     /// What other workers have to have in common with it.
@@ -41,7 +62,7 @@ pub(super) struct Loaded {
 }
 
 /// Finds the model's files. Blocks, for minutes if they have to be downloaded.
-pub(super) fn open(cli: &WorkerArgs) -> Result<ModelSource> {
+pub(super) fn open(cli: &EngineArgs) -> Result<ModelSource> {
     let options = OpenOptions {
         load_format: cli.load_format.into(),
         revision: cli.revision.clone(),
@@ -52,32 +73,28 @@ pub(super) fn open(cli: &WorkerArgs) -> Result<ModelSource> {
     ModelSource::open(model, &options).with_context(|| format!("cannot open the model {model}"))
 }
 
-/// Reads the weights and reserves the KV cache, if `shared` in memory that prefill workers of this host can map. Blocks
-/// for seconds to minutes.
-pub(super) fn load(cli: &WorkerArgs, source: &ModelSource, shared: bool) -> Result<Loaded> {
+/// Reads the weights and reserves the KV cache. Blocks for seconds to minutes.
+pub(super) fn load(cli: &EngineArgs, source: &ModelSource, purpose: &Purpose) -> Result<Loaded> {
     let model = source.config();
     let threads = cli.threads.unwrap_or_else(|| std::thread::available_parallelism().map_or(1, |cores| cores.get()));
     if threads == 0 {
         bail!("--threads must be at least 1");
     }
+    // A mock computes nothing.
+    let device = device::choose(if cli.mock.is_some() { DeviceArg::Cpu } else { cli.device })?;
+    tracing::info!("device: {device}");
+    let (page_order, block_size) = match device {
+        Chosen::Cpu => (CPU_PAGE_ORDER, CPU_BLOCK_SIZE),
+        #[cfg(feature = "cuda")]
+        Chosen::Cuda { .. } => (CUDA_PAGE_ORDER, CUDA_BLOCK_SIZE),
+    };
     let mut layout = KvLayout {
         layers: model.layers,
         kv_heads: model.kv_heads,
         head_dim: model.head_dim,
-        block_size: cli.block_size,
+        block_size: cli.block_size.unwrap_or(block_size),
         blocks: 0,
         dtype: cli.kv_cache_dtype.or(source.kv_dtype()),
-    };
-    if cli.block_size == 0 {
-        bail!("--block-size must be at least 1");
-    }
-    // A mock computes nothing.
-    let device = device::choose(if cli.mock.is_some() { DeviceArg::Cpu } else { cli.device })?;
-    tracing::info!("device: {device}");
-    let page_order = match device {
-        Chosen::Cpu => CPU_PAGE_ORDER,
-        #[cfg(feature = "cuda")]
-        Chosen::Cuda { .. } => CUDA_PAGE_ORDER,
     };
     let fingerprint = source.fingerprint()?;
     let key = ModelKey::new(&fingerprint, &layout, page_order);
@@ -96,8 +113,8 @@ pub(super) fn load(cli: &WorkerArgs, source: &ModelSource, shared: bool) -> Resu
     let config = EngineConfig {
         max_num_seqs: cli.max_num_seqs,
         max_num_batched_tokens: cli.max_num_batched_tokens,
-        itl_target: cli.disagg.itl_target,
-        max_waiting_requests: cli.max_waiting_requests,
+        itl_target: purpose.itl_target,
+        max_waiting_requests: purpose.max_waiting_requests,
         max_model_len: sizing.max_model_len,
         vocab_size: model.vocab_size,
         block_size: layout.block_size,
@@ -113,12 +130,24 @@ pub(super) fn load(cli: &WorkerArgs, source: &ModelSource, shared: bool) -> Resu
     if let Some(model) = &cli.mock {
         let region = KvRegion::shared(layout.region_shape()).context("cannot reserve a mock's pages")?;
         let runner = Box::new(MockRunner::new(model.clone(), region.clone(), layout.block_size));
-        return Ok(Loaded { runner, config, region: Some(region), key, layout, page_order, fingerprint });
+        let device = device.to_string();
+        return Ok(Loaded {
+            runner,
+            config,
+            device,
+            step_bytes: 0,
+            region: Some(region),
+            key,
+            layout,
+            page_order,
+            fingerprint,
+        });
     }
-    let (runner, region) = match device {
+    let name = device.to_string();
+    let (runner, region, step_bytes) = match device {
         Chosen::Cpu => {
             let mut backend = CpuBackend::new(CpuOptions { threads, level: None });
-            if shared {
+            if purpose.shared {
                 backend.share_kv_cache();
             }
             load_into(backend, source, limits, layout)?
@@ -128,7 +157,7 @@ pub(super) fn load(cli: &WorkerArgs, source: &ModelSource, shared: bool) -> Resu
             load_into(engine_kernels::cuda::CudaBackend::new(device), source, limits, layout)?
         }
     };
-    Ok(Loaded { runner, config, region, key, layout, page_order, fingerprint })
+    Ok(Loaded { runner, config, device: name, step_bytes, region, key, layout, page_order, fingerprint })
 }
 
 fn load_into<B: Backend>(
@@ -136,11 +165,11 @@ fn load_into<B: Backend>(
     source: &ModelSource,
     limits: ForwardLimits,
     layout: KvLayout,
-) -> Result<(Box<dyn Runner>, Option<KvRegion>)> {
+) -> Result<(Box<dyn Runner>, Option<KvRegion>, u64)> {
     let loaded = source.load(&mut backend, limits)?;
     let runner = ModelRunner::new(backend, loaded.model, layout, limits.max_logit_rows)?;
     let region = runner.region();
-    Ok((Box::new(runner), region))
+    Ok((Box::new(runner), region, loaded.report.step_bytes))
 }
 
 impl Loaded {
@@ -151,8 +180,13 @@ impl Loaded {
         )
     }
 
+    /// Bytes of keys and values that a token has.
+    pub(super) fn token_bytes(&self) -> usize {
+        self.layout.block_bytes() / self.layout.block_size
+    }
+
     /// What others are told of the model, so that they can list it, and load it too.
-    pub(super) fn card(&self, cli: &WorkerArgs, names: Vec<String>) -> ModelCard {
+    pub(super) fn card(&self, cli: &EngineArgs, names: Vec<String>) -> ModelCard {
         let given = cli.model.clone().unwrap_or_default();
         // Another process may have another working directory.
         let source = std::fs::canonicalize(&given).map_or(given, |path| path.display().to_string());

@@ -43,7 +43,7 @@ pub async fn run(mut cli: WorkerArgs, ready: impl FnOnce(Ready)) -> Result<()> {
     let ways = Ways::of(&cli.disagg.transports)?.open().await?;
     let mut signals = Signals::new()?;
     let mut expected = None;
-    if cli.model.is_none() {
+    if cli.engine.model.is_none() {
         let card = tokio::select! {
             card = find_model(&*cluster.discovery) => card?,
             code = signals.next() => std::process::exit(code),
@@ -53,8 +53,13 @@ pub async fn run(mut cli: WorkerArgs, ready: impl FnOnce(Ready)) -> Result<()> {
     }
     let metrics = Metrics::new();
     let loading = tokio::task::spawn_blocking(move || {
-        let source = model::open(&cli)?;
-        let loaded = model::load(&cli, &source, false)?;
+        let source = model::open(&cli.engine)?;
+        let purpose = model::Purpose {
+            shared: false,
+            itl_target: cli.disagg.itl_target,
+            max_waiting_requests: cli.max_waiting_requests,
+        };
+        let loaded = model::load(&cli.engine, &source, &purpose)?;
         let name = source.name().to_owned();
         anyhow::Ok((loaded, name, cli))
     });
@@ -66,7 +71,7 @@ pub async fn run(mut cli: WorkerArgs, ready: impl FnOnce(Ready)) -> Result<()> {
     if expected.is_some_and(|expected| expected != loaded.key) {
         bail!("{name} is not the same model here as in the cluster: its files differ");
     }
-    let (model, key) = (loaded.card(&cli, vec![name.clone()]), loaded.key);
+    let (model, key) = (loaded.card(&cli.engine, vec![name.clone()]), loaded.key);
     let region = loaded.region()?;
     let pages = region.clone();
     let rdma = ways.register(move |adapters| Source::new(adapters, &pages)).await?;
@@ -168,14 +173,14 @@ fn announcement(name: &str, address: SocketAddr) -> String {
 fn take_model(cli: &mut WorkerArgs, card: &WorkerCard) -> Result<()> {
     let model = &card.model;
     let unknown = |what: &str, value: &str| anyhow::anyhow!("the cluster's model has the unknown {what} {value}");
-    cli.load_format =
+    cli.engine.load_format =
         LoadFormatArg::from_str(&model.load_format, true).map_err(|_| unknown("load format", &model.load_format))?;
-    cli.kv_cache_dtype =
+    cli.engine.kv_cache_dtype =
         KvDTypeArg::from_str(&model.kv_cache_dtype, true).map_err(|_| unknown("type", &model.kv_cache_dtype))?;
-    cli.block_size = model.block_size;
-    cli.revision.clone_from(&model.revision);
+    cli.engine.block_size = Some(model.block_size);
+    cli.engine.revision.clone_from(&model.revision);
     tracing::info!(model = %model.source, "taking the cluster's model");
-    cli.model = Some(model.source.clone());
+    cli.engine.model = Some(model.source.clone());
     Ok(())
 }
 

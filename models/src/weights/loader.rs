@@ -17,6 +17,8 @@ pub struct LoadReport {
     pub file_bytes: u64,
     /// Bytes the backend keeps for the matrices.
     pub memory_bytes: u64,
+    /// Of those, the bytes that every step reads: all but an embedding that is no output projection as well.
+    pub step_bytes: u64,
     /// Element types and the share of the parameters stored in each, largest first.
     pub dtypes: Vec<(DType, f64)>,
     /// Tensors in the files that the architecture has no use for.
@@ -53,6 +55,7 @@ pub(crate) struct Loader<'a, B: Backend> {
     elements: BTreeMap<String, (DType, u64)>,
     file_bytes: u64,
     memory_bytes: u64,
+    step_bytes: u64,
     started: Instant,
 }
 
@@ -73,6 +76,7 @@ impl<'a, B: Backend> Loader<'a, B> {
             elements: BTreeMap::new(),
             file_bytes: 0,
             memory_bytes: 0,
+            step_bytes: 0,
             started: Instant::now(),
         }
     }
@@ -82,8 +86,15 @@ impl<'a, B: Backend> Loader<'a, B> {
         self.backend
     }
 
-    /// A matrix of `cols` columns made of tensors stacked along their rows: names and row counts.
+    /// A matrix of `cols` columns made of tensors stacked along their rows: names and row counts. Each step reads it.
     pub(crate) fn linear(&mut self, parts: &[(&str, usize)], cols: usize) -> Result<B::Linear, ModelError> {
+        let weight = self.table(parts, cols)?;
+        self.step_bytes += self.backend.linear_bytes(&weight) as u64;
+        Ok(weight)
+    }
+
+    /// The same for one of which a step reads a few rows.
+    pub(crate) fn table(&mut self, parts: &[(&str, usize)], cols: usize) -> Result<B::Linear, ModelError> {
         let tensors: Vec<_> =
             parts.iter().map(|&(name, rows)| self.take(name, &[rows, cols])).collect::<Result<_, _>>()?;
         let first = parts.first().map_or("", |part| part.0);
@@ -152,6 +163,7 @@ impl<'a, B: Backend> Loader<'a, B> {
             parameters,
             file_bytes: self.file_bytes,
             memory_bytes: self.memory_bytes,
+            step_bytes: self.step_bytes,
             dtypes,
             unused_tensors: unused.len(),
             elapsed: self.started.elapsed(),

@@ -1,0 +1,198 @@
+//! `engine bench`: how fast a model is computed here, without a server around it.
+//!
+//! The whole engine is measured: scheduler, pages, forward pass and sampling, through the handle that the API has too.
+//! Prompts and weights may be anything, since neither changes how long a step takes: with `--load-format dummy` a
+//! `config.json` is enough.
+//!
+//! - *Prefill*: the time from the submission of a prompt, by itself, until its first token is there.
+//! - *Decode*: sequences whose prompts are in the prefix cache start together; the one that starts last is watched, while
+//!   all others run as well. What a step reads at least, the weights and the keys and values of all sequences, over the
+//!   time it takes is a speed that the memory's can be compared with.
+
+mod report;
+
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+use engine_kernels::SamplingParams;
+
+use crate::cli::BenchArgs;
+use crate::worker::{Alone, Event, FinishReason, Generation, Request};
+use report::{Report, Row};
+
+/// Rounds that are not counted: they meet memory that nobody has touched, and steps that were not recorded yet.
+const ROUNDS_UNCOUNTED: usize = 1;
+/// Steps that a sequence may be ahead of the one that is watched.
+const LEAD_MAX: usize = 256;
+
+/// Measures and prints.
+pub async fn run(mut args: BenchArgs) -> Result<()> {
+    fit(&mut args);
+    let (alone, args) = tokio::task::spawn_blocking(move || Alone::start(&args.engine).map(|alone| (alone, args)))
+        .await
+        .context("loading the model panicked")??;
+    let report = Report { json: args.json };
+    report.start(&alone, &args);
+    let mut prompts = Prompts { vocabulary: alone.engine.limits().vocab_size as u64, state: 0 };
+    for (index, &tokens) in args.prefill.iter().enumerate() {
+        let seconds = prefill(&alone, &mut prompts, tokens, args.rounds).await?;
+        report.print(&Row::prefill(tokens, &seconds), index == 0);
+    }
+    for (index, &sequences) in args.decode.iter().enumerate() {
+        let steps = decode(&alone, &mut prompts, sequences, &args).await?;
+        report.print(&Row::decode(&alone, sequences, args.context + args.steps / 2, &steps), index == 0);
+    }
+    alone.engine.stop();
+    alone.engine.stopped().await;
+    Ok(())
+}
+
+/// Raises the engine's limits to what is measured, as far as nobody has set them.
+fn fit(args: &mut BenchArgs) {
+    let longest = args.prefill.iter().copied().max().unwrap_or(0).max(args.context + LEAD_MAX + args.steps) + 1;
+    let sequences = args.decode.iter().copied().max().unwrap_or(1);
+    let engine = &mut args.engine;
+    engine.max_model_len = engine.max_model_len.or(Some(longest));
+    engine.max_num_seqs = engine.max_num_seqs.max(sequences);
+    engine.max_num_batched_tokens = engine.max_num_batched_tokens.max(engine.max_num_seqs);
+}
+
+/// Seconds until the first token of prompts that nobody has seen before.
+async fn prefill(alone: &Alone, prompts: &mut Prompts, tokens: usize, rounds: usize) -> Result<Vec<f64>> {
+    let mut seconds = Vec::new();
+    for _ in 0..ROUNDS_UNCOUNTED + rounds {
+        let request = request(prompts.next(tokens), 1);
+        let started = Instant::now();
+        let mut generation = alone.engine.submit(request)?;
+        token(&mut generation).await?;
+        seconds.push(started.elapsed().as_secs_f64());
+    }
+    Ok(seconds.split_off(ROUNDS_UNCOUNTED))
+}
+
+/// Seconds of steps that computed a token of each of `sequences` sequences.
+async fn decode(alone: &Alone, prompts: &mut Prompts, sequences: usize, args: &BenchArgs) -> Result<Vec<f64>> {
+    let limits = alone.engine.limits();
+    let pages = sequences * (args.context + LEAD_MAX + args.steps).div_ceil(limits.block_size);
+    ensure!(
+        pages <= limits.blocks,
+        "{sequences} sequences of {} tokens may need {pages} KV pages, and there are {}: raise --kv-cache-memory, or lower \
+         --decode or --context",
+        args.context + args.steps,
+        limits.blocks
+    );
+    let all: Vec<Vec<u32>> = (0..sequences).map(|_| prompts.next(args.context)).collect();
+    // From here on all but their last tokens are found in the cache.
+    for prompt in &all {
+        token(&mut alone.engine.submit(request(prompt.clone(), 1))?).await?;
+    }
+    let mut seconds = Vec::new();
+    for round in 0..ROUNDS_UNCOUNTED + args.rounds {
+        let submit = |prompt: &Vec<u32>| alone.engine.submit(request(prompt.clone(), LEAD_MAX + args.steps));
+        let mut running: Vec<Generation> = all.iter().map(submit).collect::<Result<_, _>>()?;
+        let mut last = running.pop().context("there is a sequence")?;
+        token(&mut last).await?;
+        let mut before = Instant::now();
+        for _ in 0..args.steps {
+            token(&mut last).await?;
+            let now = Instant::now();
+            if round >= ROUNDS_UNCOUNTED {
+                seconds.push((now - before).as_secs_f64());
+            }
+            before = now;
+        }
+        for generation in &mut running {
+            // The others were there all the time.
+            ensure!(!has_ended(generation), "a sequence ended before the one that was watched: --steps are too many");
+        }
+        drop((running, last));
+        settle(alone).await;
+    }
+    Ok(seconds)
+}
+
+/// Waits until nobody is left of those who were cancelled.
+async fn settle(alone: &Alone) {
+    while alone.engine.snapshot().running > 0 {
+        tokio::time::sleep(Duration::from_millis(1)).await;
+    }
+}
+
+/// Waits for a token.
+async fn token(generation: &mut Generation) -> Result<()> {
+    match generation.next().await {
+        Some(Event::Token(_)) => Ok(()),
+        Some(Event::Finished { reason: FinishReason::Impossible, .. }) => {
+            anyhow::bail!("the model gave no possible token (NaN?)")
+        }
+        other => anyhow::bail!("the engine has stopped: {other:?}"),
+    }
+}
+
+/// Whether nothing more comes.
+fn has_ended(generation: &mut Generation) -> bool {
+    std::iter::from_fn(|| generation.try_next()).any(|event| matches!(event, Event::Finished { .. }))
+}
+
+fn request(prompt: Vec<u32>, tokens: usize) -> Request {
+    Request {
+        prompt,
+        output: Vec::new(),
+        sampling: SamplingParams::default(),
+        max_tokens: u32::try_from(tokens).unwrap_or(u32::MAX),
+        min_tokens: 0,
+        stop_token_ids: Vec::new(),
+        logprobs: None,
+        prompt_logprobs: None,
+        trace: None,
+    }
+}
+
+/// Prompts no two of which begin alike.
+struct Prompts {
+    vocabulary: u64,
+    state: u64,
+}
+
+impl Prompts {
+    fn next(&mut self, tokens: usize) -> Vec<u32> {
+        let next = |_| {
+            // Knuth's linear congruential generator; the high bits are the good ones.
+            self.state = self.state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            ((self.state >> 33) % self.vocabulary) as u32
+        };
+        (0..tokens).map(next).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cli::Role;
+
+    fn args(line: &[&str]) -> BenchArgs {
+        match Role::try_parse_from([&["engine", "bench", "--model", "m"], line].concat()) {
+            Ok(Role::Bench(args)) => args,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[test]
+    fn limits_are_raised_to_what_is_measured_and_no_further() {
+        let mut fitting = args(&["--prefill", "100,4000", "--decode", "1,600", "--context", "50", "--steps", "10"]);
+        fit(&mut fitting);
+        let engine = &fitting.engine;
+        assert_eq!((engine.max_model_len, engine.max_num_seqs, engine.max_num_batched_tokens), (Some(4001), 600, 600));
+        let mut set = args(&["--max-model-len", "9000"]);
+        fit(&mut set);
+        assert_eq!(set.engine.max_model_len, Some(9000));
+    }
+
+    #[test]
+    fn no_two_prompts_begin_alike() {
+        let mut prompts = Prompts { vocabulary: 50_000, state: 0 };
+        let first: std::collections::HashSet<Vec<u32>> = (0..1000).map(|_| prompts.next(16)).collect();
+        assert_eq!(first.len(), 1000);
+        assert!(first.iter().flatten().all(|&token| token < 50_000));
+    }
+}
