@@ -1,4 +1,4 @@
-//! `engine doctor` and `engine transfer-bench` as processes, before real services and workers.
+//! `engine doctor`, `engine bench` and `engine transfer-bench` as processes, before real services and workers.
 
 mod cell;
 mod program;
@@ -41,6 +41,28 @@ fn failed(findings: &[Value]) -> Vec<&str> {
 
 fn in_cluster(cell: &Cell, flags: &[&str]) -> (bool, Vec<Value>) {
     doctor(&[&["--etcd", &cell.etcd.url(), "--nats", &cell.nats.url()], flags].concat())
+}
+
+#[test]
+fn a_model_is_measured_without_a_server() {
+    let model = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/reference/models/qwen3");
+    let bench =
+        |flags: &[&str]| engine(&[&["bench", "--model", model, "--json", "--rounds", "1"], flags].concat()).output();
+    let output = bench(&["--prefill", "20,30", "--decode", "1,3", "--context", "24", "--steps", "4"]).unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let rows: Vec<Value> =
+        String::from_utf8(output.stdout).unwrap().lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    let measured: Vec<(&str, u64)> = rows
+        .iter()
+        .map(|row| (row["measured"].as_str().unwrap(), row["tokens"].as_u64().or(row["sequences"].as_u64()).unwrap()))
+        .collect();
+    assert_eq!(measured, [("prefill", 20), ("prefill", 30), ("decode", 1), ("decode", 3)]);
+    assert!(rows.iter().all(|row| row["tokens_per_second"].as_f64().unwrap() > 0.0), "{rows:?}");
+    assert_eq!(rows[3]["steps"], 4);
+
+    let output = bench(&["--prefill", "20", "--decode", "3", "--context", "24", "--kv-blocks", "40"]).unwrap();
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(!output.status.success() && said.contains("--kv-cache-memory"), "{said}");
 }
 
 #[test]
