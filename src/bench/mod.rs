@@ -70,8 +70,8 @@ async fn prefill(alone: &Alone, prompts: &mut Prompts, tokens: usize, rounds: us
     Ok(seconds.split_off(ROUNDS_UNCOUNTED))
 }
 
-/// Seconds of steps that computed a token of each of `sequences` sequences.
-async fn decode(alone: &Alone, prompts: &mut Prompts, sequences: usize, args: &BenchArgs) -> Result<Vec<f64>> {
+/// Steps that computed a token of each of `sequences` sequences.
+async fn decode(alone: &Alone, prompts: &mut Prompts, sequences: usize, args: &BenchArgs) -> Result<Steps> {
     let limits = alone.engine.limits();
     let pages = sequences * (args.context + LEAD_MAX + args.steps).div_ceil(limits.block_size);
     ensure!(
@@ -86,20 +86,24 @@ async fn decode(alone: &Alone, prompts: &mut Prompts, sequences: usize, args: &B
     for prompt in &all {
         token(&mut alone.engine.submit(request(prompt.clone(), 1))?).await?;
     }
-    let mut seconds = Vec::new();
+    let mut steps = Steps::default();
     for round in 0..ROUNDS_UNCOUNTED + args.rounds {
         let submit = |prompt: &Vec<u32>| alone.engine.submit(request(prompt.clone(), LEAD_MAX + args.steps));
         let mut running: Vec<Generation> = all.iter().map(submit).collect::<Result<_, _>>()?;
         let mut last = running.pop().context("there is a sequence")?;
         token(&mut last).await?;
-        let mut before = Instant::now();
+        let started = Instant::now();
+        let mut before = started;
         for _ in 0..args.steps {
             token(&mut last).await?;
             let now = Instant::now();
             if round >= ROUNDS_UNCOUNTED {
-                seconds.push((now - before).as_secs_f64());
+                steps.gaps.push((now - before).as_secs_f64());
             }
             before = now;
+        }
+        if round >= ROUNDS_UNCOUNTED {
+            steps.means.push((before - started).as_secs_f64() / args.steps as f64);
         }
         for generation in &mut running {
             // The others were there all the time.
@@ -108,7 +112,16 @@ async fn decode(alone: &Alone, prompts: &mut Prompts, sequences: usize, args: &B
         drop((running, last));
         settle(alone).await;
     }
-    Ok(seconds)
+    Ok(steps)
+}
+
+/// Seconds that steps took.
+#[derive(Debug, Default)]
+struct Steps {
+    /// On average, in each round.
+    means: Vec<f64>,
+    /// Between two tokens, as a reader sees them, which is told of some a little late.
+    gaps: Vec<f64>,
 }
 
 /// Waits until nobody is left of those who were cancelled.

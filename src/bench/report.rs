@@ -2,6 +2,7 @@
 
 use serde::Serialize;
 
+use super::Steps;
 use crate::cli::BenchArgs;
 use crate::worker::Alone;
 
@@ -34,16 +35,16 @@ impl Row {
         Self::Prefill { tokens, rounds, milliseconds, tokens_per_second }
     }
 
-    /// From the seconds that each step took, in the middle of which a sequence had `context` tokens.
-    pub(super) fn decode(alone: &Alone, sequences: usize, context: usize, seconds: &[f64]) -> Self {
+    /// From how long steps took, in the middle of which a sequence had `context` tokens.
+    pub(super) fn decode(alone: &Alone, sequences: usize, context: usize, steps: &Steps) -> Self {
         let bytes = alone.step_bytes as f64 + (sequences * context * alone.token_bytes) as f64;
-        let median = percentile(seconds, 50);
+        let median = percentile(&steps.means, 50);
         Self::Decode {
             sequences,
             context,
-            steps: seconds.len(),
+            steps: steps.gaps.len(),
             step_milliseconds: median * 1e3,
-            step_milliseconds_p99: percentile(seconds, 99) * 1e3,
+            step_milliseconds_p99: percentile(&steps.gaps, 99) * 1e3,
             tokens_per_second: sequences as f64 / median,
             gigabytes_read_per_second: bytes / median / 1e9,
         }
