@@ -36,10 +36,11 @@ impl Form {
                 &Kernels {
                     embed: concat!("embed_", $suffix),
                     skinny: [
-                        concat!("skinny_1_", $suffix),
-                        concat!("skinny_2_", $suffix),
-                        concat!("skinny_4_", $suffix),
-                        concat!("skinny_8_", $suffix),
+                        [concat!("skinny_1x2_", $suffix), concat!("skinny_1x4_", $suffix)],
+                        [concat!("skinny_2x2_", $suffix), concat!("skinny_2x4_", $suffix)],
+                        [concat!("skinny_4x2_", $suffix), concat!("skinny_4x4_", $suffix)],
+                        [concat!("skinny_8x2_", $suffix), concat!("skinny_8x4_", $suffix)],
+                        [concat!("skinny_16x2_", $suffix), concat!("skinny_16x4_", $suffix)],
                     ],
                     tiled: concat!("tiled_", $suffix),
                 }
@@ -56,12 +57,12 @@ impl Form {
     }
 }
 
-/// Names of the kernels of `kernels/cuda/linear.cu` for one form.
+/// Names of the kernels of `kernels/cuda/linear.cu` and `skinny.cu` for one form.
 #[derive(Debug)]
 pub(super) struct Kernels {
     pub(super) embed: &'static str,
-    /// For 1, 2, 4 and 8 rows at a time.
-    pub(super) skinny: [&'static str; 4],
+    /// For 1, 2, 4, 8 and 16 rows, and of each for two and four features a warp.
+    pub(super) skinny: [[&'static str; 2]; 5],
     pub(super) tiled: &'static str,
 }
 
