@@ -143,7 +143,10 @@ __device__ __forceinline__ void skinny(Matrix matrix, const float* x, const floa
 }
 
 /// Blocks of a kernel that a processor is to hold: what that leaves for registers.
-constexpr int blocks(int rows) { return rows == 1 ? 3 : rows <= 8 ? 2 : 1; }
+constexpr int blocks(int rows, int features) {
+    if (rows == 1) return features == 8 ? 4 : 3;
+    return rows <= 8 ? 2 : 1;
+}
 
 }  // namespace skinny
 
@@ -154,7 +157,7 @@ constexpr int blocks(int rows) { return rows == 1 ? 3 : rows <= 8 ? 2 : 1; }
 // Grid: features / (2 * features of a warp), with a gate twice as many. Bytes: the matrix, once. Operations: 2 a weight
 // and row, unpacking apart. Floor: the matrix's bytes over the bandwidth.
 #define SKINNY(ROWS, FEATURES, SUFFIX, MATRIX)                                                                         \
-    extern "C" __global__ void __launch_bounds__(skinny::THREADS, skinny::blocks(ROWS))                                \
+    extern "C" __global__ void __launch_bounds__(skinny::THREADS, skinny::blocks(ROWS, FEATURES))                      \
         skinny_##ROWS##x##FEATURES##_##SUFFIX(const void* values, const void* scales, const float* x,                  \
                                               const float* norm, float eps, const float* bias, float* out, int cols,   \
                                               int features, int width, int first, int then) {                          \
@@ -163,7 +166,7 @@ constexpr int blocks(int rows) { return rows == 1 ? 3 : rows <= 8 ? 2 : 1; }
     }                                                                                                                  \
     REGISTER(skinny_##ROWS##x##FEATURES##_##SUFFIX);
 
-// Two features a warp where there are too few to fill the device with four.
+// Many features a warp, so that its loads are many too; fewer where there would be too few blocks to fill the device.
 #define ALL_SKINNY(SUFFIX, MATRIX)  \
     SKINNY(1, 2, SUFFIX, MATRIX)    \
     SKINNY(1, 4, SUFFIX, MATRIX)    \
@@ -177,3 +180,8 @@ constexpr int blocks(int rows) { return rows == 1 ? 3 : rows <= 8 ? 2 : 1; }
     SKINNY(16, 4, SUFFIX, MATRIX)
 
 FOR_EACH_MATRIX(ALL_SKINNY)
+
+SKINNY(1, 8, f16, Floats<Half>)
+SKINNY(2, 8, f16, Floats<Half>)
+SKINNY(1, 8, bf16, Floats<Brain>)
+SKINNY(2, 8, bf16, Floats<Brain>)

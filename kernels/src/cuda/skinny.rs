@@ -12,8 +12,6 @@ pub(super) const NORMED_ROWS_MAX: usize = 4;
 const THREADS: usize = 256;
 /// Sets of output features of a block.
 const SETS: usize = 2;
-/// Blocks a multiprocessor should have, before features are taken four at a time rather than two.
-const BLOCKS_A_PROCESSOR: usize = 2;
 
 /// What becomes of sums; the kernels count alike.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -38,13 +36,6 @@ pub(super) struct Skinny<'a, D: Driver> {
 }
 
 impl<D: Driver> Skinny<'_, D> {
-    /// Output features of a warp, 0 for two and 1 for four, and blocks.
-    fn cut(features: usize, then: Then, processors: usize) -> (usize, usize) {
-        let sets = if then == Then::Gate { 1 } else { SETS };
-        let blocks = |features_a_warp: usize| features.div_ceil(sets * features_a_warp);
-        if blocks(4) >= BLOCKS_A_PROCESSOR * processors { (1, blocks(4)) } else { (0, blocks(2)) }
-    }
-
     pub(super) fn enqueue(&self, stream: &Stream<D>, out: &Activations<D>) {
         let Self { x, norm, weight, bias, then } = self;
         let address = |vector: Option<&Vector<D>>| vector.map_or(Address::NULL, |vector| vector.buffer.address());
@@ -67,10 +58,36 @@ impl<D: Driver> Skinny<'_, D> {
                 part.first.into(),
                 (*then as usize).into(),
             ];
-            let (width, blocks) = Self::cut(features, *then, stream.driver().processors());
             // Rows are filled up to a power of two.
-            let kernel = part.form.kernels().skinny[rows.ilog2() as usize][width];
-            stream.launch(kernel, [blocks, 1, 1], THREADS, &args);
+            let kernels = part.form.kernels().skinny[rows.ilog2() as usize];
+            let sets = if *then == Then::Gate { 1 } else { SETS };
+            let (kernel, blocks) = cut(kernels.len(), features.div_ceil(sets), stream.driver().processors());
+            stream.launch(kernels[kernel], [blocks, 1, 1], THREADS, &args);
         }
+    }
+}
+
+/// Which of the kernels for 2, 4, 8, ... features a warp, and how many blocks: the more a warp takes, the more of its
+/// loads are under way together, as long as there are about enough blocks for all multiprocessors to have one and a half.
+fn cut(kernels: usize, features: usize, processors: usize) -> (usize, usize) {
+    let blocks = |kernel: usize| features.div_ceil(2 << kernel);
+    let kernel = (1..kernels).rev().find(|&kernel| 2 * blocks(kernel) >= 3 * processors).unwrap_or(0);
+    (kernel, blocks(kernel))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn warps_take_as_many_features_as_leave_enough_blocks() {
+        // An H100 and the products of Qwen3-0.6B: q, k and v; output and down; gate and up.
+        assert_eq!(cut(3, 4096 / 2, 132), (2, 256));
+        assert_eq!(cut(3, 1024 / 2, 132), (0, 256));
+        assert_eq!(cut(3, 3072, 132), (2, 384));
+        assert_eq!(cut(2, 3072, 132), (1, 768));
+        // A feature is never left over.
+        assert_eq!(cut(3, 1, 132), (0, 1));
+        assert_eq!(cut(3, 1001, 4), (2, 126));
     }
 }

@@ -193,7 +193,7 @@ pub(crate) fn wide_products_match_the_reference<B: Subject>() {
     // Input features of every number of whole and begun rounds of whatever loop goes over them, with the bits of a row
     // alone and among others.
     let mut random = Random::new(9);
-    for (i, cols) in [1024, 1032, 2048, 3080, 4352].into_iter().enumerate() {
+    for (i, cols) in [1024usize, 1032, 2048, 3080, 4352].into_iter().enumerate() {
         for dtype in [DType::BF16, DType::F32, DType::Q4_0, DType::Q8_0, DType::Q6K] {
             let cols = if dtype.is_quantized() { cols.next_multiple_of(dtype.block_len()) } else { cols };
             let rows = [1, 2, 4, 8, 16][i];
