@@ -41,8 +41,8 @@ __device__ __forceinline__ void skinny(Matrix matrix, const float* x, const floa
     using Eight = Streamed<Matrix>;
     using Raw = typename Eight::Raw;
     constexpr int SUMS = ROWS * FEATURES, STEP = SHARES * CHUNK, WORDS = FEATURES * sizeof(Raw) / 4;
-    // Chunks a lane loads before it uses the first: as many as 32 registers hold.
-    constexpr int AT_A_TIME = WORDS < 32 ? 32 / WORDS : 1;
+    // Chunks a lane loads before it uses the first: as many as 32 registers hold, or 16 where those are needed to unpack.
+    constexpr int ROOM = ROWS >= 4 && sizeof(Raw) < 16 ? 16 : 32, AT_A_TIME = WORDS < ROOM ? ROOM / WORDS : 1;
     __shared__ float shares[WARPS][SUMS];
 
     // With a gate, one set of warps takes gates and the other the same features' factors.
@@ -143,9 +143,11 @@ __device__ __forceinline__ void skinny(Matrix matrix, const float* x, const floa
 }
 
 /// Blocks of a kernel that a processor is to hold: what that leaves for registers.
+template <class Matrix>
 constexpr int blocks(int rows, int features) {
-    if (rows == 1) return features == 8 ? 4 : 3;
-    return rows <= 8 ? 2 : 1;
+    const bool is_quantised = sizeof(typename Streamed<Matrix>::Raw) < 16;
+    if (rows == 1) return features == 8 ? 2 : 3;
+    return rows == 16 || (rows == 8 && is_quantised) ? 1 : 2;
 }
 
 }  // namespace skinny
@@ -157,7 +159,7 @@ constexpr int blocks(int rows, int features) {
 // Grid: features / (2 * features of a warp), with a gate twice as many. Bytes: the matrix, once. Operations: 2 a weight
 // and row, unpacking apart. Floor: the matrix's bytes over the bandwidth.
 #define SKINNY(ROWS, FEATURES, SUFFIX, MATRIX)                                                                         \
-    extern "C" __global__ void __launch_bounds__(skinny::THREADS, skinny::blocks(ROWS, FEATURES))                      \
+    extern "C" __global__ void __launch_bounds__(skinny::THREADS, skinny::blocks<MATRIX>(ROWS, FEATURES))              \
         skinny_##ROWS##x##FEATURES##_##SUFFIX(const void* values, const void* scales, const float* x,                  \
                                               const float* norm, float eps, const float* bias, float* out, int cols,   \
                                               int features, int width, int first, int then) {                          \

@@ -105,12 +105,15 @@ struct Streamed<Nibbles> {
 };
 
 struct RawBytes {
-    uint2 quants;
-    unsigned scales;
+    unsigned first, second, scales;
+
+    __device__ __forceinline__ RawBytes() {}
+    __device__ __forceinline__ RawBytes(uint2 quants, unsigned scales)
+        : first(quants.x), second(quants.y), scales(scales) {}
 
     __device__ __forceinline__ void unpack(int half, float (&to)[4]) const {
         // As unsigned bytes, 128 more.
-        const unsigned words = (half ? quants.y : quants.x) ^ 0x80808080u;
+        const unsigned words = (half ? second : first) ^ 0x80808080u;
 #pragma unroll
         for (int i = 0; i < 4; i++) to[i] = __uint_as_float((words >> 8 * i & 255) | UNIT_BITS) - (UNIT + 128.0f);
     }
