@@ -1,9 +1,9 @@
 // Causal attention over paged keys and values, for rows of any sequences.
 //
 // The keys of a row are taken in partitions of 128, sixteen of them a warp. The lanes of a warp lie across a head, so
-// that what a warp loads at a time is contiguous: two or four tokens of a page. A warp begins all its loads of keys, and
-// as many of values as registers hold, before it uses the first; all query heads of a block share them. Each warp gives
-// a largest score, a sum of weights and a weighted sum of values for its sixteen keys; eight warps are merged to a
+// that what a warp loads at a time is contiguous: two or four tokens of a page. A warp begins as many loads of keys and
+// of values as registers hold, before it uses the first; all query heads of a block share them. Each warp gives a
+// largest score, a sum of weights and a weighted sum of values for its sixteen keys; eight warps are merged to a
 // partition, and partitions in order (the online softmax of Milakov and Gimelshein 2018).
 //
 // A block goes through all partitions of its row, or through some of them (flash-decoding, Dao et al. 2023). In the

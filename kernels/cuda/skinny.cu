@@ -41,8 +41,9 @@ __device__ __forceinline__ void skinny(Matrix matrix, const float* x, const floa
     using Eight = Streamed<Matrix>;
     using Raw = typename Eight::Raw;
     constexpr int SUMS = ROWS * FEATURES, STEP = SHARES * CHUNK, WORDS = FEATURES * sizeof(Raw) / 4;
-    // Chunks a lane loads before it uses the first: as many as 32 registers hold, or 16 where those are needed to unpack.
-    constexpr int ROOM = ROWS >= 4 && sizeof(Raw) < 16 ? 16 : 32, AT_A_TIME = WORDS < ROOM ? ROOM / WORDS : 1;
+    // Chunks a lane loads before it uses the first: as many as 32 registers hold, or 16 where unpacking takes some.
+    constexpr int ROOM = ROWS >= 4 && sizeof(Raw) < 16 ? 16 : 32;
+    constexpr int AT_A_TIME = WORDS < ROOM ? ROOM / WORDS : 1;
     __shared__ float shares[WARPS][SUMS];
 
     // With a gate, one set of warps takes gates and the other the same features' factors.
