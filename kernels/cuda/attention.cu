@@ -56,7 +56,7 @@ __device__ __forceinline__ void attention(const float* qkv, Rows rows, const int
     constexpr int WIDTH = LANES * 8;
     // Keys side by side in a warp, loads for all of them, and loads at a time.
     constexpr int SIDES = WARP / LANES, LOADS = SHARE / SIDES, WORDS = sizeof(Raw) / 4;
-    constexpr int ROOM = HEADS == 4 || (WORDS > 4 && LANES == 32) ? 16 : 32;
+    constexpr int ROOM = WORDS > 4 && LANES == 32 ? 8 : HEADS == 4 ? 16 : 32;
     constexpr int AT_A_TIME = LOADS <= ROOM / WORDS ? LOADS : ROOM / WORDS;
     // Values of a head and partition that a thread merges.
     constexpr int OWN = (HEADS * WIDTH + THREADS - 1) / THREADS;
