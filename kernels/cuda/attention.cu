@@ -56,7 +56,7 @@ __device__ __forceinline__ void attention(const float* qkv, Rows rows, const int
     constexpr int WIDTH = LANES * 8;
     // Keys side by side in a warp, loads for all of them, and loads at a time.
     constexpr int SIDES = WARP / LANES, LOADS = SHARE / SIDES, WORDS = sizeof(Raw) / 4;
-    constexpr int ROOM = WORDS > 4 && LANES == 32 ? 8 : HEADS == 4 ? 16 : 32;
+    constexpr int ROOM = HEADS == 4 ? 16 : 32;
     constexpr int AT_A_TIME = LOADS <= ROOM / WORDS ? LOADS : ROOM / WORDS;
     // Values of a head and partition that a thread merges.
     constexpr int OWN = (HEADS * WIDTH + THREADS - 1) / THREADS;
@@ -281,6 +281,12 @@ __device__ __forceinline__ void attention(const float* qkv, Rows rows, const int
     }
 }
 
+/// Blocks of a kernel that a processor is to hold: what that leaves for registers.
+template <class T>
+constexpr int blocks(int heads, int lanes) {
+    return heads == 8 || (lanes == 32 && sizeof(T) == 4) ? 1 : 2;
+}
+
 }  // namespace attention
 
 // attention_{heads a block}x{lanes across a head}_{type of the cache}: out[t, h] = softmax(scale * q[t, h] . K) V over
@@ -294,7 +300,7 @@ __device__ __forceinline__ void attention(const float* qkv, Rows rows, const int
 // Operations: 4 a key, query head and element, in single precision. Floor at decoding: the context's keys and values
 // over the bandwidth.
 #define ATTENTION(HEADS, LANES, SUFFIX, T)                                                                             \
-    extern "C" __global__ void __launch_bounds__(attention::THREADS, HEADS == 8 ? 1 : 2)                               \
+    extern "C" __global__ void __launch_bounds__(attention::THREADS, attention::blocks<T>(HEADS, LANES))               \
         attention_##HEADS##x##LANES##_##SUFFIX(                                                                        \
         const float* qkv, const int* positions, const int* table_starts, const int* block_tables, const int* items,    \
         void* pages, int heads, int kv_heads, int head_dim, int block_size, float scale, float* partials,              \
