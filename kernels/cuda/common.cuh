@@ -70,6 +70,30 @@ __device__ __forceinline__ T warp_sum(T x) {
     return x;
 }
 
+/// Sums over each LANES lanes side by side, of N values at a time: each exchange halves what a lane still adds up, so
+/// that N sums take about N exchanges and not 5 N. Lane l of the LANES ends with sums `l * N / LANES ..` in the first
+/// places: one of them, which its neighbours have too, where N is less than LANES. Each is added up as by `warp_sum`.
+template <int N, int LANES>
+__device__ __forceinline__ void transposed_sum(float (&values)[N]) {
+    int left = N;
+#pragma unroll
+    for (int bits = LANES / 2; bits > 0; bits /= 2) {
+        if (left > 1) {
+            const bool upper = lane_id() & bits;
+            left /= 2;
+#pragma unroll
+            for (int i = 0; i < N / 2; i++) {
+                if (i < left) {
+                    const float low = values[i], high = values[left + i];
+                    values[i] = (upper ? high : low) + __shfl_xor_sync(ALL_LANES, upper ? low : high, bits);
+                }
+            }
+        } else {
+            values[0] += __shfl_xor_sync(ALL_LANES, values[0], bits);
+        }
+    }
+}
+
 template <class T>
 __device__ __forceinline__ T warp_max(T x) {
 #pragma unroll
@@ -106,3 +130,15 @@ __device__ __forceinline__ T block_max(T x) {
     for (int i = 1; i < WARPS; i++) best = highest[i] > best ? highest[i] : best;
     return best;
 }
+
+/// What RMS norm multiplies a row by, before its weights (Zhang and Sennrich 2019), the same in all threads of a block.
+/// Thread t adds up the squares of elements t, t + 32 WARPS, ...
+template <int WARPS>
+__device__ __forceinline__ float rms_scale(const float* x, int cols, float eps) {
+    float squares = 0.0f;
+    for (int i = threadIdx.x; i < cols; i += WARPS * WARP) squares = fmaf(x[i], x[i], squares);
+    return 1.0f / sqrtf(block_sum<WARPS>(squares) / static_cast<float>(cols) + eps);
+}
+
+/// The gated activation.
+__device__ __forceinline__ float gated(float gate, float up) { return gate / (1.0f + expf(-gate)) * up; }

@@ -5,3 +5,4 @@
 #include "rope.cu"
 #include "rowwise.cu"
 #include "sample.cu"
+#include "skinny.cu"

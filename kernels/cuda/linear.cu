@@ -1,7 +1,7 @@
 // Products with weight matrices, and rows of them.
 //
-// Two ways, by the number of rows. Each promises that a row's result depends on that row alone, not on how many others
-// there are; the two ways add up in different orders, so between them results differ in the last bits.
+// This is for more rows than skinny.cu is for. Each of the two promises that a row's result depends on that row alone,
+// not on how many others there are; they add up in different orders, so between them results differ in the last bits.
 
 #include "weights.cuh"
 
@@ -9,49 +9,14 @@ namespace linear {
 
 constexpr int THREADS = 128;
 constexpr int WARPS = THREADS / WARP;
-/// Rows one pass over the weights serves.
-constexpr int SKINNY_ROWS = 8;
 
 // Rows and output features of a block's tile, and input features it takes at a time.
 constexpr int TILE_ROWS = 32;
 constexpr int TILE_OUT = 64;
 constexpr int TILE_IN = 32;
 
-/// out[r][first + o] = weight[o] . x[r] + bias[first + o]: a warp an output feature. Lane l adds up its eights
-/// l, l + 32, ... in order, and the lanes are added up as a tree.
-template <class Matrix, int ROWS>
-__device__ __forceinline__ void skinny(Matrix matrix, const float* x, const float* bias, float* out, int rows, int cols,
-                                       int features, int width, int first) {
-    const int feature = blockIdx.x * WARPS + warp_id();
-    if (feature >= features) return;
-    const int row = blockIdx.y * SKINNY_ROWS, stride = padded(cols);
-    const size_t start = static_cast<size_t>(feature) * stride;
-    float sums[ROWS] = {};
-    for (int at = lane_id() * 8; at < stride; at += WARP * 8) {
-        float w[8];
-        matrix.load(start, at, w);
-#pragma unroll
-        for (int r = 0; r < ROWS; r++) {
-            if (row + r < rows) {
-                float v[8];
-                load8(x + static_cast<size_t>(row + r) * stride + at, v);
-#pragma unroll
-                for (int i = 0; i < 8; i++) sums[r] = fmaf(w[i], v[i], sums[r]);
-            }
-        }
-    }
-#pragma unroll
-    for (int r = 0; r < ROWS; r++) {
-        const float sum = warp_sum(sums[r]);
-        if (lane_id() == 0 && row + r < rows) {
-            const float added = bias ? bias[first + feature] : 0.0f;
-            out[static_cast<size_t>(row + r) * padded(width) + first + feature] = sum + added;
-        }
-    }
-}
-
-/// The same for many rows: a block computes a tile of 32 rows by 64 features, a thread 4 by 4 of it. Each sum is taken
-/// in the order of the input features.
+/// out[r][first + o] = weight[o] . x[r] + bias[first + o]: a block computes a tile of 32 rows by 64 features, a thread
+/// 4 by 4 of it. Each sum is taken in the order of the input features.
 template <class Matrix>
 __device__ __forceinline__ void tiled(Matrix matrix, const float* x, const float* bias, float* out, int rows, int cols,
                                       int features, int width, int first) {
@@ -124,19 +89,8 @@ __device__ __forceinline__ void embed(Matrix matrix, const int* tokens, float* o
 
 }  // namespace linear
 
-// skinny_{rows}_{matrix}: out[r][first + o] = weight[o] . x[r] + bias for up to 16 rows, `rows` of them at a time.
+// tiled_{matrix}: out[r][first + o] = weight[o] . x[r] + bias[first + o] for any number of rows.
 // x: [rows, cols]; weight: [features, cols]; out: [rows, width].
-// Grid: (features / 4, rows / 8). Bytes: the matrix, once for eight rows (the second time from the L2 cache).
-// Operations: 2 a weight and row. Floor: the matrix's bytes over the bandwidth.
-#define SKINNY(ROWS, SUFFIX, MATRIX)                                                                                   \
-    extern "C" __global__ void __launch_bounds__(linear::THREADS) skinny_##ROWS##_##SUFFIX(                            \
-        const void* values, const void* scales, const float* x, const float* bias, float* out, int rows, int cols,     \
-        int features, int width, int first) {                                                                          \
-        linear::skinny<MATRIX, ROWS>(MATRIX(values, scales), x, bias, out, rows, cols, features, width, first);        \
-    }                                                                                                                  \
-    REGISTER(skinny_##ROWS##_##SUFFIX);
-
-// tiled_{matrix}: the same for any number of rows.
 // Grid: (features / 64, rows / 32). Bytes: the matrix once for 32 rows, x once for 64 features. Operations: 2 a weight
 // and row, in single precision outside the tensor cores: the floor is that rate, 60 Tflop/s on an H100.
 #define TILED(SUFFIX, MATRIX)                                                                                          \
@@ -157,10 +111,6 @@ __device__ __forceinline__ void embed(Matrix matrix, const int* tokens, float* o
     REGISTER(embed_##SUFFIX);
 
 #define ALL_OF(SUFFIX, MATRIX)    \
-    SKINNY(1, SUFFIX, MATRIX)     \
-    SKINNY(2, SUFFIX, MATRIX)     \
-    SKINNY(4, SUFFIX, MATRIX)     \
-    SKINNY(8, SUFFIX, MATRIX)     \
     TILED(SUFFIX, MATRIX)         \
     EMBED(SUFFIX, MATRIX)
 

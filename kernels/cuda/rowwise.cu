@@ -7,23 +7,16 @@ namespace rowwise {
 
 constexpr int THREADS = 256;
 
-/// Root mean square norm of a row; with `delta`, of `x + delta`, which is stored in `x` (Zhang and Sennrich 2019).
+/// Root mean square norm of a row; with `delta`, of `x + delta`, which is stored in `x`.
 template <bool ADD>
 __device__ __forceinline__ void rms_norm(float* x, const float* delta, const float* weight, float* out, int cols,
                                          float eps) {
     const size_t start = static_cast<size_t>(blockIdx.x) * padded(cols);
-    float squares = 0.0f;
-    for (int i = threadIdx.x; i < cols; i += THREADS) {
-        float value = x[start + i];
-        if (ADD) {
-            value += delta[start + i];
-            x[start + i] = value;
-        }
-        squares = fmaf(value, value, squares);
-    }
-    squares = block_sum<THREADS / WARP>(squares);
-    const float scale = 1.0f / sqrtf(squares / static_cast<float>(cols) + eps);
     // Each thread reads what it has written itself.
+    if (ADD) {
+        for (int i = threadIdx.x; i < cols; i += THREADS) x[start + i] += delta[start + i];
+    }
+    const float scale = rms_scale<THREADS / WARP>(x + start, cols, eps);
     for (int i = threadIdx.x; i < cols; i += THREADS) out[start + i] = x[start + i] * scale * weight[i];
 }
 
@@ -50,8 +43,8 @@ extern "C" __global__ void __launch_bounds__(rowwise::THREADS)
     const int i = blockIdx.y * rowwise::THREADS + threadIdx.x;
     const size_t row = blockIdx.x;
     if (i >= ffn) return;
-    const float gate = gate_up[row * padded(2 * ffn) + i], up = gate_up[row * padded(2 * ffn) + ffn + i];
-    out[row * padded(ffn) + i] = gate / (1.0f + expf(-gate)) * up;
+    const float* both = gate_up + row * padded(2 * ffn) + i;
+    out[row * padded(ffn) + i] = gated(both[0], both[ffn]);
 }
 
 // out[i] = x[rows[i]], for x of [?, cols] and out of [count, cols].

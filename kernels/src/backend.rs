@@ -1,4 +1,4 @@
-use crate::{Batch, KernelError, KvLayout, KvRegion, Matrix, RopeTable, SampleRow, Sampled};
+use crate::{Batch, KernelError, KvLayout, KvRegion, Matrix, Residual, RmsNorm, RopeTable, SampleRow, Sampled};
 
 /// The heads of one attention layer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -35,6 +35,9 @@ pub struct QkNorm<'a, V> {
 }
 
 /// The fused operations one forward pass is made of.
+///
+/// Those that are written in terms of others here are what fewer kernels can do: a backend that does them in its own way
+/// gives the same bits.
 ///
 /// Every operation treats each row (token) by itself and reduces in an order that depends on that row's shape alone, so
 /// a row's result is bit for bit the same whatever else is in the batch. Working buffers are made once, at the largest
@@ -145,6 +148,57 @@ pub trait Backend: Send + 'static {
 
     /// `out = silu(gate) * up` for `gate_up` of `[rows, 2 × ffn]`: gate first, then up.
     fn silu_mul(&mut self, gate_up: &Self::Activations, out: &mut Self::Activations);
+
+    /// `residual[t] += weight · x[t] + bias`, which has to be followed by a norm: a backend may leave the addition to
+    /// that.
+    fn add_linear(
+        &mut self,
+        x: &Self::Activations,
+        weight: &Self::Linear,
+        bias: Option<&Self::Vector>,
+        residual: &mut Residual<Self::Activations>,
+    ) {
+        self.linear(x, weight, bias, residual.delta());
+    }
+
+    /// `residual.normed = rms_norm(residual)`, row by row.
+    fn norm(&mut self, residual: &mut Residual<Self::Activations>, norm: RmsNorm<'_, Self::Vector>) {
+        let RmsNorm { weight, eps } = norm;
+        let Residual { sum, delta, is_owed, normed } = residual;
+        if std::mem::take(is_owed) {
+            self.add_rms_norm(sum, delta, weight, eps, normed);
+        } else {
+            self.rms_norm(sum, weight, eps, normed);
+        }
+    }
+
+    /// `out[t] = weight · rms_norm(residual[t]) + bias`. What `residual.normed` holds afterwards is unspecified.
+    fn norm_linear(
+        &mut self,
+        residual: &mut Residual<Self::Activations>,
+        norm: RmsNorm<'_, Self::Vector>,
+        weight: &Self::Linear,
+        bias: Option<&Self::Vector>,
+        out: &mut Self::Activations,
+    ) {
+        self.norm(residual, norm);
+        self.linear(&residual.normed, weight, bias, out);
+    }
+
+    /// `out[t] = silu(gate) * up`, gate and up the halves of `weight · rms_norm(residual[t]) + bias`. What
+    /// `residual.normed` and `gate_up`, of `[tokens, 2 × ffn]`, hold afterwards is unspecified.
+    fn norm_linear_silu_mul(
+        &mut self,
+        residual: &mut Residual<Self::Activations>,
+        norm: RmsNorm<'_, Self::Vector>,
+        weight: &Self::Linear,
+        bias: Option<&Self::Vector>,
+        gate_up: &mut Self::Activations,
+        out: &mut Self::Activations,
+    ) {
+        self.norm_linear(residual, norm, weight, bias, gate_up);
+        self.silu_mul(gate_up, out);
+    }
 
     /// `out[i] = x[rows[i]]`.
     fn select_rows(&mut self, x: &Self::Activations, rows: &[u32], out: &mut Self::Activations);

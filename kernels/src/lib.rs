@@ -15,6 +15,7 @@ mod kv;
 mod mapped;
 pub mod reference;
 mod region;
+mod residual;
 mod rope;
 mod sampling;
 
@@ -25,5 +26,6 @@ pub use error::KernelError;
 pub use kv::{KvDType, KvLayout};
 pub use mapped::MappedFile;
 pub use region::{KvRegion, RegionShape};
+pub use residual::{Residual, RmsNorm};
 pub use rope::RopeTable;
 pub use sampling::{MAX_TOP_LOGPROBS, RowTask, SampleRow, Sampled, SamplingParams};

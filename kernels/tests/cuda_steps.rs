@@ -4,7 +4,7 @@ use engine_cuda_emulated::{Emulated, EmulatedBackend};
 use engine_kernels::cuda::{CudaBackend, Driver};
 use engine_kernels::reference::ReferenceBackend;
 use engine_kernels::{
-    AttentionShape, Backend, Batch, DType, KernelError, KvDType, KvLayout, Matrix, QkNorm, RopeTable,
+    AttentionShape, Backend, Batch, DType, KernelError, KvDType, KvLayout, Matrix, QkNorm, Residual, RmsNorm, RopeTable,
 };
 
 const SHAPE: AttentionShape = AttentionShape { heads: 4, kv_heads: 2, head_dim: 16 };
@@ -195,6 +195,23 @@ fn a_block_table_that_outgrows_its_place_is_recorded_anew() {
 }
 
 #[test]
+fn how_attention_is_cut_changes_no_bit() {
+    // Alone a partition is a block's work; beside others, of which there are enough, several are or all.
+    let mut layer = device();
+    let pages: Vec<u32> = (0..BLOCKS as u32).collect();
+    let mut results = Vec::new();
+    for others in [0, 1, 3, 15] {
+        let mut batch = Batch::default();
+        batch.push(&[3], 399, &pages[..25], 0);
+        // All in the same pages: nobody looks at their results.
+        (0..others).for_each(|_| batch.push(&[4], 299, &pages[30..49], 0));
+        let row = &layer.step(&batch)[..HIDDEN];
+        results.push(row.iter().map(|x| x.to_bits()).collect::<Vec<_>>());
+    }
+    assert!(results.iter().all(|row| *row == results[0]), "{results:x?}");
+}
+
+#[test]
 fn contexts_of_several_partitions_are_split_replayed_and_merged() {
     let (mut layer, mut reference) = (device(), Layer::new(ReferenceBackend));
     for turn in 0..3 {
@@ -202,6 +219,45 @@ fn contexts_of_several_partitions_are_split_replayed_and_merged() {
         assert_near(&layer.step(&batch), &reference.step(&batch));
     }
     assert_eq!(layer.backend.graphs(), 1);
+}
+
+#[test]
+fn a_layer_is_six_kernels_for_up_to_four_rows_that_decode_and_eight_up_to_sixteen() {
+    const FFN: usize = 40;
+    let mut backend = EmulatedBackend::new(Emulated::default());
+    let mut weight = |rows: usize, cols: usize| {
+        let bytes: Vec<u8> = numbers(rows * cols, 9).iter().flat_map(|x| x.to_le_bytes()).collect();
+        backend.linear_weight(&[Matrix::new(DType::F32, rows, cols, &bytes).unwrap()]).unwrap()
+    };
+    let (qkv, output) = (weight(SHAPE.qkv_width(), HIDDEN), weight(HIDDEN, SHAPE.q_width()));
+    let (gate_up, down) = (weight(2 * FFN, HIDDEN), weight(HIDDEN, FFN));
+    let [norm, head_norm] = [HIDDEN, SHAPE.head_dim].map(|len| backend.vector(&numbers(len, 4)));
+    let rope = backend.rope(RopeTable::new(&numbers(SHAPE.head_dim / 2, 6), 1.0, 512));
+    let AttentionShape { kv_heads, head_dim, .. } = SHAPE;
+    let dtype = KvDType::BF16;
+    let layout = KvLayout { layers: 1, kv_heads, head_dim, block_size: BLOCK_SIZE, blocks: BLOCKS, dtype };
+    let mut cache = backend.kv_cache(layout).unwrap();
+    let mut residual = Residual::new(&mut backend, ROWS_MAX, HIDDEN);
+    let widths = [SHAPE.qkv_width(), SHAPE.q_width(), 2 * FFN, FFN];
+    let [mut projected, mut mixed, mut both, mut inner] = widths.map(|cols| backend.activations(ROWS_MAX, cols));
+    for (rows, kernels) in [(1, 6), (4, 6), (5, 8), (16, 8)] {
+        // Two partitions of keys: they are merged without another kernel.
+        let batch = decode(&vec![200; rows], 0);
+        backend.write(&numbers(rows * HIDDEN, 7), residual.start());
+        backend.driver().synchronize().unwrap();
+        let before = backend.driver().launches();
+        backend.begin(&batch);
+        let rms_norm = || RmsNorm { weight: &norm, eps: 1e-6 };
+        backend.norm_linear(&mut residual, rms_norm(), &qkv, None, &mut projected);
+        let qk_norm = QkNorm { q: &head_norm, k: &head_norm, eps: 1e-6 };
+        backend.rope_and_cache(&mut projected, SHAPE, Some(qk_norm), &rope, &mut cache, 0, &batch);
+        backend.attention(&projected, SHAPE, 0.25, &cache, 0, &batch, &mut mixed);
+        backend.add_linear(&mixed, &output, None, &mut residual);
+        backend.norm_linear_silu_mul(&mut residual, rms_norm(), &gate_up, None, &mut both, &mut inner);
+        backend.add_linear(&inner, &down, None, &mut residual);
+        backend.driver().synchronize().unwrap();
+        assert_eq!(backend.driver().launches() - before, kernels, "{rows} rows");
+    }
 }
 
 #[test]

@@ -1,4 +1,4 @@
-use engine_kernels::{AttentionShape, Backend, Batch, QkNorm};
+use engine_kernels::{AttentionShape, Backend, Batch, QkNorm, Residual, RmsNorm};
 
 use crate::weights::{Loader, WeightSource};
 use crate::{ForwardLimits, LoadReport, Model, ModelConfig, ModelError, rope};
@@ -34,12 +34,8 @@ struct Layer<B: Backend> {
 
 /// Made once at the largest size of a step.
 struct Buffers<B: Backend> {
-    /// The residual stream, `[tokens, hidden]`.
-    residual: B::Activations,
-    /// Normed for the next product; after the last layer, the final hidden states. `[tokens, hidden]`.
-    normed: B::Activations,
-    /// What attention or MLP adds to the residual stream, `[tokens, hidden]`.
-    delta: B::Activations,
+    /// What attention and MLP add to; after the last layer, its norm is the final hidden states. `[tokens, hidden]`.
+    residual: Residual<B::Activations>,
     /// `[tokens, qkv_width]`.
     qkv: B::Activations,
     /// `[tokens, q_width]`.
@@ -58,9 +54,7 @@ impl<B: Backend> Buffers<B> {
     fn new(backend: &mut B, config: &ModelConfig, shape: AttentionShape, limits: ForwardLimits) -> Self {
         let (tokens, rows) = (limits.max_tokens, limits.max_logit_rows);
         Self {
-            residual: backend.activations(tokens, config.hidden_size),
-            normed: backend.activations(tokens, config.hidden_size),
-            delta: backend.activations(tokens, config.hidden_size),
+            residual: Residual::new(backend, tokens, config.hidden_size),
             qkv: backend.activations(tokens, shape.qkv_width()),
             attention: backend.activations(tokens, shape.q_width()),
             gate_up: backend.activations(tokens, 2 * config.intermediate_size),
@@ -167,27 +161,24 @@ impl<B: Backend> Model<B> for Decoder<B> {
 
         let mut layers_done = 0;
         backend.step(batch, &mut |backend| {
-            backend.embed(embedding, batch, &mut b.residual);
+            backend.embed(embedding, batch, b.residual.start());
             for (index, layer) in layers.iter().enumerate() {
-                if index == 0 {
-                    backend.rms_norm(&b.residual, &layer.attention_norm, eps, &mut b.normed);
-                } else {
-                    backend.add_rms_norm(&mut b.residual, &b.delta, &layer.attention_norm, eps, &mut b.normed);
-                }
-                backend.linear(&b.normed, &layer.qkv, layer.qkv_bias.as_ref(), &mut b.qkv);
+                let rms_norm = RmsNorm { weight: &layer.attention_norm, eps };
+                backend.norm_linear(&mut b.residual, rms_norm, &layer.qkv, layer.qkv_bias.as_ref(), &mut b.qkv);
                 let qk_norm = layer.q_norm.as_ref().zip(layer.k_norm.as_ref()).map(|(q, k)| QkNorm { q, k, eps });
                 backend.rope_and_cache(&mut b.qkv, shape, qk_norm, rope, cache, index, batch);
                 layer_done(index);
                 layers_done = index + 1;
                 backend.attention(&b.qkv, shape, scale, cache, index, batch, &mut b.attention);
-                backend.linear(&b.attention, &layer.output, layer.output_bias.as_ref(), &mut b.delta);
+                backend.add_linear(&b.attention, &layer.output, layer.output_bias.as_ref(), &mut b.residual);
 
-                backend.add_rms_norm(&mut b.residual, &b.delta, &layer.mlp_norm, eps, &mut b.normed);
-                backend.linear(&b.normed, &layer.gate_up, layer.gate_up_bias.as_ref(), &mut b.gate_up);
-                backend.silu_mul(&b.gate_up, &mut b.mlp);
-                backend.linear(&b.mlp, &layer.down, layer.down_bias.as_ref(), &mut b.delta);
+                let rms_norm = RmsNorm { weight: &layer.mlp_norm, eps };
+                let bias = layer.gate_up_bias.as_ref();
+                let (gate_up, mlp) = (&mut b.gate_up, &mut b.mlp);
+                backend.norm_linear_silu_mul(&mut b.residual, rms_norm, &layer.gate_up, bias, gate_up, mlp);
+                backend.add_linear(&b.mlp, &layer.down, layer.down_bias.as_ref(), &mut b.residual);
             }
-            backend.add_rms_norm(&mut b.residual, &b.delta, norm, eps, &mut b.normed);
+            backend.norm(&mut b.residual, RmsNorm { weight: norm, eps });
         });
         // What was replayed did not come by here.
         (layers_done..layers.len()).for_each(layer_done);
@@ -196,7 +187,7 @@ impl<B: Backend> Model<B> for Decoder<B> {
     fn logits(&mut self, backend: &mut B, rows: &[u32]) -> &mut B::Activations {
         let b = &mut self.buffers;
         let head = self.head.as_ref().unwrap_or(&self.embedding);
-        backend.select_rows(&b.normed, rows, &mut b.selected);
+        backend.select_rows(b.residual.normed(), rows, &mut b.selected);
         backend.linear(&b.selected, head, None, &mut b.logits);
         &mut b.logits
     }

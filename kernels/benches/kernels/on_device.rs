@@ -1,7 +1,9 @@
 //! The measurements.
 
 use engine_kernels::cuda::{CudaBackend, Device, Driver};
-use engine_kernels::{AttentionShape, Backend, Batch, DType, KvDType, KvLayout, Matrix, QkNorm, RopeTable};
+use engine_kernels::{
+    AttentionShape, Backend, Batch, DType, KvDType, KvLayout, Matrix, QkNorm, Residual, RmsNorm, RopeTable,
+};
 
 type Cuda = CudaBackend<Device>;
 
@@ -43,8 +45,13 @@ fn report(what: &str, milliseconds: f64, bytes: usize, bandwidth: f64) {
     );
 }
 
-/// Milliseconds of one call of `work`, which only enqueues.
-fn time(backend: &mut Cuda, mut work: impl FnMut(&mut Cuda)) -> f64 {
+/// Milliseconds of one call of `work`, which only enqueues, and is told how often it was called before.
+fn time(backend: &mut Cuda, mut work: impl FnMut(&mut Cuda, usize)) -> f64 {
+    let mut calls = 0;
+    let mut work = |backend: &mut Cuda| {
+        work(backend, calls);
+        calls += 1;
+    };
     work(backend);
     work(backend);
     let mut times: Vec<f64> = (0..MEASUREMENTS)
@@ -61,11 +68,36 @@ fn time(backend: &mut Cuda, mut work: impl FnMut(&mut Cuda)) -> f64 {
     times[MEASUREMENTS / 2]
 }
 
-/// A bf16 weight with values around 0.
-fn weight(backend: &mut Cuda, rows: usize, cols: usize) -> <Cuda as Backend>::Linear {
-    let value = |i: usize| half_of(((i * 2_654_435_761) % 1999) as f32 / 1e5 - 0.01);
-    let bytes: Vec<u8> = (0..rows * cols).flat_map(value).collect();
-    backend.linear_weight(&[Matrix::new(DType::BF16, rows, cols, &bytes).expect("a matrix")]).expect("room for it")
+/// What is read again and again has to be more than this together, or it would come from a cache: several times the
+/// largest there is.
+const BEYOND_CACHES: usize = 256 << 20;
+
+/// How many of something of so many bytes are beyond caches.
+fn copies(bytes: usize, tiny: bool) -> usize {
+    if tiny { 2 } else { BEYOND_CACHES.div_ceil(bytes).clamp(1, 64) }
+}
+
+/// Copies of a bf16 weight with values around 0, of which each layer has another.
+struct Weights {
+    copies: Vec<<Cuda as Backend>::Linear>,
+}
+
+impl Weights {
+    fn new(backend: &mut Cuda, rows: usize, cols: usize, tiny: bool) -> Self {
+        let value = |i: usize| half_of(((i * 2_654_435_761) % 1999) as f32 / 1e5 - 0.01);
+        let bytes: Vec<u8> = (0..rows * cols).flat_map(value).collect();
+        let matrix = Matrix::new(DType::BF16, rows, cols, &bytes).expect("a matrix");
+        let copies = copies(bytes.len(), tiny);
+        Self { copies: (0..copies).map(|_| backend.linear_weight(&[matrix]).expect("room for it")).collect() }
+    }
+
+    fn of(&self, layer: usize) -> &<Cuda as Backend>::Linear {
+        &self.copies[layer % self.copies.len()]
+    }
+
+    fn bytes(&self, backend: &Cuda) -> usize {
+        backend.linear_bytes(self.of(0))
+    }
 }
 
 /// bf16, cut off.
@@ -80,7 +112,7 @@ fn bandwidth(backend: &mut Cuda, tiny: bool) -> f64 {
     let x = filled(backend, rows, cols);
     let mut out = backend.activations(rows, cols);
     let all: Vec<u32> = (0..rows as u32).collect();
-    let milliseconds = time(backend, |backend| backend.select_rows(&x, &all, &mut out));
+    let milliseconds = time(backend, |backend, _| backend.select_rows(&x, &all, &mut out));
     (2 * rows * cols * 4) as f64 / milliseconds / 1e6
 }
 
@@ -102,29 +134,29 @@ fn decode(sequences: usize, context: usize) -> Batch {
     batch
 }
 
-/// A layer's weights and everybody's buffers.
+/// All weights.
 struct Model {
-    qkv: <Cuda as Backend>::Linear,
-    output: <Cuda as Backend>::Linear,
-    gate_up: <Cuda as Backend>::Linear,
-    down: <Cuda as Backend>::Linear,
-    head: <Cuda as Backend>::Linear,
+    qkv: Weights,
+    output: Weights,
+    gate_up: Weights,
+    down: Weights,
+    head: Weights,
     norm: <Cuda as Backend>::Vector,
     head_norm: <Cuda as Backend>::Vector,
     rope: <Cuda as Backend>::Rope,
 }
 
 fn measure(backend: &mut Cuda, shape: &Shape, bandwidth: f64, tiny: bool) {
-    let Shape { name, hidden, ffn, layers, vocabulary, heads } = *shape;
+    let Shape { name, hidden, ffn, vocabulary, heads, .. } = *shape;
     let model = Model {
-        qkv: weight(backend, heads.qkv_width(), hidden),
-        output: weight(backend, hidden, heads.q_width()),
-        gate_up: weight(backend, 2 * ffn, hidden),
-        down: weight(backend, hidden, ffn),
-        head: weight(backend, vocabulary, hidden),
+        qkv: Weights::new(backend, heads.qkv_width(), hidden, tiny),
+        output: Weights::new(backend, hidden, heads.q_width(), tiny),
+        gate_up: Weights::new(backend, 2 * ffn, hidden, tiny),
+        down: Weights::new(backend, hidden, ffn, tiny),
+        head: Weights::new(backend, vocabulary, hidden, tiny),
         norm: backend.vector(&vec![1.0; hidden]),
         head_norm: backend.vector(&vec![1.0; heads.head_dim]),
-        rope: backend.rope(RopeTable::new(&vec![0.01; heads.head_dim / 2], 1.0, 8192)),
+        rope: backend.rope(RopeTable::new(&vec![0.01; heads.head_dim / 2], 1.0, 65_536)),
     };
     let products = [
         ("qkv", &model.qkv, hidden, heads.qkv_width()),
@@ -137,14 +169,52 @@ fn measure(backend: &mut Cuda, shape: &Shape, bandwidth: f64, tiny: bool) {
         for (what, weight, cols, out) in products.iter().filter(|product| rows <= 64 || product.0 != "logits") {
             let x = filled(backend, rows, *cols);
             let mut result = backend.activations(rows, *out);
-            let milliseconds = time(backend, |backend| backend.linear(&x, weight, None, &mut result));
+            let milliseconds = time(backend, |backend, call| backend.linear(&x, weight.of(call), None, &mut result));
             let bytes = 2 * cols * out + 4 * rows * (cols + out);
             report(&format!("{name}: {what} [{out}, {cols}] × {rows}"), milliseconds, bytes, bandwidth);
         }
     }
-    for (sequences, context) in if tiny { vec![(1, 200)] } else { vec![(1, 512), (1, 8192), (64, 512), (256, 512)] } {
-        step(backend, shape, &model, sequences, context, layers, bandwidth);
+    for rows in if tiny { vec![1, 8] } else { vec![1, 2, 4, 8, 16] } {
+        fused(backend, shape, &model, rows, bandwidth);
     }
+    let contexts = [(1, 512), (1, 8192), (1, 65_536), (16, 512), (64, 512), (256, 512)];
+    for (sequences, context) in if tiny { vec![(1, 200)] } else { contexts.to_vec() } {
+        step(backend, shape, &model, (sequences, context), bandwidth, tiny);
+    }
+}
+
+/// The products of a layer together with what is done in the same kernel when there are few rows.
+fn fused(backend: &mut Cuda, shape: &Shape, model: &Model, rows: usize, bandwidth: f64) {
+    let Shape { name, hidden, ffn, heads, .. } = *shape;
+    let norm = || RmsNorm { weight: &model.norm, eps: 1e-6 };
+    let mut residual = Residual::new(backend, rows, hidden);
+    let values: Vec<f32> = (0..rows * hidden).map(|i| (i % 97) as f32 / 97.0 - 0.5).collect();
+    backend.write(&values, residual.start());
+    let mut qkv = backend.activations(rows, heads.qkv_width());
+    let (mixed, inner) = (filled(backend, rows, heads.q_width()), filled(backend, rows, ffn));
+    let (mut both, mut out) = (backend.activations(rows, 2 * ffn), backend.activations(rows, ffn));
+    let row = |backend: &Cuda, what: &str, weight: &Weights, milliseconds, values: usize| {
+        let bytes = weight.bytes(backend) + 4 * rows * values;
+        report(&format!("{name}: {what} × {rows}"), milliseconds, bytes, bandwidth);
+    };
+
+    let milliseconds = time(backend, |backend, call| {
+        backend.norm_linear(&mut residual, norm(), model.qkv.of(call), None, &mut qkv);
+    });
+    row(backend, "norm and qkv", &model.qkv, milliseconds, hidden + heads.qkv_width());
+    let milliseconds = time(backend, |backend, call| {
+        backend.norm_linear_silu_mul(&mut residual, norm(), model.gate_up.of(call), None, &mut both, &mut out);
+    });
+    row(backend, "norm, gate and up, silu", &model.gate_up, milliseconds, hidden + ffn);
+    // The sum grows and grows, which takes no longer.
+    let milliseconds = time(backend, |backend, call| {
+        backend.add_linear(&mixed, model.output.of(call), None, &mut residual);
+    });
+    row(backend, "output, added", &model.output, milliseconds, heads.q_width() + 2 * hidden);
+    let milliseconds = time(backend, |backend, call| {
+        backend.add_linear(&inner, model.down.of(call), None, &mut residual);
+    });
+    row(backend, "down, added", &model.down, milliseconds, ffn + 2 * hidden);
 }
 
 /// Attention alone, then a whole step.
@@ -152,15 +222,16 @@ fn step(
     backend: &mut Cuda,
     shape: &Shape,
     model: &Model,
-    sequences: usize,
-    context: usize,
-    layers: usize,
+    (sequences, context): (usize, usize),
     bandwidth: f64,
+    tiny: bool,
 ) {
-    let Shape { name, hidden, ffn, vocabulary, heads, .. } = *shape;
+    let Shape { name, hidden, ffn, layers, vocabulary, heads } = *shape;
+    let pages = 4 * sequences * context * heads.kv_heads * heads.head_dim;
+    let caches = copies(pages, tiny);
     let batch = decode(sequences, context);
     let layout = KvLayout {
-        layers: 1,
+        layers: caches,
         kv_heads: heads.kv_heads,
         head_dim: heads.head_dim,
         block_size: BLOCK_SIZE,
@@ -169,9 +240,8 @@ fn step(
     };
     let mut cache = backend.kv_cache(layout).expect("room for pages");
     let scale = 1.0 / (heads.head_dim as f32).sqrt();
-    let pages = 4 * sequences * context * heads.kv_heads * heads.head_dim;
 
-    let [mut residual, mut normed, mut delta] = [(); 3].map(|()| filled(backend, sequences, hidden));
+    let mut residual = Residual::new(backend, sequences, hidden);
     let mut qkv = filled(backend, sequences, heads.qkv_width());
     let mut mixed = backend.activations(sequences, heads.q_width());
     let mut gate_up = backend.activations(sequences, 2 * ffn);
@@ -180,33 +250,33 @@ fn step(
     let sized = format!("{name}: {sequences} × {context} tokens");
 
     backend.begin(&batch);
-    let milliseconds = time(backend, |backend| {
-        backend.attention(&qkv, heads, scale, &cache, 0, &batch, &mut mixed);
+    let milliseconds = time(backend, |backend, call| {
+        backend.attention(&qkv, heads, scale, &cache, call % caches, &batch, &mut mixed);
     });
     report(&format!("{sized}: attention of a layer"), milliseconds, pages, bandwidth);
 
-    let milliseconds = time(backend, |backend| {
+    let milliseconds = time(backend, |backend, _| {
         backend.step(&batch, &mut |backend| {
-            backend.embed(&model.head, &batch, &mut residual);
-            for _ in 0..layers {
-                backend.add_rms_norm(&mut residual, &delta, &model.norm, 1e-6, &mut normed);
-                backend.linear(&normed, &model.qkv, None, &mut qkv);
+            backend.embed(model.head.of(0), &batch, residual.start());
+            let rms_norm = || RmsNorm { weight: &model.norm, eps: 1e-6 };
+            for layer in 0..layers {
+                backend.norm_linear(&mut residual, rms_norm(), model.qkv.of(layer), None, &mut qkv);
                 let norm = QkNorm { q: &model.head_norm, k: &model.head_norm, eps: 1e-6 };
-                backend.rope_and_cache(&mut qkv, heads, Some(norm), &model.rope, &mut cache, 0, &batch);
-                backend.attention(&qkv, heads, scale, &cache, 0, &batch, &mut mixed);
-                backend.linear(&mixed, &model.output, None, &mut delta);
-                backend.add_rms_norm(&mut residual, &delta, &model.norm, 1e-6, &mut normed);
-                backend.linear(&normed, &model.gate_up, None, &mut gate_up);
-                backend.silu_mul(&gate_up, &mut inner);
-                backend.linear(&inner, &model.down, None, &mut delta);
+                let pages = layer % caches;
+                backend.rope_and_cache(&mut qkv, heads, Some(norm), &model.rope, &mut cache, pages, &batch);
+                backend.attention(&qkv, heads, scale, &cache, pages, &batch, &mut mixed);
+                backend.add_linear(&mixed, model.output.of(layer), None, &mut residual);
+                let weight = model.gate_up.of(layer);
+                backend.norm_linear_silu_mul(&mut residual, rms_norm(), weight, None, &mut gate_up, &mut inner);
+                backend.add_linear(&inner, model.down.of(layer), None, &mut residual);
             }
-            backend.add_rms_norm(&mut residual, &delta, &model.norm, 1e-6, &mut normed);
-            backend.linear(&normed, &model.head, None, &mut logits);
+            backend.norm(&mut residual, rms_norm());
+            backend.linear(residual.normed(), model.head.of(0), None, &mut logits);
         });
     });
-    let weights = [&model.qkv, &model.output, &model.gate_up, &model.down].map(|weight| backend.linear_bytes(weight));
-    let bytes = layers * (weights.iter().sum::<usize>() + pages) + backend.linear_bytes(&model.head);
-    report(&format!("{sized}: a step, its layers one and the same"), milliseconds, bytes, bandwidth);
+    let weights = [&model.qkv, &model.output, &model.gate_up, &model.down].map(|weights| weights.bytes(backend));
+    let bytes = layers * (weights.iter().sum::<usize>() + pages) + model.head.bytes(backend);
+    report(&format!("{sized}: a step"), milliseconds, bytes, bandwidth);
 }
 
 /// Measures everything and prints it.

@@ -197,6 +197,13 @@ T atomicAdd(T* address, T value) {
     return old;
 }
 
+// A block at a time: what one has written, the others see.
+inline void __threadfence() {}
+template <class T>
+T __ldcg(const T* from) {
+    return *from;
+}
+
 inline int __ffs(int x) { return __builtin_ffs(x); }
 inline unsigned __float_as_uint(float x) { return simt::bits_of(x); }
 inline float __uint_as_float(unsigned bits) { return simt::of_bits(bits); }

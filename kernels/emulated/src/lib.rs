@@ -103,6 +103,11 @@ impl Driver for Emulated {
         "emulated".into()
     }
 
+    fn processors(&self) -> usize {
+        // Few, so that small tests too have more work than fills the device.
+        4
+    }
+
     fn memory(&self) -> Result<(usize, usize), DriverError> {
         Ok((1 << 34, 1 << 34))
     }

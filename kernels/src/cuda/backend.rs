@@ -2,23 +2,23 @@
 
 use std::collections::HashMap;
 
+use super::attention::{self, Partials};
 use super::buffer::{Activations, Buffer, KvCache, Linear, Part, Rope, Staged, Vector, bytes_of};
 use super::driver::{Address, Arg, Driver};
-use super::plan::{Plan, SLOTS_MAX, Shape};
+use super::plan::{Plan, Shape};
 use super::sample::Sampler;
+use super::skinny::{self, Skinny, Then};
 use super::stream::Stream;
 use super::weight::{Form, Unpacked};
 use crate::{
-    AttentionShape, Backend, Batch, KernelError, KvDType, KvLayout, KvRegion, Matrix, QkNorm, RopeTable, SampleRow,
-    Sampled,
+    AttentionShape, Backend, Batch, KernelError, KvDType, KvLayout, KvRegion, Matrix, QkNorm, Residual, RmsNorm,
+    RopeTable, SampleRow, Sampled,
 };
 
 /// Threads of a block of the row-wise kernels (`kernels/cuda/rowwise.cu`).
 const ROWWISE_THREADS: usize = 256;
 /// Threads of a block of the other kernels.
 const THREADS: usize = 128;
-/// Most rows for which products stream the weights (`skinny` in `kernels/cuda/linear.cu`).
-pub(super) const SKINNY_ROWS_MAX: usize = 16;
 /// Widest heads (`HEAD_DIM_MAX` in `kernels/cuda/pages.cuh`); their width is a multiple of eight.
 const HEAD_DIM_MAX: usize = 256;
 
@@ -32,8 +32,8 @@ pub struct CudaBackend<D: Driver> {
     step: Staged<D>,
     selected: Staged<D>,
     sampler: Sampler<D>,
-    /// Results of partitions until they are merged; made when heads are known.
-    partials: Option<(Buffer<D>, AttentionShape)>,
+    /// Made when heads are known.
+    partials: Option<Partials<D>>,
     graphs: HashMap<Shape, Recorded<D>>,
     /// Whether operations are being recorded.
     recording: bool,
@@ -83,6 +83,20 @@ impl<D: Driver> CudaBackend<D> {
         operations(self);
         self.recording = false;
         self.stream.attempt(|driver| driver.end_capture())
+    }
+
+    /// The sum and its norm, if products take that by themselves; otherwise it is taken now.
+    fn normed<'a>(
+        &mut self,
+        residual: &'a mut Residual<Activations<D>>,
+        norm: RmsNorm<'a, Vector<D>>,
+    ) -> Option<(&'a Activations<D>, (&'a Vector<D>, f32))> {
+        if residual.is_owed || residual.sum.computed_rows() > skinny::NORMED_ROWS_MAX {
+            self.norm(residual, norm);
+            return None;
+        }
+        assert_eq!(residual.sum.cols, norm.weight.len, "columns of a norm");
+        Some((&residual.sum, (norm.weight, norm.eps)))
     }
 
     fn check_plan(&self, rows: usize, batch: &Batch) {
@@ -141,7 +155,9 @@ impl<D: Driver> Backend for CudaBackend<D> {
     }
 
     fn vector(&mut self, values: &[f32]) -> Vector<D> {
-        Vector { buffer: Buffer::holding(&self.stream, bytes_of(values)), len: values.len() }
+        let mut padded = values.to_vec();
+        padded.resize(values.len().next_multiple_of(8), 0.0);
+        Vector { buffer: Buffer::holding(&self.stream, bytes_of(&padded)), len: values.len() }
     }
 
     fn rope(&mut self, table: RopeTable) -> Rope<D> {
@@ -166,6 +182,7 @@ impl<D: Driver> Backend for CudaBackend<D> {
         }
         let buffer = Buffer::zeroed(&self.stream, layout.total_bytes());
         self.stream.check()?;
+        self.plan.aim_at(attention::items_wanted(self.driver().processors(), layout.kv_heads));
         Ok(KvCache { buffer, layout })
     }
 
@@ -263,6 +280,9 @@ impl<D: Driver> Backend for CudaBackend<D> {
         assert!(x.cols == weight.cols && out.cols == weight.rows, "features of the weight");
         out.set_rows(x.rows);
         let rows = out.computed_rows();
+        if rows <= skinny::ROWS_MAX {
+            return Skinny { x, norm: None, weight, bias, then: Then::Store }.enqueue(&self.stream, out);
+        }
         for part in &weight.parts {
             let args = [
                 part.values.address().into(),
@@ -276,15 +296,62 @@ impl<D: Driver> Backend for CudaBackend<D> {
                 out.cols.into(),
                 part.first.into(),
             ];
-            let kernels = part.form.kernels();
-            let (kernel, grid) = if rows <= SKINNY_ROWS_MAX {
-                let side_by_side = rows.clamp(1, 8).ilog2() as usize;
-                (kernels.skinny[side_by_side], [part.rows.div_ceil(4), rows.div_ceil(8), 1])
-            } else {
-                (kernels.tiled, [part.rows.div_ceil(64), rows.div_ceil(32), 1])
-            };
-            self.stream.launch(kernel, grid, THREADS, &args);
+            let grid = [part.rows.div_ceil(64), rows.div_ceil(32), 1];
+            self.stream.launch(part.form.kernels().tiled, grid, THREADS, &args);
         }
+    }
+
+    fn add_linear(
+        &mut self,
+        x: &Activations<D>,
+        weight: &Linear<D>,
+        bias: Option<&Vector<D>>,
+        residual: &mut Residual<Activations<D>>,
+    ) {
+        if x.computed_rows() > skinny::ROWS_MAX || residual.is_owed {
+            return self.linear(x, weight, bias, residual.delta());
+        }
+        let sum = &residual.sum;
+        assert!(x.cols == weight.cols && sum.cols == weight.rows && sum.rows == x.rows, "features of the weight");
+        Skinny { x, norm: None, weight, bias, then: Then::Add }.enqueue(&self.stream, sum);
+    }
+
+    fn norm_linear(
+        &mut self,
+        residual: &mut Residual<Activations<D>>,
+        norm: RmsNorm<'_, Vector<D>>,
+        weight: &Linear<D>,
+        bias: Option<&Vector<D>>,
+        out: &mut Activations<D>,
+    ) {
+        let Some((x, norm)) = self.normed(residual, norm) else {
+            return self.linear(&residual.normed, weight, bias, out);
+        };
+        assert!(x.cols == weight.cols && out.cols == weight.rows, "features of the weight");
+        out.set_rows(x.rows);
+        Skinny { x, norm: Some(norm), weight, bias, then: Then::Store }.enqueue(&self.stream, out);
+    }
+
+    fn norm_linear_silu_mul(
+        &mut self,
+        residual: &mut Residual<Activations<D>>,
+        norm: RmsNorm<'_, Vector<D>>,
+        weight: &Linear<D>,
+        bias: Option<&Vector<D>>,
+        gate_up: &mut Activations<D>,
+        out: &mut Activations<D>,
+    ) {
+        if weight.parts.len() > 1 || residual.sum.computed_rows() > skinny::ROWS_MAX {
+            self.norm_linear(residual, norm, weight, bias, gate_up);
+            return self.silu_mul(gate_up, out);
+        }
+        let (x, norm) = match self.normed(residual, norm) {
+            Some((x, norm)) => (x, Some(norm)),
+            None => (&residual.normed, None),
+        };
+        assert!(x.cols == weight.cols && 2 * out.cols == weight.rows, "features of the weight");
+        out.set_rows(x.rows);
+        Skinny { x, norm, weight, bias, then: Then::Gate }.enqueue(&self.stream, out);
     }
 
     fn rope_and_cache(
@@ -338,12 +405,11 @@ impl<D: Driver> Backend for CudaBackend<D> {
         out.set_rows(batch.tokens.len());
         self.check_plan(qkv.rows, batch);
         let AttentionShape { heads, kv_heads, head_dim } = shape;
-        if self.partials.as_ref().is_none_or(|(_, made_for)| *made_for != shape) {
+        if self.partials.as_ref().is_none_or(|partials| !partials.are_for(shape)) {
             assert!(!self.recording, "a step is recorded when it comes for the second time");
-            let bytes = SLOTS_MAX * heads * (head_dim + 2) * size_of::<f32>();
-            self.partials = Some((Buffer::zeroed(&self.stream, bytes), shape));
+            self.partials = Some(Partials::new(&self.stream, shape));
         }
-        let partials = self.partials.as_ref().map_or(Address::NULL, |(buffer, _)| buffer.address());
+        let [partials, arrived] = self.partials.as_ref().map_or([Address::NULL; 2], Partials::addresses);
         let planned = self.plan.shape();
         let args = [
             qkv.address().into(),
@@ -358,27 +424,12 @@ impl<D: Driver> Backend for CudaBackend<D> {
             cache.layout.block_size.into(),
             scale.into(),
             partials.into(),
+            arrived.into(),
             out.address().into(),
         ];
-        let shared_by = heads / kv_heads;
-        let (kernels, at_a_time) = match shared_by {
-            1 => (["attention_1_f32", "attention_1_f16", "attention_1_bf16"], 1),
-            2 => (["attention_2_f32", "attention_2_f16", "attention_2_bf16"], 2),
-            _ => (["attention_4_f32", "attention_4_f16", "attention_4_bf16"], 4),
-        };
-        let grid = [planned.items, kv_heads * shared_by.div_ceil(at_a_time), 1];
-        self.stream.launch(of_type(kernels, cache.layout.dtype), grid, THREADS, &args);
-        if planned.merges {
-            let args = [
-                self.planned(planned.positions()),
-                self.planned(planned.first_slots()),
-                heads.into(),
-                head_dim.into(),
-                partials.into(),
-                out.address().into(),
-            ];
-            self.stream.launch("attention_combine", [planned.rows, heads, 1], THREADS, &args);
-        }
+        let (kernel, at_a_time) = attention::kernel(shape, cache.layout.dtype);
+        let grid = [planned.items, kv_heads * (heads / kv_heads).div_ceil(at_a_time), 1];
+        self.stream.launch(kernel, grid, attention::THREADS, &args);
     }
 
     fn silu_mul(&mut self, gate_up: &Activations<D>, out: &mut Activations<D>) {

@@ -28,6 +28,7 @@ pub struct Device {
     /// Kernels that were launched before.
     functions: RefCell<HashMap<String, sys::CUfunction>>,
     name: String,
+    processors: usize,
 }
 
 // SAFETY: handles of the driver may be used from any thread, one at a time (`RefCell` sees to that).
@@ -94,10 +95,12 @@ impl Device {
         unsafe { context.disable_event_tracking() };
         let stream = context.new_stream().map_err(unavailable)?;
         let name = context.name().map_err(unavailable)?;
+        let processors = sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT;
+        let processors = context.attribute(processors).map_err(unavailable)?.unsigned_abs() as usize;
         // SAFETY: a fatbin, which says itself where it ends.
         let module = unsafe { result::module::load_data(KERNELS.0.as_ptr().cast()) };
         let module = module.during(|| format!("loading the kernels on {name}"))?;
-        Ok(Self { context, stream, module, functions: RefCell::default(), name })
+        Ok(Self { context, stream, module, functions: RefCell::default(), name, processors })
     }
 
     /// Milliseconds from one event to another, both of which have been waited for.
@@ -169,6 +172,10 @@ impl Driver for Device {
 
     fn name(&self) -> String {
         self.name.clone()
+    }
+
+    fn processors(&self) -> usize {
+        self.processors
     }
 
     fn memory(&self) -> Result<(usize, usize), DriverError> {

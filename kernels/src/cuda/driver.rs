@@ -108,6 +108,9 @@ pub trait Driver: fmt::Debug + Send + 'static {
     /// What the device is called.
     fn name(&self) -> String;
 
+    /// Multiprocessors of the device: how many blocks fill it follows from that.
+    fn processors(&self) -> usize;
+
     /// Bytes of device memory that are free, and that there are.
     fn memory(&self) -> Result<(usize, usize), DriverError>;
 

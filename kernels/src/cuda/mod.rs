@@ -4,6 +4,7 @@
 //! of which there are two: the real one, and one that compiles the same kernels for the host and runs their threads as
 //! fibers (`kernels/emulated`), for tests without a GPU.
 
+mod attention;
 mod backend;
 mod buffer;
 #[cfg(feature = "cuda")]
@@ -11,6 +12,7 @@ mod device;
 mod driver;
 mod plan;
 mod sample;
+mod skinny;
 mod stream;
 mod weight;
 

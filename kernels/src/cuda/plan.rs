@@ -6,7 +6,7 @@ use crate::Batch;
 
 /// Keys a block of the attention kernel takes at a time (`kernels/cuda/attention.cu`).
 pub(super) const PARTITION: usize = 128;
-/// Partitions of a step that are computed side by side at most: their results have to be kept until they are merged.
+/// Partitions of a step whose results are kept at most, until they are merged.
 pub(super) const SLOTS_MAX: usize = 2048;
 /// Largest step that is recorded.
 const RECORDED_ROWS_MAX: usize = 256;
@@ -28,8 +28,6 @@ pub(super) struct Shape {
     pub(super) rows: usize,
     /// Items of attention's work, those that are no work included.
     pub(super) items: usize,
-    /// Whether partitions have to be merged.
-    pub(super) merges: bool,
 }
 
 /// Everything the kernels are told of a step, as one array of C `int`s that is sent to the device in one copy.
@@ -42,9 +40,17 @@ pub(super) struct Plan {
     shape: Shape,
     tokens: usize,
     position_max: u32,
+    /// Items of attention's work that fill the device; 0 if nobody has said.
+    items_wanted: usize,
 }
 
 impl Plan {
+    /// From now on, cuts attention's work into no more items than about so many: a longer row is then several blocks'
+    /// work, but what each leaves for the merge is not free.
+    pub(super) fn aim_at(&mut self, items: usize) {
+        self.items_wanted = items;
+    }
+
     pub(super) fn shape(&self) -> Shape {
         self.shape
     }
@@ -86,27 +92,32 @@ impl Plan {
         }
         words.resize(3 * rows, 0);
 
-        // Each decoding row's partitions are computed side by side; a prompt has rows enough.
-        words.resize(4 * rows, -1);
+        // A decoding row is cut into runs of partitions, of the length that makes enough of them; a prompt has rows
+        // enough.
+        let partitions_of = |position: u32| position as usize / PARTITION + 1;
+        let decoding = || batch.sequences.iter().filter(|sequence| sequence.query_len == 1);
+        let all: usize = decoding().map(|sequence| partitions_of(sequence.context_len - 1)).sum();
+        let run = if self.items_wanted == 0 { 1 } else { all.div_ceil(self.items_wanted).max(1) };
         let mut slots = 0;
         for sequence in &batch.sequences {
-            let partitions = (sequence.context_len as usize).div_ceil(PARTITION);
-            if sequence.query_len == 1 && partitions > 1 && slots + partitions <= SLOTS_MAX {
-                words[3 * rows + sequence.query_start as usize] = slots as i32;
-                for partition in 0..partitions {
-                    words.extend([sequence.query_start as i32, partition as i32, (slots + partition) as i32, 0]);
+            let partitions = partitions_of(sequence.context_len - 1);
+            if sequence.query_len == 1 && partitions > run && slots + partitions <= SLOTS_MAX {
+                for begin in (0..partitions).step_by(run) {
+                    let end = partitions.min(begin + run);
+                    words.extend([sequence.query_start as i32, begin as i32, end as i32, (slots + begin) as i32]);
                 }
                 slots += partitions;
             } else {
                 let rows = sequence.query_start..sequence.query_start + sequence.query_len;
-                words.extend(rows.flat_map(|row| [row as i32, -1, -1, 0]));
+                let partitions = |row: u32| partitions_of(batch.positions[row as usize]) as i32;
+                words.extend(rows.flat_map(|row| [row as i32, 0, partitions(row), -1]));
             }
         }
-        let work = (words.len() - 4 * rows) / 4;
+        let work = (words.len() - 3 * rows) / 4;
         let items = if self.decodes { work.next_power_of_two() } else { work };
         words.extend((work..items).flat_map(|_| [-1, -1, -1, 0]));
         words.extend(batch.block_tables.iter().map(as_int));
-        self.shape = Shape { rows, items, merges: slots > 0 };
+        self.shape = Shape { rows, items };
     }
 }
 
@@ -124,16 +135,12 @@ impl Shape {
         2 * self.rows
     }
 
-    pub(super) fn first_slots(&self) -> usize {
+    pub(super) fn items(&self) -> usize {
         3 * self.rows
     }
 
-    pub(super) fn items(&self) -> usize {
-        4 * self.rows
-    }
-
     pub(super) fn block_tables(&self) -> usize {
-        4 * (self.rows + self.items)
+        3 * self.rows + 4 * self.items
     }
 }
 
@@ -147,11 +154,19 @@ mod tests {
         plan
     }
 
-    /// The items of a plan that are work.
-    fn items(plan: &Plan) -> Vec<[i32; 3]> {
+    /// The items of a plan that are work: row, partitions from and to, slot.
+    fn items(plan: &Plan) -> Vec<[i32; 4]> {
         let shape = plan.shape();
         let all = plan.words()[shape.items()..shape.block_tables()].as_chunks::<4>().0;
-        all.iter().filter(|item| item[0] >= 0).map(|&[row, partition, slot, _]| [row, partition, slot]).collect()
+        all.iter().filter(|item| item[0] >= 0).copied().collect()
+    }
+
+    fn decoding(contexts: &[usize]) -> Batch {
+        let mut batch = Batch::default();
+        for &context in contexts {
+            batch.push(&[5], context as u32 - 1, &[0], 0);
+        }
+        batch
     }
 
     #[test]
@@ -161,13 +176,12 @@ mod tests {
         batch.push(&[1], 299, &[2, 3, 1], 0);
         let plan = plan(&batch);
         assert!(!plan.is_recordable());
-        let expected = [[0, -1, -1], [1, -1, -1], [2, -1, -1], [3, 0, 0], [3, 1, 1], [3, 2, 2]];
+        let expected = [[0, 0, 3, -1], [1, 0, 3, -1], [2, 0, 3, -1], [3, 0, 1, 0], [3, 1, 2, 1], [3, 2, 3, 2]];
         assert_eq!(items(&plan), expected);
         let (shape, words) = (plan.shape(), plan.words());
         assert_eq!(words[shape.tokens()], [7, 8, 9, 1]);
         assert_eq!(words[shape.positions()..][..4], [300, 301, 302, 299]);
         assert_eq!(words[shape.table_starts()..][..4], [0, 0, 0, 3]);
-        assert_eq!(words[shape.first_slots()..][..4], [-1, -1, -1, 0]);
         assert_eq!(words[shape.block_tables()..], [4, 5, 6, 2, 3, 1]);
     }
 
@@ -194,20 +208,29 @@ mod tests {
         }
         let plan = plan(&batch);
         let shape = plan.shape();
-        assert_eq!(shape, Shape { rows: 4, items: 4, merges: false });
+        assert_eq!(shape, Shape { rows: 4, items: 4 });
         assert_eq!(plan.words()[shape.positions()..][..4], [0, 0, 0, -1]);
         assert_eq!(plan.words()[shape.block_tables() - 4], -1);
     }
 
     #[test]
+    fn no_more_runs_are_cut_than_fill_the_device() {
+        let mut plan = Plan::default();
+        plan.aim_at(4);
+        // One row fills it with runs of two partitions, the last of them shorter.
+        plan.set(&decoding(&[7 * PARTITION]));
+        assert_eq!(items(&plan), [[0, 0, 2, 0], [0, 2, 4, 2], [0, 4, 6, 4], [0, 6, 7, 6]]);
+        // Of many rows, those stay whole that are no longer than a run.
+        plan.set(&decoding(&[PARTITION, 9 * PARTITION + 1, 2 * PARTITION, 1]));
+        let expected = [[0, 0, 1, -1], [1, 0, 4, 0], [1, 4, 8, 4], [1, 8, 10, 8], [2, 0, 2, -1], [3, 0, 1, -1]];
+        assert_eq!(items(&plan), expected);
+    }
+
+    #[test]
     fn slots_that_run_out_leave_the_rest_unsplit() {
-        let mut batch = Batch::default();
-        let context = (SLOTS_MAX / 2 + 1) * PARTITION;
-        for _ in 0..2 {
-            batch.push(&[5], context as u32 - 1, &[0], 0);
-        }
-        let plan = plan(&batch);
-        assert_eq!(items(&plan).len(), SLOTS_MAX / 2 + 2);
-        assert_eq!(items(&plan).last(), Some(&[1, -1, -1]));
+        let partitions = SLOTS_MAX / 2 + 1;
+        let plan = plan(&decoding(&[partitions * PARTITION; 2]));
+        assert_eq!(items(&plan).len(), partitions + 1);
+        assert_eq!(items(&plan).last(), Some(&[1, 0, partitions as i32, -1]));
     }
 }

@@ -32,23 +32,35 @@ impl Form {
     /// Its kernels.
     pub(super) const fn kernels(self) -> &'static Kernels {
         macro_rules! named {
-            ($suffix:literal) => {
+            // `wide`: there are kernels that take eight features a warp.
+            ($suffix:literal $(, $wide:ident)?) => {
                 &Kernels {
                     embed: concat!("embed_", $suffix),
                     skinny: [
-                        concat!("skinny_1_", $suffix),
-                        concat!("skinny_2_", $suffix),
-                        concat!("skinny_4_", $suffix),
-                        concat!("skinny_8_", $suffix),
+                        named!(@skinny "1", $suffix $(, $wide)?),
+                        named!(@skinny "2", $suffix $(, $wide)?),
+                        named!(@skinny "4", $suffix),
+                        named!(@skinny "8", $suffix),
+                        named!(@skinny "16", $suffix),
                     ],
                     tiled: concat!("tiled_", $suffix),
                 }
             };
+            (@skinny $rows:literal, $suffix:literal) => {
+                &[concat!("skinny_", $rows, "x2_", $suffix), concat!("skinny_", $rows, "x4_", $suffix)]
+            };
+            (@skinny $rows:literal, $suffix:literal, wide) => {
+                &[
+                    concat!("skinny_", $rows, "x2_", $suffix),
+                    concat!("skinny_", $rows, "x4_", $suffix),
+                    concat!("skinny_", $rows, "x8_", $suffix),
+                ]
+            };
         }
         match self {
             Self::F32 => named!("f32"),
-            Self::F16 => named!("f16"),
-            Self::BF16 => named!("bf16"),
+            Self::F16 => named!("f16", wide),
+            Self::BF16 => named!("bf16", wide),
             Self::Nibbles => named!("nibbles"),
             Self::Bytes => named!("bytes"),
             Self::FineBytes => named!("fine_bytes"),
@@ -56,12 +68,12 @@ impl Form {
     }
 }
 
-/// Names of the kernels of `kernels/cuda/linear.cu` for one form.
+/// Names of the kernels of `kernels/cuda/linear.cu` and `skinny.cu` for one form.
 #[derive(Debug)]
 pub(super) struct Kernels {
     pub(super) embed: &'static str,
-    /// For 1, 2, 4 and 8 rows at a time.
-    pub(super) skinny: [&'static str; 4],
+    /// For 1, 2, 4, 8 and 16 rows, and of each for two, four and perhaps eight features a warp.
+    pub(super) skinny: [&'static [&'static str]; 5],
     pub(super) tiled: &'static str,
 }
 

@@ -103,6 +103,21 @@ impl<B: Subject> Layer<B> {
         results
     }
 
+    /// Puts keys and values of all tokens into the cache.
+    fn fill(&mut self, sequences: &[Sequence]) {
+        let width = self.case.shape.qkv_width();
+        for sequence in sequences {
+            let tokens = sequence.qkv.len() / width;
+            let mut batch = Batch::default();
+            batch.push(&vec![0; tokens], 0, &sequence.pages, tokens);
+            let mut qkv = self.backend.filled(&sequence.qkv, width);
+            let [q, k] = &self.norms;
+            let norm = self.case.qk_norm.then_some(QkNorm { q, k, eps: 1e-6 });
+            self.backend.begin(&batch);
+            self.backend.rope_and_cache(&mut qkv, self.case.shape, norm, &self.rope, &mut self.cache, LAYER, &batch);
+        }
+    }
+
     /// Steps, each a list of (sequence, tokens), until all is computed; all rows of each sequence.
     fn run(&mut self, sequences: &[Sequence], plan: &Plan) -> Vec<Vec<f32>> {
         let mut done: Vec<usize> = sequences.iter().map(|sequence| sequence.cached).collect();
@@ -208,6 +223,36 @@ pub(crate) fn long_contexts_match_the_reference<B: Subject>() {
     compare::<B>(Case::new(2, 2, 8, 8, KvDType::F32), &[512, 255], 32);
     compare::<B>(Case::new(4, 2, 16, 64, KvDType::BF16), &[777, 3], 33);
     compare::<B>(Case::new(7, 1, 128, 32, KvDType::F32), &[300], 34);
+}
+
+pub(crate) fn large_groups_and_contexts_of_many_partitions_match_the_reference<B: Subject>() {
+    // The last token of each sequence alone, behind prompts: decoding, with partitions at the end of every length.
+    let shapes = [
+        (8, 1, 64, KvDType::BF16),
+        (16, 2, 128, KvDType::F16),
+        (8, 1, 256, KvDType::BF16),
+        (12, 1, 40, KvDType::F32),
+        (4, 2, 96, KvDType::BF16),
+        (4, 1, 128, KvDType::F32),
+    ];
+    for (i, (heads, kv_heads, head_dim, dtype)) in shapes.into_iter().enumerate() {
+        let case = Case::new(heads, kv_heads, head_dim, [16, 32, 64, 128][i % 4], dtype);
+        let mut random = Random::new(300 + i as u64);
+        let lens = [128, 129, 145, 1 + random.below(400), 384 + random.below(129)];
+        let sequences = sequences(case, &lens, &mut random);
+        let last: Vec<_> = lens.iter().enumerate().map(|(i, &len)| (&sequences[i], len - 1..len)).collect();
+        let mut ours = Layer::<B>::new(case, 2);
+        let mut reference = Layer::<ReferenceBackend>::new(case, 1);
+        ours.fill(&sequences);
+        reference.fill(&sequences);
+        let (together, want) = (ours.step(&last), reference.step(&last));
+        for (i, (together, want)) in together.iter().zip(&want).enumerate() {
+            let what = format!("{case:?}, sequence {i} of {lens:?}");
+            assert_near(together, want, |_| case.tolerance(), &what);
+            let alone = ours.step(&last[i..=i]);
+            assert_same_bits(&alone[0], together, &what);
+        }
+    }
 }
 
 /// All rows of one sequence computed by itself in a single step.

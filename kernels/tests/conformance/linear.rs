@@ -189,6 +189,44 @@ pub(crate) fn every_row_count_gives_the_same_bits<B: Subject>() {
     }
 }
 
+pub(crate) fn wide_products_match_the_reference<B: Subject>() {
+    // Input features of every number of whole and begun rounds of whatever loop goes over them, with the bits of a row
+    // alone and among others.
+    let mut random = Random::new(9);
+    for (i, cols) in [1024usize, 1032, 2048, 3080, 4352].into_iter().enumerate() {
+        for dtype in [DType::BF16, DType::F32, DType::Q4_0, DType::Q8_0, DType::Q6K] {
+            let cols = if dtype.is_quantized() { cols.next_multiple_of(dtype.block_len()) } else { cols };
+            let rows = [1, 2, 4, 8, 16][i];
+            let weight = Weight::random(dtype, [9, 70][i % 2], cols, &mut random);
+            let x = random.normals(rows * cols);
+            let what = format!("{dtype:?} with {cols} columns x {rows}");
+            check::<B>(&[weight.matrix()], &x, None, &what);
+            let all = product(&mut B::any(), &[weight.matrix()], &x, None);
+            let last = product(&mut B::any(), &[weight.matrix()], &x[(rows - 1) * cols..], None);
+            assert_same_bits(&last, &all[all.len() - last.len()..], &what);
+        }
+    }
+}
+
+pub(crate) fn infinities_stay_in_their_rows<B: Subject>() {
+    let mut random = Random::new(10);
+    for dtype in FLOATS {
+        for (rows, bad) in [(2, 0), (5, 3), (16, 15), (20, 4)] {
+            let (cols, out) = (72, 20);
+            let weight = Weight::random(dtype, out, cols, &mut random);
+            let mut x = random.normals(rows * cols);
+            x[bad * cols..(bad + 1) * cols].fill(1e30);
+            let clean = product(&mut B::any(), &[weight.matrix()], &x, None);
+            x[bad * cols..(bad + 1) * cols].fill(f32::INFINITY);
+            let ours = product(&mut B::any(), &[weight.matrix()], &x, None);
+            for row in (0..rows).filter(|&row| row != bad) {
+                let span = row * out..(row + 1) * out;
+                assert_same_bits(&ours[span.clone()], &clean[span], &format!("{dtype:?}, row {row} of {rows}"));
+            }
+        }
+    }
+}
+
 pub(crate) fn the_number_of_threads_changes_no_bit<B: Subject>() {
     let mut random = Random::new(5);
     for dtype in FLOATS.into_iter().chain(QUANTIZED) {

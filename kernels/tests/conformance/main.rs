@@ -6,6 +6,7 @@
 
 mod attention;
 mod linear;
+mod residual;
 mod rope;
 mod rowwise;
 mod sampling;
@@ -43,6 +44,7 @@ macro_rules! suites {
                 ragged_batches_match_the_reference,
                 long_contexts_match_the_reference,
                 batching_chunking_and_paging_change_no_bit,
+                large_groups_and_contexts_of_many_partitions_match_the_reference,
                 the_number_of_threads_changes_no_bit,
                 a_shared_prefix_reads_like_a_computed_one,
                 what_earlier_owners_left_in_pages_is_never_read,
@@ -53,10 +55,15 @@ macro_rules! suites {
                 quantized_weights_match_the_reference,
                 stacked_parts_of_mixed_types_stand_one_after_the_other,
                 every_row_count_gives_the_same_bits,
+                wide_products_match_the_reference,
+                infinities_stay_in_their_rows,
                 the_number_of_threads_changes_no_bit,
                 the_identity_gives_its_input_back,
                 parts_of_different_widths_are_refused,
                 rows_of_zeros_give_the_bias;
+            residual:
+                fused_operations_give_the_bits_of_those_they_stand_for,
+                a_row_of_a_fused_operation_does_not_see_the_others;
             rope:
                 queries_match_the_reference,
                 position_zero_rotates_nothing,

@@ -1,0 +1,148 @@
+// Weights, keys and values as decoding reads them: once, so past the L1 cache, and in two steps, so that many loads are
+// under way before the first is used.
+#pragma once
+
+#include "weights.cuh"
+
+/// Words that are read once in a kernel and not written by it: they pass by the L1 cache, and leave it to what is read
+/// again.
+__device__ __forceinline__ uint4 stream16(const void* from) {
+#ifdef __CUDACC__
+    uint4 to;
+    asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(to.x), "=r"(to.y), "=r"(to.z), "=r"(to.w)
+                 : "l"(__cvta_generic_to_global(from)));
+    return to;
+#else
+    return *static_cast<const uint4*>(from);
+#endif
+}
+
+__device__ __forceinline__ uint2 stream8(const void* from) {
+#ifdef __CUDACC__
+    uint2 to;
+    asm volatile("ld.global.nc.L1::no_allocate.v2.u32 {%0, %1}, [%2];"
+                 : "=r"(to.x), "=r"(to.y)
+                 : "l"(__cvta_generic_to_global(from)));
+    return to;
+#else
+    return *static_cast<const uint2*>(from);
+#endif
+}
+
+__device__ __forceinline__ unsigned stream4(const void* from) {
+#ifdef __CUDACC__
+    unsigned to;
+    asm volatile("ld.global.nc.L1::no_allocate.u32 %0, [%1];" : "=r"(to) : "l"(__cvta_generic_to_global(from)));
+    return to;
+#else
+    return *static_cast<const unsigned*>(from);
+#endif
+}
+
+/// Half of eight elements whose bits are in `raw`, 16 bytes (Half or Brain) or 32 (float).
+__device__ __forceinline__ void four_of(const uint4 (&raw)[2], int half, float (&to)[4], float) {
+    const uint4 bits = raw[half];
+    to[0] = __uint_as_float(bits.x), to[1] = __uint_as_float(bits.y);
+    to[2] = __uint_as_float(bits.z), to[3] = __uint_as_float(bits.w);
+}
+
+template <class T>
+__device__ __forceinline__ void four_of(const uint4 (&raw)[1], int half, float (&to)[4], T) {
+    const unsigned low = half ? raw[0].z : raw[0].x, high = half ? raw[0].w : raw[0].y;
+    to[0] = to_float(T{static_cast<uint16_t>(low)}), to[1] = to_float(T{static_cast<uint16_t>(low >> 16)});
+    to[2] = to_float(T{static_cast<uint16_t>(high)}), to[3] = to_float(T{static_cast<uint16_t>(high >> 16)});
+}
+
+/// What a matrix's eight elements are before they are numbers, and how they become them: the same as by its `load`.
+template <class Matrix>
+struct Streamed;
+
+template <class T>
+struct Streamed<Floats<T>> {
+    struct Raw {
+        uint4 bits[sizeof(T) / 2];
+    };
+    /// Elements `at ..` of a row that starts with element `start` of the matrix; `at` is a multiple of eight.
+    __device__ __forceinline__ static Raw fetch(const Floats<T>& matrix, size_t start, int at) {
+        Raw raw;
+#pragma unroll
+        for (int i = 0; i < static_cast<int>(sizeof(T) / 2); i++) {
+            raw.bits[i] = stream16(reinterpret_cast<const uint4*>(matrix.values + start + at) + i);
+        }
+        return raw;
+    }
+    /// The first or second half of them.
+    __device__ __forceinline__ static void unpack(const Raw& raw, int half, float (&to)[4]) {
+        four_of(raw.bits, half, to, T());
+    }
+};
+
+/// The halves of a word, an f16 each.
+__device__ __forceinline__ float scale_of(unsigned pair) { return to_float(Half{static_cast<uint16_t>(pair)}); }
+__device__ __forceinline__ float minimum_of(unsigned pair) { return to_float(Half{static_cast<uint16_t>(pair >> 16)}); }
+
+/// Small numbers become floats without a conversion: as the last bits of 2^23, they are so much more than 2^23.
+constexpr unsigned UNIT_BITS = 0x4b000000;
+constexpr float UNIT = 8388608.0f;
+
+template <>
+struct Streamed<Nibbles> {
+    struct Raw {
+        unsigned quants, scales;
+    };
+    __device__ __forceinline__ static Raw fetch(const Nibbles& matrix, size_t start, int at) {
+        return {stream4(matrix.quants + (start + at) / 8), stream4(matrix.scales + (start + at) / 32)};
+    }
+    __device__ __forceinline__ static void unpack(const Raw& raw, int half, float (&to)[4]) {
+        const float scale = scale_of(raw.scales), minimum = minimum_of(raw.scales);
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            const float quant = __uint_as_float((raw.quants >> (16 * half + 4 * i) & 15) | UNIT_BITS) - UNIT;
+            to[i] = fmaf(quant, scale, minimum);
+        }
+    }
+};
+
+struct RawBytes {
+    unsigned first, second, scales;
+
+    __device__ __forceinline__ RawBytes() {}
+    __device__ __forceinline__ RawBytes(uint2 quants, unsigned scales)
+        : first(quants.x), second(quants.y), scales(scales) {}
+
+    __device__ __forceinline__ void unpack(int half, float (&to)[4]) const {
+        // As unsigned bytes, 128 more.
+        const unsigned words = (half ? second : first) ^ 0x80808080u;
+#pragma unroll
+        for (int i = 0; i < 4; i++) to[i] = __uint_as_float((words >> 8 * i & 255) | UNIT_BITS) - (UNIT + 128.0f);
+    }
+};
+
+template <>
+struct Streamed<Bytes> {
+    using Raw = RawBytes;
+    __device__ __forceinline__ static Raw fetch(const Bytes& matrix, size_t start, int at) {
+        return {stream8(matrix.quants + (start + at) / 8), matrix.scales[(start + at) / 32].bits};
+    }
+    __device__ __forceinline__ static void unpack(const Raw& raw, int half, float (&to)[4]) {
+        raw.unpack(half, to);
+        const float scale = scale_of(raw.scales);
+#pragma unroll
+        for (int i = 0; i < 4; i++) to[i] *= scale;
+    }
+};
+
+template <>
+struct Streamed<FineBytes> {
+    using Raw = RawBytes;
+    __device__ __forceinline__ static Raw fetch(const FineBytes& matrix, size_t start, int at) {
+        return {stream8(matrix.quants + (start + at) / 8), stream4(matrix.scales + (start + at) / 16)};
+    }
+    __device__ __forceinline__ static void unpack(const Raw& raw, int half, float (&to)[4]) {
+        raw.unpack(half, to);
+        const float scale = scale_of(raw.scales), minimum = minimum_of(raw.scales);
+#pragma unroll
+        for (int i = 0; i < 4; i++) to[i] = fmaf(to[i], scale, minimum);
+    }
+};
