@@ -1,7 +1,8 @@
 // Products with weight matrices, and rows of them.
 //
 // Two ways, by the number of rows. Each promises that a row's result depends on that row alone, not on how many others
-// there are; the two ways add up in different orders, so between them results differ in the last bits.
+// there are; the two ways add up in different orders, so between them results differ in the last bits. The second is
+// here for f32 alone, which tensor cores do not take whole: gemm.cu has the others.
 
 #include "weights.cuh"
 
@@ -136,16 +137,15 @@ __device__ __forceinline__ void embed(Matrix matrix, const int* tokens, float* o
     }                                                                                                                  \
     REGISTER(skinny_##ROWS##_##SUFFIX);
 
-// tiled_{matrix}: the same for any number of rows.
+// tiled_f32: the same for any number of rows.
 // Grid: (features / 64, rows / 32). Bytes: the matrix once for 32 rows, x once for 64 features. Operations: 2 a weight
 // and row, in single precision outside the tensor cores: the floor is that rate, 60 Tflop/s on an H100.
-#define TILED(SUFFIX, MATRIX)                                                                                          \
-    extern "C" __global__ void __launch_bounds__(linear::THREADS) tiled_##SUFFIX(                                      \
-        const void* values, const void* scales, const float* x, const float* bias, float* out, int rows, int cols,     \
-        int features, int width, int first) {                                                                          \
-        linear::tiled(MATRIX(values, scales), x, bias, out, rows, cols, features, width, first);                       \
-    }                                                                                                                  \
-    REGISTER(tiled_##SUFFIX);
+extern "C" __global__ void __launch_bounds__(linear::THREADS)
+    tiled_f32(const void* values, const void* scales, const float* x, const float* bias, float* out, int rows, int cols,
+              int features, int width, int first) {
+    linear::tiled(Floats<float>(values, scales), x, bias, out, rows, cols, features, width, first);
+}
+REGISTER(tiled_f32);
 
 // embed_{matrix}: out[t] = weight[tokens[t] - first], where that is one of its rows.
 // Grid: tokens. Bytes: a row of the matrix and 4 a value of out. No arithmetic but unpacking.
@@ -161,7 +161,6 @@ __device__ __forceinline__ void embed(Matrix matrix, const int* tokens, float* o
     SKINNY(2, SUFFIX, MATRIX)     \
     SKINNY(4, SUFFIX, MATRIX)     \
     SKINNY(8, SUFFIX, MATRIX)     \
-    TILED(SUFFIX, MATRIX)         \
     EMBED(SUFFIX, MATRIX)
 
 FOR_EACH_MATRIX(ALL_OF)

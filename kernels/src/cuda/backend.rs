@@ -5,6 +5,7 @@ use std::collections::HashMap;
 use super::buffer::{Activations, Buffer, KvCache, Linear, Part, Rope, Staged, Vector, bytes_of};
 use super::driver::{Address, Arg, Driver};
 use super::plan::{Plan, SLOTS_MAX, Shape};
+use super::product::Products;
 use super::sample::Sampler;
 use super::stream::Stream;
 use super::weight::{Form, Unpacked};
@@ -17,6 +18,8 @@ use crate::{
 const ROWWISE_THREADS: usize = 256;
 /// Threads of a block of the other kernels.
 const THREADS: usize = 128;
+/// Threads of a block of `kernels/cuda/prefill_attention.cu`.
+const PREFILL_THREADS: usize = 256;
 /// Most rows for which products stream the weights (`skinny` in `kernels/cuda/linear.cu`).
 pub(super) const SKINNY_ROWS_MAX: usize = 16;
 /// Widest heads (`HEAD_DIM_MAX` in `kernels/cuda/pages.cuh`); their width is a multiple of eight.
@@ -32,6 +35,7 @@ pub struct CudaBackend<D: Driver> {
     step: Staged<D>,
     selected: Staged<D>,
     sampler: Sampler<D>,
+    products: Products<D>,
     /// Results of partitions until they are merged; made when heads are known.
     partials: Option<(Buffer<D>, AttentionShape)>,
     graphs: HashMap<Shape, Recorded<D>>,
@@ -55,6 +59,7 @@ impl<D: Driver> CudaBackend<D> {
             step: Staged::new(),
             selected: Staged::new(),
             sampler: Sampler::new(),
+            products: Products::new(),
             partials: None,
             graphs: HashMap::new(),
             recording: false,
@@ -96,6 +101,24 @@ fn of_type([f32, f16, bf16]: [&'static str; 3], dtype: KvDType) -> &'static str 
         KvDType::F32 => f32,
         KvDType::F16 => f16,
         KvDType::BF16 => bf16,
+    }
+}
+
+/// The kernel that computes prompts in tiles on tensor cores, if there is one for such a cache. Otherwise their rows
+/// are computed as those that decode.
+fn prefill_kernel(layout: &KvLayout) -> Option<&'static str> {
+    let kernels = match layout.head_dim {
+        64 => ["prefill_attention_64_f16", "prefill_attention_64_bf16"],
+        96 => ["prefill_attention_96_f16", "prefill_attention_96_bf16"],
+        128 => ["prefill_attention_128_f16", "prefill_attention_128_bf16"],
+        256 => ["prefill_attention_256_f16", "prefill_attention_256_bf16"],
+        _ => return None,
+    };
+    match layout.dtype {
+        _ if !layout.block_size.is_power_of_two() => None,
+        KvDType::F32 => None,
+        KvDType::F16 => Some(kernels[0]),
+        KvDType::BF16 => Some(kernels[1]),
     }
 }
 
@@ -263,7 +286,15 @@ impl<D: Driver> Backend for CudaBackend<D> {
         assert!(x.cols == weight.cols && out.cols == weight.rows, "features of the weight");
         out.set_rows(x.rows);
         let rows = out.computed_rows();
+        if rows > SKINNY_ROWS_MAX && self.products.reserve(&self.stream, x, weight) {
+            assert!(!self.recording, "a step is recorded when it comes for the second time");
+            self.graphs.clear();
+        }
         for part in &weight.parts {
+            if rows > SKINNY_ROWS_MAX && Products::<D>::takes(part.form) {
+                self.products.enqueue(&self.stream, x, part, address_of(bias), out);
+                continue;
+            }
             let args = [
                 part.values.address().into(),
                 part.scales.address().into(),
@@ -276,12 +307,11 @@ impl<D: Driver> Backend for CudaBackend<D> {
                 out.cols.into(),
                 part.first.into(),
             ];
-            let kernels = part.form.kernels();
             let (kernel, grid) = if rows <= SKINNY_ROWS_MAX {
                 let side_by_side = rows.clamp(1, 8).ilog2() as usize;
-                (kernels.skinny[side_by_side], [part.rows.div_ceil(4), rows.div_ceil(8), 1])
+                (part.form.kernels().skinny[side_by_side], [part.rows.div_ceil(4), rows.div_ceil(8), 1])
             } else {
-                (kernels.tiled, [part.rows.div_ceil(64), rows.div_ceil(32), 1])
+                ("tiled_f32", [part.rows.div_ceil(64), rows.div_ceil(32), 1])
             };
             self.stream.launch(kernel, grid, THREADS, &args);
         }
@@ -366,8 +396,26 @@ impl<D: Driver> Backend for CudaBackend<D> {
             2 => (["attention_2_f32", "attention_2_f16", "attention_2_bf16"], 2),
             _ => (["attention_4_f32", "attention_4_f16", "attention_4_bf16"], 4),
         };
-        let grid = [planned.items, kv_heads * shared_by.div_ceil(at_a_time), 1];
+        let tiled = prefill_kernel(&cache.layout);
+        let items = if tiled.is_some() { planned.decode_items } else { planned.items };
+        let grid = [items, kv_heads * shared_by.div_ceil(at_a_time), 1];
         self.stream.launch(of_type(kernels, cache.layout.dtype), grid, THREADS, &args);
+        if let Some(kernel) = tiled {
+            let args = [
+                qkv.address().into(),
+                self.planned(planned.positions()),
+                self.planned(planned.table_starts()),
+                self.planned(planned.block_tables()),
+                self.planned(planned.tiles()),
+                cache.layer(layer).into(),
+                heads.into(),
+                kv_heads.into(),
+                cache.layout.block_size.into(),
+                scale.into(),
+                out.address().into(),
+            ];
+            self.stream.launch(kernel, [planned.tiles * heads, 1, 1], PREFILL_THREADS, &args);
+        }
         if planned.merges {
             let args = [
                 self.planned(planned.positions()),

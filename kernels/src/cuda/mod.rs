@@ -10,6 +10,7 @@ mod buffer;
 mod device;
 mod driver;
 mod plan;
+mod product;
 mod sample;
 mod stream;
 mod weight;

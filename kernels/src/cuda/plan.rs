@@ -2,12 +2,14 @@
 
 use std::ops::Range;
 
-use crate::Batch;
+use crate::{Batch, SequenceSpan};
 
 /// Keys a block of the attention kernel takes at a time (`kernels/cuda/attention.cu`).
 pub(super) const PARTITION: usize = 128;
 /// Partitions of a step that are computed side by side at most: their results have to be kept until they are merged.
 pub(super) const SLOTS_MAX: usize = 2048;
+/// Rows of a prompt that a block of `kernels/cuda/prefill_attention.cu` takes at most.
+const TILE_ROWS: usize = 128;
 /// Largest step that is recorded.
 const RECORDED_ROWS_MAX: usize = 256;
 
@@ -26,8 +28,12 @@ pub(super) fn bucket(rows: usize) -> usize {
 pub(super) struct Shape {
     /// Rows, those nobody asked for included.
     pub(super) rows: usize,
-    /// Items of attention's work, those that are no work included.
+    /// Items of attention's work, those that are no work included: first those of sequences that decode,
+    pub(super) decode_items: usize,
+    /// then the rows of prompts, which `tiles` has too.
     pub(super) items: usize,
+    /// Tiles of prompts: whether they or the rows are computed is for the backend to say.
+    pub(super) tiles: usize,
     /// Whether partitions have to be merged.
     pub(super) merges: bool,
 }
@@ -89,24 +95,37 @@ impl Plan {
         // Each decoding row's partitions are computed side by side; a prompt has rows enough.
         words.resize(4 * rows, -1);
         let mut slots = 0;
-        for sequence in &batch.sequences {
+        let is_decode = |sequence: &&SequenceSpan| sequence.query_len == 1;
+        for sequence in batch.sequences.iter().filter(is_decode) {
             let partitions = (sequence.context_len as usize).div_ceil(PARTITION);
-            if sequence.query_len == 1 && partitions > 1 && slots + partitions <= SLOTS_MAX {
+            if partitions > 1 && slots + partitions <= SLOTS_MAX {
                 words[3 * rows + sequence.query_start as usize] = slots as i32;
                 for partition in 0..partitions {
                     words.extend([sequence.query_start as i32, partition as i32, (slots + partition) as i32, 0]);
                 }
                 slots += partitions;
             } else {
-                let rows = sequence.query_start..sequence.query_start + sequence.query_len;
-                words.extend(rows.flat_map(|row| [row as i32, -1, -1, 0]));
+                words.extend([sequence.query_start as i32, -1, -1, 0]);
             }
         }
         let work = (words.len() - 4 * rows) / 4;
-        let items = if self.decodes { work.next_power_of_two() } else { work };
-        words.extend((work..items).flat_map(|_| [-1, -1, -1, 0]));
+        let decode_items = if self.decodes { work.next_power_of_two() } else { work };
+        words.extend((work..decode_items).flat_map(|_| [-1, -1, -1, 0]));
+        let prompts = || batch.sequences.iter().filter(|sequence| !is_decode(sequence));
+        let rows_of = |sequence: &SequenceSpan| sequence.query_start..sequence.query_start + sequence.query_len;
+        for prompt in prompts() {
+            words.extend(rows_of(prompt).flat_map(|row| [row as i32, -1, -1, 0]));
+        }
+        let items = (words.len() - 4 * rows) / 4;
+        for prompt in prompts() {
+            // The last come first: they have the longest contexts.
+            let rows = rows_of(prompt);
+            let tile = |row: u32| [row as i32, (rows.end - row).min(TILE_ROWS as u32) as i32];
+            words.extend(rows.clone().step_by(TILE_ROWS).rev().flat_map(tile));
+        }
+        let tiles = (words.len() - 4 * (rows + items)) / 2;
         words.extend(batch.block_tables.iter().map(as_int));
-        self.shape = Shape { rows, items, merges: slots > 0 };
+        self.shape = Shape { rows, decode_items, items, tiles, merges: slots > 0 };
     }
 }
 
@@ -132,8 +151,12 @@ impl Shape {
         4 * self.rows
     }
 
-    pub(super) fn block_tables(&self) -> usize {
+    pub(super) fn tiles(&self) -> usize {
         4 * (self.rows + self.items)
+    }
+
+    pub(super) fn block_tables(&self) -> usize {
+        self.tiles() + 2 * self.tiles
     }
 }
 
@@ -150,7 +173,7 @@ mod tests {
     /// The items of a plan that are work.
     fn items(plan: &Plan) -> Vec<[i32; 3]> {
         let shape = plan.shape();
-        let all = plan.words()[shape.items()..shape.block_tables()].as_chunks::<4>().0;
+        let all = plan.words()[shape.items()..shape.tiles()].as_chunks::<4>().0;
         all.iter().filter(|item| item[0] >= 0).map(|&[row, partition, slot, _]| [row, partition, slot]).collect()
     }
 
@@ -161,14 +184,29 @@ mod tests {
         batch.push(&[1], 299, &[2, 3, 1], 0);
         let plan = plan(&batch);
         assert!(!plan.is_recordable());
-        let expected = [[0, -1, -1], [1, -1, -1], [2, -1, -1], [3, 0, 0], [3, 1, 1], [3, 2, 2]];
+        let expected = [[3, 0, 0], [3, 1, 1], [3, 2, 2], [0, -1, -1], [1, -1, -1], [2, -1, -1]];
         assert_eq!(items(&plan), expected);
         let (shape, words) = (plan.shape(), plan.words());
+        assert_eq!((shape.decode_items, shape.items), (3, 6));
+        assert_eq!(words[shape.tiles()..shape.block_tables()], [0, 3]);
         assert_eq!(words[shape.tokens()], [7, 8, 9, 1]);
         assert_eq!(words[shape.positions()..][..4], [300, 301, 302, 299]);
         assert_eq!(words[shape.table_starts()..][..4], [0, 0, 0, 3]);
         assert_eq!(words[shape.first_slots()..][..4], [-1, -1, -1, 0]);
         assert_eq!(words[shape.block_tables()..], [4, 5, 6, 2, 3, 1]);
+    }
+
+    #[test]
+    fn a_long_prompt_is_cut_into_tiles_that_begin_where_it_does() {
+        let mut batch = Batch::default();
+        batch.push(&[1], 10, &[0], 0);
+        batch.push(&[2; 300], 77, &[1], 1);
+        batch.push(&[3; 128], 0, &[2], 0);
+        let plan = plan(&batch);
+        let shape = plan.shape();
+        assert_eq!(shape.tiles, 4);
+        let tiles = &plan.words()[shape.tiles()..shape.block_tables()];
+        assert_eq!(tiles, [257, 44, 129, 128, 1, 128, 301, 128]);
     }
 
     #[test]
@@ -194,7 +232,7 @@ mod tests {
         }
         let plan = plan(&batch);
         let shape = plan.shape();
-        assert_eq!(shape, Shape { rows: 4, items: 4, merges: false });
+        assert_eq!(shape, Shape { rows: 4, decode_items: 4, items: 4, tiles: 0, merges: false });
         assert_eq!(plan.words()[shape.positions()..][..4], [0, 0, 0, -1]);
         assert_eq!(plan.words()[shape.block_tables() - 4], -1);
     }

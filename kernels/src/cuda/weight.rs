@@ -41,7 +41,6 @@ impl Form {
                         concat!("skinny_4_", $suffix),
                         concat!("skinny_8_", $suffix),
                     ],
-                    tiled: concat!("tiled_", $suffix),
                 }
             };
         }
@@ -62,7 +61,6 @@ pub(super) struct Kernels {
     pub(super) embed: &'static str,
     /// For 1, 2, 4 and 8 rows at a time.
     pub(super) skinny: [&'static str; 4],
-    pub(super) tiled: &'static str,
 }
 
 /// A matrix taken apart. Rows are as long as `cols` rounded up to a multiple of eight.

@@ -43,6 +43,7 @@ macro_rules! suites {
                 ragged_batches_match_the_reference,
                 long_contexts_match_the_reference,
                 batching_chunking_and_paging_change_no_bit,
+                decoding_beside_others_changes_no_bit,
                 the_number_of_threads_changes_no_bit,
                 a_shared_prefix_reads_like_a_computed_one,
                 what_earlier_owners_left_in_pages_is_never_read,
