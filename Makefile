@@ -98,7 +98,7 @@ cuda: setup ## Build target/cuda/engine, with CUDA; fetches NVIDIA's compiler fr
 
 cuda-check: setup ## Compile the CUDA kernels and their driver; look at what became of the kernels. Needs no GPU; part of make test
 	CUDA_HOME="$$(scripts/fetch-nvcc.sh)" $(CARGO) clippy --workspace --features cuda --lib --bin engine --bench kernels --test conformance --test cuda_steps \
-		--locked -- -D warnings
+		--test cuda_prefill --locked -- -D warnings
 	scripts/check-kernels.sh
 
 gpu-check: setup ## Build target/cuda/gpu-check-*, the kernels' tests for a real device, to be carried to one; runs them on a stand-in here

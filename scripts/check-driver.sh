@@ -11,4 +11,5 @@ c++ -std=c++20 -O2 -fPIC -shared -fno-strict-aliasing -ffp-contract=off -Wno-unk
 export LD_LIBRARY_PATH="$work"
 target/cuda/gpu-check-conformance --ignored cuda_device
 target/cuda/gpu-check-cuda_steps --ignored cuda_device
+target/cuda/gpu-check-cuda_prefill --ignored cuda_device
 target/cuda/gpu-check-kernels tiny

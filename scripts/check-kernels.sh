@@ -1,7 +1,8 @@
 #!/bin/sh
 # Compiles the CUDA kernels as the build does, and fails if one of them keeps local variables in memory (spills, or
-# arrays that are indexed in ways the compiler cannot see through): what should be registers would be traffic. Prints
-# what each uses.
+# arrays that are indexed in ways the compiler cannot see through): what should be registers would be traffic; or if
+# one that is made for tensor cores lacks their instructions, the loads that go with them, or asynchronous copies.
+# Prints what each uses.
 set -eu
 cd "$(dirname "$0")/.."
 
@@ -27,4 +28,25 @@ for target in 80 90; do
             printf "sm_%s: %d kernels, at most %d registers a thread (%s)\n", target, kernels, most, hungriest
             exit bad || kernels == 0
         }' "$work/usage"
+    # HMMA: mma. LDSM: ldmatrix, .MT88 where it transposes. LDGSTS: cp.async. (Products of quantised weights have it too,
+    # for activations.)
+    "$CUDA_HOME/bin/cuobjdump" -sass "$work/kernels.cubin" | awk -v target="$target" '
+        /^\t\tFunction : / { name = $3; kernels[name] = 1 }
+        / HMMA\.16816\.F32/ { found[name, "HMMA"]++ }
+        / LDSM\.16\.M88\.4/ { found[name, "LDSM"]++ }
+        / LDSM\.16\.MT88\.4/ { found[name, "LDSM transposed"]++ }
+        / LDGSTS\./ { found[name, "LDGSTS"]++ }
+        function need(what) {
+            if (!found[name, what]) { printf "sm_%s %s: no %s\n", target, name, what; bad = 1 }
+        }
+        END {
+            for (name in kernels) {
+                if (name !~ /^(product|prefill_attention)_/) continue
+                checked++
+                need("HMMA"); need("LDSM"); need("LDGSTS")
+                if (name ~ /^prefill_attention_/) need("LDSM transposed")
+            }
+            printf "sm_%s: %d kernels use tensor cores\n", target, checked
+            exit bad || checked == 0
+        }'
 done

@@ -1,7 +1,8 @@
 // Products with weight matrices, and rows of them.
 //
-// This is for more rows than skinny.cu is for. Each of the two promises that a row's result depends on that row alone,
-// not on how many others there are; they add up in different orders, so between them results differ in the last bits.
+// This is for more rows than skinny.cu is for, in f32 alone, which tensor cores do not take whole: gemm.cu has the
+// others. Each of the three promises that a row's result depends on that row alone, not on how many others there are;
+// they add up in different orders, so between them results differ in the last bits.
 
 #include "weights.cuh"
 
@@ -89,17 +90,16 @@ __device__ __forceinline__ void embed(Matrix matrix, const int* tokens, float* o
 
 }  // namespace linear
 
-// tiled_{matrix}: out[r][first + o] = weight[o] . x[r] + bias[first + o] for any number of rows.
+// tiled_f32: out[r][first + o] = weight[o] . x[r] + bias[first + o] for any number of rows.
 // x: [rows, cols]; weight: [features, cols]; out: [rows, width].
 // Grid: (features / 64, rows / 32). Bytes: the matrix once for 32 rows, x once for 64 features. Operations: 2 a weight
 // and row, in single precision outside the tensor cores: the floor is that rate, 60 Tflop/s on an H100.
-#define TILED(SUFFIX, MATRIX)                                                                                          \
-    extern "C" __global__ void __launch_bounds__(linear::THREADS) tiled_##SUFFIX(                                      \
-        const void* values, const void* scales, const float* x, const float* bias, float* out, int rows, int cols,     \
-        int features, int width, int first) {                                                                          \
-        linear::tiled(MATRIX(values, scales), x, bias, out, rows, cols, features, width, first);                       \
-    }                                                                                                                  \
-    REGISTER(tiled_##SUFFIX);
+extern "C" __global__ void __launch_bounds__(linear::THREADS)
+    tiled_f32(const void* values, const void* scales, const float* x, const float* bias, float* out, int rows, int cols,
+              int features, int width, int first) {
+    linear::tiled(Floats<float>(values, scales), x, bias, out, rows, cols, features, width, first);
+}
+REGISTER(tiled_f32);
 
 // embed_{matrix}: out[t] = weight[tokens[t] - first], where that is one of its rows.
 // Grid: tokens. Bytes: a row of the matrix and 4 a value of out. No arithmetic but unpacking.
@@ -110,8 +110,4 @@ __device__ __forceinline__ void embed(Matrix matrix, const int* tokens, float* o
     }                                                                                                                  \
     REGISTER(embed_##SUFFIX);
 
-#define ALL_OF(SUFFIX, MATRIX)    \
-    TILED(SUFFIX, MATRIX)         \
-    EMBED(SUFFIX, MATRIX)
-
-FOR_EACH_MATRIX(ALL_OF)
+FOR_EACH_MATRIX(EMBED)

@@ -1,6 +1,7 @@
 // Weights as the device keeps them: rows of `padded(cols)` elements, zeros at the end, so laid out that eight elements
 // are one aligned load. Quantised blocks are taken apart when they are loaded (src/cuda/weight.rs): all quants, row
-// after row, then all scales.
+// after row, then all scales. They are read in two steps, `fetch` and `unpack`, for those who have something to do
+// while the bytes are on their way.
 #pragma once
 
 #include "common.cuh"
@@ -29,13 +30,19 @@ struct Nibbles {
     __device__ __forceinline__ Nibbles(const void* quants, const void* scales)
         : quants(static_cast<const uint32_t*>(quants)), scales(static_cast<const ScaleAndMinimum*>(scales)) {}
 
-    __device__ __forceinline__ void load(size_t start, int at, float (&to)[8]) const {
-        const uint32_t eight = quants[(start + at) / 8];
-        const ScaleAndMinimum pair = scales[(start + at) / 32];
-        const float scale = to_float(pair.scale), minimum = to_float(pair.minimum);
-#pragma unroll
-        for (int i = 0; i < 8; i++) to[i] = fmaf(static_cast<float>(eight >> 4 * i & 15), scale, minimum);
+    struct Eight {
+        uint32_t quants;
+        ScaleAndMinimum scale;
+    };
+    __device__ __forceinline__ Eight fetch(size_t start, int at) const {
+        return {quants[(start + at) / 8], scales[(start + at) / 32]};
     }
+    static __device__ __forceinline__ void unpack(Eight eight, float (&to)[8]) {
+        const float scale = to_float(eight.scale.scale), minimum = to_float(eight.scale.minimum);
+#pragma unroll
+        for (int i = 0; i < 8; i++) to[i] = fmaf(static_cast<float>(eight.quants >> 4 * i & 15), scale, minimum);
+    }
+    __device__ __forceinline__ void load(size_t start, int at, float (&to)[8]) const { unpack(fetch(start, at), to); }
 };
 
 /// Signed bytes, the quants of eight elements as two words.
@@ -55,12 +62,20 @@ struct Bytes {
     __device__ __forceinline__ Bytes(const void* quants, const void* scales)
         : quants(static_cast<const uint2*>(quants)), scales(static_cast<const Half*>(scales)) {}
 
-    __device__ __forceinline__ void load(size_t start, int at, float (&to)[8]) const {
-        signed_bytes(quants[(start + at) / 8], to);
-        const float scale = to_float(scales[(start + at) / 32]);
+    struct Eight {
+        uint2 quants;
+        Half scale;
+    };
+    __device__ __forceinline__ Eight fetch(size_t start, int at) const {
+        return {quants[(start + at) / 8], scales[(start + at) / 32]};
+    }
+    static __device__ __forceinline__ void unpack(Eight eight, float (&to)[8]) {
+        signed_bytes(eight.quants, to);
+        const float scale = to_float(eight.scale);
 #pragma unroll
         for (int i = 0; i < 8; i++) to[i] *= scale;
     }
+    __device__ __forceinline__ void load(size_t start, int at, float (&to)[8]) const { unpack(fetch(start, at), to); }
 };
 
 /// Eight bits a quant, a scale and a minimum for 16. Q5_1, Q5_K and Q6_K.
@@ -71,13 +86,20 @@ struct FineBytes {
     __device__ __forceinline__ FineBytes(const void* quants, const void* scales)
         : quants(static_cast<const uint2*>(quants)), scales(static_cast<const ScaleAndMinimum*>(scales)) {}
 
-    __device__ __forceinline__ void load(size_t start, int at, float (&to)[8]) const {
-        signed_bytes(quants[(start + at) / 8], to);
-        const ScaleAndMinimum pair = scales[(start + at) / 16];
-        const float scale = to_float(pair.scale), minimum = to_float(pair.minimum);
+    struct Eight {
+        uint2 quants;
+        ScaleAndMinimum scale;
+    };
+    __device__ __forceinline__ Eight fetch(size_t start, int at) const {
+        return {quants[(start + at) / 8], scales[(start + at) / 16]};
+    }
+    static __device__ __forceinline__ void unpack(Eight eight, float (&to)[8]) {
+        signed_bytes(eight.quants, to);
+        const float scale = to_float(eight.scale.scale), minimum = to_float(eight.scale.minimum);
 #pragma unroll
         for (int i = 0; i < 8; i++) to[i] = fmaf(to[i], scale, minimum);
     }
+    __device__ __forceinline__ void load(size_t start, int at, float (&to)[8]) const { unpack(fetch(start, at), to); }
 };
 
 /// Calls MACRO(suffix, type) for each kind of matrix; the suffixes are those of src/cuda/weight.rs.

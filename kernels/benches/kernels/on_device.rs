@@ -33,15 +33,30 @@ const BLOCK_SIZE: usize = 16;
 /// Repetitions of what is measured, in each of so many measurements, of which the median counts.
 const REPETITIONS: usize = 20;
 const MEASUREMENTS: usize = 5;
+/// Operations of mma in a millisecond.
+const MMA_PER_MS: f64 = 600e9;
 
-/// Prints one row: time, bytes that have to move at least, and the part of the copy's bandwidth that makes.
-fn report(what: &str, milliseconds: f64, bytes: usize, bandwidth: f64) {
-    let rate = bytes as f64 / milliseconds / 1e6;
+/// What a measurement did at least: bytes that had to move, and operations of products.
+#[derive(Clone, Copy)]
+struct Work {
+    bytes: usize,
+    operations: usize,
+}
+
+/// Prints one row: time, bytes, the part of the copy's bandwidth that makes, and the rate of operations; and the floor,
+/// which is the longer of the bytes at that bandwidth and the operations at the rate that mma has on an H100 or H200
+/// (about 600 Tflop/s), as a part of the time.
+fn report(what: &str, milliseconds: f64, work: Work, bandwidth: f64) {
+    let (bytes, operations) = (work.bytes as f64, work.operations as f64);
+    let rate = bytes / milliseconds / 1e6;
+    let floor_ms = (bytes / bandwidth / 1e6).max(operations / MMA_PER_MS);
     println!(
-        "| {what} | {:.1} | {:.2} | {rate:.0} | {:.0} % |",
+        "| {what} | {:.1} | {:.2} | {rate:.0} | {:.0} % | {:.1} | {:.0} % |",
         milliseconds * 1e3,
-        bytes as f64 / 1e6,
-        100.0 * rate / bandwidth
+        bytes / 1e6,
+        100.0 * rate / bandwidth,
+        operations / milliseconds / 1e9,
+        100.0 * floor_ms / milliseconds
     );
 }
 
@@ -165,17 +180,21 @@ fn measure(backend: &mut Cuda, shape: &Shape, bandwidth: f64, tiny: bool) {
         ("down", &model.down, ffn, hidden),
         ("logits", &model.head, hidden, vocabulary),
     ];
-    for rows in if tiny { vec![1, 17] } else { vec![1, 4, 16, 64, 512] } {
+    for rows in if tiny { vec![1, 17] } else { vec![1, 4, 16, 17, 32, 64, 128, 512, 2048, 8192] } {
         for (what, weight, cols, out) in products.iter().filter(|product| rows <= 64 || product.0 != "logits") {
             let x = filled(backend, rows, *cols);
             let mut result = backend.activations(rows, *out);
             let milliseconds = time(backend, |backend, call| backend.linear(&x, weight.of(call), None, &mut result));
-            let bytes = 2 * cols * out + 4 * rows * (cols + out);
-            report(&format!("{name}: {what} [{out}, {cols}] × {rows}"), milliseconds, bytes, bandwidth);
+            let work = Work { bytes: 2 * cols * out + 4 * rows * (cols + out), operations: 2 * rows * cols * out };
+            report(&format!("{name}: {what} [{out}, {cols}] × {rows}"), milliseconds, work, bandwidth);
         }
     }
     for rows in if tiny { vec![1, 8] } else { vec![1, 2, 4, 8, 16] } {
         fused(backend, shape, &model, rows, bandwidth);
+    }
+    let prompts = [(512, 0), (2048, 0), (512, 7680), (16_384, 0)];
+    for (tokens, cached) in if tiny { &[(20, 9)][..] } else { &prompts[..] } {
+        prefill(backend, shape, *tokens, *cached, bandwidth);
     }
     let contexts = [(1, 512), (1, 8192), (1, 65_536), (16, 512), (64, 512), (256, 512)];
     for (sequences, context) in if tiny { vec![(1, 200)] } else { contexts.to_vec() } {
@@ -195,7 +214,8 @@ fn fused(backend: &mut Cuda, shape: &Shape, model: &Model, rows: usize, bandwidt
     let (mut both, mut out) = (backend.activations(rows, 2 * ffn), backend.activations(rows, ffn));
     let row = |backend: &Cuda, what: &str, weight: &Weights, milliseconds, values: usize| {
         let bytes = weight.bytes(backend) + 4 * rows * values;
-        report(&format!("{name}: {what} × {rows}"), milliseconds, bytes, bandwidth);
+        // Operations of so few rows are far from any floor, and not counted.
+        report(&format!("{name}: {what} × {rows}"), milliseconds, Work { bytes, operations: 0 }, bandwidth);
     };
 
     let milliseconds = time(backend, |backend, call| {
@@ -215,6 +235,37 @@ fn fused(backend: &mut Cuda, shape: &Shape, model: &Model, rows: usize, bandwidt
         backend.add_linear(&inner, model.down.of(call), None, &mut residual);
     });
     row(backend, "down, added", &model.down, milliseconds, ffn + 2 * hidden);
+}
+
+/// Attention of a layer, for a chunk of a prompt behind `cached` tokens.
+fn prefill(backend: &mut Cuda, shape: &Shape, tokens: usize, cached: usize, bandwidth: f64) {
+    let Shape { name, heads, .. } = *shape;
+    let blocks = (tokens + cached).div_ceil(BLOCK_SIZE);
+    let mut batch = Batch::default();
+    batch.push(&vec![1; tokens], cached as u32, &(0..blocks as u32).collect::<Vec<_>>(), 0);
+    let layout = KvLayout {
+        layers: 1,
+        kv_heads: heads.kv_heads,
+        head_dim: heads.head_dim,
+        block_size: BLOCK_SIZE,
+        blocks,
+        dtype: KvDType::BF16,
+    };
+    let cache = backend.kv_cache(layout).expect("room for pages");
+    let qkv = filled(backend, tokens, heads.qkv_width());
+    let mut mixed = backend.activations(tokens, heads.q_width());
+    backend.begin(&batch);
+    let scale = 1.0 / (heads.head_dim as f32).sqrt();
+    let milliseconds = time(backend, |backend, _| {
+        backend.attention(&qkv, heads, scale, &cache, 0, &batch, &mut mixed);
+    });
+    // Each token sees those before it, and itself.
+    let pairs = tokens * cached + tokens * (tokens + 1) / 2;
+    let pages = 4 * (tokens + cached) * heads.kv_heads * heads.head_dim;
+    let work =
+        Work { bytes: pages + 8 * tokens * heads.q_width(), operations: 4 * pairs * heads.heads * heads.head_dim };
+    let what = format!("{name}: prompt of {tokens} behind {cached}: attention of a layer");
+    report(&what, milliseconds, work, bandwidth);
 }
 
 /// Attention alone, then a whole step.
@@ -253,7 +304,9 @@ fn step(
     let milliseconds = time(backend, |backend, call| {
         backend.attention(&qkv, heads, scale, &cache, call % caches, &batch, &mut mixed);
     });
-    report(&format!("{sized}: attention of a layer"), milliseconds, pages, bandwidth);
+    // Operations of decoding are far from any floor, and not counted.
+    let work = |bytes| Work { bytes, operations: 0 };
+    report(&format!("{sized}: attention of a layer"), milliseconds, work(pages), bandwidth);
 
     let milliseconds = time(backend, |backend, _| {
         backend.step(&batch, &mut |backend| {
@@ -276,7 +329,7 @@ fn step(
     });
     let weights = [&model.qkv, &model.output, &model.gate_up, &model.down].map(|weights| weights.bytes(backend));
     let bytes = layers * (weights.iter().sum::<usize>() + pages) + model.head.bytes(backend);
-    report(&format!("{sized}: a step"), milliseconds, bytes, bandwidth);
+    report(&format!("{sized}: a step"), milliseconds, work(bytes), bandwidth);
 }
 
 /// Measures everything and prints it.
@@ -284,7 +337,8 @@ pub(super) fn run(tiny: bool) {
     let mut backend = Cuda::new(Device::new(0).expect("a CUDA device"));
     let bandwidth = bandwidth(&mut backend, tiny);
     println!("{}: a copy of rows moves {bandwidth:.0} GB/s, read and written\n", backend.driver().name());
-    println!("| what | µs | MB | GB/s | of a copy |\n| --- | --- | --- | --- | --- |");
+    println!("| what | µs | MB | GB/s | of a copy | Tflop/s | floor of the time |");
+    println!("| --- | --- | --- | --- | --- | --- | --- |");
     for shape in if tiny { &TINY[..] } else { &REAL[..] } {
         measure(&mut backend, shape, bandwidth, tiny);
     }

@@ -77,6 +77,14 @@ struct Context {
 };
 #endif
 
+/// A copy to shared memory that is under way.
+struct Copy {
+    void* to;
+    const void* from;
+    bool valid;
+    unsigned group;
+};
+
 enum class Wait : unsigned char { None, Block, Warp, Over };
 
 struct Fiber {
@@ -86,6 +94,9 @@ struct Fiber {
     int line;
     /// Exchanges it has taken part in: their places take turns.
     unsigned exchanges;
+    /// Copies nobody has waited for yet, and groups of them that are complete.
+    std::vector<Copy> copies;
+    unsigned groups;
 };
 
 struct Warp {
@@ -128,6 +139,10 @@ thread_local Machine* machine = nullptr;
 void entry() {
     Machine& m = *machine;
     m.kernel->run(*m.kernel, m.args);
+    if (!m.fibers[m.current].copies.empty()) {
+        std::snprintf(m.error, sizeof m.error, "kernel %s: a thread ends while copies to shared memory are under way",
+                      m.kernel->name);
+    }
     m.fibers[m.current].wait = Wait::Over;
     m.yield();
 }
@@ -152,6 +167,8 @@ bool Machine::run_block(unsigned long long order) {
         fibers[i].context.start(stack(i), top(i), entry);
         fibers[i].wait = Wait::None;
         fibers[i].exchanges = 0;
+        fibers[i].copies.clear();
+        fibers[i].groups = 0;
     }
     for (unsigned w = 0; w < (threads + WARP - 1) / WARP; w++) warps[w].arrived = 0;
     // Threads go on in an order that visits each once: steps of a length that has no divisor in common with their
@@ -247,6 +264,38 @@ void meet_warp(unsigned mask, int line) {
         }
         fiber.wait = Wait::None;
     }
+}
+
+void copy_later(void* to, const void* from, bool valid) {
+    Machine& m = *machine;
+    Fiber& self = m.fibers[m.current];
+    if ((reinterpret_cast<std::uintptr_t>(to) | reinterpret_cast<std::uintptr_t>(from)) % 16) {
+        std::snprintf(m.error, sizeof m.error, "kernel %s: a copy to shared memory is not aligned", m.kernel->name);
+        return m.yield();
+    }
+    // Not a number, in every type: whoever reads too early, or still reads what was here, shall see it.
+    std::memset(to, 0xff, 16);
+    self.copies.push_back({to, from, valid, self.groups});
+}
+
+void commit_copies() {
+    Machine& m = *machine;
+    m.fibers[m.current].groups++;
+}
+
+void wait_for_copies(unsigned latest) {
+    Machine& m = *machine;
+    Fiber& self = m.fibers[m.current];
+    std::size_t over = 0;
+    for (; over < self.copies.size() && self.copies[over].group + latest < self.groups; over++) {
+        const Copy& copy = self.copies[over];
+        if (copy.valid) {
+            std::memcpy(copy.to, copy.from, 16);
+        } else {
+            std::memset(copy.to, 0, 16);
+        }
+    }
+    self.copies.erase(self.copies.begin(), self.copies.begin() + static_cast<std::ptrdiff_t>(over));
 }
 
 namespace {

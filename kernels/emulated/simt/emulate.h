@@ -5,8 +5,8 @@
 // missing barrier shows as a wrong or varying result; and the threads that meet must have come to the same line, all
 // of them, so divergence at a barrier is an error instead of a hang.
 //
-// Only what the kernels use is here. Tensor core instructions (mma) can be added as what they are, an exchange of
-// fragments between the lanes of a warp: see `exchange`.
+// Only what the kernels use is here. Tensor core instructions are what they are, an exchange of fragments between the
+// lanes of a warp: cuda/mma.cuh has them.
 #pragma once
 
 #include <cmath>
@@ -56,6 +56,16 @@ unsigned char* slots();
 void meet_warp(unsigned mask, int line);
 
 inline unsigned lane() { return threadIdx.x % WARP; }
+
+/// Copies 16 bytes, or zeros if they are not `valid`, when this thread waits for the group they belong to and not
+/// before. What was there is gone at once.
+void copy_later(void* to, const void* from, bool valid);
+
+/// Makes the copies since the last call one group.
+void commit_copies();
+
+/// Waits for this thread's copies, its `latest` groups excepted.
+void wait_for_copies(unsigned latest);
 
 /// What all lanes of `mask` show.
 template <class T>

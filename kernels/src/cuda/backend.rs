@@ -6,6 +6,7 @@ use super::attention::{self, Partials};
 use super::buffer::{Activations, Buffer, KvCache, Linear, Part, Rope, Staged, Vector, bytes_of};
 use super::driver::{Address, Arg, Driver};
 use super::plan::{Plan, Shape};
+use super::product::Products;
 use super::sample::Sampler;
 use super::skinny::{self, Skinny, Then};
 use super::stream::Stream;
@@ -19,6 +20,8 @@ use crate::{
 const ROWWISE_THREADS: usize = 256;
 /// Threads of a block of the other kernels.
 const THREADS: usize = 128;
+/// Threads of a block of `kernels/cuda/prefill_attention.cu`.
+const PREFILL_THREADS: usize = 256;
 /// Widest heads (`HEAD_DIM_MAX` in `kernels/cuda/pages.cuh`); their width is a multiple of eight.
 const HEAD_DIM_MAX: usize = 256;
 
@@ -32,6 +35,7 @@ pub struct CudaBackend<D: Driver> {
     step: Staged<D>,
     selected: Staged<D>,
     sampler: Sampler<D>,
+    products: Products<D>,
     /// Made when heads are known.
     partials: Option<Partials<D>>,
     graphs: HashMap<Shape, Recorded<D>>,
@@ -55,6 +59,7 @@ impl<D: Driver> CudaBackend<D> {
             step: Staged::new(),
             selected: Staged::new(),
             sampler: Sampler::new(),
+            products: Products::new(),
             partials: None,
             graphs: HashMap::new(),
             recording: false,
@@ -110,6 +115,24 @@ fn of_type([f32, f16, bf16]: [&'static str; 3], dtype: KvDType) -> &'static str 
         KvDType::F32 => f32,
         KvDType::F16 => f16,
         KvDType::BF16 => bf16,
+    }
+}
+
+/// The kernel that computes prompts in tiles on tensor cores, if there is one for such a cache. Otherwise their rows
+/// are computed as those that decode.
+fn prefill_kernel(layout: &KvLayout) -> Option<&'static str> {
+    let kernels = match layout.head_dim {
+        64 => ["prefill_attention_64_f16", "prefill_attention_64_bf16"],
+        96 => ["prefill_attention_96_f16", "prefill_attention_96_bf16"],
+        128 => ["prefill_attention_128_f16", "prefill_attention_128_bf16"],
+        256 => ["prefill_attention_256_f16", "prefill_attention_256_bf16"],
+        _ => return None,
+    };
+    match layout.dtype {
+        _ if !layout.block_size.is_power_of_two() => None,
+        KvDType::F32 => None,
+        KvDType::F16 => Some(kernels[0]),
+        KvDType::BF16 => Some(kernels[1]),
     }
 }
 
@@ -283,7 +306,15 @@ impl<D: Driver> Backend for CudaBackend<D> {
         if rows <= skinny::ROWS_MAX {
             return Skinny { x, norm: None, weight, bias, then: Then::Store }.enqueue(&self.stream, out);
         }
+        if self.products.reserve(&self.stream, x, weight) {
+            assert!(!self.recording, "a step is recorded when it comes for the second time");
+            self.graphs.clear();
+        }
         for part in &weight.parts {
+            if Products::<D>::takes(part.form) {
+                self.products.enqueue(&self.stream, x, part, address_of(bias), out);
+                continue;
+            }
             let args = [
                 part.values.address().into(),
                 part.scales.address().into(),
@@ -297,7 +328,7 @@ impl<D: Driver> Backend for CudaBackend<D> {
                 part.first.into(),
             ];
             let grid = [part.rows.div_ceil(64), rows.div_ceil(32), 1];
-            self.stream.launch(part.form.kernels().tiled, grid, THREADS, &args);
+            self.stream.launch("tiled_f32", grid, THREADS, &args);
         }
     }
 
@@ -428,8 +459,26 @@ impl<D: Driver> Backend for CudaBackend<D> {
             out.address().into(),
         ];
         let (kernel, at_a_time) = attention::kernel(shape, cache.layout.dtype);
-        let grid = [planned.items, kv_heads * (heads / kv_heads).div_ceil(at_a_time), 1];
+        let tiled = prefill_kernel(&cache.layout);
+        let items = if tiled.is_some() { planned.decode_items } else { planned.items };
+        let grid = [items, kv_heads * (heads / kv_heads).div_ceil(at_a_time), 1];
         self.stream.launch(kernel, grid, attention::THREADS, &args);
+        if let Some(kernel) = tiled {
+            let args = [
+                qkv.address().into(),
+                self.planned(planned.positions()),
+                self.planned(planned.table_starts()),
+                self.planned(planned.block_tables()),
+                self.planned(planned.tiles()),
+                cache.layer(layer).into(),
+                heads.into(),
+                kv_heads.into(),
+                cache.layout.block_size.into(),
+                scale.into(),
+                out.address().into(),
+            ];
+            self.stream.launch(kernel, [planned.tiles * heads, 1, 1], PREFILL_THREADS, &args);
+        }
     }
 
     fn silu_mul(&mut self, gate_up: &Activations<D>, out: &mut Activations<D>) {

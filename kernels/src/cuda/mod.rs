@@ -11,6 +11,7 @@ mod buffer;
 mod device;
 mod driver;
 mod plan;
+mod product;
 mod sample;
 mod skinny;
 mod stream;

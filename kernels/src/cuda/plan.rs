@@ -2,12 +2,14 @@
 
 use std::ops::Range;
 
-use crate::Batch;
+use crate::{Batch, SequenceSpan};
 
 /// Keys a block of the attention kernel takes at a time (`kernels/cuda/attention.cu`).
 pub(super) const PARTITION: usize = 128;
 /// Partitions of a step whose results are kept at most, until they are merged.
 pub(super) const SLOTS_MAX: usize = 2048;
+/// Rows of a prompt that a block of `kernels/cuda/prefill_attention.cu` takes at most.
+const TILE_ROWS: usize = 128;
 /// Largest step that is recorded.
 const RECORDED_ROWS_MAX: usize = 256;
 
@@ -26,8 +28,12 @@ pub(super) fn bucket(rows: usize) -> usize {
 pub(super) struct Shape {
     /// Rows, those nobody asked for included.
     pub(super) rows: usize,
-    /// Items of attention's work, those that are no work included.
+    /// Items of attention's work, those that are no work included: first those of sequences that decode,
+    pub(super) decode_items: usize,
+    /// then the rows of prompts, which `tiles` has too.
     pub(super) items: usize,
+    /// Tiles of prompts: whether they or the rows are computed is for the backend to say.
+    pub(super) tiles: usize,
 }
 
 /// Everything the kernels are told of a step, as one array of C `int`s that is sent to the device in one copy.
@@ -95,29 +101,42 @@ impl Plan {
         // A decoding row is cut into runs of partitions, of the length that makes enough of them; a prompt has rows
         // enough.
         let partitions_of = |position: u32| position as usize / PARTITION + 1;
-        let decoding = || batch.sequences.iter().filter(|sequence| sequence.query_len == 1);
+        let is_decode = |sequence: &&SequenceSpan| sequence.query_len == 1;
+        let decoding = || batch.sequences.iter().filter(is_decode);
         let all: usize = decoding().map(|sequence| partitions_of(sequence.context_len - 1)).sum();
         let run = if self.items_wanted == 0 { 1 } else { all.div_ceil(self.items_wanted).max(1) };
         let mut slots = 0;
-        for sequence in &batch.sequences {
+        for sequence in decoding() {
             let partitions = partitions_of(sequence.context_len - 1);
-            if sequence.query_len == 1 && partitions > run && slots + partitions <= SLOTS_MAX {
+            if partitions > run && slots + partitions <= SLOTS_MAX {
                 for begin in (0..partitions).step_by(run) {
                     let end = partitions.min(begin + run);
                     words.extend([sequence.query_start as i32, begin as i32, end as i32, (slots + begin) as i32]);
                 }
                 slots += partitions;
             } else {
-                let rows = sequence.query_start..sequence.query_start + sequence.query_len;
-                let partitions = |row: u32| partitions_of(batch.positions[row as usize]) as i32;
-                words.extend(rows.flat_map(|row| [row as i32, 0, partitions(row), -1]));
+                words.extend([sequence.query_start as i32, 0, partitions as i32, -1]);
             }
         }
         let work = (words.len() - 3 * rows) / 4;
-        let items = if self.decodes { work.next_power_of_two() } else { work };
-        words.extend((work..items).flat_map(|_| [-1, -1, -1, 0]));
+        let decode_items = if self.decodes { work.next_power_of_two() } else { work };
+        words.extend((work..decode_items).flat_map(|_| [-1, -1, -1, 0]));
+        let prompts = || batch.sequences.iter().filter(|sequence| !is_decode(sequence));
+        let rows_of = |sequence: &SequenceSpan| sequence.query_start..sequence.query_start + sequence.query_len;
+        for prompt in prompts() {
+            let partitions = |row: u32| partitions_of(batch.positions[row as usize]) as i32;
+            words.extend(rows_of(prompt).flat_map(|row| [row as i32, 0, partitions(row), -1]));
+        }
+        let items = (words.len() - 3 * rows) / 4;
+        for prompt in prompts() {
+            // The last come first: they have the longest contexts.
+            let rows = rows_of(prompt);
+            let tile = |row: u32| [row as i32, (rows.end - row).min(TILE_ROWS as u32) as i32];
+            words.extend(rows.clone().step_by(TILE_ROWS).rev().flat_map(tile));
+        }
+        let tiles = (words.len() - 3 * rows - 4 * items) / 2;
         words.extend(batch.block_tables.iter().map(as_int));
-        self.shape = Shape { rows, items };
+        self.shape = Shape { rows, decode_items, items, tiles };
     }
 }
 
@@ -139,8 +158,12 @@ impl Shape {
         3 * self.rows
     }
 
-    pub(super) fn block_tables(&self) -> usize {
+    pub(super) fn tiles(&self) -> usize {
         3 * self.rows + 4 * self.items
+    }
+
+    pub(super) fn block_tables(&self) -> usize {
+        self.tiles() + 2 * self.tiles
     }
 }
 
@@ -157,7 +180,7 @@ mod tests {
     /// The items of a plan that are work: row, partitions from and to, slot.
     fn items(plan: &Plan) -> Vec<[i32; 4]> {
         let shape = plan.shape();
-        let all = plan.words()[shape.items()..shape.block_tables()].as_chunks::<4>().0;
+        let all = plan.words()[shape.items()..shape.tiles()].as_chunks::<4>().0;
         all.iter().filter(|item| item[0] >= 0).copied().collect()
     }
 
@@ -176,13 +199,28 @@ mod tests {
         batch.push(&[1], 299, &[2, 3, 1], 0);
         let plan = plan(&batch);
         assert!(!plan.is_recordable());
-        let expected = [[0, 0, 3, -1], [1, 0, 3, -1], [2, 0, 3, -1], [3, 0, 1, 0], [3, 1, 2, 1], [3, 2, 3, 2]];
+        let expected = [[3, 0, 1, 0], [3, 1, 2, 1], [3, 2, 3, 2], [0, 0, 3, -1], [1, 0, 3, -1], [2, 0, 3, -1]];
         assert_eq!(items(&plan), expected);
         let (shape, words) = (plan.shape(), plan.words());
+        assert_eq!((shape.decode_items, shape.items), (3, 6));
+        assert_eq!(words[shape.tiles()..shape.block_tables()], [0, 3]);
         assert_eq!(words[shape.tokens()], [7, 8, 9, 1]);
         assert_eq!(words[shape.positions()..][..4], [300, 301, 302, 299]);
         assert_eq!(words[shape.table_starts()..][..4], [0, 0, 0, 3]);
         assert_eq!(words[shape.block_tables()..], [4, 5, 6, 2, 3, 1]);
+    }
+
+    #[test]
+    fn a_long_prompt_is_cut_into_tiles_that_begin_where_it_does() {
+        let mut batch = Batch::default();
+        batch.push(&[1], 10, &[0], 0);
+        batch.push(&[2; 300], 77, &[1], 1);
+        batch.push(&[3; 128], 0, &[2], 0);
+        let plan = plan(&batch);
+        let shape = plan.shape();
+        assert_eq!(shape.tiles, 4);
+        let tiles = &plan.words()[shape.tiles()..shape.block_tables()];
+        assert_eq!(tiles, [257, 44, 129, 128, 1, 128, 301, 128]);
     }
 
     #[test]
@@ -208,7 +246,7 @@ mod tests {
         }
         let plan = plan(&batch);
         let shape = plan.shape();
-        assert_eq!(shape, Shape { rows: 4, items: 4 });
+        assert_eq!(shape, Shape { rows: 4, decode_items: 4, items: 4, tiles: 0 });
         assert_eq!(plan.words()[shape.positions()..][..4], [0, 0, 0, -1]);
         assert_eq!(plan.words()[shape.block_tables() - 4], -1);
     }

@@ -43,7 +43,6 @@ impl Form {
                         named!(@skinny "8", $suffix),
                         named!(@skinny "16", $suffix),
                     ],
-                    tiled: concat!("tiled_", $suffix),
                 }
             };
             (@skinny $rows:literal, $suffix:literal) => {
@@ -74,7 +73,6 @@ pub(super) struct Kernels {
     pub(super) embed: &'static str,
     /// For 1, 2, 4, 8 and 16 rows, and of each for two, four and perhaps eight features a warp.
     pub(super) skinny: [&'static [&'static str]; 5],
-    pub(super) tiled: &'static str,
 }
 
 /// A matrix taken apart. Rows are as long as `cols` rounded up to a multiple of eight.

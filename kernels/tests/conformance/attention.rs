@@ -28,12 +28,26 @@ impl Case {
     /// What two right answers may differ by. Scores and sums in single precision are off by some 1e-6. The rest is keys
     /// that lie so near the middle between two numbers of the cache's type that a last bit decides which one they
     /// become: a step of 2^-11 or 2^-8 of one of a key's elements, hence about as much of a weight.
-    fn tolerance(&self) -> f32 {
+    ///
+    /// A backend that rounds queries and weights as well is off by two more such steps, most of all in the first rows,
+    /// where one weight is a large part of the sum.
+    fn tolerance<B: Subject>(&self) -> f32 {
+        let roundings = if self.is_tiled::<B>() { 3.0 } else { 1.0 };
         match self.dtype {
             KvDType::F32 => 5e-5,
-            KvDType::F16 => 1e-3,
-            KvDType::BF16 => 8e-3,
+            KvDType::F16 => roundings * 1e-3,
+            KvDType::BF16 => roundings * 8e-3,
         }
+    }
+
+    /// Whether a single token is computed otherwise than a chunk of several.
+    fn is_tiled<B: Subject>(&self) -> bool {
+        B::tiles_prompts(self.shape.head_dim, self.dtype)
+    }
+
+    /// Tokens of the smallest chunk that gives the bits of a whole prompt.
+    fn least<B: Subject>(&self) -> usize {
+        if self.is_tiled::<B>() { 2 } else { 1 }
     }
 }
 
@@ -158,8 +172,9 @@ fn one_by_one(len: usize) -> Plan {
     vec![vec![(0, 1)]; len]
 }
 
-/// Random chunks of random sequences, decodes and prefills mixed.
-fn ragged(lens: &[usize], random: &mut Random) -> Plan {
+/// Random chunks of random sequences, decodes and prefills mixed; none of fewer than `least` tokens in a longer
+/// sequence.
+fn ragged(lens: &[usize], least: usize, random: &mut Random) -> Plan {
     let mut left = lens.to_vec();
     let mut plan = Vec::new();
     while left.iter().any(|&tokens| tokens > 0) {
@@ -167,7 +182,8 @@ fn ragged(lens: &[usize], random: &mut Random) -> Plan {
         for (i, left) in left.iter_mut().enumerate() {
             if *left > 0 && random.below(4) > 0 {
                 let most = random.pick(&[1, 1, 7, 40, 300]);
-                let tokens = (1 + random.below(most)).min(*left);
+                let tokens = least + random.below(most);
+                let tokens = if tokens + least > *left { *left } else { tokens };
                 step.push((i, tokens));
                 *left -= tokens;
             }
@@ -203,11 +219,11 @@ fn cases() -> Vec<Case> {
 fn compare<B: Subject>(case: Case, lens: &[usize], seed: u64) {
     let mut random = Random::new(seed);
     let sequences = sequences(case, lens, &mut random);
-    let plan = ragged(lens, &mut random);
+    let plan = ragged(lens, 1, &mut random);
     let ours = Layer::<B>::new(case, 2).run(&sequences, &plan);
     let want = Layer::<ReferenceBackend>::new(case, 1).run(&sequences, &one_shot(lens));
     for (i, (ours, want)) in ours.iter().zip(&want).enumerate() {
-        assert_near(ours, want, |_| case.tolerance(), &format!("{case:?}, sequence {i} of {lens:?}"));
+        assert_near(ours, want, |_| case.tolerance::<B>(), &format!("{case:?}, sequence {i} of {lens:?}"));
     }
 }
 
@@ -248,7 +264,7 @@ pub(crate) fn large_groups_and_contexts_of_many_partitions_match_the_reference<B
         let (together, want) = (ours.step(&last), reference.step(&last));
         for (i, (together, want)) in together.iter().zip(&want).enumerate() {
             let what = format!("{case:?}, sequence {i} of {lens:?}");
-            assert_near(together, want, |_| case.tolerance(), &what);
+            assert_near(together, want, |_| case.tolerance::<B>(), &what);
             let alone = ours.step(&last[i..=i]);
             assert_same_bits(&alone[0], together, &what);
         }
@@ -270,7 +286,7 @@ pub(crate) fn batching_chunking_and_paging_change_no_bit<B: Subject>() {
         let mut random = Random::new(200 + seed as u64);
         let sequences = sequences(case, &lens, &mut random);
         let alone: Vec<_> = sequences.iter().map(|sequence| alone::<B>(case, sequence)).collect();
-        for plan in [one_shot(&lens), ragged(&lens, &mut random)] {
+        for plan in [one_shot(&lens), ragged(&lens, case.least::<B>(), &mut random)] {
             let together = Layer::<B>::new(case, 2).run(&sequences, &plan);
             for (i, (together, alone)) in together.iter().zip(&alone).enumerate() {
                 assert_same_bits(together, alone, &format!("{case:?}, sequence {i} of {lens:?}, planned {plan:?}"));
@@ -280,7 +296,31 @@ pub(crate) fn batching_chunking_and_paging_change_no_bit<B: Subject>() {
         let mut moved = sequences[2].clone();
         moved.pages = random.shuffled(BLOCKS)[..moved.pages.len()].to_vec();
         let decoded = Layer::<B>::new(case, 1).run(&[moved], &one_by_one(lens[2]));
-        assert_same_bits(&decoded[0], &alone[2], &format!("{case:?}, {} tokens one by one", lens[2]));
+        let what = format!("{case:?}, {} tokens one by one", lens[2]);
+        if case.is_tiled::<B>() {
+            assert_near(&decoded[0], &alone[2], |_| case.tolerance::<B>(), &what);
+        } else {
+            assert_same_bits(&decoded[0], &alone[2], &what);
+        }
+    }
+}
+
+pub(crate) fn decoding_beside_others_changes_no_bit<B: Subject>() {
+    for case in [Case::new(6, 2, 64, 16, KvDType::F16), Case::new(2, 1, 128, 32, KvDType::BF16)] {
+        let mut random = Random::new(45);
+        let lens = [40, 150, 131];
+        let sequences = sequences(case, &lens, &mut random);
+        // The first 100 tokens are a prompt, the others decoded: alone, in other pages, and beside prompts and decodes.
+        let decoding = |i: usize| [vec![vec![(i, 100)]], vec![vec![(i, 1)]; 31]].concat();
+        let mut moved = sequences[2].clone();
+        moved.pages = random.shuffled(BLOCKS)[..moved.pages.len()].to_vec();
+        let alone = Layer::<B>::new(case, 1).run(&[moved], &decoding(0)).remove(0);
+        let mut plan = decoding(2);
+        plan[3].insert(0, (0, 39));
+        plan[4].extend([(0, 1), (1, 100)]);
+        plan[5..30].iter_mut().for_each(|step| step.push((1, 2)));
+        let together = Layer::<B>::new(case, 2).run(&sequences, &plan).remove(2);
+        assert_same_bits(&together, &alone, &format!("{case:?}"));
     }
 }
 
@@ -289,7 +329,7 @@ pub(crate) fn the_number_of_threads_changes_no_bit<B: Subject>() {
         let mut random = Random::new(41);
         let lens = [290, 1, 40, 5];
         let sequences = sequences(case, &lens, &mut random);
-        let plan = ragged(&lens, &mut random);
+        let plan = ragged(&lens, 1, &mut random);
         let one = Layer::<B>::new(case, 1).run(&sequences, &plan);
         for threads in [2, 3] {
             let more = Layer::<B>::new(case, threads).run(&sequences, &plan);
@@ -302,7 +342,8 @@ pub(crate) fn a_shared_prefix_reads_like_a_computed_one<B: Subject>() {
     for (case, pages) in [(Case::new(4, 2, 64, 16, KvDType::BF16), 3), (Case::new(3, 1, 16, 64, KvDType::F16), 5)] {
         let mut random = Random::new(51);
         let prefix = pages * case.block_size;
-        let lens = [prefix + 20, prefix + 11, prefix + 1];
+        let last = case.least::<B>();
+        let lens = [prefix + 20, prefix + 11, prefix + last];
         let mut all = sequences(case, &lens, &mut random);
         let width = case.shape.qkv_width();
         let parent = all[0].clone();
@@ -314,7 +355,7 @@ pub(crate) fn a_shared_prefix_reads_like_a_computed_one<B: Subject>() {
             child.pages[..pages].copy_from_slice(&parent.pages[..pages]);
             child.cached = prefix;
         }
-        let plan = vec![vec![(0, prefix)], vec![(0, 20), (1, 4), (2, 1)], vec![(1, 7)]];
+        let plan = vec![vec![(0, prefix)], vec![(0, 20), (1, 4), (2, last)], vec![(1, 7)]];
         let shared = Layer::<B>::new(case, 2).run(&all, &plan);
         for (i, (shared, alone)) in shared.iter().zip(&alone).enumerate() {
             let skipped = all[i].cached * case.shape.q_width();
@@ -341,16 +382,17 @@ pub(crate) fn what_earlier_owners_left_in_pages_is_never_read<B: Subject>() {
                 let qkv = vec![poison; tokens * case.shape.qkv_width()];
                 layer.step(&[(&Sequence { qkv, ..sequence.clone() }, 0..tokens)]);
             }
-            let reused = layer.run(&fresh, &ragged(&lens, &mut random));
+            let reused = layer.run(&fresh, &ragged(&lens, case.least::<B>(), &mut random));
             assert_same_bits(&reused.concat(), &alone.concat(), &format!("{case:?} after {poison}"));
         }
     }
 }
 
 pub(crate) fn one_key_gives_its_value_and_equal_keys_their_mean<B: Subject>() {
-    for dtype in DTYPES {
-        let case = Case { qk_norm: false, ..Case::new(4, 2, 16, 8, dtype) };
+    for (dtype, head_dim) in DTYPES.into_iter().flat_map(|dtype| [16, 64, 128].map(|head_dim| (dtype, head_dim))) {
+        let case = Case { qk_norm: false, ..Case::new(4, 2, head_dim, 8, dtype) };
         let shape = case.shape;
+        let (kv_width, q_width) = (2 * head_dim, shape.q_width());
         let mut random = Random::new(71);
         let mut sequence = sequences(case, &[20], &mut random).remove(0);
         // Without queries, all keys are alike, however they are rotated.
@@ -358,14 +400,14 @@ pub(crate) fn one_key_gives_its_value_and_equal_keys_their_mean<B: Subject>() {
             row[..shape.q_width()].fill(0.0);
         }
         let out = alone::<B>(case, &sequence);
-        let mut sums = [0.0; 32];
+        let mut sums = vec![0.0; kv_width];
         for token in 0..20 {
-            let values = &sequence.qkv[token * shape.qkv_width() + 64 + 32..][..32];
+            let values = &sequence.qkv[token * shape.qkv_width() + q_width + kv_width..][..kv_width];
             sums.iter_mut().zip(values).for_each(|(sum, &value)| *sum += dtype.round(value));
             // Heads 0 and 1 read the first key/value head, 2 and 3 the second.
-            let mean = |i: usize| sums[i / 32 * 16 + i % 16] / (token + 1) as f32;
-            let want: Vec<f32> = (0..64).map(mean).collect();
-            assert_near(&out[token * 64..][..64], &want, |_| 3e-6, &format!("{dtype:?}, token {token}"));
+            let mean = |i: usize| sums[i / kv_width * head_dim + i % head_dim] / (token + 1) as f32;
+            let want: Vec<f32> = (0..q_width).map(mean).collect();
+            assert_near(&out[token * q_width..][..q_width], &want, |_| 3e-6, &format!("{case:?}, token {token}"));
         }
     }
 }

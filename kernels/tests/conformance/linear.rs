@@ -3,7 +3,7 @@
 use engine_kernels::reference::{ReferenceBackend, dequantize};
 use engine_kernels::{DType, KernelError, Matrix};
 
-use crate::support::{FLOATS, QUANTIZED, Random, Subject, Weight, assert_near, assert_same_bits};
+use crate::support::{FLOATS, QUANTIZED, Random, Subject, Weight, assert_near, assert_same_bits, narrowed};
 
 fn product<B: Subject>(backend: &mut B, parts: &[Matrix<'_>], x: &[f32], bias: Option<&[f32]>) -> Vec<f32> {
     let weight = backend.linear_weight(parts).unwrap();
@@ -70,25 +70,48 @@ fn rounding_bound(parts: &[Matrix<'_>], x: &[f32]) -> Vec<f32> {
     out
 }
 
-/// The weights as the backend has them, read back through its embedding, as an f32 weight. What it may make of a file's
-/// weights is a question for the embedding's test; here it is taken as given, so that products can be held to little.
-fn as_kept<B: Subject>(parts: &[Matrix<'_>]) -> Weight {
+/// How far narrower activations, and quantised weights, can move each output.
+fn narrowing_bound(parts: &[Matrix<'_>], x: &[f32], narrow: DType) -> Vec<f32> {
+    let cols = parts[0].cols();
+    // Half a unit in the last place of 8 bits, or of 11, of both factors.
+    let unit = if narrow == DType::BF16 { 1.0 / 256.0 } else { 2.01 / 2048.0 };
+    let weights: Vec<f32> = parts.iter().flat_map(dequantize).collect();
+    let bound = |x: &[f32], row: &[f32]| row.iter().zip(x).map(|(w, x)| (w * x).abs()).sum::<f32>() * unit + 1e-6;
+    x.chunks_exact(cols).flat_map(|x| weights.chunks_exact(cols).map(|row| bound(x, row)).collect::<Vec<_>>()).collect()
+}
+
+/// The weights as the backend has them, read back through its embedding. What it may make of a file's weights is a
+/// question for the embedding's test; here it is taken as given, so that products can be held to little.
+fn as_kept<B: Subject>(parts: &[Matrix<'_>]) -> Vec<f32> {
     let mut backend = B::any();
     let weight = backend.linear_weight(parts).unwrap();
     let rows = parts.iter().map(Matrix::rows).sum::<usize>();
     let mut out = backend.activations(rows, parts[0].cols());
     backend.embedded(&weight, &(0..rows as u32).collect::<Vec<_>>(), &mut out);
-    Weight::of(DType::F32, parts[0].cols(), &backend.read(&out))
+    backend.read(&out)
 }
 
 fn check<B: Subject>(parts: &[Matrix<'_>], x: &[f32], bias: Option<&[f32]>, what: &str) {
     let ours = product(&mut B::any(), parts, x, bias);
+    let (dtype, cols) = (parts[0].dtype(), parts[0].cols());
     let rounds = B::ROUNDS_ACTIVATIONS && parts.iter().all(|part| part.dtype().is_quantized());
-    let seen = if rounds { rounded(x) } else { x.to_vec() };
+    let narrow = B::narrows_to(dtype, x.len() / cols);
+    let seen = match narrow {
+        Some(narrow) => narrowed(x, cols, narrow, false),
+        None if rounds => rounded(x),
+        None => x.to_vec(),
+    };
     let tight = rounding(parts, x);
-    let kept = as_kept::<B>(parts);
-    let want = product(&mut ReferenceBackend, &[kept.matrix()], &seen, bias);
+    let weights = as_kept::<B>(parts);
+    let kept = Weight::of(DType::F32, cols, &weights);
+    let multiplied = narrow.map_or(weights.clone(), |narrow| narrowed(&weights, cols, narrow, true));
+    let want = product(&mut ReferenceBackend, &[Weight::of(DType::F32, cols, &multiplied).matrix()], &seen, bias);
     assert_near(&ours, &want, |i| tight[i], what);
+    if let Some(narrow) = narrow {
+        let loose = narrowing_bound(parts, x, narrow);
+        let exact = product(&mut ReferenceBackend, &[kept.matrix()], x, bias);
+        assert_near(&ours, &exact, |i| tight[i] + loose[i], &format!("{what}, nothing narrowed"));
+    }
     if rounds {
         let loose = rounding_bound(parts, x);
         let exact = product(&mut ReferenceBackend, &[kept.matrix()], x, bias);
@@ -247,9 +270,13 @@ pub(crate) fn the_identity_gives_its_input_back<B: Subject>() {
     for dtype in FLOATS {
         for cols in [1, 5, 16, 40] {
             let identity: Vec<f32> = (0..cols * cols).map(|i| (i % (cols + 1) == 0) as u8 as f32).collect();
-            let x = random.normals(9 * cols);
-            let out = product(&mut B::any(), &[Weight::of(dtype, cols, &identity).matrix()], &x, None);
-            assert_near(&out, &x, |_| 0.0, &format!("{dtype:?} identity of {cols}"));
+            for rows in [9, 21] {
+                let x = random.normals(rows * cols);
+                let out = product(&mut B::any(), &[Weight::of(dtype, cols, &identity).matrix()], &x, None);
+                let narrow = B::narrows_to(dtype, rows);
+                let x = narrow.map_or(x.clone(), |narrow| narrowed(&x, cols, narrow, false));
+                assert_near(&out, &x, |_| 0.0, &format!("{dtype:?} identity of {cols}, {rows} rows"));
+            }
         }
     }
 }
@@ -266,7 +293,9 @@ pub(crate) fn rows_of_zeros_give_the_bias<B: Subject>() {
     for dtype in FLOATS.into_iter().chain(QUANTIZED) {
         let weight = Weight::random(dtype, 20, 256, &mut random);
         let bias = random.normals(20);
-        let out = product(&mut B::any(), &[weight.matrix()], &[0.0; 512], Some(&bias));
-        assert_near(&out, &bias.repeat(2), |_| 0.0, &format!("{dtype:?}"));
+        for rows in [2, 20] {
+            let out = product(&mut B::any(), &[weight.matrix()], &vec![0.0; rows * 256], Some(&bias));
+            assert_near(&out, &bias.repeat(rows), |_| 0.0, &format!("{dtype:?}, {rows} rows"));
+        }
     }
 }

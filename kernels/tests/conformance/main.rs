@@ -45,6 +45,7 @@ macro_rules! suites {
                 long_contexts_match_the_reference,
                 batching_chunking_and_paging_change_no_bit,
                 large_groups_and_contexts_of_many_partitions_match_the_reference,
+                decoding_beside_others_changes_no_bit,
                 the_number_of_threads_changes_no_bit,
                 a_shared_prefix_reads_like_a_computed_one,
                 what_earlier_owners_left_in_pages_is_never_read,

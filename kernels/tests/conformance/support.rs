@@ -3,7 +3,7 @@
 use engine_cuda_emulated::{Emulated, EmulatedBackend};
 use engine_kernels::cpu::{CpuBackend, CpuOptions};
 use engine_kernels::reference::ReferenceBackend;
-use engine_kernels::{Backend, Batch, DType, Matrix};
+use engine_kernels::{Backend, Batch, DType, KvDType, Matrix};
 use half::{bf16, f16};
 
 /// A backend under test.
@@ -17,6 +17,19 @@ pub(crate) trait Subject: Backend + Sized {
     /// Up to so many rows, products add up in another order than for more, so that only within the two are the bits the
     /// same.
     const FEW_ROWS: usize = 0;
+
+    /// Whether attention, with such heads and such a cache, computes the rows of a chunk of two tokens and more in
+    /// another way than a single one, so that only within the two are the bits the same, and rounds queries and weights
+    /// to the cache's type then.
+    fn tiles_prompts(_head_dim: usize, _dtype: KvDType) -> bool {
+        false
+    }
+
+    /// To which type products of so many rows with weights of `dtype` round activations before they multiply, and
+    /// weights, if they are quantised.
+    fn narrows_to(_dtype: DType, _rows: usize) -> Option<DType> {
+        None
+    }
 
     /// One that works with so many threads.
     fn with_threads(threads: usize) -> Self;
@@ -65,6 +78,19 @@ impl Subject for EmulatedBackend {
     const ROUNDS_SCALES: bool = true;
     const FEW_ROWS: usize = 16;
 
+    fn tiles_prompts(head_dim: usize, dtype: KvDType) -> bool {
+        dtype != KvDType::F32 && [64, 96, 128, 256].contains(&head_dim)
+    }
+
+    fn narrows_to(dtype: DType, rows: usize) -> Option<DType> {
+        match dtype {
+            _ if rows <= Self::FEW_ROWS => None,
+            DType::F32 => None,
+            DType::BF16 => Some(DType::BF16),
+            _ => Some(DType::F16),
+        }
+    }
+
     fn with_threads(_: usize) -> Self {
         Self::new(Emulated::default())
     }
@@ -75,6 +101,14 @@ impl Subject for engine_kernels::cuda::CudaBackend<engine_kernels::cuda::Device>
     const ROUNDS_ACTIVATIONS: bool = EmulatedBackend::ROUNDS_ACTIVATIONS;
     const ROUNDS_SCALES: bool = EmulatedBackend::ROUNDS_SCALES;
     const FEW_ROWS: usize = EmulatedBackend::FEW_ROWS;
+
+    fn tiles_prompts(head_dim: usize, dtype: KvDType) -> bool {
+        EmulatedBackend::tiles_prompts(head_dim, dtype)
+    }
+
+    fn narrows_to(dtype: DType, rows: usize) -> Option<DType> {
+        EmulatedBackend::narrows_to(dtype, rows)
+    }
 
     fn with_threads(_: usize) -> Self {
         Self::new(engine_kernels::cuda::Device::new(0).unwrap())
@@ -186,6 +220,20 @@ impl Weight {
         };
         Self { dtype, rows: values.len() / cols, cols, bytes }
     }
+}
+
+/// `x` in a narrower type. Rows of activations that become f16 are brought near the upper end of its range first.
+pub(crate) fn narrowed(x: &[f32], cols: usize, dtype: DType, is_weight: bool) -> Vec<f32> {
+    let narrow = |row: &[f32]| {
+        let most = row.iter().fold(0.0f32, |most, x| most.max(x.abs()));
+        let scale = if is_weight || most == 0.0 { 1.0 } else { (most.log2().floor() - 14.0).exp2() };
+        let one = |x: &f32| match dtype {
+            DType::BF16 => bf16::from_f32(*x).to_f32(),
+            _ => f16::from_f32(x / scale).to_f32() * scale,
+        };
+        row.iter().map(one).collect::<Vec<_>>()
+    };
+    x.chunks(cols).flat_map(narrow).collect()
 }
 
 /// What a backend may make of a weight of `dtype` that is `value`: [`Weight::random`] makes minimums of at most 1/8, so

@@ -1,0 +1,235 @@
+//! Products on tensor cores (`kernels/cuda/gemm.cu`): which tiles, what memory they need besides, and their launches.
+
+use super::buffer::{Activations, Buffer, Linear, Part};
+use super::driver::{Address, Arg, Driver};
+use super::stream::Stream;
+use super::weight::Form;
+
+/// Blocks that fill a device: the multiprocessors of an H100.
+const BLOCKS: usize = 132;
+/// Input features that are added up by themselves.
+const SEGMENT: usize = 512;
+/// Threads of a block of the kernels beside the products.
+const THREADS: usize = 128;
+/// What scratch memory grows by. The first piece is enough for recorded steps of most models.
+const GROWTH_BYTES: usize = 4 << 20;
+
+/// A tile of rows by output features, as the kernels have it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Tile {
+    rows: usize,
+    out: usize,
+    threads: usize,
+    /// Its place in [`Kernels::products`].
+    kernel: usize,
+}
+
+/// All tiles, largest first.
+const TILES: [Tile; 3] = [
+    Tile { rows: 128, out: 128, threads: 256, kernel: 0 },
+    Tile { rows: 64, out: 64, threads: 128, kernel: 1 },
+    Tile { rows: 64, out: 32, threads: 128, kernel: 2 },
+];
+
+impl Tile {
+    fn blocks(self, rows: usize, features: usize) -> usize {
+        rows.div_ceil(self.rows) * features.div_ceil(self.out)
+    }
+}
+
+/// How a product is cut into blocks; its bits do not depend on it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Cut {
+    tile: Tile,
+    /// Segments that are computed side by side, and added up afterwards; or 1.
+    segments: usize,
+}
+
+impl Cut {
+    /// The largest tile of which there are about enough to fill the device, and that is not mostly empty. If even the
+    /// smallest are too few by half, segments too are computed side by side.
+    fn of(rows: usize, cols: usize, features: usize) -> Self {
+        let fits = |tile: &&Tile| tile.rows < 2 * rows && tile.blocks(rows, features) >= BLOCKS * 3 / 4;
+        let smallest = TILES[TILES.len() - 1];
+        let tile = TILES.iter().find(fits).copied().unwrap_or(smallest);
+        let splits = tile == smallest && 2 * tile.blocks(rows, features) <= BLOCKS;
+        Self { tile, segments: if splits { cols.div_ceil(SEGMENT) } else { 1 } }
+    }
+}
+
+/// Names of the kernels for one form of weights.
+struct Kernels {
+    round_rows: &'static str,
+    /// For each of [`TILES`].
+    products: [&'static str; 3],
+}
+
+/// Those of a form that tensor cores take.
+const fn kernels(form: Form) -> Option<&'static Kernels> {
+    macro_rules! named {
+        ($suffix:literal, $rounded:literal) => {
+            Some(&Kernels {
+                round_rows: concat!("round_rows_", $rounded),
+                products: [
+                    concat!("product_large_", $suffix),
+                    concat!("product_medium_", $suffix),
+                    concat!("product_small_", $suffix),
+                ],
+            })
+        };
+    }
+    match form {
+        Form::F32 => None,
+        Form::F16 => named!("f16", "f16"),
+        Form::BF16 => named!("bf16", "bf16"),
+        Form::Nibbles => named!("nibbles", "f16"),
+        Form::Bytes => named!("bytes", "f16"),
+        Form::FineBytes => named!("fine_bytes", "f16"),
+    }
+}
+
+/// Memory that grows as needed, which is seldom.
+struct Scratch<D: Driver> {
+    buffer: Option<Buffer<D>>,
+    bytes: usize,
+}
+
+impl<D: Driver> Scratch<D> {
+    fn new() -> Self {
+        Self { buffer: None, bytes: 0 }
+    }
+
+    /// Makes room for `bytes`. Whether it lies elsewhere now.
+    fn reserve(&mut self, stream: &Stream<D>, bytes: usize) -> bool {
+        if bytes <= self.bytes {
+            return false;
+        }
+        // First what there was is given back.
+        self.buffer = None;
+        self.bytes = bytes.next_multiple_of(GROWTH_BYTES);
+        self.buffer = Some(Buffer::zeroed(stream, self.bytes));
+        true
+    }
+
+    fn address(&self) -> Address {
+        self.buffer.as_ref().map_or(Address::NULL, Buffer::address)
+    }
+}
+
+/// What products on tensor cores need besides their operands.
+pub(super) struct Products<D: Driver> {
+    /// Activations rounded to 16 bits, behind a scale for each row.
+    rounded: Scratch<D>,
+    /// Sums of segments until they are added up.
+    segments: Scratch<D>,
+}
+
+impl<D: Driver> Products<D> {
+    pub(super) fn new() -> Self {
+        Self { rounded: Scratch::new(), segments: Scratch::new() }
+    }
+
+    /// Whether products with such weights are computed here.
+    pub(super) fn takes(form: Form) -> bool {
+        kernels(form).is_some()
+    }
+
+    /// Makes room for the product of `x` with `weight`. Whether something lies elsewhere now, so that what was recorded
+    /// is void.
+    pub(super) fn reserve(&mut self, stream: &Stream<D>, x: &Activations<D>, weight: &Linear<D>) -> bool {
+        let rows = x.computed_rows();
+        let parts = weight.parts.iter().filter(|part| Self::takes(part.form));
+        let sums = parts.map(|part| match Cut::of(rows, weight.cols, part.rows).segments {
+            1 => 0,
+            segments => segments * rows * part.rows * size_of::<f32>(),
+        });
+        let Some(sums) = sums.max() else { return false };
+        let rounded = Self::scales_bytes(rows) + rows * x.stride() * size_of::<u16>();
+        // Not short-circuited: both have to grow.
+        self.rounded.reserve(stream, rounded) | self.segments.reserve(stream, sums)
+    }
+
+    /// Scales come first; what follows them is aligned.
+    fn scales_bytes(rows: usize) -> usize {
+        (rows * size_of::<f32>()).next_multiple_of(16)
+    }
+
+    /// Enqueues the product with one part of a weight. Room was made first.
+    pub(super) fn enqueue(
+        &self,
+        stream: &Stream<D>,
+        x: &Activations<D>,
+        part: &Part<D>,
+        bias: Arg,
+        out: &Activations<D>,
+    ) {
+        let Some(kernels) = kernels(part.form) else { return };
+        let rows = x.computed_rows();
+        let Cut { tile, segments } = Cut::of(rows, x.cols, part.rows);
+        let scales = self.rounded.address();
+        let rounded = scales.offset(Self::scales_bytes(rows));
+        // bf16 has the range of f32.
+        let used_scales = if part.form == Form::BF16 { Address::NULL } else { scales };
+        let args = [x.address().into(), rounded.into(), scales.into(), x.cols.into()];
+        stream.launch(kernels.round_rows, [rows, 1, 1], THREADS, &args);
+        let args = [
+            part.values.address().into(),
+            part.scales.address().into(),
+            rounded.into(),
+            used_scales.into(),
+            bias,
+            out.address().into(),
+            self.segments.address().into(),
+            rows.into(),
+            x.cols.into(),
+            part.rows.into(),
+            out.cols.into(),
+            part.first.into(),
+        ];
+        let grid = [tile.blocks(rows, part.rows), 1, segments];
+        stream.launch(kernels.products[tile.kernel], grid, tile.threads, &args);
+        if segments > 1 {
+            let args = [
+                self.segments.address().into(),
+                used_scales.into(),
+                bias,
+                out.address().into(),
+                rows.into(),
+                segments.into(),
+                part.rows.into(),
+                out.cols.into(),
+                part.first.into(),
+            ];
+            stream.launch("add_segments", [part.rows.div_ceil(THREADS), rows, 1], THREADS, &args);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn cut(rows: usize, cols: usize, features: usize) -> (usize, usize, usize) {
+        let Cut { tile, segments } = Cut::of(rows, cols, features);
+        (tile.rows, tile.out, segments)
+    }
+
+    #[test]
+    fn many_rows_take_large_tiles_and_few_small_ones() {
+        assert_eq!(cut(2048, 4096, 24_576), (128, 128, 1));
+        assert_eq!(cut(2048, 2048, 1024), (128, 128, 1));
+        assert_eq!(cut(512, 1024, 4096), (128, 128, 1));
+        // Half of a large tile would be empty.
+        assert_eq!(cut(64, 4096, 24_576), (64, 64, 1));
+        assert_eq!(cut(32, 4096, 4096), (64, 32, 1));
+    }
+
+    #[test]
+    fn a_product_too_small_for_the_device_is_split_over_its_input_features() {
+        assert_eq!(cut(64, 3072, 1024), (64, 32, 6));
+        assert_eq!(cut(17, 2048, 1024), (64, 32, 4));
+        assert_eq!(cut(17, 513, 1024), (64, 32, 2));
+        assert_eq!(cut(17, 512, 1024), (64, 32, 1));
+        assert_eq!(cut(256, 3072, 1024), (64, 32, 1));
+    }
+}

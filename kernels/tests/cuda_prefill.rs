@@ -1,0 +1,338 @@
+//! What the kernels on tensor cores promise beyond the conformance suite: that fragments lie where they should, that no
+//! size of tiles changes a bit, and that numbers beyond the range of 16 bits come out right.
+
+use engine_cuda_emulated::{Emulated, EmulatedBackend};
+use engine_kernels::cuda::{Address, Arg, CudaBackend, Driver, Launch, Memory};
+use engine_kernels::reference::ReferenceBackend;
+use engine_kernels::{AttentionShape, Backend, Batch, DType, KvDType, KvLayout, Matrix, RopeTable};
+use half::{bf16, f16};
+
+/// The tests of everything below, on the emulation and, where there is one, a device.
+macro_rules! on_both {
+    ($($test:ident),+) => {
+        mod emulated {
+            $(#[test]
+            fn $test() {
+                super::$test(super::Emulated::default());
+            })+
+        }
+
+        #[cfg(feature = "cuda")]
+        mod cuda_device {
+            $(#[test]
+            #[ignore = "needs a CUDA device"]
+            fn $test() {
+                super::$test(engine_kernels::cuda::Device::new(0).unwrap());
+            })+
+        }
+    };
+}
+
+on_both!(
+    fragments_lie_where_the_ptx_isa_says,
+    no_tile_and_no_split_changes_a_bit,
+    activations_of_any_magnitude_are_multiplied,
+    rows_do_not_see_what_is_wrong_with_others,
+    no_place_in_a_tile_changes_a_bit,
+    a_score_far_above_the_others_takes_all
+);
+
+/// A small seeded generator: xorshift64* (Vigna 2016).
+struct Random(u64);
+
+impl Random {
+    fn bits(&mut self) -> u64 {
+        self.0 ^= self.0 >> 12;
+        self.0 ^= self.0 << 25;
+        self.0 ^= self.0 >> 27;
+        self.0.wrapping_mul(0x2545_f491_4f6c_dd1d) >> 32
+    }
+
+    /// From -1 to 1.
+    fn signed(&mut self) -> f32 {
+        self.bits() as f32 / (1u64 << 31) as f32 - 1.0
+    }
+}
+
+/// Device memory that holds these bytes.
+fn holding<D: Driver>(driver: &D, bytes: &[u8]) -> D::Memory {
+    let memory = driver.allocate(bytes.len().max(16)).unwrap();
+    driver.write(bytes, memory.address()).unwrap();
+    memory
+}
+
+fn floats<D: Driver>(driver: &D, from: Address, len: usize) -> Vec<f32> {
+    let mut bytes = vec![0; len * 4];
+    driver.read(from, &mut bytes).unwrap();
+    bytes.as_chunks::<4>().0.iter().map(|bytes| f32::from_le_bytes(*bytes)).collect()
+}
+
+fn bytes_of(values: &[f32], dtype: DType) -> Vec<u8> {
+    match dtype {
+        DType::F16 => values.iter().flat_map(|x| f16::from_f32(*x).to_le_bytes()).collect(),
+        DType::BF16 => values.iter().flat_map(|x| bf16::from_f32(*x).to_le_bytes()).collect(),
+        _ => values.iter().flat_map(|x| x.to_le_bytes()).collect(),
+    }
+}
+
+#[track_caller]
+fn assert_same_bits(ours: &[f32], theirs: &[f32], what: &str) {
+    assert_eq!(ours.len(), theirs.len(), "{what}");
+    for (i, (a, b)) in ours.iter().zip(theirs).enumerate() {
+        assert!(!a.is_nan() && a.to_bits() == b.to_bits(), "{what}: element {i} is {a:e} here and {b:e} there");
+    }
+}
+
+fn fragments_lie_where_the_ptx_isa_says<D: Driver>(driver: D) {
+    let mut random = Random(1);
+    // Small whole numbers: every sum is exact, in whichever order.
+    let mut numbers = |len: usize| (0..len).map(|_| (random.bits() % 33) as f32 - 16.0).collect::<Vec<_>>();
+    let (a, b) = (numbers(256), numbers(128));
+    let transposed: Vec<f32> = (0..128).map(|i| b[i % 16 * 8 + i / 16]).collect();
+    let product = |i: usize| (0..16).map(|k| a[i / 8 * 16 + k] * b[k * 8 + i % 8]).sum::<f32>();
+    let want: Vec<f32> = (0..128).map(product).collect();
+    for (kernel, b, dtype) in [
+        ("mma_check_f16", &transposed, DType::F16),
+        ("mma_check_bf16", &transposed, DType::BF16),
+        ("mma_check_f16_transposed", &b, DType::F16),
+        ("mma_check_bf16_transposed", &b, DType::BF16),
+    ] {
+        let [a, b] = [&a, b].map(|x| holding(&driver, &bytes_of(x, dtype)));
+        let out = driver.allocate(128 * 4).unwrap();
+        let args = [&a, &b, &out].map(|memory| Arg::from(memory.address()));
+        driver.launch(&Launch { kernel, grid: [1, 1, 1], block: 32, args: &args }).unwrap();
+        assert_eq!(floats(&driver, out.address(), 128), want, "{kernel}");
+    }
+}
+
+/// Sizes of tiles of `kernels/cuda/gemm.cu`.
+const TILES: [(&str, usize, usize, usize); 3] =
+    [("large", 128, 128, 256), ("medium", 64, 64, 128), ("small", 64, 32, 128)];
+
+fn no_tile_and_no_split_changes_a_bit<D: Driver>(driver: D) {
+    // Three segments, the last of them short; features and rows that fill no tile; rows of the output that start askew.
+    let (rows, cols, features, width, first) = (70, 1096usize, 45, 50usize, 3usize);
+    let segments = cols.div_ceil(512);
+    let mut random = Random(2);
+    let mut numbers = |len: usize| (0..len).map(|_| random.signed()).collect::<Vec<_>>();
+    let (x, weight) = (numbers(rows * cols), numbers(features * cols));
+    let x_scales = holding(&driver, &bytes_of(&vec![4.0; rows], DType::F32));
+    let bias = holding(&driver, &bytes_of(&numbers(width), DType::F32));
+    let any: Vec<u8> = numbers(features * cols).iter().map(|x| (x * 120.0) as i8 as u8).collect();
+    // For 16 elements each, more than enough for all; half of them serve for 32.
+    let small = |x: &f32| f16::from_f32(x / 64.0).to_le_bytes();
+    let scales = holding(&driver, &numbers(features * cols / 8).iter().flat_map(small).collect::<Vec<_>>());
+    for (suffix, dtype) in [
+        ("f16", DType::F16),
+        ("bf16", DType::BF16),
+        ("nibbles", DType::F16),
+        ("bytes", DType::F16),
+        ("fine_bytes", DType::F16),
+    ] {
+        let floats_of_weight = bytes_of(&weight, dtype);
+        let values = if suffix.ends_with("16") { &floats_of_weight } else { &any };
+        let (x, values) = (holding(&driver, &bytes_of(&x, dtype)), holding(&driver, values));
+        let launch = |kernel: &str, grid: [usize; 3], block: usize, args: &[Arg]| {
+            driver.launch(&Launch { kernel, grid, block, args }).unwrap();
+        };
+        let run = |(size, tile_rows, tile_out, threads): (&str, usize, usize, usize), split: bool| {
+            let sums = driver.allocate(segments * rows * features * 4).unwrap();
+            let out = driver.allocate(rows * width.next_multiple_of(8) * 4).unwrap();
+            let behind = [Arg::from(x_scales.address()), bias.address().into(), out.address().into()];
+            let sizes = [features.into(), width.into(), first.into()];
+            let args = [
+                &[values.address().into(), scales.address().into(), x.address().into()],
+                &behind[..],
+                &[sums.address().into(), rows.into(), cols.into()],
+                &sizes,
+            ];
+            let grid = [rows.div_ceil(tile_rows) * features.div_ceil(tile_out), 1, if split { segments } else { 1 }];
+            launch(&format!("product_{size}_{suffix}"), grid, threads, &args.concat());
+            if split {
+                let args = [&[Arg::from(sums.address())], &behind[..], &[rows.into(), segments.into()], &sizes];
+                launch("add_segments", [features.div_ceil(128), rows, 1], 128, &args.concat());
+            }
+            floats(&driver, out.address(), rows * width.next_multiple_of(8))
+        };
+        let whole = run(TILES[0], false);
+        assert!(whole.iter().filter(|x| **x != 0.0).count() >= rows * features, "{suffix}");
+        for tile in TILES {
+            for split in [false, true] {
+                assert_same_bits(&run(tile, split), &whole, &format!("{} {suffix}, split: {split}", tile.0));
+            }
+        }
+    }
+}
+
+/// The product of rows with a weight.
+fn product<B: Backend>(backend: &mut B, dtype: DType, weight: &[f32], x: &[f32], cols: usize) -> Vec<f32> {
+    let bytes = bytes_of(weight, dtype);
+    let features = weight.len() / cols;
+    let weight = backend.linear_weight(&[Matrix::new(dtype, features, cols, &bytes).unwrap()]).unwrap();
+    let rows = x.len() / cols;
+    let (mut input, mut out) = (backend.activations(rows, cols), backend.activations(rows, features));
+    backend.write(x, &mut input);
+    backend.linear(&input, &weight, None, &mut out);
+    backend.read(&out)
+}
+
+fn activations_of_any_magnitude_are_multiplied<D: Driver>(driver: D) {
+    let (rows, cols, features) = (24, 72, 11);
+    let mut random = Random(3);
+    let weight: Vec<f32> = (0..features * cols).map(|_| random.signed()).collect();
+    // From 2^-90 to 2^94: f16 ends at 2^16. One row is nothing but zeros.
+    let magnitude = |row: usize| if row == 7 { 0.0 } else { 2f32.powi(row as i32 * 8 - 90) };
+    let x: Vec<f32> = (0..rows * cols).map(|i| random.signed() * magnitude(i / cols)).collect();
+    let mut backend = CudaBackend::new(driver);
+    for (dtype, unit) in [(DType::F16, 1.0 / 2048.0), (DType::BF16, 1.0 / 256.0)] {
+        let ours = product(&mut backend, dtype, &weight, &x, cols);
+        let want = product(&mut ReferenceBackend, dtype, &weight, &x, cols);
+        for (i, (ours, want)) in ours.iter().zip(&want).enumerate() {
+            let row = i / features;
+            let bound = x[row * cols..][..cols].iter().map(|x| x.abs()).sum::<f32>() * unit;
+            assert!(
+                (ours - want).abs() <= bound,
+                "{dtype:?}, row {row}: {ours:e}, should be {want:e} within {bound:e}"
+            );
+        }
+    }
+}
+
+fn rows_do_not_see_what_is_wrong_with_others<D: Driver>(driver: D) {
+    let (rows, cols, features) = (40, 40, 9);
+    let mut random = Random(4);
+    let weight: Vec<f32> = (0..features * cols).map(|_| random.signed()).collect();
+    let clean: Vec<f32> = (0..rows * cols).map(|_| random.signed()).collect();
+    let mut spoilt = clean.clone();
+    spoilt[3 * cols + 5] = f32::NAN;
+    spoilt[8 * cols + 39] = f32::INFINITY;
+    spoilt[39 * cols..].fill(f32::MAX);
+    let mut backend = CudaBackend::new(driver);
+    for dtype in [DType::F16, DType::BF16] {
+        let want = product(&mut backend, dtype, &weight, &clean, cols);
+        let ours = product(&mut backend, dtype, &weight, &spoilt, cols);
+        for row in (0..rows).filter(|row| ![3, 8, 39].contains(row)) {
+            let part = row * features..(row + 1) * features;
+            assert_same_bits(&ours[part.clone()], &want[part], &format!("{dtype:?}, row {row}"));
+        }
+        assert!(ours[3 * features..4 * features].iter().all(|x| x.is_nan()), "{dtype:?}");
+        assert!(ours[8 * features..9 * features].iter().all(|x| !x.is_finite()), "{dtype:?}");
+    }
+}
+
+/// Attention over the whole of one sequence, in chunks.
+struct Sequence {
+    shape: AttentionShape,
+    dtype: KvDType,
+    block_size: usize,
+    qkv: Vec<f32>,
+}
+
+impl Sequence {
+    fn rows<B: Backend>(&self, backend: &mut B, chunks: &[usize]) -> Vec<f32> {
+        let Self { shape, dtype, block_size, .. } = *self;
+        let (width, tokens) = (shape.qkv_width(), self.qkv.len() / shape.qkv_width());
+        let blocks = tokens.div_ceil(block_size);
+        let layout =
+            KvLayout { layers: 1, kv_heads: shape.kv_heads, head_dim: shape.head_dim, block_size, blocks, dtype };
+        let mut cache = backend.kv_cache(layout).unwrap();
+        // A rotation by nothing.
+        let rope = backend.rope(RopeTable::new(&vec![0.0; shape.head_dim / 2], 1.0, tokens));
+        let table: Vec<u32> = (0..blocks as u32).rev().collect();
+        let (mut all, mut done) = (Vec::new(), 0);
+        for &chunk in chunks {
+            let mut batch = Batch::default();
+            batch.push(&vec![0; chunk], done as u32, &table, 0);
+            let (mut qkv, mut out) = (backend.activations(chunk, width), backend.activations(chunk, shape.q_width()));
+            backend.write(&self.qkv[done * width..(done + chunk) * width], &mut qkv);
+            backend.begin(&batch);
+            backend.rope_and_cache(&mut qkv, shape, None, &rope, &mut cache, 0, &batch);
+            backend.attention(&qkv, shape, 1.0 / (shape.head_dim as f32).sqrt(), &cache, 0, &batch, &mut out);
+            all.extend(backend.read(&out));
+            done += chunk;
+        }
+        assert_eq!(done, tokens, "all tokens are in a chunk");
+        backend.check().unwrap();
+        all
+    }
+}
+
+fn no_place_in_a_tile_changes_a_bit<D: Driver>(driver: D) {
+    let mut backend = CudaBackend::new(driver);
+    let mut random = Random(5);
+    for (heads, kv_heads, head_dim, block_size, dtype) in [
+        (2, 1, 64, 16, KvDType::F16),
+        (3, 3, 96, 32, KvDType::BF16),
+        (7, 1, 128, 64, KvDType::BF16),
+        (2, 1, 128, 128, KvDType::F16),
+        (1, 1, 256, 16, KvDType::F16),
+        (2, 1, 256, 16, KvDType::BF16),
+    ] {
+        let shape = AttentionShape { heads, kv_heads, head_dim };
+        let qkv = (0..150 * shape.qkv_width()).map(|_| 2.0 * random.signed()).collect();
+        let sequence = Sequence { shape, dtype, block_size, qkv };
+        // The same row first in its tile, last, and anywhere; tiles of one, two and many rows of a fragment.
+        let whole = sequence.rows(&mut backend, &[150]);
+        for chunks in [&[128, 22][..], &[2; 75], &[3, 61, 64, 22], &[63, 16, 17, 2, 52], &[65, 85]] {
+            let ours = sequence.rows(&mut backend, chunks);
+            assert_same_bits(&ours, &whole, &format!("{shape:?} {dtype:?}, chunks of {chunks:?}"));
+        }
+        let want = sequence.rows(&mut ReferenceBackend, &[150]);
+        // Keys, queries and weights off by half a unit in the last place of 11 or 8 bits each, of values up to 2.
+        let tolerance = if dtype == KvDType::F16 { 3e-3 } else { 2.4e-2 };
+        for (i, (ours, want)) in whole.iter().zip(&want).enumerate() {
+            assert!((ours - want).abs() <= tolerance, "{shape:?} {dtype:?}: element {i} is {ours}, should be {want}");
+        }
+    }
+}
+
+fn a_score_far_above_the_others_takes_all<D: Driver>(driver: D) {
+    let mut backend = CudaBackend::new(driver);
+    let shape = AttentionShape { heads: 1, kv_heads: 1, head_dim: 64 };
+    let mut random = Random(6);
+    // Whole numbers, which both types hold. Scores far beyond what exp can hold, in both directions; that of token 70
+    // is the highest from its place on.
+    let row = |token: usize| {
+        let mut row = vec![0.0; 192];
+        row[0] = 1024.0;
+        row[64] = if token == 70 { 64.0 } else { -(token as f32) };
+        row[128..].fill_with(|| (random.bits() % 100) as f32);
+        row
+    };
+    let qkv: Vec<f32> = (0..140).flat_map(row).collect();
+    for dtype in [KvDType::F16, KvDType::BF16] {
+        let sequence = Sequence { shape, dtype, block_size: 16, qkv: qkv.clone() };
+        let out = sequence.rows(&mut backend, &[140]);
+        for token in 0..140 {
+            let winner = if token < 70 { 0 } else { 70 };
+            assert_eq!(out[token * 64..][..64], qkv[winner * 192 + 128..][..64], "{dtype:?}, token {token}");
+        }
+    }
+}
+
+#[test]
+fn room_for_larger_products_is_made_before_steps_are_recorded_anew() {
+    let mut backend = EmulatedBackend::new(Emulated::default());
+    let cols = 4096;
+    let weight = bytes_of(&vec![0.5; cols], DType::BF16);
+    let weight = backend.linear_weight(&[Matrix::new(DType::BF16, 1, cols, &weight).unwrap()]).unwrap();
+    let mut batch = Batch::default();
+    (0..20).for_each(|_| batch.push(&[0], 0, &[0], 0));
+    let (mut x, mut out) = (backend.activations(20, cols), backend.activations(20, 1));
+    let mut step = |backend: &mut EmulatedBackend, value: f32| {
+        backend.write(&vec![value; 20 * cols], &mut x);
+        backend.step(&batch, &mut |backend| backend.linear(&x, &weight, None, &mut out));
+        assert_eq!(backend.read(&out), [value * 2048.0; 20]);
+    };
+    step(&mut backend, 1.0);
+    assert_eq!(backend.graphs(), 0);
+    step(&mut backend, 2.0);
+    assert_eq!(backend.graphs(), 1);
+    // 600 rows of it are more than was allocated at first.
+    let (mut larger, mut result) = (backend.activations(600, cols), backend.activations(600, 1));
+    backend.write(&vec![1.0; 600 * cols], &mut larger);
+    backend.linear(&larger, &weight, None, &mut result);
+    assert_eq!(backend.read(&result), [2048.0; 600]);
+    assert_eq!(backend.graphs(), 0, "what was recorded would read and write memory that was given back");
+    step(&mut backend, 4.0);
+}
