@@ -95,13 +95,13 @@ impl<D: Driver> CudaBackend<D> {
         &mut self,
         residual: &'a mut Residual<Activations<D>>,
         norm: RmsNorm<'a, Vector<D>>,
-    ) -> Option<(&'a Activations<D>, (&'a Vector<D>, f32))> {
+    ) -> Option<(&'a Activations<D>, RmsNorm<'a, Vector<D>>)> {
         if residual.is_owed || residual.sum.computed_rows() > skinny::NORMED_ROWS_MAX {
             self.norm(residual, norm);
             return None;
         }
         assert_eq!(residual.sum.cols, norm.weight.len, "columns of a norm");
-        Some((&residual.sum, (norm.weight, norm.eps)))
+        Some((&residual.sum, norm))
     }
 
     fn check_plan(&self, rows: usize, batch: &Batch) {

@@ -3,6 +3,7 @@
 use super::buffer::{Activations, Linear, Vector};
 use super::driver::{Address, Driver};
 use super::stream::Stream;
+use crate::RmsNorm;
 
 /// Most rows they take.
 pub(super) const ROWS_MAX: usize = 16;
@@ -27,8 +28,8 @@ pub(super) enum Then {
 /// A product with up to [`ROWS_MAX`] rows.
 pub(super) struct Skinny<'a, D: Driver> {
     pub(super) x: &'a Activations<D>,
-    /// Weight and eps of a norm of `x`, of up to [`NORMED_ROWS_MAX`] rows.
-    pub(super) norm: Option<(&'a Vector<D>, f32)>,
+    /// A norm of `x`, of up to [`NORMED_ROWS_MAX`] rows.
+    pub(super) norm: Option<RmsNorm<'a, Vector<D>>>,
     pub(super) weight: &'a Linear<D>,
     pub(super) bias: Option<&'a Vector<D>>,
     /// With a gate, the weight is of one part.
@@ -48,8 +49,8 @@ impl<D: Driver> Skinny<'_, D> {
                 part.values.address().into(),
                 part.scales.address().into(),
                 x.address().into(),
-                address(norm.map(|norm| norm.0)).into(),
-                norm.map_or(0.0, |norm| norm.1).into(),
+                address(norm.as_ref().map(|norm| norm.weight)).into(),
+                norm.as_ref().map_or(0.0, |norm| norm.eps).into(),
                 address(*bias).into(),
                 out.address().into(),
                 weight.cols.into(),
