@@ -28,8 +28,8 @@ for target in 80 90; do
             printf "sm_%s: %d kernels, at most %d registers a thread (%s)\n", target, kernels, most, hungriest
             exit bad || kernels == 0
         }' "$work/usage"
-    # HMMA: mma. LDSM: ldmatrix, .MT88 where it transposes. LDGSTS: cp.async. (Products of quantised weights have it too,
-    # for activations.)
+    # HMMA: mma. LDSM: ldmatrix, .MT88 where it transposes. LDGSTS: cp.async. (Products of quantised weights have it
+    # too, for activations.)
     "$CUDA_HOME/bin/cuobjdump" -sass "$work/kernels.cubin" | awk -v target="$target" '
         /^\t\tFunction : / { name = $3; kernels[name] = 1 }
         / HMMA\.16816\.F32/ { found[name, "HMMA"]++ }

@@ -251,11 +251,12 @@ __device__ __forceinline__ void round_row(const float* x, uint16_t* out, float*,
 // product_{size of tiles}_{matrix}: out[r][first + o] = scales[r] (weight[o] . x[r]) + bias[first + o], without scales
 // 1 and without bias 0. x: [rows, cols] in the type of the weights, f16 for quantised ones; weight: [features, cols];
 // out: [rows, width]. With a third dimension of the grid, the sums of each segment without scales and bias.
-// Grid: (tiles, 1, segments or 1). Shared memory: 48 KiB a block. Bytes: the matrix once for up to 16 tiles of rows
-// (2,048 rows by the large tile), x once for a wave of blocks. Operations: 2 a weight and row. Floor: the larger of
-// the matrix's bytes over the bandwidth and the operations over the rate of mma, about 600 Tflop/s on an H100, whose
-// wgmma reaches 800 to 990. Where it should end up: with the large tile a warp reads 3 KiB of shared memory for 16 mma,
-// 24 cycles of an SM's bandwidth, in which its tensor cores can do just about as many by mma (16 at their peak).
+// Grid: (tiles, 1, segments or 1). Shared memory: 48 KiB a block; by registers an SM holds one block of the large
+// tile, three of the medium, four of the small. Bytes: the matrix once for up to 16 tiles of rows (2,048 rows by the
+// large tile), x once for a wave of blocks. Operations: 2 a weight and row. Floor: the larger of the matrix's bytes
+// over the bandwidth and the operations over the rate of mma, about 600 Tflop/s on an H100, whose wgmma reaches 800 to
+// 990. Where it should end up: with the large tile a warp reads 3 KiB of shared memory for 16 mma, 24 cycles of an
+// SM's bandwidth, in which its tensor cores can do just about as many by mma (16 at their peak).
 #define PRODUCT(SIZE, TILE, SUFFIX, MATRIX)                                                                            \
     extern "C" __global__ void __launch_bounds__(gemm::TILE::THREADS) product_##SIZE##_##SUFFIX(                       \
         const void* values, const void* scales, const void* x, const float* row_scales, const float* bias, float* out, \

@@ -200,13 +200,14 @@ __device__ __forceinline__ void attention(const float* qkv, Rows rows, const int
 // each other, at most 128. Pages are of a power of two of tokens.
 // qkv: [rows, (heads + 2 kv_heads) * head_dim]; out: [rows, heads * head_dim].
 // Grid: tiles * heads, a tile's heads side by side: those that share keys and values find them in the L2 cache.
-// Shared memory: 24 KiB a block for heads of 64 and 256, 36 for 96, 48 for 128. Operations: 4 head_dim a key, row and
-// head; the half of them that a whole prompt masks is skipped, but for the tiles it goes through. Bytes: keys and
-// values of a tile's context, from the L2 cache, 4 head_dim a key for 128 rows of a head, so 128 operations a byte: at 600
-// Tflop/s (mma on an H100) 4.7 TB/s, about what that cache gives. Queries and output, 8 head_dim a row and head. Floor:
-// the operations at that rate; FlashAttention-2, which is made alike, reaches 350 to 400 Tflop/s there. Where it should
-// end up: a warp reads each tile from shared memory for 16 rows, 2 mma for 512 bytes or 4 cycles, so half of the tensor
-// cores' peak is the bound.
+// Shared memory: 24 KiB a block for heads of 64 and 256, 36 for 96, 48 for 128; by registers an SM holds one block, or
+// two with heads of 64. Operations: 4 head_dim a key, row and head; the half of them that a whole prompt masks is
+// skipped, but for the tiles it goes through. Bytes: keys and values of a tile's context, from the L2 cache, 4
+// head_dim a key for 128 rows of a head, so 128 operations a byte: at 600 Tflop/s (mma on an H100) 4.7 TB/s, about
+// what that cache gives; queries and output, 8 head_dim a row and head. Floor: the operations at that rate;
+// FlashAttention-2, which is made alike, reaches 350 to 400 Tflop/s there. Where it should end up: a warp reads each
+// tile from shared memory for 16 rows, 2 mma for 512 bytes or 4 cycles, so half of the tensor cores' peak is the
+// bound.
 #define PREFILL_ATTENTION(HEAD_DIM, KEYS, SUFFIX, T)                                                                   \
     extern "C" __global__ void __launch_bounds__(prefill_attention::THREADS) prefill_attention_##HEAD_DIM##_##SUFFIX(  \
         const float* qkv, const int* positions, const int* table_starts, const int* block_tables, const int* tiles,    \

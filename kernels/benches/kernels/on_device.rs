@@ -27,7 +27,7 @@ const REAL: [Shape; 3] = [
     Shape { name: "Llama-3-8B", hidden: 4096, ffn: 14_336, layers: 32, vocabulary: 128_256, heads: heads(32, 8, 128) },
 ];
 const TINY: [Shape; 1] =
-    [Shape { name: "tiny", hidden: 64, ffn: 96, layers: 2, vocabulary: 100, heads: heads(4, 2, 16) }];
+    [Shape { name: "tiny", hidden: 64, ffn: 96, layers: 2, vocabulary: 100, heads: heads(2, 1, 64) }];
 
 const BLOCK_SIZE: usize = 16;
 /// Repetitions of what is measured, in each of so many measurements, of which the median counts.

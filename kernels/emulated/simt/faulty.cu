@@ -1,6 +1,6 @@
 // Kernels with the usual mistakes, to see that they are found.
 
-#include "../../cuda/common.cuh"
+#include "../../cuda/mma.cuh"
 
 // Half of the threads never come to the barrier.
 extern "C" __global__ void faulty_divergence(int* out) {
@@ -34,3 +34,31 @@ extern "C" __global__ void faulty_exchange(int* out) {
     out[threadIdx.x] = value;
 }
 REGISTER(faulty_exchange);
+
+// Threads read what they have not waited for.
+extern "C" __global__ void faulty_early(int* out) {
+    Chunk* const chunk = shared_chunks<64>() + threadIdx.x;
+    copy_async(chunk, out + threadIdx.x % 16 * 4, true);
+    commit_copies();
+    const unsigned early = chunk->x;
+    wait_for_copies<0>();
+    __syncthreads();
+    out[threadIdx.x] = static_cast<int>(early);
+}
+REGISTER(faulty_early);
+
+// Nobody waits for the last copy.
+extern "C" __global__ void faulty_unwaited(int* out) {
+    copy_async(shared_chunks<64>() + threadIdx.x, out, true);
+    commit_copies();
+    wait_for_copies<1>();
+}
+REGISTER(faulty_unwaited);
+
+// A copy starts amid a chunk.
+extern "C" __global__ void faulty_alignment(int* out) {
+    copy_async(shared_chunks<64>() + threadIdx.x, out + 1, true);
+    commit_copies();
+    wait_for_copies<0>();
+}
+REGISTER(faulty_alignment);

@@ -35,6 +35,15 @@ fn a_missing_barrier_shows() {
 }
 
 #[test]
+fn copies_to_shared_memory_arrive_when_they_are_waited_for() {
+    assert_eq!(run("faulty_early", &[]).unwrap(), [-1; 64]);
+    let unwaited = reason(run("faulty_unwaited", &[]));
+    assert!(unwaited.contains("a thread ends while copies to shared memory are under way"), "{unwaited}");
+    let unaligned = reason(run("faulty_alignment", &[]));
+    assert!(unaligned.contains("a copy to shared memory is not aligned"), "{unaligned}");
+}
+
+#[test]
 fn memory_ends_where_it_ends() {
     const RUN: &str = "ENGINE_EMULATED_BEYOND_ITS_END";
     if std::env::var_os(RUN).is_some() {
