@@ -26,7 +26,7 @@ work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 trap 'exit 130' INT TERM
 root=$work/root
-mkdir -p "$root"/{bin,dev,proc,sys,tmp,root,opt,etc,run,usr/lib,usr/lib64,usr/bin,usr/sbin}
+mkdir -p "$root"/{bin,dev,proc,sys,tmp,root,opt,etc,var/run,usr/lib,usr/lib64,usr/bin,usr/sbin}
 ln -s usr/lib "$root/lib"
 ln -s usr/lib64 "$root/lib64"
 ln -s usr/sbin "$root/sbin"
