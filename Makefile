@@ -45,7 +45,7 @@ test: setup-rdma demo-model test-assets ## Format check, all tests, those on RDM
 	$(CARGO) test --workspace --locked
 	$(MAKE) --no-print-directory test-rdma lint cuda-check doc client
 
-test-rdma: setup-rdma ## The tests that need an RDMA device or a lossy network, in an emulated machine (QEMU) with both; part of make test
+test-rdma: setup-rdma ## The tests that need an RDMA device, in an emulated machine (QEMU) with soft-RoCE; part of make test
 	tests/rdma/run.sh
 
 fmt: ## Format the code
