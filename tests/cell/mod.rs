@@ -33,7 +33,7 @@ pub(crate) struct Cell {
     pub(crate) nats: Service,
     pub(crate) model: Model,
     /// Prefill workers are on the other side of it, everybody else on this one.
-    pub(crate) network: Option<Network>,
+    network: Option<Network>,
 }
 
 impl Cell {
@@ -52,10 +52,10 @@ impl Cell {
         Self { etcd: services::etcd(), nats, model, network: None }
     }
 
-    /// With this model, and prefill workers at the other end of a network.
-    pub(crate) fn across(network: Network, model: Model) -> Self {
+    /// With the demo model, and prefill workers at the other end of a network.
+    pub(crate) fn across(network: Network) -> Self {
         let (etcd, nats) = (services::etcd_on(network.here), services::nats_on(network.here));
-        Self { etcd, nats, model, network: Some(network) }
+        Self { etcd, nats, model: Model::demo(), network: Some(network) }
     }
 
     /// A decode worker with further flags.

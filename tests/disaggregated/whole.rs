@@ -1,9 +1,8 @@
-//! A whole cluster, over each transport that works on any machine. Over RDMA, and over a slow and lossy
-//! network of the kernel's own: `tests/rdma`.
+//! A whole cluster, over each transport that works on any machine. Over RDMA: `tests/rdma`.
 
 use std::io::Write;
 
-use crate::cell::{Cell, Model, Network, answers_equal_those_of_one_process};
+use crate::cell::{Cell, Network, answers_equal_those_of_one_process};
 
 #[test]
 fn over_shared_memory() {
@@ -18,9 +17,7 @@ fn over_tcp() {
 #[test]
 fn between_network_namespaces_over_a_slow_and_lossy_network() {
     match Network::make() {
-        Ok(network) => {
-            answers_equal_those_of_one_process(&Cell::across(network, Model::demo()), "tcp", &[], &[]);
-        }
+        Ok(network) => answers_equal_those_of_one_process(&Cell::across(network), "tcp", &[], &[]),
         Err(error) => {
             // Past the test runner, which shows nothing of tests that pass.
             let line = format!("\nSKIPPED: no network namespaces here, so no test between them: {error}\n");

@@ -15,7 +15,7 @@ here=$(cd "$(dirname "$0")" && pwd)
 limit=${LIMIT:-480} memory=${MEMORY:-2048}
 
 [ "$(uname -m)" = x86_64 ] || { echo "guest: made for x86-64 only" >&2; exit 125; }
-for tool in qemu-system-x86_64 busybox cpio depmod xz rdma ip tc strip; do
+for tool in qemu-system-x86_64 busybox cpio depmod xz rdma ip strip; do
     PATH=$PATH:/usr/sbin:/sbin command -v "$tool" >/dev/null ||
         { echo "guest: $tool is missing; as root, scripts/setup.sh rdma installs what the guest needs" >&2; exit 125; }
 done
@@ -26,7 +26,7 @@ work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 trap 'exit 130' INT TERM
 root=$work/root
-mkdir -p "$root"/{bin,dev,proc,sys,tmp,root,opt,etc,var/run,usr/lib,usr/lib64,usr/bin,usr/sbin}
+mkdir -p "$root"/{bin,dev,proc,sys,tmp,root,opt,etc,usr/lib,usr/lib64,usr/bin,usr/sbin}
 ln -s usr/lib "$root/lib"
 ln -s usr/lib64 "$root/lib64"
 ln -s usr/sbin "$root/sbin"
@@ -50,7 +50,6 @@ put() { # put <file> [<path in the guest>]: with its libraries, and theirs
 put "$here/init.sh" /init
 put "$(command -v busybox)" /bin/busybox
 put "$(command -v ip)" /opt/ip
-put "$(command -v tc)" /opt/tc
 put "$(command -v rdma)" /usr/bin/rdma
 # The verbs library finds its driver when it runs, and so may a program the library.
 for library in /usr/lib/x86_64-linux-gnu/{libibverbs.so.1,libibverbs/librxe-rdmav*.so} /etc/libibverbs.d/rxe.driver; do

@@ -29,10 +29,8 @@ fail() {
 seconds() { cut -d ' ' -f 1 /proc/uptime; }
 since() { awk -v from="$1" '{ printf "%.1f", $1 - from }' /proc/uptime; }
 
-# busybox has an ip and a tc of its own, which know less. The shell would take its own for any command of that name;
-# programs take what they find first.
+# busybox has an ip of its own, which knows less; the shell would take it for any command of this name.
 ip() { /opt/ip "$@"; }
-ln -sf /opt/ip /opt/tc /bin
 device() { # device <name> <interface>
     rdma link add "$1" type rxe netdev "$2" || fail "no device $1 on $2"
 }

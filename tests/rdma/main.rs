@@ -1,6 +1,5 @@
 //! Whole clusters whose pages travel by RDMA: real etcd, NATS and worker processes. It takes RDMA devices, so all this
-//! runs in the guest of `guest.sh`, which has them (`make test-rdma`). So does the one test here that is not about
-//! RDMA: the guest's kernel can make a network slow and lossy, which others often cannot.
+//! runs in the guest of `guest.sh`, which has them (`make test-rdma`).
 
 #[path = "../cell/mod.rs"]
 mod cell;
@@ -13,19 +12,13 @@ mod support;
 
 use std::{process::Command, thread};
 
-use cell::{
-    Cell, Model, Network, SLOWLY, answers_equal_those_of_one_process, ask, handoffs, prefills, wait_until_idle,
-};
+use cell::{Cell, Model, SLOWLY, answers_equal_those_of_one_process, ask, handoffs, prefills, wait_until_idle};
 use program::Server;
 use serde_json::Value;
 
-/// One that the guest's emulated processor is fast enough for.
-fn model() -> Model {
-    Model::made_up(2, 2, 1024)
-}
-
+/// A model that the guest's emulated processor is fast enough for.
 fn cell() -> Cell {
-    Cell::of(model())
+    Cell::of(Model::made_up(2, 2, 1024))
 }
 
 /// Pages travel by RDMA or not at all, over devices of the workers' choice.
@@ -95,14 +88,4 @@ fn a_doctor_has_the_way_over_rdma_measured() {
     assert!(of("transport").contains("RDMA: "), "{text}");
     assert!(of("transfer").contains("over rdma") && of("transfer").contains("of the link's"), "{text}");
     wait_until_idle(&decode);
-}
-
-#[test]
-#[ignore = "needs a kernel with netem: make test-rdma"]
-fn answers_equal_those_of_one_process_over_a_slow_and_lossy_network() {
-    let cell = Cell::across(Network::make().unwrap(), model());
-    answers_equal_those_of_one_process(&cell, "tcp", &[], &[]);
-    let (passed, dropped) = cell.network.as_ref().unwrap().passed_and_dropped().unwrap();
-    println!("netem let {passed} packets through and dropped {dropped}");
-    assert!(dropped > 0, "of {passed} packets none was lost");
 }

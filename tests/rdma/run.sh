@@ -1,6 +1,6 @@
 #!/bin/bash
 # Runs all tests that need an RDMA device, in the guest of guest.sh, which has three: those of the verbs transport, and
-# then those of tests/rdma/main.rs, whole clusters, one of them over a slow and lossy network instead.
+# then those of tests/rdma/main.rs, whole clusters.
 #
 #   tests/rdma/run.sh [transport] [cluster]     all of it, or these steps
 set -euo pipefail
