@@ -43,12 +43,12 @@ pub enum Refusal {
     Busy,
 }
 
-/// Why a session did not come about.
+/// Why a session did not come about. Each text is whole: whoever prints an error's causes after it prints none twice.
 #[derive(Debug, thiserror::Error)]
 pub enum ConnectError {
     /// The decode worker said no.
     #[error("refused: {0}")]
-    Refused(#[from] Refusal),
+    Refused(Refusal),
     /// Whoever answered does not know the cluster token.
     #[error("the peer does not know the cluster token; set the same --cluster-token on all workers")]
     Token,
@@ -78,7 +78,19 @@ pub enum ConnectError {
     TimedOut,
     /// The network or the system.
     #[error("cannot open a session: {0}")]
-    Io(#[from] io::Error),
+    Io(io::Error),
+}
+
+impl From<Refusal> for ConnectError {
+    fn from(refusal: Refusal) -> Self {
+        Self::Refused(refusal)
+    }
+}
+
+impl From<io::Error> for ConnectError {
+    fn from(error: io::Error) -> Self {
+        Self::Io(error)
+    }
 }
 
 /// Why a [`SessionServer`](super::SessionServer) did not start.
@@ -120,4 +132,16 @@ pub enum WriteError {
     /// A page, layer or slot that one of the workers does not have. Nothing was written.
     #[error("a page, layer or mailbox slot out of range")]
     OutOfRange,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_error_printed_with_its_causes_says_nothing_twice() {
+        let told = |error: ConnectError| format!("{:#}", anyhow::Error::from(error));
+        assert_eq!(told(Refusal::Instance.into()), "refused: another worker listens at this address");
+        assert_eq!(told(io::Error::other("no route").into()), "cannot open a session: no route");
+    }
 }

@@ -25,6 +25,8 @@ use super::{ClusterToken, ConnectError, Refusal, Transport};
 pub(super) const VERSION: u32 = 2;
 /// What a handshake frame begins with; whatever else arrives is not for us.
 const MAGIC: [u8; 4] = *b"EkvS";
+/// The magic and the length.
+const HEADER_BYTES: usize = 8;
 /// Bytes of one handshake frame after its magic and length.
 const FRAME_BYTES_MAX: usize = 4096;
 
@@ -91,10 +93,14 @@ pub(super) async fn accept(
     token: &ClusterToken,
     check: impl FnOnce(&Hello) -> Result<(), Refusal>,
 ) -> Result<Hello, HandshakeError> {
-    let hello_bytes = match read_frame(socket, None).await {
+    let mut header = [0; HEADER_BYTES];
+    let begun = match socket.read(&mut header).await {
         Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => return Err(HandshakeError::Silent),
         read => read?,
     };
+    // Whoever leaves after this has said something, and not to the end.
+    socket.read_exact(&mut header[begun..]).await?;
+    let hello_bytes = read_body(socket, header).await?;
     let (version, _) = postcard::take_from_bytes::<u32>(&hello_bytes).map_err(|_| HandshakeError::Protocol("hello"))?;
     if version != VERSION {
         return refuse(socket, Refusal::Version { ours: VERSION }).await;
@@ -175,11 +181,16 @@ fn parse<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, HandshakeError> {
 }
 
 async fn read_frame(socket: &Socket, files: Option<&mut Vec<File>>) -> io::Result<Vec<u8>> {
-    let mut header = [0; 8];
+    let mut header = [0; HEADER_BYTES];
     match files {
         Some(files) => socket.read_exact_with_files(&mut header, files).await?,
         None => socket.read_exact(&mut header).await?,
     }
+    read_body(socket, header).await
+}
+
+/// What follows a frame's magic and length.
+async fn read_body(socket: &Socket, header: [u8; HEADER_BYTES]) -> io::Result<Vec<u8>> {
     let [a, b, c, d, length @ ..] = header;
     let length = u32::from_le_bytes(length) as usize;
     if [a, b, c, d] != MAGIC || length > FRAME_BYTES_MAX {

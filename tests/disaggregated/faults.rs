@@ -11,7 +11,9 @@ use engine::{
 use serde_json::{Value, json};
 
 use crate::{
-    cell::{self, Cell, SLOWLY, ask, card, granted, handoffs, join, pages, prefills, prompt, wait_until_idle},
+    cell::{
+        self, Cell, SLOWLY, answer_to, ask, card, granted, handoffs, join, pages, prefills, prompt, wait_until_idle,
+    },
     program::Server,
     services,
 };
@@ -130,13 +132,16 @@ fn jobs_that_are_stale_or_cannot_be_read_harm_nobody() {
     };
     let mut nowhere = card.session.clone();
     (nowhere["unix"], nowhere["tcp"]) = (json!("/no/such/socket"), json!("127.0.0.1:1"));
+    // All else about it may have stayed the same, and mean something else.
+    let newer = String::from_utf8(job(5, &card.session, 5).encode()).unwrap();
+    let newer = newer.replace(r#""schema":1,"#, r#""schema":99,"#).into_bytes();
     let poison = [
         // A job of an earlier life of this decode worker, and one of a worker that is no more.
         job(1, &card.session, 5).encode(),
         job(2, &nowhere, 6).encode(),
         job(3, &json!({"strange": true}), 7).encode(),
         // Of another schema, of another model, and none at all.
-        br#"{"schema": 99, "whatever": []}"#.to_vec(),
+        newer,
         Job { model_key: "0".repeat(32), ..job(4, &card.session, 5) }.encode(),
         b"\xff\x00 not a job".to_vec(),
     ];
@@ -160,6 +165,7 @@ fn jobs_that_are_stale_or_cannot_be_read_harm_nobody() {
     });
     // What cannot be read, or is another model's, was given up and counted; what is stale was just done with.
     prefill.wait_until("dead jobs are counted", |prefill| prefill.metric("engine_dead_jobs_total") == 3.0);
+    assert_eq!(prefill.log().matches("gave up a prefill job").count(), 3, "{}", prefill.log());
     wait_until_idle(&decode);
 }
 
@@ -258,16 +264,22 @@ fn a_burst_of_long_prompts_on_too_few_pages_is_answered() {
     decode.wait_until("both are there", |decode| decode.metric("engine_prefill_workers") == 2.0);
     cell.wait_for_prefill_worker(&decode);
     let lengths: Vec<usize> = (0..16).map(|number| 40 + 9 * number).collect();
+    // With answers that outgrow what was left when their prompts came back.
+    let ask = |server: &Server, length| {
+        let question = json!({"prompt": prompt(length), "max_tokens": 48, "temperature": 0, "ignore_eos": true});
+        answer_to(server, &question)
+    };
     let answers: Vec<_> = thread::scope(|scope| {
-        let decode = &decode;
-        let asking: Vec<_> = lengths.iter().map(|&length| scope.spawn(move || ask(decode, &prompt(length)))).collect();
+        let (decode, ask) = (&decode, &ask);
+        let asking: Vec<_> = lengths.iter().map(|&length| scope.spawn(move || ask(decode, length))).collect();
         asking.into_iter().map(|handle| handle.join().unwrap()).collect()
     });
     let alone = alone();
     for (&length, answer) in lengths.iter().zip(&answers) {
-        assert_eq!(*answer, ask(&alone, &prompt(length)), "a prompt of {length} tokens");
+        assert_eq!(*answer, ask(&alone, length), "a prompt of {length} tokens");
     }
     assert!(prefills(&decode, "remote") > 0.0);
+    assert!(decode.metric("engine_preemptions_total") > 0.0);
     wait_until_idle(&decode);
 }
 

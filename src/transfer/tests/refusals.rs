@@ -155,6 +155,18 @@ async fn garbage_on_the_port_is_hung_up_on() {
 }
 
 #[tokio::test]
+async fn who_leaves_without_a_word_is_nobody_and_who_leaves_amid_the_first_is_counted() {
+    let decode = Decode::start().await;
+    for (refused, words) in [(0, &b""[..]), (1, b"E"), (2, b"EkvS\x40\0\0\0half of a hello")] {
+        let mut stream = tcp(&decode).await;
+        stream.write_all(words).await.unwrap();
+        stream.shutdown().await.unwrap();
+        let _ = soon(stream.read_to_end(&mut Vec::new())).await;
+        assert_eq!(decode.metrics.refused.get(), refused, "{words:?}");
+    }
+}
+
+#[tokio::test]
 async fn a_connection_that_says_nothing_is_hung_up_on() {
     let decode = Decode::start_with(|config| config.limits.handshake = Duration::from_millis(10)).await;
     let mut stream = tcp(&decode).await;
