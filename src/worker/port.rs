@@ -40,6 +40,8 @@ const UNREACHABLE: u64 = u64::MAX;
 pub(super) struct View {
     prefill_workers: AtomicU32,
     queue_depth: AtomicU64,
+    /// Prompts of the step that is being planned which are to leave: their jobs go to the queue when it is planned.
+    leaving: AtomicU64,
     /// A decision has been made by it since it was last looked at.
     depth_mattered: AtomicBool,
     limits: RwLock<Limits>,
@@ -49,8 +51,8 @@ pub(super) struct View {
 impl View {
     pub(super) fn new(limits: Limits, metrics: HandoffMetrics) -> Arc<Self> {
         let (prefill_workers, queue_depth) = (AtomicU32::new(0), AtomicU64::new(UNREACHABLE));
-        let depth_mattered = AtomicBool::new(false);
-        Arc::new(Self { prefill_workers, queue_depth, depth_mattered, limits: RwLock::new(limits), metrics })
+        let (leaving, depth_mattered) = (AtomicU64::new(0), AtomicBool::new(false));
+        Arc::new(Self { prefill_workers, queue_depth, leaving, depth_mattered, limits: RwLock::new(limits), metrics })
     }
 
     fn set_workers(&self, workers: usize) {
@@ -99,7 +101,7 @@ impl LendingPort for ClusterPort {
         let situation = Situation {
             uncached_tokens: (candidate.tokens - candidate.cached) as u32,
             prefill_workers: self.view.prefill_workers.load(Ordering::Relaxed),
-            queue_depth: self.view.depth(),
+            queue_depth: self.view.depth().map(|depth| depth + self.view.leaving.load(Ordering::Relaxed)),
             lost_handoffs: candidate.lost,
             local,
         };
@@ -108,6 +110,9 @@ impl LendingPort for ClusterPort {
             Decision::Remote => (Route::Remote, true),
             Decision::Local(reason) => (Route::Local, matches!(reason, Reason::Busy | Reason::Sooner)),
         };
+        if route == Route::Remote {
+            self.view.leaving.fetch_add(1, Ordering::Relaxed);
+        }
         if depth_mattered {
             self.view.depth_mattered.store(true, Ordering::Relaxed);
         }
@@ -120,6 +125,9 @@ impl LendingPort for ClusterPort {
     }
 
     fn enqueue(&mut self, handoff: HandoffId, tokens: usize, trace: Option<TraceContext>) {
+        // All of a step's jobs come at once. One whose prompt found no pages to lend does not come, and is forgotten
+        // here or at the next look.
+        self.view.leaving.store(0, Ordering::Relaxed);
         if let Some(depth) = self.view.depth() {
             // Until somebody has it, or the next look, it counts as waiting.
             self.view.set_depth(Some(depth + 1));
@@ -262,6 +270,7 @@ pub(super) async fn follow_depth(cluster: Cluster, key: ModelKey, view: Arc<View
             }
         };
         view.set_depth(depth);
+        view.leaving.store(0, Ordering::Relaxed);
     }
 }
 

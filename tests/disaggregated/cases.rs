@@ -11,8 +11,8 @@ use serde_json::json;
 
 use crate::{
     cell::{
-        Cell, Model, answer_to, ask, granted, handoffs, join, leave_behind, prefills, sum, wait_for_decode_workers,
-        wait_until_idle,
+        Cell, Model, answer_to, ask, card, granted, handoffs, join, leave_behind, prefills, sum,
+        wait_for_decode_workers, wait_until_idle,
     },
     services,
 };
@@ -124,6 +124,35 @@ fn two_hundred_long_prompts_at_the_start_are_all_answered() {
     let before = prefilled("remote");
     ask(&frontend, &cell.prompt(1000, 500));
     assert_eq!(prefilled("remote"), before + 1.0);
+}
+
+#[test]
+fn a_queue_that_nobody_works_on_grows_to_its_limit_and_no_further() {
+    let cell = Cell::of(small());
+    let decode = cell.decode(&[&THRESHOLD[..], &["--max-prefill-queue-size", "2"]].concat());
+    let prefill = cell.prefill(&[]);
+    cell.wait_for_prefill_worker(&decode);
+    let runtime = tokio::runtime::Runtime::new().unwrap();
+    let cluster = runtime.block_on(join(&cell));
+    let key = runtime.block_on(card(&cluster, Role::Decode)).model_key;
+    prefill.signal("STOP");
+    let prompts: Vec<_> = (0..40).map(|number| cell.prompt(number, 80 + number)).collect();
+    let answers: Vec<_> = thread::scope(|scope| {
+        let asking: Vec<_> = prompts.iter().map(|prompt| scope.spawn(|| ask(&decode, prompt))).collect();
+        decode.wait_until("most are computed here", |decode| {
+            let depth = runtime.block_on(cluster.queue.depth(key)).unwrap();
+            // Two wait, one may be with the worker that hangs, and some on their way while the queue is looked at.
+            assert!(depth.waiting + depth.delivered < 10, "{depth:?}");
+            prefills(decode, "local") > 30.0
+        });
+        prefill.signal("CONT");
+        asking.into_iter().map(|asking| asking.join().unwrap()).collect()
+    });
+    let alone = cell.alone();
+    for (prompt, answer) in prompts.iter().zip(&answers) {
+        assert_eq!(*answer, ask(&alone, prompt), "a prompt of {} tokens", prompt.len());
+    }
+    wait_until_idle(&decode);
 }
 
 #[test]

@@ -6,6 +6,7 @@ use std::rc::Rc;
 use std::sync::{Arc, Mutex};
 use std::task::Context;
 
+use futures::FutureExt;
 use proptest::prelude::*;
 
 use super::*;
@@ -232,6 +233,15 @@ fn pages(pages: impl IntoIterator<Item = (u32, u32)>) -> Vec<PageCopy> {
 
 fn runs(copies: &[PageCopy]) -> Vec<RunCopy> {
     coalesce(copies.to_vec(), SHAPE, SHAPE).unwrap()
+}
+
+#[test]
+fn nothing_is_proved_before_every_adapter_has_been_answered() {
+    let (mut poster, fabric) = start(2, 8);
+    assert!(poster.prove().now_or_never().is_none(), "nobody has answered");
+    assert_eq!(fabric.chains.borrow()[..], [1, 1], "each has asked");
+    *fabric.broken.borrow_mut() = true;
+    assert!(poster.prove().now_or_never().is_some_and(|proved| proved.is_err()));
 }
 
 #[test]
