@@ -173,8 +173,10 @@ impl<B: Backend> Model<B> for Decoder<B> {
                 backend.linear(&b.normed, &layer.qkv, layer.qkv_bias.as_ref(), &mut b.qkv);
                 let qk_norm = layer.q_norm.as_ref().zip(layer.k_norm.as_ref()).map(|(q, k)| QkNorm { q, k, eps });
                 backend.rope_and_cache(&mut b.qkv, shape, qk_norm, rope, cache, index, batch);
-                layer_done(index);
-                layers_done = index + 1;
+                if !backend.is_recording() {
+                    layer_done(index);
+                    layers_done = index + 1;
+                }
                 backend.attention(&b.qkv, shape, scale, cache, index, batch, &mut b.attention);
                 backend.linear(&b.attention, &layer.output, layer.output_bias.as_ref(), &mut b.delta);
 
@@ -185,7 +187,7 @@ impl<B: Backend> Model<B> for Decoder<B> {
             }
             backend.add_rms_norm(&mut b.residual, &b.delta, norm, eps, &mut b.normed);
         });
-        // What was replayed did not come by here.
+        // What was recorded or replayed is only enqueued by now.
         (layers_done..layers.len()).for_each(layer_done);
     }
 

@@ -2,7 +2,7 @@
 
 use anyhow::{Context, Result, bail};
 use engine_kernels::{
-    Backend, KvDType, KvLayout, KvRegion,
+    Backend, KvDType, KvLayout, KvPages, KvRegion,
     cpu::{CpuBackend, CpuOptions},
 };
 use engine_models::{ForwardLimits, ModelSource, OpenOptions};
@@ -23,7 +23,7 @@ const LOGIT_ROWS_MAX: usize = 64;
 /// How the CPU backend orders the elements of a page; part of what workers agree on.
 const CPU_PAGE_ORDER: &str = "keys [head_dim][token], values [token][head_dim]";
 /// How the CUDA backend does.
-#[cfg(feature = "cuda")]
+#[cfg(any(feature = "cuda", test))]
 const CUDA_PAGE_ORDER: &str = "keys and values [token][head_dim]";
 
 /// A model that is ready to compute.
@@ -31,7 +31,7 @@ pub(super) struct Loaded {
     pub(super) runner: Box<dyn Runner>,
     pub(super) config: EngineConfig,
     /// Where its pages are, if others can reach them.
-    region: Option<KvRegion>,
+    pages: Option<KvPages>,
     /// What other workers have to have in common with it.
     pub(super) key: ModelKey,
     layout: KvLayout,
@@ -113,9 +113,9 @@ pub(super) fn load(cli: &WorkerArgs, source: &ModelSource, shared: bool) -> Resu
     if let Some(model) = &cli.mock {
         let region = KvRegion::shared(layout.region_shape()).context("cannot reserve a mock's pages")?;
         let runner = Box::new(MockRunner::new(model.clone(), region.clone(), layout.block_size));
-        return Ok(Loaded { runner, config, region: Some(region), key, layout, page_order, fingerprint });
+        return Ok(Loaded { runner, config, pages: Some(region.into()), key, layout, page_order, fingerprint });
     }
-    let (runner, region) = match device {
+    let (runner, pages) = match device {
         Chosen::Cpu => {
             let mut backend = CpuBackend::new(CpuOptions { threads, level: None });
             if shared {
@@ -128,7 +128,7 @@ pub(super) fn load(cli: &WorkerArgs, source: &ModelSource, shared: bool) -> Resu
             load_into(engine_kernels::cuda::CudaBackend::new(device), source, limits, layout)?
         }
     };
-    Ok(Loaded { runner, config, region, key, layout, page_order, fingerprint })
+    Ok(Loaded { runner, config, pages, key, layout, page_order, fingerprint })
 }
 
 fn load_into<B: Backend>(
@@ -136,19 +136,22 @@ fn load_into<B: Backend>(
     source: &ModelSource,
     limits: ForwardLimits,
     layout: KvLayout,
-) -> Result<(Box<dyn Runner>, Option<KvRegion>)> {
+) -> Result<(Box<dyn Runner>, Option<KvPages>)> {
     let loaded = source.load(&mut backend, limits)?;
     let runner = ModelRunner::new(backend, loaded.model, layout, limits.max_logit_rows)?;
-    let region = runner.region();
-    Ok((Box::new(runner), region))
+    let pages = runner.pages();
+    Ok((Box::new(runner), pages))
 }
 
 impl Loaded {
     /// Where its pages are, for others to read or write.
-    pub(super) fn region(&self) -> Result<KvRegion> {
-        self.region.clone().context(
-            "KV pages on a CUDA device cannot be moved between workers yet: run with --standalone, or with --device cpu",
-        )
+    pub(super) fn pages(&self) -> Result<KvPages> {
+        self.pages.clone().context("this backend's KV pages cannot be moved between workers: run with --standalone")
+    }
+
+    /// Whether they are in device memory.
+    pub(super) fn is_on_device(&self) -> bool {
+        matches!(self.pages, Some(KvPages::Device(_)))
     }
 
     /// What others are told of the model, so that they can list it, and load it too.
@@ -174,5 +177,17 @@ impl Loaded {
             page_order: self.page_order.to_owned(),
             weights: self.fingerprint[..8].iter().map(|byte| format!("{byte:02x}")).collect(),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn workers_on_cpus_and_on_devices_never_share_a_key() {
+        let layout = KvLayout { layers: 2, kv_heads: 2, head_dim: 64, block_size: 16, blocks: 9, dtype: KvDType::F16 };
+        let key = |order| ModelKey::new(&[7; 32], &layout, order);
+        assert_ne!(key(CPU_PAGE_ORDER), key(CUDA_PAGE_ORDER));
     }
 }
