@@ -13,8 +13,8 @@ pub struct TransportArgs {
     #[arg(long, value_enum, value_name = "TRANSPORT", default_value = "auto")]
     pub transport: TransportArg,
 
-    /// Host memory, as 512MiB or 2GiB, in which pages wait on their way to or from a CUDA device where they cannot go from
-    /// device to device [default: 2 GiB of a decode worker, 256 MiB of a prefill worker, and no more than there are pages]
+    /// Host memory, as 512MiB or 2GiB, that pages pass through on their way to or from a CUDA device where they cannot go
+    /// from device to device [default: 2 GiB of a decode worker, 256 MiB of a prefill worker, no more than all pages]
     #[arg(long, value_name = "SIZE", value_parser = parse_size)]
     pub kv_staging_memory: Option<usize>,
 

@@ -6,7 +6,8 @@
 //! decode  → prefill  Challenge   a random number, and proof of the cluster token
 //! prefill → decode   Proof       the same from the other side
 //! decode  → prefill  Welcome     limits and sizes; over shm with the files of the KV memory and of the mailbox,
-//!                                over CUDA IPC with the handle of the one and the file of the other, over RDMA with the queue pairs that lead to them
+//!                                over CUDA IPC with a handle of the one and the file of the other, over RDMA
+//!                                with the queue pairs that lead to them
 //! ```
 //!
 //! At each step the decode worker may answer with a refusal instead. Nothing here may be large or take long.

@@ -37,7 +37,8 @@ pub(super) fn staging_notice(region: &Region, ways: &Ways, when: &str) -> String
     let shape = region.shape();
     let except = if ways.cuda_ipc { "but over cuda-ipc " } else { "" };
     let notice = format!(
-        "{except}pages are staged {when}, in {} MiB of host memory ({} pages), because shared memory, TCP and this build's          RDMA reach host memory alone",
+        "{except}pages are staged {when}, in {} MiB of host memory ({} pages), because shared memory, TCP and \
+         this build's RDMA reach host memory alone",
         shape.total_bytes() >> 20,
         shape.pages,
     );

@@ -1,9 +1,9 @@
 //! Host memory in which pages arrive that are meant for a device, at a decode worker.
 //!
-//! What nothing but the device can write to directly, peers write here: to pages of a pool, of the same shape as the
-//! device's. A loan that is claimed over such a session gets as many of them as it has pages, and they go the way of its
-//! pages: whoever holds the loan may write to them, they are in quarantine with it, and they are used again when it is
-//! resolved. When its word says that all is written, they are copied up, before any step that reads the pages.
+//! What cannot write to the device directly writes here: to pages of a pool, of the same shape as the device's. A loan
+//! that is claimed over such a session gets as many of them as it has pages, and they go the way of its pages: whoever
+//! holds the loan may write to them, they are in quarantine with it, and they are used again when it is resolved. When
+//! its word says that all is written, they are copied up, before any step that reads the pages.
 //!
 //! A pool, and not a mirror of all pages: that would lock as much host memory as the device has for pages, for the few
 //! prompts that are under way at a time. A prompt that finds no room is prefilled here.
@@ -48,9 +48,9 @@ impl Staging {
         Ok(Self { device, region, used: Used::new(pages), copying: VecDeque::new(), _locked: locked })
     }
 
-    /// Returns when the device is done with all that it was told to compute, so that nothing of it still reads or writes
-    /// pages that a peer's device is about to write to. Steps end when their tokens are there, so there is something to
-    /// wait for only if the last step sampled none. False if the device fails.
+    /// Returns when the device is done with all that it was told to compute: nothing of it still reads or writes pages
+    /// that a peer's device is about to write to. Steps end when their tokens are there, so there is something to wait
+    /// for only if the last step sampled none. False if the device fails.
     pub(super) fn settle(&self) -> bool {
         let settled = self.device.mark().and_then(|mark| mark.wait());
         if let Err(error) = &settled {
@@ -167,7 +167,73 @@ impl Used {
 
 #[cfg(test)]
 mod tests {
+    use std::{os::unix::fs::FileExt, sync::Arc};
+
+    use engine_cuda_emulated::Emulated;
+    use engine_kernels::cuda::{Driver, Memory};
+
     use super::*;
+
+    const SHAPE: RegionShape = RegionShape { layers: 2, pages: 8, page_bytes: 64 };
+
+    /// A device's pages, and a pool of so many for them. The device copies when somebody waits for it, and not before.
+    fn staging(pages: usize) -> (Emulated, Arc<dyn Memory>, Staging) {
+        let driver = Emulated::default();
+        let memory: Arc<dyn Memory> = Arc::new(driver.allocate(SHAPE.total_bytes()).unwrap());
+        let device = DeviceRegion::new(memory.clone(), driver.mover(), SHAPE);
+        let staging = Staging::new(device, pages * SHAPE.layers * SHAPE.page_bytes).unwrap();
+        (driver, memory, staging)
+    }
+
+    /// As a peer does that has mapped the pool.
+    fn write(staging: &Staging, pages: &StagedPages, byte: u8) {
+        let region = staging.region();
+        for layer in 0..SHAPE.layers {
+            for &page in pages.numbers() {
+                let at = region.shape().offset(layer, page as usize, 1) as u64;
+                region.file().unwrap().write_all_at(&[byte + layer as u8; SHAPE.page_bytes], at).unwrap();
+            }
+        }
+    }
+
+    fn page(driver: &Emulated, memory: &Arc<dyn Memory>, layer: usize, page: usize) -> Vec<u8> {
+        let mut bytes = vec![0; SHAPE.page_bytes];
+        driver.read(memory.address().offset(SHAPE.offset(layer, page, 1)), &mut bytes).unwrap();
+        bytes
+    }
+
+    #[test]
+    fn pages_of_the_pool_are_used_again_when_they_were_copied_and_not_before() {
+        let (driver, memory, mut staging) = staging(2);
+        let first = staging.take(2).unwrap();
+        assert!(staging.take(1).is_none(), "all are lent");
+        write(&staging, &first, 10);
+        assert!(staging.take_up(first, &[5, 3]));
+        // The copy has not run, but the room is wanted.
+        let second = staging.take(2).unwrap();
+        write(&staging, &second, 20);
+        for (layer, number) in [(0, 5), (1, 5), (0, 3), (1, 3)] {
+            assert_eq!(page(&driver, &memory, layer, number), [10 + layer as u8; SHAPE.page_bytes]);
+        }
+        staging.give_back(&second);
+        assert!(staging.take(2).is_some());
+    }
+
+    #[test]
+    fn a_device_that_fails_brings_nothing_up_and_gives_no_room() {
+        let (driver, _memory, mut staging) = staging(4);
+        let (one, other) = (staging.take(2).unwrap(), staging.take(2).unwrap());
+        assert!(staging.settle() && staging.take_up(one, &[0, 1]));
+        driver.break_down();
+        assert!(!staging.take_up(other, &[2, 3]) && !staging.settle());
+        assert!(staging.take(1).is_none());
+    }
+
+    #[test]
+    fn a_pool_is_no_larger_than_what_it_stands_in_for_and_never_empty() {
+        assert_eq!(staging(0).2.region().shape().pages, 1);
+        assert_eq!(staging(100).2.region().shape(), SHAPE);
+    }
 
     #[test]
     fn pages_are_taken_together_where_there_are_as_many_and_never_twice() {

@@ -21,7 +21,7 @@ const THRESHOLD: usize = 64;
 /// Prompts above the threshold and below: on page borders and beside them, several chunks long.
 const LENGTHS: [usize; 8] = [20, 64, 65, 66, 80, 81, 211, 420];
 /// How far log-probabilities may be from each other. Rows of large steps and of small ones are added up in different
-/// orders, and who prefills decides which a row is in; the rest is the same, so this is far less than a wrong page makes.
+/// orders, and who prefills decides which a row is in; the rest is the same, so this is less than a wrong page makes.
 const TOLERANCE: f64 = 1e-4;
 const DEVICE: [&str; 2] = ["--device", "cuda:0"];
 

@@ -94,8 +94,8 @@ impl Connector {
 
     /// Opens a session to the decode worker at `addresses`, as the worker `own`; served by a task of the tokio runtime
     /// this is called in. Of the ways that are allowed the first that leads there: if it runs on this host and its unix
-    /// socket can be reached from here, CUDA IPC if both have a device and ours can write to theirs, else shm; RDMA if both have adapters that reach each other; TCP, which is counted
-    /// and logged.
+    /// socket can be reached from here, CUDA IPC if both have a device and ours can write to theirs, else shm; RDMA if
+    /// both have adapters that reach each other; TCP, which is counted and logged.
     pub async fn connect(&self, addresses: &SessionAddresses, own: WorkerId) -> Result<Session, ConnectError> {
         let opening = self.connect_somehow(addresses, own);
         tokio::time::timeout(self.shared.config.timeout, opening).await.map_err(|_| ConnectError::TimedOut)?
