@@ -13,7 +13,7 @@ PEERS  ?= llama.cpp nixl dynamo
 FUZZ_SECONDS ?= 600
 SOAK_SECONDS ?= 120
 
-.PHONY: help setup setup-services setup-rdma run cluster demo-model test-assets test test-rdma fmt lint doc client bench bench-frontend bench-scale bench-rdma fuzz soak avx512 goldens cuda cuda-check gpu-check
+.PHONY: help setup setup-services setup-rdma run cluster demo-model test-assets test test-rdma fmt lint doc client bench bench-frontend bench-scale bench-rdma fuzz soak avx512 goldens cuda cuda-check gpu-check device-pages
 
 help: ## Print this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -98,12 +98,15 @@ cuda: setup ## Build target/cuda/engine, with CUDA; fetches NVIDIA's compiler fr
 
 cuda-check: setup ## Compile the CUDA kernels and their driver; look at what became of the kernels. Needs no GPU; part of make test
 	CUDA_HOME="$$(scripts/fetch-nvcc.sh)" $(CARGO) clippy --workspace --features cuda --lib --bin engine --bench kernels --test conformance --test cuda_steps \
-		--test cuda_prefill --locked -- -D warnings
+		--test cuda_prefill --test device_pages --locked -- -D warnings
 	scripts/check-kernels.sh
 
 gpu-check: setup ## Build target/cuda/gpu-check-*, the kernels' tests for a real device, to be carried to one; runs them on a stand-in here
 	CUDA_HOME="$$(scripts/fetch-nvcc.sh)" scripts/build-gpu-check.sh
 	scripts/check-driver.sh
+
+device-pages: setup-services ## Whole clusters whose pages are in device memory, the engine built with CUDA, on a stand-in for libcuda. Needs no GPU
+	CUDA_HOME="$$(scripts/fetch-nvcc.sh)" scripts/check-device-pages.sh
 
 goldens: demo-model ## Make the reference fixtures anew with transformers (downloads PyTorch)
 	tests/reference/run.sh

@@ -6,8 +6,7 @@ cd "$(dirname "$0")/.."
 
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
-c++ -std=c++20 -O2 -fPIC -shared -fno-strict-aliasing -ffp-contract=off -Wno-unknown-pragmas \
-    kernels/emulated/simt/libcuda.cpp -o "$work/libcuda.so"
+scripts/build-libcuda.sh "$work"
 export LD_LIBRARY_PATH="$work"
 target/cuda/gpu-check-conformance --ignored cuda_device
 target/cuda/gpu-check-cuda_steps --ignored cuda_device

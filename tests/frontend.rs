@@ -109,6 +109,7 @@ fn card(address: SocketAddr, model: &str) -> WorkerCard {
         address: address.to_string(),
         session: Value::Null,
         transports: Vec::new(),
+        staging: String::new(),
         host_id: "h".into(),
         model: ModelCard {
             names: vec![model.into()],

@@ -68,6 +68,7 @@ impl Engine {
 impl Way for Engine {
     fn name(&self) -> (&'static str, &'static str) {
         match self.0.transport() {
+            Transport::CudaIpc => ("engine, cuda-ipc", "0"),
             Transport::Shm => ("engine, shm", "1"),
             Transport::Rdma => ("engine, rdma", "0"),
             Transport::Tcp => ("engine, tcp", "2, into the kernel and out of it"),

@@ -1,4 +1,4 @@
-use crate::{Batch, KernelError, KvLayout, KvRegion, Matrix, Residual, RmsNorm, RopeTable, SampleRow, Sampled};
+use crate::{Batch, KernelError, KvLayout, KvPages, Matrix, Residual, RmsNorm, RopeTable, SampleRow, Sampled};
 
 /// The heads of one attention layer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -73,9 +73,9 @@ pub trait Backend: Send + 'static {
     /// Reserves the KV cache.
     fn kv_cache(&mut self, layout: KvLayout) -> Result<Self::KvCache, KernelError>;
 
-    /// The memory of a cache's pages, for whoever moves pages between workers; none from a backend whose pages cannot
-    /// be moved.
-    fn kv_region(&self, cache: &Self::KvCache) -> Option<KvRegion>;
+    /// Where a cache's pages are, for whoever moves pages between workers; none from a backend whose pages cannot be
+    /// moved.
+    fn kv_pages(&self, cache: &Self::KvCache) -> Option<KvPages>;
 
     /// Tells the backend of the step to come. Operations that take a batch are given this one until the next call.
     fn begin(&mut self, batch: &Batch);
@@ -85,6 +85,12 @@ pub trait Backend: Send + 'static {
     fn step(&mut self, batch: &Batch, operations: &mut dyn FnMut(&mut Self)) {
         self.begin(batch);
         operations(self);
+    }
+
+    /// Whether what is enqueued now is only recorded, and runs when [`Backend::step`] has ended: nothing of it is done,
+    /// or can be waited for, before.
+    fn is_recording(&self) -> bool {
+        false
     }
 
     /// What has failed since the backend was made, if something has. Operations do not say so themselves, because on

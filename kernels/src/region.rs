@@ -28,6 +28,12 @@ impl RegionShape {
         self.layers * self.layer_stride()
     }
 
+    /// Where `count` consecutive pages of one layer start, in bytes from the region's start. Panics outside the region.
+    pub fn offset(&self, layer: usize, first: usize, count: usize) -> usize {
+        assert!(layer < self.layers && first <= self.pages && count <= self.pages - first, "pages outside the region");
+        layer * self.layer_stride() + first * self.page_bytes
+    }
+
     /// Total bytes, unless they do not fit an address.
     fn checked_bytes(&self) -> Option<usize> {
         let bytes = self.layers.checked_mul(self.pages)?.checked_mul(self.page_bytes)?;
@@ -113,10 +119,8 @@ impl KvRegion {
 
     /// Where `count` consecutive pages of one layer start: `count × page_bytes` bytes. Panics outside the region.
     pub fn pages(&self, layer: usize, first: usize, count: usize) -> *mut u8 {
-        let RegionShape { layers, pages, page_bytes } = self.shape;
-        assert!(layer < layers && first <= pages && count <= pages - first, "pages outside the region");
-        // SAFETY: within the mapping by the assertion.
-        unsafe { self.base().add(layer * self.shape.layer_stride() + first * page_bytes) }
+        // SAFETY: within the mapping, or the offset would have panicked.
+        unsafe { self.base().add(self.shape.offset(layer, first, count)) }
     }
 
     /// The file to hand to another process, if the region is one that can be shared.

@@ -167,8 +167,10 @@ impl<B: Backend> Model<B> for Decoder<B> {
                 backend.norm_linear(&mut b.residual, rms_norm, &layer.qkv, layer.qkv_bias.as_ref(), &mut b.qkv);
                 let qk_norm = layer.q_norm.as_ref().zip(layer.k_norm.as_ref()).map(|(q, k)| QkNorm { q, k, eps });
                 backend.rope_and_cache(&mut b.qkv, shape, qk_norm, rope, cache, index, batch);
-                layer_done(index);
-                layers_done = index + 1;
+                if !backend.is_recording() {
+                    layer_done(index);
+                    layers_done = index + 1;
+                }
                 backend.attention(&b.qkv, shape, scale, cache, index, batch, &mut b.attention);
                 backend.add_linear(&b.attention, &layer.output, layer.output_bias.as_ref(), &mut b.residual);
 
@@ -180,7 +182,7 @@ impl<B: Backend> Model<B> for Decoder<B> {
             }
             backend.norm(&mut b.residual, RmsNorm { weight: norm, eps });
         });
-        // What was replayed did not come by here.
+        // What was recorded or replayed is only enqueued by now.
         (layers_done..layers.len()).for_each(layer_done);
     }
 

@@ -138,8 +138,10 @@ impl From<DisaggPolicyArg> for Policy {
 /// `--transport`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum TransportArg {
-    /// Shared memory on one host, else RDMA, else TCP.
+    /// On one host CUDA IPC between devices, or shared memory; else RDMA, else TCP.
     Auto,
+    /// From device to device of one host, or not at all.
+    CudaIpc,
     /// Shared memory, or not at all.
     Shm,
     /// RDMA, or not at all, on one host too.

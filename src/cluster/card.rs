@@ -51,6 +51,9 @@ pub struct WorkerCard {
     /// Transports it speaks, best first.
     #[serde(default)]
     pub transports: Vec<String>,
+    /// How pages are staged through host memory, and why, if they are. For people.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub staging: String,
     /// Identity of its host (the boot id): workers that share it can share memory.
     pub host_id: String,
     /// What it serves.
@@ -128,6 +131,7 @@ pub(crate) mod tests {
             address: address.into(),
             session: serde_json::json!({ "tcp": "127.0.0.1:1" }),
             transports: vec!["shm".into(), "tcp".into()],
+            staging: String::new(),
             host_id: "host".into(),
             model: ModelCard {
                 names: vec!["demo".into()],

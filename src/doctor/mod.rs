@@ -48,7 +48,7 @@ fn wanted(args: &DoctorArgs) -> Wanted {
         _ if args.transports.require_rdma => Wanted::Rdma,
         TransportArg::Rdma => Wanted::Rdma,
         TransportArg::Auto => Wanted::Any,
-        TransportArg::Shm | TransportArg::Tcp => Wanted::NoRdma,
+        TransportArg::CudaIpc | TransportArg::Shm | TransportArg::Tcp => Wanted::NoRdma,
     }
 }
 

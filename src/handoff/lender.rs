@@ -137,6 +137,13 @@ impl<R: Copy, P> Lender<R, P> {
         self.seats.get(slot.0 as usize)?.loan.as_ref().map(|loan| &loan.pages)
     }
 
+    /// The pages of a loan that nobody has claimed yet, to add to what goes with them.
+    pub fn unclaimed_mut(&mut self, handoff: HandoffId) -> Option<&mut P> {
+        let &slot = self.by_handoff.get(&handoff)?;
+        let loan = self.seat(slot).loan.as_mut()?;
+        matches!(loan.state, State::Queued { .. }).then_some(&mut loan.pages)
+    }
+
     /// Every lent page, for the integrity check: `true` for those in quarantine, as are those of who measures.
     pub fn lent(&self) -> impl Iterator<Item = (&P, bool)> {
         self.open.iter().filter_map(|slot| self.seats[slot.0 as usize].loan.as_ref()).map(|loan| {

@@ -17,6 +17,9 @@ pub struct SessionAddresses {
     pub instance: String,
     /// Its unix socket.
     pub unix: Option<PathBuf>,
+    /// The CUDA device its pages are on, if other processes of the host may open them.
+    #[serde(default)]
+    pub cuda: Option<String>,
     /// Its TCP address, `host:port`.
     pub tcp: Option<String>,
     /// Whether it is encrypted there.

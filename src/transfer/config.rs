@@ -2,7 +2,7 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use super::{ClusterToken, ServerTls, Target, TransferMetrics};
+use super::{ClusterToken, Exported, ServerTls, Target, TransferMetrics};
 
 /// What a session may use. The decode worker's hold for both sides; it states them when a session opens.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -48,6 +48,10 @@ pub struct ServerConfig {
     pub tcp: Option<SocketAddr>,
     /// Whether pages may come that way too, and not only what is said beside RDMA.
     pub tcp_pages: bool,
+    /// Whether processes of this host may map the region.
+    pub shm: bool,
+    /// Pages in device memory that processes of this host may open, to write to them in place of the region.
+    pub cuda: Option<Exported>,
     /// The region and mailbox, registered for other hosts' adapters.
     pub rdma: Option<Target>,
     /// Host name or address other workers reach `tcp` under; by default the address listened on.

@@ -67,6 +67,9 @@ pub enum ConnectError {
     /// RDMA did not come about.
     #[error(transparent)]
     Rdma(#[from] RdmaError),
+    /// Its device memory cannot be opened.
+    #[error("the decode worker's device memory cannot be opened here: {0}")]
+    Device(String),
     /// What leads there is not allowed.
     #[error(
         "pages could go over TCP alone, which --require-rdma or --transport forbids: {0}; 'engine doctor' says what is \
@@ -129,6 +132,9 @@ pub enum WriteError {
     /// The decode worker took the loan back.
     #[error("the decode worker took the loan back")]
     Revoked,
+    /// This worker's device failed to copy pages.
+    #[error("the device failed to copy pages; its error is in this worker's log")]
+    Device,
     /// A page, layer or slot that one of the workers does not have. Nothing was written.
     #[error("a page, layer or mailbox slot out of range")]
     OutOfRange,

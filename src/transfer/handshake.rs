@@ -6,7 +6,8 @@
 //! decode  → prefill  Challenge   a random number, and proof of the cluster token
 //! prefill → decode   Proof       the same from the other side
 //! decode  → prefill  Welcome     limits and sizes; over shm with the files of the KV memory and of the mailbox,
-//!                                over RDMA with the queue pairs that lead to them
+//!                                over CUDA IPC with a handle of the one and the file of the other, over RDMA
+//!                                with the queue pairs that lead to them
 //! ```
 //!
 //! At each step the decode worker may answer with a refusal instead. Nothing here may be large or take long.
@@ -22,7 +23,7 @@ use super::socket::Socket;
 use super::{ClusterToken, ConnectError, Refusal, Transport};
 
 /// Raised whenever two builds could misunderstand each other.
-pub(super) const VERSION: u32 = 2;
+pub(super) const VERSION: u32 = 3;
 /// What a handshake frame begins with; whatever else arrives is not for us.
 const MAGIC: [u8; 4] = *b"EkvS";
 /// The magic and the length.
@@ -57,6 +58,8 @@ pub(super) struct Welcome {
     pub(super) frame_bytes: u32,
     pub(super) heartbeat_ms: u32,
     pub(super) missed_heartbeats: u32,
+    /// Over CUDA IPC, what its device memory is opened with.
+    pub(super) device: Option<Vec<u8>>,
     /// Over RDMA, a queue pair for each of the prefill worker's, and what it leads to.
     pub(super) rdma: Vec<Offer>,
 }
@@ -112,7 +115,7 @@ pub(super) async fn accept(
     let nonce: [u8; PROOF_BYTES] = rand::random();
     let transcript: [&[u8]; 2] = [&hello_bytes, &nonce];
     let challenge = Challenge { nonce, proof: token.proof(Prover::Decode, &transcript) };
-    write_frame(socket, &Answer::Ok(challenge), None).await?;
+    write_frame(socket, &Answer::Ok(challenge), &[]).await?;
     let proof: [u8; PROOF_BYTES] = parse(&read_frame(socket, None).await?)?;
     if !token.verify(Prover::Prefill, &transcript, &proof) {
         return refuse(socket, Refusal::Token).await;
@@ -122,18 +125,18 @@ pub(super) async fn accept(
 
 /// Tells the peer why not.
 pub(super) async fn refuse<T>(socket: &Socket, refusal: Refusal) -> Result<T, HandshakeError> {
-    write_frame(socket, &Answer::<()>::Err(refusal.clone()), None).await?;
+    write_frame(socket, &Answer::<()>::Err(refusal.clone()), &[]).await?;
     Err(refusal.into())
 }
 
 /// The decode worker's last step.
-pub(super) async fn welcome(socket: &Socket, welcome: Welcome, files: Option<[&File; 2]>) -> io::Result<()> {
+pub(super) async fn welcome(socket: &Socket, welcome: Welcome, files: &[&File]) -> io::Result<()> {
     write_frame(socket, &Answer::Ok(welcome), files).await?;
     Ok(())
 }
 
 /// The prefill worker's side, from the hello to the welcome. Over shm the files of the decode worker's KV memory and
-/// mailbox come with it.
+/// mailbox come with it, over CUDA IPC that of the mailbox.
 pub(super) async fn connect(
     socket: &Socket,
     token: &ClusterToken,
@@ -158,15 +161,15 @@ async fn connect_if(
     hello: &Hello,
     trust: impl FnOnce(bool) -> bool,
 ) -> Result<(Welcome, Vec<File>), ConnectError> {
-    let hello_bytes = write_frame(socket, hello, None).await?;
+    let hello_bytes = write_frame(socket, hello, &[]).await?;
     let challenge: Challenge = answer(&read_frame(socket, None).await?)?;
     let transcript: [&[u8]; 2] = [&hello_bytes, &challenge.nonce];
     if !trust(token.verify(Prover::Decode, &transcript, &challenge.proof)) {
         return Err(ConnectError::Token);
     }
-    write_frame(socket, &token.proof(Prover::Prefill, &transcript), None).await?;
+    write_frame(socket, &token.proof(Prover::Prefill, &transcript), &[]).await?;
     let mut files = Vec::new();
-    let keep = (hello.transport == Transport::Shm).then_some(&mut files);
+    let keep = matches!(hello.transport, Transport::Shm | Transport::CudaIpc).then_some(&mut files);
     let welcome = answer(&read_frame(socket, keep).await?)?;
     Ok((welcome, files))
 }
@@ -201,14 +204,14 @@ async fn read_body(socket: &Socket, header: [u8; HEADER_BYTES]) -> io::Result<Ve
     Ok(body)
 }
 
-async fn write_frame(socket: &Socket, body: &impl Serialize, files: Option<[&File; 2]>) -> io::Result<Vec<u8>> {
+async fn write_frame(socket: &Socket, body: &impl Serialize, files: &[&File]) -> io::Result<Vec<u8>> {
     let body = postcard::to_stdvec(body).map_err(io::Error::other)?;
     let mut frame = MAGIC.to_vec();
     frame.extend_from_slice(&(body.len() as u32).to_le_bytes());
     frame.extend_from_slice(&body);
     match files {
-        Some(files) => socket.write_with_files(&frame, files).await?,
-        None => socket.write_all(&frame).await?,
+        [] => socket.write_all(&frame).await?,
+        files => socket.write_with_files(&frame, files).await?,
     }
     Ok(body)
 }

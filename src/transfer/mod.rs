@@ -4,12 +4,18 @@
 //! [`Connector`], and through it a [`Session`] to each decode worker it has work from. A session carries messages both
 //! ways (opaque here; `handoff` gives them meaning), and pages one way:
 //!
+//! - **cuda-ipc**, on one host, between CUDA devices: the prefill worker opens the decode worker's KV memory, and its
+//!   device copies pages into it.
 //! - **shm**, on one host: the prefill worker maps the decode worker's KV memory and copies pages into it. One copy,
 //!   and nothing for the receiver to do.
 //! - **rdma**, between hosts with adapters: the prefill worker's adapter reads its pages and the decode worker's writes
 //!   them, and the word behind them, without either's processor.
 //! - **tcp**, otherwise: pages are sent straight from the sender's KV memory, and the receiver reads them from the
 //!   socket straight into those of its pages that it lent to this session; anything else ends the session.
+//!
+//! Pages in device memory that cannot go from device to device are staged: copied to locked host memory at the prefill
+//! worker, sent from there by any of the other ways into locked host memory of the decode worker, and copied up by its
+//! engine thread ([`StagingRing`]; `worker/staging.rs`).
 //!
 //! What is written under a loan is in place before the loan's mailbox word is, whichever way it went. When a loan can
 //! no longer be written to is said by [`SessionEvent::Revoked`] for one loan and by [`SessionEvent::Fenced`] for a
@@ -20,6 +26,7 @@ mod auth;
 mod client;
 mod config;
 mod copy;
+mod device;
 mod error;
 mod frame;
 mod handshake;
@@ -39,6 +46,8 @@ pub use address::{SessionAddresses, host_identity, runtime_directory};
 pub use auth::ClusterToken;
 pub use client::{Connector, ConnectorConfig, Session, Writer};
 pub use config::{Limits, ServerConfig};
+pub(crate) use device::lock_for_device;
+pub use device::{Exported, LocalPages, StagingRing};
 pub use error::{ConnectError, Refusal, ServerError, WriteError};
 pub use mailbox::Mailbox;
 pub use metrics::TransferMetrics;
@@ -56,6 +65,9 @@ use serde::{Deserialize, Serialize};
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Transport {
+    /// Device memory of one process opened by another of the same host.
+    #[serde(rename = "cuda-ipc")]
+    CudaIpc,
     /// Memory shared between two processes of a host.
     Shm,
     /// Two adapters, and a TCP connection for what is said.
@@ -68,6 +80,7 @@ impl Transport {
     /// Its name in metrics, logs and worker cards.
     pub const fn name(self) -> &'static str {
         match self {
+            Self::CudaIpc => "cuda-ipc",
             Self::Shm => "shm",
             Self::Rdma => "rdma",
             Self::Tcp => "tcp",

@@ -22,13 +22,12 @@ pub(super) struct RunCopy {
     pub(super) count: u32,
 }
 
-/// Checks that every page exists on both sides and joins those that follow each other. Posting each page for itself is
-/// what made others' transfers slow.
-pub(super) fn coalesce(
+/// Checks that every page exists on both sides, and brings them into the order of layers and of `remote`'s pages.
+pub(super) fn in_order(
     mut copies: Vec<PageCopy>,
     local: RegionShape,
     remote: RegionShape,
-) -> Result<Vec<RunCopy>, WriteError> {
+) -> Result<Vec<PageCopy>, WriteError> {
     let fits = |copy: &PageCopy| {
         (copy.layer as usize) < local.layers.min(remote.layers)
             && (copy.local as usize) < local.pages
@@ -38,6 +37,16 @@ pub(super) fn coalesce(
         return Err(WriteError::OutOfRange);
     }
     copies.sort_unstable_by_key(|copy| (copy.layer, copy.remote));
+    Ok(copies)
+}
+
+/// The same, and joins those that follow each other. Posting each page for itself is what made others' transfers slow.
+pub(super) fn coalesce(
+    copies: Vec<PageCopy>,
+    local: RegionShape,
+    remote: RegionShape,
+) -> Result<Vec<RunCopy>, WriteError> {
+    let copies = in_order(copies, local, remote)?;
     let mut runs: Vec<RunCopy> = Vec::new();
     for PageCopy { layer, local, remote } in copies {
         match runs.last_mut() {

@@ -162,14 +162,14 @@ impl Socket {
         Ok(())
     }
 
-    /// Writes all of `bytes`, and two open files with them, which the peer gets as its own. Unix sockets only.
-    pub(super) async fn write_with_files(&self, bytes: &[u8], files: [&File; 2]) -> io::Result<()> {
-        let files = files.map(|file| file.as_fd());
+    /// Writes all of `bytes`, and one or two open files with them, which the peer gets as its own. Unix sockets only.
+    pub(super) async fn write_with_files(&self, bytes: &[u8], files: &[&File]) -> io::Result<()> {
+        let files: Vec<_> = files.iter().map(|file| file.as_fd()).collect();
         let send = |fd: &OwnedFd| {
             let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(2))];
             let mut control = SendAncillaryBuffer::new(&mut space);
             if !control.push(SendAncillaryMessage::ScmRights(&files)) {
-                return Err(io::Error::other("no room for two files in a control message"));
+                return Err(io::Error::other("no room for the files in a control message"));
             }
             Ok(rustix::net::sendmsg(fd, &[IoSlice::new(bytes)], &mut control, SendFlags::NOSIGNAL)?)
         };

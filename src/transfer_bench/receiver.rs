@@ -55,6 +55,8 @@ impl Receiver {
         let config = ServerConfig {
             tcp: Some((address, 0).into()),
             tcp_pages: ways.tcp,
+            shm: ways.shm,
+            cuda: None,
             rdma: ways.register(move |adapters| Target::new(adapters, &lent, &words)).await?,
             advertise: None,
             unix: ways.shm.then(runtime_directory).transpose().context("no folder for a unix socket")?,

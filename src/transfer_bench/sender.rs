@@ -36,6 +36,7 @@ impl Sender {
             token,
             model_key: MODEL_KEY.to_owned(),
             timeout: CONNECT_TIME_MAX,
+            cuda_ipc: false,
             shm: ways.shm,
             rdma: ways.register(move |adapters| Source::new(adapters, &sent)).await?,
             tcp: ways.tcp,

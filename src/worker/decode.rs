@@ -53,7 +53,8 @@ pub async fn run(cli: WorkerArgs, ready: impl FnOnce(Ready)) -> Result<()> {
     let address = listener.local_addr()?;
     let lease = cluster.zip(lender).map(|(cluster, lender)| {
         let (sessions, transports) = (lender.addresses.clone(), lender.transports.clone());
-        let worker = Particulars { role: Role::Decode, address, model, key, sessions, transports };
+        let staging = lender.staging.clone();
+        let worker = Particulars { role: Role::Decode, address, model, key, sessions, transports, staging };
         let lease = membership::register(&cluster, &cli, worker, &engine);
         lender.follow(&cluster, lease.id());
         lease

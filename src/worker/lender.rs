@@ -6,13 +6,15 @@ use std::{
     time::Instant,
 };
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
+use engine_kernels::KvPages;
 use tokio::sync::{mpsc, watch};
 
 use super::{
     Engine, EngineHandle, LendingConfig, Post, inbox, membership,
     model::Loaded,
     port::{ClusterPort, NewJob, View, follow_depth, follow_limits, follow_workers, publish_jobs, sink},
+    staging::Staging,
     ways::Ways,
 };
 use crate::{
@@ -20,8 +22,31 @@ use crate::{
     cluster::{Cluster, LeaseId, ModelKey},
     handoff::{HandoffCosts, LenderTimeouts, Limits},
     telemetry::Metrics,
-    transfer::{self, Mailbox, ServerConfig, SessionServer, Target, Transport},
+    transfer::{self, Exported, Mailbox, Region, ServerConfig, SessionServer, Target, Transport},
 };
+
+/// Host memory for staged pages unless a flag says how much: room for several long prompts.
+const STAGING_BYTES: usize = 2 << 30;
+
+/// What is wrong with `--transport cuda-ipc` on a worker without a device.
+pub(super) const NEEDS_DEVICE: &str =
+    "--transport cuda-ipc moves pages between CUDA devices, and this worker computes on the CPU: see --device";
+
+/// Says in the log how pages in device memory are staged, and what there is to say of it elsewhere.
+pub(super) fn staging_notice(region: &Region, ways: &Ways, when: &str) -> String {
+    let shape = region.shape();
+    let except = if ways.cuda_ipc { "but over cuda-ipc " } else { "" };
+    let notice = format!(
+        "{except}pages are staged {when}, in {} MiB of host memory ({} pages), because shared memory, TCP and \
+         this build's RDMA reach host memory alone",
+        shape.total_bytes() >> 20,
+        shape.pages,
+    );
+    if !ways.needs_device() {
+        tracing::info!("{notice}");
+    }
+    notice
+}
 
 /// What keeps a lending engine informed, until [`Lender::follow`] sets it going.
 pub(super) struct Lender {
@@ -34,6 +59,41 @@ pub(super) struct Lender {
     pub(super) addresses: serde_json::Value,
     /// How they can move pages.
     pub(super) transports: Vec<String>,
+    /// How they are staged, if they are.
+    pub(super) staging: String,
+}
+
+/// Pages that can be lent, and how others get at them.
+struct Lendable {
+    /// What peers write to: the pages, or what stands in for them.
+    region: Region,
+    /// If the pages are in device memory.
+    staging: Option<Staging>,
+    /// The same, if other processes may open them.
+    exported: Option<Exported>,
+}
+
+impl Lendable {
+    fn of(pages: KvPages, cli: &WorkerArgs, ways: &Ways) -> Result<Self> {
+        let device = match pages {
+            KvPages::Host(_) if ways.needs_device() => bail!(NEEDS_DEVICE),
+            KvPages::Host(region) => return Ok(Self { region, staging: None, exported: None }),
+            KvPages::Device(device) => device,
+        };
+        let exported = match ways.cuda_ipc.then(|| Exported::new(&device)).transpose() {
+            Err(error) if ways.needs_device() => return Err(error).context("--transport cuda-ipc"),
+            Err(error) => {
+                tracing::warn!(%error, "pages do not come from devices of this host directly");
+                None
+            }
+            Ok(exported) => exported,
+        };
+        // Where all pages come from device to device, none is staged.
+        let wished = cli.disagg.transports.kv_staging_memory.unwrap_or(STAGING_BYTES);
+        let staging = Staging::new(device, if ways.needs_device() { 0 } else { wished })?;
+        let region = staging.region().clone();
+        Ok(Self { region, staging: Some(staging), exported })
+    }
 }
 
 /// Starts an engine that lends its pages to whoever opens a session.
@@ -44,18 +104,22 @@ pub(super) async fn start(
     ways: &Ways,
     metrics: &Metrics,
 ) -> Result<(EngineHandle, Lender)> {
-    let region = loaded.region()?;
+    let pages = Lendable::of(loaded.pages()?, cli, ways)?;
     let Loaded { runner, config, key, .. } = loaded;
     // Loans in quarantine keep their words, beside those of the sequences that are away: as many again.
     let mailbox_slots = u32::try_from(2 * config.max_num_seqs).unwrap_or(u32::MAX);
     let mailbox = Mailbox::new(mailbox_slots).context("cannot make a mailbox")?;
     let (post, inbox) = inbox();
     let sessions: Arc<OnceLock<SessionServer>> = Arc::default();
-    let mut server = server_config(cli, ways, key, metrics).await?;
-    let (pages, words) = (region.clone(), mailbox.clone());
-    server.rdma = ways.register(move |adapters| Target::new(adapters, &pages, &words)).await?;
+    let Lendable { region, staging, exported } = pages;
+    let staged =
+        staging.as_ref().map_or_else(String::new, |_| staging_notice(&region, ways, "on their way to the device"));
+    let mut server = server_config(cli, ways, exported, key, metrics).await?;
+    let (written, words) = (region.clone(), mailbox.clone());
+    server.rdma = ways.register(move |adapters| Target::new(adapters, &written, &words)).await?;
     let on = [
-        (server.unix.is_some(), Transport::Shm),
+        (server.unix.is_some() && server.cuda.is_some(), Transport::CudaIpc),
+        (server.unix.is_some() && server.shm, Transport::Shm),
         (server.rdma.is_some(), Transport::Rdma),
         (server.tcp_pages, Transport::Tcp),
     ];
@@ -72,12 +136,13 @@ pub(super) async fn start(
         mailbox,
         view: view.clone(),
         jobs: new_jobs,
+        staging,
         costs: HandoffCosts::default(),
         started: Instant::now(),
     };
     let lending = LendingConfig { mailbox_slots, timeouts: LenderTimeouts::default() };
     let engine = Engine::start_lending(runner, config, metrics.engine.clone(), inbox, lending, Box::new(port))?;
-    Ok((engine, Lender { key, limits, view, jobs, post, addresses, transports }))
+    Ok((engine, Lender { key, limits, view, jobs, post, addresses, transports, staging: staged }))
 }
 
 impl Lender {
@@ -92,7 +157,13 @@ impl Lender {
 }
 
 /// Where sessions are taken, as the command line says.
-async fn server_config(cli: &WorkerArgs, ways: &Ways, key: ModelKey, metrics: &Metrics) -> Result<ServerConfig> {
+async fn server_config(
+    cli: &WorkerArgs,
+    ways: &Ways,
+    cuda: Option<Exported>,
+    key: ModelKey,
+    metrics: &Metrics,
+) -> Result<ServerConfig> {
     let mut tcp = None;
     // RDMA's sessions are opened there too.
     if ways.tcp || ways.rdma {
@@ -102,16 +173,18 @@ async fn server_config(cli: &WorkerArgs, ways: &Ways, key: ModelKey, metrics: &M
         tcp = Some(found.next().with_context(|| format!("--session-host {host} has no address"))?);
     }
     let mut unix = None;
-    if ways.shm {
+    if ways.shm || cuda.is_some() {
         match transfer::runtime_directory() {
             Ok(folder) => unix = Some(folder),
             Err(error) if tcp.is_some() => tracing::warn!(%error, "no shared memory with workers of this host"),
-            Err(error) => return Err(error).context("--transport shm needs a folder for its socket"),
+            Err(error) => return Err(error).context("--transport shm and cuda-ipc need a folder for their socket"),
         }
     }
     Ok(ServerConfig {
         tcp,
         tcp_pages: ways.tcp,
+        shm: ways.shm,
+        cuda,
         rdma: None,
         advertise: tcp.map(|address: SocketAddr| membership::host(cli, address)),
         unix,

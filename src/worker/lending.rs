@@ -5,7 +5,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use super::pace::Pace;
+use super::{StagedPages, pace::Pace};
 use crate::{
     cache::LentPage,
     handoff::{
@@ -43,6 +43,20 @@ pub trait LendingPort: Send {
     /// Lets a session write to `pages` under this slot and epoch.
     fn permit(&mut self, session: SessionId, slot: Slot, epoch: Epoch, pages: Arc<[u32]>);
 
+    /// Room for pages that a session is to be lent, where it cannot write to the pages themselves. If it can, nothing
+    /// that was computed before still uses them when this returns.
+    fn stage(&mut self, _session: SessionId, _pages: usize) -> Stage {
+        Stage::Direct
+    }
+
+    /// Brings what was written there to `pages`, before whatever is computed next. False if that cannot be done.
+    fn take_up(&mut self, _staged: StagedPages, _pages: &[u32]) -> bool {
+        false
+    }
+
+    /// Nobody can write there any more, and nobody wants what was written.
+    fn unstage(&mut self, _staged: &StagedPages) {}
+
     /// Says something on a session, after everything permitted on it before.
     fn send(&mut self, session: SessionId, message: ToPrefill);
 
@@ -57,6 +71,17 @@ pub trait LendingPort: Send {
     fn handed_off(&mut self, ahead: u64, queued: Duration, tokens: usize, computing: Duration);
 }
 
+/// Where a session writes the pages that it is lent.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Stage {
+    /// To the pages themselves.
+    Direct,
+    /// To these in their place.
+    Staged(StagedPages),
+    /// There is no place for them now.
+    Full,
+}
+
 /// How pages are lent, fixed at start.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct LendingConfig {
@@ -69,7 +94,25 @@ pub struct LendingConfig {
 /// Pages lent to somebody who measures: enough for any link, and a moment's work to find.
 const SCRATCH_PAGES_MAX: usize = 256;
 
-type Pages = Box<[LentPage]>;
+/// The pages of a loan, and what stands in for them while somebody may write there. The two are let go of together.
+struct Pages {
+    lent: Box<[LentPage]>,
+    staged: Option<StagedPages>,
+}
+
+impl Pages {
+    /// What the holder is told to write to.
+    fn numbers(&self) -> Vec<u32> {
+        match &self.staged {
+            Some(staged) => staged.numbers().to_vec(),
+            None => self.own_numbers(),
+        }
+    }
+
+    fn own_numbers(&self) -> Vec<u32> {
+        self.lent.iter().map(LentPage::number).collect()
+    }
+}
 
 /// A sequence that is away.
 #[derive(Debug, Clone, Copy)]
@@ -138,12 +181,32 @@ impl Lending {
         let now = Instant::now();
         // First, as a worker that completes and then leaves does so in this order.
         self.poll(now);
-        if let LenderEvent::Message { session, worker, message: ToDecode::Measure { pages } } = event {
-            self.lend_scratch(session, worker, pages as usize, scheduler, now);
-        } else {
-            self.lender.on(event, now - self.started, &mut self.actions);
+        match event {
+            LenderEvent::Message { session, worker, message: ToDecode::Measure { pages } } => {
+                self.lend_scratch(session, worker, pages as usize, scheduler, now);
+            }
+            event => {
+                if let LenderEvent::Message { session, message: ToDecode::Claim { handoff }, .. } = event {
+                    self.prepare(session, handoff, now);
+                }
+                self.lender.on(event, now - self.started, &mut self.actions);
+            }
         }
         self.perform(scheduler, now);
+    }
+
+    /// Finds the place where a session is to write what it claims. Without one the prompt is prefilled here, and the
+    /// claim comes too late.
+    fn prepare(&mut self, session: SessionId, handoff: HandoffId, now: Instant) {
+        let Some(pages) = self.lender.unclaimed_mut(handoff) else { return };
+        match self.port.stage(session, pages.lent.len()) {
+            Stage::Direct => {}
+            Stage::Staged(staged) => pages.staged = Some(staged),
+            Stage::Full => {
+                tracing::debug!(%handoff, "a prompt is prefilled here: no room to stage its pages in");
+                self.lender.on(LenderEvent::EnqueueFailed { handoff }, now - self.started, &mut self.actions);
+            }
+        }
     }
 
     /// Lends pages that nobody needs to somebody who measures.
@@ -155,11 +218,20 @@ impl Lending {
         scheduler: &mut Scheduler,
         now: Instant,
     ) {
-        let pages = scheduler.lend_scratch(wished.min(SCRATCH_PAGES_MAX));
-        let numbers: Vec<u32> = pages.iter().map(LentPage::number).collect();
-        if numbers.is_empty() {
+        let mut lent = scheduler.lend_scratch(wished.min(SCRATCH_PAGES_MAX)).into_vec();
+        let staged = loop {
+            match self.port.stage(session, lent.len()) {
+                Stage::Direct => break None,
+                Stage::Staged(staged) => break Some(staged),
+                Stage::Full => scheduler.free_lent(lent.split_off(lent.len() / 2).into()),
+            }
+        };
+        let pages = Pages { lent: lent.into(), staged };
+        if pages.lent.is_empty() {
+            self.let_go(pages);
             return self.port.send(session, ToPrefill::NoScratch);
         }
+        let numbers = pages.numbers();
         match self.lender.lend_scratch(session, worker, HandoffId(rand::random()), pages, now - self.started) {
             Ok((slot, epoch)) => {
                 // First, as with any grant.
@@ -167,10 +239,17 @@ impl Lending {
                 self.port.send(session, ToPrefill::Scratch { slot, epoch, pages: numbers });
             }
             Err(pages) => {
-                scheduler.free_lent(pages);
+                scheduler.free_lent(self.let_go(pages));
                 self.port.send(session, ToPrefill::NoScratch);
             }
         }
+    }
+
+    /// The pages of a loan to which nobody can write any more. What stood in for them is free.
+    fn let_go(&mut self, pages: Pages) -> Box<[LentPage]> {
+        let Pages { lent, staged } = pages;
+        staged.iter().for_each(|staged| self.port.unstage(staged));
+        lent
     }
 
     /// Lends what a plan sends away. `trace` is what a sequence is part of.
@@ -183,6 +262,7 @@ impl Lending {
         for Loan { slot, pages, .. } in loans.drain(..) {
             let now = Instant::now();
             let handoff = HandoffId(rand::random());
+            let pages = Pages { lent: pages, staged: None };
             match self.lender.lend(handoff, slot, pages, now - self.started) {
                 Ok(_) => {
                     let ahead = self.port.jobs_ahead();
@@ -190,7 +270,7 @@ impl Lending {
                     self.port.enqueue(handoff, scheduler.sequence(slot).tokens().len(), trace(slot));
                 }
                 // The router knew that there was a slot, and lent several.
-                Err(pages) => scheduler.restart(slot, Some(pages), false),
+                Err(pages) => scheduler.restart(slot, Some(pages.lent), false),
             }
         }
     }
@@ -217,7 +297,11 @@ impl Lending {
     /// Panics unless what is lent here is what the scheduler thinks is lent.
     pub(super) fn check_integrity(&self, scheduler: &Scheduler) {
         let pages = |wanted: bool| -> usize {
-            self.lender.lent().filter(|&(_, quarantined)| quarantined == wanted).map(|(pages, _)| pages.len()).sum()
+            self.lender
+                .lent()
+                .filter(|&(_, quarantined)| quarantined == wanted)
+                .map(|(pages, _)| pages.lent.len())
+                .sum()
         };
         let counts = scheduler.pages();
         assert_eq!((pages(false), pages(true)), (counts.lent, counts.quarantined), "loans and pages disagree");
@@ -256,19 +340,27 @@ impl Lending {
                 }
                 LenderAction::Fence { session } => self.port.fence(session),
                 LenderAction::Resume { request, pages } => {
+                    let own = pages.own_numbers();
+                    let Pages { lent, staged } = pages;
+                    if staged.is_some_and(|staged| !self.port.take_up(staged, &own)) {
+                        self.away[request.index()] = None;
+                        scheduler.restart(request, Some(lent), false);
+                        continue;
+                    }
                     if let Some(Away { ahead, since, granted: Some(granted), .. }) = self.away[request.index()].take() {
                         self.metrics.observe(HandoffPhase::Remote, now - granted);
                         let sequence = scheduler.sequence(request);
                         let tokens = sequence.tokens().len() - 1 - sequence.num_computed();
                         self.port.handed_off(ahead, granted - since, tokens, now - granted);
                     }
-                    scheduler.resume(request, pages);
+                    scheduler.resume(request, lent);
                 }
                 LenderAction::Restart { request, pages, again } => {
                     self.away[request.index()] = None;
-                    scheduler.restart(request, pages, again);
+                    let lent = pages.map(|pages| self.let_go(pages));
+                    scheduler.restart(request, lent, again);
                 }
-                LenderAction::Free { pages } => scheduler.free_lent(pages),
+                LenderAction::Free { pages } => scheduler.free_lent(self.let_go(pages)),
                 LenderAction::Count(outcome) => self.metrics.count(outcome),
             }
         }
@@ -290,8 +382,7 @@ impl Lending {
         }
         let sequence = scheduler.sequence(request);
         let tokens = sequence.tokens();
-        let lent = self.lender.pages(slot).map_or(&[][..], |pages| pages);
-        let pages: Vec<u32> = lent.iter().map(LentPage::number).collect();
+        let pages = self.lender.pages(slot).map_or_else(Vec::new, Pages::numbers);
         self.port.claimed();
         // First: whoever has the grant may write at once.
         self.port.permit(session, slot, epoch, pages.as_slice().into());

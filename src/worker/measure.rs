@@ -109,6 +109,8 @@ impl Gauge {
             token: self.token.clone(),
             model_key: decode.model_key.to_string(),
             timeout: ROUND_TIME_MAX,
+            // What is measured is sent from host memory.
+            cuda_ipc: false,
             shm: self.ways.shm,
             rdma: rdma.map_err(|error| MeasureError::Rdma(format!("{error:#}")))?,
             tcp: self.ways.tcp,

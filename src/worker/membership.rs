@@ -24,12 +24,14 @@ pub(super) struct Particulars {
     /// Where it takes sessions; null if it takes none.
     pub(super) sessions: serde_json::Value,
     pub(super) transports: Vec<String>,
+    /// How pages are staged, if they are.
+    pub(super) staging: String,
 }
 
 /// Registers a worker, and tells how busy its engine is for as long as it is registered: that of a decode worker,
 /// because frontends place by it. Jobs find prefill workers by themselves.
 pub(super) fn register(cluster: &Cluster, cli: &WorkerArgs, worker: Particulars, engine: &EngineHandle) -> Lease {
-    let Particulars { role, address, model, key, sessions, transports } = worker;
+    let Particulars { role, address, model, key, sessions, transports, staging } = worker;
     let card = WorkerCard {
         schema: CARD_SCHEMA,
         version: env!("CARGO_PKG_VERSION").to_owned(),
@@ -37,6 +39,7 @@ pub(super) fn register(cluster: &Cluster, cli: &WorkerArgs, worker: Particulars,
         address: format!("{}:{}", host(cli, address), address.port()),
         session: sessions,
         transports,
+        staging,
         host_id: host_id(),
         model,
         model_key: key,

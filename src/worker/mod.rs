@@ -28,6 +28,7 @@ mod runner;
 mod session;
 mod signals;
 mod sizing;
+mod staging;
 mod step;
 mod ways;
 
@@ -36,7 +37,7 @@ pub use engine::Engine;
 pub use export::{Exporter, PrefillHandle, PrefillRequest};
 pub use generation::Generation;
 pub use handle::{ConfigError, EngineConfig, EngineHandle, EngineStatus, Snapshot};
-pub use lending::{LendingConfig, LendingPort};
+pub use lending::{LendingConfig, LendingPort, Stage};
 pub use measure::{Gauge, MeasureError, Measured};
 pub use mock_runner::MockModel;
 pub use post::{Inbox, Post, inbox};
@@ -45,6 +46,7 @@ pub use request::{Event, FinishReason, Request, SubmitError, TokenOutput};
 pub use runner::{ModelRunner, Runner, RunnerError};
 pub(crate) use signals::Signals;
 pub use sizing::{KvRequest, KvSizing, SizingError, available_memory, default_kv_bytes, size_kv};
+pub use staging::StagedPages;
 pub use ways::Ways;
 
 #[cfg(test)]

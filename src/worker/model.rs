@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use engine_kernels::{
-    Backend, KvDType, KvLayout, KvRegion,
+    Backend, KvDType, KvLayout, KvPages, KvRegion,
     cpu::{CpuBackend, CpuOptions},
 };
 use engine_models::{ForwardLimits, ModelSource, OpenOptions};
@@ -27,7 +27,7 @@ const CPU_PAGE_ORDER: &str = "keys [head_dim][token], values [token][head_dim]";
 /// Tokens of a page there, if nobody says: few, because of a sequence's last page half is empty.
 const CPU_BLOCK_SIZE: usize = 16;
 /// How the CUDA backend does.
-#[cfg(feature = "cuda")]
+#[cfg(any(feature = "cuda", test))]
 const CUDA_PAGE_ORDER: &str = "keys and values [token][head_dim]";
 /// Tokens of a page there: more, because copies between devices pay by the piece.
 #[cfg(feature = "cuda")]
@@ -52,7 +52,7 @@ pub(super) struct Loaded {
     /// Bytes of weights that each step reads.
     pub(super) step_bytes: u64,
     /// Where its pages are, if others can reach them.
-    region: Option<KvRegion>,
+    pages: Option<KvPages>,
     /// What other workers have to have in common with it.
     pub(super) key: ModelKey,
     layout: KvLayout,
@@ -136,7 +136,7 @@ pub(super) fn load(cli: &EngineArgs, source: &ModelSource, purpose: &Purpose) ->
             config,
             device,
             step_bytes: 0,
-            region: Some(region),
+            pages: Some(region.into()),
             key,
             layout,
             page_order,
@@ -144,7 +144,7 @@ pub(super) fn load(cli: &EngineArgs, source: &ModelSource, purpose: &Purpose) ->
         });
     }
     let name = device.to_string();
-    let (runner, region, step_bytes) = match device {
+    let (runner, pages, step_bytes) = match device {
         Chosen::Cpu => {
             let mut backend = CpuBackend::new(CpuOptions { threads, level: None });
             if purpose.shared {
@@ -157,7 +157,7 @@ pub(super) fn load(cli: &EngineArgs, source: &ModelSource, purpose: &Purpose) ->
             load_into(engine_kernels::cuda::CudaBackend::new(device), source, limits, layout)?
         }
     };
-    Ok(Loaded { runner, config, device: name, step_bytes, region, key, layout, page_order, fingerprint })
+    Ok(Loaded { runner, config, device: name, step_bytes, pages, key, layout, page_order, fingerprint })
 }
 
 fn load_into<B: Backend>(
@@ -165,19 +165,22 @@ fn load_into<B: Backend>(
     source: &ModelSource,
     limits: ForwardLimits,
     layout: KvLayout,
-) -> Result<(Box<dyn Runner>, Option<KvRegion>, u64)> {
+) -> Result<(Box<dyn Runner>, Option<KvPages>, u64)> {
     let loaded = source.load(&mut backend, limits)?;
     let runner = ModelRunner::new(backend, loaded.model, layout, limits.max_logit_rows)?;
-    let region = runner.region();
-    Ok((Box::new(runner), region, loaded.report.step_bytes))
+    let pages = runner.pages();
+    Ok((Box::new(runner), pages, loaded.report.step_bytes))
 }
 
 impl Loaded {
     /// Where its pages are, for others to read or write.
-    pub(super) fn region(&self) -> Result<KvRegion> {
-        self.region.clone().context(
-            "KV pages on a CUDA device cannot be moved between workers yet: run with --standalone, or with --device cpu",
-        )
+    pub(super) fn pages(&self) -> Result<KvPages> {
+        self.pages.clone().context("this backend's KV pages cannot be moved between workers: run with --standalone")
+    }
+
+    /// Whether they are in device memory.
+    pub(super) fn is_on_device(&self) -> bool {
+        matches!(self.pages, Some(KvPages::Device(_)))
     }
 
     /// Bytes of keys and values that a token has.
@@ -208,5 +211,17 @@ impl Loaded {
             page_order: self.page_order.to_owned(),
             weights: self.fingerprint[..8].iter().map(|byte| format!("{byte:02x}")).collect(),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn workers_on_cpus_and_on_devices_never_share_a_key() {
+        let layout = KvLayout { layers: 2, kv_heads: 2, head_dim: 64, block_size: 16, blocks: 9, dtype: KvDType::F16 };
+        let key = |order| ModelKey::new(&[7; 32], &layout, order);
+        assert_ne!(key(CPU_PAGE_ORDER), key(CUDA_PAGE_ORDER));
     }
 }

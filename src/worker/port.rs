@@ -13,7 +13,7 @@ use bytes::Bytes;
 use futures::StreamExt;
 use tokio::sync::{mpsc, watch};
 
-use super::{LendingPort, Post};
+use super::{LendingPort, Post, Stage, StagedPages, staging::Staging};
 use crate::{
     cluster::{Cluster, LeaseId, ModelKey, Role, WorkerFilter},
     handoff::{
@@ -22,7 +22,7 @@ use crate::{
     },
     scheduler::{Candidate, Route},
     telemetry::{HandoffMetrics, TraceContext},
-    transfer::{Mailbox, SessionEvent, SessionServer, Sink},
+    transfer::{Mailbox, SessionEvent, SessionServer, Sink, Transport},
 };
 
 /// Between two looks at how long the queue is while prompts are long enough for it to matter. Jobs of our own are
@@ -80,6 +80,8 @@ pub(super) struct ClusterPort {
     pub(super) mailbox: Mailbox,
     pub(super) view: Arc<View>,
     pub(super) jobs: mpsc::UnboundedSender<NewJob>,
+    /// If the pages are in device memory.
+    pub(super) staging: Option<Staging>,
     pub(super) costs: HandoffCosts,
     pub(super) started: Instant,
 }
@@ -148,6 +150,28 @@ impl LendingPort for ClusterPort {
 
     fn permit(&mut self, session: SessionId, slot: Slot, epoch: Epoch, pages: Arc<[u32]>) {
         self.with_sessions(|sessions| sessions.lend(session, slot, epoch, pages));
+    }
+
+    fn stage(&mut self, session: SessionId, pages: usize) -> Stage {
+        let Some(staging) = &mut self.staging else { return Stage::Direct };
+        let transport = self.sessions.get().and_then(|sessions| sessions.transport(session));
+        if transport != Some(Transport::CudaIpc) {
+            return staging.take(pages).map_or(Stage::Full, Stage::Staged);
+        }
+        match staging.settle() {
+            true => Stage::Direct,
+            false => Stage::Full,
+        }
+    }
+
+    fn take_up(&mut self, staged: StagedPages, pages: &[u32]) -> bool {
+        self.staging.as_mut().is_some_and(|staging| staging.take_up(staged, pages))
+    }
+
+    fn unstage(&mut self, staged: &StagedPages) {
+        if let Some(staging) = &mut self.staging {
+            staging.give_back(staged);
+        }
     }
 
     fn send(&mut self, session: SessionId, message: ToPrefill) {

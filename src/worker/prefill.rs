@@ -4,6 +4,7 @@ use std::{net::SocketAddr, sync::Arc, time::Duration};
 
 use anyhow::{Context, Result, bail};
 use clap::ValueEnum;
+use engine_kernels::KvPages;
 use prometheus::IntCounter;
 use tokio::{
     sync::{mpsc, watch},
@@ -13,6 +14,7 @@ use tokio::{
 use super::{
     Engine, EngineStatus, Gauge, Ready,
     desk::{self, Desk, Note, SharedDesk},
+    lender::{NEEDS_DEVICE, staging_notice},
     membership::{self, Particulars},
     model,
     signals::Signals,
@@ -24,11 +26,13 @@ use crate::{
     cluster::{Cluster, Joined, LeaseId, ModelKey, Needs, Role, WorkerCard, WorkerFilter, WorkerSet, find_model, join},
     handoff::{Borrower, BorrowerConfig, BorrowerEvent, BorrowerTimeouts, ToPrefill, WorkerId},
     telemetry::Metrics,
-    transfer::{Connector, ConnectorConfig, SessionAddresses, Source},
+    transfer::{Connector, ConnectorConfig, LocalPages, SessionAddresses, Source, StagingRing},
 };
 
 /// How long opening a session may take.
 const CONNECT_TIME_MAX: Duration = Duration::from_secs(5);
+/// Host memory for staged pages unless a flag says how much: they stay there for as long as it takes to send them.
+const STAGING_BYTES: usize = 256 << 20;
 /// Between two looks at handoffs that take too long.
 const TICK: Duration = Duration::from_millis(100);
 
@@ -72,22 +76,25 @@ pub async fn run(mut cli: WorkerArgs, ready: impl FnOnce(Ready)) -> Result<()> {
         bail!("{name} is not the same model here as in the cluster: its files differ");
     }
     let (model, key) = (loaded.card(&cli.engine, vec![name.clone()]), loaded.key);
-    let region = loaded.region()?;
-    let pages = region.clone();
-    let rdma = ways.register(move |adapters| Source::new(adapters, &pages)).await?;
-    let transports = ways.names(rdma.is_some());
+    let (pages, on_device) = (sendable(loaded.pages()?, &cli, &ways)?, loaded.is_on_device());
+    let staging =
+        if on_device { staging_notice(pages.host(), &ways, "on their way from the device") } else { String::new() };
+    let sent = pages.host().clone();
+    let rdma = ways.register(move |adapters| Source::new(adapters, &sent)).await?;
+    let transports = ways.names(on_device && ways.cuda_ipc, rdma.is_some());
     let connector = ConnectorConfig {
         tls: cli.disagg.transports.session_tls().client()?,
         token: membership::token(&cli),
         model_key: key.to_string(),
         timeout: CONNECT_TIME_MAX,
+        cuda_ipc: on_device && ways.cuda_ipc,
         shm: ways.shm,
         rdma,
         tcp: ways.tcp,
         metrics: metrics.transfer.clone(),
     };
-    let layers = region.shape().layers;
-    let connector = Connector::new(connector, region).context("cannot start to copy pages")?;
+    let layers = pages.host().shape().layers;
+    let connector = Connector::new(connector, pages).context("cannot start to copy pages")?;
     let config = BorrowerConfig {
         model_key: key.to_string(),
         block_size: loaded.config.block_size as u32,
@@ -99,8 +106,8 @@ pub async fn run(mut cli: WorkerArgs, ready: impl FnOnce(Ready)) -> Result<()> {
 
     let listener = bound.listen()?;
     let address = listener.local_addr()?;
-    let worker =
-        Particulars { role: Role::Prefill, address, model, key, sessions: serde_json::Value::Null, transports };
+    let sessions = serde_json::Value::Null;
+    let worker = Particulars { role: Role::Prefill, address, model, key, sessions, transports, staging };
     let lease = membership::register(&cluster, &cli, worker, &engine);
     let leaving = watch::Sender::new(false);
     let shop = Shop {
@@ -144,6 +151,19 @@ pub async fn run(mut cli: WorkerArgs, ready: impl FnOnce(Ready)) -> Result<()> {
     engine.stop();
     engine.stopped().await;
     Ok(())
+}
+
+/// What pages are sent from: where they are, or where they are staged.
+fn sendable(pages: KvPages, cli: &WorkerArgs, ways: &Ways) -> Result<LocalPages> {
+    match pages {
+        KvPages::Host(_) if ways.needs_device() => bail!(NEEDS_DEVICE),
+        KvPages::Host(region) => Ok(region.into()),
+        KvPages::Device(device) => {
+            let wished = cli.disagg.transports.kv_staging_memory.unwrap_or(STAGING_BYTES);
+            let ring = StagingRing::new(device, if ways.needs_device() { 0 } else { wished });
+            Ok(LocalPages::Device(ring.context("cannot reserve memory to stage pages in")?))
+        }
+    }
 }
 
 /// Measures ways to decode workers for whoever asks, as this worker's pages would go.

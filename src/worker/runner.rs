@@ -1,4 +1,4 @@
-use engine_kernels::{Backend, Batch, KernelError, KvLayout, KvRegion, SampleRow, Sampled};
+use engine_kernels::{Backend, Batch, KernelError, KvLayout, KvPages, SampleRow, Sampled};
 use engine_models::Model;
 
 /// A step failed, for instance because the device did; the engine ends with it.
@@ -54,8 +54,8 @@ impl<B: Backend> ModelRunner<B> {
     }
 
     /// Where the pages are, if the backend lets others reach them.
-    pub fn region(&self) -> Option<KvRegion> {
-        self.backend.kv_region(&self.cache)
+    pub fn pages(&self) -> Option<KvPages> {
+        self.backend.kv_pages(&self.cache)
     }
 }
 

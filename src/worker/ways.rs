@@ -13,6 +13,8 @@ use crate::{
 /// The ways that are allowed.
 #[derive(Clone)]
 pub struct Ways {
+    /// From device to device of a host.
+    pub(crate) cuda_ipc: bool,
     /// Through memory that processes of a host share.
     pub(crate) shm: bool,
     /// Through adapters, if there are any.
@@ -30,7 +32,15 @@ impl Ways {
     pub fn among(transports: &[Transport]) -> Self {
         let has = |transport| transports.contains(&transport);
         let (shm, rdma, tcp) = (has(Transport::Shm), has(Transport::Rdma), has(Transport::Tcp));
-        Self { shm, rdma, tcp, rdma_needed: false, wish: Wish::default(), adapters: None }
+        Self {
+            cuda_ipc: has(Transport::CudaIpc),
+            shm,
+            rdma,
+            tcp,
+            rdma_needed: false,
+            wish: Wish::default(),
+            adapters: None,
+        }
     }
 
     /// As flags say; an error if they contradict each other.
@@ -38,11 +48,12 @@ impl Ways {
         let asked_for = args.require_rdma || !args.rdma_device.is_empty() || args.rdma_gid_index.is_some();
         let only = match args.transport {
             TransportArg::Auto => None,
+            TransportArg::CudaIpc => Some(Transport::CudaIpc),
             TransportArg::Shm => Some(Transport::Shm),
             TransportArg::Rdma => Some(Transport::Rdma),
             TransportArg::Tcp => Some(Transport::Tcp),
         };
-        if let Some(other @ (Transport::Shm | Transport::Tcp)) = only.filter(|_| asked_for) {
+        if let Some(other @ (Transport::CudaIpc | Transport::Shm | Transport::Tcp)) = only.filter(|_| asked_for) {
             bail!("--transport {} has no use for --require-rdma, --rdma-device and --rdma-gid-index", other.name());
         }
         let allowed = |way| only.is_none_or(|only| only == way);
@@ -50,6 +61,7 @@ impl Ways {
         // Adapters do not encrypt: pages of workers that encrypt what goes over TCP use them only when told to.
         let encrypted = args.session_cert.is_some() || args.session_ca.is_some();
         Ok(Self {
+            cuda_ipc: allowed(Transport::CudaIpc),
             shm: allowed(Transport::Shm),
             rdma: allowed(Transport::Rdma) && (rdma_needed || !encrypted),
             tcp: allowed(Transport::Tcp) && !args.require_rdma,
@@ -104,9 +116,19 @@ impl Ways {
         }
     }
 
+    /// Whether nothing is left of the ways that are allowed where pages are not in device memory.
+    pub(crate) fn needs_device(&self) -> bool {
+        self.cuda_ipc && !self.shm && !self.rdma && !self.tcp
+    }
+
     /// What is offered, for operators to read.
-    pub(crate) fn names(&self, rdma: bool) -> Vec<String> {
-        let ways = [(self.shm, Transport::Shm), (rdma, Transport::Rdma), (self.tcp, Transport::Tcp)];
+    pub(crate) fn names(&self, cuda_ipc: bool, rdma: bool) -> Vec<String> {
+        let ways = [
+            (cuda_ipc, Transport::CudaIpc),
+            (self.shm, Transport::Shm),
+            (rdma, Transport::Rdma),
+            (self.tcp, Transport::Tcp),
+        ];
         ways.iter().filter(|(on, _)| *on).map(|(_, way)| way.name().to_owned()).collect()
     }
 }
@@ -135,6 +157,15 @@ mod tests {
         assert_eq!(allowed(&["--transport", "shm"]), [true, false, false, false]);
         assert_eq!(allowed(&["--transport", "rdma"]), [false, true, false, true]);
         assert_eq!(allowed(&["--transport", "tcp"]), [false, false, true, false]);
+        assert_eq!(allowed(&["--transport", "cuda-ipc"]), [false, false, false, false]);
+        for (flags, from_device_to_device, alone) in [
+            (&[][..], true, false),
+            (&["--transport", "shm"], false, false),
+            (&["--transport", "cuda-ipc"], true, true),
+        ] {
+            let ways = ways(flags).unwrap();
+            assert_eq!((ways.cuda_ipc, ways.needs_device()), (from_device_to_device, alone), "{flags:?}");
+        }
     }
 
     #[test]

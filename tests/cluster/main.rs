@@ -34,6 +34,7 @@ fn card(role: Role, model: &str, address: &str) -> WorkerCard {
         address: address.into(),
         session: serde_json::Value::Null,
         transports: vec!["tcp".into()],
+        staging: String::new(),
         host_id: "host".into(),
         model: ModelCard {
             names: vec![model.into()],

@@ -1,19 +1,31 @@
-// A stand-in for libcuda: the part of its interface that src/cuda/device.rs uses, over the emulation. It is for seeing,
-// on a machine without a GPU, that the real driver's code makes the right calls (scripts/check-driver.sh). Everything
-// runs at once, and modules are not looked at: the kernels are those compiled in here.
+// A stand-in for libcuda: the part of its interface that src/cuda/device.rs and mover.rs use, over the emulation. It is
+// for seeing, on a machine without a GPU, that the real driver's code makes the right calls (scripts/check-driver.sh),
+// and that workers move each other's pages (tests/device_pages). What is enqueued runs when somebody waits for it and
+// not before, each stream for itself: whoever does not wait for another stream's work reads what was there before. Large
+// allocations can be opened by other processes. Modules are not looked at: the kernels are those compiled in here.
 
 #include "emulate.cpp"
 
+#include <deque>
+#include <functional>
+#include <map>
 #include <mutex>
+#include <set>
 #include <string>
+#include <utility>
+
+#include <fcntl.h>
 
 namespace {
 
 using Result = int;
-constexpr Result SUCCESS = 0, INVALID_VALUE = 1, OUT_OF_MEMORY = 2, NOT_FOUND = 500, LAUNCH_FAILED = 719;
+using Pointer = unsigned long long;
+constexpr Result SUCCESS = 0, INVALID_VALUE = 1, OUT_OF_MEMORY = 2, NOT_FOUND = 500, NOT_READY = 600, LAUNCH_FAILED = 719;
 
 std::recursive_mutex everything;
 std::string last_error = "stand-in libcuda";
+/// The first failure of what was enqueued: it stays.
+Result broken = SUCCESS;
 
 struct Call {
     const simt::Kernel* kernel;
@@ -24,8 +36,28 @@ struct Call {
 struct Stream {
     bool capturing = false;
     std::vector<Call> captured;
+    std::deque<std::function<Result()>> waiting;
+    /// What was run, and so the number of the first of `waiting`.
+    unsigned long long run = 0;
+
+    unsigned long long end() const { return run + waiting.size(); }
+    Result run_until(unsigned long long number) {
+        while (run < number && !waiting.empty() && !broken) {
+            auto work = std::move(waiting.front());
+            waiting.pop_front();
+            run++;
+            broken = work();
+        }
+        return broken;
+    }
 };
 
+struct Event {
+    Stream* stream = nullptr;
+    unsigned long long number = 0;
+};
+
+std::set<Stream*> streams;
 unsigned long long launches = 0;
 
 Result run(const Call& call) {
@@ -37,6 +69,49 @@ Result run(const Call& call) {
     last_error = error;
     return LAUNCH_FAILED;
 }
+
+Result run_all() {
+    for (Stream* stream : streams) {
+        if (Result result = stream->run_until(stream->end())) return result;
+    }
+    return SUCCESS;
+}
+
+Result enqueue(Stream* stream, std::function<Result()> work) {
+    if (stream->capturing) return INVALID_VALUE;
+    stream->waiting.push_back(std::move(work));
+    return broken;
+}
+
+Result copy(Pointer to, Pointer from, size_t bytes, Stream* stream) {
+    return enqueue(stream, [=] {
+        std::memcpy(reinterpret_cast<void*>(to), reinterpret_cast<const void*>(from), bytes);
+        return SUCCESS;
+    });
+}
+
+/// What can be opened by others has a file, which names it together with the process.
+struct Handle {
+    char magic[8];
+    int process, file;
+    unsigned long long bytes;
+    char unused[40];
+};
+static_assert(sizeof(Handle) == 64);
+
+struct Allocation {
+    int file;
+    size_t bytes;
+};
+struct Opened {
+    Pointer start;
+    size_t bytes, times;
+};
+
+/// From here on allocations have a file. (On devices too, what can be exported is larger than what is allocated.)
+constexpr size_t EXPORTED_BYTES_MIN = 64 << 10;
+std::map<Pointer, Allocation> allocations;
+std::map<std::pair<int, int>, Opened> opened;
 
 thread_local void* current = nullptr;
 int context;
@@ -53,29 +128,62 @@ CALL(cuGetErrorName, Result, const char** text) { return *text = "error", SUCCES
 CALL(cuDeviceGetCount, int* count) { return *count = 1, SUCCESS; }
 CALL(cuDeviceGet, int* device, int ordinal) { return *device = ordinal, ordinal ? INVALID_VALUE : SUCCESS; }
 CALL(cuDeviceGetName, char* name, int length, int) { return std::snprintf(name, length, "stand-in"), SUCCESS; }
+CALL(cuDeviceGetUuid_v2, char* id, int) { return std::memcpy(id, "the stand-in one", 16), SUCCESS; }
+CALL(cuDeviceCanAccessPeer, int* can, int, int) { return *can = 0, SUCCESS; }
 CALL(cuDeviceGetAttribute, int* value, int, int) { return *value = 1, SUCCESS; }
 CALL(cuDevicePrimaryCtxRetain, void** made, int) { return *made = &context, SUCCESS; }
 CALL(cuDevicePrimaryCtxRelease_v2, int) { return SUCCESS; }
 CALL(cuCtxGetCurrent, void** made) { return *made = current, SUCCESS; }
 CALL(cuCtxSetCurrent, void* made) { return current = made, SUCCESS; }
-CALL(cuCtxSynchronize) { return SUCCESS; }
+CALL(cuCtxSynchronize) {
+    ALONE;
+    return run_all();
+}
 CALL(cuMemGetInfo_v2, size_t* free, size_t* total) { return *free = *total = size_t{1} << 34, SUCCESS; }
 
-CALL(cuStreamCreate, Stream** made, unsigned) { return *made = new Stream, SUCCESS; }
-CALL(cuStreamDestroy_v2, Stream* stream) { return delete stream, SUCCESS; }
-CALL(cuStreamSynchronize, Stream* stream) { return stream->capturing ? INVALID_VALUE : SUCCESS; }
-CALL(cuEventCreate, int** made, unsigned) { return *made = new int, SUCCESS; }
-CALL(cuEventRecord, int*, Stream* stream) { return stream->capturing ? INVALID_VALUE : SUCCESS; }
-CALL(cuEventSynchronize, int*) { return SUCCESS; }
-CALL(cuEventElapsedTime, float* milliseconds, int*, int*) { return *milliseconds = 1.0f, SUCCESS; }
-CALL(cuEventElapsedTime_v2, float* milliseconds, int*, int*) { return *milliseconds = 1.0f, SUCCESS; }
-CALL(cuEventDestroy_v2, int* event) { return delete event, SUCCESS; }
+CALL(cuStreamCreate, Stream** made, unsigned) {
+    ALONE;
+    return streams.insert(*made = new Stream), SUCCESS;
+}
+CALL(cuStreamDestroy_v2, Stream* stream) {
+    ALONE;
+    stream->run_until(stream->end());
+    streams.erase(stream);
+    return delete stream, SUCCESS;
+}
+CALL(cuStreamSynchronize, Stream* stream) {
+    ALONE;
+    return stream->capturing ? INVALID_VALUE : stream->run_until(stream->end());
+}
+CALL(cuEventCreate, Event** made, unsigned) { return *made = new Event, SUCCESS; }
+CALL(cuEventRecord, Event* event, Stream* stream) {
+    ALONE;
+    if (stream->capturing) return INVALID_VALUE;
+    return *event = {stream, stream->end()}, broken;
+}
+CALL(cuEventSynchronize, Event* event) {
+    ALONE;
+    return streams.count(event->stream) ? event->stream->run_until(event->number) : broken;
+}
+CALL(cuEventQuery, Event* event) {
+    ALONE;
+    Stream* stream = event->stream;
+    if (!streams.count(stream) || stream->run >= event->number) return broken;
+    // Whoever looks again and again sees it pass.
+    Result result = stream->run_until(stream->run + 1);
+    return result ? result : NOT_READY;
+}
+CALL(cuEventElapsedTime, float* milliseconds, Event*, Event*) { return *milliseconds = 1.0f, SUCCESS; }
+CALL(cuEventElapsedTime_v2, float* milliseconds, Event*, Event*) { return *milliseconds = 1.0f, SUCCESS; }
+CALL(cuEventDestroy_v2, Event* event) { return delete event, SUCCESS; }
 
 CALL(cuStreamBeginCapture_v2, Stream* stream, int mode) {
+    ALONE;
     if (stream->capturing || mode != 1) return INVALID_VALUE;
     return stream->capturing = true, SUCCESS;
 }
 CALL(cuStreamEndCapture, Stream* stream, std::vector<Call>** made) {
+    ALONE;
     if (!stream->capturing) return INVALID_VALUE;
     *made = new std::vector<Call>(std::move(stream->captured));
     stream->captured.clear();
@@ -84,36 +192,112 @@ CALL(cuStreamEndCapture, Stream* stream, std::vector<Call>** made) {
 CALL(cuGraphInstantiateWithFlags, std::vector<Call>** made, std::vector<Call>* graph, unsigned long long) {
     return *made = new std::vector<Call>(*graph), SUCCESS;
 }
-CALL(cuGraphLaunch, std::vector<Call>* graph, Stream*) {
+CALL(cuGraphLaunch, std::vector<Call>* graph, Stream* stream) {
     ALONE;
     for (const Call& call : *graph) {
-        if (Result result = run(call)) return result;
+        if (Result result = enqueue(stream, [call] { return run(call); })) return result;
     }
     return SUCCESS;
 }
 CALL(cuGraphExecDestroy, std::vector<Call>* graph) { return delete graph, SUCCESS; }
 CALL(cuGraphDestroy, std::vector<Call>* graph) { return delete graph, SUCCESS; }
 
-CALL(cuMemAlloc_v2, unsigned long long* made, size_t bytes) {
+CALL(cuMemAlloc_v2, Pointer* made, size_t bytes) {
+    ALONE;
+    int file = -1;
+    void* memory;
+    if (bytes >= EXPORTED_BYTES_MIN) {
+        file = memfd_create("device", MFD_CLOEXEC);
+        if (file < 0 || ftruncate(file, static_cast<off_t>(bytes))) return OUT_OF_MEMORY;
+        memory = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, file, 0);
+        if (memory == MAP_FAILED) return OUT_OF_MEMORY;
+    } else {
+        memory = std::aligned_alloc(256, (bytes + 255) / 256 * 256);
+        if (!memory) return OUT_OF_MEMORY;
+    }
     // Not zeroed: whoever relies on that says so.
-    void* memory = std::aligned_alloc(256, (bytes + 255) / 256 * 256);
-    if (!memory) return OUT_OF_MEMORY;
     std::memset(memory, 0xff, bytes);
-    return *made = reinterpret_cast<unsigned long long>(memory), SUCCESS;
+    *made = reinterpret_cast<Pointer>(memory);
+    return allocations[*made] = {file, bytes}, SUCCESS;
 }
-CALL(cuMemFree_v2, unsigned long long memory) { return std::free(reinterpret_cast<void*>(memory)), SUCCESS; }
+CALL(cuMemFree_v2, Pointer memory) {
+    ALONE;
+    auto found = allocations.find(memory);
+    if (found == allocations.end()) return INVALID_VALUE;
+    run_all();
+    if (found->second.file < 0) {
+        std::free(reinterpret_cast<void*>(memory));
+    } else {
+        munmap(reinterpret_cast<void*>(memory), found->second.bytes);
+        close(found->second.file);
+    }
+    return allocations.erase(found), SUCCESS;
+}
 CALL(cuMemHostAlloc, void** made, size_t bytes, unsigned flags) {
     return *made = std::malloc(bytes), *made && !flags ? SUCCESS : INVALID_VALUE;
 }
-CALL(cuMemFreeHost, void* memory) { return std::free(memory), SUCCESS; }
-CALL(cuMemsetD8Async, unsigned long long to, unsigned char value, size_t bytes, Stream*) {
-    return std::memset(reinterpret_cast<void*>(to), value, bytes), SUCCESS;
+CALL(cuMemFreeHost, void* memory) {
+    ALONE;
+    run_all();
+    return std::free(memory), SUCCESS;
 }
-CALL(cuMemcpyHtoDAsync_v2, unsigned long long to, const void* from, size_t bytes, Stream* stream) {
-    return std::memcpy(reinterpret_cast<void*>(to), from, bytes), stream->capturing ? INVALID_VALUE : SUCCESS;
+CALL(cuMemHostRegister_v2, void* memory, size_t bytes, unsigned flags) {
+    return memory && bytes && flags == 1 && reinterpret_cast<Pointer>(memory) % 4096 == 0 ? SUCCESS : INVALID_VALUE;
 }
-CALL(cuMemcpyDtoHAsync_v2, void* to, unsigned long long from, size_t bytes, Stream* stream) {
-    return std::memcpy(to, reinterpret_cast<const void*>(from), bytes), stream->capturing ? INVALID_VALUE : SUCCESS;
+CALL(cuMemHostUnregister, void*) { return SUCCESS; }
+CALL(cuMemsetD8Async, Pointer to, unsigned char value, size_t bytes, Stream* stream) {
+    ALONE;
+    return enqueue(stream, [=] { return std::memset(reinterpret_cast<void*>(to), value, bytes), SUCCESS; });
+}
+CALL(cuMemcpyHtoDAsync_v2, Pointer to, const void* from, size_t bytes, Stream* stream) {
+    ALONE;
+    return copy(to, reinterpret_cast<Pointer>(from), bytes, stream);
+}
+CALL(cuMemcpyDtoHAsync_v2, void* to, Pointer from, size_t bytes, Stream* stream) {
+    ALONE;
+    return copy(reinterpret_cast<Pointer>(to), from, bytes, stream);
+}
+CALL(cuMemcpyDtoDAsync_v2, Pointer to, Pointer from, size_t bytes, Stream* stream) {
+    ALONE;
+    return copy(to, from, bytes, stream);
+}
+
+CALL(cuIpcGetMemHandle, Handle* made, Pointer memory) {
+    ALONE;
+    auto found = allocations.find(memory);
+    if (found == allocations.end() || found->second.file < 0) return INVALID_VALUE;
+    *made = {"standin", getpid(), found->second.file, found->second.bytes, {}};
+    return SUCCESS;
+}
+CALL(cuIpcOpenMemHandle_v2, Pointer* made, Handle handle, unsigned flags) {
+    ALONE;
+    // As the driver: nobody opens what is its own.
+    if (std::memcmp(handle.magic, "standin", 8) || handle.process == getpid() || flags != 1) return INVALID_VALUE;
+    Opened& known = opened[{handle.process, handle.file}];
+    if (!known.times) {
+        char path[64];
+        std::snprintf(path, sizeof path, "/proc/%d/fd/%d", handle.process, handle.file);
+        int file = open(path, O_RDWR | O_CLOEXEC);
+        void* memory = file < 0 ? MAP_FAILED : mmap(nullptr, handle.bytes, PROT_READ | PROT_WRITE, MAP_SHARED, file, 0);
+        if (file >= 0) close(file);
+        if (memory == MAP_FAILED) return INVALID_VALUE;
+        known = {reinterpret_cast<Pointer>(memory), handle.bytes, 0};
+    }
+    known.times++;
+    return *made = known.start, SUCCESS;
+}
+CALL(cuIpcCloseMemHandle, Pointer start) {
+    ALONE;
+    for (auto& [name, known] : opened) {
+        if (known.start != start || !known.times) continue;
+        if (--known.times == 0) {
+            run_all();
+            munmap(reinterpret_cast<void*>(start), known.bytes);
+            known.start = 0;
+        }
+        return SUCCESS;
+    }
+    return INVALID_VALUE;
 }
 
 CALL(cuModuleLoadData, void** made, const void* image) {
@@ -137,7 +321,7 @@ CALL(cuLaunchKernel, const simt::Kernel* kernel, unsigned x, unsigned y, unsigne
         std::memcpy(&cell, args[i], kernel->kinds[i] == 'p' ? 8 : 4);
         call.cells.push_back(cell);
     }
-    if (!stream->capturing) return run(call);
+    if (!stream->capturing) return enqueue(stream, [call] { return run(call); });
     stream->captured.push_back(call);
     return SUCCESS;
 }

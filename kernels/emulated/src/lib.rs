@@ -9,14 +9,16 @@
 //!   different places are an error.
 
 mod memory;
+mod mover;
 mod queue;
 
 use std::ffi::CString;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use engine_kernels::cuda::{Address, CudaBackend, Driver, DriverError, HostMemory, Launch, Memory};
+use engine_kernels::cuda::{Address, CudaBackend, Driver, DriverError, HostMemory, Launch, Memory, Mover};
 
 use memory::Guarded;
+use mover::EmulatedMover;
 use queue::{Queue, Work, failed};
 
 /// An emulated device.
@@ -44,6 +46,16 @@ fn lock(queue: &Mutex<Queue>) -> MutexGuard<'_, Queue> {
 impl Emulated {
     fn queue(&self) -> MutexGuard<'_, Queue> {
         lock(&self.0)
+    }
+
+    /// Allocations that are open here as another process's.
+    pub fn open_handles(&self) -> usize {
+        self.queue().opened
+    }
+
+    /// Lets whatever is asked of the device from now on fail.
+    pub fn break_down(&self) {
+        self.queue().break_down();
     }
 
     /// Kernels that were run so far.
@@ -174,6 +186,10 @@ impl Driver for Emulated {
     fn end_capture(&self) -> Result<EmulatedGraph, DriverError> {
         let captured = self.queue().captured.take();
         captured.map(EmulatedGraph).ok_or_else(|| failed("ending a recording", "none is under way"))
+    }
+
+    fn mover(&self) -> Arc<dyn Mover> {
+        Arc::new(EmulatedMover(self.0.clone()))
     }
 
     fn replay(&self, graph: &EmulatedGraph) -> Result<(), DriverError> {

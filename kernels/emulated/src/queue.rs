@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::ffi::{CStr, CString, c_char, c_uint, c_void};
 
+use engine_kernels::KvRegion;
 use engine_kernels::cuda::{Arg, DriverError};
 
 unsafe extern "C" {
@@ -19,8 +20,24 @@ unsafe extern "C" {
 /// One thing that was enqueued.
 #[derive(Debug, Clone)]
 pub(crate) enum Work {
-    Copy { from: usize, to: usize, bytes: usize },
-    Kernel { name: CString, grid: [c_uint; 3], block: c_uint, args: Vec<Arg> },
+    Copy {
+        from: usize,
+        to: usize,
+        bytes: usize,
+    },
+    /// A copy from host memory of the caller's own.
+    Upload {
+        region: KvRegion,
+        at: usize,
+        to: usize,
+        bytes: usize,
+    },
+    Kernel {
+        name: CString,
+        grid: [c_uint; 3],
+        block: c_uint,
+        args: Vec<Arg>,
+    },
 }
 
 /// A stream of work, run as late as it may be.
@@ -33,6 +50,8 @@ pub(crate) struct Queue {
     /// Start and length of everything that is allocated.
     allocations: BTreeMap<usize, usize>,
     failure: Option<DriverError>,
+    /// Allocations opened by their handles.
+    pub(crate) opened: usize,
     /// Kernels that were run.
     pub(crate) launches: u64,
 }
@@ -42,6 +61,21 @@ pub(crate) fn failed(operation: impl Into<String>, reason: impl Into<String>) ->
 }
 
 impl Queue {
+    /// From now on everything fails.
+    pub(crate) fn break_down(&mut self) {
+        self.failure = Some(failed("anything", "the device is broken"));
+    }
+
+    /// What has failed, if something has.
+    pub(crate) fn state(&self) -> Result<(), DriverError> {
+        self.failure.clone().map_or(Ok(()), Err)
+    }
+
+    /// Whether everything before number `end` has run.
+    pub(crate) fn has_run(&self, end: u64) -> bool {
+        self.run >= end
+    }
+
     /// The number of the next thing that is enqueued.
     pub(crate) fn end(&self) -> u64 {
         self.run + self.waiting.len() as u64
@@ -96,6 +130,11 @@ impl Queue {
                     return Err(failed(format!("copying {bytes} bytes"), "they are not in one allocation"));
                 }
             }
+            Work::Upload { region, at, to, bytes } => {
+                if at + bytes > region.shape().total_bytes() || !self.holds(*to, *bytes) {
+                    return Err(failed(format!("copying {bytes} bytes"), "they are not in one allocation"));
+                }
+            }
             Work::Kernel { name, grid, block, args } => {
                 let operation = || format!("launching {name:?} on {grid:?} blocks of {block}");
                 // SAFETY: a string that ends; the result is one too, and lives as long as the program.
@@ -137,6 +176,10 @@ impl Queue {
             Work::Copy { from, to, bytes } => {
                 // SAFETY: checked above; nobody else touches this memory before waiting for the copy.
                 unsafe { std::ptr::copy(*from as *const u8, *to as *mut u8, *bytes) };
+            }
+            Work::Upload { region, at, to, bytes } => {
+                // SAFETY: checked above; nobody else touches either before waiting for the copy.
+                unsafe { std::ptr::copy_nonoverlapping(region.base().add(*at), *to as *mut u8, *bytes) };
             }
             Work::Kernel { name, grid, block, args } => {
                 self.launches += 1;

@@ -32,7 +32,7 @@ use pool::Pool;
 use sample::{SampleScratch, sample_row};
 
 use crate::{
-    AttentionShape, Backend, Batch, KernelError, KvLayout, KvRegion, Matrix, QkNorm, RopeTable, SampleRow, Sampled,
+    AttentionShape, Backend, Batch, KernelError, KvLayout, KvPages, Matrix, QkNorm, RopeTable, SampleRow, Sampled,
 };
 
 /// Elements of a row-wise operation that one chunk takes: some microseconds of work.
@@ -91,7 +91,7 @@ impl CpuBackend {
         }
     }
 
-    /// From now on KV caches are made of memory that other processes of this host may map ([`KvRegion::shared`]).
+    /// From now on KV caches are made of memory that other processes of this host may map ([`crate::KvRegion::shared`]).
     pub fn share_kv_cache(&mut self) {
         self.share_kv_cache = true;
     }
@@ -147,8 +147,8 @@ impl Backend for CpuBackend {
         KvCache::new(layout, self.share_kv_cache)
     }
 
-    fn kv_region(&self, cache: &KvCache) -> Option<KvRegion> {
-        Some(cache.region().clone())
+    fn kv_pages(&self, cache: &KvCache) -> Option<KvPages> {
+        Some(cache.region().clone().into())
     }
 
     fn begin(&mut self, _: &Batch) {}

@@ -12,8 +12,8 @@ use super::skinny::{self, Skinny, Then};
 use super::stream::Stream;
 use super::weight::{Form, Unpacked};
 use crate::{
-    AttentionShape, Backend, Batch, KernelError, KvDType, KvLayout, KvRegion, Matrix, QkNorm, Residual, RmsNorm,
-    RopeTable, SampleRow, Sampled,
+    AttentionShape, Backend, Batch, DeviceRegion, KernelError, KvDType, KvLayout, KvPages, Matrix, QkNorm, Residual,
+    RmsNorm, RopeTable, SampleRow, Sampled,
 };
 
 /// Threads of a block of the row-wise kernels (`kernels/cuda/rowwise.cu`).
@@ -209,8 +209,13 @@ impl<D: Driver> Backend for CudaBackend<D> {
         Ok(KvCache { buffer, layout })
     }
 
-    fn kv_region(&self, _: &KvCache<D>) -> Option<KvRegion> {
-        None
+    fn kv_pages(&self, cache: &KvCache<D>) -> Option<KvPages> {
+        let memory = cache.buffer.memory()?;
+        Some(KvPages::Device(DeviceRegion::new(memory, self.driver().mover(), cache.layout.region_shape())))
+    }
+
+    fn is_recording(&self) -> bool {
+        self.recording
     }
 
     fn begin(&mut self, batch: &Batch) {

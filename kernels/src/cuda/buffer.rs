@@ -1,5 +1,7 @@
 //! What lies in device memory.
 
+use std::sync::Arc;
+
 use super::driver::{Address, Driver, HostMemory, Memory};
 use super::plan::bucket;
 use super::stream::Stream;
@@ -7,11 +9,11 @@ use super::weight::Form;
 use crate::KvLayout;
 
 /// Device memory that may be missing: after a failure, nothing more is allocated or launched.
-pub(super) struct Buffer<D: Driver>(Option<D::Memory>);
+pub(super) struct Buffer<D: Driver>(Option<Arc<D::Memory>>);
 
 impl<D: Driver> Buffer<D> {
     pub(super) fn zeroed(stream: &Stream<D>, bytes: usize) -> Self {
-        Self(stream.attempt(|driver| driver.allocate(bytes.max(16))))
+        Self(stream.attempt(|driver| driver.allocate(bytes.max(16))).map(Arc::new))
     }
 
     pub(super) fn holding(stream: &Stream<D>, bytes: &[u8]) -> Self {
@@ -22,7 +24,12 @@ impl<D: Driver> Buffer<D> {
     }
 
     pub(super) fn address(&self) -> Address {
-        self.0.as_ref().map_or(Address::NULL, Memory::address)
+        self.0.as_ref().map_or(Address::NULL, |memory| memory.address())
+    }
+
+    /// The memory itself, for others to keep.
+    pub(super) fn memory(&self) -> Option<Arc<dyn Memory>> {
+        self.0.clone().map(|memory| memory as Arc<dyn Memory>)
     }
 }
 

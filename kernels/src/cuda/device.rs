@@ -11,6 +11,8 @@ use std::sync::Arc;
 use cudarc::driver::{CudaContext, CudaEvent, CudaGraph, CudaStream, result, sys};
 
 use super::driver::{Address, Arg, Driver, DriverError, HostMemory, Launch, Memory};
+use super::mover::{DeviceMover, id_of};
+use super::moving::{DeviceId, Mover};
 
 /// The kernels, for several kinds of devices (`build.rs` says which). As the driver's loader wants it, aligned.
 #[repr(C, align(64))]
@@ -29,6 +31,7 @@ pub struct Device {
     functions: RefCell<HashMap<String, sys::CUfunction>>,
     name: String,
     processors: usize,
+    id: DeviceId,
 }
 
 // SAFETY: handles of the driver may be used from any thread, one at a time (`RefCell` sees to that).
@@ -62,7 +65,7 @@ impl fmt::Debug for Device {
 }
 
 /// Says what was asked for when something fails.
-trait During<T> {
+pub(super) trait During<T> {
     fn during(self, operation: impl FnOnce() -> String) -> Result<T, DriverError>;
 }
 
@@ -91,16 +94,17 @@ impl Device {
         }
         let unavailable = |error: result::DriverError| DriverError::Unavailable(error.to_string());
         let context = CudaContext::new(ordinal).map_err(unavailable)?;
-        // SAFETY: whatever is enqueued here is enqueued on one stream: nothing needs events between streams.
+        // SAFETY: what needs an order between streams (see `mover`) sees to it itself.
         unsafe { context.disable_event_tracking() };
         let stream = context.new_stream().map_err(unavailable)?;
         let name = context.name().map_err(unavailable)?;
         let processors = sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT;
         let processors = context.attribute(processors).map_err(unavailable)?.unsigned_abs() as usize;
+        let id = id_of(context.cu_device()).map_err(unavailable)?;
         // SAFETY: a fatbin, which says itself where it ends.
         let module = unsafe { result::module::load_data(KERNELS.0.as_ptr().cast()) };
         let module = module.during(|| format!("loading the kernels on {name}"))?;
-        Ok(Self { context, stream, module, functions: RefCell::default(), name, processors })
+        Ok(Self { context, stream, module, functions: RefCell::default(), name, processors, id })
     }
 
     /// Milliseconds from one event to another, both of which have been waited for.
@@ -298,6 +302,10 @@ impl Driver for Device {
             operation: "recording a step".into(),
             reason: "nothing was recorded".into(),
         })
+    }
+
+    fn mover(&self) -> Arc<dyn Mover> {
+        Arc::new(DeviceMover { context: self.context.clone(), computing: self.stream.clone(), id: self.id })
     }
 
     fn replay(&self, graph: &DeviceGraph) -> Result<(), DriverError> {

@@ -1,6 +1,9 @@
 //! What the backend needs of a CUDA driver, and no more.
 
 use std::fmt;
+use std::sync::Arc;
+
+use super::moving::Mover;
 
 /// An address in device memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -150,6 +153,9 @@ pub trait Driver: fmt::Debug + Send + 'static {
 
     /// Ends a recording.
     fn end_capture(&self) -> Result<Self::Graph, DriverError>;
+
+    /// The device as those see it who move its memory beside what is enqueued here.
+    fn mover(&self) -> Arc<dyn Mover>;
 
     /// Enqueues recorded work: with the same arguments, and with what the memory behind them holds by then.
     fn replay(&self, graph: &Self::Graph) -> Result<(), DriverError>;

@@ -10,6 +10,9 @@ mod buffer;
 #[cfg(feature = "cuda")]
 mod device;
 mod driver;
+#[cfg(feature = "cuda")]
+mod mover;
+mod moving;
 mod plan;
 mod product;
 mod sample;
@@ -22,3 +25,4 @@ pub use buffer::{Activations, KvCache, Linear, Rope, Vector};
 #[cfg(feature = "cuda")]
 pub use device::{Device, DeviceGraph, DeviceMemory, PinnedMemory, device_count};
 pub use driver::{Address, Arg, Driver, DriverError, HostMemory, Launch, Memory};
+pub use moving::{CopyStream, DeviceId, IpcHandle, Mark, Mover};

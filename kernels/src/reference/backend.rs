@@ -1,6 +1,6 @@
 use super::{dequantize_row, sample::sample_row};
 use crate::{
-    AttentionShape, Backend, Batch, KernelError, KvLayout, KvRegion, Matrix, QkNorm, RopeTable, SampleRow, Sampled,
+    AttentionShape, Backend, Batch, KernelError, KvLayout, KvPages, Matrix, QkNorm, RopeTable, SampleRow, Sampled,
     SequenceSpan,
 };
 
@@ -138,7 +138,7 @@ impl Backend for ReferenceBackend {
         Ok(ReferenceKvCache { layout, keys: vec![f32::NAN; elements], values: vec![f32::NAN; elements] })
     }
 
-    fn kv_region(&self, _: &Self::KvCache) -> Option<KvRegion> {
+    fn kv_pages(&self, _: &Self::KvCache) -> Option<KvPages> {
         None
     }
 

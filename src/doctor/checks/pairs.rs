@@ -8,6 +8,7 @@ use crate::transfer::SessionAddresses;
 /// How pages would travel between two workers.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 enum Way {
+    CudaIpc,
     Shm,
     Rdma,
     Tcp,
@@ -38,6 +39,9 @@ fn finding(way: Way, pairs: &[String], wanted: Wanted) -> Finding {
     }
     let found = |level, seen: String| Finding::new(Area::Cluster, "transport", level, seen);
     match way {
+        Way::CudaIpc => {
+            found(Level::Ok, format!("CUDA IPC, or shared memory if the devices do not reach each other: {named}"))
+        }
         Way::Shm => found(Level::Ok, format!("shared memory: {named}")),
         Way::Rdma => found(Level::Ok, format!("RDMA: {named}")),
         Way::Tcp if wanted == Wanted::NoRdma => found(Level::Ok, format!("TCP, as wanted: {named}")),
@@ -57,6 +61,9 @@ fn way(prefill: &WorkerCard, decode: &WorkerCard) -> Way {
     let Ok(addresses) = serde_json::from_value::<SessionAddresses>(decode.session.clone()) else {
         return Way::None("because the decode worker's session addresses cannot be read".to_owned());
     };
+    if same_host && both("cuda-ipc") && addresses.unix.is_some() && addresses.cuda.is_some() {
+        return Way::CudaIpc;
+    }
     if same_host && both("shm") && addresses.unix.is_some() {
         return Way::Shm;
     }
@@ -110,6 +117,15 @@ mod tests {
     fn workers_of_one_host_share_memory() {
         let finding = only(prefill("a", &["shm", "tcp"]), decode("a", Some("d:2"), &["shm", "tcp"]), Wanted::Rdma);
         assert_eq!((finding.level, finding.seen.as_str()), (Level::Ok, "shared memory: p:1 → d:1"));
+    }
+
+    #[test]
+    fn devices_of_one_host_write_to_each_other() {
+        let all = ["cuda-ipc", "shm", "tcp"];
+        let mut on_device = decode("a", Some("d:2"), &all);
+        on_device.card.as_mut().unwrap().session["cuda"] = "GPU-00".into();
+        let finding = only(prefill("a", &all), on_device, Wanted::Rdma);
+        assert!(finding.level == Level::Ok && finding.seen.starts_with("CUDA IPC"), "{}", finding.seen);
     }
 
     #[test]

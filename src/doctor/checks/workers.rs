@@ -36,7 +36,10 @@ fn look_at(worker: &Worker) -> Vec<Finding> {
     };
     let who = format!("{} worker {}", card.role, card.address);
     let model = card.model.names.first().map_or("?", String::as_str);
-    let about = format!("{who}: {model}, model key {}, over {}", card.model_key, card.transports.join(" or "));
+    let mut about = format!("{who}: {model}, model key {}, over {}", card.model_key, card.transports.join(" or "));
+    if !card.staging.is_empty() {
+        about.push_str(&format!("; {}", card.staging));
+    }
     let mut findings = vec![match &worker.health {
         Ok(health) if health.status == 200 => found("worker", Level::Ok, about),
         Ok(health) => {

@@ -1,26 +1,30 @@
 use std::io;
 use std::path::Path as FilePath;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::mpsc::Sender;
 use std::time::Duration;
 
+use engine_kernels::DeviceRegion;
+use engine_kernels::cuda::{DriverError, IpcHandle};
 use tokio::net::{TcpStream, UnixStream};
 use tokio::sync::mpsc;
 
-use super::copier::{self, Order, PeerMemory, Standing, Work};
+use super::copier::{self, Order, PeerMapping, PeerMemory, Standing, Work};
 use super::poster::Poster;
 use super::session::{ClientSession, MESSAGES_MAX, Path, Session};
-use super::writer::{Inner, Writer, order};
+use super::stager::{self, Task};
+use super::writer::{Inner, PageSource, Writer, order};
 use crate::handoff::{SessionId, WorkerId};
+use crate::transfer::frame::Frame;
 use crate::transfer::handshake::{self, Hello, VERSION, Welcome};
 use crate::transfer::outbound::Outbound;
 use crate::transfer::rdma::RdmaLane;
 use crate::transfer::socket::Socket;
 use crate::transfer::tls::Tls;
 use crate::transfer::{
-    ClientTls, ClusterToken, ConnectError, Limits, Mailbox, RdmaError, Refusal, Region, RegionShape, SessionAddresses,
-    Source, TransferMetrics, Transport, host_identity,
+    ClientTls, ClusterToken, ConnectError, Limits, LocalPages, Mailbox, RdmaError, Refusal, Region, RegionShape,
+    SessionAddresses, Source, TransferMetrics, Transport, host_identity,
 };
 
 /// What a prefill worker's [`Connector`] is made with.
@@ -34,9 +38,11 @@ pub struct ConnectorConfig {
     pub model_key: String,
     /// How long opening a session may take.
     pub timeout: Duration,
+    /// Whether this worker's device writes to device memory of workers of the same host.
+    pub cuda_ipc: bool,
     /// Whether memory is shared with workers of the same host.
     pub shm: bool,
-    /// The pages, registered for adapters to read.
+    /// The pages in host memory ([`LocalPages::host`]), registered for adapters to read.
     pub rdma: Option<Source>,
     /// Whether pages may go over TCP where there is nothing better.
     pub tcp: bool,
@@ -44,7 +50,7 @@ pub struct ConnectorConfig {
     pub metrics: TransferMetrics,
 }
 
-/// Opens a prefill worker's sessions, and owns the thread that copies pages for those over shm. Cheap to clone.
+/// Opens a prefill worker's sessions, and owns the threads that copy pages for them. Cheap to clone.
 #[derive(Clone)]
 pub struct Connector {
     shared: Arc<Shared>,
@@ -53,24 +59,43 @@ pub struct Connector {
 struct Shared {
     config: ConnectorConfig,
     host: String,
+    /// What is sent from, or staged in.
     region: Region,
     orders: Sender<Order>,
+    device: Option<DeviceSide>,
     next_session: AtomicU64,
 }
 
+/// What there is to it if the pages are in device memory.
+struct DeviceSide {
+    pages: DeviceRegion,
+    /// To the copier that waits for the device.
+    orders: Sender<Order>,
+    /// To the stager.
+    tasks: Sender<Task>,
+}
+
 impl Connector {
-    /// Pages are read from `region`. Starts the copying thread.
-    pub fn new(config: ConnectorConfig, region: Region) -> io::Result<Self> {
-        let orders = copier::start(region.clone())?;
-        let host = host_identity()?;
+    /// What pages are read from. Starts the copying threads.
+    pub fn new(config: ConnectorConfig, pages: impl Into<LocalPages>) -> io::Result<Self> {
+        let pages = pages.into();
+        let device = match &pages {
+            LocalPages::Host(_) => None,
+            LocalPages::Device(ring) => Some(DeviceSide {
+                pages: ring.pages.clone(),
+                orders: copier::start()?,
+                tasks: stager::start(ring.clone())?,
+            }),
+        };
+        let (region, orders, host) = (pages.host().clone(), copier::start()?, host_identity()?);
         let next_session = AtomicU64::new(1);
-        Ok(Self { shared: Arc::new(Shared { config, host, region, orders, next_session }) })
+        Ok(Self { shared: Arc::new(Shared { config, host, region, orders, device, next_session }) })
     }
 
     /// Opens a session to the decode worker at `addresses`, as the worker `own`; served by a task of the tokio runtime
-    /// this is called in. Of the ways that are allowed the first that leads there: shm if it runs on this host and its
-    /// unix socket can be reached from here; RDMA if both have adapters that reach each other; TCP, which is counted
-    /// and logged.
+    /// this is called in. Of the ways that are allowed the first that leads there: if it runs on this host and its unix
+    /// socket can be reached from here, CUDA IPC if both have a device and ours can write to theirs, else shm; RDMA if
+    /// both have adapters that reach each other; TCP, which is counted and logged.
     pub async fn connect(&self, addresses: &SessionAddresses, own: WorkerId) -> Result<Session, ConnectError> {
         let opening = self.connect_somehow(addresses, own);
         tokio::time::timeout(self.shared.config.timeout, opening).await.map_err(|_| ConnectError::TimedOut)?
@@ -79,6 +104,16 @@ impl Connector {
     async fn connect_somehow(&self, addresses: &SessionAddresses, own: WorkerId) -> Result<Session, ConnectError> {
         let config = &self.shared.config;
         let unix = addresses.unix.as_deref().filter(|_| addresses.host == self.shared.host);
+        if let Some(path) = unix.filter(|_| config.cuda_ipc) {
+            match self.connect_device(path, addresses, own).await {
+                Err(error) if self.has_other_ways() && (is_about_device(&error) || is_elsewhere(&error)) => {
+                    if addresses.cuda.is_some() && self.shared.device.is_some() {
+                        tracing::warn!(path = %path.display(), %error, "pages are staged to a device of this host");
+                    }
+                }
+                decided => return decided,
+            }
+        }
         if let Some(path) = unix.filter(|_| config.shm) {
             match self.connect_shm(path, addresses, own).await {
                 Err(error) if is_elsewhere(&error) => {
@@ -152,6 +187,52 @@ impl Connector {
         Ok(self.start(socket, &welcome, own, Way::Rdma(Box::new(poster))))
     }
 
+    /// Whether anything but CUDA IPC is allowed.
+    fn has_other_ways(&self) -> bool {
+        let config = &self.shared.config;
+        config.shm || config.tcp || config.rdma.is_some()
+    }
+
+    /// From device to device.
+    async fn connect_device(
+        &self,
+        path: &FilePath,
+        to: &SessionAddresses,
+        own: WorkerId,
+    ) -> Result<Session, ConnectError> {
+        let no = |why: &str| ConnectError::Device(why.to_owned());
+        let Some(DeviceSide { pages, .. }) = &self.shared.device else {
+            return Err(no("this worker's pages are not in device memory"));
+        };
+        let device = to.cuda.as_ref().ok_or_else(|| no("it lets nobody open any"))?;
+        let device = device.parse().map_err(|()| no("it has no device that could be told"))?;
+        if !pages.reaches(device) {
+            return Err(no("this worker's device cannot write to that one, or does not see it"));
+        }
+        let socket = Socket::new(UnixStream::connect(path).await?.into_std()?)?;
+        let hello = self.hello(to, own, Transport::CudaIpc);
+        let (welcome, files) = handshake::connect(&socket, &self.shared.config.token, &hello).await?;
+        let handle = welcome.device.as_deref().and_then(|handle| handle.try_into().ok()).map(IpcHandle);
+        let (Some(handle), Ok([mailbox])) = (handle, <[_; 1]>::try_from(files)) else {
+            return Err(ConnectError::Protocol("a welcome without its handle and its file".into()));
+        };
+        let mailbox = Mailbox::open(mailbox, welcome.slots)?;
+        let (pages, shape) = (pages.clone(), self.remote_shape(&welcome));
+        let opening = tokio::task::spawn_blocking(move || {
+            let local = pages.copies()?;
+            Ok::<_, DriverError>(PeerMapping::Device { local, remote: pages.open(&handle, shape)? })
+        });
+        let opened = opening.await.map_err(io::Error::other)?;
+        match opened {
+            Ok(pages) => Ok(self.start(socket, &welcome, own, Way::Device(PeerMemory { pages, mailbox }))),
+            Err(error) => {
+                // Nothing is open here: the decode worker need not wait for this process's end.
+                socket.write_all(&Frame::Unmapped.encode()).await?;
+                Err(ConnectError::Device(error.to_string()))
+            }
+        }
+    }
+
     async fn connect_shm(
         &self,
         path: &FilePath,
@@ -165,7 +246,10 @@ impl Connector {
             return Err(ConnectError::Protocol("a welcome without its two files".into()));
         };
         let memory = PeerMemory {
-            region: Region::open(region, self.remote_shape(&welcome))?,
+            pages: PeerMapping::Host {
+                local: self.shared.region.clone(),
+                remote: Region::open(region, self.remote_shape(&welcome))?,
+            },
             mailbox: Mailbox::open(mailbox, welcome.slots)?,
         };
         Ok(self.start(socket, &welcome, own, Way::Shm(memory)))
@@ -214,30 +298,42 @@ impl Connector {
 
     /// Starts the task of a session that both sides agreed on.
     fn start(&self, socket: Socket, welcome: &Welcome, own: WorkerId, way: Way) -> Session {
-        let Shared { config, region, orders, .. } = &*self.shared;
+        let Shared { config, region, orders, device, .. } = &*self.shared;
         let id = SessionId(self.shared.next_session.fetch_add(1, Ordering::Relaxed));
         let (commands, received) = mpsc::unbounded_channel();
         let (message_sender, messages) = mpsc::channel(MESSAGES_MAX);
         let mut copier = None;
+        let mut mapped = |orders: &Sender<Order>, memory| {
+            let standing = Arc::new(Standing::default());
+            order(orders, id, &standing, &commands, Work::Open(memory));
+            copier = Some((orders.clone(), standing.clone()));
+            Path::Mapped { orders: orders.clone(), standing }
+        };
+        let source = match (&way, device) {
+            (_, None) => PageSource::Host,
+            (Way::Device(_), Some(device)) => PageSource::Device(device.pages.clone()),
+            (_, Some(device)) => PageSource::Staged(device.pages.clone(), device.tasks.clone()),
+        };
         let (transport, path) = match way {
-            Way::Shm(memory) => {
-                let standing = Arc::new(Standing::default());
-                order(orders, id, &standing, &commands, Work::Open(memory));
-                copier = Some((orders.clone(), standing.clone()));
-                (Transport::Shm, Path::Shm { orders: orders.clone(), standing })
+            Way::Device(memory) => {
+                let orders = device.as_ref().map_or(orders, |device| &device.orders);
+                (Transport::CudaIpc, mapped(orders, memory))
             }
+            Way::Shm(memory) => (Transport::Shm, mapped(orders, memory)),
             Way::Rdma(poster) => (Transport::Rdma, Path::Rdma(poster)),
             Way::Tcp => (Transport::Tcp, Path::tcp(region.clone(), welcome.frame_bytes as usize)),
         };
         let inner = Inner {
             session: id,
-            local: region.shape(),
+            local: device.as_ref().map_or_else(|| region.shape(), |device| device.pages.shape()),
             remote: self.remote_shape(welcome),
             slots: welcome.slots,
             message_bytes_max: welcome.message_bytes as usize,
             commands: commands.clone(),
             transport,
             copier,
+            source,
+            staging: AtomicUsize::new(0),
             metrics: config.metrics.clone(),
         };
         let writer = Writer { inner: Arc::new(inner) };
@@ -260,6 +356,7 @@ impl Connector {
 
 /// What a session's pages go through.
 enum Way {
+    Device(PeerMemory),
     Shm(PeerMemory),
     Rdma(Box<Poster<RdmaLane>>),
     Tcp,
@@ -276,6 +373,11 @@ async fn blocking<T: Send + 'static>(
 /// Whether it is only RDMA that did not come about.
 fn is_about_rdma(error: &ConnectError) -> bool {
     matches!(error, ConnectError::Rdma(_) | ConnectError::Refused(Refusal::Rdma(_) | Refusal::Transport(_)))
+}
+
+/// Whether it is only device memory that did not come about.
+fn is_about_device(error: &ConnectError) -> bool {
+    matches!(error, ConnectError::Device(_) | ConnectError::Refused(Refusal::Transport(_)))
 }
 
 /// The host of `host:port`, without the brackets of an IPv6 address.

@@ -1,4 +1,5 @@
-//! The thread that copies pages into other processes' memory.
+//! A thread that copies pages into other processes' memory: itself over shm, or by a device over CUDA IPC. There is one
+//! for either, so that none waits for what the other is waiting for.
 //!
 //! It does what it is told strictly in order, so a completion follows the data it completes, and it alone holds the
 //! mappings of peers' memory: once it has dropped one, nothing in this process can write there.
@@ -10,10 +11,13 @@ use std::sync::mpsc::{self, Receiver, Sender};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::thread;
 
+use engine_kernels::cuda::DriverError;
+use engine_kernels::{PageCopies, PageRun, PeerPages};
 use tokio::sync::{mpsc as async_mpsc, oneshot};
 
 use super::reply::Reply;
 use super::session::Command;
+use super::stager::Ready;
 use crate::handoff::{Epoch, MailboxWord, SessionId, Slot};
 use crate::transfer::copy::copy_streaming;
 use crate::transfer::frame::{Frame, Loan};
@@ -23,7 +27,7 @@ use crate::transfer::{Mailbox, Region, WriteError};
 /// Bytes copied between two looks at whether the loan still stands.
 const CHUNK_BYTES: usize = 1 << 20;
 
-/// What a session over shm and the copier know in common.
+/// What a session and its copier know in common.
 #[derive(Default)]
 pub(super) struct Standing {
     /// The session is over: copy nothing more.
@@ -57,23 +61,31 @@ impl Standing {
     }
 }
 
-/// Another process' memory.
+/// Another process' memory, and what goes there.
 pub(super) struct PeerMemory {
-    pub(super) region: Region,
+    pub(super) pages: PeerMapping,
     pub(super) mailbox: Mailbox,
+}
+
+/// Pages of this process, and another's of the same shape that they are copied to.
+pub(super) enum PeerMapping {
+    /// By the copying thread.
+    Host { local: Region, remote: Region },
+    /// By the device, on a stream of the session's own.
+    Device { local: PageCopies, remote: PeerPages },
 }
 
 /// Something to do for a session.
 pub(super) enum Work {
     /// Begin: from now on there is memory to write to.
     Open(PeerMemory),
-    /// Copy pages.
-    Write(Loan, Vec<RunCopy>, Reply),
+    /// Copy pages: those of a device when it has computed them.
+    Write(Loan, Vec<RunCopy>, Option<Ready>, Reply),
     /// Post a loan's last word.
     Complete(Loan, MailboxWord, Reply),
     /// Send a frame, after everything before it is done.
     Send(Frame),
-    /// End: unmap the memory, then say so.
+    /// End: unmap the memory, then say so. If it cannot be unmapped, nothing is said.
     Close(oneshot::Sender<()>),
 }
 
@@ -86,33 +98,42 @@ pub(super) struct Order {
 }
 
 /// Starts the thread; it ends when nobody can send it orders any more.
-pub(super) fn start(local: Region) -> io::Result<Sender<Order>> {
+pub(super) fn start() -> io::Result<Sender<Order>> {
     let (orders, queue) = mpsc::channel();
-    thread::Builder::new().name("engine-copier".into()).spawn(move || copy_all(&local, &queue))?;
+    thread::Builder::new().name("engine-copier".into()).spawn(move || copy_all(&queue))?;
     Ok(orders)
 }
 
-fn copy_all(local: &Region, queue: &Receiver<Order>) {
+fn copy_all(queue: &Receiver<Order>) {
     let mut peers: HashMap<SessionId, PeerMemory> = HashMap::new();
     for Order { session, standing, commands, work } in queue {
         match work {
             Work::Open(memory) => drop(peers.insert(session, memory)),
-            Work::Write(loan, runs, reply) => {
+            Work::Write(loan, runs, ready, reply) => {
                 let peer = peers.get(&session).ok_or(WriteError::Closed);
-                reply.send(peer.and_then(|peer| write(local, &peer.region, &runs, || standing.check(loan))));
+                let written = peer.and_then(|peer| write(&peer.pages, &runs, ready, || standing.check(loan)));
+                if written == Err(WriteError::Device) {
+                    // Nothing more under it, the word least of all.
+                    standing.revoke(loan);
+                }
+                reply.send(written);
             }
             Work::Complete(loan, word, reply) => {
                 let peer = peers.get(&session).ok_or(WriteError::Closed);
-                // All data was stored by this thread, before this in program order.
+                // All data was stored by this thread, before this in program order; or by the device, in copies that
+                // this thread has waited for. What a device has done by then is done for everybody: the other process's
+                // device, which is the same or the one whose memory it is, reads what was written there in whatever it
+                // is told to do after the word was seen.
                 let post = |peer: &PeerMemory| standing.check(loan).map(|()| peer.mailbox.post(loan.0, word));
                 reply.send(peer.and_then(post));
             }
             // If the session's task has ended, there is nobody to send it to.
             Work::Send(frame) => drop(commands.send(Command::Send(frame))),
             Work::Close(unmapped) => {
-                peers.remove(&session);
-                // The task waits for this, unless the whole process is ending.
-                let _ = unmapped.send(());
+                if peers.remove(&session).is_none_or(|memory| memory.pages.unmap()) {
+                    // The task waits for this, unless the whole process is ending.
+                    let _ = unmapped.send(());
+                }
             }
         }
         // Released, so that a thread that finds nothing queued and sends by itself comes after what was sent from here.
@@ -120,8 +141,37 @@ fn copy_all(local: &Region, queue: &Receiver<Order>) {
     }
 }
 
+impl PeerMapping {
+    /// Whether nothing of this process can write there any more.
+    fn unmap(self) -> bool {
+        match self {
+            Self::Host { .. } => true,
+            Self::Device { remote, local } => {
+                let closed = remote.close();
+                drop(local);
+                if let Err(error) = &closed {
+                    tracing::error!(%error, "a decode worker's device memory stays open until this process ends");
+                }
+                closed.is_ok()
+            }
+        }
+    }
+}
+
 /// Copies pages, as long as they are wanted.
 fn write(
+    pages: &PeerMapping,
+    runs: &[RunCopy],
+    ready: Option<Ready>,
+    wanted: impl Fn() -> Result<(), WriteError>,
+) -> Result<(), WriteError> {
+    match pages {
+        PeerMapping::Host { local, remote } => write_here(local, remote, runs, wanted),
+        PeerMapping::Device { local, remote } => write_by_device(local, remote, runs, ready, wanted),
+    }
+}
+
+fn write_here(
     local: &Region,
     remote: &Region,
     runs: &[RunCopy],
@@ -143,4 +193,32 @@ fn write(
         }
     }
     Ok(())
+}
+
+/// Returns when the copies are over, whatever becomes of them: none is under way when this thread does something else.
+fn write_by_device(
+    local: &PageCopies,
+    remote: &PeerPages,
+    runs: &[RunCopy],
+    ready: Option<Ready>,
+    wanted: impl Fn() -> Result<(), WriteError>,
+) -> Result<(), WriteError> {
+    let failed = |error: DriverError| {
+        tracing::error!(%error, "pages cannot be copied to another process's device memory");
+        WriteError::Device
+    };
+    wanted()?;
+    if let Some(ready) = ready {
+        ready.and_then(|mark| mark.wait()).map_err(failed)?;
+        wanted()?;
+    }
+    let run = |run: &RunCopy| PageRun {
+        layer: run.layer as usize,
+        from: run.local as usize,
+        to: run.remote as usize,
+        count: run.count as usize,
+    };
+    let enqueued = runs.iter().try_for_each(|pages| local.copy(run(pages), remote));
+    let finished = local.finish();
+    enqueued.and(finished).map_err(failed)
 }

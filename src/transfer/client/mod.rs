@@ -6,6 +6,7 @@ mod payload;
 mod poster;
 mod reply;
 mod session;
+mod stager;
 mod writer;
 
 pub use connector::{Connector, ConnectorConfig};

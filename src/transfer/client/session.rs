@@ -83,7 +83,8 @@ pub(super) enum Path {
         /// Each slot's last loan that was taken back.
         revoked: HashMap<Slot, Epoch>,
     },
-    Shm {
+    /// By a copier, into memory that this process has mapped.
+    Mapped {
         orders: Sender<Order>,
         standing: Arc<Standing>,
     },
@@ -95,7 +96,7 @@ impl Path {
     async fn event(&mut self) -> std::io::Result<()> {
         match self {
             Self::Rdma(poster) => poster.event().await,
-            Self::Tcp { .. } | Self::Shm { .. } => std::future::pending().await,
+            Self::Tcp { .. } | Self::Mapped { .. } => std::future::pending().await,
         }
     }
 
@@ -133,7 +134,7 @@ impl ClientSession {
                 // cannot be awaited any more if the process ends is no loss.
                 let _ = tokio::task::spawn_blocking(move || poster.close()).await;
             }
-            Path::Shm { orders, standing } => {
+            Path::Mapped { orders, standing } => {
                 standing.close();
                 let (unmapped, wait) = oneshot::channel();
                 order(&orders, self.id, &standing, &self.commands, Work::Close(unmapped));
@@ -210,27 +211,27 @@ impl ClientSession {
         Ok(())
     }
 
-    /// Work that over shm is the copier's.
+    /// Work that is not a copier's.
     fn work(&mut self, work: Work) -> Result<(), LinkError> {
         let (local, frame_bytes, completions, revoked) = match &mut self.path {
             Path::Tcp { local, frame_bytes, completions, revoked } => (local, frame_bytes, completions, revoked),
             Path::Rdma(poster) => {
                 match work {
-                    Work::Write(loan, runs, reply) => poster.write(loan, runs, reply),
+                    Work::Write(loan, runs, _, reply) => poster.write(loan, runs, reply),
                     Work::Complete(loan, word, reply) => poster.complete(loan, word, reply),
                     Work::Send(frame) => poster.send(frame),
                     Work::Open(_) | Work::Close(_) => {}
                 }
                 return self.post();
             }
-            Path::Shm { .. } => return Ok(()),
+            Path::Mapped { .. } => return Ok(()),
         };
         let taken_back = |(slot, epoch): Loan| revoked.get(&slot) == Some(&epoch);
         match work {
-            Work::Write(loan, _, reply) | Work::Complete(loan, _, reply) if taken_back(loan) => {
+            Work::Write(loan, _, _, reply) | Work::Complete(loan, _, reply) if taken_back(loan) => {
                 reply.send(Err(WriteError::Revoked));
             }
-            Work::Write(loan, runs, reply) => {
+            Work::Write(loan, runs, _, reply) => {
                 for (runs, pages) in frames(runs, local, *frame_bytes, reply) {
                     self.outbound.push_data(loan, runs, pages);
                 }
@@ -264,7 +265,7 @@ impl ClientSession {
                 // Behind whatever of the loan could not be withdrawn any more.
                 self.outbound.push(&Frame::Stopped(loan));
             }
-            (Frame::Revoke(loan), Path::Shm { orders, standing }) => {
+            (Frame::Revoke(loan), Path::Mapped { orders, standing }) => {
                 standing.revoke(loan);
                 // Through the copier, which has dropped or done all it had for the loan when it gets there.
                 order(orders, self.id, standing, &self.commands, Work::Send(Frame::Stopped(loan)));
@@ -273,7 +274,7 @@ impl ClientSession {
                 poster.revoke(loan);
                 self.post()?;
             }
-            (Frame::Completed(..), Path::Shm { .. } | Path::Rdma(_))
+            (Frame::Completed(..), Path::Mapped { .. } | Path::Rdma(_))
             | (Frame::Data(..) | Frame::Complete(..) | Frame::Stopped(_) | Frame::Unmapped, _) => {
                 return Err(Violation::Direction.into());
             }

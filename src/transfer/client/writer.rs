@@ -1,16 +1,18 @@
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::Sender;
 
 use bytes::Bytes;
+use engine_kernels::DeviceRegion;
 use tokio::sync::mpsc::UnboundedSender;
 
 use super::copier::{Order, Standing, Work};
 use super::reply::Reply;
 use super::session::Command;
+use super::stager::Task;
 use crate::handoff::{Epoch, MailboxWord, SessionId, Slot};
 use crate::transfer::frame::Frame;
-use crate::transfer::runs::coalesce;
+use crate::transfer::runs::{coalesce, in_order};
 use crate::transfer::{PageCopy, RegionShape, TransferMetrics, Transport, WriteError};
 
 /// Writes pages, completions and messages, in the order of the calls. Never blocks: the work is done elsewhere, and
@@ -29,7 +31,20 @@ pub(super) struct Inner {
     pub(super) commands: UnboundedSender<Command>,
     pub(super) transport: Transport,
     pub(super) copier: Option<(Sender<Order>, Arc<Standing>)>,
+    pub(super) source: PageSource,
+    /// What the stager has yet to do for this session.
+    pub(super) staging: AtomicUsize,
     pub(super) metrics: TransferMetrics,
+}
+
+/// Where pages are read.
+pub(super) enum PageSource {
+    /// In host memory, which is sent from.
+    Host,
+    /// In device memory, which the copier reads.
+    Device(DeviceRegion),
+    /// In device memory, from which the stager brings them to host memory.
+    Staged(DeviceRegion, Sender<Task>),
 }
 
 impl Writer {
@@ -45,7 +60,8 @@ impl Writer {
 
     /// Writes pages under a loan. The `remote` pages must be among those lent, and each `(layer, remote)` written once
     /// under it: what goes over adapters is in no order but before the loan's last word. Until `done` is called, the
-    /// `local` pages must not change; after it, they are not read any more.
+    /// `local` pages must not change; after it, they are not read any more. Pages in device memory are those that what
+    /// was enqueued by now computes.
     pub fn write(
         &self,
         slot: Slot,
@@ -57,12 +73,27 @@ impl Writer {
         if slot.0 >= self.inner.slots {
             return reply.send(Err(WriteError::OutOfRange));
         }
-        let bytes = copies.len() * self.inner.local.page_bytes;
-        match coalesce(copies, self.inner.local, self.inner.remote) {
+        let Inner { local, remote, source, metrics, .. } = &*self.inner;
+        let (loan, bytes) = ((slot, epoch), copies.len() * local.page_bytes);
+        let counted = |reply: Reply| reply.counted(bytes, self.transport(), metrics);
+        if let PageSource::Staged(pages, _) = source {
+            return match in_order(copies, *local, *remote) {
+                Ok(copies) if copies.is_empty() => reply.send(Ok(())),
+                Ok(copies) => {
+                    let (session, ready, reply) = (self.inner.clone(), pages.mark(), counted(reply));
+                    self.stage(Task::Write { session, loan, copies, ready, reply });
+                }
+                Err(error) => reply.send(Err(error)),
+            };
+        }
+        match coalesce(copies, *local, *remote) {
             Ok(runs) if runs.is_empty() => reply.send(Ok(())),
             Ok(runs) => {
-                let reply = reply.counted(bytes, self.transport(), &self.inner.metrics);
-                self.submit(|| Work::Write((slot, epoch), runs, reply));
+                let ready = match source {
+                    PageSource::Device(pages) => Some(pages.mark()),
+                    PageSource::Host | PageSource::Staged(..) => None,
+                };
+                self.inner.submit(Work::Write(loan, runs, ready, counted(reply)));
             }
             Err(error) => reply.send(Err(error)),
         }
@@ -81,7 +112,12 @@ impl Writer {
         if slot.0 >= self.inner.slots || word.status_of(epoch).is_none() {
             return reply.send(Err(WriteError::OutOfRange));
         }
-        self.submit(|| Work::Complete((slot, epoch), word, reply));
+        let work = Work::Complete((slot, epoch), word, reply);
+        match &self.inner.source {
+            // Always: it knows of pages that could not be staged.
+            PageSource::Staged(..) => self.stage(Task::Then { session: self.inner.clone(), work }),
+            PageSource::Host | PageSource::Device(_) => self.inner.submit(work),
+        }
     }
 
     /// Sends a message, after everything written before. False if it is larger than the decode worker takes, or the
@@ -93,22 +129,45 @@ impl Writer {
         let frame = Frame::Message(message);
         match &self.inner.copier {
             // Acquired, so that what the copier sent for this session is before it.
-            Some((_, standing)) if standing.queued.load(Ordering::Acquire) == 0 => {
+            Some((_, standing)) if standing.queued.load(Ordering::Acquire) == 0 && !self.stages() => {
                 self.inner.commands.send(Command::Send(frame)).is_ok()
             }
             _ => {
-                self.submit(|| Work::Send(frame));
+                self.follow(Work::Send(frame));
                 true
             }
         }
     }
 
+    /// Whether the stager has something to do for this session, which whatever comes now has to follow.
+    fn stages(&self) -> bool {
+        self.inner.staging.load(Ordering::Acquire) > 0
+    }
+
+    /// Has this done after everything before it.
+    fn follow(&self, work: Work) {
+        if self.stages() {
+            self.stage(Task::Then { session: self.inner.clone(), work });
+        } else {
+            self.inner.submit(work);
+        }
+    }
+
+    fn stage(&self, task: Task) {
+        if let PageSource::Staged(_, tasks) = &self.inner.source {
+            self.inner.staging.fetch_add(1, Ordering::Relaxed);
+            // The stager ends only when nobody is left who could send to it.
+            let _ = tasks.send(task);
+        }
+    }
+}
+
+impl Inner {
     /// Hands work to the copier, or if there is none to the session's task. If that is gone, dropping the work says so.
-    fn submit(&self, work: impl FnOnce() -> Work) {
-        let Inner { session, commands, .. } = &*self.inner;
-        match &self.inner.copier {
-            Some((orders, standing)) => order(orders, *session, standing, commands, work()),
-            None => drop(commands.send(Command::Work(work()))),
+    pub(super) fn submit(&self, work: Work) {
+        match &self.copier {
+            Some((orders, standing)) => order(orders, self.session, standing, &self.commands, work),
+            None => drop(self.commands.send(Command::Work(work))),
         }
     }
 }

@@ -14,13 +14,13 @@ use tokio::task::JoinHandle;
 
 use super::loans::Loans;
 use super::session::{Reach, ServerSession};
-use super::{Command, Peer, Shared};
+use super::{Admitted, Command, Peer, Shared};
 use crate::handoff::{SessionId, WorkerId};
 use crate::transfer::handshake::{self, HandshakeError, Hello, Welcome};
 use crate::transfer::rdma::Offer;
 use crate::transfer::socket::Socket;
 use crate::transfer::tls::Tls;
-use crate::transfer::{Refusal, ServerError, Transport};
+use crate::transfer::{Exported, Refusal, ServerError, Transport};
 
 /// Before the next try when the system has no file left for a connection.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
@@ -28,7 +28,7 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 /// Where somebody knocks.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Door {
-    /// Processes of this host, for sessions over shm.
+    /// Processes of this host, for sessions over shm and CUDA IPC.
     Unix,
     /// Others, for sessions over TCP, and those over RDMA, which need a connection to be agreed upon.
     Tcp,
@@ -69,7 +69,7 @@ pub(super) async fn listen(shared: &Arc<Shared>) -> Result<Listening, ServerErro
             .await;
         }));
     }
-    if let Some(folder) = shared.config.unix.as_deref().filter(|_| shared.region.file().is_some()) {
+    if let Some(folder) = shared.config.unix.as_deref().filter(|_| shared.is_open_to_this_host()) {
         let failed = |source| ServerError::Unix { path: folder.to_path_buf(), source };
         remove_stale_sockets(folder);
         let (listener, path) = bind_unix(folder, &shared.instance).map_err(failed)?;
@@ -175,7 +175,7 @@ async fn open(
             if process.user != rustix::process::geteuid().as_raw() {
                 return Err(Refusal::User);
             }
-            if process.ended.is_none() || shared.files().is_none() {
+            if process.ended.is_none() {
                 return Err(Refusal::NotShared);
             }
         }
@@ -183,7 +183,7 @@ async fn open(
     })
     .await?;
     let reach = match (process.and_then(|process| process.ended), &shared.config.rdma) {
-        (Some(ended), _) => Reach::shm(ended),
+        (Some(ended), _) => Reach::mapped(ended),
         (None, Some(target)) if hello.transport == Transport::Rdma => {
             let (target, peers) = (target.clone(), hello.rdma.clone());
             let accepting = tokio::task::spawn_blocking(move || target.accept(&peers));
@@ -196,7 +196,7 @@ async fn open(
     };
     let id = shared.new_session();
     let (sender, commands) = mpsc::unbounded_channel();
-    if !shared.admit(id, sender) {
+    if !shared.admit(id, Admitted { commands: sender, transport: hello.transport }) {
         return handshake::refuse(&socket, Refusal::Busy).await;
     }
     // From here on nothing can fail or be cancelled but in `run`, which reports the session's end and gives back its
@@ -210,7 +210,8 @@ fn check(shared: &Shared, hello: &Hello, local: bool, layers: u64, page_bytes: u
         return Err(Refusal::Instance);
     }
     let taken = match hello.transport {
-        Transport::Shm => local,
+        Transport::CudaIpc => local && shared.config.cuda.is_some(),
+        Transport::Shm => local && shared.config.shm && shared.region.file().is_some(),
         Transport::Rdma => !local && shared.config.rdma.is_some(),
         Transport::Tcp => !local && shared.config.tcp_pages,
     };
@@ -228,32 +229,45 @@ fn check(shared: &Shared, hello: &Hello, local: bool, layers: u64, page_bytes: u
 
 impl Shared {
     /// Makes room for a session, if there is.
-    fn admit(&self, id: SessionId, commands: mpsc::UnboundedSender<Command>) -> bool {
+    fn admit(&self, id: SessionId, admitted: Admitted) -> bool {
         let mut sessions = self.sessions();
         let room = sessions.len() < self.config.limits.sessions;
         if room {
-            sessions.insert(id, commands);
+            sessions.insert(id, admitted);
         }
         room
     }
 
-    /// What a peer over shm maps.
-    pub(super) fn files(&self) -> Option<[&File; 2]> {
-        Some([self.region.file()?, self.mailbox.file()?])
+    /// Whether processes of this host have another way to pages than others.
+    fn is_open_to_this_host(&self) -> bool {
+        let shared = self.config.shm && self.region.file().is_some();
+        self.mailbox.file().is_some() && (shared || self.config.cuda.is_some())
     }
 
-    pub(super) fn welcome(&self, rdma: Vec<Offer>) -> Welcome {
+    /// What a peer maps.
+    pub(super) fn files(&self, transport: Transport) -> Vec<&File> {
+        let (region, mailbox) = (self.region.file(), self.mailbox.file());
+        match transport {
+            Transport::CudaIpc => mailbox.into_iter().collect(),
+            Transport::Shm => region.into_iter().chain(mailbox).collect(),
+            Transport::Rdma | Transport::Tcp => Vec::new(),
+        }
+    }
+
+    pub(super) fn welcome(&self, transport: Transport, rdma: Vec<Offer>) -> Welcome {
+        let exported = self.config.cuda.as_ref().filter(|_| transport == Transport::CudaIpc);
         let limits = &self.config.limits;
         // Limits beyond 32 bits are as good as none.
         let small = |number: usize| u32::try_from(number).unwrap_or(u32::MAX);
         Welcome {
-            pages: self.region.shape().pages as u64,
+            pages: exported.map_or(self.region.shape(), Exported::shape).pages as u64,
             slots: self.mailbox.slots(),
             message_bytes: small(limits.message_bytes),
             queued_bytes: limits.queued_bytes as u64,
             frame_bytes: small(self.frame_bytes()),
             heartbeat_ms: small(limits.heartbeat.as_millis() as usize).max(1),
             missed_heartbeats: limits.missed_heartbeats,
+            device: exported.map(|exported| exported.handle().0.to_vec()),
             rdma,
         }
     }

@@ -54,7 +54,7 @@ pub enum SessionEvent {
         /// The loan's epoch.
         epoch: Epoch,
     },
-    /// The session is over: no message will come, and none will go. Over shm the peer may still write.
+    /// The session is over: no message will come, and none will go. Over shm and CUDA IPC the peer may still write.
     Closed {
         /// Which.
         session: SessionId,
@@ -77,6 +77,12 @@ enum Command {
     Fence,
 }
 
+/// A session that has its place.
+struct Admitted {
+    commands: UnboundedSender<Command>,
+    transport: Transport,
+}
+
 /// Takes sessions from prefill workers, and keeps them to what was lent to them. Dropping it closes them all.
 pub struct SessionServer {
     shared: Arc<Shared>,
@@ -93,12 +99,12 @@ struct Shared {
     mailbox: Mailbox,
     sink: Sink,
     /// Closed sessions that are not fenced are still in it.
-    sessions: Mutex<HashMap<SessionId, UnboundedSender<Command>>>,
+    sessions: Mutex<HashMap<SessionId, Admitted>>,
     next_session: AtomicU64,
 }
 
 impl Shared {
-    fn sessions(&self) -> MutexGuard<'_, HashMap<SessionId, UnboundedSender<Command>>> {
+    fn sessions(&self) -> MutexGuard<'_, HashMap<SessionId, Admitted>> {
         // Nothing is left half done in it by a panic.
         self.sessions.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
     }
@@ -114,7 +120,8 @@ impl Shared {
 
 impl SessionServer {
     /// Listens, and serves from tasks of the tokio runtime it is called in. Pages of `region` are written by peers; who
-    /// else touches one while it is lent breaks the contract. If `region` cannot be shared, tcp alone is served.
+    /// else touches one while it is lent breaks the contract. Peers over CUDA IPC write to the pages that the
+    /// configuration exports, and to none of `region`, so what is lent to them are numbers of those.
     pub async fn start(
         config: ServerConfig,
         region: Region,
@@ -134,15 +141,21 @@ impl SessionServer {
         });
         let accept::Listening { tasks, unix, tcp } = accept::listen(&shared).await?;
         let tls = shared.config.tls.is_some();
+        let cuda = shared.config.cuda.as_ref().filter(|_| unix.is_some()).map(|exported| exported.device().to_string());
         // They are reached through the connection.
         let rdma = shared.config.rdma.as_ref().filter(|_| tcp.is_some()).map(Target::ports).unwrap_or_default();
-        let addresses = SessionAddresses { host, instance, unix: unix.clone(), tcp, tls, rdma };
+        let addresses = SessionAddresses { host, instance, unix: unix.clone(), cuda, tcp, tls, rdma };
         Ok(Self { shared, addresses, listeners: tasks, socket: unix })
     }
 
     /// Where it listens: for the worker's card.
     pub fn addresses(&self) -> &SessionAddresses {
         &self.addresses
+    }
+
+    /// How the peer of a session that is not fenced moves pages.
+    pub fn transport(&self, session: SessionId) -> Option<Transport> {
+        self.shared.sessions().get(&session).map(|admitted| admitted.transport)
     }
 
     /// Sends a message. One that is larger than the limit, or more than wait for a peer that does not take them, end
@@ -163,7 +176,7 @@ impl SessionServer {
         self.command(session, Command::Revoke((slot, epoch)));
     }
 
-    /// Closes a session. [`SessionEvent::Fenced`] follows at once over tcp and RDMA, and over shm when the peer has
+    /// Closes a session. [`SessionEvent::Fenced`] follows at once over tcp and RDMA, and otherwise when the peer has
     /// unmapped the memory or has ended.
     pub fn fence(&self, session: SessionId) {
         self.command(session, Command::Fence);
@@ -175,9 +188,9 @@ impl SessionServer {
     }
 
     fn command(&self, session: SessionId, command: Command) {
-        if let Some(commands) = self.shared.sessions().get(&session) {
+        if let Some(admitted) = self.shared.sessions().get(&session) {
             // The task may have ended this moment; then its last events are on their way.
-            let _ = commands.send(command);
+            let _ = admitted.commands.send(command);
         }
     }
 }

@@ -22,8 +22,8 @@ use crate::transfer::socket::Socket;
 pub(super) enum Reach {
     /// Through this task, which checks each write.
     Tcp(Loans),
-    /// By itself.
-    Shm {
+    /// By itself, or its device, into memory that its process has mapped.
+    Mapped {
         /// Readable once the peer's process has ended.
         ended: AsyncFd<OwnedFd>,
         /// Loans the peer was asked to stop writing under.
@@ -41,8 +41,8 @@ pub(super) enum Reach {
 }
 
 impl Reach {
-    pub(super) fn shm(ended: AsyncFd<OwnedFd>) -> Self {
-        Self::Shm { ended, revoking: HashSet::new() }
+    pub(super) fn mapped(ended: AsyncFd<OwnedFd>) -> Self {
+        Self::Mapped { ended, revoking: HashSet::new() }
     }
 
     pub(super) fn rdma((granted, offers): (Granted, Vec<Offer>)) -> Self {
@@ -108,7 +108,7 @@ impl ServerSession {
         let fenced = match reach {
             // This task was the writer, and it has ended: no byte of the session will be read any more.
             Reach::Tcp(_) => true,
-            Reach::Shm { ended, .. } => {
+            Reach::Mapped { ended, .. } => {
                 socket.end_writing();
                 unmapped || wait_until_gone(&socket, &mut reader, &ended, &mut commands).await
             }
@@ -124,13 +124,13 @@ impl ServerSession {
 
     /// Serves until it ends, for whatever reason.
     async fn serve(&mut self, commands: &mut UnboundedReceiver<Command>) -> Result<std::convert::Infallible, End> {
-        let (files, offers) = match &self.reach {
-            Reach::Tcp(_) => (None, Vec::new()),
-            Reach::Shm { .. } => (self.shared.files(), Vec::new()),
-            Reach::Rdma { offers, .. } => (None, offers.clone()),
+        let offers = match &self.reach {
+            Reach::Tcp(_) | Reach::Mapped { .. } => Vec::new(),
+            Reach::Rdma { offers, .. } => offers.clone(),
         };
+        let files = self.shared.files(self.peer.transport);
         let limits = self.shared.config.limits;
-        let welcome = handshake::welcome(&self.socket, self.shared.welcome(offers), files);
+        let welcome = handshake::welcome(&self.socket, self.shared.welcome(self.peer.transport, offers), &files);
         match tokio::time::timeout(limits.handshake, welcome).await {
             Ok(sent) => sent?,
             Err(_) => return Err(LinkError::Stalled.into()),
@@ -198,7 +198,7 @@ impl ServerSession {
                 }
                 self.revoked(loan);
             }
-            Reach::Shm { revoking, .. } | Reach::Rdma { revoking, .. } => {
+            Reach::Mapped { revoking, .. } | Reach::Rdma { revoking, .. } => {
                 if revoking.insert(loan) {
                     self.outbound.push(&Frame::Revoke(loan));
                 }
@@ -231,14 +231,14 @@ impl ServerSession {
                 self.outbound.push(&Frame::Completed(loan, accepted));
             }
             (Frame::Stopped(loan), Reach::Tcp(loans)) => loans.stopped(loan)?,
-            (Frame::Stopped(loan), Reach::Shm { revoking, .. } | Reach::Rdma { revoking, .. }) => {
+            (Frame::Stopped(loan), Reach::Mapped { revoking, .. } | Reach::Rdma { revoking, .. }) => {
                 if !revoking.remove(&loan) {
                     return Err(Violation::NoSuchLoan.into());
                 }
                 self.revoked(loan);
             }
-            (Frame::Unmapped, Reach::Shm { .. }) => return Err(End::Unmapped),
-            (Frame::Data(..) | Frame::Complete(..), Reach::Shm { .. } | Reach::Rdma { .. })
+            (Frame::Unmapped, Reach::Mapped { .. }) => return Err(End::Unmapped),
+            (Frame::Data(..) | Frame::Complete(..), Reach::Mapped { .. } | Reach::Rdma { .. })
             | (Frame::Unmapped, Reach::Tcp(_) | Reach::Rdma { .. })
             | (Frame::Completed(..) | Frame::Revoke(_), _) => return Err(Violation::Direction.into()),
         }

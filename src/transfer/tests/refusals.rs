@@ -297,6 +297,7 @@ async fn a_peer_that_hangs_is_noticed_by_either_side() {
         let limits = (64, SLOTS, 1 << 20, 1 << 20, 1 << 20, 10, 3);
         let (pages, slots, message_bytes, queued_bytes, frame_bytes, heartbeat_ms, missed_heartbeats) = limits;
         let welcome = handshake::Welcome {
+            device: None,
             rdma: Vec::new(),
             pages,
             slots,
@@ -306,7 +307,7 @@ async fn a_peer_that_hangs_is_noticed_by_either_side() {
             heartbeat_ms,
             missed_heartbeats,
         };
-        handshake::welcome(&socket, welcome, None).await.unwrap();
+        handshake::welcome(&socket, welcome, &[]).await.unwrap();
         socket
     };
     let prefill = Prefill::new(Transport::Tcp);

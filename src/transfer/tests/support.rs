@@ -56,6 +56,8 @@ pub(in crate::transfer) fn server_config(unix: PathBuf) -> ServerConfig {
     ServerConfig {
         tcp: Some(([127, 0, 0, 1], 0).into()),
         tcp_pages: true,
+        shm: true,
+        cuda: None,
         rdma: None,
         advertise: None,
         unix: Some(unix),
@@ -141,6 +143,7 @@ pub(in crate::transfer) fn connector_config(transport: Transport) -> ConnectorCo
         token: ClusterToken::new("tea"),
         model_key: "model".into(),
         timeout: PATIENCE,
+        cuda_ipc: transport == Transport::CudaIpc,
         shm: transport == Transport::Shm,
         rdma: None,
         tcp: true,

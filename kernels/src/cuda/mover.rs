@@ -1,0 +1,218 @@
+//! The real driver, for those who move its memory beside the computing.
+
+use std::ffi::c_uint;
+use std::fmt;
+use std::mem::MaybeUninit;
+use std::sync::Arc;
+
+use cudarc::driver::{CudaContext, CudaStream, result, sys};
+
+use super::device::During;
+use super::driver::{Address, DriverError};
+use super::moving::{CopyStream, DeviceId, IpcHandle, Mark, Mover};
+use crate::KvRegion;
+
+/// The device of a [`Device`](super::Device), and the stream that it computes on.
+pub(super) struct DeviceMover {
+    pub(super) context: Arc<CudaContext>,
+    pub(super) computing: Arc<CudaStream>,
+    pub(super) id: DeviceId,
+}
+
+impl fmt::Debug for DeviceMover {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "DeviceMover({}, {})", self.context.ordinal(), self.id)
+    }
+}
+
+/// A point in a stream, which is waited for without taking a core.
+struct Event {
+    context: Arc<CudaContext>,
+    event: sys::CUevent,
+}
+
+// SAFETY: an event's handle may be used from any thread.
+unsafe impl Send for Event {}
+
+impl Event {
+    /// The end of what was enqueued on `stream` so far.
+    fn record(context: &Arc<CudaContext>, stream: &CudaStream) -> Result<Self, DriverError> {
+        let operation = || "recording an event".into();
+        bind(context)?;
+        let flags = sys::CUevent_flags::CU_EVENT_BLOCKING_SYNC as c_uint
+            | sys::CUevent_flags::CU_EVENT_DISABLE_TIMING as c_uint;
+        let mut event = MaybeUninit::uninit();
+        // SAFETY: the driver writes a handle there, or fails.
+        unsafe { sys::cuEventCreate(event.as_mut_ptr(), flags) }.result().during(operation)?;
+        // SAFETY: it did not fail.
+        let this = Self { context: context.clone(), event: unsafe { event.assume_init() } };
+        // SAFETY: both are of this context, and neither has been given back.
+        unsafe { result::event::record(this.event, stream.cu_stream()) }.during(operation)?;
+        Ok(this)
+    }
+}
+
+impl Mark for Event {
+    fn is_past(&self) -> Result<bool, DriverError> {
+        bind(&self.context)?;
+        // SAFETY: our own event.
+        match unsafe { result::event::query(self.event) } {
+            Err(result::DriverError(sys::CUresult::CUDA_ERROR_NOT_READY)) => Ok(false),
+            queried => queried.during(|| "looking at an event".into()).map(|()| true),
+        }
+    }
+
+    fn wait(&self) -> Result<(), DriverError> {
+        bind(&self.context)?;
+        // SAFETY: our own event.
+        unsafe { result::event::synchronize(self.event) }.during(|| "waiting for the device".into())
+    }
+}
+
+impl Drop for Event {
+    fn drop(&mut self) {
+        let _ = bind(&self.context);
+        // SAFETY: our own event, given back once. A failure leaks it.
+        let _ = unsafe { result::event::destroy(self.event) };
+    }
+}
+
+fn bind(context: &CudaContext) -> Result<(), DriverError> {
+    context.bind_to_thread().during(|| "choosing the device".into())
+}
+
+impl DeviceMover {
+    fn bind(&self) -> Result<(), DriverError> {
+        bind(&self.context)
+    }
+}
+
+impl Mover for DeviceMover {
+    fn id(&self) -> DeviceId {
+        self.id
+    }
+
+    fn reaches(&self, other: DeviceId) -> bool {
+        if other == self.id {
+            return true;
+        }
+        let count = result::device::get_count().unwrap_or(0);
+        let device = (0..count).filter_map(|ordinal| result::device::get(ordinal).ok());
+        // One that this process does not see cannot be reached by it.
+        let Some(device) = device.into_iter().find(|&device| id_of(device).is_ok_and(|id| id == other)) else {
+            return false;
+        };
+        let mut can = 0;
+        // SAFETY: the driver writes a number there.
+        let asked = unsafe { sys::cuDeviceCanAccessPeer(&raw mut can, self.context.cu_device(), device) }.result();
+        asked.is_ok() && can != 0
+    }
+
+    fn mark(&self) -> Result<Box<dyn Mark>, DriverError> {
+        Ok(Box::new(Event::record(&self.context, &self.computing)?))
+    }
+
+    fn upload(&self, from: &KvRegion, at: usize, to: Address, bytes: usize) -> Result<(), DriverError> {
+        self.bind()?;
+        assert!(at + bytes <= from.shape().total_bytes(), "bytes of the region");
+        // SAFETY: within both memories, by the assertion and the caller's word; the caller leaves `from` as it is, and
+        // mapped, until the copy is over.
+        let copied = unsafe {
+            let from = std::slice::from_raw_parts(from.base().add(at), bytes);
+            result::memcpy_htod_async(to.0, from, self.computing.cu_stream())
+        };
+        copied.during(|| format!("copying {bytes} bytes to the device"))
+    }
+
+    fn stream(&self) -> Result<Box<dyn CopyStream>, DriverError> {
+        let stream = self.context.new_stream().during(|| "making a stream".into())?;
+        Ok(Box::new(Copies { context: self.context.clone(), stream }))
+    }
+
+    fn lock(&self, region: &KvRegion) -> Result<(), DriverError> {
+        self.bind()?;
+        let bytes = region.shape().total_bytes();
+        // SAFETY: mapped until it is unlocked, which is the caller's word.
+        let locked =
+            unsafe { sys::cuMemHostRegister_v2(region.base().cast(), bytes, sys::CU_MEMHOSTREGISTER_PORTABLE) };
+        locked.result().during(|| format!("locking {bytes} bytes"))
+    }
+
+    fn unlock(&self, region: &KvRegion) {
+        let _ = self.bind();
+        // Copies from or to it may be under way. A failure leaves it locked.
+        let _ = result::ctx::synchronize();
+        // SAFETY: locked before, and nothing uses it any more.
+        let _ = unsafe { sys::cuMemHostUnregister(region.base().cast()) };
+    }
+
+    fn export(&self, start: Address) -> Result<IpcHandle, DriverError> {
+        self.bind()?;
+        let mut handle = sys::CUipcMemHandle { reserved: [0; 64] };
+        // SAFETY: the start of an allocation, which is what the driver wants.
+        let exported = unsafe { sys::cuIpcGetMemHandle(&raw mut handle, start.0) };
+        exported.result().during(|| "exporting device memory to other processes".into())?;
+        Ok(IpcHandle(handle.reserved.map(|byte| byte as u8)))
+    }
+
+    fn open(&self, handle: &IpcHandle) -> Result<Address, DriverError> {
+        self.bind()?;
+        let handle = sys::CUipcMemHandle { reserved: handle.0.map(|byte| byte as _) };
+        let flags = sys::CUipcMem_flags::CU_IPC_MEM_LAZY_ENABLE_PEER_ACCESS as c_uint;
+        let mut start = 0;
+        // SAFETY: the driver checks the handle, and writes an address.
+        let opened = unsafe { sys::cuIpcOpenMemHandle_v2(&raw mut start, handle, flags) };
+        opened.result().during(|| "opening another process's device memory".into())?;
+        Ok(Address(start))
+    }
+
+    fn close(&self, start: Address) -> Result<(), DriverError> {
+        self.bind()?;
+        // SAFETY: opened before, and whoever copied there has waited for the copies.
+        let closed = unsafe { sys::cuIpcCloseMemHandle(start.0) };
+        closed.result().during(|| "closing another process's device memory".into())
+    }
+}
+
+/// A second stream. It does not wait for the first, nor the first for it.
+struct Copies {
+    context: Arc<CudaContext>,
+    stream: Arc<CudaStream>,
+}
+
+impl fmt::Debug for Copies {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Copies({})", self.context.ordinal())
+    }
+}
+
+impl CopyStream for Copies {
+    fn download(&self, from: Address, to: &KvRegion, at: usize, bytes: usize) -> Result<(), DriverError> {
+        bind(&self.context)?;
+        assert!(at + bytes <= to.shape().total_bytes(), "bytes of the region");
+        // SAFETY: within both memories, by the assertion and the caller's word; nobody else uses `to` until the copy is
+        // over.
+        let copied = unsafe {
+            let to = std::slice::from_raw_parts_mut(to.base().add(at), bytes);
+            result::memcpy_dtoh_async(to, from.0, self.stream.cu_stream())
+        };
+        copied.during(|| format!("copying {bytes} bytes from the device"))
+    }
+
+    fn copy(&self, from: Address, to: Address, bytes: usize) -> Result<(), DriverError> {
+        bind(&self.context)?;
+        // SAFETY: the caller's addresses of as much memory each; with unified addresses the driver finds out which
+        // devices they are of.
+        let copied = unsafe { result::memcpy_dtod_async(to.0, from.0, bytes, self.stream.cu_stream()) };
+        copied.during(|| format!("copying {bytes} bytes on the device"))
+    }
+
+    fn finish(&self) -> Result<(), DriverError> {
+        Event::record(&self.context, &self.stream)?.wait()
+    }
+}
+
+/// Which device this is.
+pub(super) fn id_of(device: sys::CUdevice) -> Result<DeviceId, result::DriverError> {
+    Ok(DeviceId(result::device::get_uuid(device)?.bytes.map(|byte| byte as u8)))
+}

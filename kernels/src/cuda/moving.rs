@@ -1,0 +1,115 @@
+//! A device as those see it who move its pages: from other threads than the one that computes, and in other processes.
+
+use std::fmt;
+use std::str::FromStr;
+
+use super::driver::{Address, DriverError};
+use crate::KvRegion;
+
+/// Tells a device from all others (its UUID), in every process that sees it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct DeviceId(pub [u8; 16]);
+
+impl fmt::Display for DeviceId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("GPU-")?;
+        self.0.iter().try_for_each(|byte| write!(f, "{byte:02x}"))
+    }
+}
+
+impl FromStr for DeviceId {
+    type Err = ();
+
+    /// From what [`Display`](fmt::Display) writes.
+    fn from_str(text: &str) -> Result<Self, ()> {
+        let digits = text.strip_prefix("GPU-").filter(|digits| digits.len() == 32 && digits.is_ascii()).ok_or(())?;
+        let mut id = [0; 16];
+        for (byte, at) in id.iter_mut().zip((0..32).step_by(2)) {
+            *byte = u8::from_str_radix(&digits[at..at + 2], 16).map_err(|_| ())?;
+        }
+        Ok(Self(id))
+    }
+}
+
+/// Names an allocation to other processes of the host. Whoever has it can read and write the memory, until that process
+/// ends or lets go by itself: it cannot be taken back.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub struct IpcHandle(pub [u8; 64]);
+
+impl fmt::Debug for IpcHandle {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        // It is as good as a key.
+        f.write_str("IpcHandle(…)")
+    }
+}
+
+/// A point in what a device computes.
+pub trait Mark: Send {
+    /// Whether everything before it has run.
+    fn is_past(&self) -> Result<bool, DriverError>;
+
+    /// Waits until it has, without taking a core.
+    fn wait(&self) -> Result<(), DriverError>;
+}
+
+/// Moves a device's memory beside its computing. Used from any thread.
+pub trait Mover: fmt::Debug + Send + Sync {
+    /// Which device.
+    fn id(&self) -> DeviceId;
+
+    /// Whether this device can write to the memory of that one, which may be itself.
+    fn reaches(&self, other: DeviceId) -> bool;
+
+    /// Marks the end of what was enqueued to be computed so far. Never waits. Not while the computing thread records
+    /// ([`crate::Backend::is_recording`]).
+    fn mark(&self) -> Result<Box<dyn Mark>, DriverError>;
+
+    /// Enqueues a copy among what is computed: behind all that was enqueued before, and before all that comes after.
+    /// What lies at byte `at` of `from` has to stay until a mark behind it is past.
+    fn upload(&self, from: &KvRegion, at: usize, to: Address, bytes: usize) -> Result<(), DriverError>;
+
+    /// A stream of copies of its own, beside the computing.
+    fn stream(&self) -> Result<Box<dyn CopyStream>, DriverError>;
+
+    /// Locks host memory, so that the device copies from and to it by itself. Undone by [`Mover::unlock`].
+    fn lock(&self, region: &KvRegion) -> Result<(), DriverError>;
+
+    /// Unlocks what was locked.
+    fn unlock(&self, region: &KvRegion);
+
+    /// What another process opens the allocation with that starts here.
+    fn export(&self, start: Address) -> Result<IpcHandle, DriverError>;
+
+    /// Opens another process's allocation; where it starts here. Undone by [`Mover::close`].
+    fn open(&self, handle: &IpcHandle) -> Result<Address, DriverError>;
+
+    /// Closes what was opened: nothing of this process can write there any more.
+    fn close(&self, start: Address) -> Result<(), DriverError>;
+}
+
+/// Copies that run in order, some time later, and in no order with what is computed.
+pub trait CopyStream: fmt::Debug + Send {
+    /// Enqueues a copy to byte `at` of `to`.
+    fn download(&self, from: Address, to: &KvRegion, at: usize, bytes: usize) -> Result<(), DriverError>;
+
+    /// Enqueues a copy within device memory, or into that of another device that was opened.
+    fn copy(&self, from: Address, to: Address, bytes: usize) -> Result<(), DriverError>;
+
+    /// Waits until all copies are over, without taking a core. Afterwards whatever this thread does is ordered behind
+    /// them for everybody, on the host and on devices.
+    fn finish(&self) -> Result<(), DriverError>;
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_device_is_found_again_by_its_name() {
+        let id = DeviceId(*b"0123456789abcdef");
+        assert_eq!(id.to_string().parse(), Ok(id));
+        for text in ["", "GPU-", "GPU-12", &"0".repeat(32), &format!("GPU-{}", "x".repeat(32))] {
+            assert_eq!(text.parse::<DeviceId>(), Err(()));
+        }
+    }
+}

@@ -1,0 +1,220 @@
+//! Pages in the memory of an emulated device, which does what it is told as late as it may: whoever does not wait for
+//! what computes a page sends what was there before.
+
+use std::sync::Arc;
+
+use engine_cuda_emulated::Emulated;
+use engine_kernels::DeviceRegion;
+use engine_kernels::cuda::{Driver, Memory};
+use tokio::sync::oneshot;
+
+use super::support::*;
+use crate::handoff::{Slot, Status, WorkerId};
+use crate::transfer::{
+    ConnectError, Connector, ConnectorConfig, Exported, Limits, LocalPages, PageCopy, RegionShape, SessionEvent,
+    StagingRing, Transport, WriteError,
+};
+
+/// Pages on the device.
+struct Pages {
+    driver: Emulated,
+    region: DeviceRegion,
+    memory: Arc<dyn Memory>,
+}
+
+impl Pages {
+    fn new(driver: &Emulated) -> Self {
+        let memory: Arc<dyn Memory> = Arc::new(driver.allocate(SHAPE.total_bytes()).unwrap());
+        let region = DeviceRegion::new(memory.clone(), driver.mover(), SHAPE);
+        Self { driver: driver.clone(), region, memory }
+    }
+
+    /// Enqueues what "computes" all pages: the prefill worker's pattern, or none.
+    fn compute(&self, patterned: bool) {
+        let host = self.driver.allocate_host(SHAPE.total_bytes()).unwrap();
+        let host: &'static _ = Box::leak(Box::new(host));
+        for layer in 0..SHAPE.layers {
+            for page in 0..SHAPE.pages {
+                let byte = if patterned { pattern(layer, page as u32) } else { 0 };
+                let at = SHAPE.offset(layer, page, 1);
+                // SAFETY: within the memory, which nobody else has and which stays.
+                unsafe {
+                    let start = engine_kernels::cuda::HostMemory::start(host).add(at);
+                    start.write_bytes(byte, SHAPE.page_bytes);
+                }
+            }
+        }
+        self.driver.upload(host, self.memory.address(), SHAPE.total_bytes()).unwrap();
+    }
+
+    fn page(&self, layer: usize, page: u32) -> Vec<u8> {
+        let mut bytes = vec![0; SHAPE.page_bytes];
+        let at = SHAPE.offset(layer, page as usize, 1);
+        self.driver.read(self.memory.address().offset(at), &mut bytes).unwrap();
+        bytes
+    }
+}
+
+/// A prefill worker whose pages are computed, but not yet: with room for so many staged pages of each layer.
+fn prefill(transport: Transport, driver: &Emulated, staged: usize) -> (Pages, Connector) {
+    let pages = Pages::new(driver);
+    pages.compute(true);
+    let bytes = staged * SHAPE.layers * SHAPE.page_bytes;
+    let ring = StagingRing::new(pages.region.clone(), bytes).unwrap();
+    let config = ConnectorConfig { tcp: transport == Transport::Tcp, ..connector_config(transport) };
+    (pages, Connector::new(config, LocalPages::Device(ring)).unwrap())
+}
+
+/// All layers of all pages, so that they end up in another order.
+fn everything() -> Vec<PageCopy> {
+    let pages: Vec<_> = (0..SHAPE.pages as u32).map(|page| (page, (page * 7 + 3) % SHAPE.pages as u32)).collect();
+    all_layers(&pages)
+}
+
+#[tokio::test]
+async fn pages_are_staged_when_they_are_computed_whatever_way_they_go_and_through_however_little_room() {
+    for transport in [Transport::Shm, Transport::Tcp] {
+        for staged in [1, 5, 64] {
+            let driver = Emulated::default();
+            let (_pages, connector) = prefill(transport, &driver, staged);
+            let mut decode = Decode::start().await;
+            let session = soon(connector.connect(decode.server.addresses(), WorkerId(7))).await.unwrap();
+            let id = decode.opened().await;
+            assert_eq!(session.transport(), transport);
+            let (slot, epoch) = (Slot(1), epoch(1));
+            decode.server.lend(id, slot, epoch, (0..SHAPE.pages as u32).collect());
+            let writer = session.writer();
+            // Not awaited: the order of the calls is enough, for messages too.
+            writer.write(slot, epoch, everything(), |result| result.unwrap());
+            session.send("behind the pages".into());
+            complete(&writer, slot, epoch, Status::Done).await.unwrap();
+            assert_eq!(decode.mailbox.load(slot).status_of(epoch), Some(Status::Done));
+            for PageCopy { layer, local, remote } in everything() {
+                assert!(holds(&decode.page(layer as usize, remote), layer as usize, local), "{transport:?} {staged}");
+            }
+            assert_eq!(decode.message().await, "behind the pages");
+        }
+    }
+}
+
+/// A decode worker whose pages other processes may open, and a session to it.
+async fn exporting(driver: &Emulated) -> (Pages, Decode) {
+    let pages = Pages::new(driver);
+    pages.compute(false);
+    let exported = Exported::new(&pages.region).unwrap();
+    let decode = Decode::start_with(|config| config.cuda = Some(exported)).await;
+    (pages, decode)
+}
+
+#[tokio::test]
+async fn pages_go_from_device_to_device_when_they_are_computed_and_before_the_word() {
+    let driver = Emulated::default();
+    let (written, mut decode) = exporting(&driver).await;
+    let (_pages, connector) = prefill(Transport::CudaIpc, &driver, 1);
+    let session = soon(connector.connect(decode.server.addresses(), WorkerId(7))).await.unwrap();
+    let id = decode.opened().await;
+    assert_eq!(session.transport(), Transport::CudaIpc);
+    assert_eq!(decode.server.transport(id), Some(Transport::CudaIpc));
+    assert_eq!(driver.open_handles(), 1);
+    let (slot, epoch) = (Slot(2), epoch(4));
+    let writer = session.writer();
+    writer.write(slot, epoch, everything(), |result| result.unwrap());
+    complete(&writer, slot, epoch, Status::Done).await.unwrap();
+    assert_eq!(decode.mailbox.load(slot).status_of(epoch), Some(Status::Done));
+    for PageCopy { layer, local, remote } in everything() {
+        assert!(holds(&written.page(layer as usize, remote), layer as usize, local));
+    }
+    // Nothing went where other sessions' pages arrive.
+    assert!(decode.page(0, 0).iter().all(|&byte| byte == 0));
+    drop(session);
+    decode.ended(id).await;
+    assert_eq!(driver.open_handles(), 0, "fenced when it is closed, not before");
+}
+
+#[tokio::test]
+async fn a_loan_that_is_taken_back_gets_no_further_copies_from_a_device() {
+    let driver = Emulated::default();
+    let (written, mut decode) = exporting(&driver).await;
+    let (_pages, connector) = prefill(Transport::CudaIpc, &driver, 1);
+    let session = soon(connector.connect(decode.server.addresses(), WorkerId(7))).await.unwrap();
+    let id = decode.opened().await;
+    decode.server.revoke(id, Slot(0), epoch(1));
+    assert_eq!(decode.event().await, SessionEvent::Revoked { session: id, slot: Slot(0), epoch: epoch(1) });
+    let writer = session.writer();
+    assert_eq!(write(&writer, Slot(0), epoch(1), everything()).await, Err(WriteError::Revoked));
+    assert_eq!(complete(&writer, Slot(0), epoch(1), Status::Done).await, Err(WriteError::Revoked));
+    assert!(written.page(0, 3).iter().all(|&byte| byte == 0));
+}
+
+#[tokio::test]
+async fn after_a_device_fails_nothing_of_the_loan_is_done_the_word_least_of_all() {
+    for transport in [Transport::CudaIpc, Transport::Shm] {
+        let driver = Emulated::default();
+        let (_written, mut decode) = exporting(&driver).await;
+        let (_pages, connector) = prefill(transport, &driver, 4);
+        let session = soon(connector.connect(decode.server.addresses(), WorkerId(7))).await.unwrap();
+        let id = decode.opened().await;
+        let (slot, epoch) = (Slot(0), epoch(1));
+        decode.server.lend(id, slot, epoch, (0..SHAPE.pages as u32).collect());
+        driver.break_down();
+        let writer = session.writer();
+        let (done, wait) = oneshot::channel();
+        writer.write(slot, epoch, everything(), |result| done.send(result).unwrap());
+        // Handed over before anybody knows.
+        assert!(complete(&writer, slot, epoch, Status::Done).await.is_err(), "{transport:?}");
+        assert_eq!(soon(wait).await.unwrap(), Err(WriteError::Device), "{transport:?}");
+        assert_eq!(decode.mailbox.load(slot).status_of(epoch), None, "{transport:?}");
+    }
+}
+
+#[tokio::test]
+async fn pages_are_staged_where_the_other_device_cannot_be_reached_or_opened_unless_that_is_forbidden() {
+    let here = Emulated::default();
+    // Another device of the same name, whose allocations are none of this one's.
+    let there = Emulated::default();
+    let (_written, mut decode) = exporting(&there).await;
+    let mut unseen = decode.server.addresses().clone();
+    unseen.cuda = Some(format!("GPU-{}", "00".repeat(16)));
+    let (_pages, connector) = prefill(Transport::CudaIpc, &here, 4);
+    for addresses in [&unseen, decode.server.addresses()] {
+        let refused = soon(connector.connect(addresses, WorkerId(1))).await.err().unwrap();
+        assert!(matches!(refused, ConnectError::Device(_)), "{refused}");
+    }
+    // Of the two, one did open a session, and says that it has nothing open.
+    let id = decode.opened().await;
+    decode.ended(id).await;
+
+    let (_pages, region) = (Pages::new(&here), Pages::new(&here).region);
+    let ring = StagingRing::new(region, 1).unwrap();
+    let config = ConnectorConfig { shm: true, ..connector_config(Transport::CudaIpc) };
+    let connector = Connector::new(config, LocalPages::Device(ring)).unwrap();
+    let session = soon(connector.connect(decode.server.addresses(), WorkerId(1))).await.unwrap();
+    assert_eq!(session.transport(), Transport::Shm);
+}
+
+#[tokio::test]
+async fn a_session_that_ends_while_pages_wait_to_be_staged_answers_for_all_of_them() {
+    let driver = Emulated::default();
+    let (_pages, connector) = prefill(Transport::Tcp, &driver, 1);
+    let mut decode = Decode::start_with(|config| config.limits = Limits { frame_bytes: 1, ..config.limits }).await;
+    let session = soon(connector.connect(decode.server.addresses(), WorkerId(7))).await.unwrap();
+    let id = decode.opened().await;
+    // Nothing is lent: the first page ends the session.
+    let writer = session.writer();
+    assert_eq!(write(&writer, Slot(0), epoch(1), everything()).await, Err(WriteError::Closed));
+    assert_eq!(complete(&writer, Slot(0), epoch(1), Status::Done).await, Err(WriteError::Closed));
+    decode.ended(id).await;
+}
+
+#[tokio::test]
+async fn pages_of_another_size_never_go_from_device_to_device() {
+    let driver = Emulated::default();
+    let (_written, decode) = exporting(&driver).await;
+    let shape = RegionShape { page_bytes: 2 * SHAPE.page_bytes, ..SHAPE };
+    let memory: Arc<dyn Memory> = Arc::new(driver.allocate(shape.total_bytes()).unwrap());
+    let ring = StagingRing::new(DeviceRegion::new(memory, driver.mover(), shape), 1).unwrap();
+    let config = ConnectorConfig { tcp: false, ..connector_config(Transport::CudaIpc) };
+    let connector = Connector::new(config, LocalPages::Device(ring)).unwrap();
+    let refused = soon(connector.connect(decode.server.addresses(), WorkerId(1))).await.err().unwrap();
+    assert!(matches!(refused, ConnectError::Refused(crate::transfer::Refusal::Layout)), "{refused}");
+}

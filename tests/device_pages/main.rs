@@ -1,0 +1,225 @@
+//! Decode and prefill workers whose pages are in device memory: real processes, etcd and NATS, and the engine with the
+//! real CUDA driver's code in it. It takes a device, or the stand-in for libcuda that `scripts/check-device-pages.sh`
+//! builds, under which work runs as late as it may.
+
+#[path = "../cell/mod.rs"]
+mod cell;
+#[path = "../program/mod.rs"]
+mod program;
+#[path = "../services/mod.rs"]
+mod services;
+#[path = "../support/mod.rs"]
+mod support;
+
+use std::thread;
+
+use cell::{Cell, Model, SLOWLY, answer_to, granted, handoffs, pages, prefills, wait_until_idle};
+use program::Server;
+use serde_json::{Value, json};
+
+const THRESHOLD: usize = 64;
+/// Prompts above the threshold and below: on page borders and beside them, several chunks long.
+const LENGTHS: [usize; 8] = [20, 64, 65, 66, 80, 81, 211, 420];
+/// How far log-probabilities may be from each other. Rows of large steps and of small ones are added up in different
+/// orders, and who prefills decides which a row is in; the rest is the same, so this is less than a wrong page makes.
+const TOLERANCE: f64 = 1e-4;
+const DEVICE: [&str; 2] = ["--device", "cuda:0"];
+
+/// A model that an emulated device is fast enough for.
+fn cell() -> Cell {
+    Cell::of(Model::made_up(2, 2, 1024))
+}
+
+fn decode(cell: &Cell, flags: &[&str]) -> Server {
+    let threshold = THRESHOLD.to_string();
+    cell.decode(&[&DEVICE[..], &["--max-local-prefill-length", &threshold], flags].concat())
+}
+
+fn prefill(cell: &Cell, flags: &[&str]) -> Server {
+    cell.prefill(&[&DEVICE[..], flags].concat())
+}
+
+fn ask(server: &Server, prompt: &[u32]) -> Value {
+    answer_to(server, &json!({"prompt": prompt, "max_tokens": 6, "temperature": 0, "logprobs": 3, "ignore_eos": true}))
+}
+
+/// The same text and tokens, and log-probabilities as near as they have to be.
+fn is_alike(one: &Value, other: &Value) -> bool {
+    match (one, other) {
+        (Value::Number(one), Value::Number(other)) => {
+            (one.as_f64().unwrap() - other.as_f64().unwrap()).abs() <= TOLERANCE
+        }
+        (Value::Array(one), Value::Array(other)) => {
+            one.len() == other.len() && one.iter().zip(other).all(|(one, other)| is_alike(one, other))
+        }
+        (Value::Object(one), Value::Object(other)) => {
+            let same = |(key, value): (&String, &Value)| other.get(key).is_some_and(|other| is_alike(value, other));
+            one.len() == other.len() && one.iter().all(same)
+        }
+        _ => one == other,
+    }
+}
+
+/// Has a cluster answer all prompts, whose pages go over `transport`.
+fn answers_over(cell: &Cell, transport: &str, flags: [&[&str]; 2]) -> Vec<Value> {
+    let over = ["--transport", transport];
+    let decode = decode(cell, &[&over, flags[0]].concat());
+    let prefill = prefill(cell, &[&over, &["--max-num-batched-tokens", "128"], flags[1]].concat());
+    cell.wait_for_prefill_worker(&decode);
+    let answers = (0..).zip(LENGTHS).map(|(number, length)| ask(&decode, &cell.prompt(number, length))).collect();
+    let long = LENGTHS.iter().filter(|&&length| length > THRESHOLD).count() as f64;
+    assert_eq!(prefills(&decode, "remote"), long, "{}\n{}", decode.log(), prefill.log());
+    assert_eq!(handoffs(&decode, "completed"), long);
+    assert!(prefill.metric(&format!("engine_transfer_bytes_total{{transport=\"{transport}\"}}")) > 0.0);
+    wait_until_idle(&decode);
+    wait_until_idle(&prefill);
+    answers
+}
+
+#[test]
+#[ignore = "needs a CUDA device or a stand-in: make device-pages"]
+fn answers_equal_those_of_one_process_however_pages_leave_a_device_and_reach_another() {
+    let cell = cell();
+    let alone = cell.alone();
+    let expected: Vec<Value> =
+        (0..).zip(LENGTHS).map(|(number, length)| ask(&alone, &cell.prompt(number, length))).collect();
+    drop(alone);
+    let direct = answers_over(&cell, "cuda-ipc", [&[], &[]]);
+    for (answer, expected) in direct.iter().zip(&expected) {
+        assert!(is_alike(answer, expected), "{answer:#} is not {expected:#}");
+    }
+    // With so little room to stage pages in that a prompt's do not fit at once, and that they are used again.
+    let little: [&[&str]; 2] = [&["--kv-staging-memory", "448KiB"], &["--kv-staging-memory", "64KiB"]];
+    for transport in ["shm", "tcp"] {
+        assert_eq!(answers_over(&cell, transport, little), direct, "{transport}");
+    }
+}
+
+#[test]
+#[ignore = "needs a CUDA device or a stand-in: make device-pages"]
+fn the_best_way_between_devices_of_a_host_is_chosen_and_what_is_staged_is_said() {
+    let cell = cell();
+    let decode = decode(&cell, &[]);
+    let prefill = prefill(&cell, &[]);
+    cell.wait_for_prefill_worker(&decode);
+    ask(&decode, &cell.prompt(1, 200));
+    assert_eq!(prefills(&decode, "remote"), 1.0);
+    assert!(prefill.metric("engine_transfer_bytes_total{transport=\"cuda-ipc\"}") > 0.0);
+    for worker in [&decode, &prefill] {
+        assert!(worker.log().contains("pages are staged"), "{}", worker.log());
+    }
+}
+
+#[test]
+#[ignore = "needs a CUDA device or a stand-in: make device-pages"]
+fn a_prompt_whose_pages_find_no_room_to_be_staged_in_is_prefilled_here() {
+    let cell = cell();
+    // A page of both layers is 16 KiB, and holds 16 tokens.
+    let decode = decode(&cell, &["--transport", "shm", "--kv-staging-memory", "128KiB"]);
+    let _prefill = prefill(&cell, &["--transport", "shm"]);
+    cell.wait_for_prefill_worker(&decode);
+    ask(&decode, &cell.prompt(1, 300));
+    ask(&decode, &cell.prompt(2, 100));
+    assert_eq!((prefills(&decode, "local"), prefills(&decode, "remote")), (1.0, 1.0), "{}", decode.log());
+    wait_until_idle(&decode);
+}
+
+#[test]
+#[ignore = "needs a CUDA device or a stand-in: make device-pages"]
+fn workers_on_a_cpu_and_on_a_device_never_pair() {
+    let cell = cell();
+    let decode = decode(&cell, &[]);
+    let flags = [&cell.model.flags()[..], &["--device", "cpu"]].concat();
+    let prefill = cell.prefill(&flags);
+    prefill.wait_until("it has joined", |prefill| prefill.log().contains("registered"));
+    ask(&decode, &cell.prompt(1, 200));
+    assert_eq!((prefills(&decode, "local"), prefills(&decode, "remote")), (1.0, 0.0));
+    assert_eq!(decode.metric("engine_prefill_workers"), 0.0);
+}
+
+/// Stops a prefill worker that is writing, and kills it when the decode worker has given up on it.
+fn a_prefill_worker_is_stopped_and_killed(transport: &str) {
+    let cell = cell();
+    let over = ["--transport", transport];
+    let decode = decode(&cell, &over);
+    let prefill = prefill(&cell, &[&over[..], &SLOWLY].concat());
+    cell.wait_for_prefill_worker(&decode);
+    let prompt = cell.prompt(1, 480);
+    let answer = thread::scope(|scope| {
+        let answer = scope.spawn(|| ask(&decode, &prompt));
+        let written = format!("engine_transfer_bytes_total{{transport=\"{transport}\"}}");
+        prefill.wait_until("it writes", |prefill| prefill.get("/metrics").text().contains(&written));
+        prefill.signal("STOP");
+        answer.join().unwrap()
+    });
+    assert_eq!(granted(&decode), 1.0);
+    // The request went on without; its pages are nobody's as long as somebody may write there.
+    assert!(pages(&decode, "quarantined") > 0.0 && handoffs(&decode, "fenced") == 0.0, "{}", decode.log());
+    prefill.signal("KILL");
+    wait_until_idle(&decode);
+    assert_eq!(handoffs(&decode, "fenced"), 1.0);
+    assert!(is_alike(&answer, &ask(&cell.alone(), &prompt)));
+    // What it leaves behind is as good as new.
+    drop(prefill);
+    let next = self::prefill(&cell, &over);
+    next.wait_until("it has joined", |next| next.log().contains("registered"));
+    cell.wait_for_prefill_worker(&decode);
+    ask(&decode, &cell.prompt(2, 300));
+    assert_eq!(prefills(&decode, "remote"), 1.0);
+    wait_until_idle(&decode);
+}
+
+#[test]
+#[ignore = "needs a CUDA device or a stand-in: make device-pages"]
+fn pages_that_a_stopped_worker_s_device_may_write_to_are_nobody_s_until_its_death_is_certain() {
+    a_prefill_worker_is_stopped_and_killed("cuda-ipc");
+}
+
+#[test]
+#[ignore = "needs a CUDA device or a stand-in: make device-pages"]
+fn staged_pages_that_a_stopped_worker_may_write_to_are_nobody_s_until_its_death_is_certain() {
+    a_prefill_worker_is_stopped_and_killed("shm");
+}
+
+#[test]
+#[ignore = "needs a CUDA device or a stand-in: make device-pages"]
+fn a_prefill_worker_that_is_killed_while_its_device_writes_costs_a_pause() {
+    let cell = cell();
+    let over = ["--transport", "cuda-ipc"];
+    let decode = decode(&cell, &over);
+    let prefill = prefill(&cell, &[&over[..], &SLOWLY].concat());
+    cell.wait_for_prefill_worker(&decode);
+    let prompt = cell.prompt(1, 480);
+    let answer = thread::scope(|scope| {
+        let answer = scope.spawn(|| ask(&decode, &prompt));
+        let written = "engine_transfer_bytes_total{transport=\"cuda-ipc\"}";
+        prefill.wait_until("it writes", |prefill| prefill.get("/metrics").text().contains(written));
+        prefill.signal("KILL");
+        answer.join().unwrap()
+    });
+    assert!(is_alike(&answer, &ask(&cell.alone(), &prompt)));
+    assert_eq!((prefills(&decode, "local"), prefills(&decode, "remote")), (1.0, 0.0));
+    assert_eq!(handoffs(&decode, "fenced"), 1.0);
+    wait_until_idle(&decode);
+}
+
+#[test]
+#[ignore = "needs a CUDA device or a stand-in: make device-pages"]
+fn the_same_prompt_again_is_found_in_the_cache_that_pages_were_brought_to() {
+    let cell = cell();
+    for transport in ["cuda-ipc", "shm"] {
+        let over = ["--transport", transport];
+        let (decode, prefill) = (decode(&cell, &over), prefill(&cell, &over));
+        cell.wait_for_prefill_worker(&decode);
+        let (prompt, longer) = (cell.prompt(1, 250), cell.prompt(1, 390));
+        let first = ask(&decode, &prompt);
+        assert_eq!(ask(&decode, &prompt), first);
+        assert_eq!(prefills(&decode, "remote"), 1.0);
+        // Found up to a page's border on both sides, which the rest does not begin at.
+        let answer = ask(&decode, &longer);
+        assert_eq!(prefills(&decode, "remote"), 2.0);
+        assert!(is_alike(&answer, &ask(&cell.alone(), &longer)), "{transport}");
+        wait_until_idle(&decode);
+        wait_until_idle(&prefill);
+    }
+}
