@@ -1,8 +1,8 @@
 // A stand-in for libcuda: the part of its interface that src/cuda/device.rs and mover.rs use, over the emulation. It is
 // for seeing, on a machine without a GPU, that the real driver's code makes the right calls (scripts/check-driver.sh),
 // and that workers move each other's pages (tests/device_pages). What is enqueued runs when somebody waits for it and
-// not before, each stream for itself: whoever does not wait for another stream's work reads what was there before. Large
-// allocations can be opened by other processes. Modules are not looked at: the kernels are those compiled in here.
+// not before, each stream for itself: whoever does not wait for another stream's work reads what was there before.
+// Large allocations can be opened by other processes. Modules are not looked at: the kernels are those compiled in here.
 
 #include "emulate.cpp"
 
@@ -20,7 +20,8 @@ namespace {
 
 using Result = int;
 using Pointer = unsigned long long;
-constexpr Result SUCCESS = 0, INVALID_VALUE = 1, OUT_OF_MEMORY = 2, NOT_FOUND = 500, NOT_READY = 600, LAUNCH_FAILED = 719;
+constexpr Result SUCCESS = 0, INVALID_VALUE = 1, OUT_OF_MEMORY = 2, NOT_FOUND = 500, NOT_READY = 600;
+constexpr Result LAUNCH_FAILED = 719;
 
 std::recursive_mutex everything;
 std::string last_error = "stand-in libcuda";

@@ -189,11 +189,12 @@ impl Room {
         let mut layers = this.layers();
         loop {
             let LayerRoom { used, next } = &mut layers[layer];
-            let count = used[*next..].iter().take(wanted).take_while(|&&used| !used).count();
-            if count > 0 {
-                let first = *next;
+            // Pages whose peer takes its time, or for ever, are passed over.
+            let pages = used.len();
+            if let Some(first) = (*next..pages).chain(0..*next).find(|&page| !used[page]) {
+                let count = used[first..].iter().take(wanted).take_while(|&&used| !used).count();
                 used[first..first + count].fill(true);
-                *next = (first + count) % used.len();
+                *next = (first + count) % pages;
                 return Some(Piece { room: this.clone(), layer, first, count });
             }
             if !wait {
@@ -262,8 +263,9 @@ mod tests {
         assert!(take(0, 1).is_none());
         assert_eq!(take(1, 1).map(|(first, count, _)| (first, count)), Some((0, 1)), "another layer's are others");
         drop(two);
-        assert!(take(0, 1).is_none(), "those that are next are still in use");
+        assert_eq!(take(0, 1).map(|(first, count, _)| (first, count)), Some((3, 1)), "past those that are in use");
         drop(three);
+        assert_eq!(take(0, 9).map(|(first, count, _)| (first, count)), Some((4, 1)), "from the next on");
         assert_eq!(take(0, 9).map(|(first, count, _)| (first, count)), Some((0, 5)));
     }
 
