@@ -101,7 +101,7 @@ cuda-check: setup ## Compile the CUDA kernels and their driver; look at what bec
 		--test cuda_prefill --test device_pages --locked -- -D warnings
 	scripts/check-kernels.sh
 
-gpu-check: setup ## Build target/cuda/gpu-check-*, the kernels' tests for a real device, to be carried to one; runs them on a stand-in here
+gpu-check: cuda test-assets ## Make target/cuda/gpu-check, all that checks and measures a GPU, to be carried to one; runs the tests on a stand-in here
 	CUDA_HOME="$$(scripts/fetch-nvcc.sh)" scripts/build-gpu-check.sh
 	scripts/check-driver.sh
 

@@ -1,11 +1,14 @@
 #!/bin/sh
-# Builds the kernels' tests with the real CUDA driver in them as programs that need nothing but a device and its driver:
-# target/cuda/gpu-check-*. CUDA_HOME says where nvcc is.
+# Makes target/cuda/gpu-check, a folder of programs that need nothing but a GPU and its driver: the kernels' tests and
+# their benchmark, with the real driver's code in them, the engine, and `run`, which runs them all (scripts/gpu-check.sh).
+# CUDA_HOME says where nvcc is; target/cuda/engine is there (`make cuda`).
 set -eu
 cd "$(dirname "$0")/.."
 
-rm -rf target/cuda/gpu-check-*
-mkdir -p target/cuda
+folder=target/cuda/gpu-check
+tokenizer=${XDG_CACHE_HOME:-$HOME/.cache}/engine/qwen3-tokenizer
+rm -rf target/cuda/gpu-check*
+mkdir -p "$folder/tokenizer"
 # As `cargo test --workspace` builds them: another selection means other features, and compiling everything again.
 cargo test --workspace --features cuda --locked --test conformance --test cuda_steps --test cuda_prefill \
     --bench kernels --no-run --message-format json |
@@ -15,8 +18,9 @@ for line in sys.stdin:
     artifact = json.loads(line)
     if artifact.get("executable") and artifact["target"]["name"] in ("conformance", "cuda_steps", "cuda_prefill", "kernels"):
         print(artifact["target"]["name"], artifact["executable"])
-' | while read -r name program; do strip -o "target/cuda/gpu-check-$name" "$program"; done
-ls -lh target/cuda/gpu-check-*
-echo "on a machine with a GPU run gpu-check-cuda_prefill, gpu-check-conformance and gpu-check-cuda_steps, each with"
-echo "--ignored cuda_device; the first says first whether the tensor cores' fragments lie where the emulation has them"
-echo "and, for a table of times: gpu-check-kernels"
+' | while read -r name program; do strip -o "$folder/$name" "$program"; done
+cp target/cuda/engine benches/peers/torch_qwen3.py "$folder/"
+cp "$tokenizer"/*.json "$folder/tokenizer/"
+cp scripts/gpu-check.sh "$folder/run"
+du -sh "$folder"
+echo "carry $folder to a machine with a GPU and start its program run there"

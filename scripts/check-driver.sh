@@ -7,8 +7,4 @@ cd "$(dirname "$0")/.."
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 scripts/build-libcuda.sh "$work"
-export LD_LIBRARY_PATH="$work"
-target/cuda/gpu-check-conformance --ignored cuda_device
-target/cuda/gpu-check-cuda_steps --ignored cuda_device
-target/cuda/gpu-check-cuda_prefill --ignored cuda_device
-target/cuda/gpu-check-kernels tiny
+OUT="$work" LD_LIBRARY_PATH="$work" target/cuda/gpu-check/run tiny
