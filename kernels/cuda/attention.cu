@@ -60,7 +60,8 @@ __device__ __forceinline__ void attention(const float* qkv, Rows rows, const int
     constexpr int AT_A_TIME = LOADS <= ROOM / WORDS ? LOADS : ROOM / WORDS;
     // Values of a head and partition that a thread merges.
     constexpr int OWN = (HEADS * WIDTH + THREADS - 1) / THREADS;
-    __shared__ float queries[HEADS][WIDTH];
+    // Read four at a time.
+    alignas(16) __shared__ float queries[HEADS][WIDTH];
     // Of each warp: scores, then weights; their maximum and sum; values.
     __shared__ float weights[WARPS][SHARE][HEADS];
     __shared__ float warp_highest[WARPS][HEADS], warp_sums[WARPS][HEADS];

@@ -140,25 +140,32 @@ __device__ int find_in_order(Measure measure, int vocab, u64 target) {
 /// likeliest token down: eight bits of the logit at a time, then the id among those with the same logit.
 template <class Measure>
 __device__ u64 find_from_top(Measure measure, int vocab, u64 wanted) {
-    __shared__ u64 bins[256];
+    // Sums in halves, because shared memory adds 32 bits by itself and 64 in a loop of attempts, which the few bins that
+    // logits fall into at first would make a long one.
+    __shared__ unsigned lows[256], highs[256];
     __shared__ u64 left;
     __shared__ unsigned digit;
     unsigned prefix = 0, mask = 0;
     for (int shift = 24; shift >= 0; shift -= 8) {
-        for (int bin = threadIdx.x; bin < 256; bin += THREADS) bins[bin] = 0;
+        for (int bin = threadIdx.x; bin < 256; bin += THREADS) lows[bin] = highs[bin] = 0;
         __syncthreads();
         for (int id = threadIdx.x; id < vocab; id += THREADS) {
             const unsigned bits = ordered(measure.logits[id]);
             if ((bits & mask) != prefix) continue;
             const u64 amount = measure(id);
-            if (amount > 0) atomicAdd(&bins[bits >> shift & 255], amount);
+            if (amount == 0) continue;
+            const unsigned bin = bits >> shift & 255, low = static_cast<unsigned>(amount);
+            const unsigned before = atomicAdd(&lows[bin], low);
+            const unsigned high = static_cast<unsigned>(amount >> 32) + (before + low < before);
+            if (high > 0) atomicAdd(&highs[bin], high);
         }
         __syncthreads();
+        const auto in_bin = [&](int bin) { return static_cast<u64>(highs[bin]) << 32 | lows[bin]; };
         if (warp_id() == 0) {
             // A lane has eight bins, the first lane the highest.
             const int highest = 255 - 8 * lane_id();
             u64 mine = 0;
-            for (int i = 0; i < 8; i++) mine += bins[highest - i];
+            for (int i = 0; i < 8; i++) mine += in_bin(highest - i);
             u64 sum = mine;
 #pragma unroll
             for (int delta = 1; delta < WARP; delta *= 2) {
@@ -169,7 +176,7 @@ __device__ u64 find_from_top(Measure measure, int vocab, u64 wanted) {
             if (lane_id() == holder) {
                 u64 rest = wanted - (sum - mine);
                 int bin = highest;
-                while (bins[bin] < rest) rest -= bins[bin--];
+                while (in_bin(bin) < rest) rest -= in_bin(bin--);
                 digit = static_cast<unsigned>(bin), left = rest;
             }
         }

@@ -82,7 +82,7 @@ async fn decode(alone: &Alone, prompts: &mut Prompts, sequences: usize, args: &B
         limits.blocks
     );
     let all: Vec<Vec<u32>> = (0..sequences).map(|_| prompts.next(args.context)).collect();
-    // From here on all but their last tokens are found in the cache.
+    // From here on all but their last pages are found in the cache.
     for prompt in &all {
         token(&mut alone.engine.submit(request(prompt.clone(), 1))?).await?;
     }

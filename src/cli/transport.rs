@@ -2,7 +2,7 @@ use std::path::PathBuf;
 
 use clap::{Args, builder::NonEmptyStringValueParser};
 
-use super::{TransportArg, values::parse_size};
+use super::TransportArg;
 use crate::transfer::{SessionTls, rdma::Wish};
 
 /// How KV pages travel: of workers, and of those who look at them.
@@ -12,11 +12,6 @@ pub struct TransportArgs {
     /// How KV pages travel between workers
     #[arg(long, value_enum, value_name = "TRANSPORT", default_value = "auto")]
     pub transport: TransportArg,
-
-    /// Host memory, as 512MiB or 2GiB, that pages pass through on their way to or from a CUDA device where they cannot go
-    /// from device to device [default: 2 GiB of a decode worker, 256 MiB of a prefill worker, no more than all pages]
-    #[arg(long, value_name = "SIZE", value_parser = parse_size)]
-    pub kv_staging_memory: Option<usize>,
 
     /// RDMA ports to use, each a device or device:port; several share the pages of a session between them [default: the
     /// fastest that is active]

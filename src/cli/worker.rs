@@ -127,6 +127,11 @@ pub struct DisaggArgs {
     #[command(flatten)]
     pub transports: TransportArgs,
 
+    /// Host memory, as 512MiB or 2GiB, that pages pass through on their way to or from a CUDA device where they cannot go
+    /// from device to device [default: 2 GiB of a decode worker, 256 MiB of a prefill worker, no more than all pages]
+    #[arg(long, value_name = "SIZE", value_parser = parse_size, help_heading = "Transport")]
+    pub kv_staging_memory: Option<usize>,
+
     /// Address to listen on for prefill workers' sessions [default: that of --host]
     #[arg(long, value_name = "HOST", conflicts_with = "is_prefill_worker")]
     pub session_host: Option<String>,

@@ -20,10 +20,10 @@ pub use sender::Sender;
 
 use std::time::Duration;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use tokio::net::TcpListener;
 
-use crate::cli::TransferBenchArgs;
+use crate::cli::{TransferBenchArgs, TransportArg};
 use crate::transfer::ClusterToken;
 use crate::worker::Ways;
 use report::Row;
@@ -37,6 +37,10 @@ const ROUNDS_UNCOUNTED: usize = 2;
 
 /// Serves, or connects and prints what it measured.
 pub async fn run(args: TransferBenchArgs) -> Result<()> {
+    ensure!(
+        args.transports.transport != TransportArg::CudaIpc,
+        "--transport cuda-ipc: only ways out of host memory are measured, which are shm, rdma and tcp"
+    );
     match &args.connect {
         Some(address) => connect(&args, address).await,
         None => serve(&args).await,

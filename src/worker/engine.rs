@@ -162,6 +162,7 @@ impl<R: Runner> Engine<R> {
         match lending {
             None => scheduler.plan(plan, &mut AllLocal),
             Some(lending) => {
+                lending.planning();
                 scheduler.plan(plan, &mut Routing { lending, pace });
                 lending.lend(&mut plan.loans, scheduler, trace);
             }

@@ -32,19 +32,28 @@ const STAGING_BYTES: usize = 2 << 30;
 pub(super) const NEEDS_DEVICE: &str =
     "--transport cuda-ipc moves pages between CUDA devices, and this worker computes on the CPU: see --device";
 
-/// Says in the log how pages in device memory are staged, and what there is to say of it elsewhere.
-pub(super) fn staging_notice(region: &Region, ways: &Ways, when: &str) -> String {
+/// Says that a flag has no use where pages are in host memory.
+pub(super) fn warn_of_staging_flag(cli: &WorkerArgs) {
+    if cli.disagg.kv_staging_memory.is_some() {
+        tracing::warn!("--kv-staging-memory has no use on a worker that computes on the CPU");
+    }
+}
+
+/// Says in the log how pages in device memory are staged, and what there is to say of it elsewhere; nothing if none can
+/// be. `directly`: some may go from device to device.
+pub(super) fn staging_notice(region: &Region, ways: &Ways, directly: bool, when: &str) -> String {
     let shape = region.shape();
-    let except = if ways.cuda_ipc { "but over cuda-ipc " } else { "" };
+    if ways.needs_device() {
+        return String::new();
+    }
+    let except = if directly { "but over cuda-ipc " } else { "" };
     let notice = format!(
         "{except}pages are staged {when}, in {} MiB of host memory ({} pages), because shared memory, TCP and \
          this build's RDMA reach host memory alone",
         shape.total_bytes() >> 20,
         shape.pages,
     );
-    if !ways.needs_device() {
-        tracing::info!("{notice}");
-    }
+    tracing::info!("{notice}");
     notice
 }
 
@@ -77,7 +86,10 @@ impl Lendable {
     fn of(pages: KvPages, cli: &WorkerArgs, ways: &Ways) -> Result<Self> {
         let device = match pages {
             KvPages::Host(_) if ways.needs_device() => bail!(NEEDS_DEVICE),
-            KvPages::Host(region) => return Ok(Self { region, staging: None, exported: None }),
+            KvPages::Host(region) => {
+                warn_of_staging_flag(cli);
+                return Ok(Self { region, staging: None, exported: None });
+            }
             KvPages::Device(device) => device,
         };
         let exported = match ways.cuda_ipc.then(|| Exported::new(&device)).transpose() {
@@ -89,7 +101,7 @@ impl Lendable {
             Ok(exported) => exported,
         };
         // Where all pages come from device to device, none is staged.
-        let wished = cli.disagg.transports.kv_staging_memory.unwrap_or(STAGING_BYTES);
+        let wished = cli.disagg.kv_staging_memory.unwrap_or(STAGING_BYTES);
         let staging = Staging::new(device, if ways.needs_device() { 0 } else { wished })?;
         let region = staging.region().clone();
         Ok(Self { region, staging: Some(staging), exported })
@@ -112,8 +124,8 @@ pub(super) async fn start(
     let (post, inbox) = inbox();
     let sessions: Arc<OnceLock<SessionServer>> = Arc::default();
     let Lendable { region, staging, exported } = pages;
-    let staged =
-        staging.as_ref().map_or_else(String::new, |_| staging_notice(&region, ways, "on their way to the device"));
+    let notice = || staging_notice(&region, ways, exported.is_some(), "on their way to the device");
+    let staged = staging.as_ref().map_or_else(String::new, |_| notice());
     let mut server = server_config(cli, ways, exported, key, metrics).await?;
     let (written, words) = (region.clone(), mailbox.clone());
     server.rdma = ways.register(move |adapters| Target::new(adapters, &written, &words)).await?;
@@ -139,6 +151,7 @@ pub(super) async fn start(
         staging,
         costs: HandoffCosts::default(),
         started: Instant::now(),
+        leaving: 0,
     };
     let lending = LendingConfig { mailbox_slots, timeouts: LenderTimeouts::default() };
     let engine = Engine::start_lending(runner, config, metrics.engine.clone(), inbox, lending, Box::new(port))?;

@@ -24,6 +24,9 @@ pub trait LendingPort: Send {
     /// Whether any prompt could be prefilled elsewhere now. Asked in every step.
     fn is_open(&self) -> bool;
 
+    /// A step is about to be planned: [`LendingPort::decide`] is asked about its prompts, before any of them is enqueued.
+    fn planning(&mut self) {}
+
     /// Where a prompt is prefilled; `local` is what it would take here, if that is known.
     fn decide(&mut self, candidate: Candidate, local: Option<Forecast>) -> Route;
 
@@ -223,6 +226,7 @@ impl Lending {
             match self.port.stage(session, lent.len()) {
                 Stage::Direct => break None,
                 Stage::Staged(staged) => break Some(staged),
+                Stage::Full if lent.is_empty() => break None,
                 Stage::Full => scheduler.free_lent(lent.split_off(lent.len() / 2).into()),
             }
         };
@@ -250,6 +254,11 @@ impl Lending {
         let Pages { lent, staged } = pages;
         staged.iter().for_each(|staged| self.port.unstage(staged));
         lent
+    }
+
+    /// A step is about to be planned.
+    pub(super) fn planning(&mut self) {
+        self.port.planning();
     }
 
     /// Lends what a plan sends away. `trace` is what a sequence is part of.

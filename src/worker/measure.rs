@@ -48,6 +48,12 @@ pub enum MeasureError {
     /// What was asked for of RDMA cannot be had here.
     #[error("{0}")]
     Rdma(String),
+    /// Pages go in no other way.
+    #[error(
+        "pages go from device to device alone here (--transport cuda-ipc), which is not measured: only ways out of \
+             host memory are"
+    )]
+    Device,
     /// There is no session.
     #[error(transparent)]
     Connect(#[from] ConnectError),
@@ -99,6 +105,9 @@ impl Gauge {
         let ModelCard { layers, page_bytes, .. } = decode.model;
         if layers * page_bytes == 0 {
             return Err(MeasureError::Unexpected);
+        }
+        if self.ways.needs_device() {
+            return Err(MeasureError::Device);
         }
         let region = tokio::task::spawn_blocking(move || pages_to_send(layers, page_bytes));
         let region = region.await.map_err(|_| MeasureError::Closed)??;

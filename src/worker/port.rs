@@ -40,8 +40,6 @@ const UNREACHABLE: u64 = u64::MAX;
 pub(super) struct View {
     prefill_workers: AtomicU32,
     queue_depth: AtomicU64,
-    /// Prompts of the step that is being planned which are to leave: their jobs go to the queue when it is planned.
-    leaving: AtomicU64,
     /// A decision has been made by it since it was last looked at.
     depth_mattered: AtomicBool,
     limits: RwLock<Limits>,
@@ -51,8 +49,8 @@ pub(super) struct View {
 impl View {
     pub(super) fn new(limits: Limits, metrics: HandoffMetrics) -> Arc<Self> {
         let (prefill_workers, queue_depth) = (AtomicU32::new(0), AtomicU64::new(UNREACHABLE));
-        let (leaving, depth_mattered) = (AtomicU64::new(0), AtomicBool::new(false));
-        Arc::new(Self { prefill_workers, queue_depth, leaving, depth_mattered, limits: RwLock::new(limits), metrics })
+        let depth_mattered = AtomicBool::new(false);
+        Arc::new(Self { prefill_workers, queue_depth, depth_mattered, limits: RwLock::new(limits), metrics })
     }
 
     fn set_workers(&self, workers: usize) {
@@ -84,6 +82,9 @@ pub(super) struct ClusterPort {
     pub(super) staging: Option<Staging>,
     pub(super) costs: HandoffCosts,
     pub(super) started: Instant,
+    /// Prompts of the step that is being planned which are to leave. Their jobs go to the queue when it is planned, but
+    /// for those that there are no pages for.
+    pub(super) leaving: u64,
 }
 
 /// A job to put on the queue.
@@ -99,11 +100,15 @@ impl LendingPort for ClusterPort {
         self.view.prefill_workers.load(Ordering::Relaxed) > 0 && self.view.depth().is_some()
     }
 
+    fn planning(&mut self) {
+        self.leaving = 0;
+    }
+
     fn decide(&mut self, candidate: Candidate, local: Option<Forecast>) -> Route {
         let situation = Situation {
             uncached_tokens: (candidate.tokens - candidate.cached) as u32,
             prefill_workers: self.view.prefill_workers.load(Ordering::Relaxed),
-            queue_depth: self.view.depth().map(|depth| depth + self.view.leaving.load(Ordering::Relaxed)),
+            queue_depth: self.view.depth().map(|depth| depth + self.leaving),
             lost_handoffs: candidate.lost,
             local,
         };
@@ -112,9 +117,7 @@ impl LendingPort for ClusterPort {
             Decision::Remote => (Route::Remote, true),
             Decision::Local(reason) => (Route::Local, matches!(reason, Reason::Busy | Reason::Sooner)),
         };
-        if route == Route::Remote {
-            self.view.leaving.fetch_add(1, Ordering::Relaxed);
-        }
+        self.leaving += u64::from(route == Route::Remote);
         if depth_mattered {
             self.view.depth_mattered.store(true, Ordering::Relaxed);
         }
@@ -127,9 +130,6 @@ impl LendingPort for ClusterPort {
     }
 
     fn enqueue(&mut self, handoff: HandoffId, tokens: usize, trace: Option<TraceContext>) {
-        // All of a step's jobs come at once. One whose prompt found no pages to lend does not come, and is forgotten
-        // here or at the next look.
-        self.view.leaving.store(0, Ordering::Relaxed);
         if let Some(depth) = self.view.depth() {
             // Until somebody has it, or the next look, it counts as waiting.
             self.view.set_depth(Some(depth + 1));
@@ -294,7 +294,6 @@ pub(super) async fn follow_depth(cluster: Cluster, key: ModelKey, view: Arc<View
             }
         };
         view.set_depth(depth);
-        view.leaving.store(0, Ordering::Relaxed);
     }
 }
 

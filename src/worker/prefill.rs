@@ -14,7 +14,7 @@ use tokio::{
 use super::{
     Engine, EngineStatus, Gauge, Ready,
     desk::{self, Desk, Note, SharedDesk},
-    lender::{NEEDS_DEVICE, staging_notice},
+    lender::{NEEDS_DEVICE, staging_notice, warn_of_staging_flag},
     membership::{self, Particulars},
     model,
     signals::Signals,
@@ -77,8 +77,11 @@ pub async fn run(mut cli: WorkerArgs, ready: impl FnOnce(Ready)) -> Result<()> {
     }
     let (model, key) = (loaded.card(&cli.engine, vec![name.clone()]), loaded.key);
     let (pages, on_device) = (sendable(loaded.pages()?, &cli, &ways)?, loaded.is_on_device());
-    let staging =
-        if on_device { staging_notice(pages.host(), &ways, "on their way from the device") } else { String::new() };
+    let staging = if on_device {
+        staging_notice(pages.host(), &ways, ways.cuda_ipc, "on their way from the device")
+    } else {
+        String::new()
+    };
     let sent = pages.host().clone();
     let rdma = ways.register(move |adapters| Source::new(adapters, &sent)).await?;
     let transports = ways.names(on_device && ways.cuda_ipc, rdma.is_some());
@@ -157,16 +160,19 @@ pub async fn run(mut cli: WorkerArgs, ready: impl FnOnce(Ready)) -> Result<()> {
 fn sendable(pages: KvPages, cli: &WorkerArgs, ways: &Ways) -> Result<LocalPages> {
     match pages {
         KvPages::Host(_) if ways.needs_device() => bail!(NEEDS_DEVICE),
-        KvPages::Host(region) => Ok(region.into()),
+        KvPages::Host(region) => {
+            warn_of_staging_flag(cli);
+            Ok(region.into())
+        }
         KvPages::Device(device) => {
-            let wished = cli.disagg.transports.kv_staging_memory.unwrap_or(STAGING_BYTES);
+            let wished = cli.disagg.kv_staging_memory.unwrap_or(STAGING_BYTES);
             let ring = StagingRing::new(device, if ways.needs_device() { 0 } else { wished });
             Ok(LocalPages::Device(ring.context("cannot reserve memory to stage pages in")?))
         }
     }
 }
 
-/// Measures ways to decode workers for whoever asks, as this worker's pages would go.
+/// Measures ways to decode workers for whoever asks: how this worker's pages would go, if they are in host memory.
 fn measuring(shop: &Shop, cli: &WorkerArgs, ways: Ways) -> Result<Measure> {
     let gauge = Gauge::new(ways, &cli.disagg.transports, cli.cluster.cluster_token.as_deref())?;
     let (workers, own) = (shop.decode_workers.clone(), shop.lease.clone());

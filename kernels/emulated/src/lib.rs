@@ -53,6 +53,11 @@ impl Emulated {
         self.queue().opened
     }
 
+    /// From now on nobody can tell when copies beside the computing are over.
+    pub fn lose_copies(&self) {
+        self.queue().copies_lost = true;
+    }
+
     /// Lets whatever is asked of the device from now on fail.
     pub fn break_down(&self) {
         self.queue().break_down();

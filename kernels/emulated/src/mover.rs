@@ -120,6 +120,9 @@ impl CopyStream for Copies {
     fn finish(&self) -> Result<(), DriverError> {
         let queue = lock(&self.queue);
         queue.state()?;
+        if queue.copies_lost {
+            return Err(failed("waiting for copies", "their end is lost"));
+        }
         for copy in std::mem::take(&mut *self.waiting.lock().unwrap_or_else(|poisoned| poisoned.into_inner())) {
             let (from, to, bytes) = match &copy {
                 Copy::Download { from, to, at, bytes } => {

@@ -52,6 +52,8 @@ pub(crate) struct Queue {
     failure: Option<DriverError>,
     /// Allocations opened by their handles.
     pub(crate) opened: usize,
+    /// Nobody can tell when copies beside the computing are over.
+    pub(crate) copies_lost: bool,
     /// Kernels that were run.
     pub(crate) launches: u64,
 }

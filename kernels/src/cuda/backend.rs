@@ -22,6 +22,8 @@ const ROWWISE_THREADS: usize = 256;
 const THREADS: usize = 128;
 /// Threads of a block of `kernels/cuda/prefill_attention.cu`.
 const PREFILL_THREADS: usize = 256;
+/// What allocations that other processes open are a multiple of.
+const IPC_BLOCK_BYTES: usize = 2 << 20;
 /// Widest heads (`HEAD_DIM_MAX` in `kernels/cuda/pages.cuh`); their width is a multiple of eight.
 const HEAD_DIM_MAX: usize = 256;
 
@@ -203,7 +205,12 @@ impl<D: Driver> Backend for CudaBackend<D> {
         if !layout.head_dim.is_multiple_of(8) || layout.head_dim > HEAD_DIM_MAX {
             return Err(KernelError::HeadDim { head_dim: layout.head_dim, max: HEAD_DIM_MAX });
         }
-        let buffer = Buffer::zeroed(&self.stream, layout.total_bytes());
+        // Recorded steps read another cache's pages.
+        self.graphs.clear();
+        // Opening memory of another process opens the block that the driver has it in, which is so large: there is
+        // nothing else in it.
+        let bytes = layout.total_bytes().checked_next_multiple_of(IPC_BLOCK_BYTES).unwrap_or(usize::MAX);
+        let buffer = Buffer::zeroed(&self.stream, bytes);
         self.stream.check()?;
         self.plan.aim_at(attention::items_wanted(self.driver().processors(), layout.kv_heads));
         Ok(KvCache { buffer, layout })
@@ -443,6 +450,7 @@ impl<D: Driver> Backend for CudaBackend<D> {
         let AttentionShape { heads, kv_heads, head_dim } = shape;
         if self.partials.as_ref().is_none_or(|partials| !partials.are_for(shape)) {
             assert!(!self.recording, "a step is recorded when it comes for the second time");
+            self.graphs.clear();
             self.partials = Some(Partials::new(&self.stream, shape));
         }
         let [partials, arrived] = self.partials.as_ref().map_or([Address::NULL; 2], Partials::addresses);

@@ -208,7 +208,11 @@ impl CopyStream for Copies {
     }
 
     fn finish(&self) -> Result<(), DriverError> {
-        Event::record(&self.context, &self.stream)?.wait()
+        // Binding tells of an error that somebody else has left in the context, once, and does nothing then.
+        bind(&self.context).or_else(|_| bind(&self.context))?;
+        let waited = Event::record(&self.context, &self.stream).and_then(|event| event.wait());
+        // That takes a core, and needs nothing that could be missing.
+        waited.or_else(|_| self.stream.synchronize().during(|| "waiting for copies".into()))
     }
 }
 

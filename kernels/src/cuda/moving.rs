@@ -96,7 +96,7 @@ pub trait CopyStream: fmt::Debug + Send {
     fn copy(&self, from: Address, to: Address, bytes: usize) -> Result<(), DriverError>;
 
     /// Waits until all copies are over, without taking a core. Afterwards whatever this thread does is ordered behind
-    /// them for everybody, on the host and on devices.
+    /// them for everybody, on the host and on devices. After an error nobody knows whether copies are under way.
     fn finish(&self) -> Result<(), DriverError>;
 }
 

@@ -1,7 +1,7 @@
 use std::io;
 use std::path::Path as FilePath;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::Sender;
 use std::time::Duration;
 
@@ -212,25 +212,23 @@ impl Connector {
         let socket = Socket::new(UnixStream::connect(path).await?.into_std()?)?;
         let hello = self.hello(to, own, Transport::CudaIpc);
         let (welcome, files) = handshake::connect(&socket, &self.shared.config.token, &hello).await?;
-        let handle = welcome.device.as_deref().and_then(|handle| handle.try_into().ok()).map(IpcHandle);
-        let (Some(handle), Ok([mailbox])) = (handle, <[_; 1]>::try_from(files)) else {
-            return Err(ConnectError::Protocol("a welcome without its handle and its file".into()));
+        let opening = async {
+            let handle = welcome.device.as_deref().and_then(|handle| handle.try_into().ok()).map(IpcHandle);
+            let (Some(handle), Ok([mailbox])) = (handle, <[_; 1]>::try_from(files)) else {
+                return Err(ConnectError::Protocol("a welcome without its handle and its file".into()));
+            };
+            let mailbox = Mailbox::open(mailbox, welcome.slots)?;
+            let (pages, shape) = (pages.clone(), self.remote_shape(&welcome));
+            let opening = tokio::task::spawn_blocking(move || {
+                let local = pages.copies()?;
+                Ok::<_, DriverError>(PeerMapping::Device { local, remote: pages.open(&handle, shape)? })
+            });
+            let opened = opening.await.map_err(io::Error::other)?;
+            let pages = opened.map_err(|error| ConnectError::Device(error.to_string()))?;
+            Ok(PeerMemory { pages, mailbox })
         };
-        let mailbox = Mailbox::open(mailbox, welcome.slots)?;
-        let (pages, shape) = (pages.clone(), self.remote_shape(&welcome));
-        let opening = tokio::task::spawn_blocking(move || {
-            let local = pages.copies()?;
-            Ok::<_, DriverError>(PeerMapping::Device { local, remote: pages.open(&handle, shape)? })
-        });
-        let opened = opening.await.map_err(io::Error::other)?;
-        match opened {
-            Ok(pages) => Ok(self.start(socket, &welcome, own, Way::Device(PeerMemory { pages, mailbox }))),
-            Err(error) => {
-                // Nothing is open here: the decode worker need not wait for this process's end.
-                socket.write_all(&Frame::Unmapped.encode()).await?;
-                Err(ConnectError::Device(error.to_string()))
-            }
-        }
+        let memory = or_unmapped(&socket, opening.await).await?;
+        Ok(self.start(socket, &welcome, own, Way::Device(memory)))
     }
 
     async fn connect_shm(
@@ -242,16 +240,15 @@ impl Connector {
         let socket = Socket::new(UnixStream::connect(path).await?.into_std()?)?;
         let hello = self.hello(to, own, Transport::Shm);
         let (welcome, files) = handshake::connect(&socket, &self.shared.config.token, &hello).await?;
-        let Ok([region, mailbox]) = <[_; 2]>::try_from(files) else {
-            return Err(ConnectError::Protocol("a welcome without its two files".into()));
+        let open = || {
+            let Ok([region, mailbox]) = <[_; 2]>::try_from(files) else {
+                return Err(ConnectError::Protocol("a welcome without its two files".into()));
+            };
+            let remote = Region::open(region, self.remote_shape(&welcome))?;
+            let pages = PeerMapping::Host { local: self.shared.region.clone(), remote };
+            Ok(PeerMemory { pages, mailbox: Mailbox::open(mailbox, welcome.slots)? })
         };
-        let memory = PeerMemory {
-            pages: PeerMapping::Host {
-                local: self.shared.region.clone(),
-                remote: Region::open(region, self.remote_shape(&welcome))?,
-            },
-            mailbox: Mailbox::open(mailbox, welcome.slots)?,
-        };
+        let memory = or_unmapped(&socket, open()).await?;
         Ok(self.start(socket, &welcome, own, Way::Shm(memory)))
     }
 
@@ -333,7 +330,6 @@ impl Connector {
             transport,
             copier,
             source,
-            staging: AtomicUsize::new(0),
             metrics: config.metrics.clone(),
         };
         let writer = Writer { inner: Arc::new(inner) };
@@ -384,6 +380,16 @@ fn is_about_device(error: &ConnectError) -> bool {
 fn host_of(address: &str) -> &str {
     let host = address.rsplit_once(':').map_or(address, |(host, _)| host);
     host.strip_prefix('[').and_then(|host| host.strip_suffix(']')).unwrap_or(host)
+}
+
+/// What was opened of a decode worker's memory. If it was not, nothing is, and the decode worker hears so: it need not
+/// wait for this process's end to take back the session.
+async fn or_unmapped<T>(socket: &Socket, opened: Result<T, ConnectError>) -> Result<T, ConnectError> {
+    if opened.is_err() {
+        // If it cannot be said, it waits.
+        let _ = socket.write_all(&Frame::Unmapped.encode()).await;
+    }
+    opened
 }
 
 /// Whether the unix socket led nowhere, or to somebody else, so that TCP may still lead to the worker.

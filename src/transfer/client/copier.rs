@@ -16,9 +16,10 @@ use engine_kernels::{PageCopies, PageRun, PeerPages};
 use tokio::sync::{mpsc as async_mpsc, oneshot};
 
 use super::reply::Reply;
+use super::revoked::Revoked;
 use super::session::Command;
 use super::stager::Ready;
-use crate::handoff::{Epoch, MailboxWord, SessionId, Slot};
+use crate::handoff::{MailboxWord, SessionId};
 use crate::transfer::copy::copy_streaming;
 use crate::transfer::frame::{Frame, Loan};
 use crate::transfer::runs::RunCopy;
@@ -32,8 +33,10 @@ const CHUNK_BYTES: usize = 1 << 20;
 pub(super) struct Standing {
     /// The session is over: copy nothing more.
     closed: AtomicBool,
-    /// Each slot's last loan that was taken back.
-    revoked: Mutex<HashMap<Slot, Epoch>>,
+    /// Copies were enqueued of which nobody knows whether they are over.
+    unsettled: AtomicBool,
+    /// Loans that were taken back.
+    revoked: Mutex<Revoked>,
     /// Operations of the session that the copier has yet to do.
     pub(super) queued: AtomicUsize,
 }
@@ -43,19 +46,19 @@ impl Standing {
         self.closed.store(true, Ordering::Relaxed);
     }
 
-    pub(super) fn revoke(&self, (slot, epoch): Loan) {
-        self.revoked().insert(slot, epoch);
+    pub(super) fn revoke(&self, loan: Loan) {
+        self.revoked().add(loan);
     }
 
     /// Whether writing under the loan is still wanted.
-    pub(super) fn check(&self, (slot, epoch): Loan) -> Result<(), WriteError> {
+    pub(super) fn check(&self, loan: Loan) -> Result<(), WriteError> {
         if self.closed.load(Ordering::Relaxed) {
             return Err(WriteError::Closed);
         }
-        if self.revoked().get(&slot) == Some(&epoch) { Err(WriteError::Revoked) } else { Ok(()) }
+        if self.revoked().holds(loan) { Err(WriteError::Revoked) } else { Ok(()) }
     }
 
-    fn revoked(&self) -> MutexGuard<'_, HashMap<Slot, Epoch>> {
+    fn revoked(&self) -> MutexGuard<'_, Revoked> {
         // Nothing is left half done in it by a panic.
         self.revoked.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
     }
@@ -110,13 +113,27 @@ fn copy_all(queue: &Receiver<Order>) {
         match work {
             Work::Open(memory) => drop(peers.insert(session, memory)),
             Work::Write(loan, runs, ready, reply) => {
-                let peer = peers.get(&session).ok_or(WriteError::Closed);
-                let written = peer.and_then(|peer| write(&peer.pages, &runs, ready, || standing.check(loan)));
-                if written == Err(WriteError::Device) {
-                    // Nothing more under it, the word least of all.
-                    standing.revoke(loan);
+                let written = match peers.get(&session) {
+                    Some(peer) => write(&peer.pages, &runs, ready, || standing.check(loan)),
+                    None => Ok(Err(WriteError::Closed)),
+                };
+                match written {
+                    Ok(written) => {
+                        if written == Err(WriteError::Device) {
+                            // Nothing more under it, the word least of all.
+                            standing.revoke(loan);
+                        }
+                        reply.send(written);
+                    }
+                    Err(Unsettled) => {
+                        // The device may write to the peer's pages at any time. So nobody is told that this write is
+                        // over, nor that the memory is unmapped, which it is not: this process's end is the fence.
+                        std::mem::forget((reply, peers.remove(&session)));
+                        standing.unsettled.store(true, Ordering::Relaxed);
+                        standing.close();
+                        let _ = commands.send(Command::Close);
+                    }
                 }
-                reply.send(written);
             }
             Work::Complete(loan, word, reply) => {
                 let peer = peers.get(&session).ok_or(WriteError::Closed);
@@ -128,9 +145,11 @@ fn copy_all(queue: &Receiver<Order>) {
                 reply.send(peer.and_then(post));
             }
             // If the session's task has ended, there is nobody to send it to.
+            Work::Send(_) if standing.unsettled.load(Ordering::Relaxed) => {}
             Work::Send(frame) => drop(commands.send(Command::Send(frame))),
             Work::Close(unmapped) => {
-                if peers.remove(&session).is_none_or(|memory| memory.pages.unmap()) {
+                let settled = !standing.unsettled.load(Ordering::Relaxed);
+                if settled && peers.remove(&session).is_none_or(|memory| memory.pages.unmap()) {
                     // The task waits for this, unless the whole process is ending.
                     let _ = unmapped.send(());
                 }
@@ -158,15 +177,18 @@ impl PeerMapping {
     }
 }
 
+/// Copies may be under way, and nobody can tell when they are over.
+struct Unsettled;
+
 /// Copies pages, as long as they are wanted.
 fn write(
     pages: &PeerMapping,
     runs: &[RunCopy],
     ready: Option<Ready>,
     wanted: impl Fn() -> Result<(), WriteError>,
-) -> Result<(), WriteError> {
+) -> Result<Result<(), WriteError>, Unsettled> {
     match pages {
-        PeerMapping::Host { local, remote } => write_here(local, remote, runs, wanted),
+        PeerMapping::Host { local, remote } => Ok(write_here(local, remote, runs, wanted)),
         PeerMapping::Device { local, remote } => write_by_device(local, remote, runs, ready, wanted),
     }
 }
@@ -195,22 +217,26 @@ fn write_here(
     Ok(())
 }
 
-/// Returns when the copies are over, whatever becomes of them: none is under way when this thread does something else.
+/// Returns when the copies are over, or says that it does not know: otherwise none is under way when this thread does
+/// something else.
 fn write_by_device(
     local: &PageCopies,
     remote: &PeerPages,
     runs: &[RunCopy],
     ready: Option<Ready>,
     wanted: impl Fn() -> Result<(), WriteError>,
-) -> Result<(), WriteError> {
+) -> Result<Result<(), WriteError>, Unsettled> {
     let failed = |error: DriverError| {
         tracing::error!(%error, "pages cannot be copied to another process's device memory");
         WriteError::Device
     };
-    wanted()?;
-    if let Some(ready) = ready {
-        ready.and_then(|mark| mark.wait()).map_err(failed)?;
+    let computed = || {
         wanted()?;
+        ready.map_or(Ok(()), |ready| ready.and_then(|mark| mark.wait()).map_err(failed))?;
+        wanted()
+    };
+    if let Err(error) = computed() {
+        return Ok(Err(error));
     }
     let run = |run: &RunCopy| PageRun {
         layer: run.layer as usize,
@@ -219,6 +245,9 @@ fn write_by_device(
         count: run.count as usize,
     };
     let enqueued = runs.iter().try_for_each(|pages| local.copy(run(pages), remote));
-    let finished = local.finish();
-    enqueued.and(finished).map_err(failed)
+    if let Err(error) = local.finish() {
+        tracing::error!(%error, "whether copies to another process's device memory are over cannot be told");
+        return Err(Unsettled);
+    }
+    Ok(enqueued.map_err(failed))
 }

@@ -5,6 +5,7 @@ mod copier;
 mod payload;
 mod poster;
 mod reply;
+mod revoked;
 mod session;
 mod stager;
 mod writer;

@@ -1,13 +1,14 @@
 //! What a session over RDMA has to do, in order: posted to the adapters as they have room, and answered as they are
 //! done.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::VecDeque;
 use std::future::poll_fn;
 use std::io;
 use std::task::{Poll, ready};
 
 use super::reply::Reply;
-use crate::handoff::{Epoch, MailboxWord, Slot};
+use super::revoked::Revoked;
+use crate::handoff::MailboxWord;
 use crate::transfer::frame::{Frame, Loan};
 use crate::transfer::rdma::{LANES_MAX, Lane, Piece, Requests};
 use crate::transfer::runs::RunCopy;
@@ -37,7 +38,7 @@ pub(super) struct Poster<L> {
     /// Requests of each lane that are complete, when last looked at.
     complete: Marks,
     /// Each slot's last loan that was taken back.
-    revoked: HashMap<Slot, Epoch>,
+    revoked: Revoked,
     /// The lane that gets the next write.
     next_lane: usize,
     /// Requests of each lane that are known to be in the peer's memory, not only with its adapter.
@@ -77,7 +78,7 @@ impl<L: Lane> Poster<L> {
             queue: VecDeque::new(),
             posted: VecDeque::new(),
             complete: [0; LANES_MAX],
-            revoked: HashMap::new(),
+            revoked: Revoked::default(),
             next_lane: 0,
             settled: [0; LANES_MAX],
             reading_back: false,
@@ -137,7 +138,7 @@ impl<L: Lane> Poster<L> {
 
     /// Posts nothing more under this loan. [`Frame::Stopped`] follows what was posted.
     pub(super) fn revoke(&mut self, loan: Loan) {
-        self.revoked.insert(loan.0, loan.1);
+        self.revoked.add(loan);
         let marks = self.added();
         for operation in std::mem::take(&mut self.queue) {
             match operation {
@@ -303,8 +304,8 @@ impl<L: Lane> Poster<L> {
         reached(&self.complete, marks)
     }
 
-    fn is_revoked(&self, (slot, epoch): Loan) -> bool {
-        self.revoked.get(&slot) == Some(&epoch)
+    fn is_revoked(&self, loan: Loan) -> bool {
+        self.revoked.holds(loan)
     }
 }
 

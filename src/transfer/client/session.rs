@@ -10,8 +10,9 @@ use super::copier::{Order, Standing, Work};
 use super::payload::{Pages, frames};
 use super::poster::Poster;
 use super::reply::Reply;
+use super::revoked::Revoked;
 use super::writer::{Writer, order};
-use crate::handoff::{Epoch, SessionId, Slot};
+use crate::handoff::SessionId;
 use crate::transfer::frame::{Frame, Loan, Violation};
 use crate::transfer::link::{FrameReader, Heart, LinkError};
 use crate::transfer::outbound::Outbound;
@@ -80,8 +81,8 @@ pub(super) enum Path {
         frame_bytes: usize,
         /// Who waits for the decode worker to have posted a word.
         completions: HashMap<Loan, Reply>,
-        /// Each slot's last loan that was taken back.
-        revoked: HashMap<Slot, Epoch>,
+        /// Loans that were taken back.
+        revoked: Revoked,
     },
     /// By a copier, into memory that this process has mapped.
     Mapped {
@@ -101,7 +102,7 @@ impl Path {
     }
 
     pub(super) fn tcp(local: Region, frame_bytes: usize) -> Self {
-        Self::Tcp { local, frame_bytes, completions: HashMap::new(), revoked: HashMap::new() }
+        Self::Tcp { local, frame_bytes, completions: HashMap::new(), revoked: Revoked::default() }
     }
 }
 
@@ -226,9 +227,8 @@ impl ClientSession {
             }
             Path::Mapped { .. } => return Ok(()),
         };
-        let taken_back = |(slot, epoch): Loan| revoked.get(&slot) == Some(&epoch);
         match work {
-            Work::Write(loan, _, _, reply) | Work::Complete(loan, _, reply) if taken_back(loan) => {
+            Work::Write(loan, _, _, reply) | Work::Complete(loan, _, reply) if revoked.holds(loan) => {
                 reply.send(Err(WriteError::Revoked));
             }
             Work::Write(loan, runs, _, reply) => {
@@ -258,7 +258,7 @@ impl ClientSession {
                 reply.send(if accepted { Ok(()) } else { Err(WriteError::Revoked) });
             }
             (Frame::Revoke(loan), Path::Tcp { revoked, .. }) => {
-                revoked.insert(loan.0, loan.1);
+                revoked.add(loan);
                 for pages in self.outbound.withdraw(loan) {
                     pages.reply.into_iter().for_each(|reply| reply.send(Err(WriteError::Revoked)));
                 }

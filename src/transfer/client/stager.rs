@@ -6,7 +6,6 @@
 
 use std::collections::HashMap;
 use std::io;
-use std::sync::atomic::Ordering;
 use std::sync::mpsc::{self, Receiver, Sender};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
@@ -17,7 +16,7 @@ use engine_kernels::{PageCopies, PageRun};
 use super::copier::Work;
 use super::reply::Reply;
 use super::writer::Inner;
-use crate::handoff::{Epoch, SessionId, Slot};
+use crate::handoff::{Epoch, MailboxWord, SessionId, Slot};
 use crate::transfer::frame::Loan;
 use crate::transfer::runs::coalesce;
 use crate::transfer::{PageCopy, RegionShape, StagingRing, WriteError};
@@ -29,8 +28,8 @@ pub(super) type Ready = Result<Box<dyn Mark>, DriverError>;
 pub(super) enum Task {
     /// Stage pages, then have them written. In the order of layers and then of the peer's pages.
     Write { session: Arc<Inner>, loan: Loan, copies: Vec<PageCopy>, ready: Ready, reply: Reply },
-    /// Have this done after everything before it.
-    Then { session: Arc<Inner>, work: Work },
+    /// Have a loan's last word posted, after its pages.
+    Complete { session: Arc<Inner>, loan: Loan, word: MailboxWord, reply: Reply },
 }
 
 /// Starts the thread; it ends when nobody can send it tasks any more.
@@ -54,7 +53,7 @@ struct Stager {
 impl Stager {
     fn run(mut self, queue: &Receiver<Task>) {
         for task in queue {
-            let session = match task {
+            match task {
                 Task::Write { session, loan, copies, ready, reply } => {
                     let gather = Arc::new(Gather::new(reply));
                     let staged = match self.has_failed(&session, loan) {
@@ -65,19 +64,12 @@ impl Stager {
                         self.failed.insert((session.session, loan.0), loan.1);
                     }
                     gather.part_done(staged);
-                    session
                 }
-                Task::Then { session, work: Work::Complete(loan, _, reply) } if self.has_failed(&session, loan) => {
+                Task::Complete { session, loan, reply, .. } if self.has_failed(&session, loan) => {
                     reply.send(Err(WriteError::Device));
-                    session
                 }
-                Task::Then { session, work } => {
-                    session.submit(work);
-                    session
-                }
-            };
-            // Released, so that who finds nothing waiting and acts by itself comes after what was handed on here.
-            session.staging.fetch_sub(1, Ordering::Release);
+                Task::Complete { session, loan, word, reply } => session.submit(Work::Complete(loan, word, reply)),
+            }
         }
     }
 
@@ -108,10 +100,12 @@ impl Stager {
                 copies = rest;
             }
             // Waited for in any case: until then the copies write to the ring.
-            let finished = self.copies.finish();
-            if let Err(error) = enqueued.and(finished) {
+            if let Err(error) = self.copies.finish() {
+                // They may still write: these pages of the ring are not used again.
+                std::mem::forget(pieces);
                 return Err(failed(&error));
             }
+            enqueued.map_err(|error| failed(&error))?;
             for (piece, staged) in pieces {
                 let copy = |(copy, local): (&PageCopy, u32)| PageCopy { local, ..*copy };
                 let copies = staged.iter().zip(piece.first as u32..).map(copy).collect();

@@ -1,5 +1,5 @@
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::Ordering;
 use std::sync::mpsc::Sender;
 
 use bytes::Bytes;
@@ -32,8 +32,6 @@ pub(super) struct Inner {
     pub(super) transport: Transport,
     pub(super) copier: Option<(Sender<Order>, Arc<Standing>)>,
     pub(super) source: PageSource,
-    /// What the stager has yet to do for this session.
-    pub(super) staging: AtomicUsize,
     pub(super) metrics: TransferMetrics,
 }
 
@@ -112,15 +110,17 @@ impl Writer {
         if slot.0 >= self.inner.slots || word.status_of(epoch).is_none() {
             return reply.send(Err(WriteError::OutOfRange));
         }
-        let work = Work::Complete((slot, epoch), word, reply);
+        let loan = (slot, epoch);
         match &self.inner.source {
-            // Always: it knows of pages that could not be staged.
-            PageSource::Staged(..) => self.stage(Task::Then { session: self.inner.clone(), work }),
-            PageSource::Host | PageSource::Device(_) => self.inner.submit(work),
+            // Behind the pages that it has yet to stage; and it knows of those that could not be.
+            PageSource::Staged(..) => self.stage(Task::Complete { session: self.inner.clone(), loan, word, reply }),
+            PageSource::Host | PageSource::Device(_) => self.inner.submit(Work::Complete(loan, word, reply)),
         }
     }
 
-    /// Sends a message, after everything written before. False if it is larger than the decode worker takes, or the
+    /// Sends a message, after everything written before but for pages in device memory that are still on their way to
+    /// where they are sent from: who says of a loan that nothing more is written under it waits for the answers of its
+    /// writes. (Signs of life do not wait for others' pages.) False if it is larger than the decode worker takes, or the
     /// session has ended.
     pub fn send(&self, message: Bytes) -> bool {
         if message.len() > self.inner.message_bytes_max || self.inner.commands.is_closed() {
@@ -129,33 +129,18 @@ impl Writer {
         let frame = Frame::Message(message);
         match &self.inner.copier {
             // Acquired, so that what the copier sent for this session is before it.
-            Some((_, standing)) if standing.queued.load(Ordering::Acquire) == 0 && !self.stages() => {
+            Some((_, standing)) if standing.queued.load(Ordering::Acquire) == 0 => {
                 self.inner.commands.send(Command::Send(frame)).is_ok()
             }
             _ => {
-                self.follow(Work::Send(frame));
+                self.inner.submit(Work::Send(frame));
                 true
             }
         }
     }
 
-    /// Whether the stager has something to do for this session, which whatever comes now has to follow.
-    fn stages(&self) -> bool {
-        self.inner.staging.load(Ordering::Acquire) > 0
-    }
-
-    /// Has this done after everything before it.
-    fn follow(&self, work: Work) {
-        if self.stages() {
-            self.stage(Task::Then { session: self.inner.clone(), work });
-        } else {
-            self.inner.submit(work);
-        }
-    }
-
     fn stage(&self, task: Task) {
         if let PageSource::Staged(_, tasks) = &self.inner.source {
-            self.inner.staging.fetch_add(1, Ordering::Relaxed);
             // The stager ends only when nobody is left who could send to it.
             let _ = tasks.send(task);
         }

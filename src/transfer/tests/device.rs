@@ -168,6 +168,24 @@ async fn after_a_device_fails_nothing_of_the_loan_is_done_the_word_least_of_all(
 }
 
 #[tokio::test]
+async fn copies_whose_end_nobody_can_tell_end_the_session_and_leave_the_fence_to_the_end_of_the_process() {
+    let driver = Emulated::default();
+    let (_written, mut decode) = exporting(&driver).await;
+    let (_pages, connector) = prefill(Transport::CudaIpc, &driver, 1);
+    let session = soon(connector.connect(decode.server.addresses(), WorkerId(7))).await.unwrap();
+    let id = decode.opened().await;
+    let (slot, epoch) = (Slot(0), epoch(1));
+    decode.server.lend(id, slot, epoch, (0..SHAPE.pages as u32).collect());
+    driver.lose_copies();
+    let (done, mut answer) = oneshot::channel();
+    session.writer().write(slot, epoch, everything(), |result| done.send(result).unwrap());
+    assert_eq!(decode.event().await, SessionEvent::Closed { session: id });
+    assert_eq!(answer.try_recv(), Err(oneshot::error::TryRecvError::Empty), "the pages may still be read and written");
+    assert_eq!(driver.open_handles(), 1, "and the memory is not closed, of which the decode worker would hear");
+    assert_eq!(decode.mailbox.load(slot).status_of(epoch), None);
+}
+
+#[tokio::test]
 async fn pages_are_staged_where_the_other_device_cannot_be_reached_or_opened_unless_that_is_forbidden() {
     let here = Emulated::default();
     // Another device of the same name, whose allocations are none of this one's.

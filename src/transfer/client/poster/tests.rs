@@ -11,6 +11,7 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::handoff::Status;
+use crate::handoff::{Epoch, Slot};
 use crate::transfer::PageCopy;
 use crate::transfer::rdma::{CHAIN_MAX, RdmaError, RequestLimits};
 use crate::transfer::runs::coalesce;
