@@ -40,10 +40,10 @@ demo-model: setup ## Fetch the demo model, 98 MB, once
 test-assets: setup ## Fetch Qwen3's tokenizer for the tests, once
 	@scripts/fetch-test-assets.sh
 
-test: setup-rdma demo-model test-assets ## Format check, all tests, those on RDMA devices, lints, documentation, the OpenAI client
+test: setup-rdma demo-model test-assets ## Format check, all tests, those on RDMA devices and on an emulated CUDA device, lints, documentation, the OpenAI client
 	$(CARGO) fmt --all --check
 	$(CARGO) test --workspace --locked
-	$(MAKE) --no-print-directory test-rdma lint cuda-check doc client
+	$(MAKE) --no-print-directory test-rdma lint cuda-check device-pages doc client
 
 test-rdma: setup-rdma ## The tests that need an RDMA device, in an emulated machine (QEMU) with soft-RoCE; part of make test
 	tests/rdma/run.sh
@@ -105,7 +105,7 @@ gpu-check: cuda test-assets ## Make target/cuda/gpu-check, all that checks and m
 	CUDA_HOME="$$(scripts/fetch-nvcc.sh)" scripts/build-gpu-check.sh
 	scripts/check-driver.sh
 
-device-pages: setup-services ## Whole clusters whose pages are in device memory, the engine built with CUDA, on a stand-in for libcuda. Needs no GPU
+device-pages: setup-services ## Whole clusters whose pages are in device memory, the engine built with CUDA, on a stand-in for libcuda. Needs no GPU; part of make test
 	CUDA_HOME="$$(scripts/fetch-nvcc.sh)" scripts/check-device-pages.sh
 
 goldens: demo-model ## Make the reference fixtures anew with transformers (downloads PyTorch)

@@ -213,7 +213,8 @@ fn the_same_prompt_again_is_found_in_the_cache_that_pages_were_brought_to() {
         cell.wait_for_prefill_worker(&decode);
         let (prompt, longer) = (cell.prompt(1, 250), cell.prompt(1, 390));
         let first = ask(&decode, &prompt);
-        assert_eq!(ask(&decode, &prompt), first);
+        // Not bit for bit: what follows the last full page is computed in one piece now, and was a token by itself.
+        assert!(is_alike(&ask(&decode, &prompt), &first), "{transport}");
         assert_eq!(prefills(&decode, "remote"), 1.0);
         // Found up to a page's border on both sides, which the rest does not begin at.
         let answer = ask(&decode, &longer);
