@@ -8,7 +8,7 @@ use crate::config::{gguf as gguf_config, hf};
 use crate::decoder::Decoder;
 use crate::defaults::read_json;
 use crate::fingerprint::Fingerprint;
-use crate::gguf::{Gguf, GgufError};
+use crate::gguf::{Gguf, GgufError, TensorInfo};
 use crate::hub::{Hub, is_hub_id};
 use crate::tokenizer::TOKENIZER_FILE;
 use crate::weights::{DummyWeights, GgufWeights, SafetensorsFiles, WeightSource, kv_dtype};
@@ -233,6 +233,18 @@ impl ModelSource {
             Files::Dummy(weights) => weights.total_bytes(),
             Files::Gguf(parts) => parts.iter().flat_map(Gguf::tensors).map(|(_, info)| info.bytes() as u64).sum(),
         }
+    }
+
+    /// The same where so many weights of a type take `stored` bytes in memory. Only quantised ones take others than in
+    /// their files.
+    pub fn weight_bytes_as(&self, stored: impl Fn(DType, usize) -> usize) -> u64 {
+        let Files::Gguf(parts) = &self.files else { return self.weight_bytes() };
+        let bytes = |info: &TensorInfo| match info.dtype() {
+            Some(dtype) => stored(dtype, info.shape.iter().product()),
+            // Loading refuses it.
+            None => 0,
+        };
+        parts.iter().flat_map(Gguf::tensors).map(|(_, info)| bytes(info) as u64).sum()
     }
 
     /// Hands all weights over to `backend` and makes working buffers for steps up to `limits`. Logs what was loaded.

@@ -99,7 +99,12 @@ pub(super) fn load(cli: &EngineArgs, source: &ModelSource, purpose: &Purpose) ->
     let fingerprint = source.fingerprint()?;
     let key = ModelKey::new(&fingerprint, &layout, page_order);
     // Before loading: what cannot be is said at once, and the model's tables are no longer than what is served.
-    let weights = usize::try_from(source.weight_bytes()).unwrap_or(usize::MAX);
+    let weights = match device {
+        Chosen::Cpu => source.weight_bytes(),
+        #[cfg(feature = "cuda")]
+        Chosen::Cuda { .. } => source.weight_bytes_as(engine_kernels::cuda::weight_bytes),
+    };
+    let weights = usize::try_from(weights).unwrap_or(usize::MAX);
     let wish = KvRequest {
         blocks: cli.kv_blocks,
         bytes: cli.kv_cache_memory,

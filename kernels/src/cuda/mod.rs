@@ -26,3 +26,4 @@ pub use buffer::{Activations, KvCache, Linear, Rope, Vector};
 pub use device::{Device, DeviceGraph, DeviceMemory, PinnedMemory, device_count};
 pub use driver::{Address, Arg, Driver, DriverError, HostMemory, Launch, Memory};
 pub use moving::{CopyStream, DeviceId, IpcHandle, Mark, Mover};
+pub use weight::weight_bytes;

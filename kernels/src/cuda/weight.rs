@@ -75,6 +75,18 @@ pub(super) struct Kernels {
     pub(super) skinny: [&'static [&'static str]; 5],
 }
 
+/// Bytes that so many weights take on a device, which for some quantised ones is more than in their files.
+pub fn weight_bytes(dtype: DType, elements: usize) -> usize {
+    let of_a_block = match Form::of(dtype) {
+        Form::F32 => 4 * BLOCK,
+        Form::F16 | Form::BF16 => 2 * BLOCK,
+        Form::Nibbles => BLOCK / 2 + 4,
+        Form::Bytes => BLOCK + 2,
+        Form::FineBytes => BLOCK + 2 * 4,
+    };
+    elements.div_ceil(BLOCK).saturating_mul(of_a_block)
+}
+
 /// A matrix taken apart. Rows are as long as `cols` rounded up to a multiple of eight.
 #[derive(Debug, Default, PartialEq)]
 pub(super) struct Unpacked {
@@ -117,6 +129,23 @@ impl Unpacked {
                     }
                 }
             }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn weights_take_the_bytes_that_are_said() {
+        use DType::{BF16, F16, F32, Q4_0, Q4_1, Q4K, Q5_0, Q5_1, Q5K, Q6K, Q8_0};
+        for dtype in [F32, F16, BF16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q4K, Q5K, Q6K] {
+            let (rows, cols) = (3, 512);
+            let file = vec![0; rows * cols / dtype.block_len() * dtype.block_bytes()];
+            let mut unpacked = Unpacked::default();
+            unpacked.push(&Matrix::new(dtype, rows, cols, &file).unwrap());
+            assert_eq!(weight_bytes(dtype, rows * cols), unpacked.values.len() + unpacked.scales.len(), "{dtype:?}");
         }
     }
 }
