@@ -73,7 +73,7 @@ async fn prefill(alone: &Alone, prompts: &mut Prompts, tokens: usize, rounds: us
 /// Steps that computed a token of each of `sequences` sequences.
 async fn decode(alone: &Alone, prompts: &mut Prompts, sequences: usize, args: &BenchArgs) -> Result<Steps> {
     let limits = alone.engine.limits();
-    let pages = sequences * (args.context + LEAD_MAX + args.steps).div_ceil(limits.block_size);
+    let pages = sequences * (args.context + LEAD_MAX + 1 + args.steps).div_ceil(limits.block_size);
     ensure!(
         pages <= limits.blocks,
         "{sequences} sequences of {} tokens may need {pages} KV pages, and there are {}: raise --kv-cache-memory, or lower \
@@ -82,14 +82,21 @@ async fn decode(alone: &Alone, prompts: &mut Prompts, sequences: usize, args: &B
         limits.blocks
     );
     let all: Vec<Vec<u32>> = (0..sequences).map(|_| prompts.next(args.context)).collect();
+    // Each computes a page at most before it is decoded, so the first begins no more steps before the last.
+    let lead = (sequences * limits.block_size).div_ceil(limits.max_num_batched_tokens) + 1;
+    ensure!(lead <= LEAD_MAX, "{sequences} sequences begin too far apart: raise --max-num-batched-tokens");
     // From here on all but their last pages are found in the cache.
     for prompt in &all {
         token(&mut alone.engine.submit(request(prompt.clone(), 1))?).await?;
     }
     let mut steps = Steps::default();
     for round in 0..ROUNDS_UNCOUNTED + args.rounds {
-        let submit = |prompt: &Vec<u32>| alone.engine.submit(request(prompt.clone(), LEAD_MAX + args.steps));
-        let mut running: Vec<Generation> = all.iter().map(submit).collect::<Result<_, _>>()?;
+        // The others outlive the one that is watched, whose first token begins what is timed.
+        let submit = |(index, prompt): (usize, &Vec<u32>)| {
+            let lead = if index + 1 < sequences { LEAD_MAX } else { 0 };
+            alone.engine.submit(request(prompt.clone(), lead + 1 + args.steps))
+        };
+        let mut running: Vec<Generation> = all.iter().enumerate().map(submit).collect::<Result<_, _>>()?;
         let mut last = running.pop().context("there is a sequence")?;
         token(&mut last).await?;
         let started = Instant::now();
@@ -104,10 +111,6 @@ async fn decode(alone: &Alone, prompts: &mut Prompts, sequences: usize, args: &B
         }
         if round >= ROUNDS_UNCOUNTED {
             steps.means.push((before - started).as_secs_f64() / args.steps as f64);
-        }
-        for generation in &mut running {
-            // The others were there all the time.
-            ensure!(!has_ended(generation), "a sequence ended before the one that was watched: --steps are too many");
         }
         drop((running, last));
         settle(alone).await;
@@ -140,11 +143,6 @@ async fn token(generation: &mut Generation) -> Result<()> {
         }
         other => anyhow::bail!("the engine has stopped: {other:?}"),
     }
-}
-
-/// Whether nothing more comes.
-fn has_ended(generation: &mut Generation) -> bool {
-    std::iter::from_fn(|| generation.try_next()).any(|event| matches!(event, Event::Finished { .. }))
 }
 
 fn request(prompt: Vec<u32>, tokens: usize) -> Request {
