@@ -24,7 +24,7 @@ pub trait LendingPort: Send {
     /// Whether any prompt could be prefilled elsewhere now. Asked in every step.
     fn is_open(&self) -> bool;
 
-    /// A step is about to be planned: [`LendingPort::decide`] is asked about its prompts, before any of them is enqueued.
+    /// A step is about to be planned: [`LendingPort::decide`] is asked about its prompts, before any is enqueued.
     fn planning(&mut self) {}
 
     /// Where a prompt is prefilled; `local` is what it would take here, if that is known.

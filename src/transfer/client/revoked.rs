@@ -4,8 +4,8 @@ use crate::handoff::{Epoch, Slot};
 use crate::transfer::frame::Loan;
 
 /// The loans of a session that were taken back: each slot's last one. All earlier ones of the slot have ended with it,
-/// since a slot is lent again only when its loan is resolved; so a write that was held up for a while, as where pages are
-/// staged, is refused however many loans of its slot have come and gone meanwhile.
+/// since a slot is lent again only when its loan is resolved; so a write that was held up for a while, as where pages
+/// are staged, is refused however many loans of its slot have come and gone meanwhile.
 #[derive(Debug, Default)]
 pub(super) struct Revoked(HashMap<Slot, Epoch>);
 

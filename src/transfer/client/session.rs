@@ -46,7 +46,7 @@ impl Session {
         self.writer.clone()
     }
 
-    /// Sends a message, after everything written before; see [`Writer::send`].
+    /// Sends a message, in the order that [`Writer::send`] says.
     pub fn send(&self, message: Bytes) -> bool {
         self.writer.send(message)
     }

@@ -1,8 +1,9 @@
 //! The thread that brings a device's pages to host memory, from where sessions that cannot read a device send them.
 //!
-//! It does what it is told in order, so what follows a write is handed to the session behind it. It waits: for what
+//! It does what it is told in order, so a loan's word is handed to the session behind its pages. It waits: for what
 //! computes the pages, for copies, and for room in the ring, which comes back as sessions are done with pages. A peer
-//! that takes none for a while thus holds up the others, until its session is closed for want of a sign of life.
+//! that takes none for a while thus holds up the others' pages, until its session is closed for want of a sign of life;
+//! their messages go past it.
 
 use std::collections::HashMap;
 use std::io;

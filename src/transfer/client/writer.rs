@@ -118,10 +118,9 @@ impl Writer {
         }
     }
 
-    /// Sends a message, after everything written before but for pages in device memory that are still on their way to
-    /// where they are sent from: who says of a loan that nothing more is written under it waits for the answers of its
-    /// writes. (Signs of life do not wait for others' pages.) False if it is larger than the decode worker takes, or the
-    /// session has ended.
+    /// Sends a message, after everything written before but for pages in device memory that are yet to be staged: who
+    /// says of a loan that nothing more is written under it waits for the answers of its writes. (Signs of life do not
+    /// wait for others' pages.) False if it is larger than the decode worker takes, or the session has ended.
     pub fn send(&self, message: Bytes) -> bool {
         if message.len() > self.inner.message_bytes_max || self.inner.commands.is_closed() {
             return false;
