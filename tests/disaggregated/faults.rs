@@ -263,10 +263,10 @@ fn a_burst_of_long_prompts_on_too_few_pages_is_answered() {
     let _prefills = [cell.prefill(&[]), cell.prefill(&[])];
     decode.wait_until("both are there", |decode| decode.metric("engine_prefill_workers") == 2.0);
     cell.wait_for_prefill_worker(&decode);
-    let lengths: Vec<usize> = (0..16).map(|number| 40 + 9 * number).collect();
-    // With answers that outgrow what was left when their prompts came back.
+    let lengths: Vec<usize> = (0..8).map(|number| 40 + 18 * number).collect();
+    // Together they fit, and their answers outgrow what is left when they come back: with those, no four fit at once.
     let ask = |server: &Server, length| {
-        let question = json!({"prompt": prompt(length), "max_tokens": 48, "temperature": 0, "ignore_eos": true});
+        let question = json!({"prompt": prompt(length), "max_tokens": 200, "temperature": 0, "ignore_eos": true});
         answer_to(server, &question)
     };
     let answers: Vec<_> = thread::scope(|scope| {
