@@ -47,6 +47,9 @@ pub enum KvDTypeArg {
     F16,
     /// bfloat16.
     Bf16,
+    /// Eight bits (E4M3): half the memory, and answers that differ a little.
+    #[value(alias = "fp8_e4m3")]
+    Fp8,
 }
 
 impl KvDTypeArg {
@@ -57,6 +60,7 @@ impl KvDTypeArg {
             Self::F32 => KvDType::F32,
             Self::F16 => KvDType::F16,
             Self::Bf16 => KvDType::BF16,
+            Self::Fp8 => KvDType::F8,
         }
     }
 }

@@ -202,6 +202,7 @@ impl Loaded {
             KvDType::F32 => "f32",
             KvDType::F16 => "f16",
             KvDType::BF16 => "bf16",
+            KvDType::F8 => "fp8",
         };
         ModelCard {
             names,
