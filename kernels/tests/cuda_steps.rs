@@ -1,155 +1,15 @@
-//! Steps of the CUDA backend as a whole, on the emulated device: recorded, replayed, and failing.
+//! Steps of the CUDA backend as a whole, as far as only the emulated device shows them: what they enqueue, and how they
+//! fail. What they compute is in the suite.
 
 use engine_cuda_emulated::{Emulated, EmulatedBackend};
-use engine_kernels::cuda::{CudaBackend, Driver};
-use engine_kernels::reference::ReferenceBackend;
+use engine_kernel_suite::steps::{BLOCK_SIZE, BLOCKS, HIDDEN, Layer, ROWS_MAX, SHAPE, decode, numbers};
+use engine_kernels::cuda::Driver;
 use engine_kernels::{
     AttentionShape, Backend, Batch, DType, KernelError, KvDType, KvLayout, Matrix, QkNorm, Residual, RmsNorm, RopeTable,
 };
 
-const SHAPE: AttentionShape = AttentionShape { heads: 4, kv_heads: 2, head_dim: 16 };
-const HIDDEN: usize = 64;
-const VOCABULARY: usize = 50;
-const BLOCK_SIZE: usize = 16;
-const BLOCKS: usize = 64;
-const ROWS_MAX: usize = 24;
-
-/// A layer of a model, in any backend.
-struct Layer<B: Backend> {
-    backend: B,
-    table: B::Linear,
-    norm: B::Vector,
-    qkv: B::Linear,
-    q_norm: B::Vector,
-    output: B::Linear,
-    rope: B::Rope,
-    cache: B::KvCache,
-    hidden: B::Activations,
-    projected: B::Activations,
-    mixed: B::Activations,
-    out: B::Activations,
-}
-
-fn numbers(len: usize, seed: u32) -> Vec<f32> {
-    (0..len as u32).map(|i| ((i.wrapping_mul(2_654_435_761) ^ seed) % 2003) as f32 / 1000.0 - 1.0).collect()
-}
-
-impl<B: Backend> Layer<B> {
-    fn new(mut backend: B) -> Self {
-        let mut weight = |rows: usize, cols: usize, seed: u32| {
-            let bytes: Vec<u8> = numbers(rows * cols, seed).iter().flat_map(|x| x.to_le_bytes()).collect();
-            backend.linear_weight(&[Matrix::new(DType::F32, rows, cols, &bytes).unwrap()]).unwrap()
-        };
-        let (table, qkv) = (weight(VOCABULARY, HIDDEN, 1), weight(SHAPE.qkv_width(), HIDDEN, 2));
-        let output = weight(HIDDEN, SHAPE.q_width(), 3);
-        let layout = KvLayout {
-            layers: 1,
-            kv_heads: SHAPE.kv_heads,
-            head_dim: SHAPE.head_dim,
-            block_size: BLOCK_SIZE,
-            blocks: BLOCKS,
-            dtype: KvDType::BF16,
-        };
-        let mut layer = Self {
-            table,
-            qkv,
-            output,
-            norm: backend.vector(&numbers(HIDDEN, 4)),
-            q_norm: backend.vector(&numbers(SHAPE.head_dim, 5)),
-            rope: backend.rope(RopeTable::new(&numbers(SHAPE.head_dim / 2, 6), 1.0, 512)),
-            cache: backend.kv_cache(layout).unwrap(),
-            hidden: backend.activations(ROWS_MAX, HIDDEN),
-            projected: backend.activations(ROWS_MAX, SHAPE.qkv_width()),
-            mixed: backend.activations(ROWS_MAX, SHAPE.q_width()),
-            out: backend.activations(ROWS_MAX, HIDDEN),
-            backend,
-        };
-        // Something in every page.
-        for page in 0..BLOCKS as u32 {
-            let mut batch = Batch::default();
-            batch.push(&[page % 7; BLOCK_SIZE], 0, &[page], 0);
-            layer.step(&batch);
-        }
-        layer
-    }
-
-    /// A step; what comes out of it, the rows of `batch` alone.
-    fn step(&mut self, batch: &Batch) -> Vec<f32> {
-        let Self { backend, table, norm, qkv, q_norm, output, rope, cache, hidden, projected, mixed, out } = self;
-        backend.step(batch, &mut |backend| {
-            backend.embed(table, batch, hidden);
-            // As wide as the hidden states here, and used for both.
-            backend.rms_norm(hidden, norm, 1e-5, mixed);
-            backend.linear(mixed, qkv, None, projected);
-            let norm = QkNorm { q: &*q_norm, k: &*q_norm, eps: 1e-6 };
-            backend.rope_and_cache(projected, SHAPE, Some(norm), rope, cache, 0, batch);
-            backend.attention(projected, SHAPE, 0.25, cache, 0, batch, mixed);
-            backend.linear(mixed, output, None, out);
-        });
-        let rows: Vec<u32> = (0..batch.tokens.len() as u32).collect();
-        backend.select_rows(out, &rows, hidden);
-        backend.read(hidden)
-    }
-}
-
-/// One decoding step of sequences with these contexts, each in pages of its own.
-fn decode(contexts: &[u32], turn: u32) -> Batch {
-    let mut batch = Batch::default();
-    for (i, &context) in (0..).zip(contexts) {
-        let pages: Vec<u32> = (0..context.div_ceil(BLOCK_SIZE as u32)).map(|page| (i * 3 + page) % 64).collect();
-        batch.push(&[(i * 7 + turn) % VOCABULARY as u32], context - 1, &pages, 0);
-    }
-    batch
-}
-
-fn prompt(tokens: u32) -> Batch {
-    let mut batch = Batch::default();
-    let ids: Vec<u32> = (0..tokens).map(|i| i % VOCABULARY as u32).collect();
-    batch.push(&ids, 0, &[0, 1], ids.len());
-    batch
-}
-
 fn device() -> Layer<EmulatedBackend> {
     Layer::new(EmulatedBackend::new(Emulated::default()))
-}
-
-#[track_caller]
-fn assert_near(ours: &[f32], theirs: &[f32]) {
-    assert_eq!(ours.len(), theirs.len());
-    for (i, (a, b)) in ours.iter().zip(theirs).enumerate() {
-        assert!((a - b).abs() <= 0.02 * (1.0 + b.abs()), "element {i} is {a}, should be {b}");
-    }
-}
-
-fn replayed_steps_match_the_reference<D: Driver>(driver: D) {
-    let (mut layer, mut reference) = (Layer::new(CudaBackend::new(driver)), Layer::new(ReferenceBackend));
-    for batch in [prompt(20), prompt(17)] {
-        assert_near(&layer.step(&batch), &reference.step(&batch));
-    }
-    assert_eq!(layer.backend.graphs(), 0, "prompts are not recorded");
-    // Different numbers of sequences of the same bucket, at contexts that grow, then others.
-    for turn in 0..4 {
-        for sequences in [1, 3, 4] {
-            let contexts: Vec<u32> = (0..sequences).map(|i| 17 + turn + i).collect();
-            let batch = decode(&contexts, turn);
-            assert_near(&layer.step(&batch), &reference.step(&batch));
-        }
-    }
-    assert_eq!(layer.backend.graphs(), 2, "one for a sequence, one for three or four");
-}
-
-#[test]
-fn steps_that_are_replayed_compute_what_the_reference_does() {
-    replayed_steps_match_the_reference(Emulated::default());
-}
-
-#[cfg(feature = "cuda")]
-mod cuda_device {
-    #[test]
-    #[ignore = "needs a CUDA device"]
-    fn steps_that_are_replayed_compute_what_the_reference_does() {
-        super::replayed_steps_match_the_reference(engine_kernels::cuda::Device::new(0).unwrap());
-    }
 }
 
 #[test]
@@ -166,58 +26,6 @@ fn a_recorded_step_enqueues_what_the_step_itself_does() {
     assert_eq!(launches, [launches[0]; 3]);
     assert_eq!(results[0], results[1]);
     assert_eq!(results[0], results[2]);
-    assert_eq!(layer.backend.graphs(), 1);
-}
-
-#[test]
-fn a_block_table_that_outgrows_its_place_is_recorded_anew() {
-    let (mut layer, mut reference) = (device(), Layer::new(ReferenceBackend));
-    for turn in 0..3 {
-        layer.step(&decode(&[20; 2], turn));
-        reference.step(&decode(&[20; 2], turn));
-    }
-    assert_eq!(layer.backend.graphs(), 1);
-    // 24 sequences with tables of 32 pages: more than the first 4 KiB.
-    let batch = decode(&[500; ROWS_MAX], 0);
-    let mut long = Batch::default();
-    for sequence in 0..ROWS_MAX {
-        let at = batch.sequences[sequence].table_start as usize;
-        long.push(&[3], 20, &batch.block_tables[at..at + 32].repeat(2), 0);
-    }
-    layer.step(&long);
-    assert_eq!(layer.backend.graphs(), 0);
-    reference.step(&long);
-    for turn in 3..6 {
-        let batch = decode(&[20; 2], turn);
-        assert_near(&layer.step(&batch), &reference.step(&batch));
-    }
-    assert_eq!(layer.backend.graphs(), 1);
-}
-
-#[test]
-fn how_attention_is_cut_changes_no_bit() {
-    // Alone a partition is a block's work; beside others, of which there are enough, several are or all.
-    let mut layer = device();
-    let pages: Vec<u32> = (0..BLOCKS as u32).collect();
-    let mut results = Vec::new();
-    for others in [0, 1, 3, 15] {
-        let mut batch = Batch::default();
-        batch.push(&[3], 399, &pages[..25], 0);
-        // All in the same pages: nobody looks at their results.
-        (0..others).for_each(|_| batch.push(&[4], 299, &pages[30..49], 0));
-        let row = &layer.step(&batch)[..HIDDEN];
-        results.push(row.iter().map(|x| x.to_bits()).collect::<Vec<_>>());
-    }
-    assert!(results.iter().all(|row| *row == results[0]), "{results:x?}");
-}
-
-#[test]
-fn contexts_of_several_partitions_are_split_replayed_and_merged() {
-    let (mut layer, mut reference) = (device(), Layer::new(ReferenceBackend));
-    for turn in 0..3 {
-        let batch = decode(&[390 + turn], turn);
-        assert_near(&layer.step(&batch), &reference.step(&batch));
-    }
     assert_eq!(layer.backend.graphs(), 1);
 }
 
@@ -287,4 +95,32 @@ fn heads_of_an_odd_width_are_refused() {
         let layout = KvLayout { layers: 1, kv_heads: 1, head_dim, block_size: 16, blocks: 1, dtype: KvDType::F16 };
         assert!(matches!(backend.kv_cache(layout), Err(KernelError::HeadDim { .. })));
     }
+}
+
+#[test]
+fn room_for_larger_products_is_made_before_steps_are_recorded_anew() {
+    let mut backend = EmulatedBackend::new(Emulated::default());
+    let cols = 4096;
+    // A half in bf16.
+    let weight = 0x3f00u16.to_le_bytes().repeat(cols);
+    let weight = backend.linear_weight(&[Matrix::new(DType::BF16, 1, cols, &weight).unwrap()]).unwrap();
+    let mut batch = Batch::default();
+    (0..20).for_each(|_| batch.push(&[0], 0, &[0], 0));
+    let (mut x, mut out) = (backend.activations(20, cols), backend.activations(20, 1));
+    let mut step = |backend: &mut EmulatedBackend, value: f32| {
+        backend.write(&vec![value; 20 * cols], &mut x);
+        backend.step(&batch, &mut |backend| backend.linear(&x, &weight, None, &mut out));
+        assert_eq!(backend.read(&out), [value * 2048.0; 20]);
+    };
+    step(&mut backend, 1.0);
+    assert_eq!(backend.graphs(), 0);
+    step(&mut backend, 2.0);
+    assert_eq!(backend.graphs(), 1);
+    // 600 rows of it are more than was allocated at first.
+    let (mut larger, mut result) = (backend.activations(600, cols), backend.activations(600, 1));
+    backend.write(&vec![1.0; 600 * cols], &mut larger);
+    backend.linear(&larger, &weight, None, &mut result);
+    assert_eq!(backend.read(&result), [2048.0; 600]);
+    assert_eq!(backend.graphs(), 0, "what was recorded would read and write memory that was given back");
+    step(&mut backend, 4.0);
 }
