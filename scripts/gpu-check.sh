@@ -1,8 +1,8 @@
 #!/bin/bash
 # Runs all that has to be seen on a GPU, and writes a page of results into the folder that OUT names, or this one. It is
-# the program `run` in the folder that `make gpu-check` makes, which is carried to a machine with a GPU as a whole; there
-# it needs a driver of release 580 or later, for the comparison with PyTorch also that and transformers (PYTHON names the
-# python3 that has them), and no network.
+# the program `run` in the folder that `make gpu-check` makes, which is carried as a whole to a machine with a GPU. There
+# it needs a driver of release 580 or later, for the comparison with PyTorch also that and transformers (PYTHON names
+# the python3 that has them), and no network.
 #
 #   run         everything, what matters most first, within LIMIT seconds (480); what there is no time for, it says
 #   run tiny    small shapes, for a machine with a stand-in for libcuda
@@ -25,9 +25,12 @@ SECONDS=0
 
 say() { printf '%s\n' "$@" | tee -a "$page"; }
 
-# A program whose output is a part of the page, as it comes. It has so many seconds, if so many are left.
-part() { # part <title> <seconds> <program> <arguments>
-    local title=$1 seconds=$2 left=$((limit - SECONDS)) code started=$SECONDS
+# A program whose output is a part of the page, as it comes. It has so many seconds, if so many are left. Output that is
+# no Markdown stands between fences.
+part() { # part [plain] <title> <seconds> <program> <arguments>
+    local fence='' left=$((limit - SECONDS)) code started=$SECONDS
+    [ "$1" = plain ] && fence='```' && shift
+    local title=$1 seconds=$2
     shift 2
     say "" "## $title" ""
     if [ $left -lt 10 ]; then
@@ -36,33 +39,40 @@ part() { # part <title> <seconds> <program> <arguments>
     fi
     [ $left -lt "$seconds" ] && seconds=$left
     printf '\n== %s: %s\n' "$title" "$*" >>"$log"
+    [ -n "$fence" ] && say "$fence"
     timeout --kill-after 5 "$seconds" "$@" 2>"$log.part" | tee -a "$page"
     code=${PIPESTATUS[0]}
     cat "$log.part" >>"$log"
+    [ -n "$fence" ] && say "$fence"
     say ""
     case $code in
     0) say "($((SECONDS - started)) s)" ;;
     124 | 137) failed=1 && say "**cut off** after $seconds seconds" ;;
-    *) failed=1 && say "**failed** (exit code $code); the end of what it said:" '```' "$(tail -n 20 "$log.part")" '```' ;;
+    *)
+        failed=1
+        say "**failed** (exit code $code); the end of what it said:" '```' "$(tail -n 20 "$log.part")" '```'
+        ;;
     esac
 }
 
 say "# The CUDA backend on $gpu" "" "$("$here/engine" --version), $(date -u +'%Y-%m-%d %H:%M') UTC"
 if [ "$size" = tiny ]; then
-    part "Correctness" 600 "$here/engine" doctor --gpu
-    part "A model of a small shape" 60 "$here/engine" bench --model "$here/tiny" --load-format dummy --device cuda:0 \
-        --prefill 20 --decode 1,3 --context 24 --steps 4 --rounds 1 --kv-blocks 20 --log-level warn
-    part "Kernels, small shapes" 60 "$here/engine" bench-kernels --shape tiny
+    part plain "Correctness" 600 "$here/engine" doctor --gpu
+    part plain "A model of a small shape" 300 "$here/engine" bench --model "$here/tiny" --load-format dummy \
+        --device cuda:0 --prefill 20 --decode 1,3 --context 24 --steps 4 --rounds 1 --kv-blocks 20 --log-level warn
+    part "Kernels, small shapes" 300 "$here/engine" bench-kernels --shape tiny
 else
-    part "Correctness" 180 "$here/engine" doctor --gpu
-    part "Qwen3-0.6B in bf16, made-up weights" 60 "$here/engine" bench --model "$here/qwen3-0.6b" --load-format dummy \
-        --device cuda:0 --decode 1,64,256 --prefill 2048,16384 --max-num-batched-tokens 8192 --log-level warn
+    part plain "Correctness" 180 "$here/engine" doctor --gpu
+    part plain "Qwen3-0.6B in bf16, made-up weights" 60 "$here/engine" bench --model "$here/qwen3-0.6b" \
+        --load-format dummy --device cuda:0 --decode 1,64,256 --prefill 2048,16384 --max-num-batched-tokens 8192 \
+        --log-level warn
 fi
 if ! "$python" -c 'import torch, transformers' 2>>"$log"; then
     say "" "## Beside PyTorch" "" "Not run: $python has no PyTorch and transformers (PYTHON names one that has)."
 elif [ "$size" = tiny ]; then
-    part "Beside PyTorch, on the CPU" 300 "$python" "$here/torch_qwen3.py" --engine "$here/engine" --tokenizer "$here/tokenizer" \
-        --shape tiny --device cpu --prefill 64 --decode 1,2 --context 32 --steps 4 --rounds 1 --requests 4 --answer 8
+    part "Beside PyTorch, on the CPU" 600 "$python" "$here/torch_qwen3.py" --engine "$here/engine" \
+        --tokenizer "$here/tokenizer" --shape tiny --device cpu --prefill 64 --decode 1,2 --context 32 \
+        --steps 4 --rounds 1 --requests 4 --answer 8
 else
     part "Beside PyTorch" 240 "$python" "$here/torch_qwen3.py" --engine "$here/engine" --tokenizer "$here/tokenizer"
 fi
@@ -74,7 +84,8 @@ if [ "$size" != tiny ]; then
     for topic in steps tiles; do
         for tool in memcheck racecheck; do
             if [ -n "$sanitizer" ]; then
-                part "$tool of $topic" 90 "$sanitizer" --tool $tool --error-exitcode 1 "$here/engine" doctor --gpu=$topic:
+                part plain "$tool of $topic" 90 "$sanitizer" --tool $tool --error-exitcode 1 \
+                    "$here/engine" doctor --gpu=$topic:
             else
                 say "" "## $tool of $topic" "" "Not run: compute-sanitizer is not there."
             fi

@@ -2,7 +2,9 @@
 //!
 //! It goes in three steps. `facts` collects what there is, in thin files that only read. `checks` turns facts into
 //! [`Finding`]s: what was looked at, whether it is in order, what was seen and what to do about it; they do no I/O, and
-//! are tested as functions. (`kernels` is another thing under the same roof: `--gpu` runs every kernel on a device.) `Report` prints the findings for people or as JSON, and says whether all is well.
+//! are tested as functions. `Report` prints the findings for people or as JSON, and says whether all is well.
+//!
+//! `kernels` is what `--gpu` does instead: it runs every kernel on a device.
 
 mod checks;
 mod facts;
