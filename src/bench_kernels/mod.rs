@@ -8,6 +8,7 @@ mod clock;
 mod model;
 #[cfg(feature = "cuda")]
 mod products;
+#[cfg(any(feature = "cuda", test))]
 mod row;
 #[cfg(feature = "cuda")]
 mod steps;

@@ -41,6 +41,15 @@ mod tests {
     use super::*;
 
     #[test]
+    fn rows_stand_below_as_many_names() {
+        let heading = heading("a device", 3000.0);
+        assert!(heading.starts_with("a device: a copy of rows moves 3000 GB/s"), "{heading}");
+        let columns = |line: &str| line.matches('|').count();
+        let row = row("a", 1.0, Work { bytes: 1, operations: 0 }, 1.0);
+        assert!(heading.lines().skip(2).all(|line| columns(line) == columns(&row)), "{heading}{row}");
+    }
+
+    #[test]
     fn the_floor_is_bytes_or_operations_whichever_takes_longer() {
         // 3 GB in 2 ms where a copy moves 3,000 GB/s; 600 Gflop in 2 ms.
         let reading = row("a", 2.0, Work { bytes: 3_000_000_000, operations: 0 }, 3000.0);

@@ -57,7 +57,8 @@ impl Check {
         let before = panic::take_hook();
         panic::set_hook(Box::new(move |info: &PanicHookInfo<'_>| {
             let place = info.location().map(|place| format!(" ({}:{})", place.file(), place.line()));
-            *said() = format!("{}{}", info.payload_as_str().unwrap_or("panicked"), place.unwrap_or_default());
+            let words = info.payload_as_str().unwrap_or("panicked").split_whitespace().collect::<Vec<_>>().join(" ");
+            *said() = words + &place.unwrap_or_default();
         }));
         let held = panic::catch_unwind(self.demand);
         panic::set_hook(before);
@@ -72,7 +73,7 @@ mod tests {
     #[test]
     fn what_does_not_hold_is_said_and_not_thrown() {
         assert!(Check::new("topic", "name", || ()).run().is_ok());
-        let failure = Check::new("topic", "name", || panic!("1 is not {}", 2)).run().unwrap_err();
+        let failure = Check::new("topic", "name", || panic!("1 is\nnot   {}", 2)).run().unwrap_err();
         assert!(failure.said.starts_with("1 is not 2 (") && failure.said.contains("check.rs:"), "{failure}");
         assert!(failure.driver.is_none() && failure.kernels.is_empty());
     }
