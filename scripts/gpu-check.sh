@@ -1,91 +1,98 @@
-#!/bin/sh
+#!/bin/bash
 # Runs all that has to be seen on a GPU, and writes a page of results into the folder that OUT names, or this one. It is
-# the program `run` in the folder that `make gpu-check` makes, which is carried to a machine with a GPU as a whole; there
-# it needs a driver, for the comparison with PyTorch also that and transformers, and no network.
+# the program `run` in the folder that `make gpu-check` makes, which is carried as a whole to a machine with a GPU. There
+# it needs a driver of release 580 or later, for the comparison with PyTorch also that and transformers (PYTHON names
+# the python3 that has them), and no network.
 #
-#   run         everything: a quarter of an hour or so
-#   run tiny    what takes seconds, for a machine with a stand-in for libcuda
+#   run         everything, what matters most first, within LIMIT seconds (480); what there is no time for, it says
+#   run tiny    small shapes, for a machine with a stand-in for libcuda
+#
+# All is written as it comes, to the page and to where it is started: whoever is cut off has what was seen until then.
 set -u
 here=$(cd "$(dirname "$0")" && pwd)
 size=${1:-whole}
+python=${PYTHON:-python3}
+[ "$size" = tiny ] && limit=${LIMIT:-1800} || limit=${LIMIT:-480}
 gpu=$(nvidia-smi --query-gpu=name,driver_version --format=csv,noheader 2>/dev/null | head -n 1)
 [ -n "$gpu" ] || gpu="no GPU: a stand-in for libcuda"
 name=$(printf '%s' "$gpu" | sed 's/,.*//; s/[^A-Za-z0-9][^A-Za-z0-9]*/-/g' | tr '[:upper:]' '[:lower:]')
 page=${OUT:-$here}/$(date -u +%Y-%m-%d)-$name.md
 log=${OUT:-$here}/gpu-check.log
 failed=0
+SECONDS=0
 : >"$log"
-
-say() { printf '%s\n' "$*" | tee -a "$page"; }
-
-# A program's verdict, as a line of the page; what it printed is in the log.
-check() { # check <what> <program> <arguments>
-    what=$1
-    shift
-    printf '\n== %s: %s\n' "$what" "$*" >>"$log"
-    "$@" >"$log.part" 2>&1
-    code=$?
-    cat "$log.part" >>"$log"
-    if [ $code -eq 0 ]; then
-        say "- $what: passed. $(grep -E '^test result|ERROR SUMMARY|RACECHECK SUMMARY' "$log.part" | tail -n 1)"
-    else
-        failed=1
-        say "- **$what: failed** (exit code $code):"
-        say '```'
-        say "$(grep -vE '^test .* ok$' "$log.part" | tail -n 40)"
-        say '```'
-    fi
-}
-
-# A program's output, as a part of the page.
-part() { # part <title> <program> <arguments>
-    title=$1
-    shift
-    say ""
-    say "## $title"
-    say ""
-    printf '\n== %s: %s\n' "$title" "$*" >>"$log"
-    if "$@" >"$log.part" 2>>"$log"; then
-        say "$(cat "$log.part")"
-    else
-        failed=1
-        say "**failed**; what it said is in the log. Until then:"
-        say "$(cat "$log.part")"
-    fi
-}
-
 : >"$page"
-say "# The CUDA backend on $gpu"
-say ""
-say "## Correctness"
-say ""
-# In this order: the first says whether fragments lie in registers where the emulation has them.
-check "tensor cores and prompts" "$here/cuda_prefill" --ignored cuda_device --test-threads 1
-check "every operation beside the reference" "$here/conformance" --ignored cuda_device --test-threads 1
-check "recorded and replayed steps" "$here/cuda_graphs" --ignored cuda_device --test-threads 1
-sanitizer=$(command -v compute-sanitizer || ls /usr/local/cuda*/bin/compute-sanitizer 2>/dev/null | tail -n 1)
-if [ "$size" = whole ] && [ -n "$sanitizer" ]; then
-    for tool in memcheck racecheck; do
-        for program in cuda_prefill cuda_graphs; do
-            check "$tool of $program" timeout 240 "$sanitizer" --tool "$tool" --error-exitcode 1 \
-                "$here/$program" --ignored cuda_device --test-threads 1
+
+say() { printf '%s\n' "$@" | tee -a "$page"; }
+
+# A program whose output is a part of the page, as it comes. It has so many seconds, if so many are left. Output that is
+# no Markdown stands between fences.
+part() { # part [plain] <title> <seconds> <program> <arguments>
+    local fence='' left=$((limit - SECONDS)) code started=$SECONDS
+    [ "$1" = plain ] && fence='```' && shift
+    local title=$1 seconds=$2
+    shift 2
+    say "" "## $title" ""
+    if [ $left -lt 10 ]; then
+        say "Not run: the $limit seconds (LIMIT) are over."
+        return
+    fi
+    [ $left -lt "$seconds" ] && seconds=$left
+    printf '\n== %s: %s\n' "$title" "$*" >>"$log"
+    [ -n "$fence" ] && say "$fence"
+    timeout --kill-after 5 "$seconds" "$@" 2>"$log.part" | tee -a "$page"
+    code=${PIPESTATUS[0]}
+    cat "$log.part" >>"$log"
+    [ -n "$fence" ] && say "$fence"
+    say ""
+    case $code in
+    0) say "($((SECONDS - started)) s)" ;;
+    124 | 137) failed=1 && say "**cut off** after $seconds seconds" ;;
+    *)
+        failed=1
+        say "**failed** (exit code $code); the end of what it said:" '```' "$(tail -n 20 "$log.part")" '```'
+        ;;
+    esac
+}
+
+say "# The CUDA backend on $gpu" "" "$("$here/engine" --version), $(date -u +'%Y-%m-%d %H:%M') UTC"
+if [ "$size" = tiny ]; then
+    part plain "Correctness" 600 "$here/engine" doctor --gpu
+    part plain "A model of a small shape" 300 "$here/engine" bench --model "$here/tiny" --load-format dummy \
+        --device cuda:0 --prefill 20 --decode 1,3 --context 24 --steps 4 --rounds 1 --kv-blocks 20 --log-level warn
+    part "Kernels, small shapes" 300 "$here/engine" bench-kernels --shape tiny
+else
+    part plain "Correctness" 180 "$here/engine" doctor --gpu
+    part plain "Qwen3-0.6B in bf16, made-up weights" 60 "$here/engine" bench --model "$here/qwen3-0.6b" \
+        --load-format dummy --device cuda:0 --decode 1,64,256 --prefill 2048,16384 --max-num-batched-tokens 8192 \
+        --log-level warn
+fi
+if ! "$python" -c 'import torch, transformers' 2>>"$log"; then
+    say "" "## Beside PyTorch" "" "Not run: $python has no PyTorch and transformers (PYTHON names one that has)."
+elif [ "$size" = tiny ]; then
+    part "Beside PyTorch, on the CPU" 600 "$python" "$here/torch_qwen3.py" --engine "$here/engine" \
+        --tokenizer "$here/tokenizer" --shape tiny --device cpu --prefill 64 --decode 1,2 --context 32 \
+        --steps 4 --rounds 1 --requests 4 --answer 8
+else
+    part "Beside PyTorch" 240 "$python" "$here/torch_qwen3.py" --engine "$here/engine" --tokenizer "$here/tokenizer"
+fi
+if [ "$size" != tiny ]; then
+    for shape in qwen3-0.6b qwen3-8b llama-3-8b; do
+        part "Kernels, $shape" 60 "$here/engine" bench-kernels --shape $shape
+    done
+    sanitizer=$(command -v compute-sanitizer || ls /usr/local/cuda*/bin/compute-sanitizer 2>/dev/null | tail -n 1)
+    for topic in steps tiles; do
+        for tool in memcheck racecheck; do
+            if [ -n "$sanitizer" ]; then
+                part plain "$tool of $topic" 90 "$sanitizer" --tool $tool --error-exitcode 1 \
+                    "$here/engine" doctor --gpu=$topic:
+            else
+                say "" "## $tool of $topic" "" "Not run: compute-sanitizer is not there."
+            fi
         done
     done
-elif [ "$size" = whole ]; then
-    say "- compute-sanitizer is not there: not run"
-fi
-
-if [ "$size" = tiny ]; then
-    part "Kernels, tiny" "$here/kernels" tiny
-else
-    part "Kernels" "$here/kernels"
-    if python3 -c 'import torch, transformers' 2>/dev/null; then
-        part "Beside PyTorch" python3 "$here/torch_qwen3.py" --engine "$here/engine" --tokenizer "$here/tokenizer"
-    else
-        say ""
-        say "PyTorch and transformers are not there: the engine is not compared with them."
-    fi
 fi
 rm -f "$log.part"
-echo "written to $page; all that was printed is in $log"
+[ $failed = 0 ] && say "" "passed" || say "" "**failed**: see above"
+echo "written to $page; what programs said beside that is in $log"
 exit $failed

@@ -3,7 +3,7 @@
 use std::process::ExitCode;
 
 use engine::{
-    bench,
+    bench, bench_kernels,
     cli::Role,
     doctor, frontend, mock,
     telemetry::init_logging,
@@ -15,7 +15,7 @@ use engine::{
 fn io_threads(role: &Role) -> usize {
     let cores = std::thread::available_parallelism().map_or(2, |cores| cores.get());
     match role {
-        Role::Decode(_) | Role::Prefill(_) | Role::Bench(_) => (cores / 4).clamp(2, 8),
+        Role::Decode(_) | Role::Prefill(_) | Role::Bench(_) | Role::BenchKernels(_) => (cores / 4).clamp(2, 8),
         Role::Frontend(_) | Role::Mock(_) | Role::Doctor(_) | Role::TransferBench(_) => cores,
     }
 }
@@ -56,6 +56,7 @@ fn start(role: Role) -> anyhow::Result<ExitCode> {
             Role::Mock(args) => mock::run(args).await?,
             Role::TransferBench(args) => transfer_bench::run(args).await?,
             Role::Bench(args) => bench::run(args).await?,
+            Role::BenchKernels(args) => bench_kernels::run(&args)?,
             Role::Doctor(args) => {
                 if !doctor::run(args).await? {
                     return Ok(ExitCode::FAILURE);

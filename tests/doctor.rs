@@ -65,6 +65,18 @@ fn a_model_is_measured_without_a_server() {
     assert!(!output.status.success() && said.contains("--kv-cache-memory"), "{said}");
 }
 
+#[cfg(not(feature = "cuda"))]
+#[test]
+fn a_build_without_cuda_says_what_has_kernels_to_check() {
+    let (passed, findings) = doctor(&["--gpu"]);
+    assert!(!passed);
+    assert_eq!(failed(&findings), ["gpu"], "{findings:?}");
+    assert!(findings[0]["remedy"].as_str().unwrap().contains("make cuda"), "{findings:?}");
+    let output = engine(&["bench-kernels"]).output().unwrap();
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(!output.status.success() && said.contains("make cuda"), "{said}");
+}
+
 #[test]
 fn services_that_are_down_are_failures_with_remedies() {
     let (passed, findings) = doctor(&["--etcd", "http://127.0.0.1:1", "--nats", "nats://127.0.0.1:1"]);

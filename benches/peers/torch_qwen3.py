@@ -6,14 +6,20 @@ a folder, which both sides load:
     python benches/peers/torch_qwen3.py --engine target/cuda/engine --tokenizer ~/.cache/engine/qwen3-tokenizer
 
 First both must mean the same model: transformers generates 64 tokens greedily, and the engine says what it thinks of
-each (`echo` with log-probabilities), and generates by itself. Then both are timed, in turns: prefill (PyTorch: SDPA,
-which takes its flash kernel), and decoding (PyTorch: a static cache, and the forward pass compiled into CUDA graphs).
-Prints a page for benches/results.
+each (`echo` with log-probabilities), and generates by itself. Then both are timed: decoding (PyTorch: a static cache,
+and the forward pass compiled into CUDA graphs), prefill (PyTorch: SDPA, which takes its flash kernel), and many requests
+at once, prompts and all (transformers: continuous batching; the engine: its server). Prints a page for benches/results,
+each row as it is measured, and what matters most first.
 
 `--shape tiny --device cpu` goes through all of it where there is no GPU.
 """
 
 import argparse
+import concurrent.futures
+import functools
+import gc
+import importlib.util
+import inspect
 import json
 import os
 import pathlib
@@ -24,8 +30,12 @@ import sys
 import time
 import urllib.request
 
+# There is no network where this runs.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
 import torch
-from transformers import AutoModelForCausalLM, Qwen3Config, StaticCache
+import transformers
+from transformers import AutoModelForCausalLM, GenerationConfig, Qwen3Config, StaticCache
 
 SHAPES = {
     "qwen3-0.6b": dict(hidden_size=1024, intermediate_size=3072, num_hidden_layers=28, num_attention_heads=16,
@@ -51,32 +61,37 @@ def make_model(folder, shape, device):
 class Server:
     """The engine, serving the model."""
 
-    def __init__(self, engine, folder, device):
+    def __init__(self, options, folder, device):
         self.url = "http://127.0.0.1:8765"
-        line = [engine, "--model", folder, "--device", device, "--port", "8765", "--standalone", "--log-level", "warn"]
-        self.process = subprocess.Popen(line + ["--max-model-len", "1024"], stdout=subprocess.DEVNULL)
+        line = [options.engine, "--model", folder, "--device", device, "--port", "8765", "--standalone",
+                "--max-num-batched-tokens", str(options.max_num_batched_tokens), "--max-num-seqs", "256",
+                "--max-model-len", "1024", "--log-level", "warn"]
+        self.process = subprocess.Popen(line, stdout=subprocess.DEVNULL)
         for _ in range(600):
             try:
                 return urllib.request.urlopen(self.url + "/health").close()
             except OSError:
                 if self.process.poll() is not None:
                     sys.exit("the engine has ended")
-                time.sleep(0.5)
+                time.sleep(0.1)
         sys.exit("the engine does not start")
 
     def complete(self, **body):
         request = urllib.request.Request(self.url + "/v1/completions", json.dumps(body | {"temperature": 0}).encode(),
                                          {"Content-Type": "application/json"})
         with urllib.request.urlopen(request) as response:
-            return json.load(response)["choices"][0]["logprobs"]
+            return json.load(response)["choices"][0]
 
-    def stop(self):
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
         self.process.terminate()
         self.process.wait()
 
 
 @torch.inference_mode()
-def agreement(model, engine, folder, device):
+def agreement(model, server):
     """Compares what both think of the same 64 tokens; a line a figure."""
     generator = torch.Generator().manual_seed(1)
     prompt = torch.randint(model.config.vocab_size, (1, PROMPT), generator=generator).to(model.device)
@@ -84,12 +99,8 @@ def agreement(model, engine, folder, device):
     theirs = torch.log_softmax(model(tokens).logits[0, PROMPT - 1 : -1].float(), -1)
     of_token = theirs.gather(1, tokens[0, PROMPT:, None])[:, 0].tolist()
 
-    server = Server(engine, folder, device)
-    try:
-        scored = server.complete(prompt=tokens[0].tolist(), max_tokens=1, logprobs=1, echo=True)
-        alone = server.complete(prompt=prompt[0].tolist(), max_tokens=GREEDY, logprobs=1, ignore_eos=True)
-    finally:
-        server.stop()
+    scored = server.complete(prompt=tokens[0].tolist(), max_tokens=1, logprobs=1, echo=True)["logprobs"]
+    alone = server.complete(prompt=prompt[0].tolist(), max_tokens=GREEDY, logprobs=1, ignore_eos=True)["logprobs"]
     ours = scored["token_logprobs"][PROMPT : PROMPT + GREEDY]
     best = [max(top.values()) for top in scored["top_logprobs"][PROMPT : PROMPT + GREEDY]]
     apart = [abs(a - b) for a, b in zip(ours, of_token)]
@@ -143,7 +154,7 @@ def torch_decode(model, sequences, context, steps, rounds, compiled):
         return logits[:, -1].argmax(-1, keepdim=True)
 
     if compiled:
-        step = torch.compile(step, mode="reduce-overhead", fullgraph=True)
+        step = torch.compile(step, mode="reduce-overhead", fullgraph=True, dynamic=False)
     rates = []
     for _ in range(rounds + 2):
         # In place: the compiled step knows where the cache is.
@@ -156,6 +167,53 @@ def torch_decode(model, sequences, context, steps, rounds, compiled):
                 position += 1
         rates.append(sequences * steps / clock.seconds)
     return statistics.median(rates[2:])
+
+
+def prompts_of(model, requests, tokens):
+    """No two alike, so that nobody finds a beginning in a cache."""
+    return torch.randint(model.config.vocab_size, (requests, tokens)).tolist()
+
+
+def engine_serving(server, model, options):
+    """Tokens a second of answers, all asked for at once; the median of some rounds."""
+    rates = []
+    with concurrent.futures.ThreadPoolExecutor(options.requests) as pool:
+        for _ in range(options.rounds_serving + 1):
+            ask = lambda prompt: server.complete(prompt=prompt, max_tokens=options.answer, ignore_eos=True)
+            prompts = prompts_of(model, options.requests, options.context)
+            start = time.perf_counter()
+            list(pool.map(ask, prompts))
+            rates.append(options.requests * options.answer / (time.perf_counter() - start))
+    return statistics.median(rates[1:])
+
+
+def torch_serving(model, options):
+    """The same of transformers' continuous batching, or a sentence that says why not."""
+    known = inspect.signature(model.generate_batch).parameters if hasattr(model, "generate_batch") else {}
+    if "persistent_manager" not in known:
+        return (f"transformers {transformers.__version__} has no `generate_batch` that keeps what it has prepared "
+                "(`persistent_manager`): continuous batching is not measured; release 5.10 has it")
+    # A flash kernel would be fetched if none is installed.
+    flash = importlib.util.find_spec("flash_attn") is not None
+    batching = transformers.ContinuousBatchingConfig(auto_switch_to_flash=flash)
+    generation = GenerationConfig(max_new_tokens=options.answer, do_sample=False, eos_token_id=-1, pad_token_id=0)
+    rates = []
+    try:
+        for _ in range(options.rounds_serving + 1):
+            prompts = prompts_of(model, options.requests, options.context)
+            start = time.perf_counter()
+            answers = model.generate_batch(prompts, generation_config=generation, continuous_batching_config=batching,
+                                           persistent_manager=True)
+            seconds = time.perf_counter() - start
+            tokens = sum(len(answer.generated_tokens) for answer in answers.values())
+            if tokens != options.requests * options.answer:
+                return f"transformers' continuous batching gave {tokens} tokens of {options.requests * options.answer}"
+            rates.append(tokens / seconds)
+    except Exception as error:  # Of whatever kind: there are other rows.
+        return f"transformers' continuous batching failed: {type(error).__name__}: {error}"
+    finally:
+        getattr(model, "destroy_cached_continuous_batching_manager", lambda: None)()
+    return statistics.median(rates[1:])
 
 
 def torch_attention(config, tokens, device, rounds):
@@ -195,11 +253,15 @@ def main():
     parser.add_argument("--context", type=int, default=512)
     parser.add_argument("--steps", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--requests", type=int, default=64, help="requests that are made at once")
+    parser.add_argument("--answer", type=int, default=128, help="tokens that each of them asks for")
+    parser.add_argument("--rounds-serving", type=int, default=2)
     parser.add_argument("--max-num-batched-tokens", type=int, default=8192)
     options = parser.parse_args()
     prefill, decode = ([int(each) for each in text.split(",")] for text in (options.prefill, options.decode))
     device = torch.device(options.device)
     ours = "cuda:0" if options.device == "cuda" else "cpu"
+    say = functools.partial(print, flush=True)
 
     folder = pathlib.Path(options.work) / options.shape
     shutil.rmtree(folder, ignore_errors=True)
@@ -208,29 +270,51 @@ def main():
         if file.name not in ("config.json", "generation_config.json"):
             shutil.copy(file, folder)
     name = torch.cuda.get_device_name() if options.device == "cuda" else f"{os.cpu_count()} CPUs"
-    print(f"# {options.shape} in bf16 beside PyTorch {torch.__version__} on {name}\n", flush=True)
-    print("\n".join(agreement(model, options.engine, str(folder), ours)), flush=True)
-
+    versions = f"PyTorch {torch.__version__} and transformers {transformers.__version__}"
+    say(f"{options.shape} in bf16 beside {versions} on {name}\n")
+    with Server(options, str(folder), ours) as server:
+        say("\n".join(agreement(model, server)))
+        served = engine_serving(server, model, options)
     first = engine_bench(options, str(folder), ours, prefill, decode)
-    lines = [("prefill", tokens, torch_prefill(model, tokens, options.rounds)) for tokens in prefill]
-    for sequences in decode:
-        rate = torch_decode(model, sequences, options.context, options.steps, options.rounds, options.device == "cuda")
-        lines.append(("decode", sequences, rate))
-    second = engine_bench(options, str(folder), ours, prefill, decode)
 
-    print("\n| | engine, tokens/s (before and after PyTorch's turn) | PyTorch, tokens/s | ratio | engine, GB/s read |")
-    print("| --- | --- | --- | --- | --- |")
-    for kind, size, theirs in lines:
-        rows = first[kind, size], second[kind, size]
-        rates = [row["tokens_per_second"] for row in rows]
+    notes = []
+    say("\n| | engine, tokens/s | PyTorch, tokens/s | ratio | engine, GB/s read |\n| --- | --- | --- | --- | --- |")
+
+    def say_row(kind, size, theirs):
+        row = first[kind, size]
         what = f"prefill of {size:,} tokens" if kind == "prefill" else f"decode, {size} at {options.context} tokens"
-        read = statistics.mean(row.get("gigabytes_read_per_second", 0) for row in rows)
-        print(f"| {what} | {rates[0]:,.0f}, {rates[1]:,.0f} | {theirs:,.0f} | {statistics.mean(rates) / theirs:.2f}× | "
-              f"{f'{read:,.0f}' if read else '–'} |")
-    print()
+        rate, read = row["tokens_per_second"], row.get("gigabytes_read_per_second")
+        say(f"| {what} | {rate:,.0f} | {theirs:,.0f} | {rate / theirs:.2f}× | {f'{read:,.0f}' if read else '–'} |")
+
+    def say_decode(sequences):
+        shape = sequences, options.context, options.steps, options.rounds
+        say_row("decode", sequences, torch_decode(model, *shape, compiled=options.device == "cuda"))
+
+    # Compiling takes PyTorch longest, so the largest batches come last.
+    for sequences in decode[:2]:
+        say_decode(sequences)
+    for tokens in prefill:
+        say_row("prefill", tokens, torch_prefill(model, tokens, options.rounds))
+    theirs = torch_serving(model, options)
+    what = f"{options.requests} requests at once, {options.context} + {options.answer} tokens each, HTTP and prefill too"
+    if isinstance(theirs, str):
+        notes.append(theirs)
+        say(f"| {what} | {served:,.0f} | – | – | – |")
+    else:
+        say(f"| {what} | {served:,.0f} | {theirs:,.0f} | {served / theirs:.2f}× | – |")
+    for sequences in decode[2:]:
+        say_decode(sequences)
+    say("\n" + "".join(f"- {note}\n" for note in notes), end="")
     for tokens in prefill:
         milliseconds = torch_attention(model.config, tokens, device, options.rounds)
-        print(f"- PyTorch's attention of one layer over {tokens:,} tokens: {milliseconds:.3f} ms")
+        say(f"- PyTorch's attention of one layer over {tokens:,} tokens: {milliseconds:.3f} ms")
+    # What PyTorch keeps for later is what the engine needs now.
+    gc.collect()
+    if options.device == "cuda":
+        torch.cuda.empty_cache()
+    second = engine_bench(options, str(folder), ours, prefill, decode)
+    say("- the engine once more, after PyTorch's turn, in tokens/s: " + ", ".join(
+        f"{kind} {size:,}: {row['tokens_per_second']:,.0f}" for (kind, size), row in second.items()))
 
 
 if __name__ == "__main__":

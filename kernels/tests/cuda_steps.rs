@@ -1,30 +1,15 @@
-//! Steps of the CUDA backend as a whole, on the emulated device: how they are cut into kernels, and how they fail.
-
-mod layer;
+//! Steps of the CUDA backend as a whole, as far as only the emulated device shows them: how they are cut into kernels,
+//! and how they fail. What they compute is in the suite.
 
 use engine_cuda_emulated::{Emulated, EmulatedBackend};
+use engine_kernel_suite::steps::{BLOCK_SIZE, BLOCKS, HIDDEN, Layer, ROWS_MAX, SHAPE, decode, numbers};
 use engine_kernels::cuda::Driver;
 use engine_kernels::{
     AttentionShape, Backend, Batch, DType, KernelError, KvDType, KvLayout, Matrix, QkNorm, Residual, RmsNorm, RopeTable,
 };
 
-use layer::{BLOCK_SIZE, BLOCKS, HIDDEN, ROWS_MAX, SHAPE, decode, device, numbers};
-
-#[test]
-fn how_attention_is_cut_changes_no_bit() {
-    // Alone a partition is a block's work; beside others, of which there are enough, several are or all.
-    let mut layer = device();
-    let pages: Vec<u32> = (0..BLOCKS as u32).collect();
-    let mut results = Vec::new();
-    for others in [0, 1, 3, 15] {
-        let mut batch = Batch::default();
-        batch.push(&[3], 399, &pages[..25], 0);
-        // All in the same pages: nobody looks at their results.
-        (0..others).for_each(|_| batch.push(&[4], 299, &pages[30..49], 0));
-        let row = &layer.step(&batch)[..HIDDEN];
-        results.push(row.iter().map(|x| x.to_bits()).collect::<Vec<_>>());
-    }
-    assert!(results.iter().all(|row| *row == results[0]), "{results:x?}");
+fn device() -> Layer<EmulatedBackend> {
+    Layer::new(EmulatedBackend::new(Emulated::default()))
 }
 
 #[test]
@@ -93,4 +78,32 @@ fn heads_of_an_odd_width_are_refused() {
         let layout = KvLayout { layers: 1, kv_heads: 1, head_dim, block_size: 16, blocks: 1, dtype: KvDType::F16 };
         assert!(matches!(backend.kv_cache(layout), Err(KernelError::HeadDim { .. })));
     }
+}
+
+#[test]
+fn room_for_larger_products_is_made_before_steps_are_recorded_anew() {
+    let mut backend = EmulatedBackend::new(Emulated::default());
+    let cols = 4096;
+    // A half in bf16.
+    let weight = 0x3f00u16.to_le_bytes().repeat(cols);
+    let weight = backend.linear_weight(&[Matrix::new(DType::BF16, 1, cols, &weight).unwrap()]).unwrap();
+    let mut batch = Batch::default();
+    (0..20).for_each(|_| batch.push(&[0], 0, &[0], 0));
+    let (mut x, mut out) = (backend.activations(20, cols), backend.activations(20, 1));
+    let mut step = |backend: &mut EmulatedBackend, value: f32| {
+        backend.write(&vec![value; 20 * cols], &mut x);
+        backend.step(&batch, &mut |backend| backend.linear(&x, &weight, None, &mut out));
+        assert_eq!(backend.read(&out), [value * 2048.0; 20]);
+    };
+    step(&mut backend, 1.0);
+    assert_eq!(backend.graphs(), 0);
+    step(&mut backend, 2.0);
+    assert_eq!(backend.graphs(), 1);
+    // 600 rows of it are more than was allocated at first.
+    let (mut larger, mut result) = (backend.activations(600, cols), backend.activations(600, 1));
+    backend.write(&vec![1.0; 600 * cols], &mut larger);
+    backend.linear(&larger, &weight, None, &mut result);
+    assert_eq!(backend.read(&result), [2048.0; 600]);
+    assert_eq!(backend.graphs(), 0, "what was recorded would read and write memory that was given back");
+    step(&mut backend, 4.0);
 }

@@ -2,6 +2,7 @@
 //! Dynamo's; each can also be given by environment where that is said.
 
 mod bench;
+mod bench_kernels;
 mod cluster;
 mod doctor;
 mod engine;
@@ -13,6 +14,7 @@ mod values;
 mod worker;
 
 pub use bench::BenchArgs;
+pub use bench_kernels::BenchKernelsArgs;
 pub use cluster::ClusterArgs;
 pub use doctor::DoctorArgs;
 pub use engine::EngineArgs;
@@ -20,7 +22,7 @@ pub use frontend::FrontendArgs;
 pub use mock::MockArgs;
 pub use transfer_bench::TransferBenchArgs;
 pub use transport::TransportArgs;
-pub use values::{DeviceArg, DisaggPolicyArg, KvDTypeArg, LoadFormatArg, LogFormatArg, TransportArg};
+pub use values::{DeviceArg, DisaggPolicyArg, KvDTypeArg, LoadFormatArg, LogFormatArg, ShapeArg, TransportArg};
 pub use worker::{DisaggArgs, WorkerArgs};
 
 use clap::{Args, CommandFactory, Parser, Subcommand, error::ErrorKind};
@@ -43,6 +45,8 @@ enum Command {
     Frontend(FrontendArgs),
     /// How fast a model is computed here: prompts by themselves, and sequences decoded at the same time
     Bench(BenchArgs),
+    /// How long each CUDA kernel takes on the device at hand, for the shapes of real models
+    BenchKernels(BenchKernelsArgs),
     /// Looks at this machine, etcd, NATS and the cluster, and says what is amiss and what to do about it
     Doctor(DoctorArgs),
     /// How fast KV pages move between two processes, one with --serve and one with --connect
@@ -64,6 +68,8 @@ pub enum Role {
     Mock(MockArgs),
     /// Somebody who measures a model.
     Bench(BenchArgs),
+    /// Somebody who measures kernels.
+    BenchKernels(BenchKernelsArgs),
     /// Somebody who looks whether all is well.
     Doctor(DoctorArgs),
     /// One of two who measure transfers.
@@ -88,6 +94,7 @@ impl Role {
             Some(Command::Mock(mock)) => Ok(Self::Mock(mock)),
             Some(Command::Bench(bench)) if bench.engine.model.is_some() => Ok(Self::Bench(bench)),
             Some(Command::Bench(_)) => Err(model_is_missing()),
+            Some(Command::BenchKernels(bench)) => Ok(Self::BenchKernels(bench)),
             Some(Command::Doctor(doctor)) => Ok(Self::Doctor(doctor)),
             Some(Command::TransferBench(bench)) => Ok(Self::TransferBench(bench)),
             None if worker.disagg.is_prefill_worker => Ok(Self::Prefill(worker)),
@@ -103,6 +110,7 @@ impl Role {
             Self::Frontend(frontend) => &frontend.log,
             Self::Mock(mock) => &mock.log,
             Self::Bench(bench) => &bench.log,
+            Self::BenchKernels(bench) => &bench.log,
             Self::Doctor(doctor) => &doctor.log,
             Self::TransferBench(bench) => &bench.log,
         }
@@ -189,6 +197,7 @@ mod tests {
         assert!(matches!(parse(&["frontend"]), Ok(Role::Frontend(_))));
         assert!(matches!(parse(&["mock", "--step-time", "0"]), Ok(Role::Mock(_))));
         assert!(matches!(parse(&["bench", "--model", "m"]), Ok(Role::Bench(_))));
+        assert!(matches!(parse(&["bench-kernels", "--shape", "tiny,qwen3-8b"]), Ok(Role::BenchKernels(_))));
         assert!(matches!(parse(&["doctor", "--json"]), Ok(Role::Doctor(_))));
         assert!(matches!(parse(&["transfer-bench", "--serve"]), Ok(Role::TransferBench(_))));
         assert!(parse(&["transfer-bench"]).is_err());

@@ -107,6 +107,22 @@ pub(super) fn parse_share(text: &str) -> Result<f64, String> {
     Ok(share)
 }
 
+/// Which model's shapes `engine bench-kernels` takes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum ShapeArg {
+    /// Qwen3-0.6B.
+    #[value(name = "qwen3-0.6b")]
+    Qwen3Small,
+    /// Qwen3-8B.
+    #[value(name = "qwen3-8b")]
+    Qwen3Large,
+    /// Llama-3-8B.
+    #[value(name = "llama-3-8b")]
+    Llama3,
+    /// No model's, but small: to see that all works.
+    Tiny,
+}
+
 /// `--log-format`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum LogFormatArg {

@@ -105,40 +105,52 @@ impl Report {
 
     /// For people.
     pub fn text(&self) -> String {
+        let lines: String = (0..self.findings.len()).map(|at| self.line(at)).collect();
+        lines + &self.verdict()
+    }
+
+    /// The finding that was added last, for people. There is one.
+    pub(super) fn last(&self) -> String {
+        self.line(self.findings.len() - 1)
+    }
+
+    /// A finding for people, below its area's name if it is the first there.
+    fn line(&self, at: usize) -> String {
         let mut text = String::new();
-        let mut area = None;
-        for finding in &self.findings {
-            if area.replace(finding.area) != Some(finding.area) {
-                let title = match finding.area {
-                    Area::Host => "This machine",
-                    Area::Gpu => "GPUs",
-                    Area::Rdma => "RDMA",
-                    Area::Services => "Services",
-                    Area::Cluster => "Cluster",
-                    Area::Measured => "Measured",
-                };
-                let _ = writeln!(text, "{}{title}", if text.is_empty() { "" } else { "\n" });
-            }
-            let level = match finding.level {
-                Level::Ok => "ok",
-                Level::Note => "note",
-                Level::Warning => "WARNING",
-                Level::Failure => "FAILURE",
+        let finding = &self.findings[at];
+        if at == 0 || self.findings[at - 1].area != finding.area {
+            let title = match finding.area {
+                Area::Host => "This machine",
+                Area::Gpu => "GPUs",
+                Area::Rdma => "RDMA",
+                Area::Services => "Services",
+                Area::Cluster => "Cluster",
+                Area::Measured => "Measured",
             };
-            let first = format!("  {level:<8}");
-            wrap(&mut text, &first, &format!("{}: {}", finding.check, finding.seen));
-            if let Some(remedy) = &finding.remedy {
-                wrap(&mut text, &format!("{:INDENT$}→ ", ""), remedy);
-            }
+            let _ = writeln!(text, "{}{title}", if at == 0 { "" } else { "\n" });
         }
+        let level = match finding.level {
+            Level::Ok => "ok",
+            Level::Note => "note",
+            Level::Warning => "WARNING",
+            Level::Failure => "FAILURE",
+        };
+        wrap(&mut text, &format!("  {level:<8}"), &format!("{}: {}", finding.check, finding.seen));
+        if let Some(remedy) = &finding.remedy {
+            wrap(&mut text, &format!("{:INDENT$}→ ", ""), remedy);
+        }
+        text
+    }
+
+    /// The last line.
+    pub(super) fn verdict(&self) -> String {
         let counted = |level, one: &str| match self.count(level) {
             1 => format!("1 {one}"),
             many => format!("{many} {one}s"),
         };
         let verdict = if self.passed() { "passed" } else { "failed" };
         let (failures, warnings) = (counted(Level::Failure, "failure"), counted(Level::Warning, "warning"));
-        let _ = writeln!(text, "\n{verdict}: {failures}, {warnings}");
-        text
+        format!("\n{verdict}: {failures}, {warnings}\n")
     }
 }
 

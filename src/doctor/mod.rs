@@ -3,10 +3,13 @@
 //! It goes in three steps. `facts` collects what there is, in thin files that only read. `checks` turns facts into
 //! [`Finding`]s: what was looked at, whether it is in order, what was seen and what to do about it; they do no I/O, and
 //! are tested as functions. `Report` prints the findings for people or as JSON, and says whether all is well.
+//!
+//! `kernels` is what `--gpu` does instead: it runs every kernel on a device.
 
 mod checks;
 mod facts;
 mod finding;
+mod kernels;
 
 pub use finding::{Area, Finding, Level, Report};
 
@@ -19,6 +22,9 @@ use facts::{GpuFacts, HostFacts, RdmaFacts, ServicesFacts, measure_pairs};
 
 /// Looks at everything and prints what it found. Whether nothing failed.
 pub async fn run(args: DoctorArgs) -> Result<bool> {
+    if let Some(words) = args.gpu {
+        return Ok(tokio::task::spawn_blocking(move || kernels::run(&words, args.json)).await?);
+    }
     let wanted = wanted(&args);
     let (host, gpus) = (HostFacts::collect(), GpuFacts::collect());
     let rdma = RdmaFacts::collect(&args.transports.rdma_wish());

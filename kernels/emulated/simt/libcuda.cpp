@@ -68,7 +68,14 @@ struct Event {
 std::set<Stream*> streams;
 unsigned long long launches = 0;
 
+/// The emulation has others too, with mistakes, for its own tests.
+bool is_ours(const simt::Kernel* kernel) { return std::strncmp(kernel->name, "faulty_", 7) != 0; }
+
+/// A kernel that does nothing, for who wants to see that this is noticed.
+const char* const dead_kernel = std::getenv("ENGINE_STANDIN_DEAD_KERNEL");
+
 Result run(const Call& call) {
+    if (dead_kernel && !std::strcmp(dead_kernel, call.kernel->name)) return SUCCESS;
     std::vector<void*> args;
     for (const auto& cell : call.cells) args.push_back(const_cast<unsigned long long*>(&cell));
     const unsigned long long seed = ++launches * 0x9e3779b97f4a7c15;
@@ -131,6 +138,10 @@ int context;
 #define ALONE std::lock_guard<std::recursive_mutex> alone(everything)
 
 CALL(cuInit, unsigned flags) { return flags ? INVALID_VALUE : SUCCESS; }
+CALL(cuDriverGetVersion, int* version) {
+    const char* given = std::getenv("ENGINE_STANDIN_CUDA");
+    return *version = given ? std::atoi(given) : 13000, SUCCESS;
+}
 CALL(cuGetErrorString, Result, const char** text) { return *text = last_error.c_str(), SUCCESS; }
 CALL(cuGetErrorName, Result, const char** text) { return *text = "error", SUCCESS; }
 CALL(cuDeviceGetCount, int* count) { return *count = 1, SUCCESS; }
@@ -138,7 +149,10 @@ CALL(cuDeviceGet, int* device, int ordinal) { return *device = ordinal, ordinal 
 CALL(cuDeviceGetName, char* name, int length, int) { return std::snprintf(name, length, "stand-in"), SUCCESS; }
 CALL(cuDeviceGetUuid_v2, char* id, int) { return std::memcpy(id, "the stand-in one", 16), SUCCESS; }
 CALL(cuDeviceCanAccessPeer, int* can, int, int) { return *can = 0, SUCCESS; }
-CALL(cuDeviceGetAttribute, int* value, int, int) { return *value = 1, SUCCESS; }
+CALL(cuDeviceGetAttribute, int* value, int attribute, int) {
+    // The major part of the compute capability; of all else one.
+    return *value = attribute == 75 ? 9 : 1, SUCCESS;
+}
 CALL(cuDevicePrimaryCtxRetain, void** made, int) { return *made = &context, SUCCESS; }
 CALL(cuDevicePrimaryCtxRelease_v2, int) { return SUCCESS; }
 CALL(cuCtxGetCurrent, void** made) { return *made = current, SUCCESS; }
@@ -324,6 +338,18 @@ CALL(cuModuleUnload, void*) { return SUCCESS; }
 CALL(cuModuleGetFunction, const simt::Kernel** made, void*, const char* name) {
     return *made = simt::find(name), *made ? SUCCESS : NOT_FOUND;
 }
+CALL(cuModuleGetFunctionCount, unsigned* count, void*) {
+    *count = 0;
+    for (auto kernel = simt::kernels; kernel; kernel = kernel->next) *count += is_ours(kernel);
+    return SUCCESS;
+}
+CALL(cuModuleEnumerateFunctions, const simt::Kernel** made, unsigned count, void*) {
+    for (auto kernel = simt::kernels; kernel && count; kernel = kernel->next) {
+        if (is_ours(kernel)) *made++ = kernel, count--;
+    }
+    return SUCCESS;
+}
+CALL(cuFuncGetName, const char** name, const simt::Kernel* kernel) { return *name = kernel->name, SUCCESS; }
 CALL(cuLaunchKernel, const simt::Kernel* kernel, unsigned x, unsigned y, unsigned z, unsigned threads,
      unsigned threads_y, unsigned threads_z, unsigned shared, Stream* stream, void** args, void**) {
     ALONE;

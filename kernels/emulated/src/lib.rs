@@ -15,6 +15,7 @@ mod queue;
 use std::ffi::CString;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use engine_kernel_suite::Start;
 use engine_kernels::cuda::{Address, CudaBackend, Driver, DriverError, HostMemory, Launch, Memory, Mover};
 
 use memory::Guarded;
@@ -107,6 +108,12 @@ impl Emulated {
             return Err(failed(format!("copying {bytes} bytes"), "they are not in one allocation"));
         }
         Ok(start)
+    }
+}
+
+impl Start for Emulated {
+    fn start() -> Result<Self, DriverError> {
+        Ok(Self::default())
     }
 }
 

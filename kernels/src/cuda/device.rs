@@ -4,7 +4,7 @@
 
 use std::cell::RefCell;
 use std::collections::HashMap;
-use std::ffi::{CString, c_void};
+use std::ffi::{CStr, CString, c_void};
 use std::fmt;
 use std::sync::Arc;
 
@@ -19,6 +19,12 @@ use super::moving::{DeviceId, Mover};
 struct Fatbin<T: ?Sized>(T);
 static KERNELS: &Fatbin<[u8]> = &Fatbin(*include_bytes!(concat!(env!("OUT_DIR"), "/kernels.fatbin")));
 
+/// The CUDA version that the kernels are compiled with (`scripts/fetch-nvcc.sh`), as drivers give theirs. NVIDIA promises
+/// that a driver runs what was compiled with its own major version or an earlier one, and nothing beyond.
+const CUDA_VERSION_MIN: i32 = 13_000;
+/// The oldest devices that there is code for (`build.rs`).
+const CAPABILITY_MIN: (i32, i32) = (8, 0);
+
 /// Most arguments a kernel takes.
 const ARGS_MAX: usize = 16;
 
@@ -31,6 +37,7 @@ pub struct Device {
     functions: RefCell<HashMap<String, sys::CUfunction>>,
     name: String,
     processors: usize,
+    capability: (i32, i32),
     id: DeviceId,
 }
 
@@ -78,22 +85,48 @@ impl<T> During<T> for Result<T, result::DriverError> {
 
 /// Devices that can be used: none without a driver, or with `CUDA_VISIBLE_DEVICES` empty.
 pub fn device_count() -> usize {
+    count().unwrap_or(0)
+}
+
+fn unavailable(error: result::DriverError) -> DriverError {
+    DriverError::Unavailable(error.to_string())
+}
+
+fn count() -> Result<usize, DriverError> {
     // SAFETY: loads a library by name, as every call below does.
     if !unsafe { sys::is_culib_present() } {
-        return 0;
+        return Err(DriverError::Unavailable("libcuda is not found, which comes with NVIDIA's driver".into()));
     }
-    let count = result::init().and_then(|()| CudaContext::device_count());
-    count.ok().and_then(|count| usize::try_from(count).ok()).unwrap_or(0)
+    let count = result::init().and_then(|()| CudaContext::device_count()).map_err(unavailable)?;
+    Ok(usize::try_from(count).unwrap_or(0))
+}
+
+/// The driver's version: 13000 for CUDA 13.0.
+fn driver_version() -> Result<i32, DriverError> {
+    let mut version = 0;
+    // SAFETY: the driver writes a number there, or fails.
+    unsafe { sys::cuDriverGetVersion(&mut version) }.result().map_err(unavailable)?;
+    Ok(version)
+}
+
+/// As people write them.
+fn cuda_version(version: i32) -> String {
+    format!("{}.{}", version / 1000, version % 1000 / 10)
 }
 
 impl Device {
     /// Device number `ordinal` among those that `CUDA_VISIBLE_DEVICES` leaves.
     pub fn new(ordinal: usize) -> Result<Self, DriverError> {
-        let count = device_count();
+        let count = count()?;
+        // Functions that an older driver lacks are not there to be called, and what it would say of the kernels explains
+        // nothing.
+        let version = driver_version()?;
+        if version < CUDA_VERSION_MIN {
+            return Err(DriverError::DriverTooOld { cuda: cuda_version(version) });
+        }
         if ordinal >= count {
             return Err(DriverError::Unavailable(format!("there are {count}, and number {ordinal} was asked for")));
         }
-        let unavailable = |error: result::DriverError| DriverError::Unavailable(error.to_string());
         let context = CudaContext::new(ordinal).map_err(unavailable)?;
         // SAFETY: what needs an order between streams (see `mover`) sees to it itself.
         unsafe { context.disable_event_tracking() };
@@ -101,11 +134,47 @@ impl Device {
         let name = context.name().map_err(unavailable)?;
         let processors = sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT;
         let processors = context.attribute(processors).map_err(unavailable)?.unsigned_abs() as usize;
+        let capability = context.compute_capability().map_err(unavailable)?;
+        if capability < CAPABILITY_MIN {
+            let capability = format!("{}.{}", capability.0, capability.1);
+            return Err(DriverError::DeviceTooOld { name, capability });
+        }
         let id = id_of(context.cu_device()).map_err(unavailable)?;
         // SAFETY: a fatbin, which says itself where it ends.
         let module = unsafe { result::module::load_data(KERNELS.0.as_ptr().cast()) };
         let module = module.during(|| format!("loading the kernels on {name}"))?;
-        Ok(Self { context, stream, module, functions: RefCell::default(), name, processors, id })
+        Ok(Self { context, stream, module, functions: RefCell::default(), name, processors, capability, id })
+    }
+
+    /// What it is, for people: its name, what it can do, and what its driver is for.
+    pub fn description(&self) -> String {
+        let Self { name, processors, capability: (major, minor), .. } = self;
+        let driver = driver_version().map_or("unknown".into(), cuda_version);
+        format!(
+            "{name}, {processors} multiprocessors of compute capability {major}.{minor}, a driver for CUDA {driver}"
+        )
+    }
+
+    /// Names of all kernels.
+    pub fn kernels(&self) -> Result<Vec<String>, DriverError> {
+        self.bind()?;
+        let operation = || "listing the kernels".to_owned();
+        let mut count = 0;
+        // SAFETY: the module is loaded as long as the device exists; the driver writes a number, or fails.
+        unsafe { sys::cuModuleGetFunctionCount(&mut count, self.module) }.result().during(operation)?;
+        let mut functions: Vec<sys::CUfunction> = vec![std::ptr::null_mut(); count as usize];
+        // SAFETY: there is room for so many.
+        unsafe { sys::cuModuleEnumerateFunctions(functions.as_mut_ptr(), count, self.module) }
+            .result()
+            .during(operation)?;
+        let name = |function: sys::CUfunction| {
+            let mut name = std::ptr::null();
+            // SAFETY: a function of the module; the driver points to a string that lives as long as that, or fails.
+            unsafe { sys::cuFuncGetName(&mut name, function) }.result().during(operation)?;
+            // SAFETY: as above.
+            Ok(unsafe { CStr::from_ptr(name) }.to_string_lossy().into_owned())
+        };
+        functions.into_iter().map(name).collect()
     }
 
     /// Milliseconds from one event to another, both of which have been waited for.

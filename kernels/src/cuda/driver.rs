@@ -68,6 +68,27 @@ pub enum DriverError {
     /// There is no device to work with.
     #[error("no CUDA device can be used: {0}; run with --device cpu, or look at what nvidia-smi says")]
     Unavailable(String),
+    /// The driver is older than what the kernels were compiled with.
+    #[error(
+        "the NVIDIA driver is one for CUDA {cuda}, and the kernels take one for CUDA 13, of release 580 or later: update it \
+         (for data-centre GPUs NVIDIA's package cuda-compat-13-0, with its folder in LD_LIBRARY_PATH, does without), or run \
+         with --device cpu"
+    )]
+    DriverTooOld {
+        /// The CUDA version the driver is for.
+        cuda: String,
+    },
+    /// There is no code for such a device.
+    #[error(
+        "{name} is a device of compute capability {capability}, and the kernels take 8.0 (Ampere) or later: choose another \
+         with --device cuda:N, or run with --device cpu"
+    )]
+    DeviceTooOld {
+        /// What it is called.
+        name: String,
+        /// What it can do.
+        capability: String,
+    },
     /// Device memory is used up.
     #[error("the device has no {bytes} bytes left; lower --kv-blocks or --kv-cache-memory, or use a smaller model")]
     OutOfMemory {

@@ -4,6 +4,7 @@ use engine_kernels::reference::ReferenceBackend;
 use engine_kernels::{RowTask, SampleRow, Sampled, SamplingParams};
 
 use crate::support::{Random, Subject};
+use crate::watched;
 
 const VOCAB: usize = 1013;
 
@@ -73,6 +74,7 @@ pub(crate) fn mixed_rows_match_the_reference<B: Subject>() {
                 }
             }
         }
+        watched::held();
     }
 }
 

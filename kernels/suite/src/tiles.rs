@@ -1,58 +1,13 @@
 //! What the kernels on tensor cores promise beyond the conformance suite: that fragments lie where they should, that no
 //! size of tiles changes a bit, and that numbers beyond the range of 16 bits come out right.
 
-use engine_cuda_emulated::{Emulated, EmulatedBackend};
-use engine_kernels::cuda::{Address, Arg, CudaBackend, Driver, Launch, Memory};
+use engine_kernels::cuda::{Address, Arg, Driver, Launch, Memory};
 use engine_kernels::reference::ReferenceBackend;
 use engine_kernels::{AttentionShape, Backend, Batch, DType, KvDType, KvLayout, Matrix, RopeTable};
 use half::{bf16, f16};
 
-/// The tests of everything below, on the emulation and, where there is one, a device.
-macro_rules! on_both {
-    ($($test:ident),+) => {
-        mod emulated {
-            $(#[test]
-            fn $test() {
-                super::$test(super::Emulated::default());
-            })+
-        }
-
-        #[cfg(feature = "cuda")]
-        mod cuda_device {
-            $(#[test]
-            #[ignore = "needs a CUDA device"]
-            fn $test() {
-                super::$test(engine_kernels::cuda::Device::new(0).unwrap());
-            })+
-        }
-    };
-}
-
-on_both!(
-    fragments_lie_where_the_ptx_isa_says,
-    no_tile_and_no_split_changes_a_bit,
-    activations_of_any_magnitude_are_multiplied,
-    rows_do_not_see_what_is_wrong_with_others,
-    no_place_in_a_tile_changes_a_bit,
-    a_score_far_above_the_others_takes_all
-);
-
-/// A small seeded generator: xorshift64* (Vigna 2016).
-struct Random(u64);
-
-impl Random {
-    fn bits(&mut self) -> u64 {
-        self.0 ^= self.0 >> 12;
-        self.0 ^= self.0 << 25;
-        self.0 ^= self.0 >> 27;
-        self.0.wrapping_mul(0x2545_f491_4f6c_dd1d) >> 32
-    }
-
-    /// From -1 to 1.
-    fn signed(&mut self) -> f32 {
-        self.bits() as f32 / (1u64 << 31) as f32 - 1.0
-    }
-}
+use crate::support::{Random, assert_same_bits};
+use crate::{OnDevice, Start, Watched, watched};
 
 /// Device memory that holds these bytes.
 fn holding<D: Driver>(driver: &D, bytes: &[u8]) -> D::Memory {
@@ -75,16 +30,9 @@ fn bytes_of(values: &[f32], dtype: DType) -> Vec<u8> {
     }
 }
 
-#[track_caller]
-fn assert_same_bits(ours: &[f32], theirs: &[f32], what: &str) {
-    assert_eq!(ours.len(), theirs.len(), "{what}");
-    for (i, (a, b)) in ours.iter().zip(theirs).enumerate() {
-        assert!(!a.is_nan() && a.to_bits() == b.to_bits(), "{what}: element {i} is {a:e} here and {b:e} there");
-    }
-}
-
-fn fragments_lie_where_the_ptx_isa_says<D: Driver>(driver: D) {
-    let mut random = Random(1);
+pub(crate) fn fragments_lie_where_the_ptx_isa_says<D: Start>() {
+    let driver = Watched::<D>::start();
+    let mut random = Random::new(1);
     // Small whole numbers: every sum is exact, in whichever order.
     let mut numbers = |len: usize| (0..len).map(|_| (random.bits() % 33) as f32 - 16.0).collect::<Vec<_>>();
     let (a, b) = (numbers(256), numbers(128));
@@ -102,6 +50,7 @@ fn fragments_lie_where_the_ptx_isa_says<D: Driver>(driver: D) {
         let args = [&a, &b, &out].map(|memory| Arg::from(memory.address()));
         driver.launch(&Launch { kernel, grid: [1, 1, 1], block: 32, args: &args }).unwrap();
         assert_eq!(floats(&driver, out.address(), 128), want, "{kernel}");
+        watched::held();
     }
 }
 
@@ -109,11 +58,12 @@ fn fragments_lie_where_the_ptx_isa_says<D: Driver>(driver: D) {
 const TILES: [(&str, usize, usize, usize); 3] =
     [("large", 128, 128, 256), ("medium", 64, 64, 128), ("small", 64, 32, 128)];
 
-fn no_tile_and_no_split_changes_a_bit<D: Driver>(driver: D) {
+pub(crate) fn no_tile_and_no_split_changes_a_bit<D: Start>() {
+    let driver = Watched::<D>::start();
     // Three segments, the last of them short; features and rows that fill no tile; rows of the output that start askew.
     let (rows, cols, features, width, first) = (70, 1096usize, 45, 50usize, 3usize);
     let segments = cols.div_ceil(512);
-    let mut random = Random(2);
+    let mut random = Random::new(2);
     let mut numbers = |len: usize| (0..len).map(|_| random.signed()).collect::<Vec<_>>();
     let (x, weight) = (numbers(rows * cols), numbers(features * cols));
     let x_scales = holding(&driver, &bytes_of(&vec![4.0; rows], DType::F32));
@@ -176,14 +126,15 @@ fn product<B: Backend>(backend: &mut B, dtype: DType, weight: &[f32], x: &[f32],
     backend.read(&out)
 }
 
-fn activations_of_any_magnitude_are_multiplied<D: Driver>(driver: D) {
+pub(crate) fn activations_of_any_magnitude_are_multiplied<D: Start>() {
+    let driver = Watched::<D>::start();
     let (rows, cols, features) = (24, 72, 11);
-    let mut random = Random(3);
+    let mut random = Random::new(3);
     let weight: Vec<f32> = (0..features * cols).map(|_| random.signed()).collect();
     // From 2^-90 to 2^94: f16 ends at 2^16. One row is nothing but zeros.
     let magnitude = |row: usize| if row == 7 { 0.0 } else { 2f32.powi(row as i32 * 8 - 90) };
     let x: Vec<f32> = (0..rows * cols).map(|i| random.signed() * magnitude(i / cols)).collect();
-    let mut backend = CudaBackend::new(driver);
+    let mut backend = OnDevice::<D>::new(driver);
     for (dtype, unit) in [(DType::F16, 1.0 / 2048.0), (DType::BF16, 1.0 / 256.0)] {
         let ours = product(&mut backend, dtype, &weight, &x, cols);
         let want = product(&mut ReferenceBackend, dtype, &weight, &x, cols);
@@ -195,19 +146,21 @@ fn activations_of_any_magnitude_are_multiplied<D: Driver>(driver: D) {
                 "{dtype:?}, row {row}: {ours:e}, should be {want:e} within {bound:e}"
             );
         }
+        watched::held();
     }
 }
 
-fn rows_do_not_see_what_is_wrong_with_others<D: Driver>(driver: D) {
+pub(crate) fn rows_do_not_see_what_is_wrong_with_others<D: Start>() {
+    let driver = Watched::<D>::start();
     let (rows, cols, features) = (40, 40, 9);
-    let mut random = Random(4);
+    let mut random = Random::new(4);
     let weight: Vec<f32> = (0..features * cols).map(|_| random.signed()).collect();
     let clean: Vec<f32> = (0..rows * cols).map(|_| random.signed()).collect();
     let mut spoilt = clean.clone();
     spoilt[3 * cols + 5] = f32::NAN;
     spoilt[8 * cols + 39] = f32::INFINITY;
     spoilt[39 * cols..].fill(f32::MAX);
-    let mut backend = CudaBackend::new(driver);
+    let mut backend = OnDevice::<D>::new(driver);
     for dtype in [DType::F16, DType::BF16] {
         let want = product(&mut backend, dtype, &weight, &clean, cols);
         let ours = product(&mut backend, dtype, &weight, &spoilt, cols);
@@ -257,9 +210,9 @@ impl Sequence {
     }
 }
 
-fn no_place_in_a_tile_changes_a_bit<D: Driver>(driver: D) {
-    let mut backend = CudaBackend::new(driver);
-    let mut random = Random(5);
+pub(crate) fn no_place_in_a_tile_changes_a_bit<D: Start>() {
+    let mut backend = OnDevice::<D>::new(Watched::start());
+    let mut random = Random::new(5);
     for (heads, kv_heads, head_dim, block_size, dtype) in [
         (2, 1, 64, 16, KvDType::F16),
         (3, 3, 96, 32, KvDType::BF16),
@@ -291,10 +244,10 @@ fn no_place_in_a_tile_changes_a_bit<D: Driver>(driver: D) {
     }
 }
 
-fn a_score_far_above_the_others_takes_all<D: Driver>(driver: D) {
-    let mut backend = CudaBackend::new(driver);
+pub(crate) fn a_score_far_above_the_others_takes_all<D: Start>() {
+    let mut backend = OnDevice::<D>::new(Watched::start());
     let shape = AttentionShape { heads: 1, kv_heads: 1, head_dim: 64 };
-    let mut random = Random(6);
+    let mut random = Random::new(6);
     // Whole numbers, which both types hold. Scores far beyond what exp can hold, in both directions; that of token 70
     // is the highest from its place on.
     let row = |token: usize| {
@@ -313,31 +266,4 @@ fn a_score_far_above_the_others_takes_all<D: Driver>(driver: D) {
             assert_eq!(out[token * 64..][..64], qkv[winner * 192 + 128..][..64], "{dtype:?}, token {token}");
         }
     }
-}
-
-#[test]
-fn room_for_larger_products_is_made_before_steps_are_recorded_anew() {
-    let mut backend = EmulatedBackend::new(Emulated::default());
-    let cols = 4096;
-    let weight = bytes_of(&vec![0.5; cols], DType::BF16);
-    let weight = backend.linear_weight(&[Matrix::new(DType::BF16, 1, cols, &weight).unwrap()]).unwrap();
-    let mut batch = Batch::default();
-    (0..20).for_each(|_| batch.push(&[0], 0, &[0], 0));
-    let (mut x, mut out) = (backend.activations(20, cols), backend.activations(20, 1));
-    let mut step = |backend: &mut EmulatedBackend, value: f32| {
-        backend.write(&vec![value; 20 * cols], &mut x);
-        backend.step(&batch, &mut |backend| backend.linear(&x, &weight, None, &mut out));
-        assert_eq!(backend.read(&out), [value * 2048.0; 20]);
-    };
-    step(&mut backend, 1.0);
-    assert_eq!(backend.graphs(), 0);
-    step(&mut backend, 2.0);
-    assert_eq!(backend.graphs(), 1);
-    // 600 rows of it are more than was allocated at first.
-    let (mut larger, mut result) = (backend.activations(600, cols), backend.activations(600, 1));
-    backend.write(&vec![1.0; 600 * cols], &mut larger);
-    backend.linear(&larger, &weight, None, &mut result);
-    assert_eq!(backend.read(&result), [2048.0; 600]);
-    assert_eq!(backend.graphs(), 0, "what was recorded would read and write memory that was given back");
-    step(&mut backend, 4.0);
 }

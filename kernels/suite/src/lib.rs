@@ -1,45 +1,35 @@
-//! One suite every backend passes, for every type, head count, page size and ragged shape.
+//! What every backend has to pass, for every type, head count, page size and ragged shape: the one copy of it, which the
+//! tests run for all backends (`kernels/tests`), and `engine doctor --gpu` on the device at hand.
 //!
 //! Two kinds of demands: results are near those of the reference (and, where something is known outright, the reference
 //! too is near that), and results do not depend, in a single bit, on anything they must not depend on: the other rows
 //! of the batch, how a prompt was cut into chunks, which pages it lies in, how many threads there were.
+//!
+//! Checks are tests: they panic where a demand is not met. [`Check::run`] turns that into an answer.
 
 mod attention;
+mod check;
 mod linear;
 mod residual;
 mod rope;
 mod rowwise;
 mod sampling;
+pub mod steps;
 mod support;
+mod tiles;
+mod watched;
 
-/// Runs the suite for one backend.
-macro_rules! suite {
-    ($backend:ident, $type:ty, $ignored:tt, { $($topic:ident: $($test:ident),+;)+ }) => {
-        mod $backend {
-            $(mod $topic {
-                $(suite!(@test $topic, $test, $type, $ignored);)+
-            })+
-        }
-    };
-    (@test $topic:ident, $test:ident, $type:ty, (always)) => {
-        #[test]
-        fn $test() {
-            crate::$topic::$test::<$type>();
-        }
-    };
-    (@test $topic:ident, $test:ident, $type:ty, (with $what:literal)) => {
-        #[test]
-        #[ignore = $what]
-        fn $test() {
-            crate::$topic::$test::<$type>();
-        }
-    };
-}
+pub use check::{Check, Failure};
+pub use support::Subject;
+pub use watched::{Start, Watched, kernels_run};
 
-/// The tests, once for each backend.
-macro_rules! suites {
-    ($($(#[$attribute:meta])? $backend:ident: $type:ty, $ignored:tt;)+) => {
-        $($(#[$attribute])? suite!($backend, $type, $ignored, {
+use engine_kernels::cuda::CudaBackend;
+
+/// Hands the checks that every backend passes to a macro, behind what the macro is given.
+#[macro_export]
+macro_rules! of_every_backend {
+    ($with:ident! { $($given:tt)* }) => {
+        $with! { $($given)*
             attention:
                 ragged_batches_match_the_reference,
                 long_contexts_match_the_reference,
@@ -80,14 +70,48 @@ macro_rules! suites {
                 mixed_rows_match_the_reference,
                 a_row_is_drawn_alike_alone_and_in_a_batch,
                 the_number_of_threads_changes_nothing;
-        });)+
+        }
     };
 }
 
-suites! {
-    reference: engine_kernels::reference::ReferenceBackend, (always);
-    cpu: engine_kernels::cpu::CpuBackend, (always);
-    cuda_emulated: engine_cuda_emulated::EmulatedBackend, (always);
-    #[cfg(feature = "cuda")]
-    cuda_device: engine_kernels::cuda::CudaBackend<engine_kernels::cuda::Device>, (with "needs a CUDA device");
+/// The same for what CUDA devices promise beyond that. The first says whether tensor cores' fragments lie where the
+/// kernels look for them.
+#[macro_export]
+macro_rules! of_every_device {
+    ($with:ident! { $($given:tt)* }) => {
+        $with! { $($given)*
+            tiles:
+                fragments_lie_where_the_ptx_isa_says,
+                no_tile_and_no_split_changes_a_bit,
+                activations_of_any_magnitude_are_multiplied,
+                rows_do_not_see_what_is_wrong_with_others,
+                no_place_in_a_tile_changes_a_bit,
+                a_score_far_above_the_others_takes_all;
+            steps:
+                steps_that_are_replayed_compute_what_the_reference_does,
+                steps_that_were_rehearsed_compute_what_others_do,
+                contexts_of_several_partitions_are_split_replayed_and_merged,
+                a_block_table_that_outgrows_its_place_is_recorded_anew,
+                how_attention_is_cut_changes_no_bit;
+        }
+    };
 }
+
+macro_rules! list {
+    ({ $of:ty } $($topic:ident: $($name:ident),+;)+) => {
+        vec![$($(Check::new(stringify!($topic), stringify!($name), $topic::$name::<$of>)),+),+]
+    };
+}
+
+/// What every backend has to pass.
+pub fn backend_checks<B: Subject>() -> Vec<Check> {
+    of_every_backend!(list! { { B } })
+}
+
+/// What a CUDA device has to pass, beyond what its backend has to.
+pub fn device_checks<D: Start>() -> Vec<Check> {
+    of_every_device!(list! { { D } })
+}
+
+/// A backend on a device that is watched.
+pub type OnDevice<D> = CudaBackend<Watched<D>>;

@@ -1,13 +1,14 @@
 //! Random numbers, random weights, and comparisons.
 
-use engine_cuda_emulated::{Emulated, EmulatedBackend};
 use engine_kernels::cpu::{CpuBackend, CpuOptions};
 use engine_kernels::reference::ReferenceBackend;
 use engine_kernels::{Backend, Batch, DType, KvDType, Matrix};
 use half::{bf16, f16};
 
-/// A backend under test.
-pub(crate) trait Subject: Backend + Sized {
+use crate::{OnDevice, Start, Watched, watched};
+
+/// A backend under test: what of its roundings results show, and how to have one.
+pub trait Subject: Backend + Sized {
     /// Whether [`Backend::linear`] rounds activations to integers before it multiplies them with quantised weights.
     const ROUNDS_ACTIVATIONS: bool;
 
@@ -73,7 +74,7 @@ impl Subject for CpuBackend {
     }
 }
 
-impl Subject for EmulatedBackend {
+impl<D: Start> Subject for OnDevice<D> {
     const ROUNDS_ACTIVATIONS: bool = false;
     const ROUNDS_SCALES: bool = true;
     const FEW_ROWS: usize = 16;
@@ -92,26 +93,7 @@ impl Subject for EmulatedBackend {
     }
 
     fn with_threads(_: usize) -> Self {
-        Self::new(Emulated::default())
-    }
-}
-
-#[cfg(feature = "cuda")]
-impl Subject for engine_kernels::cuda::CudaBackend<engine_kernels::cuda::Device> {
-    const ROUNDS_ACTIVATIONS: bool = EmulatedBackend::ROUNDS_ACTIVATIONS;
-    const ROUNDS_SCALES: bool = EmulatedBackend::ROUNDS_SCALES;
-    const FEW_ROWS: usize = EmulatedBackend::FEW_ROWS;
-
-    fn tiles_prompts(head_dim: usize, dtype: KvDType) -> bool {
-        EmulatedBackend::tiles_prompts(head_dim, dtype)
-    }
-
-    fn narrows_to(dtype: DType, rows: usize) -> Option<DType> {
-        EmulatedBackend::narrows_to(dtype, rows)
-    }
-
-    fn with_threads(_: usize) -> Self {
-        Self::new(engine_kernels::cuda::Device::new(0).unwrap())
+        Self::new(Watched::start())
     }
 }
 
@@ -138,6 +120,11 @@ impl Random {
     /// In `[0, 1)`.
     pub(crate) fn unit(&mut self) -> f32 {
         (self.bits() >> 40) as f32 / (1u32 << 24) as f32
+    }
+
+    /// In `[-1, 1)`.
+    pub(crate) fn signed(&mut self) -> f32 {
+        self.unit() * 2.0 - 1.0
     }
 
     pub(crate) fn pick<T: Copy>(&mut self, from: &[T]) -> T {
@@ -254,6 +241,7 @@ pub(crate) fn assert_same_bits(ours: &[f32], theirs: &[f32], what: &str) {
     for (i, (a, b)) in ours.iter().zip(theirs).enumerate() {
         assert!(!a.is_nan() && a.to_bits() == b.to_bits(), "{what}: element {i} is {a:e} here and {b:e} there");
     }
+    watched::held();
 }
 
 /// `|ours - theirs| <= tolerance(i)` everywhere; any NaN fails.
@@ -265,4 +253,5 @@ pub(crate) fn assert_near(ours: &[f32], theirs: &[f32], tolerance: impl Fn(usize
         // So written that a NaN fails.
         assert!((a - b).abs() <= tolerance, "{what}: element {i} is {a:e}, should be {b:e} within {tolerance:e}");
     }
+    watched::held();
 }

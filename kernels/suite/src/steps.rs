@@ -1,0 +1,253 @@
+//! Steps of the CUDA backend as a whole: recorded, replayed, rehearsed. The layer they are steps of is there for other
+//! tests too.
+
+use engine_kernels::cuda::{CudaBackend, Driver};
+use engine_kernels::reference::ReferenceBackend;
+use engine_kernels::{AttentionShape, Backend, Batch, DType, KvDType, KvLayout, Matrix, QkNorm, Rehearsed, RopeTable};
+
+use crate::{OnDevice, Start, Watched, watched};
+
+/// Its attention.
+pub const SHAPE: AttentionShape = AttentionShape { heads: 4, kv_heads: 2, head_dim: 16 };
+/// Width of its hidden states.
+pub const HIDDEN: usize = 64;
+/// Rows of its embedding.
+pub const VOCABULARY: usize = 50;
+/// Tokens of a page.
+pub const BLOCK_SIZE: usize = 16;
+/// Pages.
+pub const BLOCKS: usize = 64;
+/// Most rows of a step.
+pub const ROWS_MAX: usize = 24;
+/// Positions there are.
+const CONTEXT_MAX: u32 = 512;
+
+/// A layer of a model, in any backend.
+pub struct Layer<B: Backend> {
+    /// What computes it.
+    pub backend: B,
+    table: B::Linear,
+    norm: B::Vector,
+    qkv: B::Linear,
+    q_norm: B::Vector,
+    output: B::Linear,
+    rope: B::Rope,
+    cache: B::KvCache,
+    hidden: B::Activations,
+    projected: B::Activations,
+    mixed: B::Activations,
+    out: B::Activations,
+}
+
+/// Numbers between -1 and 1.
+pub fn numbers(len: usize, seed: u32) -> Vec<f32> {
+    (0..len as u32).map(|i| ((i.wrapping_mul(2_654_435_761) ^ seed) % 2003) as f32 / 1000.0 - 1.0).collect()
+}
+
+impl<B: Backend> Layer<B> {
+    /// One with something in every page.
+    pub fn new(mut backend: B) -> Self {
+        let mut weight = |rows: usize, cols: usize, seed: u32| {
+            let bytes: Vec<u8> = numbers(rows * cols, seed).iter().flat_map(|x| x.to_le_bytes()).collect();
+            backend.linear_weight(&[Matrix::new(DType::F32, rows, cols, &bytes).unwrap()]).unwrap()
+        };
+        let (table, qkv) = (weight(VOCABULARY, HIDDEN, 1), weight(SHAPE.qkv_width(), HIDDEN, 2));
+        let output = weight(HIDDEN, SHAPE.q_width(), 3);
+        let layout = KvLayout {
+            layers: 1,
+            kv_heads: SHAPE.kv_heads,
+            head_dim: SHAPE.head_dim,
+            block_size: BLOCK_SIZE,
+            blocks: BLOCKS,
+            dtype: KvDType::BF16,
+        };
+        let mut layer = Self {
+            table,
+            qkv,
+            output,
+            norm: backend.vector(&numbers(HIDDEN, 4)),
+            q_norm: backend.vector(&numbers(SHAPE.head_dim, 5)),
+            rope: backend.rope(RopeTable::new(&numbers(SHAPE.head_dim / 2, 6), 1.0, CONTEXT_MAX as usize)),
+            cache: backend.kv_cache(layout).unwrap(),
+            hidden: backend.activations(ROWS_MAX, HIDDEN),
+            projected: backend.activations(ROWS_MAX, SHAPE.qkv_width()),
+            mixed: backend.activations(ROWS_MAX, SHAPE.q_width()),
+            out: backend.activations(ROWS_MAX, HIDDEN),
+            backend,
+        };
+        for page in 0..BLOCKS as u32 {
+            let mut batch = Batch::default();
+            batch.push(&[page % 7; BLOCK_SIZE], 0, &[page], 0);
+            layer.step(&batch);
+        }
+        layer
+    }
+
+    /// A step; what comes out of it, the rows of `batch` alone.
+    pub fn step(&mut self, batch: &Batch) -> Vec<f32> {
+        self.with_step(batch, |backend, operations| backend.step(batch, operations));
+        let Self { backend, hidden, out, .. } = self;
+        let rows: Vec<u32> = (0..batch.tokens.len() as u32).collect();
+        backend.select_rows(out, &rows, hidden);
+        backend.read(hidden)
+    }
+
+    fn with_step<R>(&mut self, batch: &Batch, step: impl FnOnce(&mut B, &mut dyn FnMut(&mut B)) -> R) -> R {
+        let Self { backend, table, norm, qkv, q_norm, output, rope, cache, hidden, projected, mixed, out } = self;
+        step(backend, &mut |backend| {
+            backend.embed(table, batch, hidden);
+            // As wide as the hidden states here, and used for both.
+            backend.rms_norm(hidden, norm, 1e-5, mixed);
+            backend.linear(mixed, qkv, None, projected);
+            let norm = QkNorm { q: &*q_norm, k: &*q_norm, eps: 1e-6 };
+            backend.rope_and_cache(projected, SHAPE, Some(norm), rope, cache, 0, batch);
+            backend.attention(projected, SHAPE, 0.25, cache, 0, batch, mixed);
+            backend.linear(mixed, output, None, out);
+        })
+    }
+}
+
+impl<D: Driver> Layer<CudaBackend<D>> {
+    /// Rehearses all that the layer can compute; how many steps were recorded.
+    pub fn rehearse(&mut self) -> usize {
+        let mut largest = Batch::default();
+        largest.push(&[0; ROWS_MAX], 0, &[0; ROWS_MAX * BLOCKS], 0);
+        let sizes = self.backend.rehearsed(ROWS_MAX);
+        let decoding = sizes.into_iter().map(|size| decode(&vec![CONTEXT_MAX; size], 0));
+        let steps: Vec<Batch> = std::iter::once(largest).chain(decoding).collect();
+        let rehearsed = |batch: &Batch| -> Rehearsed {
+            self.with_step(batch, |backend, operations| backend.rehearse(batch, operations))
+        };
+        steps.iter().map(rehearsed).map(|rehearsed| rehearsed.recorded).sum()
+    }
+}
+
+/// One decoding step of sequences with these contexts, each in pages of its own.
+pub fn decode(contexts: &[u32], turn: u32) -> Batch {
+    let mut batch = Batch::default();
+    for (i, &context) in (0..).zip(contexts) {
+        let pages: Vec<u32> = (0..context.div_ceil(BLOCK_SIZE as u32)).map(|page| (i * 3 + page) % 64).collect();
+        batch.push(&[(i * 7 + turn) % VOCABULARY as u32], context - 1, &pages, 0);
+    }
+    batch
+}
+
+/// Steps of sizes in each bucket, with contexts of all lengths, prompts in between; the same every time.
+pub fn all_kinds() -> impl Iterator<Item = Batch> {
+    [1, 2, 3, 6, 9, 16, 17, ROWS_MAX].into_iter().flat_map(|sequences| {
+        let long = vec![CONTEXT_MAX; sequences];
+        let turn = sequences as u32;
+        let mixed: Vec<u32> = (0..turn).map(|i| 1 + (i * 97 + turn * 31) % CONTEXT_MAX).collect();
+        let short = vec![turn; sequences];
+        [decode(&short, turn), prompt(turn.max(2)), decode(&mixed, turn), decode(&long, turn)]
+    })
+}
+
+fn prompt(tokens: u32) -> Batch {
+    let mut batch = Batch::default();
+    let ids: Vec<u32> = (0..tokens).map(|i| i % VOCABULARY as u32).collect();
+    batch.push(&ids, 0, &[0, 1], ids.len());
+    batch
+}
+
+fn device<D: Start>() -> Layer<OnDevice<D>> {
+    Layer::new(OnDevice::new(Watched::start()))
+}
+
+/// Whether results are near those of the reference.
+///
+/// # Panics
+///
+/// They are not.
+#[track_caller]
+pub fn assert_near(ours: &[f32], theirs: &[f32]) {
+    assert_eq!(ours.len(), theirs.len());
+    for (i, (a, b)) in ours.iter().zip(theirs).enumerate() {
+        assert!((a - b).abs() <= 0.02 * (1.0 + b.abs()), "element {i} is {a}, should be {b}");
+    }
+    watched::held();
+}
+
+pub(crate) fn steps_that_are_replayed_compute_what_the_reference_does<D: Start>() {
+    let (mut layer, mut reference) = (device::<D>(), Layer::new(ReferenceBackend));
+    for batch in [prompt(20), prompt(17)] {
+        assert_near(&layer.step(&batch), &reference.step(&batch));
+    }
+    assert_eq!(layer.backend.graphs(), 0, "prompts are not recorded");
+    // Different numbers of sequences of the same bucket, at contexts that grow, then others.
+    for turn in 0..4 {
+        for sequences in [1, 3, 4] {
+            let contexts: Vec<u32> = (0..sequences).map(|i| 17 + turn + i).collect();
+            let batch = decode(&contexts, turn);
+            assert_near(&layer.step(&batch), &reference.step(&batch));
+        }
+    }
+    assert_eq!(layer.backend.graphs(), 2, "one for a sequence, one for three or four");
+}
+
+pub(crate) fn steps_that_were_rehearsed_compute_what_others_do<D: Start>() {
+    let (mut rehearsed, mut reference) = (device::<D>(), Layer::new(ReferenceBackend));
+    let mut eager = Layer::new(OnDevice::<D>::new(Watched::start()).with_graphs_max(0));
+    let recorded = rehearsed.rehearse();
+    assert!(recorded > 10, "{recorded}");
+    for (i, batch) in all_kinds().enumerate() {
+        let ours = rehearsed.step(&batch);
+        // That no page was touched shows here too.
+        let bits = |values: &[f32]| values.iter().map(|x| x.to_bits()).collect::<Vec<_>>();
+        assert_eq!(bits(&ours), bits(&eager.step(&batch)), "{:?}", batch.sequences);
+        // The reference takes its time.
+        if i % 3 == 0 {
+            assert_near(&ours, &reference.step(&batch));
+        }
+    }
+    assert_eq!(rehearsed.backend.graphs(), recorded, "nothing was recorded in vain");
+}
+
+pub(crate) fn contexts_of_several_partitions_are_split_replayed_and_merged<D: Start>() {
+    let (mut layer, mut reference) = (device::<D>(), Layer::new(ReferenceBackend));
+    for turn in 0..3 {
+        let batch = decode(&[390 + turn], turn);
+        assert_near(&layer.step(&batch), &reference.step(&batch));
+    }
+    assert_eq!(layer.backend.graphs(), 1);
+}
+
+pub(crate) fn a_block_table_that_outgrows_its_place_is_recorded_anew<D: Start>() {
+    let (mut layer, mut reference) = (device::<D>(), Layer::new(ReferenceBackend));
+    for turn in 0..3 {
+        layer.step(&decode(&[20; 2], turn));
+        reference.step(&decode(&[20; 2], turn));
+    }
+    assert_eq!(layer.backend.graphs(), 1);
+    // 24 sequences with tables of 32 pages: more than the first 4 KiB.
+    let batch = decode(&[500; ROWS_MAX], 0);
+    let mut long = Batch::default();
+    for sequence in 0..ROWS_MAX {
+        let at = batch.sequences[sequence].table_start as usize;
+        long.push(&[3], 20, &batch.block_tables[at..at + 32].repeat(2), 0);
+    }
+    layer.step(&long);
+    assert_eq!(layer.backend.graphs(), 0);
+    reference.step(&long);
+    for turn in 3..6 {
+        let batch = decode(&[20; 2], turn);
+        assert_near(&layer.step(&batch), &reference.step(&batch));
+    }
+    assert_eq!(layer.backend.graphs(), 1);
+}
+
+pub(crate) fn how_attention_is_cut_changes_no_bit<D: Start>() {
+    // Alone a partition is a block's work; beside others, of which there are enough, several are or all.
+    let mut layer = device::<D>();
+    let pages: Vec<u32> = (0..BLOCKS as u32).collect();
+    let mut results = Vec::new();
+    for others in [0, 1, 3, 15] {
+        let mut batch = Batch::default();
+        batch.push(&[3], 399, &pages[..25], 0);
+        // All in the same pages: nobody looks at their results.
+        (0..others).for_each(|_| batch.push(&[4], 299, &pages[30..49], 0));
+        let row = &layer.step(&batch)[..HIDDEN];
+        results.push(row.iter().map(|x| x.to_bits()).collect::<Vec<_>>());
+    }
+    assert!(results.iter().all(|row| *row == results[0]), "{results:x?}");
+}

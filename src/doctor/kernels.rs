@@ -1,0 +1,95 @@
+//! `engine doctor --gpu`: every CUDA kernel on the device at hand, beside the reference. The checks are those that the
+//! tests run without a device (`kernels/suite`).
+
+use super::{Area, Finding, Level, Report};
+
+/// Findings, said as they come: there are checks that take long, and devices that stop in one.
+struct Told {
+    report: Report,
+    json: bool,
+}
+
+impl Told {
+    fn found(&mut self, check: &'static str, level: Level, seen: impl Into<String>, remedy: Option<&str>) {
+        let finding = Finding::new(Area::Gpu, check, level, seen);
+        self.report.extend([remedy.into_iter().fold(finding, Finding::remedy)]);
+        if !self.json {
+            print!("{}", self.report.last());
+        }
+    }
+}
+
+/// Runs the checks that have `words` in their names, and prints what it found. Whether all passed.
+pub(super) fn run(words: &str, json: bool) -> bool {
+    let mut told = Told { report: Report::default(), json };
+    look(words, &mut told);
+    let Told { report, .. } = told;
+    print!("{}", if json { report.json() } else { report.verdict() });
+    report.passed()
+}
+
+#[cfg(not(feature = "cuda"))]
+fn look(_: &str, told: &mut Told) {
+    let seen = "this engine was built without CUDA and has no kernels to check";
+    told.found("gpu", Level::Failure, seen, Some("`make cuda` builds one that has them"));
+}
+
+#[cfg(feature = "cuda")]
+fn look(words: &str, told: &mut Told) {
+    use engine_kernel_suite::{OnDevice, backend_checks, device_checks, kernels_run};
+    use engine_kernels::cuda::Device;
+    use std::time::Instant;
+
+    // Kept until the end: whoever uses a device last takes down what it takes a fraction of a second to set up.
+    let device = match Device::new(0) {
+        Ok(device) => device,
+        // It says itself what can be done.
+        Err(error) => return told.found("gpu", Level::Failure, error.to_string(), None),
+    };
+    told.found("gpu", Level::Ok, device.description(), None);
+
+    let mut run = 0;
+    for check in device_checks::<Device>().into_iter().chain(backend_checks::<OnDevice<Device>>()) {
+        let sentence = check.name.replace('_', " ");
+        if !format!("{}: {sentence}", check.topic).contains(words) {
+            continue;
+        }
+        run += 1;
+        let started = Instant::now();
+        let result = check.run();
+        let seconds = started.elapsed().as_secs_f32();
+        let Err(failure) = result else {
+            told.found(check.topic, Level::Ok, format!("{sentence} ({seconds:.1} s)"), None);
+            continue;
+        };
+        let remedy = "run with --device cpu until this passes: answers from this device would be wrong; and report it";
+        told.found(check.topic, Level::Failure, format!("not so: {sentence}. {failure}"), Some(remedy));
+        // What a kernel does wrong can leave a device that does nothing more for this process.
+        if let Err(error) = still_works() {
+            let seen =
+                format!("{error}: the device does nothing more for this process, so the other checks were not run");
+            let remedy =
+                format!("`engine doctor --gpu='{sentence}'` runs that check alone, and 'compute-sanitizer' says more");
+            return told.found("gpu", Level::Failure, seen, Some(&remedy));
+        }
+    }
+    if run == 0 {
+        return told.found("gpu", Level::Failure, format!("no check has '{words}' in its name"), None);
+    }
+    if words.is_empty() {
+        let (ran, all) = (kernels_run(), device.kernels().unwrap_or_default());
+        let never: Vec<&str> = all.iter().filter(|kernel| !ran.contains(*kernel)).map(String::as_str).collect();
+        match never.is_empty() {
+            true => told.found("kernels", Level::Ok, format!("{} have run, which are all", ran.len()), None),
+            false => told.found("kernels", Level::Warning, format!("no check ran {}", never.join(", ")), None),
+        }
+    }
+}
+
+#[cfg(feature = "cuda")]
+fn still_works() -> Result<(), engine_kernels::cuda::DriverError> {
+    use engine_kernels::cuda::{Device, Driver, Memory};
+    let device = Device::new(0)?;
+    let memory = device.allocate(16)?;
+    device.write(&[1; 16], memory.address())
+}

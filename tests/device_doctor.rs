@@ -1,0 +1,89 @@
+//! `engine doctor --gpu` and `engine bench-kernels`, the engine built with CUDA, on the stand-in for libcuda that
+//! `scripts/check-device-pages.sh` builds, which can be told to break a kernel or to be of another version.
+
+use std::process::{Command, Output};
+
+use serde_json::Value;
+
+fn engine(flags: &[&str]) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_engine"));
+    command.args(flags);
+    command
+}
+
+/// Whether the doctor is content, and what it found.
+fn doctor(words: &str, set: impl FnOnce(&mut Command)) -> (bool, Vec<Value>) {
+    let mut command = engine(&["doctor", "--json", words]);
+    set(&mut command);
+    let Output { status, stdout, stderr } = command.output().unwrap();
+    let said: Value = serde_json::from_slice(&stdout)
+        .unwrap_or_else(|error| panic!("{error}: {}", String::from_utf8_lossy(&[stdout, stderr].concat())));
+    assert_eq!(said["passed"], status.success(), "{said}");
+    (status.success(), said["findings"].as_array().unwrap().clone())
+}
+
+fn seen(finding: &Value) -> &str {
+    finding["seen"].as_str().unwrap()
+}
+
+#[test]
+#[ignore = "needs a stand-in for libcuda: make device-pages"]
+fn kernels_that_compute_what_the_reference_does_pass() {
+    let (passed, findings) = doctor("--gpu=rowwise: ", |_| {});
+    assert!(passed, "{findings:?}");
+    assert_eq!(findings.len(), 7, "{findings:?}");
+    assert!(seen(&findings[0]).contains("a driver for CUDA 13.0"), "{findings:?}");
+    assert!(findings.iter().all(|finding| finding["level"] == "ok"), "{findings:?}");
+
+    let (passed, findings) = doctor("--gpu=no such check", |_| {});
+    assert!(!passed && seen(&findings[1]).contains("no such check"), "{findings:?}");
+}
+
+#[test]
+#[ignore = "needs a stand-in for libcuda: make device-pages"]
+fn a_kernel_that_does_not_is_found_and_named() {
+    for (kernel, words) in
+        [("silu_mul", "--gpu=silu"), ("mma_check_bf16", "--gpu=fragments"), ("sample_rows", "--gpu=mixed rows")]
+    {
+        let (passed, findings) = doctor(words, |command| {
+            command.env("ENGINE_STANDIN_DEAD_KERNEL", kernel);
+        });
+        assert!(!passed, "{kernel}");
+        let failures: Vec<&Value> = findings.iter().filter(|finding| finding["level"] == "failure").collect();
+        assert_eq!(failures.len(), 1, "{findings:?}");
+        let named = seen(failures[0]).rsplit(": ").next().unwrap();
+        assert!(named.split(", ").any(|name| name == kernel), "{kernel}: {findings:?}");
+        assert!(failures[0]["remedy"].as_str().unwrap().contains("--device cpu"), "{findings:?}");
+    }
+}
+
+#[test]
+#[ignore = "needs a stand-in for libcuda: make device-pages"]
+fn a_driver_that_is_too_old_or_missing_is_named_together_with_what_to_do() {
+    let (passed, findings) = doctor("--gpu", |command| {
+        command.env("ENGINE_STANDIN_CUDA", "12080");
+    });
+    assert!(!passed && findings.len() == 1, "{findings:?}");
+    assert!(seen(&findings[0]).contains("CUDA 12.8") && seen(&findings[0]).contains("release 580"), "{findings:?}");
+
+    let (passed, findings) = doctor("--gpu", |command| {
+        command.env_remove("LD_LIBRARY_PATH");
+    });
+    assert!(!passed && findings.len() == 1, "{findings:?}");
+    assert!(seen(&findings[0]).contains("libcuda is not found") && seen(&findings[0]).contains("nvidia-smi"));
+
+    let output = engine(&["bench-kernels"]).env("ENGINE_STANDIN_CUDA", "12080").output().unwrap();
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(!output.status.success() && said.contains("CUDA 12.8"), "{said}");
+}
+
+#[test]
+#[ignore = "needs a stand-in for libcuda: make device-pages"]
+fn steps_and_operations_are_measured_one_row_each() {
+    let output = engine(&["bench-kernels", "--shape", "tiny"]).output().unwrap();
+    let table = String::from_utf8(output.stdout).unwrap();
+    assert!(output.status.success(), "{table}{}", String::from_utf8_lossy(&output.stderr));
+    for row in ["tiny: 1 × 200 tokens: a step", "tiny: norm and qkv × 8", "tiny: down [64, 96] × 17"] {
+        assert!(table.lines().any(|line| line.starts_with(&format!("| {row} |"))), "{row}:\n{table}");
+    }
+}
