@@ -150,8 +150,8 @@ CALL(cuDeviceGetName, char* name, int length, int) { return std::snprintf(name, 
 CALL(cuDeviceGetUuid_v2, char* id, int) { return std::memcpy(id, "the stand-in one", 16), SUCCESS; }
 CALL(cuDeviceCanAccessPeer, int* can, int, int) { return *can = 0, SUCCESS; }
 CALL(cuDeviceGetAttribute, int* value, int attribute, int) {
-    // The major part of the compute capability; of all else one.
-    return *value = attribute == 75 ? 9 : 1, SUCCESS;
+    // An H100's multiprocessors and compute capability; of all else one.
+    return *value = attribute == 16 ? 132 : attribute == 75 ? 9 : attribute == 76 ? 0 : 1, SUCCESS;
 }
 CALL(cuDevicePrimaryCtxRetain, void** made, int) { return *made = &context, SUCCESS; }
 CALL(cuDevicePrimaryCtxRelease_v2, int) { return SUCCESS; }

@@ -259,18 +259,34 @@ pub(crate) fn large_groups_and_contexts_of_many_partitions_match_the_reference<B
         let case = Case::new(heads, kv_heads, head_dim, [16, 32, 64, 128][i % 4], dtype);
         let mut random = Random::new(300 + i as u64);
         let lens = [128, 129, 145, 1 + random.below(400), 384 + random.below(129)];
-        let sequences = sequences(case, &lens, &mut random);
-        let last: Vec<_> = lens.iter().enumerate().map(|(i, &len)| (&sequences[i], len - 1..len)).collect();
-        let mut ours = Layer::<B>::new(case, 2);
-        let mut reference = Layer::<ReferenceBackend>::new(case, 1);
-        ours.fill(&sequences);
-        reference.fill(&sequences);
-        let (together, want) = (ours.step(&last), reference.step(&last));
-        for (i, (together, want)) in together.iter().zip(&want).enumerate() {
-            let what = format!("{case:?}, sequence {i} of {lens:?}");
-            assert_near(together, want, |_| case.tolerance::<B>(), &what);
-            let alone = ours.step(&last[i..=i]);
-            assert_same_bits(&alone[0], together, &what);
+        decode::<B>(case, &lens, &mut random);
+    }
+}
+
+/// The last token of each sequence in a step, together and alone.
+fn decode<B: Subject>(case: Case, lens: &[usize], random: &mut Random) {
+    let sequences = sequences(case, lens, random);
+    let last: Vec<_> = lens.iter().enumerate().map(|(i, &len)| (&sequences[i], len - 1..len)).collect();
+    let mut ours = Layer::<B>::new(case, 2);
+    let mut reference = Layer::<ReferenceBackend>::new(case, 1);
+    ours.fill(&sequences);
+    reference.fill(&sequences);
+    let (together, want) = (ours.step(&last), reference.step(&last));
+    for (i, (together, want)) in together.iter().zip(&want).enumerate() {
+        let what = format!("{case:?}, sequence {i} of {lens:?}");
+        assert_near(together, want, |_| case.tolerance::<B>(), &what);
+        let alone = ours.step(&last[i..=i]);
+        assert_same_bits(&alone[0], together, &what);
+    }
+}
+
+pub(crate) fn decoding_with_every_group_head_and_type_matches_the_reference<B: Subject>() {
+    let mut random = Random::new(320);
+    for heads in [1, 2, 4, 8] {
+        for head_dim in [64, 128, 256] {
+            for dtype in DTYPES {
+                decode::<B>(Case::new(heads, 1, head_dim, 32, dtype), &[33, 2], &mut random);
+            }
         }
     }
 }
