@@ -129,3 +129,16 @@ fn no_more_steps_are_recorded_than_there_is_room_for() {
     assert_eq!(layer.rehearse(), 2);
     assert_eq!(layer.backend.graphs(), 2);
 }
+
+#[test]
+fn recordings_leave_some_of_the_device_s_memory_to_others() {
+    let mut layer = device();
+    layer.backend.driver().leave_free(64 << 20);
+    assert_eq!(layer.rehearse(), 0);
+    let mut reference = Layer::new(ReferenceBackend);
+    for turn in 0..4 {
+        let batch = decode(&[30 + turn, 40], turn);
+        assert_near(&layer.step(&batch), &reference.step(&batch));
+    }
+    assert_eq!((layer.backend.graphs(), layer.backend.driver().recordings()), (0, 0));
+}

@@ -77,7 +77,11 @@ fn look(words: &str, told: &mut Told) {
         return told.found("gpu", Level::Failure, format!("no check has '{words}' in its name"), None);
     }
     if words.is_empty() {
-        let (ran, all) = (kernels_run(), device.kernels().unwrap_or_default());
+        let (ran, all) = (kernels_run(), device.kernels());
+        let all = match all {
+            Ok(all) => all,
+            Err(error) => return told.found("kernels", Level::Failure, error.to_string(), None),
+        };
         let never: Vec<&str> = all.iter().filter(|kernel| !ran.contains(*kernel)).map(String::as_str).collect();
         match never.is_empty() {
             true => told.found("kernels", Level::Ok, format!("{} have run, which are all", ran.len()), None),

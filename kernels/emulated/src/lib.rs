@@ -36,6 +36,9 @@ pub struct EmulatedMemory {
     queue: Arc<Mutex<Queue>>,
 }
 
+/// What an emulated device says it has.
+const MEMORY_BYTES: usize = 1 << 34;
+
 /// Where recordings fail.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Refusal {
@@ -78,6 +81,11 @@ impl Emulated {
     /// From now on recordings fail there, or nowhere.
     pub fn refuse_recordings(&self, refusal: Option<Refusal>) {
         self.queue().refusal = refusal;
+    }
+
+    /// Says from now on that so many bytes are free.
+    pub fn leave_free(&self, bytes: usize) {
+        self.queue().free = Some(bytes);
     }
 
     /// Recordings that were asked for so far.
@@ -154,7 +162,7 @@ impl Driver for Emulated {
     }
 
     fn memory(&self) -> Result<(usize, usize), DriverError> {
-        Ok((1 << 34, 1 << 34))
+        Ok((self.queue().free.unwrap_or(MEMORY_BYTES), MEMORY_BYTES))
     }
 
     fn allocate(&self, bytes: usize) -> Result<EmulatedMemory, DriverError> {

@@ -50,6 +50,8 @@ pub(crate) struct Queue {
     pub(crate) captured: Option<Vec<Work>>,
     /// Where recordings fail.
     pub(crate) refusal: Option<Refusal>,
+    /// Bytes it says are free; all, if nothing is set.
+    pub(crate) free: Option<usize>,
     /// Recordings that were asked for.
     pub(crate) recordings: u64,
     /// Start and length of everything that is allocated.

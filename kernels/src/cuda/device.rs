@@ -186,6 +186,11 @@ impl Device {
         self.context.bind_to_thread().during(|| "choosing the device".into())
     }
 
+    /// The same, whatever others have left: binding tells of an error in the context once, and does nothing then.
+    fn bind_anyway(&self) -> Result<(), DriverError> {
+        self.bind().or_else(|_| self.bind())
+    }
+
     fn function(&self, kernel: &str) -> Result<sys::CUfunction, DriverError> {
         if let Some(function) = self.functions.borrow().get(kernel) {
             return Ok(*function);
@@ -368,12 +373,15 @@ impl Driver for Device {
         // memory. With a global recording these calls would fail, and sessions with them. Waiting for all of the
         // context spoils a recording in any mode: that is left to `DeviceMover::unlock`, at a worker's end.
         let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
+        self.bind_anyway()?;
         self.stream.begin_capture(mode).during(|| "beginning to record".into())
     }
 
     fn end_capture(&self) -> Result<DeviceGraph, DriverError> {
         let flags = sys::CUgraphInstantiate_flags(0);
-        // The stream is itself again even where this fails.
+        // The stream is itself again even where the last of these fails. But before it tries, it would tell of an error
+        // that somebody else has left in the context, and not end anything.
+        self.bind_anyway()?;
         let graph = self.stream.end_capture(flags).during(|| "recording a step".into())?;
         let Some(graph) = graph else {
             let (operation, reason) = ("recording a step".into(), "nothing was recorded".into());

@@ -14,6 +14,10 @@ use crate::{Batch, Rehearsed};
 /// device's memory together, so there has to be an end.
 pub(super) const GRAPHS_MAX: usize = 128;
 
+/// What recordings leave free of the device's memory. Requests want some too, for copies, events, and kernels that are
+/// loaded when they are first needed; and while a step does without its recording, it does not without those.
+const SPARE_BYTES: usize = 256 << 20;
+
 /// What is known of steps, by their shape.
 pub(super) struct Graphs<D: Driver> {
     known: HashMap<Shape, Known<D>>,
@@ -24,7 +28,7 @@ pub(super) struct Graphs<D: Driver> {
     recording: bool,
     /// Whether it was said that one cannot be recorded.
     said_refused: bool,
-    /// Whether it was said that there are too many.
+    /// Whether it was said that there are too many, or that they would leave too little memory.
     said_full: bool,
 }
 
@@ -118,6 +122,10 @@ impl<D: Driver> CudaBackend<D> {
         if !self.graphs.has_room() {
             return operations(self);
         }
+        if !self.has_memory() {
+            self.graphs.known.insert(shape, Known::Refused);
+            return operations(self);
+        }
         match self.record(operations) {
             Ok(graph) => {
                 self.stream.attempt(|driver| driver.replay(&graph));
@@ -163,6 +171,9 @@ impl<D: Driver> CudaBackend<D> {
             if !self.plan.is_recordable() || !is_new || self.stream.check().is_err() || !self.graphs.has_room() {
                 continue;
             }
+            if !self.has_memory() {
+                break;
+            }
             match self.record(operations) {
                 Ok(graph) => self.graphs.insert(shape, graph),
                 Err(error) => self.graphs.refuse(shape, &error),
@@ -170,6 +181,20 @@ impl<D: Driver> CudaBackend<D> {
         }
         let device_bytes = free.saturating_sub(self.memory_free());
         Rehearsed { recorded: self.graphs.count.saturating_sub(count), device_bytes }
+    }
+
+    /// Whether the device has memory for another recording, and some to spare; if not, that is said once.
+    fn has_memory(&mut self) -> bool {
+        let free = self.memory_free();
+        if free < SPARE_BYTES && !std::mem::replace(&mut self.graphs.said_full, true) {
+            tracing::warn!(
+                recorded = self.graphs.count,
+                free_mib = free >> 20,
+                "the device has little memory left: further decoding steps are enqueued kernel by kernel, not recorded \
+                 as CUDA graphs (a smaller KV cache leaves more)"
+            );
+        }
+        free >= SPARE_BYTES
     }
 
     fn memory_free(&self) -> usize {
