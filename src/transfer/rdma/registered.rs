@@ -85,7 +85,7 @@ impl Registered {
         pages.open_to_adapters()?;
         // Closed when both are registered: each keeps what it needs of it.
         let file = match by {
-            Registration::DmaBuf => Some(pages.dma_buf(rustix::param::page_size())?),
+            Registration::DmaBuf => Some(pages.dma_buf(host_page())?),
             Registration::PeerMemory => None,
         };
         let first = (pages.start().0, pages.shape().total_bytes());
@@ -122,6 +122,13 @@ impl Registered {
     pub(super) fn address(&self) -> u64 {
         self.start
     }
+}
+
+/// Bytes of a page of this host's memory.
+fn host_page() -> usize {
+    // SAFETY: it asks for a number.
+    let bytes = unsafe { libc::sysconf(libc::_SC_PAGESIZE) };
+    usize::try_from(bytes).unwrap_or(4096)
 }
 
 /// Registers what lies `within` bytes behind the first page; its address is the same in requests.

@@ -3,6 +3,7 @@ use std::sync::Arc;
 use engine_kernels::DeviceRegion;
 use serde::{Deserialize, Serialize};
 
+use super::echo::Echo;
 use super::queue_pair::{Endpoint, Peers, QueuePair};
 use super::reach::{OnDevice, Use, reach};
 use super::registered::{Access, Registered};
@@ -28,6 +29,8 @@ struct TargetLane {
     mailbox: Registered,
     /// In memory of the same kind as the region: a read there follows what was written to pages.
     scratch: Registered,
+    /// If the region is a device's.
+    echo: Option<Echo>,
 }
 
 /// One adapter's part of a session, as the prefill worker has to know it.
@@ -60,6 +63,7 @@ impl Target {
                 region: Registered::new(adapter, region, Access::Written)?,
                 mailbox: Registered::new(adapter, mailbox.region(), Access::Written)?,
                 scratch: Registered::new(adapter, &scratch, Access::WrittenAndRead)?,
+                echo: None,
             })
         };
         let lanes = adapters.0.iter().map(lane).collect::<Result<_, RdmaError>>()?;
@@ -76,7 +80,8 @@ impl Target {
         let (lanes, reached) = reach(adapters, pages, Use::Written)?;
         let lane = |OnDevice { pages, spare }: OnDevice| {
             let mailbox = Registered::new(&pages.adapter, mailbox.region(), Access::Written)?;
-            Ok(TargetLane { region: pages, mailbox, scratch: spare })
+            let echo = Some(Echo::new(&spare)?);
+            Ok(TargetLane { region: pages, mailbox, scratch: spare, echo })
         };
         let lanes = lanes.into_iter().map(lane).collect::<Result<_, RdmaError>>()?;
         Ok((Self { lanes, shape: pages.shape(), apart: true }, reached))
@@ -98,7 +103,7 @@ impl Target {
         if peers.is_empty() || peers.len() > self.lanes.len() {
             return Err(RdmaError::Peer);
         }
-        let mut granted = Granted { pairs: Vec::new(), _memory: self.clone() };
+        let mut granted = Granted { pairs: Vec::new(), memory: self.clone() };
         let mut offers = Vec::new();
         for (lane, peer) in self.lanes.iter().zip(peers) {
             // Nothing is ever posted to it.
@@ -124,7 +129,7 @@ impl Target {
 pub(in super::super) struct Granted {
     pairs: Vec<QueuePair>,
     /// Stays registered as long as somebody may write.
-    _memory: Target,
+    memory: Target,
 }
 
 impl Granted {
@@ -132,7 +137,14 @@ impl Granted {
     /// until then.
     pub(in super::super) fn fence(self) -> Result<(), RdmaError> {
         // All of them, even if one cannot be ended.
+        let lanes = self.pairs.len();
         let ended: Vec<_> = self.pairs.into_iter().map(QueuePair::fence).collect();
-        ended.into_iter().collect()
+        ended.into_iter().collect::<Result<(), RdmaError>>()?;
+        // What the adapters had begun to write to a device may still be on its way there.
+        let follow = |lane: &TargetLane| match &lane.echo {
+            Some(echo) => echo.follow().map_err(|error| lane.region.adapter.error("read its own host's memory", error)),
+            None => Ok(()),
+        };
+        self.memory.lanes.iter().take(lanes).try_for_each(follow)
     }
 }
