@@ -22,7 +22,7 @@ use crate::{
     cli::WorkerArgs,
     cluster::{Cluster, LeaseId, ModelKey},
     handoff::{HandoffCosts, LenderTimeouts, Limits},
-    telemetry::Metrics,
+    telemetry::{Metrics, StagingMetrics},
     transfer::{self, Exported, Mailbox, Region, ServerConfig, SessionServer, Target, Transport},
 };
 
@@ -70,7 +70,13 @@ struct Lendable {
 }
 
 impl Lendable {
-    async fn of(pages: KvPages, mailbox: &Mailbox, cli: &WorkerArgs, ways: &Ways) -> Result<Self> {
+    async fn of(
+        pages: KvPages,
+        mailbox: &Mailbox,
+        cli: &WorkerArgs,
+        ways: &Ways,
+        metrics: &StagingMetrics,
+    ) -> Result<Self> {
         match pages {
             KvPages::Host(_) if ways.needs_device() => bail!(NEEDS_DEVICE),
             KvPages::Host(region) => {
@@ -78,11 +84,17 @@ impl Lendable {
                 let target = register(&region, mailbox, ways).await?;
                 Ok(Self { region, staging: None, exported: None, target, notice: String::new() })
             }
-            KvPages::Device(device) => Self::on_device(device, mailbox, cli, ways).await,
+            KvPages::Device(device) => Self::on_device(device, mailbox, cli, ways, metrics).await,
         }
     }
 
-    async fn on_device(device: DeviceRegion, mailbox: &Mailbox, cli: &WorkerArgs, ways: &Ways) -> Result<Self> {
+    async fn on_device(
+        device: DeviceRegion,
+        mailbox: &Mailbox,
+        cli: &WorkerArgs,
+        ways: &Ways,
+        metrics: &StagingMetrics,
+    ) -> Result<Self> {
         let exported = match ways.cuda_ipc.then(|| Exported::new(&device)).transpose() {
             Err(error) if ways.needs_device() => return Err(error).context("--transport cuda-ipc"),
             Err(error) => {
@@ -100,7 +112,8 @@ impl Lendable {
         };
         // Where no page comes through host memory, none is staged.
         let wished = cli.disagg.kv_staging_memory.unwrap_or(STAGING_BYTES);
-        let mut staging = Staging::new(device, if ways.stage(direct.is_some()) { wished } else { 0 })?;
+        let bytes = if ways.stage(direct.is_some()) { wished } else { 0 };
+        let mut staging = Staging::new(device, bytes, metrics.clone())?;
         if let Some(Ok(reached)) = rdma {
             staging = staging.reached(reached);
         }
@@ -134,7 +147,8 @@ pub(super) async fn start(
     // Loans in quarantine keep their words, beside those of the sequences that are away: as many again.
     let mailbox_slots = u32::try_from(2 * config.max_num_seqs).unwrap_or(u32::MAX);
     let mailbox = Mailbox::new(mailbox_slots).context("cannot make a mailbox")?;
-    let Lendable { region, staging, exported, target, notice } = Lendable::of(pages, &mailbox, cli, ways).await?;
+    let pages = Lendable::of(pages, &mailbox, cli, ways, &metrics.engine.staging).await?;
+    let Lendable { region, staging, exported, target, notice } = pages;
     let (post, inbox) = inbox();
     let sessions: Arc<OnceLock<SessionServer>> = Arc::default();
     let mut server = server_config(cli, ways, exported, key, metrics).await?;

@@ -66,6 +66,11 @@ pub trait LendingPort: Send {
     /// Nobody can write there any more, and nobody wants what was written.
     fn unstage(&mut self, _staged: &StagedPages) {}
 
+    /// Pages that loans have in the place of theirs.
+    fn staged(&self) -> usize {
+        0
+    }
+
     /// Says something on a session, after everything permitted on it before.
     fn send(&mut self, session: SessionId, message: ToPrefill);
 
@@ -127,6 +132,14 @@ impl Pages {
         match &self.written {
             Written::Staged(staged) => staged.numbers().to_vec(),
             Written::There | Written::ByAdapter => self.own_numbers(),
+        }
+    }
+
+    /// How many stand in for them.
+    fn staged(&self) -> usize {
+        match &self.written {
+            Written::Staged(staged) => staged.numbers().len(),
+            Written::There | Written::ByAdapter => 0,
         }
     }
 
@@ -340,6 +353,8 @@ impl Lending {
         };
         let counts = scheduler.pages();
         assert_eq!((pages(false), pages(true)), (counts.lent, counts.quarantined), "loans and pages disagree");
+        let staged: usize = self.lender.lent().map(|(pages, _)| pages.staged()).sum();
+        assert_eq!(staged, self.port.staged(), "loans and the pages that stand in for theirs disagree");
         assert_eq!(self.away.iter().flatten().count(), scheduler.away(), "a sequence is away without a loan");
     }
 

@@ -158,6 +158,10 @@ impl LendingPort for ClusterPort {
         staging.stage(transport, pages)
     }
 
+    fn staged(&self) -> usize {
+        self.staging.as_ref().map_or(0, Staging::lent)
+    }
+
     fn flush(&mut self) -> bool {
         self.staging.as_ref().is_none_or(Staging::flush)
     }

@@ -14,6 +14,7 @@ use anyhow::{Context, Result};
 use engine_kernels::{DeviceRegion, LockedRegion, PageRun, RegionShape, cuda::Mark};
 
 use super::Stage;
+use crate::telemetry::StagingMetrics;
 use crate::transfer::{Reached, Region, Transport, lock_for_device};
 
 /// Pages of the pool that one loan has. They are given back by value, once.
@@ -32,23 +33,29 @@ pub(super) struct Staging {
     device: DeviceRegion,
     region: Region,
     used: Used,
+    /// Pages that loans have.
+    lent: usize,
     /// Pages that are being copied up, oldest first.
     copying: VecDeque<(Box<dyn Mark>, StagedPages)>,
     /// How adapters reach the device's pages themselves, if they do.
     reached: Option<Reached>,
+    metrics: StagingMetrics,
     _locked: Option<LockedRegion>,
 }
 
 impl Staging {
     /// A pool of about `bytes`, one page at least and no more than the device has, in memory that processes of this
     /// host may map.
-    pub(super) fn new(device: DeviceRegion, bytes: usize) -> Result<Self> {
+    pub(super) fn new(device: DeviceRegion, bytes: usize, metrics: StagingMetrics) -> Result<Self> {
         let shape = device.shape();
         let pages = (bytes / (shape.layers * shape.page_bytes).max(1)).clamp(1, shape.pages.max(1));
         let region =
             Region::shared(RegionShape { pages, ..shape }).context("cannot reserve memory to stage pages in")?;
         let locked = lock_for_device(&device, &region);
-        Ok(Self { device, region, used: Used::new(pages), copying: VecDeque::new(), reached: None, _locked: locked })
+        let (used, copying) = (Used::new(pages), VecDeque::new());
+        let this = Self { device, region, used, lent: 0, copying, reached: None, metrics, _locked: locked };
+        this.count();
+        Ok(this)
     }
 
     /// Adapters reach the device's pages themselves, in this way.
@@ -86,8 +93,8 @@ impl Staging {
     }
 
     /// Returns when the device is done with all that it was told to compute: nothing of it still reads or writes pages
-    /// that a peer's device, or an adapter, is about to write to. Steps end when their tokens are there, so there is something to wait
-    /// for only if the last step sampled none. False if the device fails.
+    /// that a peer's device, or an adapter, is about to write to. Steps end when their tokens are there, so there is
+    /// something to wait for only if the last step sampled none. False if the device fails.
     fn settle(&self) -> bool {
         let settled = self.device.mark().and_then(|mark| mark.wait());
         if let Err(error) = &settled {
@@ -116,7 +123,22 @@ impl Staging {
             }
             self.free_oldest();
         }
-        self.used.take(pages).map(StagedPages)
+        let taken = self.used.take(pages).map(StagedPages);
+        self.lent += taken.as_ref().map_or(0, |taken| taken.0.len());
+        self.count();
+        taken
+    }
+
+    /// Pages that loans have.
+    pub(super) fn lent(&self) -> usize {
+        self.lent
+    }
+
+    fn count(&self) {
+        let Self { used: Used { used, free }, lent, metrics, .. } = self;
+        metrics.free.set(*free as i64);
+        metrics.lent.set(*lent as i64);
+        metrics.copying.set((used.len() - free - lent) as i64);
     }
 
     fn free_oldest(&mut self) {
@@ -128,6 +150,8 @@ impl Staging {
     /// Copies everything from there to `pages`, of the device, before whatever is computed next. False if the device
     /// fails.
     pub(super) fn take_up(&mut self, staged: StagedPages, pages: &[u32]) -> bool {
+        self.lent -= staged.0.len();
+        self.count();
         let runs = runs(self.region.shape().layers, &staged.0, pages);
         match self.device.upload(&self.region, &runs) {
             Ok(copied) => {
@@ -144,7 +168,9 @@ impl Staging {
 
     /// Nobody can write there any more, and nobody wants what was written.
     pub(super) fn give_back(&mut self, staged: &StagedPages) {
+        self.lent -= staged.0.len();
         self.used.give_back(&staged.0);
+        self.count();
     }
 }
 
@@ -210,6 +236,7 @@ mod tests {
     use engine_kernels::cuda::{Driver, Memory};
 
     use super::*;
+    use crate::telemetry::Metrics;
     use crate::transfer::rdma::Registration;
 
     const SHAPE: RegionShape = RegionShape { layers: 2, pages: 8, page_bytes: 64 };
@@ -219,7 +246,8 @@ mod tests {
         let driver = Emulated::default();
         let memory: Arc<dyn Memory> = Arc::new(driver.allocate(DeviceRegion::bytes(SHAPE)).unwrap());
         let device = DeviceRegion::new(memory.clone(), driver.mover(), SHAPE);
-        let staging = Staging::new(device, pages * SHAPE.layers * SHAPE.page_bytes).unwrap();
+        let metrics = Metrics::new().engine.staging;
+        let staging = Staging::new(device, pages * SHAPE.layers * SHAPE.page_bytes, metrics).unwrap();
         (driver, memory, staging)
     }
 
@@ -243,10 +271,17 @@ mod tests {
     #[test]
     fn pages_of_the_pool_are_used_again_when_they_were_copied_and_not_before() {
         let (driver, memory, mut staging) = staging(2);
+        let counts = |staging: &Staging| {
+            let StagingMetrics { free, lent, copying } = &staging.metrics;
+            assert_eq!(lent.get(), staging.lent() as i64);
+            [free, lent, copying].map(|gauge| gauge.get())
+        };
         let first = staging.take(2).unwrap();
         assert!(staging.take(1).is_none(), "all are lent");
+        assert_eq!(counts(&staging), [0, 2, 0]);
         write(&staging, &first, 10);
         assert!(staging.take_up(first, &[5, 3]));
+        assert_eq!(counts(&staging), [0, 0, 2]);
         // The copy has not run, but the room is wanted.
         let second = staging.take(2).unwrap();
         write(&staging, &second, 20);
@@ -254,6 +289,7 @@ mod tests {
             assert_eq!(page(&driver, &memory, layer, number), [10 + layer as u8; SHAPE.page_bytes]);
         }
         staging.give_back(&second);
+        assert_eq!(counts(&staging), [2, 0, 0]);
         assert!(staging.take(2).is_some());
     }
 

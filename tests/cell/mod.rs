@@ -198,11 +198,12 @@ pub(crate) fn leave_behind(server: &Server, prompt: &[u32]) -> TcpStream {
     connection
 }
 
-/// Waits until no page belongs to a request or is lent.
+/// Waits until no page belongs to a request or is lent, nor one that stands in for it.
 pub(crate) fn wait_until_idle(server: &Server) {
     let none = |server: &Server, state: &str| server.metric(&format!("engine_kv_pages{{state=\"{state}\"}}")) == 0.0;
     server.wait_until("all pages are back", |server| {
         ["owned", "lent", "quarantined"].iter().all(|state| none(server, state))
+            && server.metric("engine_staging_pages{state=\"lent\"}") == 0.0
     });
 }
 
