@@ -330,3 +330,4 @@ constexpr int blocks(int heads, int lanes) {
 ALL_ATTENTION(f32, float)
 ALL_ATTENTION(f16, Half)
 ALL_ATTENTION(bf16, Brain)
+ALL_ATTENTION(f8, Quarter)

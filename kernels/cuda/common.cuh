@@ -7,6 +7,7 @@
 #ifdef __CUDACC__
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
+#include <cuda_fp8.h>
 #include <cstdint>
 // Kernels are launched by name. nvcc's modules know theirs; the emulation has to be told.
 #define REGISTER(name) static_assert(true)
@@ -28,21 +29,38 @@ struct Half {
 struct Brain {
     uint16_t bits;
 };
+/// E4M3: KvDType::F8 of src/kv.rs.
+struct Quarter {
+    uint8_t bits;
+};
 
 #ifdef __CUDACC__
 __device__ __forceinline__ float to_float(Half x) { return __half2float(__ushort_as_half(x.bits)); }
 __device__ __forceinline__ Half to_half(float x) { return {__half_as_ushort(__float2half_rn(x))}; }
 __device__ __forceinline__ Brain to_brain(float x) { return {__bfloat16_as_ushort(__float2bfloat16_rn(x))}; }
+__device__ __forceinline__ Quarter to_quarter(float x) {
+    return {__nv_cvt_float_to_fp8(x, __NV_SATFINITE, __NV_E4M3)};
+}
+/// Two as f16, which has all of them: the first in the lower half, each way.
+__device__ __forceinline__ unsigned halves_of(uint16_t quarters) {
+    const __half2_raw both = __nv_cvt_fp8x2_to_halfraw2(quarters, __NV_E4M3);
+    return both.x | static_cast<unsigned>(both.y) << 16;
+}
 #else
 inline float to_float(Half x) { return simt::half_to_float(x.bits); }
 inline Half to_half(float x) { return {simt::float_to_half(x)}; }
 inline Brain to_brain(float x) { return {simt::float_to_brain(x)}; }
+inline Quarter to_quarter(float x) { return {simt::float_to_quarter(x)}; }
+inline unsigned halves_of(uint16_t quarters) {
+    return simt::quarter_to_half(quarters) | static_cast<unsigned>(simt::quarter_to_half(quarters >> 8)) << 16;
+}
 #endif
 __device__ __forceinline__ float to_float(Brain x) { return __uint_as_float(static_cast<unsigned>(x.bits) << 16); }
 
 __device__ __forceinline__ void store(float* to, float x) { *to = x; }
 __device__ __forceinline__ void store(Half* to, float x) { *to = to_half(x); }
 __device__ __forceinline__ void store(Brain* to, float x) { *to = to_brain(x); }
+__device__ __forceinline__ void store(Quarter* to, float x) { *to = to_quarter(x); }
 
 /// Eight consecutive elements, from an address that is a multiple of their size.
 __device__ __forceinline__ void load8(const float* from, float (&to)[8]) {

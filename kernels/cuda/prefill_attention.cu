@@ -4,7 +4,8 @@
 // keys in tiles from the sequence's start: of 64 keys, or 16 for heads of 256 elements, which leave registers for no
 // more. The online softmax (Milakov and Gimelshein 2018), its rescaling and all fragments stay in registers
 // (FlashAttention-2, Dao 2023). Queries and weights are rounded to the cache's type, f16 or bf16, before they are
-// multiplied; scores, the softmax and all sums are f32, and the sum of weights is that of unrounded ones.
+// multiplied; scores, the softmax and all sums are f32, and the sum of weights is that of unrounded ones. Keys and
+// values of eight bits become f16 on their way to shared memory, through registers: then it is f16 that all else is.
 //
 // A row's bits depend on that row and its sequence's keys and values up to it: tiles of keys are at fixed places, come
 // in order, and a masked key contributes exactly nothing (its score is minus infinity, its weight 0; a tile of nothing
@@ -26,6 +27,30 @@ constexpr int THREADS = WARPS * WARP;
 /// Tiles of keys or values in shared memory: one in use, one or two on their way.
 constexpr int SLOTS = 3;
 
+/// How keys and values of type T get to shared memory, as elements of type Multiplied: a chunk at a time, asked for
+/// with `fetch`, there after `settle` and the barrier that the copies of this thread's others are waited for with.
+template <class T>
+struct Carried {
+    using Multiplied = T;
+
+    __device__ __forceinline__ void fetch(Chunk* to, const T* from, bool valid) { copy_async(to, from, valid); }
+    __device__ __forceinline__ void settle(Chunk*) const {}
+};
+
+template <>
+struct Carried<Quarter> {
+    using Multiplied = Half;
+    uint2 held;
+
+    __device__ __forceinline__ void fetch(Chunk*, const Quarter* from, bool valid) {
+        held = valid ? *reinterpret_cast<const uint2*>(from) : uint2{0, 0};
+    }
+    __device__ __forceinline__ void settle(Chunk* to) const {
+        *to = {halves_of(static_cast<uint16_t>(held.x)), halves_of(held.x >> 16),
+               halves_of(static_cast<uint16_t>(held.y)), halves_of(held.y >> 16)};
+    }
+};
+
 /// A sequence's pages of one key/value head. Pages have 2^shift tokens, so that no address takes a division.
 template <class T>
 struct Head {
@@ -42,9 +67,10 @@ struct Head {
     }
 };
 
-template <class T, int HEAD_DIM, int KEYS>
-__device__ __forceinline__ void attention(const float* qkv, Rows rows, const int* tiles, const T* base, int heads,
+template <class Stored, int HEAD_DIM, int KEYS>
+__device__ __forceinline__ void attention(const float* qkv, Rows rows, const int* tiles, const Stored* base, int heads,
                                           int kv_heads, int block_size, float scale, float* out) {
+    using T = typename Carried<Stored>::Multiplied;
     constexpr int WIDTH = HEAD_DIM / CHUNK, SLOT = KEYS * WIDTH, CHUNKS = SLOT / THREADS;
     static_assert(CHUNKS * THREADS == SLOT && KEYS % 16 == 0 && HEAD_DIM % 16 == 0, "threads share evenly");
     Chunk* const slots = shared_chunks<SLOTS * SLOT>();
@@ -52,26 +78,36 @@ __device__ __forceinline__ void attention(const float* qkv, Rows rows, const int
     const int block = static_cast<int>(blockIdx.x), head = block % heads;
     const int first = tiles[block / heads * 2], count = tiles[block / heads * 2 + 1];
     const int position = rows.positions[first], last = position + count - 1, steps = last / KEYS + 1;
-    const Head<T> pages{base, rows.block_tables + rows.table_starts[first], kv_heads, head / (heads / kv_heads),
+    const Head<Stored> pages{base, rows.block_tables + rows.table_starts[first], kv_heads, head / (heads / kv_heads),
                         __ffs(block_size) - 1};
 
     // Tiles come in turns, keys, then values; each goes where the one three before it was.
+    Carried<Stored> carried[CHUNKS];
+    const auto place_of = [&](int tile, int i) {
+        return slots + tile % SLOTS * SLOT + swizzled<WIDTH>((thread + i * THREADS) / WIDTH, (thread + i * THREADS) % WIDTH);
+    };
     const auto bring = [&](int tile) {
-        Chunk* const slot = slots + tile % SLOTS * SLOT;
 #pragma unroll
         for (int i = 0; i < CHUNKS; i++) {
             const int key = (thread + i * THREADS) / WIDTH, chunk = (thread + i * THREADS) % WIDTH;
             const int at = tile / 2 * KEYS + key;
             // What lies behind the last token may be anything, but a weight of 0 needs a number to multiply.
             const bool valid = at <= last;
-            const T* from = pages.template row<HEAD_DIM>(valid ? at : 0, tile % 2);
-            copy_async(slot + swizzled<WIDTH>(key, chunk), from + chunk * CHUNK, valid);
+            const Stored* from = pages.template row<HEAD_DIM>(valid ? at : 0, tile % 2);
+            carried[i].fetch(place_of(tile, i), from + chunk * CHUNK, valid);
         }
+    };
+    // Comes before the barrier after next, as the wait for the copies of a tile does.
+    const auto settle = [&](int tile) {
+#pragma unroll
+        for (int i = 0; i < CHUNKS; i++) carried[i].settle(place_of(tile, i));
     };
     bring(0);
     commit_copies();
+    settle(0);
     bring(1);
     commit_copies();
+    settle(1);
 
     // A lane's part of two rows: the one that its group has in a fragment, and that eight below.
     const int warp_row = warp_id() * 16, my_row = warp_row + lane / 4;
@@ -155,6 +191,7 @@ __device__ __forceinline__ void attention(const float* qkv, Rows rows, const int
                 }
             }
         }
+        if (step + 1 < steps) settle(2 * step + 2);
 
         wait_for_copies<1>();
         // The values are there, and nobody reads the keys any more.
@@ -174,6 +211,7 @@ __device__ __forceinline__ void attention(const float* qkv, Rows rows, const int
                 }
             }
         }
+        if (step + 1 < steps) settle(2 * step + 3);
     }
 
     // All lanes meet here; then each writes what it has of rows that there are.
@@ -226,3 +264,7 @@ PREFILL_ATTENTION(64, 64, bf16, Brain);
 PREFILL_ATTENTION(96, 64, bf16, Brain);
 PREFILL_ATTENTION(128, 64, bf16, Brain);
 PREFILL_ATTENTION(256, 16, bf16, Brain);
+PREFILL_ATTENTION(64, 64, f8, Quarter);
+PREFILL_ATTENTION(96, 64, f8, Quarter);
+PREFILL_ATTENTION(128, 64, f8, Quarter);
+PREFILL_ATTENTION(256, 16, f8, Quarter);

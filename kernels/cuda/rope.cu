@@ -76,3 +76,4 @@ __device__ __forceinline__ void rope_and_cache(float* qkv, Rows rows, const floa
 ROPE_AND_CACHE(f32, float);
 ROPE_AND_CACHE(f16, Half);
 ROPE_AND_CACHE(bf16, Brain);
+ROPE_AND_CACHE(f8, Quarter);

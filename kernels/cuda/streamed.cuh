@@ -78,6 +78,22 @@ struct Streamed<Floats<T>> {
     }
 };
 
+template <>
+struct Streamed<Floats<Quarter>> {
+    struct Raw {
+        uint2 bits;
+    };
+    __device__ __forceinline__ static Raw fetch(const Floats<Quarter>& matrix, size_t start, int at) {
+        return {stream8(matrix.values + start + at)};
+    }
+    __device__ __forceinline__ static void unpack(const Raw& raw, int half, float (&to)[4]) {
+        const unsigned four = half ? raw.bits.y : raw.bits.x;
+        const unsigned low = halves_of(static_cast<uint16_t>(four)), high = halves_of(four >> 16);
+        to[0] = to_float(Half{static_cast<uint16_t>(low)}), to[1] = to_float(Half{static_cast<uint16_t>(low >> 16)});
+        to[2] = to_float(Half{static_cast<uint16_t>(high)}), to[3] = to_float(Half{static_cast<uint16_t>(high >> 16)});
+    }
+};
+
 /// The halves of a word, an f16 each.
 __device__ __forceinline__ float scale_of(unsigned pair) { return to_float(Half{static_cast<uint16_t>(pair)}); }
 __device__ __forceinline__ float minimum_of(unsigned pair) { return to_float(Half{static_cast<uint16_t>(pair >> 16)}); }

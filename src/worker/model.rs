@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use engine_kernels::{
-    Backend, KvDType, KvLayout, KvPages, KvRegion,
+    Backend, KvLayout, KvPages, KvRegion,
     cpu::{CpuBackend, CpuOptions},
 };
 use engine_models::{ForwardLimits, ModelSource, OpenOptions};
@@ -16,7 +16,7 @@ use super::{
     size_kv,
 };
 use crate::{
-    cli::{DeviceArg, EngineArgs},
+    cli::{DeviceArg, EngineArgs, KvDTypeArg},
     cluster::{ModelCard, ModelKey},
 };
 
@@ -198,18 +198,13 @@ impl Loaded {
         let given = cli.model.clone().unwrap_or_default();
         // Another process may have another working directory.
         let source = std::fs::canonicalize(&given).map_or(given, |path| path.display().to_string());
-        let dtype = match self.layout.dtype {
-            KvDType::F32 => "f32",
-            KvDType::F16 => "f16",
-            KvDType::BF16 => "bf16",
-        };
         ModelCard {
             names,
             max_model_len: self.config.max_model_len,
             source,
             revision: cli.revision.clone(),
             load_format: cli.load_format.as_str().to_owned(),
-            kv_cache_dtype: dtype.to_owned(),
+            kv_cache_dtype: KvDTypeArg::name_of(self.layout.dtype).to_owned(),
             block_size: self.layout.block_size,
             layers: self.layout.region_shape().layers,
             page_bytes: self.layout.region_shape().page_bytes,
@@ -221,6 +216,8 @@ impl Loaded {
 
 #[cfg(test)]
 mod tests {
+    use engine_kernels::KvDType;
+
     use super::*;
 
     #[test]

@@ -56,6 +56,20 @@ fn a_prompt_found_in_the_cache_is_not_handed_off_and_one_found_in_part_lacks_no_
 }
 
 #[test]
+fn keys_and_values_of_eight_bits_are_handed_off_to_a_worker_that_takes_their_type_from_the_cluster() {
+    let cell = Cell::start();
+    let decode = cell.decode(&["--max-local-prefill-length", "64", "--kv-cache-dtype", "fp8"]);
+    let _prefill = cell.prefill(&[]);
+    cell.wait_for_prefill_worker(&decode);
+    let answer = ask(&decode, &prompt(LONG));
+    assert_eq!(decode.metric("engine_prefills_total{where=\"remote\"}"), 1.0);
+    let alone = ["--max-model-len", "1024", "--kv-blocks", "256", "--kv-cache-dtype"];
+    assert_eq!(ask(&Server::start(&[&alone[..], &["fp8"]].concat()), &prompt(LONG)), answer);
+    // The flag does something: log-probabilities are others.
+    assert_ne!(ask(&Server::start(&[&alone[..], &["f16"]].concat()), &prompt(LONG)), answer);
+}
+
+#[test]
 fn short_prompts_are_computed_here_and_without_a_prefill_worker_all_are() {
     let cell = Cell::start();
     let decode = cell.decode(&["--max-local-prefill-length", "64"]);

@@ -165,6 +165,27 @@ inline std::uint16_t float_to_brain(float x) {
     return (bits + 0x7fffu + (bits >> 16 & 1)) >> 16;
 }
 
+/// E4M3 as the f16 that it is.
+inline std::uint16_t quarter_to_half(std::uint8_t quarter) {
+    const std::uint16_t sign = (quarter & 0x80u) << 8, exponent = quarter >> 3 & 15, mantissa = quarter & 7;
+    if (exponent == 15 && mantissa == 7) return sign | 0x7fffu;
+    if (exponent > 0) return sign | (exponent + 8) << 10 | mantissa << 7;
+    return sign | float_to_half(static_cast<float>(mantissa) * 0x1p-9f);
+}
+
+/// To the nearest, ties to even; at most 448.
+inline std::uint8_t float_to_quarter(float x) {
+    const std::uint32_t magnitude = bits_of(x) & 0x7fffffffu;
+    const std::uint8_t sign = bits_of(x) >> 24 & 0x80u;
+    if (magnitude > 0x7f800000u) return sign | 0x7fu;
+    if (magnitude >= bits_of(448.0f)) return sign | 0x7eu;
+    // As with halves: below 2^-6 the addition rounds.
+    if (magnitude < bits_of(0x1p-6f)) {
+        return sign | static_cast<std::uint8_t>(bits_of(of_bits(magnitude) + 0x1p14f) - bits_of(0x1p14f));
+    }
+    return sign | static_cast<std::uint8_t>((magnitude - 0x3c000000u + 0x7ffffu + (magnitude >> 20 & 1)) >> 20);
+}
+
 }  // namespace simt
 
 /// Puts a kernel on the list.

@@ -8,6 +8,7 @@ use std::ops::Range;
 use super::buffer::Shared;
 use super::isa::{Isa, Kernel, LANES};
 use super::kv::KvCache;
+use super::tile::Quarter;
 use crate::{AttentionShape, Batch, KvDType, RopeTable};
 
 /// Calls `$body` for each sixteen (in the end fewer) of `$len` elements, with the start and the count.
@@ -223,6 +224,17 @@ unsafe fn scatter<I: Isa>(isa: I, x: &[f32], dtype: KvDType, to: *mut u8, start:
             // SAFETY: the caller vouches for it.
             unsafe { to.cast::<f32>().add(start + i * stride).write(value) };
         }
+        return;
+    }
+    if dtype == KvDType::F8 {
+        each_vector!(x.len(), |at, count| {
+            let mut values = [0.0; LANES];
+            values[..count].copy_from_slice(&x[at..at + count]);
+            for (i, &bits) in values.map(Quarter::bits_of)[..count].iter().enumerate() {
+                // SAFETY: the caller vouches for it.
+                unsafe { to.add(start + (at + i) * stride).write(bits) };
+            }
+        });
         return;
     }
     let mut halves = [0u16; LANES];

@@ -1,6 +1,8 @@
 //! The float micro-kernel: a few rows times sixteen columns, summed over `k` in order, one accumulator an output.
 //! Weight products and attention share it.
 
+use float8::F8E4M3;
+
 use super::isa::Isa;
 
 /// Element type of the matrix a tile reads.
@@ -26,6 +28,30 @@ pub(crate) struct Half(u16);
 #[derive(Clone, Copy)]
 #[repr(transparent)]
 pub(crate) struct Brain(u16);
+
+/// The bits of an E4M3: see [`KvDType::F8`](crate::KvDType::F8).
+#[derive(Clone, Copy)]
+#[repr(transparent)]
+pub(crate) struct Quarter(u8);
+
+impl Quarter {
+    /// The nearest to `x`, ties to even. Without a branch, so that loops over it become vector instructions.
+    #[inline(always)]
+    pub(crate) fn bits_of(x: f32) -> u8 {
+        const MAX: u32 = 448f32.to_bits();
+        /// The smallest that has all bits of its mantissa.
+        const NORMAL_MIN: u32 = (1.0f32 / 64.0).to_bits();
+        /// Numbers from here to the next power of two are as far apart as the smallest of all.
+        const COARSE: f32 = 16384.0;
+        let (sign, magnitude) = ((x.to_bits() >> 24) as u8 & 0x80, x.to_bits() & 0x7fff_ffff);
+        // The bits of positive numbers are in the numbers' order.
+        let clamped = magnitude.min(MAX);
+        let normal = ((clamped + 0x7_ffff + (clamped >> 20 & 1)) >> 20).wrapping_sub((127 - 7) << 3);
+        let small = (f32::from_bits(clamped) + COARSE).to_bits() - COARSE.to_bits();
+        let bits = if clamped < NORMAL_MIN { small } else { normal };
+        sign | if magnitude > f32::INFINITY.to_bits() { 0x7f } else { bits as u8 }
+    }
+}
 
 impl Element for f32 {
     #[inline(always)]
@@ -63,6 +89,19 @@ impl Element for Brain {
     unsafe fn get(p: *const Self) -> f32 {
         // SAFETY: as the trait says.
         half::bf16::from_bits(unsafe { (*p).0 }).to_f32()
+    }
+}
+
+impl Element for Quarter {
+    #[inline(always)]
+    unsafe fn load<I: Isa>(isa: I, p: *const Self) -> I::F {
+        // SAFETY: as the trait says.
+        unsafe { isa.load_f8(p.cast()) }
+    }
+    #[inline(always)]
+    unsafe fn get(p: *const Self) -> f32 {
+        // SAFETY: as the trait says.
+        F8E4M3::from_bits(unsafe { (*p).0 }).to_f32()
     }
 }
 
@@ -139,4 +178,31 @@ pub(crate) unsafe fn tile_pairs<I: Isa, const R: usize, const C: usize>(
         }
     }
     *acc = sums;
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_number_rounds_to_the_nearest_of_eight_bits() {
+        let check = |x: f32| {
+            let (ours, want) = (Quarter::bits_of(x), F8E4M3::from_f32(x).to_bits());
+            // Which NaN a NaN becomes is nobody's business.
+            assert!(ours == want || ours | want | 0x80 == 0xff && x.is_nan(), "{x:e}: {ours:#x}, should be {want:#x}");
+        };
+        for bits in (0..=u32::MAX).step_by(9973) {
+            check(f32::from_bits(bits));
+        }
+        for bits in 0..=255 {
+            // Each, the middles between two, and their neighbours.
+            let (x, next) = (F8E4M3::from_bits(bits).to_f32(), F8E4M3::from_bits(bits.wrapping_add(1)).to_f32());
+            for near in [x, (x + next) / 2.0].into_iter().flat_map(|x| [x.next_down(), x, x.next_up()]) {
+                check(near);
+            }
+        }
+        for special in [f32::INFINITY, f32::NEG_INFINITY, f32::NAN, 464.0, 1e30, -1e-30] {
+            check(special);
+        }
+    }
 }

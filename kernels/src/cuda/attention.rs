@@ -26,6 +26,7 @@ pub(super) fn kernel(shape: AttentionShape, dtype: KvDType) -> (&'static str, us
                 KvDType::F32 => concat!("attention_", $heads_and_lanes, "_f32"),
                 KvDType::F16 => concat!("attention_", $heads_and_lanes, "_f16"),
                 KvDType::BF16 => concat!("attention_", $heads_and_lanes, "_bf16"),
+                KvDType::F8 => concat!("attention_", $heads_and_lanes, "_f8"),
             }
         };
     }

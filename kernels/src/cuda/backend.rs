@@ -111,12 +111,13 @@ impl<D: Driver> CudaBackend<D> {
     }
 }
 
-/// The kernel for a cache's type, of those for f32, f16 and bf16.
-fn of_type([f32, f16, bf16]: [&'static str; 3], dtype: KvDType) -> &'static str {
+/// The kernel for a cache's type, of those for f32, f16, bf16 and f8.
+fn of_type([f32, f16, bf16, f8]: [&'static str; 4], dtype: KvDType) -> &'static str {
     match dtype {
         KvDType::F32 => f32,
         KvDType::F16 => f16,
         KvDType::BF16 => bf16,
+        KvDType::F8 => f8,
     }
 }
 
@@ -124,10 +125,10 @@ fn of_type([f32, f16, bf16]: [&'static str; 3], dtype: KvDType) -> &'static str 
 /// are computed as those that decode.
 fn prefill_kernel(layout: &KvLayout) -> Option<&'static str> {
     let kernels = match layout.head_dim {
-        64 => ["prefill_attention_64_f16", "prefill_attention_64_bf16"],
-        96 => ["prefill_attention_96_f16", "prefill_attention_96_bf16"],
-        128 => ["prefill_attention_128_f16", "prefill_attention_128_bf16"],
-        256 => ["prefill_attention_256_f16", "prefill_attention_256_bf16"],
+        64 => ["prefill_attention_64_f16", "prefill_attention_64_bf16", "prefill_attention_64_f8"],
+        96 => ["prefill_attention_96_f16", "prefill_attention_96_bf16", "prefill_attention_96_f8"],
+        128 => ["prefill_attention_128_f16", "prefill_attention_128_bf16", "prefill_attention_128_f8"],
+        256 => ["prefill_attention_256_f16", "prefill_attention_256_bf16", "prefill_attention_256_f8"],
         _ => return None,
     };
     match layout.dtype {
@@ -135,6 +136,7 @@ fn prefill_kernel(layout: &KvLayout) -> Option<&'static str> {
         KvDType::F32 => None,
         KvDType::F16 => Some(kernels[0]),
         KvDType::BF16 => Some(kernels[1]),
+        KvDType::F8 => Some(kernels[2]),
     }
 }
 
@@ -430,7 +432,7 @@ impl<D: Driver> Backend for CudaBackend<D> {
             cache.layout.block_size.into(),
             rope.pairs.into(),
         ];
-        let kernels = ["rope_and_cache_f32", "rope_and_cache_f16", "rope_and_cache_bf16"];
+        let kernels = ["rope_and_cache_f32", "rope_and_cache_f16", "rope_and_cache_bf16", "rope_and_cache_f8"];
         let grid = [qkv.computed_rows(), (heads + 2 * kv_heads).div_ceil(4), 1];
         self.stream.launch(of_type(kernels, cache.layout.dtype), grid, THREADS, &args);
     }

@@ -27,16 +27,17 @@ impl Case {
 
     /// What two right answers may differ by. Scores and sums in single precision are off by some 1e-6. The rest is keys
     /// that lie so near the middle between two numbers of the cache's type that a last bit decides which one they
-    /// become: a step of 2^-11 or 2^-8 of one of a key's elements, hence about as much of a weight.
+    /// become: a step of 2^-11, 2^-8 or 2^-4 of one of a key's elements, hence about as much of a weight.
     ///
     /// A backend that rounds queries and weights as well is off by two more such steps, most of all in the first rows,
-    /// where one weight is a large part of the sum.
+    /// where one weight is a large part of the sum; to f16 for keys of 8 bits, whose own steps are far larger.
     fn tolerance<B: Subject>(&self) -> f32 {
         let roundings = if self.is_tiled::<B>() { 3.0 } else { 1.0 };
         match self.dtype {
             KvDType::F32 => 5e-5,
             KvDType::F16 => roundings * 1e-3,
             KvDType::BF16 => roundings * 8e-3,
+            KvDType::F8 => 6.4e-2,
         }
     }
 
@@ -195,7 +196,7 @@ fn ragged(lens: &[usize], least: usize, random: &mut Random) -> Plan {
     plan
 }
 
-const DTYPES: [KvDType; 3] = [KvDType::F32, KvDType::F16, KvDType::BF16];
+const DTYPES: [KvDType; 4] = [KvDType::F32, KvDType::F16, KvDType::BF16, KvDType::F8];
 
 /// Every head count with every head size; page sizes and types of the cache take turns.
 fn cases() -> Vec<Case> {
@@ -213,6 +214,7 @@ fn cases() -> Vec<Case> {
     cases.push(Case::new(4, 2, 96, 128, KvDType::F16));
     cases.push(Case::new(4, 1, 256, 128, KvDType::BF16));
     cases.push(Case::new(2, 2, 256, 16, KvDType::F32));
+    cases.push(Case::new(4, 2, 96, 64, KvDType::F8));
     cases
 }
 
@@ -250,6 +252,8 @@ pub(crate) fn large_groups_and_contexts_of_many_partitions_match_the_reference<B
         (12, 1, 40, KvDType::F32),
         (4, 2, 96, KvDType::BF16),
         (4, 1, 128, KvDType::F32),
+        (16, 2, 128, KvDType::F8),
+        (4, 1, 256, KvDType::F8),
     ];
     for (i, (heads, kv_heads, head_dim, dtype)) in shapes.into_iter().enumerate() {
         let case = Case::new(heads, kv_heads, head_dim, [16, 32, 64, 128][i % 4], dtype);

@@ -5,7 +5,7 @@ use super::merge::{Partition, finish_rows, merge_rows};
 use crate::KvDType;
 use crate::cpu::buffer::{Aligned, Shared};
 use crate::cpu::isa::{Dispatch, Isa, Kernel, LANES};
-use crate::cpu::tile::{Brain, Element, Half, tile};
+use crate::cpu::tile::{Brain, Element, Half, Quarter, tile};
 
 /// Keys of one partition. Part of what determines the bits of a result.
 pub(crate) const PARTITION: usize = 256;
@@ -128,6 +128,7 @@ impl Kernel for OnePartition<'_, '_> {
             KvDType::F32 => self.compute::<I, f32>(isa),
             KvDType::F16 => self.compute::<I, Half>(isa),
             KvDType::BF16 => self.compute::<I, Brain>(isa),
+            KvDType::F8 => self.compute::<I, Quarter>(isa),
         }
     }
 }

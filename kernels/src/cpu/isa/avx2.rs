@@ -48,6 +48,27 @@ macro_rules! lanewise {
     };
 }
 
+/// How much larger an E4M3 is than the f16 that [`f16_of_f8`] makes of it.
+pub(super) const F8_UNIT: f32 = 256.0;
+
+/// Sixteen E4M3 as f16, each divided by [`F8_UNIT`], exactly: the bits of exponent and mantissa, a place where f16 has
+/// them, mean the same but for the exponent's bias. The one NaN there is becomes one.
+///
+/// # Safety
+/// The processor has AVX2.
+#[inline(always)]
+pub(super) unsafe fn f16_of_f8(bits: __m128i) -> __m256i {
+    // SAFETY: as the function says.
+    unsafe {
+        let wide = _mm256_cvtepu8_epi16(bits);
+        let sign = _mm256_slli_epi16::<8>(_mm256_and_si256(wide, _mm256_set1_epi16(0x80)));
+        let magnitude = _mm256_slli_epi16::<7>(_mm256_and_si256(wide, _mm256_set1_epi16(0x7f)));
+        let is_nan = _mm256_cmpeq_epi16(magnitude, _mm256_set1_epi16(0x7f << 7));
+        let nan = _mm256_and_si256(is_nan, _mm256_set1_epi16(0x7e00));
+        _mm256_or_si256(_mm256_or_si256(sign, magnitude), nan)
+    }
+}
+
 impl Isa for Avx2 {
     type F = [__m256; 2];
     type W = [__m256i; 2];
@@ -86,6 +107,14 @@ impl Isa for Avx2 {
         // SAFETY: the caller vouches for sixteen elements.
         let halves = unsafe { [_mm_loadu_si128(p), _mm_loadu_si128(p.add(1))] };
         both!(halves, |h| _mm256_castsi256_ps(_mm256_slli_epi32::<16>(_mm256_cvtepu16_epi32(h))))
+    }
+    #[inline(always)]
+    unsafe fn load_f8(self, p: *const u8) -> Self::F {
+        // SAFETY: the caller vouches for sixteen elements.
+        let halves = unsafe { f16_of_f8(_mm_loadu_si128(p.cast())) };
+        // SAFETY: an `Avx2` exists only where the instructions do.
+        let halves = unsafe { [_mm256_castsi256_si128(halves), _mm256_extracti128_si256::<1>(halves)] };
+        both!(halves, |h| _mm256_mul_ps(_mm256_cvtph_ps(h), _mm256_set1_ps(F8_UNIT)))
     }
     #[inline(always)]
     unsafe fn load_bf16_pairs(self, p: *const u16) -> (Self::F, Self::F) {

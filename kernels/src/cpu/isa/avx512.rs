@@ -1,6 +1,9 @@
 use std::arch::x86_64::*;
 
-use super::{Isa, Kernel, PEAK_UNIT};
+use super::{
+    Isa, Kernel, PEAK_UNIT,
+    avx2::{F8_UNIT, f16_of_f8},
+};
 
 /// AVX-512 with VNNI: sixteen lanes are one register, and `vpdpbusd` multiplies unsigned weights with signed
 /// activations. Signed weights have 128 added (by flipping their top bit), which is taken off again as `128 × Σ
@@ -56,6 +59,14 @@ impl Isa for Avx512 {
         unsafe {
             let wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(p.cast()));
             _mm512_castsi512_ps(_mm512_slli_epi32::<16>(wide))
+        }
+    }
+    #[inline(always)]
+    unsafe fn load_f8(self, p: *const u8) -> __m512 {
+        // SAFETY: the caller vouches for sixteen elements; who has AVX-512 has AVX2.
+        unsafe {
+            let halves = f16_of_f8(_mm_loadu_si128(p.cast()));
+            _mm512_mul_ps(_mm512_cvtph_ps(halves), _mm512_set1_ps(F8_UNIT))
         }
     }
     #[inline(always)]

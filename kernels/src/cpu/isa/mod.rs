@@ -40,6 +40,8 @@ pub(crate) trait Isa: Copy + Send + Sync + 'static {
     unsafe fn load_f16(self, p: *const u16) -> Self::F;
     /// Reads sixteen bf16.
     unsafe fn load_bf16(self, p: *const u16) -> Self::F;
+    /// Reads sixteen E4M3.
+    unsafe fn load_f8(self, p: *const u8) -> Self::F;
     /// Reads sixteen pairs of bf16: the first of each pair, and the second.
     unsafe fn load_bf16_pairs(self, p: *const u16) -> (Self::F, Self::F);
     /// Writes sixteen f16, rounded to nearest even.

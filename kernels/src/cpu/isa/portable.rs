@@ -1,3 +1,4 @@
+use float8::F8E4M3;
 use half::{bf16, f16};
 
 use super::{Isa, LANES, PEAK_UNIT};
@@ -56,6 +57,12 @@ impl Isa for Portable {
         // SAFETY: see above.
         let bits = unsafe { p.cast::<[u16; LANES]>().read_unaligned() };
         bits.map(|b| bf16::from_bits(b).to_f32())
+    }
+    #[inline(always)]
+    unsafe fn load_f8(self, p: *const u8) -> Lanes {
+        // SAFETY: see above.
+        let bits = unsafe { p.cast::<[u8; LANES]>().read_unaligned() };
+        bits.map(|b| F8E4M3::from_bits(b).to_f32())
     }
     #[inline(always)]
     unsafe fn load_bf16_pairs(self, p: *const u16) -> (Lanes, Lanes) {

@@ -43,6 +43,7 @@ impl Kernel for Probe<'_> {
                 second,
                 isa.load_bf16(self.bytes.as_ptr().cast()),
                 isa.load_f16(self.bytes.as_ptr().cast()),
+                isa.load_f8(self.bytes.as_ptr()),
             ] {
                 let mut values = [0.0f32; LANES];
                 isa.store(values.as_mut_ptr(), lanes);
