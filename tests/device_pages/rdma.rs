@@ -7,7 +7,7 @@ use super::*;
 /// One prompt that stays and two that go, one of them to a page's border.
 const LENGTHS: [usize; 3] = [20, 70, 129];
 /// Steps so short that a prefill worker on an emulated device of an emulated machine says every now and then that it lives.
-const STEADILY: [&str; 2] = ["--max-num-batched-tokens", "16"];
+const STEADILY: [&str; 4] = ["--max-num-batched-tokens", "16", "--max-num-seqs", "8"];
 /// Over devices of the workers' choice.
 const RDMA: [&str; 3] = ["--transport", "rdma", "--require-rdma"];
 const THERE: &str = "adapters reach pages on the device themselves (nvidia-peermem";
