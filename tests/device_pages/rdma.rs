@@ -6,8 +6,6 @@ use super::*;
 
 /// One prompt that stays and two that go, one of them to a page's border.
 const LENGTHS: [usize; 3] = [20, 70, 129];
-/// Steps so short that a prefill worker on an emulated device of an emulated machine says every now and then that it lives.
-const STEADILY: [&str; 4] = ["--max-num-batched-tokens", "16", "--max-num-seqs", "8"];
 /// Over devices of the workers' choice.
 const RDMA: [&str; 3] = ["--transport", "rdma", "--require-rdma"];
 const THERE: &str = "adapters reach pages on the device themselves (nvidia-peermem";
@@ -34,7 +32,8 @@ fn adapters_move_pages_from_device_to_device_or_else_staged_ones_with_the_same_a
     let noted = format!("STANDIN_LOG={}", log.display());
     for (variables, reached) in [(&[][..], true), (&["STANDIN_ADAPTERS=no"], false)] {
         cell.set_environment(&[&[noted.as_str()], variables].concat());
-        let (decode, prefill) = (decode(&cell, &RDMA), prefill(&cell, &[&RDMA[..], &STEADILY].concat()));
+        // In steps so short that a prefill worker on an emulated device of an emulated machine shows often that it lives.
+        let (decode, prefill) = (decode(&cell, &RDMA), prefill(&cell, &[&RDMA[..], &SLOWLY].concat()));
         cell.wait_for_prefill_worker(&decode);
         for worker in [&decode, &prefill] {
             let log = worker.log();
