@@ -32,7 +32,7 @@ fn adapters_move_pages_from_device_to_device_or_else_staged_ones_with_the_same_a
     let noted = format!("STANDIN_LOG={}", log.display());
     for (variables, reached) in [(&[][..], true), (&["STANDIN_ADAPTERS=no"], false)] {
         cell.set_environment(&[&[noted.as_str()], variables].concat());
-        // In steps so short that a prefill worker on an emulated device of an emulated machine often says that it lives.
+        // In short steps, so that a prefill worker on an emulated device of an emulated machine is not taken for dead.
         let (decode, prefill) = (decode(&cell, &RDMA), prefill(&cell, &[&RDMA[..], &SLOWLY].concat()));
         cell.wait_for_prefill_worker(&decode);
         for worker in [&decode, &prefill] {
