@@ -10,13 +10,13 @@ tokenizer=${XDG_CACHE_HOME:-$HOME/.cache}/engine/qwen3-tokenizer
 rm -rf target/cuda/gpu-check*
 mkdir -p "$folder/tokenizer"
 # As `cargo test --workspace` builds them: another selection means other features, and compiling everything again.
-cargo test --workspace --features cuda --locked --test conformance --test cuda_steps --test cuda_prefill \
+cargo test --workspace --features cuda --locked --test conformance --test cuda_graphs --test cuda_prefill \
     --bench kernels --no-run --message-format json |
     python3 -c '
 import json, sys
 for line in sys.stdin:
     artifact = json.loads(line)
-    if artifact.get("executable") and artifact["target"]["name"] in ("conformance", "cuda_steps", "cuda_prefill", "kernels"):
+    if artifact.get("executable") and artifact["target"]["name"] in ("conformance", "cuda_graphs", "cuda_prefill", "kernels"):
         print(artifact["target"]["name"], artifact["executable"])
 ' | while read -r name program; do strip -o "$folder/$name" "$program"; done
 cp target/cuda/engine benches/peers/torch_qwen3.py "$folder/"

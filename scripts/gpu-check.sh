@@ -62,11 +62,11 @@ say ""
 # In this order: the first says whether fragments lie in registers where the emulation has them.
 check "tensor cores and prompts" "$here/cuda_prefill" --ignored cuda_device --test-threads 1
 check "every operation beside the reference" "$here/conformance" --ignored cuda_device --test-threads 1
-check "recorded and replayed steps" "$here/cuda_steps" --ignored cuda_device --test-threads 1
+check "recorded and replayed steps" "$here/cuda_graphs" --ignored cuda_device --test-threads 1
 sanitizer=$(command -v compute-sanitizer || ls /usr/local/cuda*/bin/compute-sanitizer 2>/dev/null | tail -n 1)
 if [ "$size" = whole ] && [ -n "$sanitizer" ]; then
     for tool in memcheck racecheck; do
-        for program in cuda_prefill cuda_steps; do
+        for program in cuda_prefill cuda_graphs; do
             check "$tool of $program" timeout 240 "$sanitizer" --tool "$tool" --error-exitcode 1 \
                 "$here/$program" --ignored cuda_device --test-threads 1
         done
