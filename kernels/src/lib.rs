@@ -26,7 +26,7 @@ pub use dtype::{DType, Matrix};
 pub use error::KernelError;
 pub use kv::{KvDType, KvLayout};
 pub use mapped::MappedFile;
-pub use pages::{DeviceRegion, KvPages, LockedRegion, PageCopies, PageRun, PeerPages};
+pub use pages::{DeviceRegion, DmaBuf, KvPages, LockedRegion, PageCopies, PageRun, PeerPages};
 pub use region::{KvRegion, RegionShape};
 pub use residual::{Residual, RmsNorm};
 pub use rope::RopeTable;

@@ -1,8 +1,9 @@
 //! Where KV pages are, for whoever moves them between workers.
 
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
-use crate::cuda::{Address, CopyStream, DeviceId, DriverError, IpcHandle, Mark, Memory, Mover};
+use crate::cuda::{AdapterAccess, Address, CopyStream, DeviceId, DriverError, IpcHandle, Mark, Memory, Mover};
 use crate::{KvRegion, RegionShape};
 
 /// The pages of a cache: in host memory, which this process's threads read and write, and other processes too if it has
@@ -62,8 +63,32 @@ impl std::fmt::Debug for DeviceRegion {
     }
 }
 
+/// Memory of a device as adapters' drivers take it.
+#[derive(Debug)]
+pub struct DmaBuf {
+    /// Stands for the memory. It can be closed once the memory is registered.
+    pub file: OwnedFd,
+    /// Where in it the pages start.
+    pub offset: u64,
+}
+
 impl DeviceRegion {
-    /// `memory` holds pages of this shape, on the device of `mover`.
+    /// Bytes behind the pages, on a page of the host of their own, that hold nothing: what adapters write and read to
+    /// see whether the memory is there.
+    pub const SPARE_BYTES: usize = 4096;
+
+    /// Bytes that memory for pages of this shape has: theirs, and the [spare ones](Self::spare) behind them.
+    pub const fn bytes(shape: RegionShape) -> usize {
+        Self::spare_offset(shape).saturating_add(Self::SPARE_BYTES)
+    }
+
+    const fn spare_offset(shape: RegionShape) -> usize {
+        // More than there is of memory is asked for in vain, and not counted wrong.
+        let pages = shape.layers.saturating_mul(shape.pages).saturating_mul(shape.page_bytes);
+        pages.saturating_add(Self::SPARE_BYTES - 1) / Self::SPARE_BYTES * Self::SPARE_BYTES
+    }
+
+    /// `memory` is of the device of `mover`, and has the [bytes](Self::bytes) that pages of this shape take.
     pub fn new(memory: Arc<dyn Memory>, mover: Arc<dyn Mover>, shape: RegionShape) -> Self {
         Self { memory, mover, shape }
     }
@@ -122,10 +147,56 @@ impl DeviceRegion {
         Ok(PeerPages { start: self.mover.open(handle)?, mover: self.mover.clone(), shape, open: true })
     }
 
+    /// How adapters may get at the pages.
+    pub fn adapter_access(&self) -> Result<AdapterAccess, DriverError> {
+        self.mover.adapter_access()
+    }
+
+    /// Prepares the pages for adapters. Once is enough.
+    pub fn open_to_adapters(&self) -> Result<(), DriverError> {
+        self.mover.open_to_adapters(self.memory.address())
+    }
+
+    /// The pages and the spare bytes for adapters' drivers, on a host with pages of `host_page` bytes.
+    pub fn dma_buf(&self, host_page: usize) -> Result<DmaBuf, DriverError> {
+        let whole = whole_pages(self.memory.address().0, Self::bytes(self.shape), host_page);
+        Ok(DmaBuf { file: self.mover.dma_buf(Address(whole.start), whole.bytes)?, offset: whole.offset })
+    }
+
+    /// Returns when what adapters had written is there for whatever is computed next.
+    pub fn flush(&self) -> Result<(), DriverError> {
+        self.mover.flush()
+    }
+
+    /// Where the first page starts.
+    pub fn start(&self) -> Address {
+        self.memory.address()
+    }
+
+    /// Where the spare bytes start.
+    pub fn spare(&self) -> Address {
+        self.memory.address().offset(Self::spare_offset(self.shape))
+    }
+
     /// Where consecutive pages of one layer start. Panics outside the region.
     fn address(&self, layer: usize, first: usize, count: usize) -> Address {
         self.memory.address().offset(self.shape.offset(layer, first, count))
     }
+}
+
+/// The pages of a host that some memory lies in.
+#[derive(Debug, PartialEq, Eq)]
+struct WholePages {
+    start: u64,
+    bytes: usize,
+    /// Where in them the memory starts.
+    offset: u64,
+}
+
+fn whole_pages(start: u64, bytes: usize, host_page: usize) -> WholePages {
+    let page = host_page as u64;
+    let (first, end) = (start / page * page, (start + bytes as u64).next_multiple_of(page));
+    WholePages { start: first, bytes: (end - first) as usize, offset: start - first }
 }
 
 /// Host memory that a device copies from and to by itself, for as long as this lives.
@@ -193,5 +264,28 @@ impl PageCopies {
     /// Waits until all copies are over. Afterwards whatever this thread does is ordered behind them for everybody.
     pub fn finish(&self) -> Result<(), DriverError> {
         self.stream.finish()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn memory_is_handed_out_in_whole_pages_of_the_host() {
+        let whole = |start, bytes, offset| WholePages { start, bytes, offset };
+        assert_eq!(whole_pages(8192, 4096, 4096), whole(8192, 4096, 0));
+        assert_eq!(whole_pages(8192, 4097, 4096), whole(8192, 8192, 0));
+        assert_eq!(whole_pages(8192 + 256, 4096, 4096), whole(8192, 8192, 256));
+        // A host with large pages.
+        assert_eq!(whole_pages(3 << 16, 100, 64 << 10), whole(3 << 16, 64 << 10, 0));
+        assert_eq!(whole_pages((3 << 16) + 4096, 64 << 10, 64 << 10), whole(3 << 16, 128 << 10, 4096));
+    }
+
+    #[test]
+    fn the_spare_bytes_lie_behind_the_pages_and_share_no_page_of_the_host_with_them() {
+        let shape = RegionShape { layers: 3, pages: 5, page_bytes: 100 };
+        assert_eq!(DeviceRegion::bytes(shape), 2 * 4096);
+        assert_eq!(DeviceRegion::bytes(RegionShape { page_bytes: 4096, ..shape }), 16 * 4096);
     }
 }

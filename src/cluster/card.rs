@@ -51,7 +51,8 @@ pub struct WorkerCard {
     /// Transports it speaks, best first.
     #[serde(default)]
     pub transports: Vec<String>,
-    /// How pages are staged through host memory, and why, if they are. For people.
+    /// How pages get into device memory or out of it, if that is where they are: which are staged through host memory,
+    /// and why. For people.
     #[serde(default, skip_serializing_if = "String::is_empty")]
     pub staging: String,
     /// Identity of its host (the boot id): workers that share it can share memory.

@@ -58,6 +58,8 @@ pub struct EngineMetrics {
     pub prefills_remote: IntCounter,
     /// What becomes of handoffs.
     pub handoffs: HandoffMetrics,
+    /// Pages in host memory that stand in for a device's.
+    pub staging: StagingMetrics,
     /// From submission to the first token.
     pub time_to_first_token: Histogram,
     /// Between two tokens of an answer.
@@ -65,6 +67,26 @@ pub struct EngineMetrics {
     step_prefill: Histogram,
     step_decode: Histogram,
     step_mixed: Histogram,
+}
+
+/// `engine_staging_pages{state}`: pages of host memory in which a decode worker's arrive that are meant for a device.
+#[derive(Debug, Clone)]
+pub struct StagingMetrics {
+    /// Used by nobody.
+    pub free: IntGauge,
+    /// Of loans, in the place of theirs.
+    pub lent: IntGauge,
+    /// Copied to the device, the last of them perhaps long ago: who wants room looks.
+    pub copying: IntGauge,
+}
+
+impl StagingMetrics {
+    fn new(registry: &Registry) -> Self {
+        let help = "Pages of host memory that KV pages on a device are staged in, by state.";
+        let pages = registered(registry, IntGaugeVec::new(Opts::new("engine_staging_pages", help), &["state"]));
+        let [free, lent, copying] = ["free", "lent", "copying"].map(|state| pages.with_label_values(&[state]));
+        Self { free, lent, copying }
+    }
 }
 
 /// What a step was made of.
@@ -129,6 +151,7 @@ impl Metrics {
             prefills_local: prefills.with_label_values(&["local"]),
             prefills_remote: prefills.with_label_values(&["remote"]),
             handoffs: HandoffMetrics::new(&registry),
+            staging: StagingMetrics::new(&registry),
             time_to_first_token: histogram(
                 &registry,
                 "engine_time_to_first_token_seconds",
@@ -222,6 +245,7 @@ mod tests {
             "engine_kv_pages{state=\"owned\"} 0",
             "engine_kv_pages{state=\"lent\"} 0",
             "engine_kv_pages{state=\"quarantined\"} 0",
+            "engine_staging_pages{state=\"lent\"} 0",
             "engine_preemptions_total 0",
             "engine_prefills_total{where=\"local\"} 0",
             "engine_prefills_total{where=\"remote\"} 0",

@@ -7,5 +7,5 @@ mod trace;
 
 pub use handoffs::{HandoffMetrics, HandoffPhase};
 pub use logging::{LogFormat, LoggingError, init_logging};
-pub use metrics::{EngineMetrics, Metrics, StepKind};
+pub use metrics::{EngineMetrics, Metrics, StagingMetrics, StepKind};
 pub use trace::{BadTraceContext, TraceContext};

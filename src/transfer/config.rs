@@ -52,7 +52,7 @@ pub struct ServerConfig {
     pub shm: bool,
     /// Pages in device memory that processes of this host may open, to write to them in place of the region.
     pub cuda: Option<Exported>,
-    /// The region and mailbox, registered for other hosts' adapters.
+    /// The mailbox and the region, or pages in device memory in its place, registered for other hosts' adapters.
     pub rdma: Option<Target>,
     /// Host name or address other workers reach `tcp` under; by default the address listened on.
     pub advertise: Option<String>,

@@ -23,7 +23,7 @@ use super::socket::Socket;
 use super::{ClusterToken, ConnectError, Refusal, Transport};
 
 /// Raised whenever two builds could misunderstand each other.
-pub(super) const VERSION: u32 = 3;
+pub(super) const VERSION: u32 = 4;
 /// What a handshake frame begins with; whatever else arrives is not for us.
 const MAGIC: [u8; 4] = *b"EkvS";
 /// The magic and the length.

@@ -7,12 +7,13 @@ use std::{
 };
 
 use anyhow::{Context, Result, bail};
-use engine_kernels::KvPages;
+use engine_kernels::{DeviceRegion, KvPages};
 use tokio::sync::{mpsc, watch};
 
 use super::{
     Engine, EngineHandle, LendingConfig, Post, inbox, membership,
     model::Loaded,
+    notice::OnDevice,
     port::{ClusterPort, NewJob, View, follow_depth, follow_limits, follow_workers, publish_jobs, sink},
     staging::Staging,
     ways::Ways,
@@ -21,7 +22,7 @@ use crate::{
     cli::WorkerArgs,
     cluster::{Cluster, LeaseId, ModelKey},
     handoff::{HandoffCosts, LenderTimeouts, Limits},
-    telemetry::Metrics,
+    telemetry::{Metrics, StagingMetrics},
     transfer::{self, Exported, Mailbox, Region, ServerConfig, SessionServer, Target, Transport},
 };
 
@@ -39,24 +40,6 @@ pub(super) fn warn_of_staging_flag(cli: &WorkerArgs) {
     }
 }
 
-/// Says in the log how pages in device memory are staged, and what there is to say of it elsewhere; nothing if none can
-/// be. `directly`: some may go from device to device.
-pub(super) fn staging_notice(region: &Region, ways: &Ways, directly: bool, when: &str) -> String {
-    let shape = region.shape();
-    if ways.needs_device() {
-        return String::new();
-    }
-    let except = if directly { "but over cuda-ipc " } else { "" };
-    let notice = format!(
-        "{except}pages are staged {when}, in {} MiB of host memory ({} pages), because shared memory, TCP and \
-         this build's RDMA reach host memory alone",
-        shape.total_bytes() >> 20,
-        shape.pages,
-    );
-    tracing::info!("{notice}");
-    notice
-}
-
 /// What keeps a lending engine informed, until [`Lender::follow`] sets it going.
 pub(super) struct Lender {
     key: ModelKey,
@@ -68,7 +51,7 @@ pub(super) struct Lender {
     pub(super) addresses: serde_json::Value,
     /// How they can move pages.
     pub(super) transports: Vec<String>,
-    /// How they are staged, if they are.
+    /// How they get into device memory, if that is where they are.
     pub(super) staging: String,
 }
 
@@ -80,18 +63,38 @@ struct Lendable {
     staging: Option<Staging>,
     /// The same, if other processes may open them.
     exported: Option<Exported>,
+    /// What adapters write to, if there are any.
+    target: Option<Target>,
+    /// What there is to say of how pages get into device memory.
+    notice: String,
 }
 
 impl Lendable {
-    fn of(pages: KvPages, cli: &WorkerArgs, ways: &Ways) -> Result<Self> {
-        let device = match pages {
+    async fn of(
+        pages: KvPages,
+        mailbox: &Mailbox,
+        cli: &WorkerArgs,
+        ways: &Ways,
+        metrics: &StagingMetrics,
+    ) -> Result<Self> {
+        match pages {
             KvPages::Host(_) if ways.needs_device() => bail!(NEEDS_DEVICE),
             KvPages::Host(region) => {
                 warn_of_staging_flag(cli);
-                return Ok(Self { region, staging: None, exported: None });
+                let target = register(&region, mailbox, ways).await?;
+                Ok(Self { region, staging: None, exported: None, target, notice: String::new() })
             }
-            KvPages::Device(device) => device,
-        };
+            KvPages::Device(device) => Self::on_device(device, mailbox, cli, ways, metrics).await,
+        }
+    }
+
+    async fn on_device(
+        device: DeviceRegion,
+        mailbox: &Mailbox,
+        cli: &WorkerArgs,
+        ways: &Ways,
+        metrics: &StagingMetrics,
+    ) -> Result<Self> {
         let exported = match ways.cuda_ipc.then(|| Exported::new(&device)).transpose() {
             Err(error) if ways.needs_device() => return Err(error).context("--transport cuda-ipc"),
             Err(error) => {
@@ -100,12 +103,35 @@ impl Lendable {
             }
             Ok(exported) => exported,
         };
-        // Where all pages come from device to device, none is staged.
+        let (pages, words) = (device.clone(), mailbox.clone());
+        let direct = ways.reach(move |adapters| Target::on_device(adapters, &pages, &words)).await?;
+        let (direct, rdma) = match direct {
+            Some(Ok((target, reached))) => (Some(target), Some(Ok(reached))),
+            Some(Err(unreached)) => (None, Some(Err(unreached))),
+            None => (None, None),
+        };
+        // Where no page comes through host memory, none is staged.
         let wished = cli.disagg.kv_staging_memory.unwrap_or(STAGING_BYTES);
-        let staging = Staging::new(device, if ways.needs_device() { 0 } else { wished })?;
+        let bytes = if ways.stage(direct.is_some()) { wished } else { 0 };
+        let mut staging = Staging::new(device, bytes, metrics.clone())?;
+        if let Some(Ok(reached)) = rdma {
+            staging = staging.reached(reached);
+        }
         let region = staging.region().clone();
-        Ok(Self { region, staging: Some(staging), exported })
+        let target = match direct {
+            Some(target) => Some(target),
+            None => register(&region, mailbox, ways).await?,
+        };
+        let (cuda_ipc, rdma) = (exported.is_some(), rdma.as_ref());
+        let notice = OnDevice { ways, cuda_ipc, rdma, staging: region.shape(), when: "on their way to the device" };
+        Ok(Self { region, staging: Some(staging), exported, target, notice: notice.announce() })
     }
+}
+
+/// Registers host memory with the adapters that are open, if any are.
+async fn register(region: &Region, mailbox: &Mailbox, ways: &Ways) -> Result<Option<Target>> {
+    let (region, mailbox) = (region.clone(), mailbox.clone());
+    ways.register(move |adapters| Target::new(adapters, &region, &mailbox)).await
 }
 
 /// Starts an engine that lends its pages to whoever opens a session.
@@ -116,19 +142,17 @@ pub(super) async fn start(
     ways: &Ways,
     metrics: &Metrics,
 ) -> Result<(EngineHandle, Lender)> {
-    let pages = Lendable::of(loaded.pages()?, cli, ways)?;
+    let pages = loaded.pages()?;
     let Loaded { runner, config, key, .. } = loaded;
     // Loans in quarantine keep their words, beside those of the sequences that are away: as many again.
     let mailbox_slots = u32::try_from(2 * config.max_num_seqs).unwrap_or(u32::MAX);
     let mailbox = Mailbox::new(mailbox_slots).context("cannot make a mailbox")?;
+    let pages = Lendable::of(pages, &mailbox, cli, ways, &metrics.engine.staging).await?;
+    let Lendable { region, staging, exported, target, notice } = pages;
     let (post, inbox) = inbox();
     let sessions: Arc<OnceLock<SessionServer>> = Arc::default();
-    let Lendable { region, staging, exported } = pages;
-    let notice = || staging_notice(&region, ways, exported.is_some(), "on their way to the device");
-    let staged = staging.as_ref().map_or_else(String::new, |_| notice());
     let mut server = server_config(cli, ways, exported, key, metrics).await?;
-    let (written, words) = (region.clone(), mailbox.clone());
-    server.rdma = ways.register(move |adapters| Target::new(adapters, &written, &words)).await?;
+    server.rdma = target;
     let on = [
         (server.unix.is_some() && server.cuda.is_some(), Transport::CudaIpc),
         (server.unix.is_some() && server.shm, Transport::Shm),
@@ -155,7 +179,7 @@ pub(super) async fn start(
     };
     let lending = LendingConfig { mailbox_slots, timeouts: LenderTimeouts::default() };
     let engine = Engine::start_lending(runner, config, metrics.engine.clone(), inbox, lending, Box::new(port))?;
-    Ok((engine, Lender { key, limits, view, jobs, post, addresses, transports, staging: staged }))
+    Ok((engine, Lender { key, limits, view, jobs, post, addresses, transports, staging: notice }))
 }
 
 impl Lender {

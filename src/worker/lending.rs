@@ -52,6 +52,12 @@ pub trait LendingPort: Send {
         Stage::Direct
     }
 
+    /// Returns when what adapters wrote to pages in device memory is there for whatever is computed next, and can change
+    /// nothing that is written there from now on. False if the device fails.
+    fn flush(&mut self) -> bool {
+        true
+    }
+
     /// Brings what was written there to `pages`, before whatever is computed next. False if that cannot be done.
     fn take_up(&mut self, _staged: StagedPages, _pages: &[u32]) -> bool {
         false
@@ -59,6 +65,11 @@ pub trait LendingPort: Send {
 
     /// Nobody can write there any more, and nobody wants what was written.
     fn unstage(&mut self, _staged: &StagedPages) {}
+
+    /// Pages that loans have in the place of theirs.
+    fn staged(&self) -> usize {
+        0
+    }
 
     /// Says something on a session, after everything permitted on it before.
     fn send(&mut self, session: SessionId, message: ToPrefill);
@@ -79,6 +90,8 @@ pub trait LendingPort: Send {
 pub enum Stage {
     /// To the pages themselves.
     Direct,
+    /// To the pages themselves, in device memory, by an adapter.
+    ByAdapter,
     /// To these in their place.
     Staged(StagedPages),
     /// There is no place for them now.
@@ -100,15 +113,33 @@ const SCRATCH_PAGES_MAX: usize = 256;
 /// The pages of a loan, and what stands in for them while somebody may write there. The two are let go of together.
 struct Pages {
     lent: Box<[LentPage]>,
-    staged: Option<StagedPages>,
+    written: Written,
+}
+
+/// Where a loan's holder writes.
+enum Written {
+    /// To the pages; nobody does before there is a holder.
+    There,
+    /// To the pages, in device memory, by an adapter: the device is to wait for it before it uses them.
+    ByAdapter,
+    /// To what stands in for them.
+    Staged(StagedPages),
 }
 
 impl Pages {
     /// What the holder is told to write to.
     fn numbers(&self) -> Vec<u32> {
-        match &self.staged {
-            Some(staged) => staged.numbers().to_vec(),
-            None => self.own_numbers(),
+        match &self.written {
+            Written::Staged(staged) => staged.numbers().to_vec(),
+            Written::There | Written::ByAdapter => self.own_numbers(),
+        }
+    }
+
+    /// How many stand in for them.
+    fn staged(&self) -> usize {
+        match &self.written {
+            Written::Staged(staged) => staged.numbers().len(),
+            Written::There | Written::ByAdapter => 0,
         }
     }
 
@@ -204,7 +235,8 @@ impl Lending {
         let Some(pages) = self.lender.unclaimed_mut(handoff) else { return };
         match self.port.stage(session, pages.lent.len()) {
             Stage::Direct => {}
-            Stage::Staged(staged) => pages.staged = Some(staged),
+            Stage::ByAdapter => pages.written = Written::ByAdapter,
+            Stage::Staged(staged) => pages.written = Written::Staged(staged),
             Stage::Full => {
                 tracing::debug!(%handoff, "a prompt is prefilled here: no room to stage its pages in");
                 self.lender.on(LenderEvent::EnqueueFailed { handoff }, now - self.started, &mut self.actions);
@@ -222,15 +254,16 @@ impl Lending {
         now: Instant,
     ) {
         let mut lent = scheduler.lend_scratch(wished.min(SCRATCH_PAGES_MAX)).into_vec();
-        let staged = loop {
+        let written = loop {
             match self.port.stage(session, lent.len()) {
-                Stage::Direct => break None,
-                Stage::Staged(staged) => break Some(staged),
-                Stage::Full if lent.is_empty() => break None,
+                Stage::Direct => break Written::There,
+                Stage::ByAdapter => break Written::ByAdapter,
+                Stage::Staged(staged) => break Written::Staged(staged),
+                Stage::Full if lent.is_empty() => break Written::There,
                 Stage::Full => scheduler.free_lent(lent.split_off(lent.len() / 2).into()),
             }
         };
-        let pages = Pages { lent: lent.into(), staged };
+        let pages = Pages { lent: lent.into(), written };
         if pages.lent.is_empty() {
             self.let_go(pages);
             return self.port.send(session, ToPrefill::NoScratch);
@@ -251,8 +284,14 @@ impl Lending {
 
     /// The pages of a loan to which nobody can write any more. What stood in for them is free.
     fn let_go(&mut self, pages: Pages) -> Box<[LentPage]> {
-        let Pages { lent, staged } = pages;
-        staged.iter().for_each(|staged| self.port.unstage(staged));
+        let Pages { lent, written } = pages;
+        match written {
+            Written::There => {}
+            // What an adapter wrote must not land over what is computed there next. A device that cannot wait for it fails,
+            // and computes nothing.
+            Written::ByAdapter => drop(self.port.flush()),
+            Written::Staged(staged) => self.port.unstage(&staged),
+        }
         lent
     }
 
@@ -271,7 +310,7 @@ impl Lending {
         for Loan { slot, pages, .. } in loans.drain(..) {
             let now = Instant::now();
             let handoff = HandoffId(rand::random());
-            let pages = Pages { lent: pages, staged: None };
+            let pages = Pages { lent: pages, written: Written::There };
             match self.lender.lend(handoff, slot, pages, now - self.started) {
                 Ok(_) => {
                     let ahead = self.port.jobs_ahead();
@@ -314,6 +353,8 @@ impl Lending {
         };
         let counts = scheduler.pages();
         assert_eq!((pages(false), pages(true)), (counts.lent, counts.quarantined), "loans and pages disagree");
+        let staged: usize = self.lender.lent().map(|(pages, _)| pages.staged()).sum();
+        assert_eq!(staged, self.port.staged(), "loans and the pages that stand in for theirs disagree");
         assert_eq!(self.away.iter().flatten().count(), scheduler.away(), "a sequence is away without a loan");
     }
 
@@ -350,8 +391,13 @@ impl Lending {
                 LenderAction::Fence { session } => self.port.fence(session),
                 LenderAction::Resume { request, pages } => {
                     let own = pages.own_numbers();
-                    let Pages { lent, staged } = pages;
-                    if staged.is_some_and(|staged| !self.port.take_up(staged, &own)) {
+                    let Pages { lent, written } = pages;
+                    let there = match written {
+                        Written::There => true,
+                        Written::ByAdapter => self.port.flush(),
+                        Written::Staged(staged) => self.port.take_up(staged, &own),
+                    };
+                    if !there {
                         self.away[request.index()] = None;
                         scheduler.restart(request, Some(lent), false);
                         continue;

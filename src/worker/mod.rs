@@ -18,6 +18,7 @@ mod measure;
 mod membership;
 mod mock_runner;
 mod model;
+mod notice;
 mod pace;
 mod port;
 mod post;

@@ -22,7 +22,7 @@ use crate::{
     },
     scheduler::{Candidate, Route},
     telemetry::{HandoffMetrics, TraceContext},
-    transfer::{Mailbox, SessionEvent, SessionServer, Sink, Transport},
+    transfer::{Mailbox, SessionEvent, SessionServer, Sink},
 };
 
 /// Between two looks at how long the queue is while prompts are long enough for it to matter. Jobs of our own are
@@ -155,13 +155,15 @@ impl LendingPort for ClusterPort {
     fn stage(&mut self, session: SessionId, pages: usize) -> Stage {
         let Some(staging) = &mut self.staging else { return Stage::Direct };
         let transport = self.sessions.get().and_then(|sessions| sessions.transport(session));
-        if transport != Some(Transport::CudaIpc) {
-            return staging.take(pages).map_or(Stage::Full, Stage::Staged);
-        }
-        match staging.settle() {
-            true => Stage::Direct,
-            false => Stage::Full,
-        }
+        staging.stage(transport, pages)
+    }
+
+    fn staged(&self) -> usize {
+        self.staging.as_ref().map_or(0, Staging::lent)
+    }
+
+    fn flush(&mut self) -> bool {
+        self.staging.as_ref().is_none_or(Staging::flush)
     }
 
     fn take_up(&mut self, staged: StagedPages, pages: &[u32]) -> bool {

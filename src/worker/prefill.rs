@@ -14,9 +14,10 @@ use tokio::{
 use super::{
     Engine, EngineStatus, Gauge, Ready,
     desk::{self, Desk, Note, SharedDesk},
-    lender::{NEEDS_DEVICE, staging_notice, warn_of_staging_flag},
+    lender::{NEEDS_DEVICE, warn_of_staging_flag},
     membership::{self, Particulars},
     model,
+    notice::OnDevice,
     signals::Signals,
     ways::Ways,
 };
@@ -77,14 +78,8 @@ pub async fn run(mut cli: WorkerArgs, ready: impl FnOnce(Ready)) -> Result<()> {
         bail!("{name} is not the same model here as in the cluster: its files differ");
     }
     let (model, key) = (loaded.card(&cli.engine, vec![name.clone()]), loaded.key);
-    let (pages, on_device) = (sendable(loaded.pages()?, &cli, &ways)?, loaded.is_on_device());
-    let staging = if on_device {
-        staging_notice(pages.host(), &ways, ways.cuda_ipc, "on their way from the device")
-    } else {
-        String::new()
-    };
-    let sent = pages.host().clone();
-    let rdma = ways.register(move |adapters| Source::new(adapters, &sent)).await?;
+    let on_device = loaded.is_on_device();
+    let (pages, rdma, staging) = sendable(loaded.pages()?, &cli, &ways).await?;
     let transports = ways.names(on_device && ways.cuda_ipc, rdma.is_some());
     let connector = ConnectorConfig {
         tls: cli.disagg.transports.session_tls().client()?,
@@ -157,20 +152,42 @@ pub async fn run(mut cli: WorkerArgs, ready: impl FnOnce(Ready)) -> Result<()> {
     Ok(())
 }
 
-/// What pages are sent from: where they are, or where they are staged.
-fn sendable(pages: KvPages, cli: &WorkerArgs, ways: &Ways) -> Result<LocalPages> {
-    match pages {
+/// What pages are sent from: where they are, or where they are staged; what adapters read, if there are any; and what
+/// there is to say of pages in device memory.
+async fn sendable(pages: KvPages, cli: &WorkerArgs, ways: &Ways) -> Result<(LocalPages, Option<Source>, String)> {
+    let device = match pages {
         KvPages::Host(_) if ways.needs_device() => bail!(NEEDS_DEVICE),
         KvPages::Host(region) => {
             warn_of_staging_flag(cli);
-            Ok(region.into())
+            let sent = region.clone();
+            let source = ways.register(move |adapters| Source::new(adapters, &sent)).await?;
+            return Ok((region.into(), source, String::new()));
         }
-        KvPages::Device(device) => {
-            let wished = cli.disagg.kv_staging_memory.unwrap_or(STAGING_BYTES);
-            let ring = StagingRing::new(device, if ways.needs_device() { 0 } else { wished });
-            Ok(LocalPages::Device(ring.context("cannot reserve memory to stage pages in")?))
-        }
-    }
+        KvPages::Device(device) => device,
+    };
+    let pages = device.clone();
+    let (direct, rdma) = match ways.reach(move |adapters| Source::on_device(adapters, &pages)).await? {
+        Some(Ok((source, reached))) => (Some(source), Some(Ok(reached))),
+        Some(Err(unreached)) => (None, Some(Err(unreached))),
+        None => (None, None),
+    };
+    let wished = cli.disagg.kv_staging_memory.unwrap_or(STAGING_BYTES);
+    let ring = StagingRing::new(device, if ways.stage(direct.is_some()) { wished } else { 0 });
+    let pages = LocalPages::Device(ring.context("cannot reserve memory to stage pages in")?);
+    let staged = pages.host().clone();
+    let notice = OnDevice {
+        ways,
+        cuda_ipc: ways.cuda_ipc,
+        rdma: rdma.as_ref(),
+        staging: staged.shape(),
+        when: "on their way from the device",
+    };
+    let notice = notice.announce();
+    let source = match direct {
+        Some(source) => Some(source),
+        None => ways.register(move |adapters| Source::new(adapters, &staged)).await?,
+    };
+    Ok((pages, source, notice))
 }
 
 /// Measures ways to decode workers for whoever asks: how this worker's pages would go, if they are in host memory.

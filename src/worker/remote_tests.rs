@@ -1,6 +1,7 @@
 //! Two engine threads with made-up models, one prefilling for the other, and a test between them that plays the
 //! network.
 
+mod adapters;
 mod returning;
 
 use std::sync::{
@@ -46,10 +47,17 @@ struct Wires {
     early_looks: AtomicUsize,
     fenced: AtomicBool,
     permitted: Mutex<Vec<Permit>>,
+    /// Pages are written by an adapter, to a device's memory.
+    by_adapter: AtomicBool,
+    /// Pages and what the adapter has written to them, which is there when somebody waits for it and not before.
+    on_the_way: Mutex<Vec<(u32, [u64; BLOCK])>>,
+    /// The device cannot be made to wait.
+    flush_fails: AtomicBool,
 }
 
 struct Port {
     wires: Arc<Wires>,
+    control: Arc<Control>,
     jobs: Sender<HandoffId>,
     said: Sender<ToPrefill>,
 }
@@ -91,6 +99,19 @@ impl LendingPort for Port {
     fn permit(&mut self, session: SessionId, slot: Slot, epoch: Epoch, pages: Arc<[u32]>) {
         assert_eq!(session, SESSION);
         self.wires.permitted.lock().unwrap().push((slot, epoch, pages));
+    }
+
+    fn stage(&mut self, session: SessionId, _: usize) -> Stage {
+        assert_eq!(session, SESSION);
+        if self.wires.by_adapter.load(Ordering::Relaxed) { Stage::ByAdapter } else { Stage::Direct }
+    }
+
+    fn flush(&mut self) -> bool {
+        let mut cache = self.control.cache.lock().unwrap();
+        for (page, content) in self.wires.on_the_way.lock().unwrap().drain(..) {
+            cache[page as usize * BLOCK..][..BLOCK].copy_from_slice(&content);
+        }
+        !self.wires.flush_fails.load(Ordering::Relaxed)
     }
 
     fn send(&mut self, _: SessionId, message: ToPrefill) {
@@ -136,6 +157,9 @@ fn decode_with(config: EngineConfig, threshold: usize, lending: LendingConfig) -
         early_looks: AtomicUsize::new(0),
         fenced: AtomicBool::new(false),
         permitted: Mutex::default(),
+        by_adapter: AtomicBool::new(false),
+        on_the_way: Mutex::default(),
+        flush_fails: AtomicBool::new(false),
     });
     let (jobs_in, jobs) = channel();
     let (said_in, said) = channel();
@@ -143,7 +167,7 @@ fn decode_with(config: EngineConfig, threshold: usize, lending: LendingConfig) -
     let control = Arc::new(Control::default());
     let runner = FakeRunner::new(config.blocks, config.block_size, control.clone());
     let metrics = Metrics::new().engine;
-    let port = Box::new(Port { wires: wires.clone(), jobs: jobs_in, said: said_in });
+    let port = Box::new(Port { wires: wires.clone(), control: control.clone(), jobs: jobs_in, said: said_in });
     let handle = Engine::start_lending(runner, config, metrics.clone(), inbox, lending, port).unwrap();
     Decode { handle, control, metrics, wires, post, jobs: Mutex::new(jobs), said: Mutex::new(said) }
 }
@@ -225,15 +249,27 @@ impl Exporter for Copier {
 
 /// Does one of the decode worker's jobs with another engine.
 fn serve(decode: &Decode, handoff: HandoffId, prefill: &EngineHandle, control: &Arc<Control>) {
+    let grant = compute(decode, handoff, prefill, control, &decode.control);
+    decode.ends(&grant, Status::Done);
+}
+
+/// The same, but for the last word, with pages for `to`.
+fn compute(
+    decode: &Decode,
+    handoff: HandoffId,
+    prefill: &EngineHandle,
+    control: &Arc<Control>,
+    to: &Arc<Control>,
+) -> Grant {
     let (done, finished) = channel();
     let grant = decode.claim(handoff);
     let block_size = prefill.limits().block_size;
     let first_page = grant.first as usize / block_size;
-    let (from, to) = (control.clone(), decode.control.clone());
+    let (from, to) = (control.clone(), to.clone());
     let exporter = Copier { from, to, grant: grant.clone(), block_size, copied: first_page, done };
     let request = PrefillRequest { tokens: grant.tokens.clone(), first_page, exporter: Box::new(exporter) };
     let _handle = prefill.prefill(request).unwrap();
-    decode.ends(&finished.recv().unwrap(), Status::Done);
+    finished.recv().unwrap()
 }
 
 #[test]

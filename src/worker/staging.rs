@@ -1,6 +1,6 @@
 //! Host memory in which pages arrive that are meant for a device, at a decode worker.
 //!
-//! What cannot write to the device directly writes here: to pages of a pool, of the same shape as the device's. A loan
+//! What cannot write to the device directly, as CUDA IPC does and adapters may, writes here: to pages of a pool, of the same shape as the device's. A loan
 //! that is claimed over such a session gets as many of them as it has pages, and they go the way of its pages: whoever
 //! holds the loan may write to them, they are in quarantine with it, and they are used again when it is resolved. When
 //! its word says that all is written, they are copied up, before any step that reads the pages.
@@ -13,7 +13,9 @@ use std::collections::VecDeque;
 use anyhow::{Context, Result};
 use engine_kernels::{DeviceRegion, LockedRegion, PageRun, RegionShape, cuda::Mark};
 
-use crate::transfer::{Region, lock_for_device};
+use super::Stage;
+use crate::telemetry::StagingMetrics;
+use crate::transfer::{Reached, Region, Transport, lock_for_device};
 
 /// Pages of the pool that one loan has. They are given back by value, once.
 #[derive(Debug, PartialEq, Eq)]
@@ -31,27 +33,69 @@ pub(super) struct Staging {
     device: DeviceRegion,
     region: Region,
     used: Used,
+    /// Pages that loans have.
+    lent: usize,
     /// Pages that are being copied up, oldest first.
     copying: VecDeque<(Box<dyn Mark>, StagedPages)>,
+    /// How adapters reach the device's pages themselves, if they do.
+    reached: Option<Reached>,
+    metrics: StagingMetrics,
     _locked: Option<LockedRegion>,
 }
 
 impl Staging {
     /// A pool of about `bytes`, one page at least and no more than the device has, in memory that processes of this
     /// host may map.
-    pub(super) fn new(device: DeviceRegion, bytes: usize) -> Result<Self> {
+    pub(super) fn new(device: DeviceRegion, bytes: usize, metrics: StagingMetrics) -> Result<Self> {
         let shape = device.shape();
         let pages = (bytes / (shape.layers * shape.page_bytes).max(1)).clamp(1, shape.pages.max(1));
         let region =
             Region::shared(RegionShape { pages, ..shape }).context("cannot reserve memory to stage pages in")?;
         let locked = lock_for_device(&device, &region);
-        Ok(Self { device, region, used: Used::new(pages), copying: VecDeque::new(), _locked: locked })
+        let (used, copying) = (Used::new(pages), VecDeque::new());
+        let this = Self { device, region, used, lent: 0, copying, reached: None, metrics, _locked: locked };
+        this.count();
+        Ok(this)
+    }
+
+    /// Adapters reach the device's pages themselves, in this way.
+    pub(super) fn reached(mut self, reached: Reached) -> Self {
+        self.reached = Some(reached);
+        self
+    }
+
+    /// Where who moves pages in this way writes so many of them. To the pages themselves only when nothing that was
+    /// computed before still uses them.
+    pub(super) fn stage(&mut self, transport: Option<Transport>, pages: usize) -> Stage {
+        let direct = match transport {
+            Some(Transport::CudaIpc) => Some(Stage::Direct),
+            Some(Transport::Rdma) => self.reached.map(|_| Stage::ByAdapter),
+            Some(Transport::Shm | Transport::Tcp) | None => None,
+        };
+        match direct {
+            None => self.take(pages).map_or(Stage::Full, Stage::Staged),
+            Some(direct) if self.settle() => direct,
+            Some(_) => Stage::Full,
+        }
+    }
+
+    /// Returns when what adapters wrote to the device's pages is there for whatever is computed next. False if the device
+    /// fails.
+    pub(super) fn flush(&self) -> bool {
+        if self.reached.is_none_or(|reached| !reached.flush) {
+            return true;
+        }
+        let flushed = self.device.flush();
+        if let Err(error) = &flushed {
+            tracing::error!(%error, "the device fails");
+        }
+        flushed.is_ok()
     }
 
     /// Returns when the device is done with all that it was told to compute: nothing of it still reads or writes pages
-    /// that a peer's device is about to write to. Steps end when their tokens are there, so there is something to wait
-    /// for only if the last step sampled none. False if the device fails.
-    pub(super) fn settle(&self) -> bool {
+    /// that a peer's device, or an adapter, is about to write to. Steps end when their tokens are there, so there is
+    /// something to wait for only if the last step sampled none. False if the device fails.
+    fn settle(&self) -> bool {
         let settled = self.device.mark().and_then(|mark| mark.wait());
         if let Err(error) = &settled {
             tracing::error!(%error, "the device fails");
@@ -65,7 +109,7 @@ impl Staging {
     }
 
     /// Room for so many pages, if there is.
-    pub(super) fn take(&mut self, pages: usize) -> Option<StagedPages> {
+    fn take(&mut self, pages: usize) -> Option<StagedPages> {
         // Those whose copies are over are free; if that is not enough, copies that are under way soon will be.
         while self.copying.front().is_some_and(|(copied, _)| copied.is_past().unwrap_or(false)) {
             self.free_oldest();
@@ -79,7 +123,22 @@ impl Staging {
             }
             self.free_oldest();
         }
-        self.used.take(pages).map(StagedPages)
+        let taken = self.used.take(pages).map(StagedPages);
+        self.lent += taken.as_ref().map_or(0, |taken| taken.0.len());
+        self.count();
+        taken
+    }
+
+    /// Pages that loans have.
+    pub(super) fn lent(&self) -> usize {
+        self.lent
+    }
+
+    fn count(&self) {
+        let Self { used: Used { used, free }, lent, metrics, .. } = self;
+        metrics.free.set(*free as i64);
+        metrics.lent.set(*lent as i64);
+        metrics.copying.set((used.len() - free - lent) as i64);
     }
 
     fn free_oldest(&mut self) {
@@ -91,6 +150,8 @@ impl Staging {
     /// Copies everything from there to `pages`, of the device, before whatever is computed next. False if the device
     /// fails.
     pub(super) fn take_up(&mut self, staged: StagedPages, pages: &[u32]) -> bool {
+        self.lent -= staged.0.len();
+        self.count();
         let runs = runs(self.region.shape().layers, &staged.0, pages);
         match self.device.upload(&self.region, &runs) {
             Ok(copied) => {
@@ -107,7 +168,9 @@ impl Staging {
 
     /// Nobody can write there any more, and nobody wants what was written.
     pub(super) fn give_back(&mut self, staged: &StagedPages) {
+        self.lent -= staged.0.len();
         self.used.give_back(&staged.0);
+        self.count();
     }
 }
 
@@ -173,15 +236,18 @@ mod tests {
     use engine_kernels::cuda::{Driver, Memory};
 
     use super::*;
+    use crate::telemetry::Metrics;
+    use crate::transfer::rdma::Registration;
 
     const SHAPE: RegionShape = RegionShape { layers: 2, pages: 8, page_bytes: 64 };
 
     /// A device's pages, and a pool of so many for them. The device copies when somebody waits for it, and not before.
     fn staging(pages: usize) -> (Emulated, Arc<dyn Memory>, Staging) {
         let driver = Emulated::default();
-        let memory: Arc<dyn Memory> = Arc::new(driver.allocate(SHAPE.total_bytes()).unwrap());
+        let memory: Arc<dyn Memory> = Arc::new(driver.allocate(DeviceRegion::bytes(SHAPE)).unwrap());
         let device = DeviceRegion::new(memory.clone(), driver.mover(), SHAPE);
-        let staging = Staging::new(device, pages * SHAPE.layers * SHAPE.page_bytes).unwrap();
+        let metrics = Metrics::new().engine.staging;
+        let staging = Staging::new(device, pages * SHAPE.layers * SHAPE.page_bytes, metrics).unwrap();
         (driver, memory, staging)
     }
 
@@ -205,10 +271,17 @@ mod tests {
     #[test]
     fn pages_of_the_pool_are_used_again_when_they_were_copied_and_not_before() {
         let (driver, memory, mut staging) = staging(2);
+        let counts = |staging: &Staging| {
+            let StagingMetrics { free, lent, copying } = &staging.metrics;
+            assert_eq!(lent.get(), staging.lent() as i64);
+            [free, lent, copying].map(|gauge| gauge.get())
+        };
         let first = staging.take(2).unwrap();
         assert!(staging.take(1).is_none(), "all are lent");
+        assert_eq!(counts(&staging), [0, 2, 0]);
         write(&staging, &first, 10);
         assert!(staging.take_up(first, &[5, 3]));
+        assert_eq!(counts(&staging), [0, 0, 2]);
         // The copy has not run, but the room is wanted.
         let second = staging.take(2).unwrap();
         write(&staging, &second, 20);
@@ -216,6 +289,7 @@ mod tests {
             assert_eq!(page(&driver, &memory, layer, number), [10 + layer as u8; SHAPE.page_bytes]);
         }
         staging.give_back(&second);
+        assert_eq!(counts(&staging), [2, 0, 0]);
         assert!(staging.take(2).is_some());
     }
 
@@ -227,6 +301,38 @@ mod tests {
         driver.break_down();
         assert!(!staging.take_up(other, &[2, 3]) && !staging.settle());
         assert!(staging.take(1).is_none());
+    }
+
+    #[test]
+    fn adapters_that_reach_the_device_take_no_room_and_are_waited_for_where_that_is_needed() {
+        let (driver, _memory, mut staging) = staging(2);
+        assert!(matches!(staging.stage(Some(Transport::Rdma), 2), Stage::Staged(_)), "they do not reach it");
+        assert!(staging.flush() && driver.flushes() == 0, "nothing is written there");
+        let by = Registration::PeerMemory;
+        let mut staging = staging.reached(Reached { by, flush: false });
+        assert_eq!(staging.stage(Some(Transport::Rdma), 100), Stage::ByAdapter);
+        assert!(staging.flush() && driver.flushes() == 0, "the device keeps their order");
+        let mut staging = staging.reached(Reached { by, flush: true });
+        assert!(staging.flush() && driver.flushes() == 1);
+        assert_eq!(staging.stage(Some(Transport::CudaIpc), 100), Stage::Direct);
+        assert_eq!(staging.stage(Some(Transport::Tcp), 1), Stage::Full, "all are lent");
+        driver.break_down();
+        assert!(!staging.flush());
+        assert_eq!(staging.stage(Some(Transport::Rdma), 1), Stage::Full);
+    }
+
+    #[test]
+    fn adapters_write_to_pages_only_when_what_was_computed_before_is_done_with_them() {
+        let (driver, memory, staging) = staging(1);
+        let mut staging = staging.reached(Reached { by: Registration::DmaBuf, flush: true });
+        let host = driver.allocate_host(SHAPE.page_bytes).unwrap();
+        // SAFETY: its own memory, as large.
+        unsafe { engine_kernels::cuda::HostMemory::start(&host).write_bytes(7, SHAPE.page_bytes) };
+        driver.upload(&host, memory.address(), SHAPE.page_bytes).unwrap();
+        assert_eq!(staging.stage(Some(Transport::Rdma), 1), Stage::ByAdapter);
+        // SAFETY: the device's memory is the process's, and no work that could write there is left.
+        let there = unsafe { std::slice::from_raw_parts(memory.address().0 as *const u8, SHAPE.page_bytes) };
+        assert_eq!(there, [7; SHAPE.page_bytes], "the device was done with it");
     }
 
     #[test]

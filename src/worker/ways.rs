@@ -5,7 +5,7 @@ use anyhow::{Context, Result, bail};
 use crate::{
     cli::{TransportArg, TransportArgs},
     transfer::{
-        Adapters, RdmaError, Transport,
+        Adapters, RdmaError, Transport, Unreached,
         rdma::{ChooseError, Wish},
     },
 };
@@ -90,14 +90,33 @@ impl Ways {
         let Some(adapters) = self.adapters.clone() else { return Ok(None) };
         let registered = tokio::task::spawn_blocking(move || register(&adapters)).await;
         let registered = self.unless_needed(registered.context("registering memory panicked")?)?;
-        if let (Some(_), Some(adapters)) = (&registered, &self.adapters) {
-            for choice in adapters.choices() {
-                let gid = std::net::Ipv6Addr::from(choice.gid);
-                tracing::info!(device = %choice.device, port = choice.port, gid_index = choice.gid_index, %gid,
-                    link = %choice.link, gbps = choice.rate_gbps, "KV memory is registered for RDMA");
-            }
+        if registered.is_some() {
+            self.tell_registered("KV memory is registered for RDMA");
         }
         Ok(registered)
+    }
+
+    /// The same of pages in device memory, if adapters are open: why they do not reach them is no error, as pages can be
+    /// staged.
+    pub(crate) async fn reach<T: Send + 'static>(
+        &self,
+        register: impl FnOnce(&Adapters) -> Result<T, Unreached> + Send + 'static,
+    ) -> Result<Option<Result<T, Unreached>>> {
+        let Some(adapters) = self.adapters.clone() else { return Ok(None) };
+        let reached = tokio::task::spawn_blocking(move || register(&adapters)).await;
+        let reached = reached.context("registering device memory panicked")?;
+        if reached.is_ok() {
+            self.tell_registered("KV memory on the device is registered for RDMA");
+        }
+        Ok(Some(reached))
+    }
+
+    fn tell_registered(&self, what: &str) {
+        for choice in self.adapters.iter().flat_map(Adapters::choices) {
+            let gid = std::net::Ipv6Addr::from(choice.gid);
+            tracing::info!(device = %choice.device, port = choice.port, gid_index = choice.gid_index, %gid,
+                link = %choice.link, gbps = choice.rate_gbps, "{what}");
+        }
     }
 
     /// What came of it; that nothing did is an error, or only said.
@@ -114,6 +133,11 @@ impl Ways {
                 Ok(None)
             }
         }
+    }
+
+    /// Whether a way is allowed that reaches host memory alone; `reached`: adapters reach device memory.
+    pub(crate) fn stage(&self, reached: bool) -> bool {
+        self.shm || self.tcp || (self.rdma && !reached)
     }
 
     /// Whether nothing is left of the ways that are allowed where pages are not in device memory.
@@ -166,6 +190,15 @@ mod tests {
             let ways = ways(flags).unwrap();
             assert_eq!((ways.cuda_ipc, ways.needs_device()), (from_device_to_device, alone), "{flags:?}");
         }
+    }
+
+    #[test]
+    fn pages_are_staged_for_every_way_that_does_not_reach_a_device() {
+        let staged = |flags: &[&str]| [false, true].map(|reached| ways(flags).unwrap().stage(reached));
+        assert_eq!(staged(&[]), [true, true]);
+        assert_eq!(staged(&["--transport", "rdma"]), [true, false]);
+        assert_eq!(staged(&["--transport", "shm"]), [true, true]);
+        assert_eq!(staged(&["--transport", "cuda-ipc"]), [false, false]);
     }
 
     #[test]

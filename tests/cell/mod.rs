@@ -34,6 +34,8 @@ pub(crate) struct Cell {
     pub(crate) model: Model,
     /// Prefill workers are on the other side of it, everybody else on this one.
     network: Option<Network>,
+    /// Under which workers are started: nothing, or `env` and variables.
+    environment: Vec<String>,
 }
 
 impl Cell {
@@ -49,13 +51,18 @@ impl Cell {
 
     /// With this model, and a NATS that is somehow special.
     pub(crate) fn with_nats(nats: Service, model: Model) -> Self {
-        Self { etcd: services::etcd(), nats, model, network: None }
+        Self { etcd: services::etcd(), nats, model, network: None, environment: Vec::new() }
     }
 
     /// With the demo model, and prefill workers at the other end of a network.
     pub(crate) fn across(network: Network) -> Self {
         let (etcd, nats) = (services::etcd_on(network.here), services::nats_on(network.here));
-        Self { etcd, nats, model: Model::demo(), network: Some(network) }
+        Self { etcd, nats, model: Model::demo(), network: Some(network), environment: Vec::new() }
+    }
+
+    /// With these variables (`NAME=value`) in the environment of whatever is started from now on.
+    pub(crate) fn set_environment(&mut self, variables: &[&str]) {
+        self.environment = ["env"].iter().chain(variables).map(ToString::to_string).collect();
     }
 
     /// A decode worker with further flags.
@@ -77,7 +84,7 @@ impl Cell {
         let role = ["--is-prefill-worker", "--etcd", &services[0], "--nats", &services[1]];
         let flags = [&role, &unless_in(flags, &[("--kv-blocks", &pages)])[..], flags].concat();
         match &self.network {
-            None => Server::start_as(&flags),
+            None => Server::start_under(&self.outer(), &flags),
             Some(network) => {
                 let there = network.there.to_string();
                 Server::start_under(&network.enter(), &[&flags[..], &["--host", &there]].concat())
@@ -103,7 +110,12 @@ impl Cell {
     fn start_here(&self, flags: &[&str]) -> Server {
         let services = self.services();
         let here = self.network.as_ref().map_or(Ipv4Addr::LOCALHOST, |network| network.here).to_string();
-        Server::start_as(&[flags, &["--etcd", &services[0], "--nats", &services[1], "--host", &here]].concat())
+        let flags = [flags, &["--etcd", &services[0], "--nats", &services[1], "--host", &here]].concat();
+        Server::start_under(&self.outer(), &flags)
+    }
+
+    fn outer(&self) -> Vec<&str> {
+        self.environment.iter().map(String::as_str).collect()
     }
 
     pub(crate) fn services(&self) -> [String; 2] {
@@ -186,11 +198,12 @@ pub(crate) fn leave_behind(server: &Server, prompt: &[u32]) -> TcpStream {
     connection
 }
 
-/// Waits until no page belongs to a request or is lent.
+/// Waits until no page belongs to a request or is lent, nor one that stands in for it.
 pub(crate) fn wait_until_idle(server: &Server) {
     let none = |server: &Server, state: &str| server.metric(&format!("engine_kv_pages{{state=\"{state}\"}}")) == 0.0;
     server.wait_until("all pages are back", |server| {
         ["owned", "lent", "quarantined"].iter().all(|state| none(server, state))
+            && server.metric("engine_staging_pages{state=\"lent\"}") == 0.0
     });
 }
 

@@ -1,11 +1,13 @@
 //! Decode and prefill workers whose pages are in device memory: real processes, etcd and NATS, and the engine with the
 //! real CUDA driver's code in it. It takes a device, or the stand-in for libcuda that `scripts/check-device-pages.sh`
-//! builds, under which work runs as late as it may.
+//! builds, under which work runs as late as it may. [`rdma`] takes RDMA devices besides, and so the guest of
+//! `tests/rdma`.
 
 #[path = "../cell/mod.rs"]
 mod cell;
 #[path = "../program/mod.rs"]
 mod program;
+mod rdma;
 #[path = "../services/mod.rs"]
 mod services;
 #[path = "../support/mod.rs"]

@@ -1,17 +1,19 @@
 #!/bin/bash
-# Runs all tests that need an RDMA device, in the guest of guest.sh, which has three: those of the verbs transport, and
-# then those of tests/rdma/main.rs, whole clusters.
+# Runs all tests that need an RDMA device, in the guest of guest.sh, which has three: those of the verbs transport, then
+# those of tests/rdma/main.rs, whole clusters, and those of tests/device_pages/rdma.rs, clusters whose pages are in the
+# memory of a CUDA device, of which a stand-in for libcuda makes believe that there is one.
 #
-#   tests/rdma/run.sh [transport] [cluster]     all of it, or these steps
+#   tests/rdma/run.sh [transport] [cluster] [device]     all of it, or these steps
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 PATH=$PATH:/usr/sbin:/usr/local/sbin
 
-# Of the whole workspace, as `make test` builds them: one package has other features, and all would be compiled again.
-programs=$(cargo test --workspace --lib --bin engine --test rdma --locked --no-run \
-    --message-format json-render-diagnostics | python3 -c '
+executables() { # executables <further arguments of cargo test>: a name and a path each
+    # Of the whole workspace, as `make test` builds them: one package has other features, and all would be compiled again.
+    cargo test --workspace --locked --no-run --message-format json-render-diagnostics "$@" | python3 -c '
 import json, sys
-names = {("engine", "lib", True): "transport", ("engine", "bin", False): "engine", ("rdma", "test", True): "cluster"}
+names = {("engine", "lib", True): "transport", ("engine", "bin", False): "engine", ("rdma", "test", True): "cluster",
+         ("device_pages", "test", True): "device"}
 for line in sys.stdin:
     artifact = json.loads(line)
     if artifact.get("executable"):
@@ -19,12 +21,23 @@ for line in sys.stdin:
         name = names.get((target["name"], target["kind"][0], artifact["profile"]["test"]))
         if name:
             print(name, artifact["executable"])
-')
+'
+}
+# In this order: both build an engine under the same name, and the one with CUDA, which does without where there is no
+# libcuda, serves all tests.
+programs=$(executables --lib --bin engine --test rdma)
+CUDA_HOME=$(scripts/fetch-nvcc.sh)
+export CUDA_HOME
+programs+=$'\n'$(executables --features cuda --test device_pages)
+standin=$(mktemp -d)
+trap 'rm -rf "$standin"' EXIT
+trap 'exit 130' INT TERM
+scripts/build-libcuda.sh "$standin"
 program() {
-    awk -v name="$1" '$1 == name { print substr($0, length(name) + 2); found = 1 } END { exit !found }' <<<"$programs" ||
+    awk -v name="$1" '$1 == name && !found++ { print substr($0, length(name) + 2) } END { exit !found }' <<<"$programs" ||
         { echo "cargo built no program for: $1" >&2; exit 1; }
 }
-transport=$(program transport) engine=$(program engine) cluster=$(program cluster)
+transport=$(program transport) engine=$(program engine) cluster=$(program cluster) device=$(program device)
 some=$PWD/tests/rdma/some.sh
 tokenizer=$PWD/tests/reference/models/qwen3
 
@@ -32,12 +45,16 @@ plan() { # plan <step>
     case $1 in
     transport) printf '240 transport %q %q transfer::rdma --ignored --test-threads 1 --nocapture\n' "$some" "$transport" ;;
     cluster) printf '240 cluster %q %q --ignored --test-threads 1 --nocapture\n' "$some" "$cluster" ;;
-    *) echo "there is no step '$1', only transport and cluster" >&2; exit 2 ;;
+    device)
+        printf '240 device LD_LIBRARY_PATH=%q %q %q rdma:: --ignored --test-threads 1 --nocapture\n' \
+            "$standin" "$some" "$device"
+        ;;
+    *) echo "there is no step '$1', only transport, cluster and device" >&2; exit 2 ;;
     esac
 }
 steps=("$@")
-[ $# -gt 0 ] || steps=(transport cluster)
+[ $# -gt 0 ] || steps=(transport cluster device)
 plan=$(for step in "${steps[@]}"; do plan "$step"; done)
 
-LIMIT=450 tests/rdma/guest.sh "$some" "$transport" "$engine" "$cluster" "$tokenizer"/tokenizer{,_config}.json \
-    "$(command -v etcd)" "$(command -v nats-server)" <<<"$plan"
+LIMIT=450 tests/rdma/guest.sh "$some" "$transport" "$engine" "$cluster" "$device" "$standin/libcuda.so" \
+    "$tokenizer"/tokenizer{,_config}.json "$(command -v etcd)" "$(command -v nats-server)" <<<"$plan"

@@ -3,6 +3,11 @@
 // and that workers move each other's pages (tests/device_pages). What is enqueued runs when somebody waits for it and
 // not before, each stream for itself: whoever does not wait for another stream's work reads what was there before.
 // Large allocations can be opened by other processes. Modules are not looked at: the kernels are those compiled in here.
+//
+// Network adapters find device memory by its address, because it is host memory, as on devices they do where there is
+// nvidia-peermem; of the file that stands for it no adapter's driver wants to know. STANDIN_LOG names a file to which
+// calls that concern adapters are written, STANDIN_ADAPTERS=no has the device deny them its memory, and with
+// STANDIN_DMA_BUF=no that file is not to be had.
 
 #include "emulate.cpp"
 
@@ -21,7 +26,7 @@ namespace {
 using Result = int;
 using Pointer = unsigned long long;
 constexpr Result SUCCESS = 0, INVALID_VALUE = 1, OUT_OF_MEMORY = 2, NOT_FOUND = 500, NOT_READY = 600;
-constexpr Result LAUNCH_FAILED = 719, CAPTURE_INVALIDATED = 901;
+constexpr Result LAUNCH_FAILED = 719, NOT_SUPPORTED = 801, CAPTURE_INVALIDATED = 901;
 
 std::recursive_mutex everything;
 std::string last_error = "stand-in libcuda";
@@ -131,6 +136,29 @@ std::map<std::pair<int, int>, Opened> opened;
 thread_local void* current = nullptr;
 int context;
 
+bool is(const char* variable, const char* value) {
+    const char* set = std::getenv(variable);
+    return set && !std::strcmp(set, value);
+}
+
+/// Tells a test what was called.
+Result noted(const char* call) {
+    const char* path = std::getenv("STANDIN_LOG");
+    if (!path) return SUCCESS;
+    FILE* log = std::fopen(path, "a");
+    if (!log) return INVALID_VALUE;
+    std::fprintf(log, "%s\n", call);
+    return std::fclose(log) ? INVALID_VALUE : SUCCESS;
+}
+
+/// The allocation that an address lies in.
+std::map<Pointer, Allocation>::iterator allocation_of(Pointer address) {
+    auto found = allocations.upper_bound(address);
+    if (found == allocations.begin()) return allocations.end();
+    --found;
+    return address - found->first < found->second.bytes ? found : allocations.end();
+}
+
 }  // namespace
 
 #define CALL(name, ...) \
@@ -150,8 +178,22 @@ CALL(cuDeviceGetName, char* name, int length, int) { return std::snprintf(name, 
 CALL(cuDeviceGetUuid_v2, char* id, int) { return std::memcpy(id, "the stand-in one", 16), SUCCESS; }
 CALL(cuDeviceCanAccessPeer, int* can, int, int) { return *can = 0, SUCCESS; }
 CALL(cuDeviceGetAttribute, int* value, int attribute, int) {
-    // An H100's multiprocessors and compute capability; of all else one.
-    return *value = attribute == 16 ? 132 : attribute == 75 ? 9 : attribute == 76 ? 0 : 1, SUCCESS;
+    const int adapters = !is("STANDIN_ADAPTERS", "no");
+    switch (attribute) {
+    case 16:  // an H100's multiprocessors,
+        return *value = 132, SUCCESS;
+    case 75:  // and its compute capability
+        return *value = 9, SUCCESS;
+    case 76:
+        return *value = 0, SUCCESS;
+    case 116:  // whether adapters find its memory by its address,
+    case 124:  // and by a file
+        return *value = adapters, SUCCESS;
+    case 118:  // whether it orders what they write: no, but (117) it can be made to wait
+        return *value = 0, SUCCESS;
+    default:
+        return *value = 1, SUCCESS;
+    }
 }
 CALL(cuDevicePrimaryCtxRetain, void** made, int) { return *made = &context, SUCCESS; }
 CALL(cuDevicePrimaryCtxRelease_v2, int) { return SUCCESS; }
@@ -326,6 +368,34 @@ CALL(cuIpcCloseMemHandle, Pointer start) {
         return SUCCESS;
     }
     return INVALID_VALUE;
+}
+
+CALL(cuMemGetAddressRange_v2, Pointer* start, size_t* bytes, Pointer address) {
+    ALONE;
+    auto found = allocation_of(address);
+    if (found == allocations.end()) return INVALID_VALUE;
+    return *start = found->first, *bytes = found->second.bytes, SUCCESS;
+}
+CALL(cuMemGetHandleForAddressRange, void* made, Pointer start, size_t bytes, int kind, unsigned long long flags) {
+    ALONE;
+    auto found = allocation_of(start);
+    if (kind != 1 || flags || start % 4096 || bytes % 4096 || found == allocations.end()) return INVALID_VALUE;
+    if (found->second.file < 0 || start + bytes > found->first + found->second.bytes) return INVALID_VALUE;
+    if (is("STANDIN_DMA_BUF", "no")) return NOT_SUPPORTED;
+    int file = fcntl(found->second.file, F_DUPFD_CLOEXEC, 0);
+    if (file < 0) return INVALID_VALUE;
+    return *static_cast<int*>(made) = file, noted("dma-buf");
+}
+CALL(cuPointerSetAttribute, const void* value, int attribute, Pointer memory) {
+    ALONE;
+    // That what the host is told is over is over for adapters too.
+    if (attribute != 6 || *static_cast<const unsigned*>(value) != 1 || !allocations.count(memory)) return INVALID_VALUE;
+    return noted("sync-memops");
+}
+CALL(cuFlushGPUDirectRDMAWrites, int target, int scope) {
+    ALONE;
+    if (target != 0 || scope != 100 || !current) return INVALID_VALUE;
+    return broken ? broken : noted("flush");
 }
 
 CALL(cuModuleLoadData, void** made, const void* image) {

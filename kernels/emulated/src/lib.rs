@@ -16,7 +16,9 @@ use std::ffi::CString;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use engine_kernel_suite::Start;
-use engine_kernels::cuda::{Address, CudaBackend, Driver, DriverError, HostMemory, Launch, Memory, Mover};
+use engine_kernels::cuda::{
+    AdapterAccess, Address, CudaBackend, Driver, DriverError, HostMemory, Launch, Memory, Mover,
+};
 
 use memory::Guarded;
 use mover::EmulatedMover;
@@ -76,6 +78,26 @@ impl Emulated {
     /// Lets whatever is asked of the device from now on fail.
     pub fn break_down(&self) {
         self.queue().break_down();
+    }
+
+    /// From now on this is what adapters may do with its memory.
+    pub fn set_adapter_access(&self, access: AdapterAccess) {
+        self.queue().adapter_access = Some(access);
+    }
+
+    /// Whether the allocation that starts here was the last to be prepared for adapters.
+    pub fn is_open_to_adapters(&self, start: Address) -> bool {
+        self.queue().open_to_adapters == Some(start.0 as usize)
+    }
+
+    /// Files for adapters' drivers that were handed out so far.
+    pub fn dma_bufs(&self) -> u64 {
+        self.queue().dma_bufs
+    }
+
+    /// How often adapters' writes were waited for.
+    pub fn flushes(&self) -> u64 {
+        self.queue().flushes
     }
 
     /// From now on recordings fail there, or nowhere.

@@ -1,9 +1,10 @@
 //! The emulated device as those see it who move its memory.
 
+use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex};
 
 use engine_kernels::KvRegion;
-use engine_kernels::cuda::{Address, CopyStream, DeviceId, DriverError, IpcHandle, Mark, Mover};
+use engine_kernels::cuda::{AdapterAccess, Address, CopyStream, DeviceId, DriverError, IpcHandle, Mark, Mover};
 
 use super::lock;
 use super::queue::{Queue, Work, failed};
@@ -83,6 +84,42 @@ impl Mover for EmulatedMover {
     fn close(&self, _: Address) -> Result<(), DriverError> {
         let mut queue = lock(&self.0);
         queue.opened = queue.opened.checked_sub(1).ok_or_else(|| failed("closing", "nothing is open"))?;
+        Ok(())
+    }
+
+    fn adapter_access(&self) -> Result<AdapterAccess, DriverError> {
+        let queue = lock(&self.0);
+        queue.state()?;
+        // What takes the most trouble.
+        let access = AdapterAccess { dma_buf: true, by_address: true, ordered: false, flushes: true };
+        Ok(queue.adapter_access.unwrap_or(access))
+    }
+
+    fn open_to_adapters(&self, start: Address) -> Result<(), DriverError> {
+        let mut queue = lock(&self.0);
+        if !queue.holds(start.0 as usize, 1) {
+            return Err(failed("preparing for adapters", "it is nobody's"));
+        }
+        queue.open_to_adapters = Some(start.0 as usize);
+        Ok(())
+    }
+
+    fn dma_buf(&self, start: Address, bytes: usize) -> Result<OwnedFd, DriverError> {
+        let mut queue = lock(&self.0);
+        let start = start.0 as usize;
+        if !(start | bytes).is_multiple_of(4096) || !queue.holds(start, bytes) {
+            return Err(failed("exporting to adapters", "it is not whole pages of one allocation"));
+        }
+        queue.dma_bufs += 1;
+        // Of the right kind to be opened, and of none that an adapter's driver takes.
+        let file = rustix::fs::memfd_create(c"dma-buf", rustix::fs::MemfdFlags::CLOEXEC);
+        file.map_err(|error| failed("exporting to adapters", error.to_string()))
+    }
+
+    fn flush(&self) -> Result<(), DriverError> {
+        let mut queue = lock(&self.0);
+        queue.state()?;
+        queue.flushes += 1;
         Ok(())
     }
 }

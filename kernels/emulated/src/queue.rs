@@ -5,7 +5,7 @@ use std::ffi::{CStr, CString, c_char, c_uint, c_void};
 
 use super::Refusal;
 use engine_kernels::KvRegion;
-use engine_kernels::cuda::{Arg, DriverError};
+use engine_kernels::cuda::{AdapterAccess, Arg, DriverError};
 
 unsafe extern "C" {
     fn simt_kinds(kernel: *const c_char) -> *const c_char;
@@ -63,6 +63,14 @@ pub(crate) struct Queue {
     pub(crate) copies_lost: bool,
     /// Kernels that were run.
     pub(crate) launches: u64,
+    /// What adapters may do, if a test says so.
+    pub(crate) adapter_access: Option<AdapterAccess>,
+    /// What was prepared for adapters last.
+    pub(crate) open_to_adapters: Option<usize>,
+    /// Files that stand for memory which were handed out.
+    pub(crate) dma_bufs: u64,
+    /// How often adapters' writes were waited for.
+    pub(crate) flushes: u64,
 }
 
 pub(crate) fn failed(operation: impl Into<String>, reason: impl Into<String>) -> DriverError {

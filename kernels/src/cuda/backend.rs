@@ -143,7 +143,8 @@ impl<D: Driver> Backend for CudaBackend<D> {
         self.graphs.clear();
         // Opening memory of another process opens the block that the driver has it in, which is so large: there is
         // nothing else in it.
-        let bytes = layout.total_bytes().checked_next_multiple_of(IPC_BLOCK_BYTES).unwrap_or(usize::MAX);
+        let bytes = DeviceRegion::bytes(layout.region_shape());
+        let bytes = bytes.checked_next_multiple_of(IPC_BLOCK_BYTES).unwrap_or(usize::MAX);
         let buffer = Buffer::zeroed(&self.stream, bytes);
         self.stream.check()?;
         self.plan.aim_at(attention::items_wanted(self.driver().processors(), layout.kv_heads));

@@ -1,15 +1,16 @@
 //! The real driver, for those who move its memory beside the computing.
 
-use std::ffi::c_uint;
+use std::ffi::{c_int, c_uint};
 use std::fmt;
 use std::mem::MaybeUninit;
+use std::os::fd::{FromRawFd, OwnedFd};
 use std::sync::Arc;
 
 use cudarc::driver::{CudaContext, CudaStream, result, sys};
 
 use super::device::During;
 use super::driver::{Address, DriverError};
-use super::moving::{CopyStream, DeviceId, IpcHandle, Mark, Mover};
+use super::moving::{AdapterAccess, CopyStream, DeviceId, IpcHandle, Mark, Mover};
 use crate::KvRegion;
 
 /// The device of a [`Device`](super::Device), and the stream that it computes on.
@@ -173,6 +174,61 @@ impl Mover for DeviceMover {
         // SAFETY: opened before, and whoever copied there has waited for the copies.
         let closed = unsafe { sys::cuIpcCloseMemHandle(start.0) };
         closed.result().during(|| "closing another process's device memory".into())
+    }
+
+    fn adapter_access(&self) -> Result<AdapterAccess, DriverError> {
+        use sys::CUdevice_attribute as Of;
+        let ask = |attribute| {
+            let asked = self.context.attribute(attribute);
+            asked.during(|| "asking what adapters may do with device memory".into())
+        };
+        // A device orders writes for whoever its scope has in it, and scopes are numbered from small to large.
+        let to_owner = sys::CUGPUDirectRDMAWritesOrdering::CU_GPU_DIRECT_RDMA_WRITES_ORDERING_OWNER as c_int;
+        let by_the_host = sys::CUflushGPUDirectRDMAWritesOptions::CU_FLUSH_GPU_DIRECT_RDMA_WRITES_OPTION_HOST as c_int;
+        Ok(AdapterAccess {
+            dma_buf: ask(Of::CU_DEVICE_ATTRIBUTE_DMA_BUF_SUPPORTED)? != 0,
+            by_address: ask(Of::CU_DEVICE_ATTRIBUTE_GPU_DIRECT_RDMA_SUPPORTED)? != 0,
+            ordered: ask(Of::CU_DEVICE_ATTRIBUTE_GPU_DIRECT_RDMA_WRITES_ORDERING)? >= to_owner,
+            flushes: ask(Of::CU_DEVICE_ATTRIBUTE_GPU_DIRECT_RDMA_FLUSH_WRITES_OPTIONS)? & by_the_host != 0,
+        })
+    }
+
+    fn open_to_adapters(&self, start: Address) -> Result<(), DriverError> {
+        self.bind()?;
+        let on: c_uint = 1;
+        let attribute = sys::CUpointer_attribute::CU_POINTER_ATTRIBUTE_SYNC_MEMOPS;
+        // SAFETY: the driver reads a number of this type, and checks the address.
+        let set = unsafe { sys::cuPointerSetAttribute((&raw const on).cast(), attribute, start.0) };
+        set.result().during(|| "preparing device memory for adapters".into())
+    }
+
+    fn dma_buf(&self, start: Address, bytes: usize) -> Result<OwnedFd, DriverError> {
+        self.bind()?;
+        let operation = || format!("exporting {bytes} bytes of device memory to adapters");
+        let (mut allocation, mut allocated) = (0, 0);
+        // SAFETY: the driver writes two numbers, and checks the address.
+        let found = unsafe { sys::cuMemGetAddressRange_v2(&raw mut allocation, &raw mut allocated, start.0) };
+        found.result().during(operation)?;
+        if start.0 + bytes as u64 > allocation + allocated as u64 {
+            let reason = "its allocation does not begin and end at the host's pages".into();
+            return Err(DriverError::Failed { operation: operation(), reason });
+        }
+        let kind = sys::CUmemRangeHandleType::CU_MEM_RANGE_HANDLE_TYPE_DMA_BUF_FD;
+        let mut file: c_int = -1;
+        // SAFETY: for this kind of handle the driver writes a file's number there; it checks the range.
+        let exported = unsafe { sys::cuMemGetHandleForAddressRange((&raw mut file).cast(), start.0, bytes, kind, 0) };
+        exported.result().during(operation)?;
+        // SAFETY: a file that the driver has opened for us alone.
+        Ok(unsafe { OwnedFd::from_raw_fd(file) })
+    }
+
+    fn flush(&self) -> Result<(), DriverError> {
+        self.bind()?;
+        let target = sys::CUflushGPUDirectRDMAWritesTarget::CU_FLUSH_GPU_DIRECT_RDMA_WRITES_TARGET_CURRENT_CTX;
+        let scope = sys::CUflushGPUDirectRDMAWritesScope::CU_FLUSH_GPU_DIRECT_RDMA_WRITES_TO_OWNER;
+        // SAFETY: it waits, and touches no memory of ours.
+        let flushed = unsafe { sys::cuFlushGPUDirectRDMAWrites(target, scope) };
+        flushed.result().during(|| "waiting for what adapters wrote to device memory".into())
     }
 }
 

@@ -1,6 +1,7 @@
 //! A device as those see it who move its pages: from other threads than the one that computes, and in other processes.
 
 use std::fmt;
+use std::os::fd::OwnedFd;
 use std::str::FromStr;
 
 use super::driver::{Address, DriverError};
@@ -41,6 +42,20 @@ impl fmt::Debug for IpcHandle {
         // It is as good as a key.
         f.write_str("IpcHandle(…)")
     }
+}
+
+/// What a device says of network adapters that read and write its memory by themselves (GPUDirect RDMA).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct AdapterAccess {
+    /// Its memory can be handed to their drivers as a file ([`Mover::dma_buf`]).
+    pub dma_buf: bool,
+    /// Its driver finds the memory behind an address for theirs, if the module for that is loaded (nvidia-peermem).
+    pub by_address: bool,
+    /// What the device is told to do sees whatever they had written when it was told. If not, that takes a
+    /// [`Mover::flush`].
+    pub ordered: bool,
+    /// There is such a flush.
+    pub flushes: bool,
 }
 
 /// A point in what a device computes.
@@ -85,6 +100,19 @@ pub trait Mover: fmt::Debug + Send + Sync {
 
     /// Closes what was opened: nothing of this process can write there any more.
     fn close(&self, start: Address) -> Result<(), DriverError>;
+
+    /// How network adapters may get at this device's memory.
+    fn adapter_access(&self) -> Result<AdapterAccess, DriverError>;
+
+    /// Prepares the allocation that starts here for adapters: what the host is told is over, there, is over for them too.
+    fn open_to_adapters(&self, start: Address) -> Result<(), DriverError>;
+
+    /// A file that stands for memory of one allocation, for adapters' drivers. Both numbers are whole pages of the host.
+    fn dma_buf(&self, start: Address, bytes: usize) -> Result<OwnedFd, DriverError>;
+
+    /// Returns when what adapters had written to this device's memory is there for whatever it is told to do next, and
+    /// can change nothing that is written there afterwards.
+    fn flush(&self) -> Result<(), DriverError>;
 }
 
 /// Copies that run in order, some time later, and in no order with what is computed.

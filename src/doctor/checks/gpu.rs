@@ -21,12 +21,33 @@ pub(in crate::doctor) fn gpus(facts: &GpuFacts) -> Vec<Finding> {
                 .remedy("`make cuda` builds one that computes on GPUs"),
         },
     ];
-    let seen = match facts.peermem {
-        true => "nvidia_peermem is loaded; nothing uses it yet",
-        false => "nvidia_peermem is not loaded; nothing would use it yet",
-    };
-    findings.push(found("peer memory", Level::Note, seen.to_owned()));
+    findings.push(peer_memory(facts));
     findings
+}
+
+/// Whether adapters could reach GPU memory. What a worker has found to work, its log and its card say.
+fn peer_memory(facts: &GpuFacts) -> Finding {
+    let no_dma_buf = match (facts.has_open_modules(), facts.verbs_dma_buf) {
+        (true, true) => None,
+        (true, false) => Some("libibverbs is missing, or too old for dma-buf"),
+        (false, _) => Some("dma-buf takes NVIDIA's open kernel modules"),
+    };
+    let found = |level, seen: String| Finding::new(Area::Gpu, "peer memory", level, seen);
+    let reached = |by: &str| {
+        let level = if facts.used { Level::Ok } else { Level::Note };
+        found(level, format!("adapters may reach GPU memory by {by}"))
+    };
+    match (no_dma_buf, facts.peermem) {
+        (None, true) => reached("dma-buf, or else by nvidia_peermem"),
+        (None, false) => reached("dma-buf; nvidia_peermem is not loaded"),
+        (Some(reason), true) => reached(&format!("nvidia_peermem; {reason}")),
+        (Some(reason), false) => {
+            let seen = format!("over RDMA pages are staged in host memory: {reason}, and nvidia_peermem is not loaded");
+            let level = if facts.used && facts.adapters { Level::Warning } else { Level::Note };
+            found(level, seen)
+                .remedy("modprobe nvidia_peermem, which comes with the driver, or install its open kernel modules")
+        }
+    }
 }
 
 #[cfg(test)]
@@ -44,5 +65,37 @@ mod tests {
         assert!(findings.iter().all(|finding| finding.level == Level::Note));
         let findings = gpus(&GpuFacts { used: true, ..facts });
         assert!(findings.iter().any(|finding| finding.level == Level::Ok && finding.seen.contains("--device cuda")));
+    }
+
+    #[test]
+    fn what_keeps_adapters_from_gpu_memory_is_said_with_what_to_do_about_it() {
+        let open = "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.95.05";
+        let closed = "NVRM version: NVIDIA UNIX x86_64 Kernel Module  580.95.05";
+        let facts = |driver: &str, verbs_dma_buf, peermem| GpuFacts {
+            driver: Some(driver.into()),
+            used: true,
+            adapters: true,
+            verbs_dma_buf,
+            peermem,
+            ..GpuFacts::default()
+        };
+        for (driver, verbs, peermem, by) in [
+            (open, true, true, "by dma-buf, or"),
+            (open, true, false, "by dma-buf;"),
+            (closed, true, true, "by nvidia_peermem; dma-buf takes"),
+            (open, false, true, "by nvidia_peermem; libibverbs"),
+        ] {
+            let finding = peer_memory(&facts(driver, verbs, peermem));
+            assert!(finding.level == Level::Ok && finding.seen.contains(by), "{finding:?}");
+        }
+        for (driver, verbs) in [(closed, true), (open, false), (closed, false)] {
+            let finding = peer_memory(&facts(driver, verbs, false));
+            assert!(finding.level == Level::Warning && finding.seen.contains("are staged"), "{finding:?}");
+            assert!(finding.remedy.is_some_and(|remedy| remedy.contains("modprobe")));
+        }
+        let alone = peer_memory(&GpuFacts { adapters: false, ..facts(closed, true, false) });
+        assert_eq!(alone.level, Level::Note, "there is no adapter that wants to");
+        let idle = peer_memory(&GpuFacts { used: false, ..facts(closed, true, true) });
+        assert_eq!(idle.level, Level::Note, "this build has no use for it");
     }
 }

@@ -4,6 +4,7 @@ use std::fs;
 use std::path::Path;
 
 use super::text;
+use crate::transfer::rdma;
 
 /// See the module.
 #[derive(Debug, Clone, Default)]
@@ -16,8 +17,12 @@ pub(in crate::doctor) struct GpuFacts {
     pub(in crate::doctor) device_files: Vec<String>,
     /// Whether this build can compute on GPUs.
     pub(in crate::doctor) used: bool,
-    /// The module by which adapters reach GPU memory without dma-buf.
+    /// The module by which adapters find GPU memory by its address.
     pub(in crate::doctor) peermem: bool,
+    /// Whether the verbs library is one that registers GPU memory by dma-buf.
+    pub(in crate::doctor) verbs_dma_buf: bool,
+    /// Whether there is an adapter that could reach GPU memory.
+    pub(in crate::doctor) adapters: bool,
 }
 
 impl GpuFacts {
@@ -33,7 +38,14 @@ impl GpuFacts {
             .collect();
         device_files.sort();
         let peermem = Path::new("/sys/module/nvidia_peermem").exists();
-        Self { driver, gpus, device_files, used: cfg!(feature = "cuda"), peermem }
+        let verbs_dma_buf = rdma::registers_dma_buf();
+        let adapters = rdma::devices(Path::new(rdma::SYSFS_CLASS)).is_ok_and(|devices| !devices.is_empty());
+        Self { driver, gpus, device_files, used: cfg!(feature = "cuda"), peermem, verbs_dma_buf, adapters }
+    }
+
+    /// Whether the driver's kernel modules are the open ones, which alone make dma-bufs of GPU memory.
+    pub(in crate::doctor) fn has_open_modules(&self) -> bool {
+        self.driver.as_deref().is_some_and(|driver| driver.contains("Open Kernel Module"))
     }
 }
 

@@ -42,7 +42,7 @@ pub struct ConnectorConfig {
     pub cuda_ipc: bool,
     /// Whether memory is shared with workers of the same host.
     pub shm: bool,
-    /// The pages in host memory ([`LocalPages::host`]), registered for adapters to read.
+    /// The pages, registered for adapters to read: where they are, or in host memory ([`LocalPages::host`]).
     pub rdma: Option<Source>,
     /// Whether pages may go over TCP where there is nothing better.
     pub tcp: bool,
@@ -73,18 +73,22 @@ struct DeviceSide {
     orders: Sender<Order>,
     /// To the stager.
     tasks: Sender<Task>,
+    /// To its like that leaves pages where they are, if adapters read them there.
+    tasks_in_place: Option<Sender<Task>>,
 }
 
 impl Connector {
     /// What pages are read from. Starts the copying threads.
     pub fn new(config: ConnectorConfig, pages: impl Into<LocalPages>) -> io::Result<Self> {
         let pages = pages.into();
+        let in_place = config.rdma.as_ref().is_some_and(|source| source.reached().is_some());
         let device = match &pages {
             LocalPages::Host(_) => None,
             LocalPages::Device(ring) => Some(DeviceSide {
                 pages: ring.pages.clone(),
                 orders: copier::start()?,
                 tasks: stager::start(ring.clone())?,
+                tasks_in_place: in_place.then(stager::start_in_place).transpose()?,
             }),
         };
         let (region, orders, host) = (pages.host().clone(), copier::start()?, host_identity()?);
@@ -179,7 +183,9 @@ impl Connector {
         let (welcome, _) = handshake::connect(&socket, &self.shared.config.token, &hello).await?;
         let offers = welcome.rdma.clone();
         let lanes = blocking(move || opening.connect(&offers)).await?;
-        let mut poster = Poster::new(lanes, self.shared.region.shape(), self.remote_shape(&welcome));
+        let in_place = self.shared.device.as_ref().filter(|device| device.tasks_in_place.is_some());
+        let local = in_place.map_or(self.shared.region.shape(), |device| device.pages.shape());
+        let mut poster = Poster::new(lanes, local, self.remote_shape(&welcome));
         if let Err(error) = poster.prove().await {
             drop(tokio::task::spawn_blocking(move || poster.close()));
             return Err(RdmaError::Unreachable(error).into());
@@ -309,7 +315,8 @@ impl Connector {
         let source = match (&way, device) {
             (_, None) => PageSource::Host,
             (Way::Device(_), Some(device)) => PageSource::Device(device.pages.clone()),
-            (_, Some(device)) => PageSource::Staged(device.pages.clone(), device.tasks.clone()),
+            (Way::Rdma(_), Some(DeviceSide { pages, tasks_in_place: Some(tasks), .. }))
+            | (_, Some(DeviceSide { pages, tasks, .. })) => PageSource::Awaited(pages.clone(), tasks.clone()),
         };
         let (transport, path) = match way {
             Way::Device(memory) => {

@@ -26,8 +26,9 @@ type Marks = [u64; LANES_MAX];
 /// sent while what was posted before may still be under way. Requests of a queue pair are complete in order, but a
 /// network that takes packets by several ways, and an adapter that places them as they come, may have the memory of a
 /// later write change before that of an earlier one. So a loan's word waits until everything before it is acknowledged,
-/// after which one adapter's writes keep their order; and where another path is taken, through a second adapter or the
-/// session's connection, until it was read back from the peer's memory as well.
+/// after which one adapter's writes to one memory keep their order; and where another path is taken, through a second
+/// adapter, to the memory of another device or through the session's connection, until it was read back from the memory
+/// that it was written to as well.
 pub(super) struct Poster<L> {
     // Dropped first: nothing is read from our pages any more when those who wait hear that the session has ended.
     lanes: Vec<L>,
@@ -211,8 +212,10 @@ impl<L: Lane> Poster<L> {
                     Then::Answer(reply, Ok(()))
                 }
                 Operation::Complete(loan, word, reply) => {
-                    // Over several lanes, the word's does not keep the order of the others.
-                    if !self.arrived(self.lanes.len() > 1) {
+                    // Over several lanes, the word's does not keep the order of the others; nor does a way to one
+                    // device's memory that of the way to another's.
+                    let apart = self.lanes.len() > 1 || self.lanes[0].is_apart();
+                    if !self.arrived(apart) {
                         self.queue.push_front(Operation::Complete(loan, word, reply));
                         break;
                     }

@@ -1,9 +1,11 @@
-//! The thread that brings a device's pages to host memory, from where sessions that cannot read a device send them.
+//! The threads that hand a device's pages to sessions which do not know when a device has computed them. There is one
+//! for sessions whose adapters read the device themselves, and one that brings pages to host memory, from where the
+//! other sessions send them.
 //!
-//! It does what it is told in order, so a loan's word is handed to the session behind its pages. It waits: for what
-//! computes the pages, for copies, and for room in the ring, which comes back as sessions are done with pages. A peer
-//! that takes none for a while thus holds up the others' pages, until its session is closed for want of a sign of life;
-//! their messages go past it.
+//! Each does what it is told in order, so a loan's word is handed to the session behind its pages. It waits for what
+//! computes the pages; the one that stages also for copies, and for room in the ring, which comes back as sessions are
+//! done with pages. A peer that takes none for a while thus holds up the others' pages, until its session is closed for
+//! want of a sign of life; their messages go past it.
 
 use std::collections::HashMap;
 use std::io;
@@ -27,28 +29,42 @@ pub(super) type Ready = Result<Box<dyn Mark>, DriverError>;
 
 /// Something to do for a session.
 pub(super) enum Task {
-    /// Stage pages, then have them written. In the order of layers and then of the peer's pages.
+    /// When they are computed, stage pages if need be, and have them written. In the order of layers and then of the peer's pages.
     Write { session: Arc<Inner>, loan: Loan, copies: Vec<PageCopy>, ready: Ready, reply: Reply },
     /// Have a loan's last word posted, after its pages.
     Complete { session: Arc<Inner>, loan: Loan, word: MailboxWord, reply: Reply },
 }
 
-/// Starts the thread; it ends when nobody can send it tasks any more.
+/// Starts the thread that stages; it ends when nobody can send it tasks any more.
 pub(super) fn start(ring: StagingRing) -> io::Result<Sender<Task>> {
     let copies = ring.pages.copies().map_err(io::Error::other)?;
-    let (tasks, queue) = mpsc::channel();
     let room = Arc::new(Room::new(ring.region.shape()));
-    let stager = Stager { ring, copies, room, failed: HashMap::new() };
-    thread::Builder::new().name("engine-stager".into()).spawn(move || stager.run(&queue))?;
+    spawn("engine-stager", Some(Staging { ring, copies, room }))
+}
+
+/// The same of the thread that leaves pages where they are.
+pub(super) fn start_in_place() -> io::Result<Sender<Task>> {
+    spawn("engine-waiter", None)
+}
+
+fn spawn(name: &str, staging: Option<Staging>) -> io::Result<Sender<Task>> {
+    let (tasks, queue) = mpsc::channel();
+    let stager = Stager { staging, failed: HashMap::new() };
+    thread::Builder::new().name(name.into()).spawn(move || stager.run(&queue))?;
     Ok(tasks)
 }
 
 struct Stager {
+    /// Where pages are brought before they are handed over, unless they stay where they are.
+    staging: Option<Staging>,
+    /// Each slot's last loan of which a page could not be handed over: nothing more is done under it.
+    failed: HashMap<(SessionId, Slot), Epoch>,
+}
+
+struct Staging {
     ring: StagingRing,
     copies: PageCopies,
     room: Arc<Room>,
-    /// Each slot's last loan of which a page could not be staged: nothing more is done under it.
-    failed: HashMap<(SessionId, Slot), Epoch>,
 }
 
 impl Stager {
@@ -59,7 +75,7 @@ impl Stager {
                     let gather = Arc::new(Gather::new(reply));
                     let staged = match self.has_failed(&session, loan) {
                         true => Err(WriteError::Device),
-                        false => self.write(&session, loan, &copies, ready, &gather),
+                        false => self.write(&session, loan, copies, ready, &gather),
                     };
                     if staged == Err(WriteError::Device) {
                         self.failed.insert((session.session, loan.0), loan.1);
@@ -74,20 +90,38 @@ impl Stager {
         }
     }
 
+    /// Hands pages over when they are computed.
+    fn write(
+        &self,
+        session: &Arc<Inner>,
+        loan: Loan,
+        copies: Vec<PageCopy>,
+        ready: Ready,
+        gather: &Arc<Gather>,
+    ) -> Result<(), WriteError> {
+        ready.and_then(|mark| mark.wait()).map_err(|error| failed(&error))?;
+        if let Some(staging) = &self.staging {
+            return staging.write(session, loan, &copies, gather);
+        }
+        let runs = coalesce(copies, session.local, session.remote)?;
+        session.submit(Work::Write(loan, runs, None, gather.part()));
+        Ok(())
+    }
+
     fn has_failed(&self, session: &Inner, (slot, epoch): Loan) -> bool {
         self.failed.get(&(session.session, slot)) == Some(&epoch)
     }
+}
 
+impl Staging {
     /// Stages pages, as many at a time as there is room for, and hands them to the session.
     fn write(
         &self,
         session: &Arc<Inner>,
         loan: Loan,
         mut copies: &[PageCopy],
-        ready: Ready,
         gather: &Arc<Gather>,
     ) -> Result<(), WriteError> {
-        ready.and_then(|mark| mark.wait()).map_err(|error| failed(&error))?;
         while !copies.is_empty() {
             if session.commands.is_closed() {
                 return Err(WriteError::Closed);
@@ -110,11 +144,10 @@ impl Stager {
             for (piece, staged) in pieces {
                 let copy = |(copy, local): (&PageCopy, u32)| PageCopy { local, ..*copy };
                 let copies = staged.iter().zip(piece.first as u32..).map(copy).collect();
-                gather.one_more();
-                let gather = gather.clone();
+                let part = gather.part();
                 let reply = Reply::new(move |result| {
                     drop(piece);
-                    gather.part_done(result);
+                    part.send(result);
                 });
                 match coalesce(copies, self.ring.region.shape(), session.remote) {
                     Ok(runs) => session.submit(Work::Write(loan, runs, None, reply)),
@@ -226,8 +259,11 @@ impl Gather {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn one_more(&self) {
+    /// One more part: what is to be told how it went.
+    fn part(self: &Arc<Self>) -> Reply {
         self.gathered().parts += 1;
+        let gather = self.clone();
+        Reply::new(move |result| gather.part_done(result))
     }
 
     fn part_done(&self, result: Result<(), WriteError>) {
@@ -279,9 +315,8 @@ mod tests {
     #[test]
     fn a_write_is_answered_once_with_its_first_failure() {
         let (sender, answers) = mpsc::channel();
-        let gather = Gather::new(Reply::new(move |result| sender.send(result).unwrap()));
-        gather.one_more();
-        gather.part_done(Err(WriteError::Revoked));
+        let gather = Arc::new(Gather::new(Reply::new(move |result| sender.send(result).unwrap())));
+        gather.part().send(Err(WriteError::Revoked));
         assert!(answers.try_recv().is_err());
         gather.part_done(Err(WriteError::Closed));
         assert_eq!(answers.try_iter().collect::<Vec<_>>(), [Err(WriteError::Revoked)]);

@@ -41,8 +41,9 @@ pub(super) enum PageSource {
     Host,
     /// In device memory, which the copier reads.
     Device(DeviceRegion),
-    /// In device memory, from which the stager brings them to host memory.
-    Staged(DeviceRegion, Sender<Task>),
+    /// In device memory, from which a thread hands them over when they are computed: staged in host memory, or where they
+    /// are.
+    Awaited(DeviceRegion, Sender<Task>),
 }
 
 impl Writer {
@@ -74,12 +75,12 @@ impl Writer {
         let Inner { local, remote, source, metrics, .. } = &*self.inner;
         let (loan, bytes) = ((slot, epoch), copies.len() * local.page_bytes);
         let counted = |reply: Reply| reply.counted(bytes, self.transport(), metrics);
-        if let PageSource::Staged(pages, _) = source {
+        if let PageSource::Awaited(pages, _) = source {
             return match in_order(copies, *local, *remote) {
                 Ok(copies) if copies.is_empty() => reply.send(Ok(())),
                 Ok(copies) => {
                     let (session, ready, reply) = (self.inner.clone(), pages.mark(), counted(reply));
-                    self.stage(Task::Write { session, loan, copies, ready, reply });
+                    self.task(Task::Write { session, loan, copies, ready, reply });
                 }
                 Err(error) => reply.send(Err(error)),
             };
@@ -89,7 +90,7 @@ impl Writer {
             Ok(runs) => {
                 let ready = match source {
                     PageSource::Device(pages) => Some(pages.mark()),
-                    PageSource::Host | PageSource::Staged(..) => None,
+                    PageSource::Host | PageSource::Awaited(..) => None,
                 };
                 self.inner.submit(Work::Write(loan, runs, ready, counted(reply)));
             }
@@ -112,14 +113,14 @@ impl Writer {
         }
         let loan = (slot, epoch);
         match &self.inner.source {
-            // Behind the pages that it has yet to stage; and it knows of those that could not be.
-            PageSource::Staged(..) => self.stage(Task::Complete { session: self.inner.clone(), loan, word, reply }),
+            // Behind the pages that it has yet to hand over; and it knows of those that could not be.
+            PageSource::Awaited(..) => self.task(Task::Complete { session: self.inner.clone(), loan, word, reply }),
             PageSource::Host | PageSource::Device(_) => self.inner.submit(Work::Complete(loan, word, reply)),
         }
     }
 
-    /// Sends a message, after everything written before but for pages in device memory that are yet to be staged: who
-    /// says of a loan that nothing more is written under it waits for the answers of its writes. (Signs of life do not
+    /// Sends a message, after everything written before but for pages in device memory that are yet to be computed or
+    /// staged: who says of a loan that nothing more is written under it waits for the answers of its writes. (Signs of life do not
     /// wait for others' pages.) False if it is larger than the decode worker takes, or the session has ended.
     pub fn send(&self, message: Bytes) -> bool {
         if message.len() > self.inner.message_bytes_max || self.inner.commands.is_closed() {
@@ -138,9 +139,9 @@ impl Writer {
         }
     }
 
-    fn stage(&self, task: Task) {
-        if let PageSource::Staged(_, tasks) = &self.inner.source {
-            // The stager ends only when nobody is left who could send to it.
+    fn task(&self, task: Task) {
+        if let PageSource::Awaited(_, tasks) = &self.inner.source {
+            // The thread ends only when nobody is left who could send to it.
             let _ = tasks.send(task);
         }
     }

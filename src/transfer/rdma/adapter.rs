@@ -10,7 +10,6 @@ use ibverbs_sys as sys;
 use super::library::{Verbs, verbs};
 use super::queue_pair::QueuePair;
 use super::{Choice, RdmaError, SYSFS_CLASS, Wish, choose, devices};
-use crate::transfer::Region;
 
 /// A port of an adapter that is open: its context, and the one protection domain for everything this process does
 /// there.
@@ -136,82 +135,5 @@ fn open_context(verbs: &Verbs, name: &str) -> Result<NonNull<sys::ibv_context>, 
             let failed = |source| RdmaError::Device { device: name.to_owned(), action: "be opened", source };
             opened.map_err(failed)
         }
-    }
-}
-
-/// Memory that an adapter may read, and its peers write if that was allowed. It stays locked and registered until the
-/// value is dropped.
-pub(super) struct Registered {
-    key: NonNull<sys::ibv_mr>,
-    region: Region,
-    pub(super) adapter: Arc<Adapter>,
-}
-
-// SAFETY: a registration may be used from any thread at the same time, as verbs promises.
-unsafe impl Send for Registered {}
-// SAFETY: as above.
-unsafe impl Sync for Registered {}
-
-/// What may be done with registered memory.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Access {
-    /// This process's own adapter alone reads and writes it.
-    Own,
-    /// Peers write it.
-    Written,
-    /// Peers write it and read it.
-    WrittenAndRead,
-}
-
-impl Registered {
-    /// Registers all of `region`.
-    pub(super) fn new(adapter: &Arc<Adapter>, region: &Region, access: Access) -> Result<Self, RdmaError> {
-        let flags = match access {
-            // Writing too where only reading is wanted: pages that nobody has touched yet would otherwise be registered
-            // as the zeroes they read as, by kernels that do not look ahead.
-            Access::Own => sys::ibv_access_flags::IBV_ACCESS_LOCAL_WRITE.0,
-            // No relaxed ordering: the word behind the pages must not overtake them on its way through PCIe.
-            Access::Written => {
-                sys::ibv_access_flags::IBV_ACCESS_LOCAL_WRITE.0 | sys::ibv_access_flags::IBV_ACCESS_REMOTE_WRITE.0
-            }
-            Access::WrittenAndRead => {
-                sys::ibv_access_flags::IBV_ACCESS_LOCAL_WRITE.0
-                    | sys::ibv_access_flags::IBV_ACCESS_REMOTE_WRITE.0
-                    | sys::ibv_access_flags::IBV_ACCESS_REMOTE_READ.0
-            }
-        };
-        let bytes = region.shape().total_bytes();
-        // SAFETY: the region is mapped as long as `self` keeps it, which is longer than it is registered.
-        let key =
-            unsafe { (adapter.verbs.reg_mr)(adapter.domain.as_ptr(), region.base().cast(), bytes, flags as c_int) };
-        let Some(key) = NonNull::new(key) else {
-            let (device, source) = (adapter.choice.device.clone(), io::Error::last_os_error());
-            return Err(RdmaError::Register { device, bytes, source });
-        };
-        Ok(Self { key, region: region.clone(), adapter: adapter.clone() })
-    }
-
-    /// Names it in requests to its own adapter.
-    pub(super) fn local_key(&self) -> u32 {
-        // SAFETY: registered until `self` is dropped; the fields never change.
-        unsafe { self.key.as_ref() }.lkey
-    }
-
-    /// Names it in requests of peers.
-    pub(super) fn remote_key(&self) -> u32 {
-        // SAFETY: as above.
-        unsafe { self.key.as_ref() }.rkey
-    }
-
-    /// Where it starts.
-    pub(super) fn address(&self) -> u64 {
-        self.region.base() as u64
-    }
-}
-
-impl Drop for Registered {
-    fn drop(&mut self) {
-        // SAFETY: registered once, given back once. A peer's write that comes later is refused by the adapter.
-        unsafe { (self.adapter.verbs.dereg_mr)(self.key.as_ptr()) };
     }
 }

@@ -25,7 +25,7 @@ const SLOTS: u32 = 4;
 const UNTOUCHED: u8 = 0xee;
 
 /// Under their IPv4 addresses, which come second; the first one that a loopback interface has leads nowhere.
-fn adapters(devices: &[&str]) -> Adapters {
+pub(super) fn adapters(devices: &[&str]) -> Adapters {
     Adapters::open(&Wish { devices: devices.iter().map(ToString::to_string).collect(), gid_index: Some(1) }).unwrap()
 }
 

@@ -1,6 +1,8 @@
 use std::io;
 
-use super::ChooseError;
+use engine_kernels::cuda::DriverError;
+
+use super::{ChooseError, Registration};
 
 /// Why RDMA cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -49,6 +51,19 @@ pub enum RdmaError {
         /// What the driver said.
         source: io::Error,
     },
+    /// Device memory could not be registered.
+    #[error("RDMA device {device} takes no device memory by {by}: {source}")]
+    RegisterDevice {
+        /// The RDMA device.
+        device: String,
+        /// How it was tried.
+        by: Registration,
+        /// What the driver said.
+        source: io::Error,
+    },
+    /// The device's driver would not do something.
+    #[error(transparent)]
+    Cuda(#[from] DriverError),
     /// More adapters than a session can be striped over.
     #[error("--rdma-device names more than {most} ports; a session uses at most as many")]
     TooMany {

@@ -28,6 +28,9 @@ const PIECES_MAX: usize = 8;
 /// One connection of a session, as whoever writes sees it: requests are added to a chain, the chain is posted, and
 /// what is posted is complete at some time, in order. Numbers count requests from the first one added.
 pub(in super::super) trait Lane {
+    /// Whether a word goes to the memory of another device than pages do, and so by another way.
+    fn is_apart(&self) -> bool;
+
     /// Requests that can be added.
     fn room(&self) -> usize;
 
@@ -40,8 +43,9 @@ pub(in super::super) trait Lane {
     /// Adds the write of a mailbox word.
     fn word(&mut self, slot: Slot, word: MailboxWord);
 
-    /// Adds a read of the peer's memory, for when all before it is complete. When it is complete too, what was written
-    /// is not only accepted by the peer's adapter but in its memory, since the answer had to follow it through PCIe.
+    /// Adds a read of the memory that the peer has its pages in, for when all before it is complete. When it is complete
+    /// too, what was written is not only accepted by the peer's adapter but in that memory, since the answer had to follow
+    /// it through PCIe.
     fn read_back(&mut self);
 
     /// Adds a write and a read of what fills the largest packet, both of memory that is there for this.
@@ -120,6 +124,10 @@ impl RdmaLane {
 }
 
 impl Lane for RdmaLane {
+    fn is_apart(&self) -> bool {
+        self.offer.apart
+    }
+
     fn room(&self) -> usize {
         let under_way = (self.added - self.completed) as usize;
         (CHAIN_MAX - self.chain.len()).min(self.depth - under_way)

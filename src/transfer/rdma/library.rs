@@ -15,6 +15,11 @@ use super::RdmaError;
 /// rdma-core's, on every distribution.
 const SONAME: &str = "libibverbs.so.1";
 
+/// The arguments: where in the file the memory starts, how much it is, which address stands for its start in requests,
+/// the file, and what may be done with it.
+pub(super) type RegisterDmaBuf =
+    unsafe extern "C" fn(*mut sys::ibv_pd, u64, usize, u64, c_int, c_int) -> *mut sys::ibv_mr;
+
 /// The functions used of it.
 pub(super) struct Verbs {
     pub(super) get_device_list: unsafe extern "C" fn(*mut c_int) -> *mut *mut sys::ibv_device,
@@ -28,6 +33,8 @@ pub(super) struct Verbs {
     pub(super) alloc_pd: unsafe extern "C" fn(*mut sys::ibv_context) -> *mut sys::ibv_pd,
     pub(super) dealloc_pd: unsafe extern "C" fn(*mut sys::ibv_pd) -> c_int,
     pub(super) reg_mr: unsafe extern "C" fn(*mut sys::ibv_pd, *mut c_void, usize, c_int) -> *mut sys::ibv_mr,
+    /// Libraries from before 2021 lack it.
+    pub(super) reg_dmabuf_mr: Option<RegisterDmaBuf>,
     pub(super) dereg_mr: unsafe extern "C" fn(*mut sys::ibv_mr) -> c_int,
     pub(super) create_comp_channel: unsafe extern "C" fn(*mut sys::ibv_context) -> *mut sys::ibv_comp_channel,
     pub(super) destroy_comp_channel: unsafe extern "C" fn(*mut sys::ibv_comp_channel) -> c_int,
@@ -66,7 +73,10 @@ fn load() -> Result<Verbs, libloading::Error> {
             *unsafe { library.get(concat!("ibv_", $name, "\0").as_bytes()) }?
         };
     }
+    // SAFETY: as above.
+    let reg_dmabuf_mr = unsafe { library.get::<RegisterDmaBuf>(b"ibv_reg_dmabuf_mr\0") }.ok().map(|function| *function);
     Ok(Verbs {
+        reg_dmabuf_mr,
         get_device_list: function!("get_device_list"),
         free_device_list: function!("free_device_list"),
         get_device_name: function!("get_device_name"),

@@ -1,21 +1,27 @@
 //! Moving pages between hosts by RDMA write: the prefill worker's adapter reads its pages, and the decode worker's puts
 //! them where they belong, with no processor in between.
 //!
-//! `devices` and `choose` say which port to use, and take no library. `library`, `adapter`, `completions` and
-//! `queue_pair` are the little of verbs that is needed, each a safe wrapper that gives back what it holds; [`Source`]
-//! and [`Target`] are registered KV memory of a prefill and a decode worker, and what a session is made of on either
-//! side. `requests` cuts pages into requests, and `lane` posts them.
+//! `devices` and `choose` say which port to use, and take no library. `library`, `adapter`, `registered`,
+//! `completions` and `queue_pair` are the little of verbs that is needed, each a safe wrapper that gives back what it
+//! holds; [`Source`] and [`Target`] are registered KV memory of a prefill and a decode worker, and what a session is made
+//! of on either side; `reach` says whether that can be a device's memory, `echo` reads it back. `requests` cuts pages into requests, and `lane`
+//! posts them.
 
 mod adapter;
 mod choose;
 mod completions;
 #[cfg(test)]
+mod device_memory_tests;
+#[cfg(test)]
 mod device_tests;
 mod devices;
+mod echo;
 mod error;
 mod lane;
 mod library;
 mod queue_pair;
+mod reach;
+mod registered;
 mod requests;
 mod source;
 mod target;
@@ -29,6 +35,7 @@ pub use devices::{Device, Gid, GidKind, Link, Port, PortState, SYSFS_CLASS, devi
 pub use error::RdmaError;
 pub(super) use lane::{Lane, RdmaLane};
 pub(super) use queue_pair::Endpoint;
+pub use reach::{Reached, Registration, Unreached};
 pub(super) use requests::{Piece, Requests};
 pub use source::Source;
 pub use target::Target;
@@ -61,6 +68,11 @@ impl Adapters {
 /// Whether libibverbs can be loaded.
 pub fn library() -> Result<(), RdmaError> {
     library::verbs().map(|_| ())
+}
+
+/// Whether it can be, and is new enough to register memory by a file that stands for it.
+pub fn registers_dma_buf() -> bool {
+    library::verbs().is_ok_and(|verbs| verbs.reg_dmabuf_mr.is_some())
 }
 
 /// A port that a decode worker can be reached through: part of its card.

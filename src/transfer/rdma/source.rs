@@ -1,10 +1,13 @@
 use std::sync::Arc;
 
-use super::adapter::{Access, Registered};
+use engine_kernels::DeviceRegion;
+
 use super::lane::{RdmaLane, queue_size};
 use super::queue_pair::{Endpoint, Peers, QueuePair};
+use super::reach::{OnDevice, Use, reach};
+use super::registered::{Access, Registered};
 use super::target::Offer;
-use super::{Adapters, Link, RdmaError};
+use super::{Adapters, Link, RdmaError, Reached, Unreached};
 use crate::transfer::{Region, RegionShape};
 
 /// Memory that holds nothing: what adapters write and read to see whether the other is there. As large as the largest
@@ -15,17 +18,20 @@ pub(super) const SCRATCH: RegionShape = RegionShape { layers: 1, pages: 1, page_
 #[derive(Clone)]
 pub struct Source {
     lanes: Arc<[Arc<SourceLane>]>,
+    /// If it is in a device's memory, which all adapters reach.
+    reached: Option<Reached>,
 }
 
 /// What there is of it for each adapter.
 pub(super) struct SourceLane {
     pub(super) region: Registered,
+    /// In memory of the same kind.
     pub(super) scratch: Registered,
 }
 
 impl std::fmt::Debug for Source {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Source").field("lanes", &self.lanes.len()).finish()
+        f.debug_struct("Source").field("lanes", &self.lanes.len()).field("reached", &self.reached).finish()
     }
 }
 
@@ -40,7 +46,20 @@ impl Source {
                 scratch: Registered::new(adapter, &scratch, Access::Own)?,
             }))
         };
-        Ok(Self { lanes: adapters.0.iter().map(lane).collect::<Result<_, RdmaError>>()? })
+        Ok(Self { lanes: adapters.0.iter().map(lane).collect::<Result<_, RdmaError>>()?, reached: None })
+    }
+
+    /// The same of pages in device memory, which the adapters read there, and how. An error if one of them does not reach
+    /// it, or the device's driver has something against it.
+    pub fn on_device(adapters: &Adapters, pages: &DeviceRegion) -> Result<(Self, Reached), Unreached> {
+        let (lanes, reached) = reach(adapters, pages, Use::Read)?;
+        let lane = |OnDevice { pages, spare }| Arc::new(SourceLane { region: pages, scratch: spare });
+        Ok((Self { lanes: lanes.into_iter().map(lane).collect(), reached: Some(reached) }, reached))
+    }
+
+    /// How adapters reach the pages, if they are in device memory.
+    pub fn reached(&self) -> Option<Reached> {
+        self.reached
     }
 
     /// What its ports are plugged into, which has to be the same at the other end.

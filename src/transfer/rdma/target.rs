@@ -1,12 +1,15 @@
 use std::sync::Arc;
 
+use engine_kernels::DeviceRegion;
 use serde::{Deserialize, Serialize};
 
-use super::adapter::{Access, Registered};
+use super::echo::Echo;
 use super::queue_pair::{Endpoint, Peers, QueuePair};
+use super::reach::{OnDevice, Use, reach};
+use super::registered::{Access, Registered};
 use super::source::SCRATCH;
-use super::{Adapters, RdmaError, RdmaPort};
-use crate::transfer::{Mailbox, Region};
+use super::{Adapters, RdmaError, RdmaPort, Reached, Unreached};
+use crate::transfer::{Mailbox, Region, RegionShape};
 
 /// A decode worker's KV memory and mailbox, registered for prefill workers to write to. Clones are the same.
 ///
@@ -15,13 +18,19 @@ use crate::transfer::{Mailbox, Region};
 #[derive(Clone)]
 pub struct Target {
     lanes: Arc<[TargetLane]>,
+    shape: RegionShape,
+    /// The KV memory is a device's, and the mailbox is not.
+    apart: bool,
 }
 
 /// What there is of it for each adapter.
 struct TargetLane {
     region: Registered,
     mailbox: Registered,
+    /// In memory of the same kind as the region: a read there follows what was written to pages.
     scratch: Registered,
+    /// If the region is a device's.
+    echo: Option<Echo>,
 }
 
 /// One adapter's part of a session, as the prefill worker has to know it.
@@ -34,11 +43,13 @@ pub(in super::super) struct Offer {
     pub(super) mailbox_key: u32,
     pub(super) scratch_address: u64,
     pub(super) scratch_key: u32,
+    /// Pages and mailbox are in the memory of different devices, to which writes take different ways.
+    pub(super) apart: bool,
 }
 
 impl std::fmt::Debug for Target {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Target").field("lanes", &self.lanes.len()).finish()
+        f.debug_struct("Target").field("lanes", &self.lanes.len()).field("apart", &self.apart).finish()
     }
 }
 
@@ -52,9 +63,33 @@ impl Target {
                 region: Registered::new(adapter, region, Access::Written)?,
                 mailbox: Registered::new(adapter, mailbox.region(), Access::Written)?,
                 scratch: Registered::new(adapter, &scratch, Access::WrittenAndRead)?,
+                echo: None,
             })
         };
-        Ok(Self { lanes: adapters.0.iter().map(lane).collect::<Result<_, RdmaError>>()? })
+        let lanes = adapters.0.iter().map(lane).collect::<Result<_, RdmaError>>()?;
+        Ok(Self { lanes, shape: region.shape(), apart: false })
+    }
+
+    /// The same of pages in device memory, to which the adapters write there, and how. The mailbox stays in host memory. An
+    /// error if an adapter does not reach the device's memory, or its driver has something against it.
+    pub fn on_device(
+        adapters: &Adapters,
+        pages: &DeviceRegion,
+        mailbox: &Mailbox,
+    ) -> Result<(Self, Reached), Unreached> {
+        let (lanes, reached) = reach(adapters, pages, Use::Written)?;
+        let lane = |OnDevice { pages, spare }: OnDevice| {
+            let mailbox = Registered::new(&pages.adapter, mailbox.region(), Access::Written)?;
+            let echo = Some(Echo::new(&spare)?);
+            Ok(TargetLane { region: pages, mailbox, scratch: spare, echo })
+        };
+        let lanes = lanes.into_iter().map(lane).collect::<Result<_, RdmaError>>()?;
+        Ok((Self { lanes, shape: pages.shape(), apart: true }, reached))
+    }
+
+    /// Of the KV memory.
+    pub(in super::super) fn shape(&self) -> RegionShape {
+        self.shape
     }
 
     /// The ports it can be reached through.
@@ -68,7 +103,7 @@ impl Target {
         if peers.is_empty() || peers.len() > self.lanes.len() {
             return Err(RdmaError::Peer);
         }
-        let mut granted = Granted { pairs: Vec::new(), _memory: self.clone() };
+        let mut granted = Granted { pairs: Vec::new(), memory: self.clone() };
         let mut offers = Vec::new();
         for (lane, peer) in self.lanes.iter().zip(peers) {
             // Nothing is ever posted to it.
@@ -82,6 +117,7 @@ impl Target {
                 mailbox_key: lane.mailbox.remote_key(),
                 scratch_address: lane.scratch.address(),
                 scratch_key: lane.scratch.remote_key(),
+                apart: self.apart,
             });
             granted.pairs.push(pair);
         }
@@ -93,7 +129,7 @@ impl Target {
 pub(in super::super) struct Granted {
     pairs: Vec<QueuePair>,
     /// Stays registered as long as somebody may write.
-    _memory: Target,
+    memory: Target,
 }
 
 impl Granted {
@@ -101,7 +137,14 @@ impl Granted {
     /// until then.
     pub(in super::super) fn fence(self) -> Result<(), RdmaError> {
         // All of them, even if one cannot be ended.
+        let lanes = self.pairs.len();
         let ended: Vec<_> = self.pairs.into_iter().map(QueuePair::fence).collect();
-        ended.into_iter().collect()
+        ended.into_iter().collect::<Result<(), RdmaError>>()?;
+        // What the adapters had begun to write to a device may still be on its way there.
+        let follow = |lane: &TargetLane| match &lane.echo {
+            Some(echo) => echo.follow().map_err(|error| lane.region.adapter.error("read its own host's memory", error)),
+            None => Ok(()),
+        };
+        self.memory.lanes.iter().take(lanes).try_for_each(follow)
     }
 }

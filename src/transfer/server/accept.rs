@@ -20,7 +20,7 @@ use crate::transfer::handshake::{self, HandshakeError, Hello, Welcome};
 use crate::transfer::rdma::Offer;
 use crate::transfer::socket::Socket;
 use crate::transfer::tls::Tls;
-use crate::transfer::{Exported, Refusal, ServerError, Transport};
+use crate::transfer::{Exported, Refusal, ServerError, Target, Transport};
 
 /// Before the next try when the system has no file left for a connection.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
@@ -256,11 +256,16 @@ impl Shared {
 
     pub(super) fn welcome(&self, transport: Transport, rdma: Vec<Offer>) -> Welcome {
         let exported = self.config.cuda.as_ref().filter(|_| transport == Transport::CudaIpc);
+        let shape = match transport {
+            Transport::CudaIpc => exported.map(Exported::shape),
+            Transport::Rdma => self.config.rdma.as_ref().map(Target::shape),
+            Transport::Shm | Transport::Tcp => None,
+        };
         let limits = &self.config.limits;
         // Limits beyond 32 bits are as good as none.
         let small = |number: usize| u32::try_from(number).unwrap_or(u32::MAX);
         Welcome {
-            pages: exported.map_or(self.region.shape(), Exported::shape).pages as u64,
+            pages: shape.unwrap_or(self.region.shape()).pages as u64,
             slots: self.mailbox.slots(),
             message_bytes: small(limits.message_bytes),
             queued_bytes: limits.queued_bytes as u64,

@@ -16,21 +16,21 @@ use crate::transfer::{
 };
 
 /// Pages on the device.
-struct Pages {
+pub(in crate::transfer) struct Pages {
     driver: Emulated,
-    region: DeviceRegion,
+    pub(in crate::transfer) region: DeviceRegion,
     memory: Arc<dyn Memory>,
 }
 
 impl Pages {
-    fn new(driver: &Emulated) -> Self {
-        let memory: Arc<dyn Memory> = Arc::new(driver.allocate(SHAPE.total_bytes()).unwrap());
+    pub(in crate::transfer) fn new(driver: &Emulated) -> Self {
+        let memory: Arc<dyn Memory> = Arc::new(driver.allocate(DeviceRegion::bytes(SHAPE)).unwrap());
         let region = DeviceRegion::new(memory.clone(), driver.mover(), SHAPE);
         Self { driver: driver.clone(), region, memory }
     }
 
     /// Enqueues what "computes" all pages: the prefill worker's pattern, or none.
-    fn compute(&self, patterned: bool) {
+    pub(in crate::transfer) fn compute(&self, patterned: bool) {
         let host = self.driver.allocate_host(SHAPE.total_bytes()).unwrap();
         let host: &'static _ = Box::leak(Box::new(host));
         for layer in 0..SHAPE.layers {
@@ -47,7 +47,7 @@ impl Pages {
         self.driver.upload(host, self.memory.address(), SHAPE.total_bytes()).unwrap();
     }
 
-    fn page(&self, layer: usize, page: u32) -> Vec<u8> {
+    pub(in crate::transfer) fn page(&self, layer: usize, page: u32) -> Vec<u8> {
         let mut bytes = vec![0; SHAPE.page_bytes];
         let at = SHAPE.offset(layer, page as usize, 1);
         self.driver.read(self.memory.address().offset(at), &mut bytes).unwrap();
@@ -66,7 +66,7 @@ fn prefill(transport: Transport, driver: &Emulated, staged: usize) -> (Pages, Co
 }
 
 /// All layers of all pages, so that they end up in another order.
-fn everything() -> Vec<PageCopy> {
+pub(in crate::transfer) fn everything() -> Vec<PageCopy> {
     let pages: Vec<_> = (0..SHAPE.pages as u32).map(|page| (page, (page * 7 + 3) % SHAPE.pages as u32)).collect();
     all_layers(&pages)
 }
@@ -229,7 +229,7 @@ async fn pages_of_another_size_never_go_from_device_to_device() {
     let driver = Emulated::default();
     let (_written, decode) = exporting(&driver).await;
     let shape = RegionShape { page_bytes: 2 * SHAPE.page_bytes, ..SHAPE };
-    let memory: Arc<dyn Memory> = Arc::new(driver.allocate(shape.total_bytes()).unwrap());
+    let memory: Arc<dyn Memory> = Arc::new(driver.allocate(DeviceRegion::bytes(shape)).unwrap());
     let ring = StagingRing::new(DeviceRegion::new(memory, driver.mover(), shape), 1).unwrap();
     let config = ConnectorConfig { tcp: false, ..connector_config(Transport::CudaIpc) };
     let connector = Connector::new(config, LocalPages::Device(ring)).unwrap();

@@ -1,7 +1,7 @@
 //! Sessions over real sockets, within one process ([`sessions`], [`refusals`]) and between two ([`processes`]), and out
 //! of and into the memory of an emulated device ([`device`]).
 
-mod device;
+pub(super) mod device;
 mod encrypted;
 mod processes;
 mod refusals;

@@ -24,6 +24,8 @@ const LIMITS: RequestLimits = RequestLimits { bytes_max: 40, pieces_max: 3 };
 struct Peer {
     memory: Vec<Option<u64>>,
     words: Vec<(Slot, MailboxWord, Vec<Option<u64>>)>,
+    /// Pages are in another device's memory than words.
+    apart: bool,
     /// Writes by lane that the adapter has taken, and that are not in memory yet.
     on_the_way: Vec<Vec<(u64, u64)>>,
 }
@@ -40,6 +42,7 @@ type Taken = VecDeque<(Request, bool)>;
 
 struct FakeLane {
     _alive: Arc<()>,
+    apart: bool,
     depth: usize,
     chain: Vec<Request>,
     posted: Rc<RefCell<Taken>>,
@@ -50,6 +53,10 @@ struct FakeLane {
 }
 
 impl Lane for FakeLane {
+    fn is_apart(&self) -> bool {
+        self.apart
+    }
+
     fn room(&self) -> usize {
         let under_way = (self.added - *self.done.borrow()) as usize;
         (CHAIN_MAX - self.chain.len()).min(self.depth - under_way)
@@ -127,10 +134,16 @@ struct Fabric {
 }
 
 fn start(lanes: usize, depth: usize) -> (Poster<FakeLane>, Fabric) {
-    let peer = Peer { memory: vec![None; SHAPE.total_bytes()], words: Vec::new(), on_the_way: vec![Vec::new(); lanes] };
+    start_to(lanes, depth, false)
+}
+
+fn start_to(lanes: usize, depth: usize, apart: bool) -> (Poster<FakeLane>, Fabric) {
+    let (memory, on_the_way) = (vec![None; SHAPE.total_bytes()], vec![Vec::new(); lanes]);
+    let peer = Peer { memory, words: Vec::new(), apart, on_the_way };
     let (peer, chains, broken, alive) = (Rc::new(RefCell::new(peer)), Rc::default(), Rc::default(), Arc::new(()));
     let lane = |_| FakeLane {
         _alive: alive.clone(),
+        apart,
         depth,
         chain: Vec::new(),
         posted: Rc::default(),
@@ -146,7 +159,8 @@ fn start(lanes: usize, depth: usize) -> (Poster<FakeLane>, Fabric) {
 
 impl Fabric {
     /// Lets the peer's adapter take one of a lane's requests, of those that wait the one that `which` picks. What it
-    /// took before is then in memory: one adapter keeps the order of what it does there.
+    /// took before is then in memory: one adapter keeps the order of what it does there. That does not go for a word to
+    /// other memory.
     fn take(&self, lane: usize, which: usize) -> bool {
         let (posted, done) = &self.lanes[lane];
         let mut posted = posted.borrow_mut();
@@ -160,7 +174,9 @@ impl Fabric {
                 peer.on_the_way[lane].extend((*to..).zip(from));
             }
             Request::Word(slot, word) => {
-                peer.settle(lane);
+                if !peer.apart {
+                    peer.settle(lane);
+                }
                 let seen = peer.memory.clone();
                 peer.words.push((*slot, *word, seen));
             }
@@ -293,6 +309,25 @@ fn over_several_lanes_the_word_waits_until_the_data_of_each_was_read_back() {
 }
 
 #[test]
+fn a_word_to_other_memory_than_the_pages_waits_until_these_were_read_back() {
+    let (mut poster, fabric) = start_to(1, 64, true);
+    let (answers, mut frames) = (Answers::default(), Vec::new());
+    let (loan, copies) = ((Slot(0), epoch(1)), pages([(0, 0)]));
+    poster.write(loan, runs(&copies), reply(&answers, 0));
+    poster.complete(loan, MailboxWord::new(loan.1, Status::Done), reply(&answers, 1));
+    poster.advance(&mut frames).unwrap();
+    assert!(fabric.take(0, 0) && fabric.take(0, 0));
+    poster.advance(&mut frames).unwrap();
+    assert_eq!(*answers.lock().unwrap(), [(0, Ok(()))], "all is acknowledged");
+    assert!(matches!(fabric.lanes[0].0.borrow().front(), Some((Request::ReadBack, false))), "before the word comes");
+    while fabric.take_all() {
+        poster.advance(&mut frames).unwrap();
+    }
+    let peer = fabric.peer.borrow();
+    assert!(peer.words.len() == 1 && Peer::holds(&peer.words[0].2, &copies));
+}
+
+#[test]
 fn what_finds_no_room_waits_for_it() {
     let (mut poster, fabric) = start(1, 2);
     let (answers, mut frames) = (Answers::default(), Vec::new());
@@ -409,9 +444,10 @@ proptest! {
     fn whatever_happens_words_follow_their_data_and_everybody_is_answered(
         lanes in 1..4usize,
         depth in 1..12usize,
+        apart: bool,
         steps in proptest::collection::vec(step(), 1..60),
     ) {
-        let (mut poster, fabric) = start(lanes, depth);
+        let (mut poster, fabric) = start_to(lanes, depth, apart);
         let (answers, mut frames) = (Answers::default(), Vec::new());
         // What each loan was to write, until it ended.
         let mut written: Vec<Option<Vec<PageCopy>>> = vec![Some(Vec::new()); 4];

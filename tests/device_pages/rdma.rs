@@ -1,0 +1,88 @@
+//! Pages that adapters read and write in device memory.
+
+use std::{path::Path, thread};
+
+use super::*;
+
+/// One prompt that stays and two that go, one of them to a page's border.
+const LENGTHS: [usize; 3] = [20, 70, 129];
+/// Over devices of the workers' choice.
+const RDMA: [&str; 3] = ["--transport", "rdma", "--require-rdma"];
+const THERE: &str = "adapters reach pages on the device themselves (nvidia-peermem";
+
+/// What the stand-in for libcuda was asked so far.
+fn calls(log: &Path, what: &str) -> usize {
+    std::fs::read_to_string(log).unwrap_or_default().lines().filter(|line| *line == what).count()
+}
+
+fn prompts(cell: &Cell) -> Vec<Vec<u32>> {
+    (0..).zip(LENGTHS).map(|(number, length)| cell.prompt(number, length)).collect()
+}
+
+#[test]
+#[ignore = "needs RDMA devices and a stand-in for CUDA: make test-rdma"]
+fn adapters_move_pages_from_device_to_device_or_else_staged_ones_with_the_same_answers() {
+    let mut cell = cell();
+    let expected: Vec<Value> = {
+        let alone = cell.alone();
+        prompts(&cell).iter().map(|prompt| ask(&alone, prompt)).collect()
+    };
+    let folder = tempfile::tempdir().unwrap();
+    let log = folder.path().join("calls");
+    let noted = format!("STANDIN_LOG={}", log.display());
+    for (variables, reached) in [(&[][..], true), (&["STANDIN_ADAPTERS=no"], false)] {
+        cell.set_environment(&[&[noted.as_str()], variables].concat());
+        // In short steps, so that a prefill worker on an emulated device of an emulated machine is not taken for dead.
+        let (decode, prefill) = (decode(&cell, &RDMA), prefill(&cell, &[&RDMA[..], &SLOWLY].concat()));
+        cell.wait_for_prefill_worker(&decode);
+        for worker in [&decode, &prefill] {
+            let log = worker.log();
+            assert_eq!((log.contains(THERE), log.contains("pages are staged")), (reached, !reached), "{log}");
+        }
+        // What was tried: both ways by either, and a flush by the one that takes it.
+        let before = calls(&log, "flush");
+        let tried = [calls(&log, "dma-buf"), calls(&log, "sync-memops"), before];
+        assert_eq!(tried, if reached { [2, 4, 1] } else { [0, 0, 1] });
+        for (prompt, expected) in prompts(&cell).iter().zip(&expected) {
+            let answer = ask(&decode, prompt);
+            assert!(is_alike(&answer, expected), "{answer:#} is not {expected:#}");
+        }
+        // Not all of them, should the emulated machine be so slow that a worker is taken for dead.
+        let completed = handoffs(&decode, "completed");
+        assert!(completed > 0.0 && prefills(&decode, "remote") == completed, "{}", decode.log());
+        let flushed = calls(&log, "flush") - before;
+        assert!(if reached { flushed as f64 >= completed } else { flushed == 0 }, "{flushed} flushes");
+        wait_until_idle(&decode);
+        wait_until_idle(&prefill);
+        std::fs::remove_file(&log).unwrap();
+    }
+}
+
+#[test]
+#[ignore = "needs RDMA devices and a stand-in for CUDA: make test-rdma"]
+fn a_prefill_worker_that_dies_while_its_adapter_writes_to_a_device_costs_a_pause() {
+    let mut cell = cell();
+    let folder = tempfile::tempdir().unwrap();
+    let log = folder.path().join("calls");
+    // Where no file can be had either that stands for device memory.
+    cell.set_environment(&[&format!("STANDIN_LOG={}", log.display()), "STANDIN_DMA_BUF=no"]);
+    let decode = decode(&cell, &RDMA);
+    let prefill = prefill(&cell, &[&RDMA[..], &SLOWLY].concat());
+    cell.wait_for_prefill_worker(&decode);
+    assert!(decode.log().contains(THERE), "{}", decode.log());
+    let prompt = cell.prompt(1, 120);
+    let flushed = calls(&log, "flush");
+    let answer = thread::scope(|scope| {
+        let answer = scope.spawn(|| ask(&decode, &prompt));
+        let written = "engine_transfer_bytes_total{transport=\"rdma\"}";
+        prefill.wait_until("it writes", |prefill| prefill.get("/metrics").text().contains(written));
+        prefill.signal("KILL");
+        answer.join().unwrap()
+    });
+    assert_eq!((prefills(&decode, "local"), prefills(&decode, "remote")), (1.0, 0.0));
+    assert_eq!(handoffs(&decode, "fenced"), 1.0);
+    wait_until_idle(&decode);
+    // Before the pages were used again.
+    assert_eq!(calls(&log, "flush") - flushed, 1);
+    assert!(is_alike(&answer, &ask(&cell.alone(), &prompt)));
+}
