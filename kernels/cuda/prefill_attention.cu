@@ -5,7 +5,8 @@
 // more. The online softmax (Milakov and Gimelshein 2018), its rescaling and all fragments stay in registers
 // (FlashAttention-2, Dao 2023). Queries and weights are rounded to the cache's type, f16 or bf16, before they are
 // multiplied; scores, the softmax and all sums are f32, and the sum of weights is that of unrounded ones. Keys and
-// values of eight bits become f16 on their way to shared memory, through registers: then it is f16 that all else is.
+// values of eight bits become f16 on their way to shared memory, through registers: then it is f16 that all else is
+// rounded to (and a query beyond 65504 is infinite, as with a cache of f16).
 //
 // A row's bits depend on that row and its sequence's keys and values up to it: tiles of keys are at fixed places, come
 // in order, and a masked key contributes exactly nothing (its score is minus infinity, its weight 0; a tile of nothing
@@ -79,12 +80,13 @@ __device__ __forceinline__ void attention(const float* qkv, Rows rows, const int
     const int first = tiles[block / heads * 2], count = tiles[block / heads * 2 + 1];
     const int position = rows.positions[first], last = position + count - 1, steps = last / KEYS + 1;
     const Head<Stored> pages{base, rows.block_tables + rows.table_starts[first], kv_heads, head / (heads / kv_heads),
-                        __ffs(block_size) - 1};
+                             __ffs(block_size) - 1};
 
     // Tiles come in turns, keys, then values; each goes where the one three before it was.
     Carried<Stored> carried[CHUNKS];
     const auto place_of = [&](int tile, int i) {
-        return slots + tile % SLOTS * SLOT + swizzled<WIDTH>((thread + i * THREADS) / WIDTH, (thread + i * THREADS) % WIDTH);
+        const int key = (thread + i * THREADS) / WIDTH, chunk = (thread + i * THREADS) % WIDTH;
+        return slots + tile % SLOTS * SLOT + swizzled<WIDTH>(key, chunk);
     };
     const auto bring = [&](int tile) {
 #pragma unroll
@@ -97,7 +99,8 @@ __device__ __forceinline__ void attention(const float* qkv, Rows rows, const int
             carried[i].fetch(place_of(tile, i), from + chunk * CHUNK, valid);
         }
     };
-    // Comes before the barrier after next, as the wait for the copies of a tile does.
+    // Comes after the barrier that says that nobody reads the tile before it in its place any more, which `bring` comes
+    // after too, and before the one that says that this tile is there.
     const auto settle = [&](int tile) {
 #pragma unroll
         for (int i = 0; i < CHUNKS; i++) carried[i].settle(place_of(tile, i));
@@ -241,7 +244,7 @@ __device__ __forceinline__ void attention(const float* qkv, Rows rows, const int
 // Shared memory: 24 KiB a block for heads of 64 and 256, 36 for 96, 48 for 128; by registers an SM holds one block, or
 // two with heads of 64. Operations: 4 head_dim a key, row and head; the half of them that a whole prompt masks is
 // skipped, but for the tiles it goes through. Bytes: keys and values of a tile's context, from the L2 cache, 4
-// head_dim a key for 128 rows of a head, so 128 operations a byte: at 600 Tflop/s (mma on an H100) 4.7 TB/s, about
+// head_dim a key (2 of eight bits) for 128 rows of a head, so 128 operations a byte: at 600 Tflop/s (mma on an H100) 4.7 TB/s, about
 // what that cache gives; queries and output, 8 head_dim a row and head. Floor: the operations at that rate;
 // FlashAttention-2, which is made alike, reaches 350 to 400 Tflop/s there. Where it should end up: a warp reads each
 // tile from shared memory for 16 rows, 2 mma for 512 bytes or 4 cycles, so half of the tensor cores' peak is the

@@ -34,6 +34,15 @@ pub struct QkNorm<'a, V> {
     pub eps: f32,
 }
 
+/// What a rehearsal ([`Backend::rehearse`]) left behind.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Rehearsed {
+    /// Steps that were recorded.
+    pub recorded: usize,
+    /// Bytes of a device's memory that were taken.
+    pub device_bytes: usize,
+}
+
 /// The fused operations one forward pass is made of.
 ///
 /// Those that are written in terms of others here are what fewer kernels can do: a backend that does them in its own way
@@ -85,6 +94,19 @@ pub trait Backend: Send + 'static {
     fn step(&mut self, batch: &Batch, operations: &mut dyn FnMut(&mut Self)) {
         self.begin(batch);
         operations(self);
+    }
+
+    /// Of how many sequences, up to so many, steps that decode should be rehearsed, smallest first; none where that is
+    /// of no use.
+    fn rehearsed(&self, _sequences: usize) -> Vec<usize> {
+        Vec::new()
+    }
+
+    /// Prepares for steps as large as `batch`, or a little smaller, by calling `operations`, perhaps several times:
+    /// makes what they need, and records them if they decode. Contexts are no longer then than those of `batch`, and
+    /// all block tables together no longer than its own. No page is written or read, and results are nobody's.
+    fn rehearse(&mut self, _batch: &Batch, _operations: &mut dyn FnMut(&mut Self)) -> Rehearsed {
+        Rehearsed::default()
     }
 
     /// Whether what is enqueued now is only recorded, and runs when [`Backend::step`] has ended: nothing of it is done,

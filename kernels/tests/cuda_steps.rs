@@ -1,33 +1,14 @@
-//! Steps of the CUDA backend as a whole, as far as only the emulated device shows them: what they enqueue, and how they
-//! fail. What they compute is in the suite.
+//! Steps of the CUDA backend as a whole, on the emulated device: how they are cut into kernels, and how they fail.
+
+mod layer;
 
 use engine_cuda_emulated::{Emulated, EmulatedBackend};
-use engine_kernel_suite::steps::{BLOCK_SIZE, BLOCKS, HIDDEN, Layer, ROWS_MAX, SHAPE, decode, numbers};
 use engine_kernels::cuda::Driver;
 use engine_kernels::{
     AttentionShape, Backend, Batch, DType, KernelError, KvDType, KvLayout, Matrix, QkNorm, Residual, RmsNorm, RopeTable,
 };
 
-fn device() -> Layer<EmulatedBackend> {
-    Layer::new(EmulatedBackend::new(Emulated::default()))
-}
-
-#[test]
-fn a_recorded_step_enqueues_what_the_step_itself_does() {
-    let mut layer = device();
-    let batch = decode(&[30, 40, 50], 1);
-    let mut launches = Vec::new();
-    let mut results = Vec::new();
-    for _ in 0..3 {
-        let before = layer.backend.driver().launches();
-        results.push(layer.step(&batch));
-        launches.push(layer.backend.driver().launches() - before);
-    }
-    assert_eq!(launches, [launches[0]; 3]);
-    assert_eq!(results[0], results[1]);
-    assert_eq!(results[0], results[2]);
-    assert_eq!(layer.backend.graphs(), 1);
-}
+use layer::{BLOCK_SIZE, BLOCKS, HIDDEN, ROWS_MAX, SHAPE, decode, device, numbers};
 
 #[test]
 fn a_layer_is_six_kernels_for_up_to_four_rows_that_decode_and_eight_up_to_sixteen() {

@@ -1,4 +1,4 @@
-use engine_kernels::{AttentionShape, Backend, Batch, QkNorm, Residual, RmsNorm};
+use engine_kernels::{AttentionShape, Backend, Batch, QkNorm, Rehearsed, Residual, RmsNorm};
 
 use crate::weights::{Loader, WeightSource};
 use crate::{ForwardLimits, LoadReport, Model, ModelConfig, ModelError, rope};
@@ -149,18 +149,22 @@ impl<B: Backend> Layer<B> {
     }
 }
 
-impl<B: Backend> Model<B> for Decoder<B> {
-    fn config(&self) -> &ModelConfig {
-        &self.config
-    }
-
-    fn forward(&mut self, backend: &mut B, cache: &mut B::KvCache, batch: &Batch, layer_done: &mut dyn FnMut(usize)) {
+impl<B: Backend> Decoder<B> {
+    /// Does something with a step and its operations; what came of it.
+    fn with_step<R>(
+        &mut self,
+        backend: &mut B,
+        cache: &mut B::KvCache,
+        batch: &Batch,
+        layer_done: &mut dyn FnMut(usize),
+        step: impl FnOnce(&mut B, &mut dyn FnMut(&mut B)) -> R,
+    ) -> R {
         let Self { config, shape, embedding, layers, norm, rope, buffers: b, .. } = self;
         let (shape, eps) = (*shape, config.rms_norm_eps);
         let scale = 1.0 / (config.head_dim as f32).sqrt();
 
         let mut layers_done = 0;
-        backend.step(batch, &mut |backend| {
+        let outcome = step(backend, &mut |backend| {
             backend.embed(embedding, batch, b.residual.start());
             for (index, layer) in layers.iter().enumerate() {
                 let rms_norm = RmsNorm { weight: &layer.attention_norm, eps };
@@ -184,6 +188,21 @@ impl<B: Backend> Model<B> for Decoder<B> {
         });
         // What was recorded or replayed is only enqueued by now.
         (layers_done..layers.len()).for_each(layer_done);
+        outcome
+    }
+}
+
+impl<B: Backend> Model<B> for Decoder<B> {
+    fn config(&self) -> &ModelConfig {
+        &self.config
+    }
+
+    fn forward(&mut self, backend: &mut B, cache: &mut B::KvCache, batch: &Batch, layer_done: &mut dyn FnMut(usize)) {
+        self.with_step(backend, cache, batch, layer_done, |backend, operations| backend.step(batch, operations));
+    }
+
+    fn rehearse(&mut self, backend: &mut B, cache: &mut B::KvCache, batch: &Batch) -> Rehearsed {
+        self.with_step(backend, cache, batch, &mut |_| (), |backend, operations| backend.rehearse(batch, operations))
     }
 
     fn logits(&mut self, backend: &mut B, rows: &[u32]) -> &mut B::Activations {

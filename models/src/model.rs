@@ -1,4 +1,4 @@
-use engine_kernels::{Backend, Batch};
+use engine_kernels::{Backend, Batch, Rehearsed};
 
 use crate::ModelConfig;
 
@@ -23,6 +23,10 @@ pub trait Model<B: Backend>: Send {
     /// come: whoever sends them elsewhere does so beside the rest of the pass. The final hidden states stay in the
     /// model for [`Model::logits`].
     fn forward(&mut self, backend: &mut B, cache: &mut B::KvCache, batch: &Batch, layer_done: &mut dyn FnMut(usize));
+
+    /// Prepares for passes over batches as large as this one ([`Backend::rehearse`]). What [`Model::logits`] gives then
+    /// is of no use.
+    fn rehearse(&mut self, backend: &mut B, cache: &mut B::KvCache, batch: &Batch) -> Rehearsed;
 
     /// Logits `[rows.len(), vocab_size]` of the named rows of the last [`Model::forward`]. At most
     /// [`ForwardLimits::max_logit_rows`] rows a call: whoever wants more calls again.

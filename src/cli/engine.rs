@@ -35,6 +35,10 @@ pub struct EngineArgs {
     #[arg(long, value_name = "DEVICE", value_parser = parse_device, default_value = "auto", help_heading = "Engine")]
     pub device: DeviceArg,
 
+    /// Record no steps as CUDA graphs: starts sooner, takes less memory, and decodes slower
+    #[arg(long, help_heading = "Engine")]
+    pub enforce_eager: bool,
+
     /// Threads that compute on a CPU [default: one a core]
     #[arg(long, value_name = "N", help_heading = "Engine")]
     pub threads: Option<usize>,

@@ -76,7 +76,7 @@ pub struct ModelCard {
     pub revision: Option<String>,
     /// `--load-format`.
     pub load_format: String,
-    /// `--kv-cache-dtype`, resolved: `f32`, `f16` or `bf16`.
+    /// `--kv-cache-dtype`, resolved: `f32`, `f16`, `bf16` or `fp8`.
     pub kv_cache_dtype: String,
     /// Tokens of a KV page.
     pub block_size: usize,

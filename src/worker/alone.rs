@@ -27,7 +27,8 @@ impl Alone {
     pub fn start(args: &EngineArgs) -> Result<Self> {
         let source = model::open(args)?;
         // Prompts are cut by `--max-num-batched-tokens` alone.
-        let purpose = Purpose { shared: false, itl_target: Duration::from_secs(60), max_waiting_requests: 1024 };
+        let itl_target = Duration::from_secs(60);
+        let purpose = Purpose { shared: false, decodes: true, itl_target, max_waiting_requests: 1024 };
         let loaded = model::load(args, &source, &purpose)?;
         let (device, step_bytes, token_bytes) = (loaded.device.clone(), loaded.step_bytes, loaded.token_bytes());
         let engine = Engine::start(loaded.runner, loaded.config, Metrics::new().engine)?;

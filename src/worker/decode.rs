@@ -115,7 +115,8 @@ fn load(cli: &WorkerArgs, shared: bool) -> Result<(ApiConfig, Loaded)> {
     let source = model::open(&cli.engine)?;
     let tokenizer = Arc::new(source.tokenizer()?);
     let template = chat_template(cli, &source)?;
-    let purpose = Purpose { shared, itl_target: cli.disagg.itl_target, max_waiting_requests: cli.max_waiting_requests };
+    let (itl_target, max_waiting_requests) = (cli.disagg.itl_target, cli.max_waiting_requests);
+    let purpose = Purpose { shared, decodes: true, itl_target, max_waiting_requests };
     let loaded = model::load(&cli.engine, &source, &purpose)?;
     Ok((api_config(cli, &source, tokenizer, template), loaded))
 }

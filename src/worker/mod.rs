@@ -23,6 +23,7 @@ mod port;
 mod post;
 pub mod prefill;
 mod ready;
+mod rehearsal;
 mod request;
 mod runner;
 mod session;

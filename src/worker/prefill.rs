@@ -60,6 +60,7 @@ pub async fn run(mut cli: WorkerArgs, ready: impl FnOnce(Ready)) -> Result<()> {
         let source = model::open(&cli.engine)?;
         let purpose = model::Purpose {
             shared: false,
+            decodes: false,
             itl_target: cli.disagg.itl_target,
             max_waiting_requests: cli.max_waiting_requests,
         };

@@ -34,10 +34,10 @@ impl Runner for Box<dyn Runner> {
 
 /// A model, the backend that computes it, and its KV cache.
 pub struct ModelRunner<B: Backend> {
-    backend: B,
-    model: Box<dyn Model<B>>,
-    cache: B::KvCache,
-    max_logit_rows: usize,
+    pub(super) backend: B,
+    pub(super) model: Box<dyn Model<B>>,
+    pub(super) cache: B::KvCache,
+    pub(super) max_logit_rows: usize,
 }
 
 impl<B: Backend> ModelRunner<B> {

@@ -224,3 +224,23 @@ fn the_same_prompt_again_is_found_in_the_cache_that_pages_were_brought_to() {
         wait_until_idle(&prefill);
     }
 }
+
+#[test]
+#[ignore = "needs the stand-in for libcuda: make device-pages"]
+fn a_worker_whose_device_cannot_record_steps_says_so_once_and_answers_all_the_same() {
+    let model = Model::made_up(2, 2, 512);
+    let limits = ["--served-model-name", "demo", "--standalone", "--kv-blocks", "64"];
+    let flags = [&model.flags()[..], &limits, &DEVICE].concat();
+    let mut answers = Vec::new();
+    for refused in ["nothing", "begin", "amid", "instantiate", "upload"] {
+        let server = Server::start_under(&["env", &format!("STANDIN_REFUSES={refused}")], &flags);
+        answers.push((1..4).map(|number| ask(&server, &model.prompt(number, 30))).collect::<Vec<_>>());
+        let said = server.log().matches("could not be recorded").count();
+        assert_eq!(said, usize::from(refused != "nothing"), "{refused}: {}", server.log());
+        assert_eq!(server.log().contains("recorded 0 steps"), refused != "nothing", "{refused}: {}", server.log());
+    }
+    assert!(answers.iter().all(|others| *others == answers[0]), "{answers:#?}");
+    let eager = Server::start_as(&[&flags[..], &["--enforce-eager"]].concat());
+    assert!(!eager.log().contains("recorded"), "{}", eager.log());
+    assert_eq!((1..4).map(|number| ask(&eager, &model.prompt(number, 30))).collect::<Vec<_>>(), answers[0]);
+}

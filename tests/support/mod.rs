@@ -1,5 +1,5 @@
 //! What the tests of the whole engine share.
-#![allow(dead_code, reason = "each test uses some of it")]
+#![allow(dead_code, unused_imports, reason = "each test uses some of it")]
 
 mod assets;
 

@@ -21,10 +21,17 @@ namespace {
 using Result = int;
 using Pointer = unsigned long long;
 constexpr Result SUCCESS = 0, INVALID_VALUE = 1, OUT_OF_MEMORY = 2, NOT_FOUND = 500, NOT_READY = 600;
-constexpr Result LAUNCH_FAILED = 719;
+constexpr Result LAUNCH_FAILED = 719, CAPTURE_INVALIDATED = 901;
 
 std::recursive_mutex everything;
 std::string last_error = "stand-in libcuda";
+/// Whether a call is to fail, as the environment has it: a recording that cannot be begun (begin), is spoilt amid it
+/// (amid), or for which there is no room (instantiate, upload).
+bool is_refused(const char* what) {
+    const char* refused = std::getenv("STANDIN_REFUSES");
+    return refused && !std::strcmp(refused, what);
+}
+
 /// The first failure of what was enqueued: it stays.
 Result broken = SUCCESS;
 
@@ -194,18 +201,24 @@ CALL(cuEventDestroy_v2, Event* event) { return delete event, SUCCESS; }
 
 CALL(cuStreamBeginCapture_v2, Stream* stream, int mode) {
     ALONE;
-    if (stream->capturing || mode != 1) return INVALID_VALUE;
+    if (stream->capturing || mode != 1 || is_refused("begin")) return INVALID_VALUE;
     return stream->capturing = true, SUCCESS;
 }
 CALL(cuStreamEndCapture, Stream* stream, std::vector<Call>** made) {
     ALONE;
     if (!stream->capturing) return INVALID_VALUE;
+    stream->capturing = false;
+    if (is_refused("amid")) return stream->captured.clear(), *made = nullptr, CAPTURE_INVALIDATED;
     *made = new std::vector<Call>(std::move(stream->captured));
-    stream->captured.clear();
-    return stream->capturing = false, SUCCESS;
+    return stream->captured.clear(), SUCCESS;
 }
 CALL(cuGraphInstantiateWithFlags, std::vector<Call>** made, std::vector<Call>* graph, unsigned long long) {
+    if (is_refused("instantiate")) return OUT_OF_MEMORY;
     return *made = new std::vector<Call>(*graph), SUCCESS;
+}
+CALL(cuGraphUpload, std::vector<Call>*, Stream* stream) {
+    ALONE;
+    return stream->capturing || is_refused("upload") ? OUT_OF_MEMORY : SUCCESS;
 }
 CALL(cuGraphLaunch, std::vector<Call>* graph, Stream* stream) {
     ALONE;
@@ -349,6 +362,7 @@ CALL(cuLaunchKernel, const simt::Kernel* kernel, unsigned x, unsigned y, unsigne
         call.cells.push_back(cell);
     }
     if (!stream->capturing) return enqueue(stream, [call] { return run(call); });
+    if (is_refused("amid")) return CAPTURE_INVALIDATED;
     stream->captured.push_back(call);
     return SUCCESS;
 }

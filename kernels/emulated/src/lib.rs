@@ -36,6 +36,17 @@ pub struct EmulatedMemory {
     queue: Arc<Mutex<Queue>>,
 }
 
+/// Where recordings fail.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Refusal {
+    /// They cannot be begun.
+    AtBegin,
+    /// Something spoils them: nothing more is recorded until they are ended, and that fails too.
+    Amid,
+    /// They cannot be made into what is replayed.
+    AtEnd,
+}
+
 /// A recording.
 #[derive(Debug)]
 pub struct EmulatedGraph(Vec<Work>);
@@ -62,6 +73,16 @@ impl Emulated {
     /// Lets whatever is asked of the device from now on fail.
     pub fn break_down(&self) {
         self.queue().break_down();
+    }
+
+    /// From now on recordings fail there, or nowhere.
+    pub fn refuse_recordings(&self, refusal: Option<Refusal>) {
+        self.queue().refusal = refusal;
+    }
+
+    /// Recordings that were asked for so far.
+    pub fn recordings(&self) -> u64 {
+        self.queue().recordings
     }
 
     /// Kernels that were run so far.
@@ -188,16 +209,25 @@ impl Driver for Emulated {
 
     fn begin_capture(&self) -> Result<(), DriverError> {
         let mut queue = self.queue();
+        queue.recordings += 1;
         if queue.captured.is_some() {
             return Err(failed("recording", "a recording is under way"));
+        }
+        if queue.refusal == Some(Refusal::AtBegin) {
+            return Err(failed("recording", "it cannot be begun"));
         }
         queue.captured = Some(Vec::new());
         Ok(())
     }
 
     fn end_capture(&self) -> Result<EmulatedGraph, DriverError> {
-        let captured = self.queue().captured.take();
-        captured.map(EmulatedGraph).ok_or_else(|| failed("ending a recording", "none is under way"))
+        let mut queue = self.queue();
+        let captured = queue.captured.take().ok_or_else(|| failed("ending a recording", "none is under way"))?;
+        match queue.refusal {
+            Some(Refusal::Amid) => Err(failed("ending a recording", "it was spoilt")),
+            Some(Refusal::AtEnd) => Err(failed("ending a recording", "there is no room for it")),
+            Some(Refusal::AtBegin) | None => Ok(EmulatedGraph(captured)),
+        }
     }
 
     fn mover(&self) -> Arc<dyn Mover> {

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::ffi::{CStr, CString, c_char, c_uint, c_void};
 
+use super::Refusal;
 use engine_kernels::KvRegion;
 use engine_kernels::cuda::{Arg, DriverError};
 
@@ -47,6 +48,10 @@ pub(crate) struct Queue {
     /// What was run, and so the number of the first of `waiting`.
     run: u64,
     pub(crate) captured: Option<Vec<Work>>,
+    /// Where recordings fail.
+    pub(crate) refusal: Option<Refusal>,
+    /// Recordings that were asked for.
+    pub(crate) recordings: u64,
     /// Start and length of everything that is allocated.
     allocations: BTreeMap<usize, usize>,
     failure: Option<DriverError>,
@@ -86,6 +91,9 @@ impl Queue {
     pub(crate) fn push(&mut self, work: Work) -> Result<(), DriverError> {
         self.check(&work)?;
         match &mut self.captured {
+            Some(_) if self.refusal == Some(Refusal::Amid) => {
+                return Err(failed("enqueueing", "the recording was spoilt"));
+            }
             Some(captured) => captured.push(work),
             None => self.waiting.push_back(work),
         }

@@ -1,13 +1,15 @@
-//! Which kernel of `kernels/cuda/attention.cu`, and what it needs besides its operands.
+//! What reads and writes pages (`kernels/cuda/{rope,attention,prefill_attention}.cu`): which kernels, what they need
+//! besides their operands, and their launches.
 
-use super::buffer::Buffer;
+use super::backend::{CudaBackend, THREADS, address_of};
+use super::buffer::{Activations, Buffer, KvCache, Rope, Vector};
 use super::driver::{Address, Driver};
 use super::plan::SLOTS_MAX;
 use super::stream::Stream;
-use crate::{AttentionShape, KvDType};
+use crate::{AttentionShape, Batch, KvDType, KvLayout, QkNorm};
 
-/// Threads of a block.
-pub(super) const THREADS: usize = 256;
+/// Threads of a block of either attention.
+const ATTENTION_THREADS: usize = 256;
 /// Blocks a multiprocessor should get. Two are there at a time: with twice as many, those that are slower are made up
 /// for.
 const BLOCKS_A_PROCESSOR: usize = 4;
@@ -19,7 +21,7 @@ pub(super) fn items_wanted(processors: usize, kv_heads: usize) -> usize {
 
 /// The kernel, and how many query heads it computes at a time: all that share a key/value head, if they are not too
 /// many.
-pub(super) fn kernel(shape: AttentionShape, dtype: KvDType) -> (&'static str, usize) {
+fn kernel(shape: AttentionShape, dtype: KvDType) -> (&'static str, usize) {
     macro_rules! of_type {
         ($heads_and_lanes:literal) => {
             match dtype {
@@ -79,5 +81,134 @@ impl<D: Driver> Partials<D> {
     /// Of the results, and of the counts.
     pub(super) fn addresses(&self) -> [Address; 2] {
         [self.results.address(), self.arrived.address()]
+    }
+}
+
+/// The kernel for a cache's type, of those for f32, f16, bf16 and f8.
+fn of_type([f32, f16, bf16, f8]: [&'static str; 4], dtype: KvDType) -> &'static str {
+    match dtype {
+        KvDType::F32 => f32,
+        KvDType::F16 => f16,
+        KvDType::BF16 => bf16,
+        KvDType::F8 => f8,
+    }
+}
+
+/// The kernel that computes prompts in tiles on tensor cores, if there is one for such a cache. Otherwise their rows
+/// are computed as those that decode.
+fn prefill_kernel(layout: &KvLayout) -> Option<&'static str> {
+    let kernels = match layout.head_dim {
+        64 => ["prefill_attention_64_f16", "prefill_attention_64_bf16", "prefill_attention_64_f8"],
+        96 => ["prefill_attention_96_f16", "prefill_attention_96_bf16", "prefill_attention_96_f8"],
+        128 => ["prefill_attention_128_f16", "prefill_attention_128_bf16", "prefill_attention_128_f8"],
+        256 => ["prefill_attention_256_f16", "prefill_attention_256_bf16", "prefill_attention_256_f8"],
+        _ => return None,
+    };
+    match layout.dtype {
+        _ if !layout.block_size.is_power_of_two() => None,
+        KvDType::F32 => None,
+        KvDType::F16 => Some(kernels[0]),
+        KvDType::BF16 => Some(kernels[1]),
+        KvDType::F8 => Some(kernels[2]),
+    }
+}
+
+impl<D: Driver> CudaBackend<D> {
+    #[allow(clippy::too_many_arguments, reason = "as Backend::rope_and_cache has them")]
+    pub(super) fn enqueue_rope_and_cache(
+        &self,
+        qkv: &Activations<D>,
+        shape: AttentionShape,
+        norm: Option<QkNorm<'_, Vector<D>>>,
+        rope: &Rope<D>,
+        cache: &KvCache<D>,
+        layer: usize,
+        batch: &Batch,
+    ) {
+        assert_eq!(qkv.cols, shape.qkv_width(), "columns of queries, keys and values");
+        self.check_plan(qkv.rows, batch);
+        assert!((self.plan.position_max() as usize) < rope.positions, "positions within the rotation table");
+        let AttentionShape { heads, kv_heads, head_dim } = shape;
+        let planned = self.plan.shape();
+        let args = [
+            qkv.address().into(),
+            self.planned(planned.positions()),
+            self.planned(planned.table_starts()),
+            self.planned(planned.block_tables()),
+            rope.cos.address().into(),
+            rope.sin.address().into(),
+            address_of(norm.as_ref().map(|norm| norm.q)),
+            address_of(norm.as_ref().map(|norm| norm.k)),
+            norm.map_or(0.0, |norm| norm.eps).into(),
+            cache.layer(layer).into(),
+            heads.into(),
+            kv_heads.into(),
+            head_dim.into(),
+            cache.layout.block_size.into(),
+            rope.pairs.into(),
+        ];
+        let kernels = ["rope_and_cache_f32", "rope_and_cache_f16", "rope_and_cache_bf16", "rope_and_cache_f8"];
+        let grid = [qkv.computed_rows(), (heads + 2 * kv_heads).div_ceil(4), 1];
+        self.stream.launch(of_type(kernels, cache.layout.dtype), grid, THREADS, &args);
+    }
+
+    #[allow(clippy::too_many_arguments, reason = "as Backend::attention has them")]
+    pub(super) fn enqueue_attention(
+        &mut self,
+        qkv: &Activations<D>,
+        shape: AttentionShape,
+        scale: f32,
+        cache: &KvCache<D>,
+        layer: usize,
+        batch: &Batch,
+        out: &mut Activations<D>,
+    ) {
+        assert!(qkv.cols == shape.qkv_width() && out.cols == shape.q_width(), "columns of queries, keys and values");
+        out.set_rows(batch.tokens.len());
+        self.check_plan(qkv.rows, batch);
+        let AttentionShape { heads, kv_heads, head_dim } = shape;
+        if self.partials.as_ref().is_none_or(|partials| !partials.are_for(shape)) {
+            self.graphs.clear();
+            self.partials = Some(Partials::new(&self.stream, shape));
+        }
+        let [partials, arrived] = self.partials.as_ref().map_or([Address::NULL; 2], Partials::addresses);
+        let planned = self.plan.shape();
+        let args = [
+            qkv.address().into(),
+            self.planned(planned.positions()),
+            self.planned(planned.table_starts()),
+            self.planned(planned.block_tables()),
+            self.planned(planned.items()),
+            cache.layer(layer).into(),
+            heads.into(),
+            kv_heads.into(),
+            head_dim.into(),
+            cache.layout.block_size.into(),
+            scale.into(),
+            partials.into(),
+            arrived.into(),
+            out.address().into(),
+        ];
+        let (kernel, at_a_time) = kernel(shape, cache.layout.dtype);
+        let tiled = prefill_kernel(&cache.layout);
+        let items = if tiled.is_some() { planned.decode_items } else { planned.items };
+        let grid = [items, kv_heads * (heads / kv_heads).div_ceil(at_a_time), 1];
+        self.stream.launch(kernel, grid, ATTENTION_THREADS, &args);
+        if let Some(kernel) = tiled {
+            let args = [
+                qkv.address().into(),
+                self.planned(planned.positions()),
+                self.planned(planned.table_starts()),
+                self.planned(planned.block_tables()),
+                self.planned(planned.tiles()),
+                cache.layer(layer).into(),
+                heads.into(),
+                kv_heads.into(),
+                cache.layout.block_size.into(),
+                scale.into(),
+                out.address().into(),
+            ];
+            self.stream.launch(kernel, [planned.tiles * heads, 1, 1], ATTENTION_THREADS, &args);
+        }
     }
 }

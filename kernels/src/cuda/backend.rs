@@ -1,27 +1,23 @@
 //! The operations of a step, enqueued.
 
-use std::collections::HashMap;
-
 use super::attention::{self, Partials};
-use super::buffer::{Activations, Buffer, KvCache, Linear, Part, Rope, Staged, Vector, bytes_of};
+use super::buffer::{Activations, Buffer, KvCache, Linear, Rope, Staged, Vector, bytes_of};
 use super::driver::{Address, Arg, Driver};
-use super::plan::{Plan, Shape};
+use super::graphs::Graphs;
+use super::plan::Plan;
 use super::product::Products;
 use super::sample::Sampler;
 use super::skinny::{self, Skinny, Then};
 use super::stream::Stream;
-use super::weight::{Form, Unpacked};
 use crate::{
-    AttentionShape, Backend, Batch, DeviceRegion, KernelError, KvDType, KvLayout, KvPages, Matrix, QkNorm, Residual,
+    AttentionShape, Backend, Batch, DeviceRegion, KernelError, KvLayout, KvPages, Matrix, QkNorm, Rehearsed, Residual,
     RmsNorm, RopeTable, SampleRow, Sampled,
 };
 
 /// Threads of a block of the row-wise kernels (`kernels/cuda/rowwise.cu`).
 const ROWWISE_THREADS: usize = 256;
 /// Threads of a block of the other kernels.
-const THREADS: usize = 128;
-/// Threads of a block of `kernels/cuda/prefill_attention.cu`.
-const PREFILL_THREADS: usize = 256;
+pub(super) const THREADS: usize = 128;
 /// What allocations that other processes open are a multiple of.
 const IPC_BLOCK_BYTES: usize = 2 << 20;
 /// Widest heads (`HEAD_DIM_MAX` in `kernels/cuda/pages.cuh`); their width is a multiple of eight.
@@ -32,24 +28,15 @@ const HEAD_DIM_MAX: usize = 256;
 /// Everything is enqueued on one stream. What a step needs to know is sent once, in [`Backend::step`]; the host waits
 /// for the device only where it reads sampled tokens.
 pub struct CudaBackend<D: Driver> {
-    stream: Stream<D>,
-    plan: Plan,
-    step: Staged<D>,
+    pub(super) stream: Stream<D>,
+    pub(super) plan: Plan,
+    pub(super) step: Staged<D>,
     selected: Staged<D>,
     sampler: Sampler<D>,
     products: Products<D>,
     /// Made when heads are known.
-    partials: Option<Partials<D>>,
-    graphs: HashMap<Shape, Recorded<D>>,
-    /// Whether operations are being recorded.
-    recording: bool,
-}
-
-/// What is known of steps of one shape.
-enum Recorded<D: Driver> {
-    /// It came once: whatever had to be allocated for it is there.
-    Seen,
-    Graph(D::Graph),
+    pub(super) partials: Option<Partials<D>>,
+    pub(super) graphs: Graphs<D>,
 }
 
 impl<D: Driver> CudaBackend<D> {
@@ -63,9 +50,14 @@ impl<D: Driver> CudaBackend<D> {
             sampler: Sampler::new(),
             products: Products::new(),
             partials: None,
-            graphs: HashMap::new(),
-            recording: false,
+            graphs: Graphs::new(),
         }
+    }
+
+    /// Records so many steps at most, none if 0. Otherwise it is as many as devices meet.
+    pub fn with_graphs_max(mut self, most: usize) -> Self {
+        self.graphs.limit(most);
+        self
     }
 
     /// The driver.
@@ -75,21 +67,12 @@ impl<D: Driver> CudaBackend<D> {
 
     /// Steps that were recorded so far.
     pub fn graphs(&self) -> usize {
-        self.graphs.values().filter(|recorded| matches!(recorded, Recorded::Graph(_))).count()
+        self.graphs.count()
     }
 
     /// Where a part of the step's plan starts on the device.
-    fn planned(&self, word: usize) -> Arg {
+    pub(super) fn planned(&self, word: usize) -> Arg {
         self.step.address().offset(word * size_of::<i32>()).into()
-    }
-
-    /// Records `operations`, unless something failed before or fails now.
-    fn record(&mut self, operations: &mut dyn FnMut(&mut Self)) -> Option<D::Graph> {
-        self.stream.attempt(|driver| driver.begin_capture())?;
-        self.recording = true;
-        operations(self);
-        self.recording = false;
-        self.stream.attempt(|driver| driver.end_capture())
     }
 
     /// The sum and its norm, if products take that by themselves; otherwise it is taken now.
@@ -106,41 +89,12 @@ impl<D: Driver> CudaBackend<D> {
         Some((&residual.sum, norm))
     }
 
-    fn check_plan(&self, rows: usize, batch: &Batch) {
+    pub(super) fn check_plan(&self, rows: usize, batch: &Batch) {
         assert!([rows, self.plan.tokens()] == [batch.tokens.len(); 2], "the step was begun with this batch");
     }
 }
 
-/// The kernel for a cache's type, of those for f32, f16, bf16 and f8.
-fn of_type([f32, f16, bf16, f8]: [&'static str; 4], dtype: KvDType) -> &'static str {
-    match dtype {
-        KvDType::F32 => f32,
-        KvDType::F16 => f16,
-        KvDType::BF16 => bf16,
-        KvDType::F8 => f8,
-    }
-}
-
-/// The kernel that computes prompts in tiles on tensor cores, if there is one for such a cache. Otherwise their rows
-/// are computed as those that decode.
-fn prefill_kernel(layout: &KvLayout) -> Option<&'static str> {
-    let kernels = match layout.head_dim {
-        64 => ["prefill_attention_64_f16", "prefill_attention_64_bf16", "prefill_attention_64_f8"],
-        96 => ["prefill_attention_96_f16", "prefill_attention_96_bf16", "prefill_attention_96_f8"],
-        128 => ["prefill_attention_128_f16", "prefill_attention_128_bf16", "prefill_attention_128_f8"],
-        256 => ["prefill_attention_256_f16", "prefill_attention_256_bf16", "prefill_attention_256_f8"],
-        _ => return None,
-    };
-    match layout.dtype {
-        _ if !layout.block_size.is_power_of_two() => None,
-        KvDType::F32 => None,
-        KvDType::F16 => Some(kernels[0]),
-        KvDType::BF16 => Some(kernels[1]),
-        KvDType::F8 => Some(kernels[2]),
-    }
-}
-
-fn address_of<D: Driver>(vector: Option<&Vector<D>>) -> Arg {
+pub(super) fn address_of<D: Driver>(vector: Option<&Vector<D>>) -> Arg {
     vector.map_or(Address::NULL, |vector| vector.buffer.address()).into()
 }
 
@@ -152,29 +106,7 @@ impl<D: Driver> Backend for CudaBackend<D> {
     type KvCache = KvCache<D>;
 
     fn linear_weight(&mut self, parts: &[Matrix<'_>]) -> Result<Linear<D>, KernelError> {
-        let cols = parts[0].cols();
-        let mut linear = Linear { parts: Vec::new(), rows: 0, cols, bytes: 0 };
-        for alike in parts.chunk_by(|a, b| Form::of(a.dtype()) == Form::of(b.dtype())) {
-            let mut unpacked = Unpacked::default();
-            for part in alike {
-                if part.cols() != cols {
-                    return Err(KernelError::StackedColumns { first: cols, other: part.cols() });
-                }
-                unpacked.push(part);
-            }
-            let rows = alike.iter().map(Matrix::rows).sum();
-            linear.bytes += unpacked.values.len() + unpacked.scales.len();
-            linear.parts.push(Part {
-                form: Form::of(alike[0].dtype()),
-                values: Buffer::holding(&self.stream, &unpacked.values),
-                scales: Buffer::holding(&self.stream, &unpacked.scales),
-                first: linear.rows,
-                rows,
-            });
-            linear.rows += rows;
-        }
-        self.stream.check()?;
-        Ok(linear)
+        Linear::new(&self.stream, parts)
     }
 
     fn linear_bytes(&self, weight: &Linear<D>) -> usize {
@@ -224,7 +156,7 @@ impl<D: Driver> Backend for CudaBackend<D> {
     }
 
     fn is_recording(&self) -> bool {
-        self.recording
+        self.graphs.is_recording()
     }
 
     fn begin(&mut self, batch: &Batch) {
@@ -239,25 +171,15 @@ impl<D: Driver> Backend for CudaBackend<D> {
 
     fn step(&mut self, batch: &Batch, operations: &mut dyn FnMut(&mut Self)) {
         self.begin(batch);
-        let shape = self.plan.shape();
-        if !self.plan.is_recordable() {
-            return operations(self);
-        }
-        match self.graphs.remove(&shape) {
-            None => {
-                operations(self);
-                self.graphs.insert(shape, Recorded::Seen);
-            }
-            Some(recorded) => {
-                let graph = match recorded {
-                    Recorded::Seen => self.record(operations),
-                    Recorded::Graph(graph) => Some(graph),
-                };
-                let Some(graph) = graph else { return };
-                self.stream.attempt(|driver| driver.replay(&graph));
-                self.graphs.insert(shape, Recorded::Graph(graph));
-            }
-        }
+        self.run(operations);
+    }
+
+    fn rehearsed(&self, sequences: usize) -> Vec<usize> {
+        self.bucket_sizes(sequences)
+    }
+
+    fn rehearse(&mut self, batch: &Batch, operations: &mut dyn FnMut(&mut Self)) -> Rehearsed {
+        self.prepare(batch, operations)
     }
 
     fn check(&mut self) -> Result<(), KernelError> {
@@ -321,7 +243,6 @@ impl<D: Driver> Backend for CudaBackend<D> {
             return Skinny { x, norm: None, weight, bias, then: Then::Store }.enqueue(&self.stream, out);
         }
         if self.products.reserve(&self.stream, x, weight) {
-            assert!(!self.recording, "a step is recorded when it comes for the second time");
             self.graphs.clear();
         }
         for part in &weight.parts {
@@ -409,31 +330,7 @@ impl<D: Driver> Backend for CudaBackend<D> {
         layer: usize,
         batch: &Batch,
     ) {
-        assert_eq!(qkv.cols, shape.qkv_width(), "columns of queries, keys and values");
-        self.check_plan(qkv.rows, batch);
-        assert!((self.plan.position_max() as usize) < rope.positions, "positions within the rotation table");
-        let AttentionShape { heads, kv_heads, head_dim } = shape;
-        let planned = self.plan.shape();
-        let args = [
-            qkv.address().into(),
-            self.planned(planned.positions()),
-            self.planned(planned.table_starts()),
-            self.planned(planned.block_tables()),
-            rope.cos.address().into(),
-            rope.sin.address().into(),
-            address_of(norm.as_ref().map(|norm| norm.q)),
-            address_of(norm.as_ref().map(|norm| norm.k)),
-            norm.map_or(0.0, |norm| norm.eps).into(),
-            cache.layer(layer).into(),
-            heads.into(),
-            kv_heads.into(),
-            head_dim.into(),
-            cache.layout.block_size.into(),
-            rope.pairs.into(),
-        ];
-        let kernels = ["rope_and_cache_f32", "rope_and_cache_f16", "rope_and_cache_bf16", "rope_and_cache_f8"];
-        let grid = [qkv.computed_rows(), (heads + 2 * kv_heads).div_ceil(4), 1];
-        self.stream.launch(of_type(kernels, cache.layout.dtype), grid, THREADS, &args);
+        self.enqueue_rope_and_cache(qkv, shape, norm, rope, cache, layer, batch);
     }
 
     fn attention(
@@ -446,54 +343,7 @@ impl<D: Driver> Backend for CudaBackend<D> {
         batch: &Batch,
         out: &mut Activations<D>,
     ) {
-        assert!(qkv.cols == shape.qkv_width() && out.cols == shape.q_width(), "columns of queries, keys and values");
-        out.set_rows(batch.tokens.len());
-        self.check_plan(qkv.rows, batch);
-        let AttentionShape { heads, kv_heads, head_dim } = shape;
-        if self.partials.as_ref().is_none_or(|partials| !partials.are_for(shape)) {
-            assert!(!self.recording, "a step is recorded when it comes for the second time");
-            self.graphs.clear();
-            self.partials = Some(Partials::new(&self.stream, shape));
-        }
-        let [partials, arrived] = self.partials.as_ref().map_or([Address::NULL; 2], Partials::addresses);
-        let planned = self.plan.shape();
-        let args = [
-            qkv.address().into(),
-            self.planned(planned.positions()),
-            self.planned(planned.table_starts()),
-            self.planned(planned.block_tables()),
-            self.planned(planned.items()),
-            cache.layer(layer).into(),
-            heads.into(),
-            kv_heads.into(),
-            head_dim.into(),
-            cache.layout.block_size.into(),
-            scale.into(),
-            partials.into(),
-            arrived.into(),
-            out.address().into(),
-        ];
-        let (kernel, at_a_time) = attention::kernel(shape, cache.layout.dtype);
-        let tiled = prefill_kernel(&cache.layout);
-        let items = if tiled.is_some() { planned.decode_items } else { planned.items };
-        let grid = [items, kv_heads * (heads / kv_heads).div_ceil(at_a_time), 1];
-        self.stream.launch(kernel, grid, attention::THREADS, &args);
-        if let Some(kernel) = tiled {
-            let args = [
-                qkv.address().into(),
-                self.planned(planned.positions()),
-                self.planned(planned.table_starts()),
-                self.planned(planned.block_tables()),
-                self.planned(planned.tiles()),
-                cache.layer(layer).into(),
-                heads.into(),
-                kv_heads.into(),
-                cache.layout.block_size.into(),
-                scale.into(),
-                out.address().into(),
-            ];
-            self.stream.launch(kernel, [planned.tiles * heads, 1, 1], PREFILL_THREADS, &args);
-        }
+        self.enqueue_attention(qkv, shape, scale, cache, layer, batch, out);
     }
 
     fn silu_mul(&mut self, gate_up: &Activations<D>, out: &mut Activations<D>) {

@@ -5,8 +5,8 @@ use std::sync::Arc;
 use super::driver::{Address, Driver, HostMemory, Memory};
 use super::plan::bucket;
 use super::stream::Stream;
-use super::weight::Form;
-use crate::KvLayout;
+use super::weight::{Form, Unpacked};
+use crate::{KernelError, KvLayout, Matrix};
 
 /// Device memory that may be missing: after a failure, nothing more is allocated or launched.
 pub(super) struct Buffer<D: Driver>(Option<Arc<D::Memory>>);
@@ -63,6 +63,35 @@ pub struct Linear<D: Driver> {
     pub(super) rows: usize,
     pub(super) cols: usize,
     pub(super) bytes: usize,
+}
+
+impl<D: Driver> Linear<D> {
+    /// `parts`, stacked along their rows. Neighbours that are stored alike are one part here.
+    pub(super) fn new(stream: &Stream<D>, parts: &[Matrix<'_>]) -> Result<Self, KernelError> {
+        let cols = parts[0].cols();
+        let mut linear = Self { parts: Vec::new(), rows: 0, cols, bytes: 0 };
+        for alike in parts.chunk_by(|a, b| Form::of(a.dtype()) == Form::of(b.dtype())) {
+            let mut unpacked = Unpacked::default();
+            for part in alike {
+                if part.cols() != cols {
+                    return Err(KernelError::StackedColumns { first: cols, other: part.cols() });
+                }
+                unpacked.push(part);
+            }
+            let rows = alike.iter().map(Matrix::rows).sum();
+            linear.bytes += unpacked.values.len() + unpacked.scales.len();
+            linear.parts.push(Part {
+                form: Form::of(alike[0].dtype()),
+                values: Buffer::holding(stream, &unpacked.values),
+                scales: Buffer::holding(stream, &unpacked.scales),
+                first: linear.rows,
+                rows,
+            });
+            linear.rows += rows;
+        }
+        stream.check()?;
+        Ok(linear)
+    }
 }
 
 /// A working buffer `[rows, cols]` of f32. In memory, rows are filled up to a multiple of eight elements with zeros

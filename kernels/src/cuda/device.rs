@@ -52,7 +52,8 @@ pub struct DeviceMemory {
 
 /// Page-locked memory of a [`Device`].
 pub struct PinnedMemory {
-    context: Arc<CudaContext>,
+    /// The only one that copies from or to it.
+    stream: Arc<CudaStream>,
     start: *mut u8,
 }
 
@@ -229,11 +230,12 @@ impl HostMemory for PinnedMemory {
 
 impl Drop for PinnedMemory {
     fn drop(&mut self) {
-        let _ = self.context.bind_to_thread();
-        // Copies from or to it may be under way. A failure leaks the memory.
-        let _ = result::ctx::synchronize();
-        // SAFETY: our own allocation, which nothing uses any more.
-        let _ = unsafe { result::free_host(self.start.cast()) };
+        // Copies from or to it may be under way. (Of this stream alone: whoever waits for all of a context spoils what
+        // is recorded on any of its streams.) A failure leaks the memory.
+        if self.stream.synchronize().is_ok() {
+            // SAFETY: our own allocation, which nothing uses any more.
+            let _ = unsafe { result::free_host(self.start.cast()) };
+        }
     }
 }
 
@@ -279,7 +281,7 @@ impl Driver for Device {
         let start = unsafe { result::malloc_host(bytes, 0) }.during(|| format!("locking {bytes} bytes"))?;
         // SAFETY: so many bytes were allocated.
         unsafe { start.cast::<u8>().write_bytes(0, bytes) };
-        Ok(PinnedMemory { context: self.context.clone(), start: start.cast() })
+        Ok(PinnedMemory { stream: self.stream.clone(), start: start.cast() })
     }
 
     fn write(&self, from: &[u8], to: Address) -> Result<(), DriverError> {
@@ -360,17 +362,27 @@ impl Driver for Device {
     }
 
     fn begin_capture(&self) -> Result<(), DriverError> {
+        // What the mode decides is whose calls may not do what a recording cannot hold, allocating and the like. Of
+        // this thread's we want to hear: it would be a mistake, as all that a step needs is there before it is
+        // recorded. Those of others are none: to move pages they make streams and events, and open, lock and free
+        // memory. With a global recording these calls would fail, and sessions with them. Waiting for all of the
+        // context spoils a recording in any mode: that is left to `DeviceMover::unlock`, at a worker's end.
         let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
         self.stream.begin_capture(mode).during(|| "beginning to record".into())
     }
 
     fn end_capture(&self) -> Result<DeviceGraph, DriverError> {
         let flags = sys::CUgraphInstantiate_flags(0);
+        // The stream is itself again even where this fails.
         let graph = self.stream.end_capture(flags).during(|| "recording a step".into())?;
-        graph.map(DeviceGraph).ok_or_else(|| DriverError::Failed {
-            operation: "recording a step".into(),
-            reason: "nothing was recorded".into(),
-        })
+        let Some(graph) = graph else {
+            let (operation, reason) = ("recording a step".into(), "nothing was recorded".into());
+            return Err(DriverError::Failed { operation, reason });
+        };
+        // What it takes of the device is taken now: for want of that a recording fails, and not the first step that is
+        // replayed.
+        graph.upload().during(|| "bringing a recorded step to the device".into())?;
+        Ok(DeviceGraph(graph))
     }
 
     fn mover(&self) -> Arc<dyn Mover> {

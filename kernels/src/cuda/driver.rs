@@ -172,7 +172,7 @@ pub trait Driver: fmt::Debug + Send + 'static {
     /// written or allocated in between.
     fn begin_capture(&self) -> Result<(), DriverError>;
 
-    /// Ends a recording.
+    /// Ends a recording, whatever failed in it: afterwards work is enqueued again, even if this fails too.
     fn end_capture(&self) -> Result<Self::Graph, DriverError>;
 
     /// The device as those see it who move its memory beside what is enqueued here.

@@ -10,6 +10,7 @@ mod buffer;
 #[cfg(feature = "cuda")]
 mod device;
 mod driver;
+mod graphs;
 #[cfg(feature = "cuda")]
 mod mover;
 mod moving;

@@ -140,10 +140,12 @@ impl Mover for DeviceMover {
 
     fn unlock(&self, region: &KvRegion) {
         let _ = self.bind();
-        // Copies from or to it may be under way. A failure leaves it locked.
-        let _ = result::ctx::synchronize();
-        // SAFETY: locked before, and nothing uses it any more.
-        let _ = unsafe { sys::cuMemHostUnregister(region.base().cast()) };
+        // Copies from or to it may be under way, on any stream. A failure leaves it locked; and if the computing thread
+        // records at the time, which is when this fails, that step is enqueued without.
+        if result::ctx::synchronize().is_ok() {
+            // SAFETY: locked before, and nothing uses it any more.
+            let _ = unsafe { sys::cuMemHostUnregister(region.base().cast()) };
+        }
     }
 
     fn export(&self, start: Address) -> Result<IpcHandle, DriverError> {

@@ -11,7 +11,9 @@ pub(super) const SLOTS_MAX: usize = 2048;
 /// Rows of a prompt that a block of `kernels/cuda/prefill_attention.cu` takes at most.
 const TILE_ROWS: usize = 128;
 /// Largest step that is recorded.
-const RECORDED_ROWS_MAX: usize = 256;
+pub(super) const RECORDED_ROWS_MAX: usize = 256;
+/// An item of attention's work that is none: row, partitions from and to, slot.
+const NO_WORK: [i32; 4] = [-1, -1, -1, 0];
 
 /// The rows that are computed for `rows` of them: steps of nearly the same size are computed alike, so that one
 /// recording serves them all. Rows that nobody asked for are computed from what lies in the buffers, and not looked at.
@@ -21,6 +23,15 @@ pub(super) fn bucket(rows: usize) -> usize {
         17..=RECORDED_ROWS_MAX => rows.next_multiple_of(16),
         _ => rows,
     }
+}
+
+/// Partitions of the keys up to a position.
+fn partitions_of(position: u32) -> usize {
+    position as usize / PARTITION + 1
+}
+
+fn decodes(batch: &Batch) -> bool {
+    batch.sequences.iter().all(|sequence| sequence.query_len == 1)
 }
 
 /// What makes two steps enqueue the same work: the same kernels in the same grids on the same addresses.
@@ -86,7 +97,7 @@ impl Plan {
         let Self { words, .. } = self;
         self.tokens = batch.tokens.len();
         self.position_max = batch.positions.iter().copied().max().unwrap_or(0);
-        self.decodes = batch.sequences.iter().all(|sequence| sequence.query_len == 1);
+        self.decodes = decodes(batch);
         let rows = bucket(self.tokens);
         words.clear();
         words.extend(batch.tokens.iter().map(as_int));
@@ -100,7 +111,6 @@ impl Plan {
 
         // A decoding row is cut into runs of partitions, of the length that makes enough of them; a prompt has rows
         // enough.
-        let partitions_of = |position: u32| position as usize / PARTITION + 1;
         let is_decode = |sequence: &&SequenceSpan| sequence.query_len == 1;
         let decoding = || batch.sequences.iter().filter(is_decode);
         let all: usize = decoding().map(|sequence| partitions_of(sequence.context_len - 1)).sum();
@@ -120,7 +130,7 @@ impl Plan {
         }
         let work = (words.len() - 3 * rows) / 4;
         let decode_items = if self.decodes { work.next_power_of_two() } else { work };
-        words.extend((work..decode_items).flat_map(|_| [-1, -1, -1, 0]));
+        words.extend((work..decode_items).flat_map(|_| NO_WORK));
         let prompts = || batch.sequences.iter().filter(|sequence| !is_decode(sequence));
         let rows_of = |sequence: &SequenceSpan| sequence.query_start..sequence.query_start + sequence.query_len;
         for prompt in prompts() {
@@ -137,6 +147,54 @@ impl Plan {
         let tiles = (words.len() - 3 * rows - 4 * items) / 2;
         words.extend(batch.block_tables.iter().map(as_int));
         self.shape = Shape { rows, decode_items, items, tiles };
+    }
+}
+
+/// Steps before there are any.
+impl Plan {
+    /// All shapes that steps can have that decode as many sequences as `batch` does, or a few less that make the same
+    /// bucket, with contexts as long as its longest at most. Of a batch that does not decode, one for which each kernel
+    /// has something to do.
+    pub(super) fn shapes_like(&self, batch: &Batch) -> Vec<Shape> {
+        let tokens = batch.tokens.len();
+        let rows = bucket(tokens);
+        if !decodes(batch) {
+            return vec![Shape { rows, decode_items: 1, items: 2, tiles: 1 }];
+        }
+        let context = batch.sequences.iter().map(|sequence| sequence.context_len).max().unwrap_or(1);
+        let all = tokens * partitions_of(context - 1);
+        let most = match self.items_wanted {
+            0 => all.min(SLOTS_MAX + tokens),
+            // Runs are as long as it takes for there to be that many of them, but each row's last may be shorter.
+            wanted => all.min(wanted + tokens - 1),
+        };
+        let fewest = (1..=tokens).find(|&fewer| bucket(fewer) == rows).unwrap_or(tokens);
+        let doubled = std::iter::successors(Some(fewest.next_power_of_two()), |items| Some(2 * items));
+        let shape = |items| Shape { rows, decode_items: items, items, tiles: 0 };
+        doubled.take_while(|&items| items <= most.next_power_of_two()).map(shape).collect()
+    }
+
+    /// Makes this the plan of a step of this shape, as large as `batch`, of which nobody asks for anything: no row has
+    /// a position, no item is work.
+    pub(super) fn blank(&mut self, batch: &Batch, shape: Shape) {
+        let Self { words, .. } = self;
+        words.clear();
+        words.resize(shape.rows, 0);
+        words.resize(2 * shape.rows, -1);
+        words.resize(3 * shape.rows, 0);
+        words.extend((0..shape.items).flat_map(|_| NO_WORK));
+        words.resize(words.len() + 2 * shape.tiles, 0);
+        // A block table of one page, of which nothing is read.
+        words.push(0);
+        (self.tokens, self.position_max, self.decodes, self.shape) = (batch.tokens.len(), 0, decodes(batch), shape);
+    }
+
+    /// Words that no plan exceeds of as many tokens as `batch` has, with block tables as long as its together.
+    pub(super) fn words_max(&self, batch: &Batch) -> usize {
+        let tokens = batch.tokens.len();
+        // Filled up to a power of two.
+        let items = 2 * (tokens + if self.items_wanted == 0 { SLOTS_MAX } else { self.items_wanted });
+        3 * bucket(tokens).max(tokens) + 4 * items + 2 * tokens + batch.block_tables.len()
     }
 }
 
@@ -262,6 +320,81 @@ mod tests {
         plan.set(&decoding(&[PARTITION, 9 * PARTITION + 1, 2 * PARTITION, 1]));
         let expected = [[0, 0, 1, -1], [1, 0, 4, 0], [1, 4, 8, 4], [1, 8, 10, 8], [2, 0, 2, -1], [3, 0, 1, -1]];
         assert_eq!(items(&plan), expected);
+    }
+
+    #[test]
+    fn every_step_that_decodes_has_one_of_the_shapes_that_are_rehearsed() {
+        let mut state = 1u64;
+        let mut random = |below: usize| {
+            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            (state >> 33) as usize % below
+        };
+        let mut met = std::collections::HashSet::new();
+        for wanted in [0, 1, 8, 66, 264] {
+            let mut plan = Plan::default();
+            plan.aim_at(wanted);
+            for longest in [1, 100, 2000, 40_000] {
+                for _ in 0..200 {
+                    let sequences = 1 + random(RECORDED_ROWS_MAX).min(random(RECORDED_ROWS_MAX));
+                    let of_bucket = decoding(&vec![longest; bucket(sequences)]);
+                    let shapes = plan.shapes_like(&of_bucket);
+                    // Some of one length, some of any.
+                    let any = random(2) == 0;
+                    let context = |_| if any { 1 + random(longest) } else { longest };
+                    plan.set(&decoding(&(0..sequences).map(context).collect::<Vec<_>>()));
+                    assert!(shapes.contains(&plan.shape()), "{:?} is none of {shapes:?}", plan.shape());
+                    assert!(plan.words().len() <= plan.words_max(&of_bucket));
+                    met.insert(plan.shape());
+                }
+            }
+        }
+        assert!(met.len() > 80, "{}", met.len());
+    }
+
+    #[test]
+    fn no_plan_is_longer_than_is_made_room_for() {
+        for wanted in [0, 8, 264] {
+            for tokens in [1, 2, 15, 100, 255, 256, 300, 2048] {
+                let mut largest = Batch::default();
+                largest.push(&vec![0; tokens], 0, &[0; 50], 0);
+                let mut plan = Plan::default();
+                plan.aim_at(wanted);
+                for sequences in [1, 2, 7, 50] {
+                    // Decodes, prompts as short as there are, and one of the rest.
+                    let mut batch = Batch::default();
+                    for i in 0..sequences.min(tokens) {
+                        let left = tokens - batch.tokens.len();
+                        let len = if i + 1 == sequences { left } else { left.min(1 + i % 2) };
+                        batch.push(&vec![0; len], 300_000, &[0], 0);
+                        if batch.tokens.len() == tokens {
+                            break;
+                        }
+                    }
+                    plan.set(&batch);
+                    assert!(plan.words().len() <= plan.words_max(&largest), "{tokens} tokens of {sequences}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn nobody_asks_for_anything_in_a_blank_plan() {
+        let mut plan = Plan::default();
+        plan.aim_at(8);
+        let mut prompt = Batch::default();
+        prompt.push(&[5; 100], 0, &[9], 0);
+        for batch in [decoding(&[700; 3]), prompt] {
+            for shape in plan.shapes_like(&batch) {
+                plan.blank(&batch, shape);
+                assert_eq!((plan.shape(), plan.tokens(), plan.position_max()), (shape, batch.tokens.len(), 0));
+                assert_eq!(plan.is_recordable(), shape.tiles == 0);
+                assert!(items(&plan).is_empty());
+                let words = plan.words();
+                assert!(words[shape.positions()..shape.table_starts()].iter().all(|&position| position == -1));
+                assert!(words[shape.tiles()..shape.block_tables()].as_chunks::<2>().0.iter().all(|tile| tile[1] == 0));
+                assert_eq!(words[shape.block_tables()..], [0], "{shape:?}");
+            }
+        }
     }
 
     #[test]

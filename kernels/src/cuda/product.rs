@@ -57,6 +57,21 @@ impl Cut {
     }
 }
 
+/// Rows up to which a product of so many features is split over its input features, if at all: those of which the
+/// smallest tiles are too few by half.
+fn split_rows_max(features: usize) -> usize {
+    let smallest = TILES[TILES.len() - 1];
+    BLOCKS / 2 / features.div_ceil(smallest.out) * smallest.rows
+}
+
+/// Bytes of the sums of segments, of a product of so many rows or fewer.
+fn sums_bytes(rows: usize, cols: usize, features: usize) -> usize {
+    match cols.div_ceil(SEGMENT) {
+        1 => 0,
+        segments => segments * rows.min(split_rows_max(features)) * features * size_of::<f32>(),
+    }
+}
+
 /// Names of the kernels for one form of weights.
 struct Kernels {
     round_rows: &'static str,
@@ -134,16 +149,12 @@ impl<D: Driver> Products<D> {
         kernels(form).is_some()
     }
 
-    /// Makes room for the product of `x` with `weight`. Whether something lies elsewhere now, so that what was recorded
-    /// is void.
+    /// Makes room for the product of `x` with `weight`, and for those of fewer rows. Whether something lies elsewhere
+    /// now, so that what was recorded is void.
     pub(super) fn reserve(&mut self, stream: &Stream<D>, x: &Activations<D>, weight: &Linear<D>) -> bool {
         let rows = x.computed_rows();
         let parts = weight.parts.iter().filter(|part| Self::takes(part.form));
-        let sums = parts.map(|part| match Cut::of(rows, weight.cols, part.rows).segments {
-            1 => 0,
-            segments => segments * rows * part.rows * size_of::<f32>(),
-        });
-        let Some(sums) = sums.max() else { return false };
+        let Some(sums) = parts.map(|part| sums_bytes(rows, weight.cols, part.rows)).max() else { return false };
         let rounded = Self::scales_bytes(rows) + rows * x.stride() * size_of::<u16>();
         // Not short-circuited: both have to grow.
         self.rounded.reserve(stream, rounded) | self.segments.reserve(stream, sums)
@@ -222,6 +233,26 @@ mod tests {
         // Half of a large tile would be empty.
         assert_eq!(cut(64, 4096, 24_576), (64, 64, 1));
         assert_eq!(cut(32, 4096, 4096), (64, 32, 1));
+    }
+
+    #[test]
+    fn room_for_many_rows_is_room_for_fewer() {
+        let mut splits = 0;
+        for features in [1, 32, 33, 512, 1024, 1536, 2112, 2113, 4096] {
+            for cols in [512, 513, 4096] {
+                let needed = |rows: usize| match Cut::of(rows, cols, features).segments {
+                    1 => 0,
+                    segments => segments * rows * features * 4,
+                };
+                let mut most = 0;
+                for rows in 1..=4500 {
+                    most = most.max(needed(rows));
+                    assert_eq!(sums_bytes(rows, cols, features), most, "{rows} rows, {cols} to {features}");
+                }
+                splits += usize::from(most > 0);
+            }
+        }
+        assert_eq!(splits, 2 * 7);
     }
 
     #[test]

@@ -26,6 +26,11 @@ impl<D: Driver> Stream<D> {
         self.failure.borrow().clone().map_or(Ok(()), Err)
     }
 
+    /// Goes on as if nothing had failed; what it was.
+    pub(super) fn forgive(&self) -> Option<DriverError> {
+        self.failure.take()
+    }
+
     /// Does something with the driver, unless something failed before.
     pub(super) fn attempt<T>(&self, operation: impl FnOnce(&D) -> Result<T, DriverError>) -> Option<T> {
         if self.failure.borrow().is_some() {

@@ -1,0 +1,111 @@
+//! How long a device would wait for the host between two decoding steps: from the moment that a step's tokens are known
+//! until the next step is launched.
+//!
+//! All of the engine takes part but the device: scheduler, pages, delivery to readers on another thread, and the CUDA
+//! backend over a driver that does nothing. That driver takes the times: where the host waits for the device it lets
+//! some pass, as a device would. What calls of a real driver cost comes on top (a graph's launch, one copy).
+//!
+//! `cargo bench --bench host`
+
+mod idle;
+
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use engine::telemetry::Metrics;
+use engine::worker::{Engine, EngineConfig, Event, ModelRunner, Request};
+use engine_kernels::cuda::CudaBackend;
+use engine_kernels::{KvDType, KvLayout, SamplingParams};
+use engine_models::{ForwardLimits, LoadFormat, ModelSource, OpenOptions};
+
+use idle::Idle;
+
+/// What matters of it is how many layers' kernels are in a step, and that is one graph.
+const CONFIG: &str = r#"{
+    "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "dtype": "bfloat16", "hidden_size": 64,
+    "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32,
+    "max_position_embeddings": 2048, "vocab_size": 1000, "rms_norm_eps": 1e-6, "tie_word_embeddings": true,
+    "rope_parameters": {"rope_theta": 10000.0, "rope_type": "default"}
+}"#;
+const BLOCK_SIZE: usize = 64;
+const CONTEXT: usize = 512;
+const MAX_MODEL_LEN: usize = 2048;
+const SEQUENCES_MAX: usize = 256;
+/// Steps that are measured at least.
+const STEPS: usize = 1000;
+/// How long a step takes on the device that is not there.
+const STEP: Duration = Duration::from_micros(1000);
+
+fn main() -> Result<(), Box<dyn std::error::Error>> {
+    println!("| sequences | from tokens to the next launch, µs: p50 | p90 |\n| --- | --- | --- |");
+    for sequences in [1, 64, 256] {
+        let mut gaps = measure(sequences)?;
+        gaps.sort_unstable();
+        let micros = |share: usize| gaps[gaps.len() * share / 100].as_secs_f64() * 1e6;
+        println!("| {sequences} | {:.1} | {:.1} |", micros(50), micros(90));
+    }
+    Ok(())
+}
+
+/// The gaps between steps in which so many sequences decode.
+fn measure(sequences: usize) -> Result<Vec<Duration>, Box<dyn std::error::Error>> {
+    let folder = tempfile::tempdir()?;
+    std::fs::write(folder.path().join("config.json"), CONFIG)?;
+    let options = OpenOptions { load_format: LoadFormat::Dummy, ..OpenOptions::default() };
+    let source = ModelSource::open(&folder.path().to_string_lossy(), &options)?;
+    let gaps = Arc::new(Mutex::new(Vec::with_capacity(1 << 20)));
+    let mut backend = CudaBackend::new(Idle::new(STEP, gaps.clone()));
+    let limits = ForwardLimits { max_tokens: 2048, max_logit_rows: SEQUENCES_MAX, max_positions: MAX_MODEL_LEN };
+    let loaded = source.load(&mut backend, limits)?;
+    let blocks = SEQUENCES_MAX * MAX_MODEL_LEN / BLOCK_SIZE;
+    let dtype = KvDType::BF16;
+    let layout = KvLayout { layers: 1, kv_heads: 2, head_dim: 32, block_size: BLOCK_SIZE, blocks, dtype };
+    let mut runner = ModelRunner::new(backend, loaded.model, layout, limits.max_logit_rows)?;
+    let config = EngineConfig {
+        max_num_seqs: SEQUENCES_MAX,
+        max_num_batched_tokens: limits.max_tokens,
+        itl_target: Duration::from_secs(60),
+        max_waiting_requests: SEQUENCES_MAX,
+        max_model_len: MAX_MODEL_LEN,
+        vocab_size: source.config().vocab_size,
+        block_size: BLOCK_SIZE,
+        blocks,
+        model_key: Vec::new(),
+    };
+    runner.rehearse(&config)?;
+    let engine = Engine::start(runner, config, Metrics::new().engine)?;
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
+    let readers: Vec<_> = (0..sequences as u32)
+        .map(|sequence| {
+            let request = Request {
+                prompt: (0..CONTEXT as u32).map(|position| (position * 7 + sequence * 13) % 1000).collect(),
+                output: Vec::new(),
+                sampling: SamplingParams::default(),
+                // All decode together for as long as is measured.
+                max_tokens: (STEPS + 200) as u32,
+                min_tokens: 0,
+                stop_token_ids: Vec::new(),
+                logprobs: None,
+                prompt_logprobs: None,
+                trace: None,
+            };
+            let mut generation = engine.submit(request)?;
+            Ok(runtime.spawn(async move {
+                let mut tokens = 0;
+                while let Some(event) = generation.next().await {
+                    tokens += usize::from(matches!(event, Event::Token(_)));
+                }
+                tokens
+            }))
+        })
+        .collect::<Result<_, engine::worker::SubmitError>>()?;
+    for reader in readers {
+        runtime.block_on(reader)?;
+    }
+    engine.stop();
+    runtime.block_on(engine.stopped());
+    let gaps = std::mem::take(&mut *gaps.lock().map_err(|_| "a panic")?);
+    // The last of them are steps of fewer sequences.
+    let all = gaps.len();
+    Ok(gaps[all.saturating_sub(STEPS + 100)..all.saturating_sub(100)].to_vec())
+}

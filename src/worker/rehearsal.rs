@@ -1,0 +1,61 @@
+//! What a model's runner prepares before the first request comes.
+
+use std::time::{Duration, Instant};
+
+use engine_kernels::{Backend, Batch, Rehearsed, RowTask, SampleRow, Sampled, SamplingParams};
+
+use super::{EngineConfig, ModelRunner, RunnerError};
+
+/// Between two words about how far it is.
+const PROGRESS_PAUSE: Duration = Duration::from_secs(2);
+
+impl<B: Backend> ModelRunner<B> {
+    /// Prepares for all steps within `config`, if the backend gains by it: on CUDA devices, memory is made for the
+    /// largest there can be, and those that decode are recorded as graphs. Says in the log how far it is and what it
+    /// took. No page is touched.
+    pub fn rehearse(&mut self, config: &EngineConfig) -> Result<Rehearsed, RunnerError> {
+        let sizes = self.backend.rehearsed(config.max_num_seqs);
+        let Some(&largest) = sizes.last() else { return Ok(Rehearsed::default()) };
+        tracing::info!("recording steps in which 1 to {largest} sequences decode; --enforce-eager does without");
+        let started = Instant::now();
+        let mut batch = Batch::default();
+        // The largest step first: what room is made for it then lies where it will ever be, as recordings rely on.
+        let pages = config.max_num_seqs * config.max_model_len.div_ceil(config.block_size);
+        batch.push(&vec![0; config.max_num_batched_tokens], 0, &vec![0; pages], 0);
+        let mut all = self.rehearse_step(&batch)?;
+        let mut said = started;
+        for size in sizes {
+            batch.clear();
+            (0..size).for_each(|_| batch.push(&[0], config.max_model_len as u32 - 1, &[0], 0));
+            let Rehearsed { recorded, device_bytes } = self.rehearse_step(&batch)?;
+            all.recorded += recorded;
+            all.device_bytes += device_bytes;
+            if said.elapsed() > PROGRESS_PAUSE {
+                said = Instant::now();
+                tracing::info!("recorded {} steps, of up to {size} sequences of {largest}", all.recorded);
+            }
+        }
+        tracing::info!(
+            "recorded {} steps in which 1 to {largest} sequences decode, in {:.1} s; with what they work in they take \
+             {} MiB of the device's memory",
+            all.recorded,
+            started.elapsed().as_secs_f64(),
+            all.device_bytes >> 20
+        );
+        Ok(all)
+    }
+
+    /// One size of steps, and logits and tokens behind it.
+    fn rehearse_step(&mut self, batch: &Batch) -> Result<Rehearsed, RunnerError> {
+        let Self { backend, model, cache, max_logit_rows } = self;
+        let rehearsed = model.rehearse(backend, cache, batch);
+        let rows = &batch.logit_rows[..batch.logit_rows.len().min(*max_logit_rows)];
+        let logits = model.logits(backend, rows);
+        let params = SamplingParams::default();
+        let task = RowTask::Sample { params: &params, suppress: &[] };
+        let row = |_| SampleRow { task, prompt: &[], output: &[], logprobs: None };
+        backend.sample(logits, &row, &mut vec![Sampled::default(); rows.len()]);
+        backend.check().map_err(|error| RunnerError(error.to_string()))?;
+        Ok(rehearsed)
+    }
+}
