@@ -217,9 +217,10 @@ async fn a_session_that_ends_while_pages_wait_to_be_staged_answers_for_all_of_th
     let mut decode = Decode::start_with(|config| config.limits = Limits { frame_bytes: 1, ..config.limits }).await;
     let session = soon(connector.connect(decode.server.addresses(), WorkerId(7))).await.unwrap();
     let id = decode.opened().await;
-    // Nothing is lent: the first page ends the session.
+    // Nothing is lent: the first page ends the session. The others may have left by the time that is known here.
     let writer = session.writer();
-    assert_eq!(write(&writer, Slot(0), epoch(1), everything()).await, Err(WriteError::Closed));
+    let written = write(&writer, Slot(0), epoch(1), everything()).await;
+    assert!(matches!(written, Ok(()) | Err(WriteError::Closed)), "{written:?}");
     assert_eq!(complete(&writer, Slot(0), epoch(1), Status::Done).await, Err(WriteError::Closed));
     decode.ended(id).await;
 }
