@@ -32,6 +32,11 @@ use crate::{
 /// without waking anybody.
 const MAILBOX_PAUSE: Duration = Duration::from_micros(300);
 
+/// Why an engine ends whose device does not say when adapters' writes are over.
+const LOST_PAGES: &str = "the device cannot be made to wait for what RDMA adapters wrote to its memory, so pages could \
+                          change under whatever is computed in them; see what its driver says in the log, and start \
+                          again";
+
 /// The engine thread: the only one that touches the model, the scheduler and the KV pages.
 pub struct Engine<R> {
     runner: R,
@@ -120,6 +125,9 @@ impl<R: Runner> Engine<R> {
     fn run(&mut self) -> Result<(), RunnerError> {
         while self.take_arrivals() == Turn::Compute {
             self.forget_cancelled();
+            if self.has_lost_pages() {
+                return Err(RunnerError(LOST_PAGES.to_owned()));
+            }
             if self.scheduler.is_empty() {
                 continue;
             }
@@ -143,6 +151,11 @@ impl<R: Runner> Engine<R> {
             }
         }
         Ok(())
+    }
+
+    /// Whether adapters may still write to pages that came back. Asked before anything is computed.
+    fn has_lost_pages(&self) -> bool {
+        self.lending.as_ref().is_some_and(Lending::has_failed)
     }
 
     /// Counts a step, and learns from how long it took.
@@ -176,6 +189,9 @@ impl<R: Runner> Engine<R> {
     fn take_arrivals(&mut self) -> Turn {
         if let Some(lending) = &mut self.lending {
             lending.attend(&mut self.scheduler);
+        }
+        if self.has_lost_pages() {
+            return Turn::Compute;
         }
         if self.scheduler.is_empty() || self.held_up {
             self.held_up = false;

@@ -52,8 +52,8 @@ pub trait LendingPort: Send {
         Stage::Direct
     }
 
-    /// Returns when what adapters wrote to pages in device memory is there for whatever is computed next, and can change
-    /// nothing that is written there from now on. False if the device fails.
+    /// Returns when what adapters wrote to pages in device memory is there for whatever is computed next, and can
+    /// change nothing that is written there from now on. False if that cannot be had, which is the end of the engine.
     fn flush(&mut self) -> bool {
         true
     }
@@ -168,6 +168,9 @@ pub(super) struct Lending {
     started: Instant,
     ticked: Instant,
     polled: Instant,
+    /// The device could not be made to wait for what adapters had written. Nothing comes back from then on, and nothing
+    /// may be computed.
+    failed: bool,
     metrics: HandoffMetrics,
 }
 
@@ -187,6 +190,7 @@ impl Lending {
             started: now,
             ticked: now,
             polled: now,
+            failed: false,
             metrics,
         }
     }
@@ -194,6 +198,11 @@ impl Lending {
     /// Whether anything is lent, or in quarantine.
     pub(super) fn is_open(&self) -> bool {
         self.lender.open() > 0
+    }
+
+    /// Whether pages may change under whatever is computed in them, so that nothing may be any more.
+    pub(super) fn has_failed(&self) -> bool {
+        self.failed
     }
 
     /// Looks into the mailbox and at the clock. Once a turn of the engine thread.
@@ -265,7 +274,6 @@ impl Lending {
         };
         let pages = Pages { lent: lent.into(), written };
         if pages.lent.is_empty() {
-            self.let_go(pages);
             return self.port.send(session, ToPrefill::NoScratch);
         }
         let numbers = pages.numbers();
@@ -276,23 +284,27 @@ impl Lending {
                 self.port.send(session, ToPrefill::Scratch { slot, epoch, pages: numbers });
             }
             Err(pages) => {
-                scheduler.free_lent(self.let_go(pages));
+                // Nobody was told of them, so nobody wrote there.
+                let Pages { lent, written } = pages;
+                if let Written::Staged(staged) = written {
+                    self.port.unstage(&staged);
+                }
+                scheduler.free_lent(lent);
                 self.port.send(session, ToPrefill::NoScratch);
             }
         }
     }
 
-    /// The pages of a loan to which nobody can write any more. What stood in for them is free.
-    fn let_go(&mut self, pages: Pages) -> Box<[LentPage]> {
+    /// The pages of a loan to which nobody can write any more. What stood in for them is free. None if what was written
+    /// there may still land, over whatever is computed next: then they stay where they are.
+    fn let_go(&mut self, pages: Pages) -> Option<Box<[LentPage]>> {
         let Pages { lent, written } = pages;
         match written {
             Written::There => {}
-            // What an adapter wrote must not land over what is computed there next. A device that cannot wait for it fails,
-            // and computes nothing.
-            Written::ByAdapter => drop(self.port.flush()),
+            Written::ByAdapter => self.failed |= !self.port.flush(),
             Written::Staged(staged) => self.port.unstage(&staged),
         }
-        lent
+        (!self.failed).then_some(lent)
     }
 
     /// A step is about to be planned.
@@ -344,6 +356,10 @@ impl Lending {
 
     /// Panics unless what is lent here is what the scheduler thinks is lent.
     pub(super) fn check_integrity(&self, scheduler: &Scheduler) {
+        if self.failed {
+            // Some pages are nobody's.
+            return;
+        }
         let pages = |wanted: bool| -> usize {
             self.lender
                 .lent()
@@ -377,6 +393,10 @@ impl Lending {
         }
         let mut actions = std::mem::take(&mut self.actions);
         for action in actions.drain(..) {
+            if self.failed {
+                // The engine ends.
+                break;
+            }
             match action {
                 LenderAction::Grant { session, handoff, slot, epoch, request } => {
                     self.grant(session, handoff, (slot, epoch), request, scheduler, now);
@@ -394,9 +414,15 @@ impl Lending {
                     let Pages { lent, written } = pages;
                     let there = match written {
                         Written::There => true,
-                        Written::ByAdapter => self.port.flush(),
+                        Written::ByAdapter => {
+                            self.failed = !self.port.flush();
+                            !self.failed
+                        }
                         Written::Staged(staged) => self.port.take_up(staged, &own),
                     };
+                    if self.failed {
+                        continue;
+                    }
                     if !there {
                         self.away[request.index()] = None;
                         scheduler.restart(request, Some(lent), false);
@@ -411,11 +437,21 @@ impl Lending {
                     scheduler.resume(request, lent);
                 }
                 LenderAction::Restart { request, pages, again } => {
+                    let lent = match pages {
+                        None => None,
+                        Some(pages) => match self.let_go(pages) {
+                            None => continue,
+                            lent => lent,
+                        },
+                    };
                     self.away[request.index()] = None;
-                    let lent = pages.map(|pages| self.let_go(pages));
                     scheduler.restart(request, lent, again);
                 }
-                LenderAction::Free { pages } => scheduler.free_lent(self.let_go(pages)),
+                LenderAction::Free { pages } => {
+                    if let Some(lent) = self.let_go(pages) {
+                        scheduler.free_lent(lent);
+                    }
+                }
                 LenderAction::Count(outcome) => self.metrics.count(outcome),
             }
         }

@@ -1,9 +1,10 @@
 //! Host memory in which pages arrive that are meant for a device, at a decode worker.
 //!
-//! What cannot write to the device directly, as CUDA IPC does and adapters may, writes here: to pages of a pool, of the same shape as the device's. A loan
-//! that is claimed over such a session gets as many of them as it has pages, and they go the way of its pages: whoever
-//! holds the loan may write to them, they are in quarantine with it, and they are used again when it is resolved. When
-//! its word says that all is written, they are copied up, before any step that reads the pages.
+//! What cannot write to the device directly, as CUDA IPC does and adapters may, writes here: to pages of a pool, of the
+//! same shape as the device's. A loan that is claimed over such a session gets as many of them as it has pages, and
+//! they go the way of its pages: whoever holds the loan may write to them, they are in quarantine with it, and they are
+//! used again when it is resolved. When its word says that all is written, they are copied up, before any step that
+//! reads the pages.
 //!
 //! A pool, and not a mirror of all pages: that would lock as much host memory as the device has for pages, for the few
 //! prompts that are under way at a time. A prompt that finds no room is prefilled here.
@@ -79,8 +80,8 @@ impl Staging {
         }
     }
 
-    /// Returns when what adapters wrote to the device's pages is there for whatever is computed next. False if the device
-    /// fails.
+    /// Returns when what adapters wrote to the device's pages is there for whatever is computed next. False if the
+    /// device fails.
     pub(super) fn flush(&self) -> bool {
         if self.reached.is_none_or(|reached| !reached.flush) {
             return true;

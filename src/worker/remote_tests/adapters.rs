@@ -46,15 +46,42 @@ fn what_an_adapter_wrote_for_nobody_is_waited_for_before_its_pages_are_free() {
     assert!(decode.wires.on_the_way.lock().unwrap().is_empty(), "it would land in pages of somebody else");
 }
 
-#[test]
-fn a_prompt_whose_pages_cannot_be_waited_for_is_computed_here() {
-    let decode = writing_by_adapter();
-    let (prefill, control) = start(config());
+/// A prompt's loan, with pages on their way that nobody will be able to wait for.
+fn lose_pages(decode: &Decode) -> Grant {
+    let grant = decode.claim(decode.next_job());
+    decode.wires.on_the_way.lock().unwrap().extend(grant.pages.iter().map(|&page| (page, [0xBAD; BLOCK])));
     decode.wires.flush_fails.store(true, Ordering::Relaxed);
+    grant
+}
+
+fn has_ended(decode: &Decode) {
+    let EngineStatus::Failed { reason } = block_on(decode.handle.stopped()) else { panic!("it goes on") };
+    assert!(reason.contains("adapters wrote to its memory"), "{reason}");
+    assert!(!decode.wires.on_the_way.lock().unwrap().is_empty());
+}
+
+#[test]
+fn an_engine_ends_before_it_computes_in_pages_that_cannot_be_waited_for() {
+    for status in [Status::Done, Status::Failed] {
+        let decode = writing_by_adapter();
+        let mut generation = decode.handle.submit(request(0..70, 9)).unwrap();
+        decode.ends(&lose_pages(&decode), status);
+        let (events, reason, _) = block_on(collect(&mut generation));
+        assert_eq!((events.len(), reason), (0, FinishReason::Aborted), "{status:?}");
+        has_ended(&decode);
+        assert_eq!((decode.metrics.prefills_remote.get(), decode.metrics.prefills_local.get()), (0, 0));
+    }
+}
+
+#[test]
+fn an_engine_ends_whose_pages_cannot_be_waited_for_though_nobody_wants_them() {
+    let decode = writing_by_adapter();
     let asked = request(0..70, 9);
     let mut generation = decode.handle.submit(asked.clone()).unwrap();
-    serve_by_adapter(&decode, &prefill, &control);
+    lose_pages(&decode);
+    decode.post.lender(LenderEvent::SessionClosed { session: SESSION });
     let (events, reason, _) = block_on(collect(&mut generation));
     assert_eq!((events, reason), model_answer(&asked, 128));
-    assert_eq!((decode.metrics.prefills_remote.get(), decode.metrics.prefills_local.get()), (0, 1));
+    decode.post.lender(LenderEvent::SessionFenced { session: SESSION });
+    has_ended(&decode);
 }
