@@ -48,8 +48,8 @@ pub struct PageRun {
 
 /// All KV pages in a device's memory. Clones are the same memory, which stays allocated until the last of them is gone.
 ///
-/// As with [`KvRegion`], it says where pages are, not who may touch them: whoever copies answers for it that nobody else
-/// writes to the same page at the same time.
+/// As with [`KvRegion`], it says where pages are, not who may touch them: whoever copies answers for it that nobody
+/// else writes to the same page at the same time.
 #[derive(Clone)]
 pub struct DeviceRegion {
     memory: Arc<dyn Memory>,
@@ -166,6 +166,19 @@ impl DeviceRegion {
     /// Returns when what adapters had written is there for whatever is computed next.
     pub fn flush(&self) -> Result<(), DriverError> {
         self.mover.flush()
+    }
+
+    /// Has the device copy the start of `from`, as many bytes as are spare, to the spare ones, and waits for it.
+    pub fn fill_spare(&self, from: &KvRegion) -> Result<(), DriverError> {
+        self.mover.upload(from, 0, self.spare(), Self::SPARE_BYTES)?;
+        self.mover.mark()?.wait()
+    }
+
+    /// Has the device copy the spare bytes to the start of `to`, and waits for it.
+    pub fn read_spare(&self, to: &KvRegion) -> Result<(), DriverError> {
+        let stream = self.mover.stream()?;
+        stream.download(self.spare(), to, 0, Self::SPARE_BYTES)?;
+        stream.finish()
     }
 
     /// Where the first page starts.

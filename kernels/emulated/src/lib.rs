@@ -85,6 +85,13 @@ impl Emulated {
         self.queue().adapter_access = Some(access);
     }
 
+    /// From now on adapters do not get to see what is copied to its memory beside the computing (`unseen`), or it what
+    /// they write there (`unreached`), though either does not notice.
+    pub fn mislead_adapters(&self, unseen: bool, unreached: bool) {
+        let mut queue = self.queue();
+        (queue.unseen, queue.unreached) = (unseen, unreached);
+    }
+
     /// Whether the allocation that starts here was the last to be prepared for adapters.
     pub fn is_open_to_adapters(&self, start: Address) -> bool {
         self.queue().open_to_adapters == Some(start.0 as usize)

@@ -46,7 +46,11 @@ impl Mover for EmulatedMover {
     }
 
     fn upload(&self, from: &KvRegion, at: usize, to: Address, bytes: usize) -> Result<(), DriverError> {
-        lock(&self.0).push(Work::Upload { region: from.clone(), at, to: to.0 as usize, bytes })
+        let mut queue = lock(&self.0);
+        if queue.unseen {
+            return queue.state();
+        }
+        queue.push(Work::Upload { region: from.clone(), at, to: to.0 as usize, bytes })
     }
 
     fn stream(&self) -> Result<Box<dyn CopyStream>, DriverError> {
@@ -178,6 +182,9 @@ impl CopyStream for Copies {
             };
             if !queue.holds(from, bytes) {
                 return Err(failed(format!("copying {bytes} bytes"), "they are not in one allocation"));
+            }
+            if queue.unreached {
+                continue;
             }
             // SAFETY: both were checked; nobody else touches either before this copy is waited for.
             unsafe { std::ptr::copy(from as *const u8, to, bytes) };

@@ -65,6 +65,10 @@ pub(crate) struct Queue {
     pub(crate) launches: u64,
     /// What adapters may do, if a test says so.
     pub(crate) adapter_access: Option<AdapterAccess>,
+    /// Adapters do not get to see what is copied to its memory, as where something between the two has other bytes.
+    pub(crate) unseen: bool,
+    /// It does not get to see what adapters write there.
+    pub(crate) unreached: bool,
     /// What was prepared for adapters last.
     pub(crate) open_to_adapters: Option<usize>,
     /// Files that stand for memory which were handed out.

@@ -9,8 +9,8 @@ use engine_kernels::cuda::AdapterAccess;
 use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
 use tokio::sync::oneshot;
 
-use super::device_tests::adapters;
-use super::{Reached, Registration, Source, Target};
+use super::device_tests::{adapters, settle};
+use super::{Granted, Lane, Piece, RdmaLane, Reached, Registration, Source, Target};
 use crate::handoff::{SessionId, Slot, Status, WorkerId};
 use crate::transfer::tests::device::{Pages, everything};
 use crate::transfer::tests::support::{
@@ -28,6 +28,7 @@ const REACHED: Reached = Reached { by: Registration::PeerMemory, flush: true };
 struct Decode {
     pages: Pages,
     mailbox: Mailbox,
+    target: Target,
     server: SessionServer,
     events: UnboundedReceiver<SessionEvent>,
     _folder: tempfile::TempDir,
@@ -42,13 +43,13 @@ impl Decode {
         assert_eq!(reached, REACHED);
         let folder = tempfile::tempdir().unwrap();
         let mut config = server_config(folder.path().to_path_buf());
-        (config.rdma, config.tcp_pages) = (Some(target), false);
+        (config.rdma, config.tcp_pages) = (Some(target.clone()), false);
         let (sender, events) = unbounded_channel();
         let sink = Arc::new(move |event| drop(sender.send(event)));
         // What stands in for pages where they do not come over RDMA has fewer of them.
         let region = Region::private(RegionShape { pages: 1, ..SHAPE }).unwrap();
         let server = SessionServer::start(config, region, mailbox.clone(), sink).await.unwrap();
-        Self { pages, mailbox, server, events, _folder: folder }
+        Self { pages, mailbox, target, server, events, _folder: folder }
     }
 
     /// Opens a session of `prefill`, and lends it everything.
@@ -179,4 +180,121 @@ fn a_device_that_keeps_adapters_out_is_said_to_do_so() {
     driver.set_adapter_access(AdapterAccess { dma_buf: true, ..none });
     let refused = Source::on_device(&adapters(&["rxe0"]), &pages.region).err().unwrap().to_string();
     assert!(refused.contains("rxe0 takes no device memory by dma-buf"), "{refused}");
+}
+
+#[test]
+#[ignore = "needs an RDMA device: make test-rdma"]
+fn a_device_whose_memory_is_registered_and_not_reached_is_found_out() {
+    let by_address = AdapterAccess { dma_buf: false, by_address: true, ordered: false, flushes: true };
+    for (unseen, unreached) in [(true, false), (false, true)] {
+        let driver = Emulated::default();
+        let (pages, mailbox) = (Pages::new(&driver), Mailbox::new(SLOTS).unwrap());
+        driver.set_adapter_access(by_address);
+        driver.mislead_adapters(unseen, unreached);
+        let target = Target::on_device(&adapters(&["rxe0"]), &pages.region, &mailbox).err().unwrap().to_string();
+        assert!(target.contains("other bytes by nvidia-peermem"), "{target}");
+        // Who is only read from need not see what is written.
+        let source = Source::on_device(&adapters(&["rxe0"]), &pages.region);
+        assert_eq!(source.is_err(), unseen);
+    }
+}
+
+/// Pages on a device that adapters write to, and those who write, without sessions.
+struct Ends {
+    pages: Pages,
+    target: Target,
+    source: Source,
+    /// Of the prefill worker.
+    _from: Region,
+}
+
+impl Ends {
+    fn new(devices: &[&str]) -> Self {
+        let (driver, mailbox) = (Emulated::default(), Mailbox::new(SLOTS).unwrap());
+        let pages = Pages::new(&driver);
+        let (target, _) = Target::on_device(&adapters(devices), &pages.region, &mailbox).unwrap();
+        let from = Region::private(SHAPE).unwrap();
+        // SAFETY: all of the region, which is nobody else's.
+        unsafe { from.base().write_bytes(7, SHAPE.total_bytes()) };
+        let source = Source::new(&adapters(devices), &from).unwrap();
+        Self { pages, target, source, _from: from }
+    }
+
+    fn connect(&self, lanes: usize) -> (Granted, Vec<RdmaLane>) {
+        let opening = self.source.open(lanes).unwrap();
+        let (granted, offers) = self.target.accept(&opening.endpoints()).unwrap();
+        (granted, opening.connect(&offers).unwrap())
+    }
+
+    fn answered(&self) -> Vec<u64> {
+        self.target.echoes().map(|echo| echo.unwrap().answered()).collect()
+    }
+}
+
+const PAGE: Piece = Piece { offset: 0, bytes: SHAPE.page_bytes as u32 };
+
+#[test]
+#[ignore = "needs an RDMA device: make test-rdma"]
+fn after_the_fence_nothing_lands_on_a_device_whatever_is_posted() {
+    let ends = Ends::new(&["rxe0"]);
+    let (granted, mut lanes) = ends.connect(1);
+    let lane = &mut lanes[0];
+    // Full of writes, so that some are under way when the fence falls.
+    while lane.room() > 0 {
+        lane.write(0, &[PAGE]);
+        lane.ring().unwrap();
+    }
+    granted.end().unwrap().settle().unwrap();
+    ends.pages.compute(false);
+    assert_eq!(ends.pages.page(0, 0), [0; SHAPE.page_bytes]);
+    assert!(settle(lane).is_err(), "writes that were under way fail");
+    lane.write(0, &[PAGE]);
+    assert!(settle(lane).is_err(), "and so do later ones");
+    assert_eq!(ends.pages.page(0, 0), [0; SHAPE.page_bytes]);
+}
+
+#[test]
+#[ignore = "needs an RDMA device: make test-rdma"]
+fn a_fence_reads_the_device_once_for_each_adapter_of_the_session_and_the_next_one_too() {
+    let ends = Ends::new(&["rxw0", "rxw1"]);
+    let before = ends.answered();
+    let (one, _one) = ends.connect(1);
+    let (both, _both) = ends.connect(2);
+    let ended = one.end().unwrap();
+    assert_eq!(ends.answered(), before);
+    ended.settle().unwrap();
+    assert_eq!(ends.answered(), [before[0] + 1, before[1]]);
+    both.end().unwrap().settle().unwrap();
+    assert_eq!(ends.answered(), [before[0] + 2, before[1] + 1]);
+}
+
+#[test]
+#[ignore = "needs an RDMA device: make test-rdma"]
+fn an_adapter_that_loses_its_connection_with_itself_makes_another_one_for_the_fence() {
+    let ends = Ends::new(&["rxe0"]);
+    let [before] = ends.answered()[..] else { panic!("one adapter") };
+    let (first, _first) = ends.connect(1);
+    let (second, _second) = ends.connect(1);
+    ends.target.echoes().for_each(|echo| echo.unwrap().break_down());
+    let ended = first.end().unwrap();
+    assert!(ended.settle().is_err(), "nobody knows");
+    ended.settle().unwrap();
+    second.end().unwrap().settle().unwrap();
+    assert_eq!(ends.answered(), [before + 2]);
+}
+
+/// The same of a whole session: its fence waits and comes.
+#[tokio::test]
+#[ignore = "needs an RDMA device: make test-rdma"]
+async fn sessions_are_fenced_though_the_adapter_lost_its_connection_with_itself() {
+    let (here, there) = (Emulated::default(), Emulated::default());
+    let mut decode = Decode::start(&there, &["rxe0"]).await;
+    let (connector, _) = prefill(&here, &["rxe0"]);
+    for _ in 0..2 {
+        let (id, _session) = decode.session(&connector).await;
+        decode.target.echoes().for_each(|echo| echo.unwrap().break_down());
+        decode.server.fence(id);
+        assert_eq!(soon(decode.events.recv()).await, Some(SessionEvent::Closed { session: id }));
+        assert_eq!(soon(decode.events.recv()).await, Some(SessionEvent::Fenced { session: id }));
+    }
 }

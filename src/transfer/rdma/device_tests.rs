@@ -95,7 +95,7 @@ impl Ends {
 }
 
 /// Waits until all that was added is complete.
-fn settle(lane: &mut RdmaLane) -> io::Result<()> {
+pub(super) fn settle(lane: &mut RdmaLane) -> io::Result<()> {
     lane.ring()?;
     let started = Instant::now();
     while lane.completed()? < lane.added() {
@@ -147,7 +147,7 @@ fn a_wrong_key_a_wrong_address_and_one_beyond_the_region_are_refused_and_the_nex
         lane.write(0, &[page_of(1)]);
         settle(&mut lane).unwrap();
         assert_eq!(content(&ends.region, 0, 0), Some(7));
-        granted.fence().unwrap();
+        granted.end().unwrap().settle().unwrap();
     }
 }
 
@@ -160,7 +160,7 @@ fn after_the_fence_nothing_lands_whatever_is_posted() {
         ends.lane.write(0, &[page_of(16)]);
         ends.lane.ring().unwrap();
     }
-    ends.granted.fence().unwrap();
+    ends.granted.end().unwrap().settle().unwrap();
     let (before, word) = (layer(&ends.region, 0), ends.mailbox.load(Slot(0)));
     fill(&ends.region, UNTOUCHED);
     assert!(settle(&mut ends.lane).is_err(), "writes that were under way fail");
@@ -178,7 +178,7 @@ fn after_the_fence_nothing_lands_whatever_is_posted() {
 fn a_fence_ends_one_connection_and_no_other() {
     let ends = Ends::new();
     let (_granted, mut lane) = connect(&ends.source, &ends.target, |_| ());
-    ends.granted.fence().unwrap();
+    ends.granted.end().unwrap().settle().unwrap();
     lane.write(0, &[page_of(1)]);
     settle(&mut lane).unwrap();
     assert_eq!(content(&ends.region, 0, 0), Some(7));

@@ -43,9 +43,9 @@ pub(in super::super) trait Lane {
     /// Adds the write of a mailbox word.
     fn word(&mut self, slot: Slot, word: MailboxWord);
 
-    /// Adds a read of the memory that the peer has its pages in, for when all before it is complete. When it is complete
-    /// too, what was written is not only accepted by the peer's adapter but in that memory, since the answer had to follow
-    /// it through PCIe.
+    /// Adds a read of the memory that the peer has its pages in, for when all before it is complete. When it is
+    /// complete too, what was written is not only accepted by the peer's adapter but in that memory, since the answer
+    /// had to follow it through PCIe.
     fn read_back(&mut self);
 
     /// Adds a write and a read of what fills the largest packet, both of memory that is there for this.
@@ -104,7 +104,7 @@ impl RdmaLane {
     }
 
     /// Adds a request between the two scratch pages.
-    fn add_scratch(&mut self, opcode: sys::ibv_wr_opcode::Type, bytes: u32) {
+    pub(super) fn add_scratch(&mut self, opcode: sys::ibv_wr_opcode::Type, bytes: u32) {
         let scratch = &self.source.scratch;
         self.pieces.push(sys::ibv_sge { addr: scratch.address(), length: bytes, lkey: scratch.local_key() });
         self.add(opcode, self.offer.scratch_address, self.offer.scratch_key, 1);

@@ -3,9 +3,9 @@
 //!
 //! `devices` and `choose` say which port to use, and take no library. `library`, `adapter`, `registered`,
 //! `completions` and `queue_pair` are the little of verbs that is needed, each a safe wrapper that gives back what it
-//! holds; [`Source`] and [`Target`] are registered KV memory of a prefill and a decode worker, and what a session is made
-//! of on either side; `reach` says whether that can be a device's memory, `echo` reads it back. `requests` cuts pages into requests, and `lane`
-//! posts them.
+//! holds; [`Source`] and [`Target`] are registered KV memory of a prefill and a decode worker, and what a session is
+//! made of on either side; `reach` says whether that can be a device's memory, `echo` reads it back. `requests` cuts
+//! pages into requests, and `lane` posts them.
 
 mod adapter;
 mod choose;

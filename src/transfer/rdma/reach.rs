@@ -6,6 +6,7 @@ use std::fmt;
 use engine_kernels::DeviceRegion;
 use engine_kernels::cuda::{AdapterAccess, DriverError};
 
+use super::echo::Echo;
 use super::registered::{Access, Registered};
 use super::{Adapters, RdmaError};
 
@@ -56,6 +57,24 @@ impl fmt::Display for Reached {
 #[error("{0}")]
 pub struct Unreached(String);
 
+/// Why that can be.
+const WHY: &str = "; see that PCIe's access control (ACS), an IOMMU or a virtual machine lets the two reach each other";
+
+/// What an operator can say.
+const UNWANTED: &str = "--rdma-device-memory never";
+
+impl Unreached {
+    /// Because nobody wants it.
+    pub fn unwanted() -> Self {
+        Self(UNWANTED.to_owned())
+    }
+
+    /// Whether somebody wants it so.
+    pub fn is_wanted(&self) -> bool {
+        self.0 == UNWANTED
+    }
+}
+
 impl From<RdmaError> for Unreached {
     fn from(error: RdmaError) -> Self {
         Self(error.to_string())
@@ -73,7 +92,7 @@ impl From<DriverError> for Unreached {
 enum Attempt {
     /// Waiting for adapters' writes.
     Flush,
-    /// Registering the memory.
+    /// Registering the memory, and reading and writing some of it.
     Register(Registration),
 }
 
@@ -95,7 +114,7 @@ type Tried = (Attempt, Result<(), Unreached>);
 fn next(access: AdapterAccess, used: Use, tried: &[Tried]) -> Next {
     let came_of = |attempt| tried.iter().find(|(of, _)| *of == attempt).map(|(_, result)| result);
     let unreached = |reason: &str| Next::Unreached(Unreached(reason.to_owned()));
-    let flush = used == Use::Written && !access.ordered;
+    let flush = takes_flush(access, used);
     if flush {
         if !access.flushes {
             return unreached("the device neither orders what adapters write to it nor can be made to wait for it");
@@ -119,6 +138,11 @@ fn next(access: AdapterAccess, used: Use, tried: &[Tried]) -> Next {
         true => unreached("the device's driver lets no adapter reach its memory"),
         false => unreached(&reasons.join("; ")),
     }
+}
+
+/// Whether what adapters write takes a flush.
+fn takes_flush(access: AdapterAccess, used: Use) -> bool {
+    used == Use::Written && !access.ordered
 }
 
 /// Tries until it is known, and keeps what was registered.
@@ -149,28 +173,43 @@ fn find_out<T>(
 
 /// What there is of pages in device memory for one adapter.
 pub(super) struct OnDevice {
+    /// Of the spare bytes.
+    pub(super) echo: Echo,
     pub(super) pages: Registered,
     /// Bytes of the same memory that hold nothing.
     pub(super) spare: Registered,
 }
 
-/// Registers pages in device memory, and the spare bytes behind them, with all adapters: each in the first way that works.
-/// An error if there is one that does not reach them, as a session is striped over all.
+/// Registers pages in device memory, and the spare bytes behind them, with all adapters: each in the first way that
+/// works. An error if there is one that does not reach them, as a session is striped over all.
 pub(super) fn reach(
     adapters: &Adapters,
     pages: &DeviceRegion,
     used: Use,
 ) -> Result<(Vec<OnDevice>, Reached), Unreached> {
-    let access = match used {
-        Use::Read => [Access::Own, Access::Own],
+    // The spare bytes are reached over a connection of the adapter with itself at a prefill worker too, and over no
+    // other: its other queue pairs let peers do nothing.
+    let allowed = match used {
+        Use::Read => [Access::Own, Access::WrittenAndRead],
         Use::Written => [Access::Written, Access::WrittenAndRead],
     };
+    let access = pages.adapter_access()?;
     let flush = || pages.flush().map_err(Unreached::from);
     let (mut lanes, mut last) = (Vec::new(), Err(Unreached("there is no adapter".to_owned())));
     for adapter in &adapters.0 {
-        let register = |by| Registered::on_device(adapter, pages, by, access).map_err(Unreached::from);
-        let ([pages, spare], reached) = find_out(pages.adapter_access()?, used, flush, register)?;
-        lanes.push(OnDevice { pages, spare });
+        let register = |by: Registration| {
+            let [registered, spare] = Registered::on_device(adapter, pages, by, allowed)?;
+            let echo = Echo::new(&spare)?;
+            // What can be registered need not be reached: something on the way between the two may keep them apart.
+            let same = echo.reads_what_is_there(pages)?
+                && (used == Use::Read || echo.writes_what_is_there(pages, takes_flush(access, used))?);
+            let device = &adapter.choice.device;
+            let wrong =
+                || Unreached(format!("RDMA device {device} reads or writes other bytes by {by} than are there{WHY}"));
+            same.then_some(OnDevice { echo, pages: registered, spare }).ok_or_else(wrong)
+        };
+        let (lane, reached) = find_out(access, used, flush, register)?;
+        lanes.push(lane);
         last = Ok(reached);
     }
     last.map(|reached| (lanes, reached))

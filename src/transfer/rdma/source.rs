@@ -11,8 +11,8 @@ use super::{Adapters, Link, RdmaError, Reached, Unreached};
 use crate::transfer::{Region, RegionShape};
 
 /// Memory that holds nothing: what adapters write and read to see whether the other is there. As large as the largest
-/// packet.
-pub(super) const SCRATCH: RegionShape = RegionShape { layers: 1, pages: 1, page_bytes: 4096 };
+/// packet, and as what is spare in device memory, which is the same there.
+pub(super) const SCRATCH: RegionShape = RegionShape { layers: 1, pages: 1, page_bytes: DeviceRegion::SPARE_BYTES };
 
 /// A prefill worker's KV memory, registered for its adapters to read. Clones are the same.
 #[derive(Clone)]
@@ -49,11 +49,11 @@ impl Source {
         Ok(Self { lanes: adapters.0.iter().map(lane).collect::<Result<_, RdmaError>>()?, reached: None })
     }
 
-    /// The same of pages in device memory, which the adapters read there, and how. An error if one of them does not reach
-    /// it, or the device's driver has something against it.
+    /// The same of pages in device memory, which the adapters read there, and how. An error if one of them does not
+    /// reach it, or the device's driver has something against it.
     pub fn on_device(adapters: &Adapters, pages: &DeviceRegion) -> Result<(Self, Reached), Unreached> {
         let (lanes, reached) = reach(adapters, pages, Use::Read)?;
-        let lane = |OnDevice { pages, spare }| Arc::new(SourceLane { region: pages, scratch: spare });
+        let lane = |OnDevice { pages, spare, .. }| Arc::new(SourceLane { region: pages, scratch: spare });
         Ok((Self { lanes: lanes.into_iter().map(lane).collect(), reached: Some(reached) }, reached))
     }
 

@@ -25,12 +25,12 @@ pub struct Target {
 
 /// What there is of it for each adapter.
 struct TargetLane {
+    /// If the region is a device's. Dropped before the memory it is of.
+    echo: Option<Echo>,
     region: Registered,
     mailbox: Registered,
     /// In memory of the same kind as the region: a read there follows what was written to pages.
     scratch: Registered,
-    /// If the region is a device's.
-    echo: Option<Echo>,
 }
 
 /// One adapter's part of a session, as the prefill worker has to know it.
@@ -70,18 +70,17 @@ impl Target {
         Ok(Self { lanes, shape: region.shape(), apart: false })
     }
 
-    /// The same of pages in device memory, to which the adapters write there, and how. The mailbox stays in host memory. An
-    /// error if an adapter does not reach the device's memory, or its driver has something against it.
+    /// The same of pages in device memory, to which the adapters write there, and how. The mailbox stays in host
+    /// memory. An error if an adapter does not reach the device's memory, or its driver has something against it.
     pub fn on_device(
         adapters: &Adapters,
         pages: &DeviceRegion,
         mailbox: &Mailbox,
     ) -> Result<(Self, Reached), Unreached> {
         let (lanes, reached) = reach(adapters, pages, Use::Written)?;
-        let lane = |OnDevice { pages, spare }: OnDevice| {
+        let lane = |OnDevice { pages, spare, echo }: OnDevice| {
             let mailbox = Registered::new(&pages.adapter, mailbox.region(), Access::Written)?;
-            let echo = Some(Echo::new(&spare)?);
-            Ok(TargetLane { region: pages, mailbox, scratch: spare, echo })
+            Ok(TargetLane { region: pages, mailbox, scratch: spare, echo: Some(echo) })
         };
         let lanes = lanes.into_iter().map(lane).collect::<Result<_, RdmaError>>()?;
         Ok((Self { lanes, shape: pages.shape(), apart: true }, reached))
@@ -90,6 +89,11 @@ impl Target {
     /// Of the KV memory.
     pub(in super::super) fn shape(&self) -> RegionShape {
         self.shape
+    }
+
+    /// Of all its lanes.
+    pub(super) fn echoes(&self) -> impl Iterator<Item = Option<&Echo>> {
+        self.lanes.iter().map(|lane| lane.echo.as_ref())
     }
 
     /// The ports it can be reached through.
@@ -133,18 +137,28 @@ pub(in super::super) struct Granted {
 }
 
 impl Granted {
-    /// Takes it back: when this returns `Ok`, nothing of the session can land any more, whatever its peer does. Blocks
-    /// until then.
-    pub(in super::super) fn fence(self) -> Result<(), RdmaError> {
+    /// Takes it back: when this returns `Ok`, the adapters take nothing of the session any more, whatever its peer
+    /// does. Blocks until then.
+    pub(in super::super) fn end(self) -> Result<Ended, RdmaError> {
         // All of them, even if one cannot be ended.
         let lanes = self.pairs.len();
         let ended: Vec<_> = self.pairs.into_iter().map(QueuePair::fence).collect();
         ended.into_iter().collect::<Result<(), RdmaError>>()?;
-        // What the adapters had begun to write to a device may still be on its way there.
-        let follow = |lane: &TargetLane| match &lane.echo {
-            Some(echo) => echo.follow().map_err(|error| lane.region.adapter.error("read its own host's memory", error)),
-            None => Ok(()),
-        };
-        self.memory.lanes.iter().take(lanes).try_for_each(follow)
+        Ok(Ended { lanes, memory: self.memory })
+    }
+}
+
+/// A session whose connections have ended.
+#[must_use = "what its adapters had begun to write may still land"]
+pub(in super::super) struct Ended {
+    lanes: usize,
+    memory: Target,
+}
+
+impl Ended {
+    /// Returns when nothing of the session can land any more: what the adapters had begun to write to a device may
+    /// still be on its way there. Blocks until then. After an error it may be tried again.
+    pub(in super::super) fn settle(&self) -> Result<(), RdmaError> {
+        self.memory.echoes().take(self.lanes).try_for_each(|echo| echo.map_or(Ok(()), Echo::follow))
     }
 }

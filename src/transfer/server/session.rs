@@ -3,6 +3,7 @@
 use std::collections::HashSet;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
+use std::time::Duration;
 
 use tokio::io::unix::AsyncFd;
 use tokio::sync::mpsc::UnboundedReceiver;
@@ -112,7 +113,7 @@ impl ServerSession {
                 socket.end_writing();
                 unmapped || wait_until_gone(&socket, &mut reader, &ended, &mut commands).await
             }
-            Reach::Rdma { granted, .. } => fence(granted).await,
+            Reach::Rdma { granted, .. } => fence(granted, &mut commands).await,
         };
         drop(socket);
         shared.sessions().remove(&session);
@@ -266,21 +267,44 @@ async fn receive(
     Ok(None)
 }
 
-/// Ends the connections between a peer's adapters and ours, which nothing of the peer's can outlive. False if that is
-/// not to be had; its pages then stay where they are.
-async fn fence(granted: Granted) -> bool {
-    match tokio::task::spawn_blocking(move || granted.fence()).await {
-        Ok(Ok(())) => true,
-        Ok(Err(error)) => {
-            tracing::error!(%error, "a session over RDMA cannot be fenced; the pages lent to it stay in quarantine");
-            false
-        }
+/// Before what adapters had begun to write is waited for again, if that went wrong.
+const SETTLE_PAUSE: [Duration; 2] = [Duration::from_millis(100), Duration::from_secs(10)];
+
+/// Ends the connections between a peer's adapters and ours, which nothing of the peer's can outlive, and waits for what
+/// is under way, for as long as that takes. False if that is not to be had, or the server is dropped before; its pages
+/// then stay where they are.
+async fn fence(granted: Granted, commands: &mut UnboundedReceiver<Command>) -> bool {
+    let Some(ended) = blocking(move || granted.end()).await else { return false };
+    let ended = match ended {
+        Ok(ended) => Arc::new(ended),
         Err(error) => {
-            // The runtime is going, and the process with it, or else this is worth knowing.
-            tracing::error!(%error, "a session over RDMA was not fenced; the pages lent to it stay in quarantine");
-            false
+            tracing::error!(%error, "a session over RDMA cannot be fenced; the pages lent to it stay in quarantine");
+            return false;
         }
+    };
+    let [mut pause, longest] = SETTLE_PAUSE;
+    loop {
+        let settling = ended.clone();
+        match blocking(move || settling.settle()).await {
+            None => return false,
+            Some(Ok(())) => return true,
+            Some(Err(error)) => {
+                tracing::warn!(%error, "a session over RDMA is not fenced yet; its pages stay in quarantine");
+            }
+        }
+        let dropped = async { while commands.recv().await.is_some() {} };
+        tokio::select! {
+            () = tokio::time::sleep(pause) => {}
+            () = dropped => return false,
+        }
+        pause = longest.min(2 * pause);
     }
+}
+
+async fn blocking<T: Send + 'static>(act: impl FnOnce() -> T + Send + 'static) -> Option<T> {
+    let acted = tokio::task::spawn_blocking(act).await;
+    // The runtime is going, and the process with it, or else this is worth knowing.
+    acted.inspect_err(|error| tracing::error!(%error, "a session over RDMA was not fenced")).ok()
 }
 
 /// Waits until a peer that shares the memory can write to it no more: it says that it has unmapped it, or its process
