@@ -22,7 +22,9 @@ pub use frontend::FrontendArgs;
 pub use mock::MockArgs;
 pub use transfer_bench::TransferBenchArgs;
 pub use transport::TransportArgs;
-pub use values::{DeviceArg, DisaggPolicyArg, KvDTypeArg, LoadFormatArg, LogFormatArg, ShapeArg, TransportArg};
+pub use values::{
+    DeviceArg, DeviceMemoryArg, DisaggPolicyArg, KvDTypeArg, LoadFormatArg, LogFormatArg, ShapeArg, TransportArg,
+};
 pub use worker::{DisaggArgs, WorkerArgs};
 
 use clap::{Args, CommandFactory, Parser, Subcommand, error::ErrorKind};

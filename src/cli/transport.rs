@@ -2,7 +2,7 @@ use std::path::PathBuf;
 
 use clap::{Args, builder::NonEmptyStringValueParser};
 
-use super::TransportArg;
+use super::{DeviceMemoryArg, TransportArg};
 use crate::transfer::{SessionTls, rdma::Wish};
 
 /// How KV pages travel: of workers, and of those who look at them.
@@ -22,6 +22,11 @@ pub struct TransportArgs {
     /// InfiniBand]
     #[arg(long, value_name = "INDEX")]
     pub rdma_gid_index: Option<u8>,
+
+    /// Whether RDMA adapters read and write pages in the memory of a CUDA device themselves, if they can, or these are
+    /// always staged in host memory (see --kv-staging-memory)
+    #[arg(long, value_enum, value_name = "WHEN", default_value = "auto")]
+    pub rdma_device_memory: DeviceMemoryArg,
 
     /// Let no pages go over TCP: without RDMA a worker does not start, and pairs of workers without it prefill locally
     #[arg(long)]

@@ -180,6 +180,15 @@ pub enum TransportArg {
     Tcp,
 }
 
+/// Whether RDMA adapters read and write pages in the memory of a CUDA device themselves.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum DeviceMemoryArg {
+    /// If they can, as a worker finds out at its start.
+    Auto,
+    /// Never: pages are staged in host memory.
+    Never,
+}
+
 /// Bytes, from a number with an optional unit: `1048576`, `512MiB`, `2GiB`, `1.5GB`.
 pub(super) fn parse_size(text: &str) -> Result<usize, String> {
     let expected = || format!("'{text}' is no size; expected a number and KiB, MiB, GiB, KB, MB or GB, as in 2GiB");

@@ -34,8 +34,8 @@ const MAILBOX_PAUSE: Duration = Duration::from_micros(300);
 
 /// Why an engine ends whose device does not say when adapters' writes are over.
 const LOST_PAGES: &str = "the device cannot be made to wait for what RDMA adapters wrote to its memory, so pages could \
-                          change under whatever is computed in them; see what its driver says in the log, and start \
-                          again";
+                          change under whatever is computed in them; see what its driver says in the log; with \
+                          --rdma-device-memory never such pages are staged in host memory";
 
 /// The engine thread: the only one that touches the model, the scheduler and the KV pages.
 pub struct Engine<R> {

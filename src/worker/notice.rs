@@ -24,7 +24,7 @@ impl OnDevice<'_> {
     pub(super) fn announce(&self) -> String {
         let text = self.text();
         match self.rdma {
-            Some(Err(_)) => tracing::warn!("{text}"),
+            Some(Err(reason)) if !reason.is_wanted() => tracing::warn!("{text}"),
             _ if text.is_empty() => {}
             _ => tracing::info!("{text}"),
         }

@@ -3,7 +3,7 @@
 use anyhow::{Context, Result, bail};
 
 use crate::{
-    cli::{TransportArg, TransportArgs},
+    cli::{DeviceMemoryArg, TransportArg, TransportArgs},
     transfer::{
         Adapters, RdmaError, Transport, Unreached,
         rdma::{ChooseError, Wish},
@@ -24,6 +24,8 @@ pub struct Ways {
     /// Without adapters the worker does not start.
     rdma_needed: bool,
     wish: Wish,
+    /// Adapters may reach pages in device memory.
+    to_device: bool,
     adapters: Option<Adapters>,
 }
 
@@ -39,6 +41,7 @@ impl Ways {
             tcp,
             rdma_needed: false,
             wish: Wish::default(),
+            to_device: true,
             adapters: None,
         }
     }
@@ -67,6 +70,7 @@ impl Ways {
             tcp: allowed(Transport::Tcp) && !args.require_rdma,
             rdma_needed,
             wish: args.rdma_wish(),
+            to_device: args.rdma_device_memory == DeviceMemoryArg::Auto,
             adapters: None,
         })
     }
@@ -103,6 +107,9 @@ impl Ways {
         register: impl FnOnce(&Adapters) -> Result<T, Unreached> + Send + 'static,
     ) -> Result<Option<Result<T, Unreached>>> {
         let Some(adapters) = self.adapters.clone() else { return Ok(None) };
+        if !self.to_device {
+            return Ok(Some(Err(Unreached::unwanted())));
+        }
         let reached = tokio::task::spawn_blocking(move || register(&adapters)).await;
         let reached = reached.context("registering device memory panicked")?;
         if reached.is_ok() {
@@ -199,6 +206,12 @@ mod tests {
         assert_eq!(staged(&["--transport", "rdma"]), [true, false]);
         assert_eq!(staged(&["--transport", "shm"]), [true, true]);
         assert_eq!(staged(&["--transport", "cuda-ipc"]), [false, false]);
+    }
+
+    #[test]
+    fn adapters_reach_a_device_unless_that_is_forbidden() {
+        assert!(ways(&[]).unwrap().to_device);
+        assert!(!ways(&["--transport", "rdma", "--rdma-device-memory", "never"]).unwrap().to_device);
     }
 
     #[test]
