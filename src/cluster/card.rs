@@ -52,7 +52,7 @@ pub struct WorkerCard {
     #[serde(default)]
     pub transports: Vec<String>,
     /// How pages get into device memory or out of it, if that is where they are: which are staged through host memory,
-    /// and why. For people.
+    /// and why, and how adapters reach those that are not. For people; the name is older than the second half.
     #[serde(default, skip_serializing_if = "String::is_empty")]
     pub staging: String,
     /// Identity of its host (the boot id): workers that share it can share memory.

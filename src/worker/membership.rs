@@ -24,7 +24,7 @@ pub(super) struct Particulars {
     /// Where it takes sessions; null if it takes none.
     pub(super) sessions: serde_json::Value,
     pub(super) transports: Vec<String>,
-    /// How pages get into device memory or out of it, if that is where they are.
+    /// How pages get into device memory or out of it, staged or not, if that is where they are.
     pub(super) staging: String,
 }
 

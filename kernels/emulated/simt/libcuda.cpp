@@ -2,7 +2,8 @@
 // for seeing, on a machine without a GPU, that the real driver's code makes the right calls (scripts/check-driver.sh),
 // and that workers move each other's pages (tests/device_pages). What is enqueued runs when somebody waits for it and
 // not before, each stream for itself: whoever does not wait for another stream's work reads what was there before.
-// Large allocations can be opened by other processes. Modules are not looked at: the kernels are those compiled in here.
+// Large allocations can be opened by other processes. Modules are not looked at: the kernels are those compiled in
+// here.
 //
 // Network adapters find device memory by its address, because it is host memory, as on devices they do where there is
 // nvidia-peermem; of the file that stands for it no adapter's driver wants to know. STANDIN_LOG names a file to which

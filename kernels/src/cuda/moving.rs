@@ -104,10 +104,12 @@ pub trait Mover: fmt::Debug + Send + Sync {
     /// How network adapters may get at this device's memory.
     fn adapter_access(&self) -> Result<AdapterAccess, DriverError>;
 
-    /// Prepares the allocation that starts here for adapters: what the host is told is over, there, is over for them too.
+    /// Prepares the allocation that starts here for adapters: copies that the driver calls synchronous, but may let run
+    /// on, are over for them too when it returns from them. It changes nothing for kernels, nor for what marks say.
     fn open_to_adapters(&self, start: Address) -> Result<(), DriverError>;
 
-    /// A file that stands for memory of one allocation, for adapters' drivers. Both numbers are whole pages of the host.
+    /// A file that stands for memory of one allocation, for adapters' drivers. Both numbers are whole pages of the
+    /// host.
     fn dma_buf(&self, start: Address, bytes: usize) -> Result<OwnedFd, DriverError>;
 
     /// Returns when what adapters had written to this device's memory is there for whatever it is told to do next, and

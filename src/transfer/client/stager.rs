@@ -29,7 +29,8 @@ pub(super) type Ready = Result<Box<dyn Mark>, DriverError>;
 
 /// Something to do for a session.
 pub(super) enum Task {
-    /// When they are computed, stage pages if need be, and have them written. In the order of layers and then of the peer's pages.
+    /// When they are computed, stage pages if need be, and have them written. In the order of layers and then of the
+    /// peer's pages.
     Write { session: Arc<Inner>, loan: Loan, copies: Vec<PageCopy>, ready: Ready, reply: Reply },
     /// Have a loan's last word posted, after its pages.
     Complete { session: Arc<Inner>, loan: Loan, word: MailboxWord, reply: Reply },

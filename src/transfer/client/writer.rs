@@ -41,8 +41,8 @@ pub(super) enum PageSource {
     Host,
     /// In device memory, which the copier reads.
     Device(DeviceRegion),
-    /// In device memory, from which a thread hands them over when they are computed: staged in host memory, or where they
-    /// are.
+    /// In device memory, from which a thread hands them over when they are computed: staged in host memory, or where
+    /// they are.
     Awaited(DeviceRegion, Sender<Task>),
 }
 
@@ -120,8 +120,9 @@ impl Writer {
     }
 
     /// Sends a message, after everything written before but for pages in device memory that are yet to be computed or
-    /// staged: who says of a loan that nothing more is written under it waits for the answers of its writes. (Signs of life do not
-    /// wait for others' pages.) False if it is larger than the decode worker takes, or the session has ended.
+    /// staged: who says of a loan that nothing more is written under it waits for the answers of its writes. (Signs of
+    /// life do not wait for others' pages.) False if it is larger than the decode worker takes, or the session has
+    /// ended.
     pub fn send(&self, message: Bytes) -> bool {
         if message.len() > self.inner.message_bytes_max || self.inner.commands.is_closed() {
             return false;

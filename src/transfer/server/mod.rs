@@ -121,8 +121,8 @@ impl Shared {
 impl SessionServer {
     /// Listens, and serves from tasks of the tokio runtime it is called in. Pages of `region` are written by peers; who
     /// else touches one while it is lent breaks the contract. Peers over CUDA IPC write to the pages that the
-    /// configuration exports, and over RDMA to those that it has registered, and to none of `region` if these are others;
-    /// what is lent to them are numbers of those.
+    /// configuration exports, and over RDMA to those that it has registered, and to none of `region` if these are
+    /// others; what is lent to them are numbers of those.
     pub async fn start(
         config: ServerConfig,
         region: Region,
