@@ -52,8 +52,9 @@ impl Body for Payload {
 /// reads them off the socket, so that a token goes through without waking another task, and dropping it closes it.
 pub(super) struct Connection {
     sender: http1::SendRequest<Payload>,
-    driver: http1::Connection<TokioIo<TcpStream>, Payload>,
-    closed: bool,
+    /// None once it has ended. It is dropped then, since that is what fails requests which nobody will send any more:
+    /// one that has ended and is still there takes them, and they wait for ever.
+    driver: Option<http1::Connection<TokioIo<TcpStream>, Payload>>,
 }
 
 impl Connection {
@@ -64,31 +65,33 @@ impl Connection {
         stream.set_nodelay(true)?;
         let handshake = http1::Builder::new().handshake(TokioIo::new(stream));
         let (sender, driver) = handshake.await.map_err(io::Error::other)?;
-        Ok(Self { sender, driver, closed: false })
+        Ok(Self { sender, driver: Some(driver) })
     }
 
     /// Sends a request and waits for the head of its answer.
     pub(super) async fn send(mut self, request: Request<Payload>) -> Result<Exchange, hyper::Error> {
         poll_fn(|context| {
-            self.drive(context);
+            drive(&mut self.driver, context);
             self.sender.poll_ready(context)
         })
         .await?;
         let response = {
             let mut response = pin!(self.sender.send_request(request));
-            let (driver, closed) = (&mut self.driver, &mut self.closed);
+            let driver = &mut self.driver;
             poll_fn(|context| {
-                *closed = *closed || Pin::new(&mut *driver).poll(context).is_ready();
+                drive(driver, context);
                 response.as_mut().poll(context)
             })
             .await?
         };
         Ok(Exchange { connection: self, response })
     }
+}
 
-    fn drive(&mut self, context: &mut Context<'_>) {
-        // How it ended is told to whoever waits for the answer.
-        self.closed = self.closed || Pin::new(&mut self.driver).poll(context).is_ready();
+/// Works on a connection, if it has not ended. How it ended is told to whoever waits for the answer.
+fn drive<C: Future + Unpin>(driver: &mut Option<C>, context: &mut Context<'_>) {
+    if driver.as_mut().is_some_and(|driver| Pin::new(driver).poll(context).is_ready()) {
+        *driver = None;
     }
 }
 
@@ -104,7 +107,7 @@ impl Exchange {
         if let Poll::Ready(data) = self.poll_body(context) {
             return Poll::Ready(data);
         }
-        self.connection.drive(context);
+        drive(&mut self.connection.driver, context);
         // What that has read, or why the connection ended.
         self.poll_body(context)
     }
@@ -144,6 +147,48 @@ impl Exchange {
 
     /// The connection, for another request. The body has to be at its end.
     pub(super) fn into_connection(self) -> Option<Connection> {
-        (!self.connection.closed).then_some(self.connection)
+        self.connection.driver.is_some().then_some(self.connection)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::{
+        io::{AsyncReadExt, AsyncWriteExt},
+        net::TcpListener,
+    };
+
+    use super::*;
+
+    const TIME_MAX: Duration = Duration::from_secs(10);
+
+    fn request() -> Request<Payload> {
+        Request::builder().uri("/").header("host", "a").body(Payload::default()).unwrap()
+    }
+
+    #[tokio::test]
+    async fn a_kept_connection_that_its_worker_has_closed_fails_at_once() {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap().to_string();
+        let connecting = tokio::spawn(async move { Connection::open(&address).await.unwrap() });
+        let (mut worker, _) = listener.accept().await.unwrap();
+        let answering = tokio::spawn(async move {
+            let mut asked = Vec::new();
+            while !asked.ends_with(b"\r\n\r\n") {
+                assert!(worker.read_buf(&mut asked).await.unwrap() > 0);
+            }
+            worker.write_all(b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok").await.unwrap();
+            worker
+        });
+        let mut exchange = connecting.await.unwrap().send(request()).await.unwrap();
+        assert_eq!(exchange.collect().await.unwrap(), "ok");
+        let kept = exchange.into_connection().unwrap();
+        // It leaves, in good order, while nobody uses the connection.
+        let mut worker = answering.await.unwrap();
+        worker.shutdown().await.unwrap();
+        drop(worker);
+        tokio::time::sleep(Duration::from_millis(50)).await;
+        let again = timeout(TIME_MAX, kept.send(request())).await.expect("an answer of some kind");
+        assert!(again.is_err());
     }
 }
