@@ -43,21 +43,8 @@ __device__ __forceinline__ Quarter to_quarter(float x) {
 }
 /// Two as f16, which has all of them: the first in the lower half, each way.
 __device__ __forceinline__ unsigned halves_of(uint16_t quarters) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 890
-    // No instruction does it, and cuda_fp8.h would take branches. Exponent and mantissa, where f16 has them, mean 256
-    // times too little; and the one that is no number would be one.
-    const unsigned both = (quarters & 0xffu) | (quarters & 0xff00u) << 8;
-    const unsigned sign = (both & 0x00800080u) << 8, magnitude = (both & 0x007f007fu) << 7;
-    const unsigned nan = __vcmpeq2(magnitude, 0x3f803f80u) & 0x7e007e00u;
-    const __half2 small = __halves2half2(__ushort_as_half(static_cast<uint16_t>(magnitude)),
-                                         __ushort_as_half(static_cast<uint16_t>(magnitude >> 16)));
-    const __half2 product = __hmul2(small, __float2half2_rn(256.0f));
-    return __half_as_ushort(__low2half(product)) | static_cast<unsigned>(__half_as_ushort(__high2half(product))) << 16 |
-           sign | nan;
-#else
     const __half2_raw both = __nv_cvt_fp8x2_to_halfraw2(quarters, __NV_E4M3);
     return both.x | static_cast<unsigned>(both.y) << 16;
-#endif
 }
 #else
 inline float to_float(Half x) { return simt::half_to_float(x.bits); }
