@@ -98,7 +98,7 @@ pub trait Backend: Send + 'static {
 
     /// Of how many sequences, up to so many, steps that decode should be rehearsed, smallest first; none where that is
     /// of no use.
-    fn rehearsed(&self, _sequences: usize) -> Vec<usize> {
+    fn sizes_to_rehearse(&self, _sequences: usize) -> Vec<usize> {
         Vec::new()
     }
 

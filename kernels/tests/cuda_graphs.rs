@@ -57,9 +57,9 @@ fn after_a_rehearsal_nothing_is_recorded_and_results_are_those_without() {
 #[test]
 fn whoever_wants_no_recordings_has_nothing_to_rehearse() {
     let mut eager = device_with(0);
-    assert_eq!(eager.backend.rehearsed(ROWS_MAX), []);
+    assert_eq!(eager.backend.sizes_to_rehearse(ROWS_MAX), []);
     assert_eq!(eager.rehearse(), 0);
-    assert_eq!(device().backend.rehearsed(40), [1, 2, 4, 8, 16, 32, 40]);
+    assert_eq!(device().backend.sizes_to_rehearse(40), [1, 2, 4, 8, 16, 32, 40]);
 }
 
 #[test]

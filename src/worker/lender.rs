@@ -112,7 +112,7 @@ impl Lendable {
         };
         // Where no page comes through host memory, none is staged.
         let wished = cli.disagg.kv_staging_memory.unwrap_or(STAGING_BYTES);
-        let bytes = if ways.stage(direct.is_some()) { wished } else { 0 };
+        let bytes = if ways.need_staging(direct.is_some()) { wished } else { 0 };
         let mut staging = Staging::new(device, bytes, metrics.clone())?;
         if let Some(Ok(reached)) = rdma {
             staging = staging.reached(reached);

@@ -154,6 +154,9 @@ pub(super) fn load(cli: &EngineArgs, source: &ModelSource, purpose: &Purpose) ->
     let name = device.to_string();
     let (runner, pages, step_bytes) = match device {
         Chosen::Cpu => {
+            if cli.enforce_eager {
+                tracing::warn!("--enforce-eager does nothing on a CPU, which records no steps");
+            }
             let mut backend = CpuBackend::new(CpuOptions { threads, level: None });
             if purpose.shared {
                 backend.share_kv_cache();

@@ -24,7 +24,7 @@ impl OnDevice<'_> {
     pub(super) fn announce(&self) -> String {
         let text = self.text();
         match self.rdma {
-            Some(Err(reason)) if !reason.is_wanted() => tracing::warn!("{text}"),
+            Some(Err(Unreached::Refused(_))) => tracing::warn!("{text}"),
             _ if text.is_empty() => {}
             _ => tracing::info!("{text}"),
         }
@@ -34,7 +34,7 @@ impl OnDevice<'_> {
     fn text(&self) -> String {
         let reached = self.rdma.and_then(|found| found.as_ref().ok());
         let mut said = Vec::new();
-        if self.ways.stage(reached.is_some()) {
+        if self.ways.need_staging(reached.is_some()) {
             let directly: Vec<&str> = [(self.cuda_ipc, "cuda-ipc"), (reached.is_some(), "rdma")]
                 .iter()
                 .filter(|w| w.0)

@@ -172,7 +172,7 @@ async fn sendable(pages: KvPages, cli: &WorkerArgs, ways: &Ways) -> Result<(Loca
         None => (None, None),
     };
     let wished = cli.disagg.kv_staging_memory.unwrap_or(STAGING_BYTES);
-    let ring = StagingRing::new(device, if ways.stage(direct.is_some()) { wished } else { 0 });
+    let ring = StagingRing::new(device, if ways.need_staging(direct.is_some()) { wished } else { 0 });
     let pages = LocalPages::Device(ring.context("cannot reserve memory to stage pages in")?);
     let staged = pages.host().clone();
     let notice = OnDevice {

@@ -14,7 +14,7 @@ impl<B: Backend> ModelRunner<B> {
     /// largest there can be, and those that decode are recorded as graphs. Says in the log how far it is and what it
     /// took. No page is touched.
     pub fn rehearse(&mut self, config: &EngineConfig) -> Result<Rehearsed, RunnerError> {
-        let sizes = self.backend.rehearsed(config.max_num_seqs);
+        let sizes = self.backend.sizes_to_rehearse(config.max_num_seqs);
         let Some(&largest) = sizes.last() else { return Ok(Rehearsed::default()) };
         tracing::info!("recording steps in which 1 to {largest} sequences decode; --enforce-eager does without");
         let started = Instant::now();
@@ -34,6 +34,11 @@ impl<B: Backend> ModelRunner<B> {
                 said = Instant::now();
                 tracing::info!("recorded {} steps, of up to {size} sequences of {largest}", all.recorded);
             }
+        }
+        if all.recorded == 0 {
+            // The backend has said why.
+            tracing::warn!("no step was recorded: all are computed kernel by kernel, which takes longer");
+            return Ok(all);
         }
         tracing::info!(
             "recorded {} steps in which 1 to {largest} sequences decode, in {:.1} s; with what they work in they take \

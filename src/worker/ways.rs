@@ -108,7 +108,7 @@ impl Ways {
     ) -> Result<Option<Result<T, Unreached>>> {
         let Some(adapters) = self.adapters.clone() else { return Ok(None) };
         if !self.to_device {
-            return Ok(Some(Err(Unreached::unwanted())));
+            return Ok(Some(Err(Unreached::Unwanted)));
         }
         let reached = tokio::task::spawn_blocking(move || register(&adapters)).await;
         let reached = reached.context("registering device memory panicked")?;
@@ -143,7 +143,7 @@ impl Ways {
     }
 
     /// Whether a way is allowed that reaches host memory alone; `reached`: adapters reach device memory.
-    pub(crate) fn stage(&self, reached: bool) -> bool {
+    pub(crate) fn need_staging(&self, reached: bool) -> bool {
         self.shm || self.tcp || (self.rdma && !reached)
     }
 
@@ -201,7 +201,7 @@ mod tests {
 
     #[test]
     fn pages_are_staged_for_every_way_that_does_not_reach_a_device() {
-        let staged = |flags: &[&str]| [false, true].map(|reached| ways(flags).unwrap().stage(reached));
+        let staged = |flags: &[&str]| [false, true].map(|reached| ways(flags).unwrap().need_staging(reached));
         assert_eq!(staged(&[]), [true, true]);
         assert_eq!(staged(&["--transport", "rdma"]), [true, false]);
         assert_eq!(staged(&["--transport", "shm"]), [true, true]);

@@ -54,7 +54,7 @@ impl<D: Driver> CudaBackend<D> {
         }
     }
 
-    /// Records so many steps at most, none if 0. Otherwise it is as many as devices meet.
+    /// Records so many steps at most, none if 0; otherwise 128.
     pub fn with_graphs_max(mut self, most: usize) -> Self {
         self.graphs.limit(most);
         self
@@ -175,7 +175,7 @@ impl<D: Driver> Backend for CudaBackend<D> {
         self.run(operations);
     }
 
-    fn rehearsed(&self, sequences: usize) -> Vec<usize> {
+    fn sizes_to_rehearse(&self, sequences: usize) -> Vec<usize> {
         self.bucket_sizes(sequences)
     }
 

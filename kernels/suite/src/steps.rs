@@ -112,7 +112,7 @@ impl<D: Driver> Layer<CudaBackend<D>> {
     pub fn rehearse(&mut self) -> usize {
         let mut largest = Batch::default();
         largest.push(&[0; ROWS_MAX], 0, &[0; ROWS_MAX * BLOCKS], 0);
-        let sizes = self.backend.rehearsed(ROWS_MAX);
+        let sizes = self.backend.sizes_to_rehearse(ROWS_MAX);
         let decoding = sizes.into_iter().map(|size| decode(&vec![CONTEXT_MAX; size], 0));
         let steps: Vec<Batch> = std::iter::once(largest).chain(decoding).collect();
         let rehearsed = |batch: &Batch| -> Rehearsed {
