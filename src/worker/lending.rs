@@ -415,7 +415,7 @@ impl Lending {
                     let there = match written {
                         Written::There => true,
                         Written::ByAdapter => {
-                            self.failed = !self.port.flush();
+                            self.failed |= !self.port.flush();
                             !self.failed
                         }
                         Written::Staged(staged) => self.port.take_up(staged, &own),
