@@ -25,8 +25,8 @@ use crate::{
     transfer::{Mailbox, SessionEvent, SessionServer, Sink},
 };
 
-/// Between two looks at how long the queue is while prompts are long enough for it to matter. Jobs of our own are
-/// counted as they go.
+/// Between two looks at how long the queue is while it is not empty, or prompts are long enough for it to matter. Jobs of
+/// our own are counted as they go.
 const DEPTH_PERIOD: Duration = Duration::from_millis(250);
 /// As many periods pass between two looks while it does not matter: each look of each decode worker is a question to
 /// NATS.
@@ -282,7 +282,8 @@ pub(super) async fn follow_depth(cluster: Cluster, key: ModelKey, view: Arc<View
         }
         idle_periods += 1;
         let mattered = view.depth_mattered.swap(false, Ordering::Relaxed);
-        if !mattered && view.depth().is_some() && idle_periods < IDLE_DEPTH_PERIODS {
+        // A queue that has run empty unseen would keep the next prompt here.
+        if !mattered && view.depth() == Some(0) && idle_periods < IDLE_DEPTH_PERIODS {
             continue;
         }
         idle_periods = 0;
@@ -357,4 +358,35 @@ pub(super) async fn publish_jobs(
         }
     };
     jobs.for_each_concurrent(PUBLISHING_MAX, publish).await;
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::telemetry::Metrics;
+
+    #[tokio::test(start_paused = true)]
+    async fn a_queue_that_has_run_empty_unseen_is_soon_looked_at() {
+        let view = View::new(Limits::default(), Metrics::new().engine.handoffs.clone());
+        view.set_workers(1);
+        view.set_depth(Some(5));
+        let follow = follow_depth(Cluster::local(), ModelKey::of(b"a model"), view.clone());
+        tokio::time::timeout(DEPTH_PERIOD, follow).await.expect_err("it never ends");
+        assert_eq!(view.depth(), Some(0));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn an_empty_queue_that_nobody_decides_by_is_seldom_looked_at() {
+        let view = View::new(Limits::default(), Metrics::new().engine.handoffs.clone());
+        view.set_workers(1);
+        view.set_depth(Some(0));
+        let (cluster, key) = (Cluster::local(), ModelKey::of(b"a model"));
+        cluster.queue.publish(key, "a job".to_owned(), "{}".into()).await.unwrap();
+        let follow = follow_depth(cluster.clone(), key, view.clone());
+        tokio::time::timeout(DEPTH_PERIOD * (IDLE_DEPTH_PERIODS - 2), follow).await.expect_err("it never ends");
+        assert_eq!(view.depth(), Some(0));
+        let follow = follow_depth(cluster, key, view.clone());
+        tokio::time::timeout(DEPTH_PERIOD * IDLE_DEPTH_PERIODS, follow).await.expect_err("it never ends");
+        assert_eq!(view.depth(), Some(1));
+    }
 }

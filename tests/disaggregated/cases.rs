@@ -120,7 +120,10 @@ fn two_hundred_long_prompts_at_the_start_are_all_answered() {
     assert!(prefilled("remote") + prefilled("local") >= 200.0);
     decodes.iter().chain(&prefill_workers).for_each(wait_until_idle);
     // And the way is open.
-    decodes.iter().for_each(|decode| cell.wait_for_prefill_workers(decode, 3));
+    for decode in &decodes {
+        cell.wait_for_prefill_workers(decode, 3);
+        decode.wait_until("the queue is empty", |decode| decode.metric("engine_prefill_queue_depth") == 0.0);
+    }
     let before = prefilled("remote");
     ask(&frontend, &cell.prompt(1000, 500));
     assert_eq!(prefilled("remote"), before + 1.0);

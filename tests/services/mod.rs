@@ -14,6 +14,10 @@ use std::{
     net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream},
     path::PathBuf,
     process::{Child, Command, Stdio},
+    sync::{
+        LazyLock,
+        atomic::{AtomicU16, Ordering},
+    },
     thread,
     time::{Duration, Instant},
 };
@@ -25,11 +29,13 @@ const PATIENCE: Duration = Duration::from_secs(60);
 /// Between two looks at a service that is starting.
 const POLL_PAUSE: Duration = Duration::from_millis(20);
 
-/// A port nobody listens on at the moment. It is none of those that the system gives to connections, one of which might
-/// have it when its service is started again.
+/// A port nobody listens on at the moment, and that this process was never given before: what shall listen on it may
+/// take a while to start. It is none of those that the system gives to connections, one of which might have it when its
+/// service is started again.
 pub(crate) fn free_port() -> u16 {
+    static GIVEN: LazyLock<AtomicU16> = LazyLock::new(|| AtomicU16::new(rand::random()));
     loop {
-        let port = 10_000 + rand::random::<u16>() % 20_000;
+        let port = 10_000 + GIVEN.fetch_add(1, Ordering::Relaxed) % 20_000;
         if TcpListener::bind((Ipv4Addr::UNSPECIFIED, port)).is_ok() {
             return port;
         }
