@@ -10,17 +10,16 @@ use engine_kernels::cuda::{Address, Driver, DriverError, HostMemory, Launch, Mem
 /// A device whose steps take a given time, and which nobody has.
 pub(crate) struct Idle {
     step: Duration,
-    /// When what was launched last was launched.
-    launched: Cell<Instant>,
-    /// When the host last learnt of tokens, until the next launch.
-    known: Cell<Option<Instant>>,
+    /// When all that was launched is done.
+    done: Cell<Instant>,
+    /// How long it had nothing to do before each step.
     gaps: Arc<Mutex<Vec<Duration>>>,
     allocated: Cell<u64>,
 }
 
 impl Idle {
     pub(crate) fn new(step: Duration, gaps: Arc<Mutex<Vec<Duration>>>) -> Self {
-        Self { step, launched: Cell::new(Instant::now()), known: Cell::new(None), gaps, allocated: Cell::new(1 << 40) }
+        Self { step, done: Cell::new(Instant::now()), gaps, allocated: Cell::new(1 << 40) }
     }
 }
 
@@ -51,7 +50,7 @@ impl HostMemory for Words {
 impl Driver for Idle {
     type Memory = Nowhere;
     type HostMemory = Words;
-    type Event = ();
+    type Event = Instant;
     type Graph = ();
 
     fn name(&self) -> String {
@@ -96,21 +95,20 @@ impl Driver for Idle {
         Ok(())
     }
 
-    fn record(&self) -> Result<(), DriverError> {
-        Ok(())
+    fn record(&self) -> Result<Instant, DriverError> {
+        Ok(self.done.get())
     }
 
-    fn wait(&self, (): &()) -> Result<(), DriverError> {
+    fn wait(&self, done: &Instant) -> Result<(), DriverError> {
+        // As the real one does: it takes a core.
+        while Instant::now() < *done {
+            std::hint::spin_loop();
+        }
         Ok(())
     }
 
     fn synchronize(&self) -> Result<(), DriverError> {
-        // As the real one does: it takes a core.
-        while self.launched.get().elapsed() < self.step {
-            std::hint::spin_loop();
-        }
-        self.known.set(Some(Instant::now()));
-        Ok(())
+        self.wait(&self.done.get())
     }
 
     fn begin_capture(&self) -> Result<(), DriverError> {
@@ -126,11 +124,11 @@ impl Driver for Idle {
     }
 
     fn replay(&self, (): &()) -> Result<(), DriverError> {
-        let now = Instant::now();
-        if let (Some(known), Ok(mut gaps)) = (self.known.take(), self.gaps.lock()) {
-            gaps.push(now - known);
+        let (now, done) = (Instant::now(), self.done.get());
+        if let Ok(mut gaps) = self.gaps.lock() {
+            gaps.push(now.saturating_duration_since(done));
         }
-        self.launched.set(now);
+        self.done.set(now.max(done) + self.step);
         Ok(())
     }
 }

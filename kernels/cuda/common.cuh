@@ -14,6 +14,8 @@
 #endif
 
 constexpr int WARP = 32;
+/// Words of what is told of a row that was drawn (`sample::Outcome`), the token first.
+constexpr int OUTCOME_WORDS = 44;
 constexpr unsigned ALL_LANES = ~0u;
 
 /// Columns of a row as it lies in memory.

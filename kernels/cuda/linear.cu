@@ -72,10 +72,13 @@ __device__ __forceinline__ void tiled(Matrix matrix, const float* x, const float
     }
 }
 
-/// out[t] = rows[tokens[t]], between `first` and `first + features` the rows of this matrix.
+/// out[t] = rows[tokens[t]], between `first` and `first + features` the rows of this matrix. A token with its highest
+/// bit set is that which was drawn in a row of the step before (`Batch::DRAWN` of src/batch.rs).
 template <class Matrix>
-__device__ __forceinline__ void embed(Matrix matrix, const int* tokens, float* out, int cols, int features, int first) {
-    const int row = tokens[blockIdx.x] - first;
+__device__ __forceinline__ void embed(Matrix matrix, const int* tokens, const int* drawn, float* out, int cols,
+                                      int features, int first) {
+    const int given = tokens[blockIdx.x];
+    const int row = (given < 0 ? drawn[(given & 0x7fffffff) * OUTCOME_WORDS] : given) - first;
     if (row < 0 || row >= features) return;
     const size_t start = static_cast<size_t>(row) * padded(cols), to = static_cast<size_t>(blockIdx.x) * padded(cols);
     for (int at = threadIdx.x * 8; at < cols; at += THREADS * 8) {
@@ -101,12 +104,13 @@ extern "C" __global__ void __launch_bounds__(linear::THREADS)
 }
 REGISTER(tiled_f32);
 
-// embed_{matrix}: out[t] = weight[tokens[t] - first], where that is one of its rows.
+// embed_{matrix}: out[t] = weight[token - first], where that is one of its rows: tokens[t], or one drawn before.
 // Grid: tokens. Bytes: a row of the matrix and 4 a value of out. No arithmetic but unpacking.
 #define EMBED(SUFFIX, MATRIX)                                                                                          \
     extern "C" __global__ void __launch_bounds__(linear::THREADS) embed_##SUFFIX(                                      \
-        const void* values, const void* scales, const int* tokens, float* out, int cols, int features, int first) {    \
-        linear::embed(MATRIX(values, scales), tokens, out, cols, features, first);                                     \
+        const void* values, const void* scales, const int* tokens, const int* drawn, float* out, int cols,             \
+        int features, int first) {                                                                                     \
+        linear::embed(MATRIX(values, scales), tokens, drawn, out, cols, features, first);                              \
     }                                                                                                                  \
     REGISTER(embed_##SUFFIX);
 

@@ -48,6 +48,7 @@ struct Outcome {
     int ids[TOP_MAX];
     float logprobs[TOP_MAX];
 };
+static_assert(sizeof(Outcome) == OUTCOME_WORDS * sizeof(int), "kernels that read tokens rely on it");
 
 __device__ __forceinline__ float finite_or_impossible(float logit) {
     return logit != logit ? -INFINITY : fminf(logit, 3.402823466e38f);

@@ -240,9 +240,35 @@ pub trait Backend: Send + 'static {
         out: &mut [Sampled],
     );
 
+    /// Drawing tokens without waiting for them, if it can.
+    fn ahead(&mut self) -> Option<&mut dyn DrawsAhead<Self::Activations>> {
+        None
+    }
+
     /// Copies rows of a buffer out to the host: `[rows, cols]`, row-major. For tests and tools, not for the hot path.
     fn read(&self, x: &Self::Activations) -> Vec<f32>;
 
     /// Fills a buffer from the host; the inverse of [`Backend::read`].
     fn write(&mut self, values: &[f32], out: &mut Self::Activations);
+}
+
+/// A backend that only enqueues, so that the host can plan and enqueue the next step while the device computes one: tokens
+/// drawn on the device are what the next step reads ([`Batch::DRAWN`]), and the host learns of them later.
+///
+/// A step is [`Backend::step`], [`DrawsAhead::draw`] for all of its rows, and [`DrawsAhead::fetch`]. One more may be
+/// enqueued before its samples are collected.
+pub trait DrawsAhead<A> {
+    /// Makes room for the samples of steps of up to so many rows. Not between two steps of which the second reads what
+    /// the first draws.
+    fn make_room(&mut self, rows: usize);
+
+    /// Enqueues sampling or scoring of each row of `logits`, which it may overwrite, as the rows from `first` on of the
+    /// step's samples; `row(i)` describes row `i` of `logits`.
+    fn draw<'a>(&mut self, logits: &mut A, first: usize, row: &(dyn Fn(usize) -> SampleRow<'a> + Sync));
+
+    /// Enqueues a copy to the host of the first `rows` of the step's samples: all of them.
+    fn fetch(&mut self, rows: usize);
+
+    /// Waits for the samples of the earliest step whose samples were not collected, and for nothing behind them.
+    fn collect(&mut self, out: &mut [Sampled]);
 }

@@ -4,8 +4,10 @@ use crate::cache::LentPage;
 /// One sequence's part of a step.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct PlanEntry {
-    /// Which sequence.
+    /// Where the sequence lives.
     pub slot: SlotId,
+    /// Which one it is: the slot may be another's by the time that the step is done.
+    pub(super) arrival: u64,
     /// Position of the first token to compute.
     pub start: usize,
     /// Tokens to compute.

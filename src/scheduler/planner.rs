@@ -31,10 +31,11 @@ impl Scheduler {
         );
     }
 
-    /// Whether pages or sequences are elsewhere that somebody here may be waiting for.
+    /// Whether pages, sequences or last tokens are elsewhere that somebody here may be waiting for.
     fn is_held_up(&self) -> bool {
         let PageCounts { lent, quarantined, .. } = self.pages();
-        lent + quarantined > 0 || !self.away.is_empty() || !self.held.is_empty()
+        let is_whole = |&slot: &SlotId| self.sequence(slot).is_whole();
+        lent + quarantined > 0 || !self.away.is_empty() || !self.held.is_empty() || self.running.iter().any(is_whole)
     }
 
     fn plan_running(&mut self, pass: Pass, plan: &mut StepPlan, router: &mut dyn Router) {
@@ -44,7 +45,7 @@ impl Scheduler {
             let sequence = self.sequence(slot);
             // One that may go to another worker needs no budget for it; if it stays, it gets its prefix hits and no more.
             let may_leave = sequence.place == Place::Undecided && router.is_open();
-            let takes_part = plan.tokens() < self.budget || may_leave;
+            let takes_part = (plan.tokens() < self.budget || may_leave) && !sequence.is_whole();
             if takes_part && sequence.decodes() == (pass == Pass::Decodes) {
                 self.plan_one(at, pass, plan, router);
             }
@@ -130,8 +131,10 @@ impl Scheduler {
             sequence.place = Place::Here;
         }
         let start = sequence.num_computed;
+        let arrival = sequence.arrival;
         plan.push(PlanEntry {
             slot,
+            arrival,
             start,
             len,
             logits_from: sequence.logits_from(start).min(start + len) - start,

@@ -1,6 +1,6 @@
 use std::collections::VecDeque;
 
-use super::{Sequence, StepPlan};
+use super::{PlanEntry, Sequence, StepPlan};
 use crate::cache::{KvPool, PageCounts, PageHasher};
 
 /// Where a sequence lives from [`Scheduler::add`] to [`Scheduler::remove`]; below [`SchedulerLimits::max_sequences`],
@@ -143,10 +143,20 @@ impl Scheduler {
         self.pool.counts()
     }
 
-    /// Takes note that a plan has been computed: pages that are full now can be found by others.
+    /// Whether the sequence of a plan's entry is still here.
+    pub fn has(&self, entry: &PlanEntry) -> bool {
+        self.slots[entry.slot.index()].as_ref().is_some_and(|sequence| sequence.arrival == entry.arrival)
+    }
+
+    /// Takes note that a plan has been computed, or will be before the next one: pages that are full then can be found
+    /// by others. All of its tokens are known by now.
     pub fn commit(&mut self, plan: &StepPlan) {
         for entry in plan.entries() {
+            if !self.has(entry) {
+                continue;
+            }
             let Some(sequence) = &mut self.slots[entry.slot.index()] else { continue };
+            debug_assert!(sequence.drawn_at.is_none(), "pages are found by their tokens");
             sequence.advance(entry.len);
             let done = sequence.prefill_only && sequence.remaining() == 0;
             self.publish(entry.slot);
@@ -177,9 +187,16 @@ impl Scheduler {
         }
     }
 
-    /// Appends a sampled token to a sequence whose every token is computed.
+    /// Appends a sampled token to a sequence whose every token is computed, or says which token it is that
+    /// [`Scheduler::push_drawn`] appended.
     pub fn push_token(&mut self, slot: SlotId, token: u32) {
         self.sequence_mut(slot).push_token(token);
+    }
+
+    /// Appends a token that will be known later, to a sequence whose every token is computed: it is drawn in row `at`
+    /// of the step that was planned last. What follows it can be planned, and committed once it is known.
+    pub fn push_drawn(&mut self, slot: SlotId, at: usize) {
+        self.sequence_mut(slot).push_drawn(at);
     }
 
     /// Panics if a page is lost, or counted wrongly, or a queue is out of order.

@@ -7,6 +7,10 @@ pub struct Sequence {
     /// Prompt, then output.
     tokens: Vec<u32>,
     prompt_len: usize,
+    /// Tokens it ends with at the latest.
+    tokens_max: usize,
+    /// In which row of the step under way its last token is drawn, if that is not known yet.
+    pub(super) drawn_at: Option<usize>,
     /// How many were added before it.
     pub(super) arrival: u64,
     /// Tokens whose keys and values are in the pages of `table`.
@@ -57,6 +61,8 @@ impl Sequence {
         Self {
             tokens,
             prompt_len: prompt.len(),
+            tokens_max: capacity,
+            drawn_at: None,
             arrival: 0,
             num_computed: 0,
             table: BlockTable::with_capacity(pages),
@@ -126,6 +132,16 @@ impl Sequence {
         self.prefill_only
     }
 
+    /// In which row of the step under way its last token is drawn; `None` once it is known.
+    pub fn drawn_at(&self) -> Option<usize> {
+        self.drawn_at
+    }
+
+    /// Whether nothing follows its last token, which is not known yet.
+    pub(super) fn is_whole(&self) -> bool {
+        self.drawn_at.is_some() && self.tokens.len() == self.tokens_max
+    }
+
     /// Whether one token is left, whose logits are wanted.
     pub(super) fn decodes(&self) -> bool {
         self.remaining() == 1 && !self.prefill_only
@@ -137,9 +153,21 @@ impl Sequence {
     }
 
     pub(super) fn push_token(&mut self, token: u32) {
-        debug_assert_eq!(self.remaining(), 0, "a token follows from all those before it");
-        debug_assert!(self.tokens.len() < self.tokens.capacity(), "the sequence is at its limit");
+        if self.drawn_at.take().is_some() {
+            self.tokens.pop();
+        } else {
+            debug_assert_eq!(self.remaining(), 0, "a token follows from all those before it");
+        }
+        debug_assert!(self.tokens.len() < self.tokens_max, "the sequence is at its limit");
         self.tokens.push(token);
+    }
+
+    pub(super) fn push_drawn(&mut self, at: usize) {
+        debug_assert_eq!(self.remaining(), 0, "a token follows from all those before it");
+        debug_assert!(self.drawn_at.is_none() && self.tokens.len() < self.tokens_max, "one token is drawn at a time");
+        self.drawn_at = Some(at);
+        // Any token: nobody looks at it.
+        self.tokens.push(0);
     }
 
     /// How many leading tokens may come from the cache: not the last, whose logits are wanted, and no position that a

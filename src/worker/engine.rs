@@ -24,7 +24,7 @@ use super::{
 };
 use crate::{
     cache::PageHasher,
-    scheduler::{AllLocal, Scheduler, SchedulerLimits, SlotId},
+    scheduler::{AllLocal, PlanEntry, Scheduler, SchedulerLimits, SlotId},
     telemetry::{EngineMetrics, StepKind},
 };
 
@@ -44,7 +44,13 @@ pub struct Engine<R> {
     /// By slot, as the sessions are.
     terms: Box<[Option<Terms>]>,
     sessions: Box<[Option<Session>]>,
+    /// The step that is being planned, and computed.
     step: Step,
+    /// The one before it, while its tokens are not known yet.
+    earlier: Step,
+    is_under_way: bool,
+    /// When the latest tokens came.
+    tokens_came: Instant,
     pace: Pace,
     lending: Option<Lending>,
     exports: Exports,
@@ -104,6 +110,9 @@ impl<R: Runner> Engine<R> {
             terms: (0..limits.max_sequences).map(|_| None).collect(),
             sessions: (0..limits.max_sequences).map(|_| None).collect(),
             step: Step::new(&shared.config),
+            earlier: Step::new(&shared.config),
+            is_under_way: false,
+            tokens_came: Instant::now(),
             pace: Pace::new(shared.config.itl_target, shared.config.max_num_batched_tokens),
             lending,
             exports: Exports::new(limits.max_sequences, shared.config.block_size),
@@ -129,27 +138,80 @@ impl<R: Runner> Engine<R> {
                 return Err(RunnerError(LOST_PAGES.to_owned()));
             }
             if self.scheduler.is_empty() {
+                self.finish_earlier()?;
                 continue;
             }
             self.plan();
-            self.held_up = self.step.plan.entries().is_empty();
-            if self.held_up {
+            if self.step.plan.entries().is_empty() {
+                self.held_up = !self.is_under_way;
                 self.publish_gauges();
+                self.finish_earlier()?;
                 continue;
             }
             self.step.fill(&self.scheduler, &self.terms);
-            let launched = Instant::now();
             self.compute()?;
-            let done = Instant::now();
+            // The device has the next step to go on with while readers hear of this one's tokens.
+            self.finish_earlier()?;
             self.scheduler.commit(&self.step.plan);
-            // First, so that who hears of a token finds in the gauges who runs.
-            self.publish_gauges();
-            self.deliver(done);
-            self.take_note(done - launched);
+            if self.may_run_ahead() {
+                self.run_ahead();
+            } else {
+                self.finish()?;
+            }
             if cfg!(debug_assertions) {
                 self.check_integrity();
             }
         }
+        Ok(())
+    }
+
+    /// Whether the next step can be planned, and launched, before this one's tokens are known: if all of its sequences
+    /// decode, each has one token more then, and what is wanted after that does not hang on which.
+    fn may_run_ahead(&mut self) -> bool {
+        let Self { runner, scheduler, terms, step: Step { plan, .. }, .. } = self;
+        let follows_unseen = |slot: SlotId| terms[slot.index()].as_ref().is_some_and(Terms::follows_unseen);
+        let allows = |entry: &PlanEntry| entry.decode && (!scheduler.has(entry) || follows_unseen(entry.slot));
+        runner.ahead().is_some() && plan.entries().iter().all(allows)
+    }
+
+    /// Leaves the step under way. A sequence that ends with it, which only its token will tell, takes part in the next
+    /// one in vain; its pages may be others' by then, whose steps are computed after that.
+    fn run_ahead(&mut self) {
+        let Self { scheduler, step, earlier, .. } = self;
+        for (row, entry) in step.plan.entries().iter().enumerate() {
+            if scheduler.has(entry) {
+                scheduler.push_drawn(entry.slot, row);
+            }
+        }
+        std::mem::swap(step, earlier);
+        self.is_under_way = true;
+    }
+
+    /// Waits for the step under way, if there is one.
+    fn finish_earlier(&mut self) -> Result<(), RunnerError> {
+        if !std::mem::take(&mut self.is_under_way) {
+            return Ok(());
+        }
+        std::mem::swap(&mut self.step, &mut self.earlier);
+        let finished = self.finish();
+        std::mem::swap(&mut self.step, &mut self.earlier);
+        finished
+    }
+
+    /// Waits for the step's tokens, and passes them on.
+    fn finish(&mut self) -> Result<(), RunnerError> {
+        let Self { runner, step: Step { rows, out, launched, .. }, .. } = self;
+        if let Some(ahead) = runner.ahead() {
+            ahead.collect(&mut out[..rows.len()])?;
+        }
+        let now = Instant::now();
+        // It was computed when it was launched, or when the one before it was done.
+        let took = now - self.tokens_came.max(*launched);
+        self.tokens_came = now;
+        // First, so that who hears of a token finds in the gauges who runs.
+        self.publish_gauges();
+        self.deliver(now);
+        self.take_note(took);
         Ok(())
     }
 
@@ -193,7 +255,7 @@ impl<R: Runner> Engine<R> {
         if self.has_lost_pages() {
             return Turn::Compute;
         }
-        if self.scheduler.is_empty() || self.held_up {
+        if (self.scheduler.is_empty() || self.held_up) && !self.is_under_way {
             self.held_up = false;
             self.publish_gauges();
             // With nothing lent any more, what the others waited for has just come back.
@@ -275,11 +337,15 @@ impl<R: Runner> Engine<R> {
     }
 
     fn compute(&mut self) -> Result<(), RunnerError> {
-        let Self { runner, scheduler, terms, exports, step: Step { plan, batch, rows, out }, .. } = self;
+        let Self { runner, scheduler, terms, exports, step: Step { plan, batch, rows, out, launched }, .. } = self;
         let (scheduler, terms, rows, plan) = (&*scheduler, &**terms, &*rows, &*plan);
+        *launched = Instant::now();
         let row = |i| rows.task(i, scheduler, terms).expect("a planned sequence has its terms");
         let mut layer_done = |layer| exports.layer(layer, plan.entries(), scheduler);
-        runner.execute(batch, &row, &mut out[..rows.len()], &mut layer_done)
+        match runner.ahead() {
+            Some(ahead) => ahead.launch(batch, &row, &mut layer_done),
+            None => runner.execute(batch, &row, &mut out[..rows.len()], &mut layer_done),
+        }
     }
 
     /// Passes on what the step computed.
@@ -291,6 +357,10 @@ impl<R: Runner> Engine<R> {
             let rows = next_row..next_row + self.step.rows.counts()[at];
             next_row = rows.end;
             let Self { scheduler, terms, sessions, step, shared, .. } = self;
+            // One that ran ahead may have ended since.
+            if !scheduler.has(&entry) {
+                continue;
+            }
             let (Some(terms), Some(session)) = (&terms[entry.slot.index()], &mut sessions[entry.slot.index()]) else {
                 continue;
             };
@@ -309,10 +379,9 @@ impl<R: Runner> Engine<R> {
                 if let Some(&token) = sequence.prompt().get(position + 1) {
                     session.prompt_token(token, sampled);
                 } else {
-                    let generated = sequence.output().len() + 1;
                     scheduler.push_token(entry.slot, sampled.token);
                     session.token(sampled, now, &shared.metrics);
-                    end = terms.end(sampled.token, generated);
+                    end = terms.end(sampled.token, scheduler.sequence(entry.slot).output().len());
                 }
             }
             let prompt_done = entry.start + entry.len == scheduler.sequence(entry.slot).prompt().len();

@@ -1,14 +1,17 @@
 //! A runner without a model. Its cache holds digests of tokens and positions, and the token it draws is a digest of
 //! what it reads back through the block table, so that any mix-up of pages changes the text.
 
-use std::sync::{
-    Arc, Condvar, Mutex,
-    atomic::{AtomicUsize, Ordering},
+use std::{
+    collections::VecDeque,
+    sync::{
+        Arc, Condvar, Mutex,
+        atomic::{AtomicUsize, Ordering},
+    },
 };
 
-use engine_kernels::{Batch, RowTask, SampleRow, Sampled};
+use engine_kernels::{Batch, RowTask, SampleRow, Sampled, SamplingParams};
 
-use super::{Runner, RunnerError};
+use super::{Runner, RunnerError, RunsAhead};
 
 pub(super) const VOCAB_SIZE: usize = 1000;
 /// The seed of requests whose logits are of no use, as a model's are when it gives NaN.
@@ -91,12 +94,60 @@ impl Control {
 pub(super) struct FakeRunner {
     block_size: usize,
     control: Arc<Control>,
+    /// It runs ahead: steps that were launched, which are computed when they are waited for and not before.
+    launched: Option<VecDeque<Launched>>,
+    /// What was drawn last.
+    drawn: Vec<u32>,
+}
+
+/// A step as it was when it was launched.
+struct Launched {
+    batch: Batch,
+    rows: Vec<Wish>,
+}
+
+/// What is wanted of a row.
+struct Wish {
+    known: Option<u32>,
+    params: SamplingParams,
+    suppress: Vec<u32>,
+    output: Vec<u32>,
+    logprobs: Option<u32>,
+}
+
+impl Wish {
+    fn of(row: &SampleRow<'_>) -> Self {
+        let (output, logprobs) = (row.output.to_vec(), row.logprobs);
+        match row.task {
+            RowTask::Score { token } => {
+                let (params, suppress) = (SamplingParams::default(), Vec::new());
+                Self { known: Some(token), params, suppress, output, logprobs }
+            }
+            RowTask::Sample { params, suppress } => {
+                Self { known: None, params: params.clone(), suppress: suppress.to_vec(), output, logprobs }
+            }
+        }
+    }
+
+    fn row(&self) -> SampleRow<'_> {
+        let Self { known, params, suppress, output, logprobs } = self;
+        let task = match *known {
+            Some(token) => RowTask::Score { token },
+            None => RowTask::Sample { params, suppress },
+        };
+        SampleRow { task, prompt: &[], output, logprobs: *logprobs }
+    }
 }
 
 impl FakeRunner {
     pub(super) fn new(blocks: usize, block_size: usize, control: Arc<Control>) -> Self {
         *control.cache.lock().unwrap() = vec![0; blocks * block_size];
-        Self { block_size, control }
+        Self { block_size, control, launched: None, drawn: Vec::new() }
+    }
+
+    /// The same as one that runs ahead.
+    pub(super) fn ahead(self) -> Self {
+        Self { launched: Some(VecDeque::new()), ..self }
     }
 }
 
@@ -117,6 +168,9 @@ fn answer(state: u64, row: &SampleRow<'_>) -> Sampled {
         }
         RowTask::Sample { params, suppress } => {
             let mut state = mix(state, params.seed);
+            if params.presence_penalty != 0.0 {
+                state = row.output.iter().fold(state, |state, &token| mix(state, token.into()));
+            }
             let mut token = (state >> 32) as u32 % VOCAB_SIZE as u32;
             while suppress.contains(&token) {
                 state = mix(state, 1);
@@ -171,5 +225,46 @@ impl Runner for FakeRunner {
             *out = answer(state, &row(i));
         }
         Ok(())
+    }
+
+    fn ahead(&mut self) -> Option<&mut dyn RunsAhead> {
+        if self.launched.is_some() { Some(self) } else { None }
+    }
+}
+
+impl RunsAhead for FakeRunner {
+    fn launch<'a>(
+        &mut self,
+        batch: &Batch,
+        row: &(dyn Fn(usize) -> SampleRow<'a> + Sync),
+        _: &mut dyn FnMut(usize),
+    ) -> Result<(), RunnerError> {
+        let rows = (0..batch.logit_rows.len()).map(|i| Wish::of(&row(i))).collect();
+        let launched = self.launched.as_mut().unwrap();
+        launched.push_back(Launched { batch: copy(batch), rows });
+        assert!(launched.len() <= 2, "no more than one step ahead");
+        Ok(())
+    }
+
+    fn collect(&mut self, out: &mut [Sampled]) -> Result<(), RunnerError> {
+        let Launched { mut batch, rows } = self.launched.as_mut().unwrap().pop_front().unwrap();
+        assert_eq!(rows.len(), out.len());
+        for token in batch.tokens.iter_mut().filter(|token| **token & Batch::DRAWN != 0) {
+            *token = self.drawn[(*token & !Batch::DRAWN) as usize];
+        }
+        self.execute(&batch, &|i| rows[i].row(), out, &mut |_| ())?;
+        self.drawn = out.iter().map(|sampled| sampled.token).collect();
+        Ok(())
+    }
+}
+
+fn copy(batch: &Batch) -> Batch {
+    let Batch { tokens, positions, sequences, block_tables, logit_rows } = batch;
+    Batch {
+        tokens: tokens.clone(),
+        positions: positions.clone(),
+        sequences: sequences.clone(),
+        block_tables: block_tables.clone(),
+        logit_rows: logit_rows.clone(),
     }
 }

@@ -45,7 +45,7 @@ pub use mock_runner::MockModel;
 pub use post::{Inbox, Post, inbox};
 pub use ready::Ready;
 pub use request::{Event, FinishReason, Request, SubmitError, TokenOutput};
-pub use runner::{ModelRunner, Runner, RunnerError};
+pub use runner::{ModelRunner, Runner, RunnerError, RunsAhead};
 pub(crate) use signals::Signals;
 pub use sizing::{KvRequest, KvSizing, SizingError, available_memory, default_kv_bytes, size_kv};
 pub use staging::StagedPages;

@@ -22,6 +22,9 @@ use crate::{
 
 /// Rows of logits held at a time. More only cost memory: a vocabulary of 150,000 takes 0.6 MB a row.
 const LOGIT_ROWS_MAX: usize = 64;
+/// Rows that a device has at a time if as many sequences decode: each time it reads the whole output matrix.
+#[cfg(feature = "cuda")]
+const DEVICE_LOGIT_ROWS_MAX: usize = 256;
 /// How the CPU backend orders the elements of a page; part of what workers agree on.
 const CPU_PAGE_ORDER: &str = "keys [head_dim][token], values [token][head_dim]";
 /// Tokens of a page there, if nobody says: few, because of a sequence's last page half is empty.
@@ -129,9 +132,14 @@ pub(super) fn load(cli: &EngineArgs, source: &ModelSource, purpose: &Purpose) ->
         model_key: key.as_bytes().to_vec(),
     };
     config.validate()?;
+    let logit_rows = match device {
+        Chosen::Cpu => LOGIT_ROWS_MAX,
+        #[cfg(feature = "cuda")]
+        Chosen::Cuda { .. } => cli.max_num_seqs.clamp(LOGIT_ROWS_MAX, DEVICE_LOGIT_ROWS_MAX),
+    };
     let limits = ForwardLimits {
         max_tokens: cli.max_num_batched_tokens,
-        max_logit_rows: LOGIT_ROWS_MAX.min(cli.max_num_batched_tokens).max(1),
+        max_logit_rows: logit_rows.min(cli.max_num_batched_tokens).max(1),
         max_positions: sizing.max_model_len,
     };
     if let Some(model) = &cli.mock {
@@ -183,7 +191,7 @@ fn load_into<B: Backend>(
     rehearsal: Option<&EngineConfig>,
 ) -> Result<(Box<dyn Runner>, Option<KvPages>, u64)> {
     let loaded = source.load(&mut backend, limits)?;
-    let mut runner = ModelRunner::new(backend, loaded.model, layout, limits.max_logit_rows)?;
+    let mut runner = ModelRunner::new(backend, loaded.model, layout, limits)?;
     if let Some(config) = rehearsal {
         runner.rehearse(config)?;
     }

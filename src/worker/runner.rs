@@ -1,5 +1,5 @@
 use engine_kernels::{Backend, Batch, KernelError, KvLayout, KvPages, SampleRow, Sampled};
-use engine_models::Model;
+use engine_models::{ForwardLimits, Model};
 
 /// A step failed, for instance because the device did; the engine ends with it.
 #[derive(Debug, thiserror::Error)]
@@ -18,6 +18,26 @@ pub trait Runner: Send + 'static {
         out: &mut [Sampled],
         layer_done: &mut dyn FnMut(usize),
     ) -> Result<(), RunnerError>;
+
+    /// Computing steps without waiting for them, if it can.
+    fn ahead(&mut self) -> Option<&mut dyn RunsAhead> {
+        None
+    }
+}
+
+/// A runner whose device computes on its own, so that the next step can be planned and launched meanwhile.
+pub trait RunsAhead {
+    /// Does what [`Runner::execute`] does but wait. Two steps may be on their way at a time. In the second, tokens that
+    /// the first draws are [`Batch::DRAWN`].
+    fn launch<'a>(
+        &mut self,
+        batch: &Batch,
+        row: &(dyn Fn(usize) -> SampleRow<'a> + Sync),
+        layer_done: &mut dyn FnMut(usize),
+    ) -> Result<(), RunnerError>;
+
+    /// Waits for the earlier one, and says what was sampled.
+    fn collect(&mut self, out: &mut [Sampled]) -> Result<(), RunnerError>;
 }
 
 impl Runner for Box<dyn Runner> {
@@ -30,6 +50,10 @@ impl Runner for Box<dyn Runner> {
     ) -> Result<(), RunnerError> {
         (**self).execute(batch, row, out, layer_done)
     }
+
+    fn ahead(&mut self) -> Option<&mut dyn RunsAhead> {
+        (**self).ahead()
+    }
 }
 
 /// A model, the backend that computes it, and its KV cache.
@@ -41,16 +65,20 @@ pub struct ModelRunner<B: Backend> {
 }
 
 impl<B: Backend> ModelRunner<B> {
-    /// Reserves the KV cache. `max_logit_rows` is what the model was loaded with.
+    /// Reserves the KV cache. `limits` is what the model was loaded with.
     pub fn new(
         mut backend: B,
         model: Box<dyn Model<B>>,
         layout: KvLayout,
-        max_logit_rows: usize,
+        limits: ForwardLimits,
     ) -> Result<Self, KernelError> {
-        assert!(max_logit_rows > 0, "a step needs logits");
+        assert!(limits.max_logit_rows > 0, "a step needs logits");
         let cache = backend.kv_cache(layout)?;
-        Ok(Self { backend, model, cache, max_logit_rows })
+        if let Some(ahead) = backend.ahead() {
+            ahead.make_room(limits.max_tokens);
+        }
+        backend.check()?;
+        Ok(Self { backend, model, cache, max_logit_rows: limits.max_logit_rows })
     }
 
     /// Where the pages are, if the backend lets others reach them.
@@ -76,5 +104,39 @@ impl<B: Backend> Runner for ModelRunner<B> {
             backend.sample(logits, &|i| row(first + i), &mut out[first..first + rows.len()]);
         }
         backend.check().map_err(|error| RunnerError(error.to_string()))
+    }
+
+    fn ahead(&mut self) -> Option<&mut dyn RunsAhead> {
+        if self.backend.ahead().is_some() { Some(self) } else { None }
+    }
+}
+
+impl<B: Backend> RunsAhead for ModelRunner<B> {
+    fn launch<'a>(
+        &mut self,
+        batch: &Batch,
+        row: &(dyn Fn(usize) -> SampleRow<'a> + Sync),
+        layer_done: &mut dyn FnMut(usize),
+    ) -> Result<(), RunnerError> {
+        let Self { backend, model, cache, max_logit_rows } = self;
+        model.forward(backend, cache, batch, layer_done);
+        for (tile, rows) in batch.logit_rows.chunks(*max_logit_rows).enumerate() {
+            let first = tile * *max_logit_rows;
+            let logits = model.logits(backend, rows);
+            if let Some(ahead) = backend.ahead() {
+                ahead.draw(logits, first, &|i| row(first + i));
+            }
+        }
+        if let Some(ahead) = backend.ahead() {
+            ahead.fetch(batch.logit_rows.len());
+        }
+        backend.check().map_err(|error| RunnerError(error.to_string()))
+    }
+
+    fn collect(&mut self, out: &mut [Sampled]) -> Result<(), RunnerError> {
+        if let Some(ahead) = self.backend.ahead() {
+            ahead.collect(out);
+        }
+        self.backend.check().map_err(|error| RunnerError(error.to_string()))
     }
 }

@@ -40,6 +40,12 @@ impl Terms {
         self.max_tokens > 0
     }
 
+    /// Whether a token can follow one that is not known yet: penalties look at all of them.
+    pub(super) fn follows_unseen(&self) -> bool {
+        let SamplingParams { repetition_penalty, presence_penalty, frequency_penalty, .. } = self.sampling;
+        self.generates() && repetition_penalty == 1.0 && presence_penalty == 0.0 && frequency_penalty == 0.0
+    }
+
     /// What is wanted of the logits at `position` of `sequence`.
     pub(super) fn row<'a>(&'a self, sequence: &'a Sequence, position: usize) -> SampleRow<'a> {
         let (prompt, output) = (sequence.prompt(), sequence.output());

@@ -94,8 +94,9 @@ impl Staging {
     }
 
     /// Returns when the device is done with all that it was told to compute: nothing of it still reads or writes pages
-    /// that a peer's device, or an adapter, is about to write to. Steps end when their tokens are there, so there is
-    /// something to wait for only if the last step sampled none. False if the device fails.
+    /// that a peer's device, or an adapter, is about to write to. There is something to wait for if a step is under way,
+    /// in which a sequence that gave its pages back may take part in vain, or if the last one sampled no token, as steps
+    /// end when their tokens are there. False if the device fails.
     fn settle(&self) -> bool {
         let settled = self.device.mark().and_then(|mark| mark.wait());
         if let Err(error) = &settled {

@@ -1,3 +1,5 @@
+use std::time::Instant;
+
 use engine_kernels::{Batch, SampleRow, Sampled};
 
 use super::{handle::EngineConfig, session::Terms};
@@ -16,6 +18,7 @@ pub(super) struct Step {
     pub(super) batch: Batch,
     pub(super) rows: Rows,
     pub(super) out: Vec<Sampled>,
+    pub(super) launched: Instant,
 }
 
 /// The rows of logits a step computes, in the order of `Batch::logit_rows`.
@@ -34,6 +37,7 @@ impl Step {
             batch: Batch::with_capacity(tokens, config.max_num_seqs, pages),
             rows: Rows { rows: Vec::with_capacity(tokens), counts: Vec::with_capacity(config.max_num_seqs) },
             out: vec![Sampled::default(); tokens],
+            launched: Instant::now(),
         }
     }
 
@@ -47,6 +51,9 @@ impl Step {
             let sequence = scheduler.sequence(slot);
             let tokens = &sequence.tokens()[start..start + len];
             batch.push(tokens, start as u32, sequence.block_table(), logits_from);
+            if let (Some(row), Some(last)) = (sequence.drawn_at(), batch.tokens.last_mut()) {
+                *last = Batch::DRAWN | row as u32;
+            }
             let before = rows.len();
             rows.extend((start + logits_from..start + len).map(|position| Row { slot, position }));
             let generates = terms[slot.index()].as_ref().is_some_and(Terms::generates);

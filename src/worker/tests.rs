@@ -32,6 +32,18 @@ pub(super) fn start(config: EngineConfig) -> (EngineHandle, Arc<Control>) {
     (Engine::start(runner, config, Metrics::new().engine).unwrap(), control)
 }
 
+/// The same with a runner that runs ahead.
+fn start_ahead(config: EngineConfig) -> (EngineHandle, Arc<Control>) {
+    let control = Arc::new(Control::default());
+    let runner = FakeRunner::new(config.blocks, config.block_size, control.clone()).ahead();
+    (Engine::start(runner, config, Metrics::new().engine).unwrap(), control)
+}
+
+type Start = fn(EngineConfig) -> (EngineHandle, Arc<Control>);
+
+/// Both ways to compute steps.
+const STARTS: [Start; 2] = [start, start_ahead];
+
 pub(super) fn request(prompt: impl IntoIterator<Item = u32>, max_tokens: u32) -> Request {
     Request {
         prompt: prompt.into_iter().collect(),
@@ -104,58 +116,68 @@ fn assert_answers(handle: &EngineHandle, requests: &[Request]) {
 
 #[test]
 fn a_request_gets_its_tokens_and_one_end() {
-    let (handle, _) = start(config());
-    let mut scored = request(10..31, 7);
-    scored.logprobs = Some(2);
-    scored.prompt_logprobs = Some(3);
-    assert_answers(&handle, &[request([5], 1), request(0..100, 28), scored]);
+    for start in STARTS {
+        let (handle, _) = start(config());
+        let mut scored = request(10..31, 7);
+        scored.logprobs = Some(2);
+        scored.prompt_logprobs = Some(3);
+        assert_answers(&handle, &[request([5], 1), request(0..100, 28), scored]);
+    }
 }
 
 #[test]
 fn a_request_that_nothing_can_follow_is_aborted_and_no_other() {
-    let (handle, _) = start(config());
-    let mut hopeless = request(0..9, 5);
-    hopeless.sampling.seed = NOTHING_FOLLOWS;
-    let mut generation = handle.submit(hopeless).unwrap();
-    let (events, reason, _) = block_on(collect(&mut generation));
-    assert_eq!((events, reason), (vec![], FinishReason::Impossible));
-    assert_eq!(handle.status(), EngineStatus::Running);
-    assert_answers(&handle, &[request(0..9, 5)]);
+    for start in STARTS {
+        let (handle, _) = start(config());
+        let mut hopeless = request(0..9, 5);
+        hopeless.sampling.seed = NOTHING_FOLLOWS;
+        let mut generation = handle.submit(hopeless).unwrap();
+        let (events, reason, _) = block_on(collect(&mut generation));
+        assert_eq!((events, reason), (vec![], FinishReason::Impossible));
+        assert_eq!(handle.status(), EngineStatus::Running);
+        assert_answers(&handle, &[request(0..9, 5)]);
+    }
 }
 
 #[test]
 fn a_prompt_can_be_scored_without_an_answer() {
-    let (handle, _) = start(config());
-    for len in [1, 4, 70, 128] {
-        let mut scored = request(0..len, 0);
-        scored.prompt_logprobs = Some(0);
-        assert_answers(&handle, &[scored]);
+    for start in STARTS {
+        let (handle, _) = start(config());
+        for len in [1, 4, 70, 128] {
+            let mut scored = request(0..len, 0);
+            scored.prompt_logprobs = Some(0);
+            assert_answers(&handle, &[scored]);
+        }
     }
 }
 
 #[test]
 fn a_stop_token_ends_the_answer_but_not_before_min_tokens() {
-    let (handle, _) = start(config());
-    let free = model_answer(&request([1, 2, 3], 10), 128).0;
-    let Event::Token(fourth) = &free[3] else { panic!() };
-    let mut stopped = request([1, 2, 3], 10);
-    // Ids beyond the vocabulary are never drawn and do no harm.
-    stopped.stop_token_ids = vec![fourth.token, u32::MAX];
-    assert_eq!(model_answer(&stopped, 128).0.len(), 4);
-    let mut later = stopped.clone();
-    later.stop_token_ids.pop();
-    later.min_tokens = 6;
-    assert_answers(&handle, &[stopped, later]);
+    for start in STARTS {
+        let (handle, _) = start(config());
+        let free = model_answer(&request([1, 2, 3], 10), 128).0;
+        let Event::Token(fourth) = &free[3] else { panic!() };
+        let mut stopped = request([1, 2, 3], 10);
+        // Ids beyond the vocabulary are never drawn and do no harm.
+        stopped.stop_token_ids = vec![fourth.token, u32::MAX];
+        assert_eq!(model_answer(&stopped, 128).0.len(), 4);
+        let mut later = stopped.clone();
+        later.stop_token_ids.pop();
+        later.min_tokens = 6;
+        assert_answers(&handle, &[stopped, later]);
+    }
 }
 
 #[test]
 fn an_answer_ends_where_the_context_does() {
-    let (handle, _) = start(config());
-    assert_answers(&handle, &[request(0..120, 1000), request(0..127, 1)]);
-    let too_long = SubmitError::PromptTooLong { prompt: 128, limit: 128 };
-    assert_eq!(handle.submit(request(0..128, 1)).unwrap_err(), too_long);
-    let too_long = SubmitError::PromptTooLong { prompt: 129, limit: 128 };
-    assert_eq!(handle.submit(request(0..129, 0)).unwrap_err(), too_long);
+    for start in STARTS {
+        let (handle, _) = start(config());
+        assert_answers(&handle, &[request(0..120, 1000), request(0..127, 1)]);
+        let too_long = SubmitError::PromptTooLong { prompt: 128, limit: 128 };
+        assert_eq!(handle.submit(request(0..128, 1)).unwrap_err(), too_long);
+        let too_long = SubmitError::PromptTooLong { prompt: 129, limit: 128 };
+        assert_eq!(handle.submit(request(0..129, 0)).unwrap_err(), too_long);
+    }
 }
 
 #[test]
@@ -171,18 +193,20 @@ fn what_the_model_cannot_take_is_refused() {
 
 #[test]
 fn a_prompt_seen_before_is_found() {
-    let (handle, control) = start(config());
-    let ask = || {
-        let before = control.computed.load(Ordering::Relaxed);
-        let mut generation = handle.submit(request(0..22, 3)).unwrap();
-        let cached = block_on(collect(&mut generation)).2;
-        (cached, control.computed.load(Ordering::Relaxed) - before)
-    };
-    assert_eq!(ask(), (0, 24));
-    // The answer's first token filled a page too, but the prompt ends before it.
-    assert_eq!(ask(), (20, 4));
-    let mut generation = handle.submit(request(0..8, 1)).unwrap();
-    assert_eq!(block_on(collect(&mut generation)).2, 4);
+    for start in STARTS {
+        let (handle, control) = start(config());
+        let ask = || {
+            let before = control.computed.load(Ordering::Relaxed);
+            let mut generation = handle.submit(request(0..22, 3)).unwrap();
+            let cached = block_on(collect(&mut generation)).2;
+            (cached, control.computed.load(Ordering::Relaxed) - before)
+        };
+        assert_eq!(ask(), (0, 24));
+        // The answer's first token filled a page too, but the prompt ends before it.
+        assert_eq!(ask(), (20, 4));
+        let mut generation = handle.submit(request(0..8, 1)).unwrap();
+        assert_eq!(block_on(collect(&mut generation)).2, 4);
+    }
 }
 
 #[test]
@@ -219,19 +243,36 @@ fn a_reader_that_leaves_frees_its_pages_within_a_step() {
 }
 
 #[test]
-fn one_that_waits_can_leave_too() {
-    let (handle, control) = start(EngineConfig { max_num_seqs: 1, ..config() });
-    control.close();
-    let mut first = handle.submit(request(0..5, 3)).unwrap();
-    control.wait_until_held();
-    let second = handle.submit(request(0..5, 3)).unwrap();
-    let mut third = handle.submit(request(0..5, 3)).unwrap();
-    drop(second);
-    control.open();
-    assert_eq!(block_on(collect(&mut first)).1, FinishReason::Length);
-    assert_eq!(block_on(collect(&mut third)).1, FinishReason::Length);
+fn a_step_that_runs_ahead_is_not_waited_for_and_one_more_is_for_nobody() {
+    let (handle, control) = start_ahead(config());
+    let mut two = vec![request(0..5, 6), request(10..15, 6)];
+    // The first ends with its third token, which only that one tells.
+    let Event::Token(third) = &model_answer(&two[0], 128).0[2] else { panic!() };
+    two[0].stop_token_ids.push(third.token);
+    assert_eq!(model_answer(&two[0], 128).0.len(), 3);
+    assert_answers(&handle, &two);
     block_on(handle.drain());
-    assert_eq!(control.computed.load(Ordering::Relaxed), 7 + 3);
+    // It takes part in one step more; how many tokens follow the other's last is known before.
+    assert_eq!(control.computed.load(Ordering::Relaxed), (5 + 2 + 1) + (5 + 5));
+    assert_eq!(handle.snapshot().pages_owned, 0);
+}
+
+#[test]
+fn one_that_waits_can_leave_too() {
+    for start in STARTS {
+        let (handle, control) = start(EngineConfig { max_num_seqs: 1, ..config() });
+        control.close();
+        let mut first = handle.submit(request(0..5, 3)).unwrap();
+        control.wait_until_held();
+        let second = handle.submit(request(0..5, 3)).unwrap();
+        let mut third = handle.submit(request(0..5, 3)).unwrap();
+        drop(second);
+        control.open();
+        assert_eq!(block_on(collect(&mut first)).1, FinishReason::Length);
+        assert_eq!(block_on(collect(&mut third)).1, FinishReason::Length);
+        block_on(handle.drain());
+        assert_eq!(control.computed.load(Ordering::Relaxed), 7 + 3);
+    }
 }
 
 #[test]
@@ -256,36 +297,40 @@ fn more_requests_than_may_wait_are_refused() {
 
 #[test]
 fn draining_finishes_what_runs_and_refuses_the_rest() {
-    let (handle, control) = start(config());
-    control.close();
-    let mut running = handle.submit(request(0..5, 9)).unwrap();
-    control.wait_until_held();
-    let mut draining = std::pin::pin!(handle.drain());
-    assert!(draining.as_mut().now_or_never().is_none());
-    assert_eq!(handle.status(), EngineStatus::Draining);
-    assert_eq!(handle.submit(request(0..5, 9)).unwrap_err(), SubmitError::ShuttingDown);
-    control.open();
-    block_on(draining);
-    assert_eq!(block_on(collect(&mut running)).0.len(), 9);
-    assert_eq!(handle.snapshot().pages_owned, 0);
-    handle.stop();
-    assert_eq!(block_on(handle.stopped()), EngineStatus::Stopped);
+    for start in STARTS {
+        let (handle, control) = start(config());
+        control.close();
+        let mut running = handle.submit(request(0..5, 9)).unwrap();
+        control.wait_until_held();
+        let mut draining = std::pin::pin!(handle.drain());
+        assert!(draining.as_mut().now_or_never().is_none());
+        assert_eq!(handle.status(), EngineStatus::Draining);
+        assert_eq!(handle.submit(request(0..5, 9)).unwrap_err(), SubmitError::ShuttingDown);
+        control.open();
+        block_on(draining);
+        assert_eq!(block_on(collect(&mut running)).0.len(), 9);
+        assert_eq!(handle.snapshot().pages_owned, 0);
+        handle.stop();
+        assert_eq!(block_on(handle.stopped()), EngineStatus::Stopped);
+    }
 }
 
 #[test]
 fn stopping_aborts_everything() {
-    let (handle, control) = start(EngineConfig { max_num_seqs: 1, ..config() });
-    control.close();
-    let mut generations: Vec<_> = (0..3).map(|i| handle.submit(request([i], 100)).unwrap()).collect();
-    control.wait_until_held();
-    handle.stop();
-    control.open();
-    assert_eq!(block_on(handle.stopped()), EngineStatus::Stopped);
-    for generation in &mut generations {
-        assert_eq!(block_on(collect(generation)).1, FinishReason::Aborted);
+    for start in STARTS {
+        let (handle, control) = start(EngineConfig { max_num_seqs: 1, ..config() });
+        control.close();
+        let mut generations: Vec<_> = (0..3).map(|i| handle.submit(request([i], 100)).unwrap()).collect();
+        control.wait_until_held();
+        handle.stop();
+        control.open();
+        assert_eq!(block_on(handle.stopped()), EngineStatus::Stopped);
+        for generation in &mut generations {
+            assert_eq!(block_on(collect(generation)).1, FinishReason::Aborted);
+        }
+        assert_eq!(handle.submit(request([1], 1)).unwrap_err(), SubmitError::ShuttingDown);
+        block_on(handle.drain());
     }
-    assert_eq!(handle.submit(request([1], 1)).unwrap_err(), SubmitError::ShuttingDown);
-    block_on(handle.drain());
 }
 
 #[test]
@@ -297,7 +342,7 @@ fn an_idle_engine_stops() {
 
 #[test]
 fn a_failure_aborts_every_request_and_is_told() {
-    for fault in [Fault::Panic, Fault::Error] {
+    for (start, fault) in STARTS.into_iter().flat_map(|start| [(start, Fault::Panic), (start, Fault::Error)]) {
         let (handle, control) = start(EngineConfig { max_num_seqs: 2, ..config() });
         control.close();
         let mut generations: Vec<_> = (0..5).map(|i| handle.submit(request([i], 50)).unwrap()).collect();
@@ -329,34 +374,36 @@ fn limits_that_contradict_each_other_are_refused() {
 
 #[test]
 fn sixty_four_requests_at_once_with_some_leaving_get_their_own_answers() {
-    let (handle, _) = start(EngineConfig { blocks: 40, ..config() });
-    let clients: Vec<_> = (0..64u32)
-        .map(|client| {
-            let handle = handle.clone();
-            std::thread::spawn(move || {
-                for round in 0..4 {
-                    let number = client * 7 + round * 13;
-                    let prompt = (0..number % 50 + 1).map(|i| if i < 20 { i } else { i * number % 1000 });
-                    let mut asked = request(prompt, number % 40 + 1);
-                    asked.sampling.seed = u64::from(number);
-                    let mut generation = handle.submit(asked.clone()).unwrap();
-                    if number.is_multiple_of(3) {
-                        for _ in 0..number % 10 {
-                            block_on(generation.next());
+    for start in STARTS {
+        let (handle, _) = start(EngineConfig { blocks: 40, ..config() });
+        let clients: Vec<_> = (0..64u32)
+            .map(|client| {
+                let handle = handle.clone();
+                std::thread::spawn(move || {
+                    for round in 0..4 {
+                        let number = client * 7 + round * 13;
+                        let prompt = (0..number % 50 + 1).map(|i| if i < 20 { i } else { i * number % 1000 });
+                        let mut asked = request(prompt, number % 40 + 1);
+                        asked.sampling.seed = u64::from(number);
+                        let mut generation = handle.submit(asked.clone()).unwrap();
+                        if number.is_multiple_of(3) {
+                            for _ in 0..number % 10 {
+                                block_on(generation.next());
+                            }
+                            continue;
                         }
-                        continue;
+                        let (events, reason, _) = block_on(collect(&mut generation));
+                        assert_eq!((events, reason), model_answer(&asked, 128));
                     }
-                    let (events, reason, _) = block_on(collect(&mut generation));
-                    assert_eq!((events, reason), model_answer(&asked, 128));
-                }
+                })
             })
-        })
-        .collect();
-    clients.into_iter().for_each(|client| client.join().unwrap());
-    block_on(handle.drain());
-    let snapshot = handle.snapshot();
-    assert_eq!((snapshot.running, snapshot.waiting, snapshot.pages_owned), (0, 0, 0));
-    assert_eq!(snapshot.pages_free + snapshot.pages_cached, 40);
+            .collect();
+        clients.into_iter().for_each(|client| client.join().unwrap());
+        block_on(handle.drain());
+        let snapshot = handle.snapshot();
+        assert_eq!((snapshot.running, snapshot.waiting, snapshot.pages_owned), (0, 0, 0));
+        assert_eq!(snapshot.pages_free + snapshot.pages_cached, 40);
+    }
 }
 
 pub(super) fn any_request() -> impl Strategy<Value = Request> {
@@ -365,6 +412,8 @@ pub(super) fn any_request() -> impl Strategy<Value = Request> {
     (lengths, wishes).prop_map(|((common, own, max_tokens, min_tokens), (logprobs, prompt_logprobs, stops, seed))| {
         let mut wanted = request((0..common).chain((0..own).map(|i| (i * 37 + seed as u32 % 100) % 1000)), max_tokens);
         wanted.sampling.seed = seed;
+        // Then it takes knowing what was drawn before.
+        wanted.sampling.presence_penalty = if seed % 4 == 0 { 1.0 } else { 0.0 };
         wanted.min_tokens = min_tokens;
         wanted.stop_token_ids = if stops { (0..200).collect() } else { Vec::new() };
         (wanted.logprobs, wanted.prompt_logprobs) = (logprobs, prompt_logprobs);
@@ -382,6 +431,7 @@ proptest! {
         spare_tokens in 0..60usize,
         spare_pages in 0..40usize,
         block_size in 1..9usize,
+        start in prop::sample::select(STARTS.to_vec()),
     ) {
         let (handle, _) = start(EngineConfig {
             max_num_seqs,

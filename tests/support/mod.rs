@@ -45,7 +45,7 @@ pub(crate) fn load<B: Backend>(
         blocks,
         dtype: loaded.kv_dtype,
     };
-    ModelRunner::new(backend, loaded.model, layout, limits.max_logit_rows).unwrap()
+    ModelRunner::new(backend, loaded.model, layout, limits).unwrap()
 }
 
 /// One loaded model for several engines, one after the other.

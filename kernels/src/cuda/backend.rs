@@ -10,8 +10,8 @@ use super::sample::Sampler;
 use super::skinny::{self, Skinny, Then};
 use super::stream::Stream;
 use crate::{
-    AttentionShape, Backend, Batch, DeviceRegion, KernelError, KvLayout, KvPages, Matrix, QkNorm, Rehearsed, Residual,
-    RmsNorm, RopeTable, SampleRow, Sampled,
+    AttentionShape, Backend, Batch, DeviceRegion, DrawsAhead, KernelError, KvLayout, KvPages, Matrix, QkNorm,
+    Rehearsed, Residual, RmsNorm, RopeTable, SampleRow, Sampled,
 };
 
 /// Threads of a block of the row-wise kernels (`kernels/cuda/rowwise.cu`).
@@ -32,7 +32,7 @@ pub struct CudaBackend<D: Driver> {
     pub(super) plan: Plan,
     pub(super) step: Staged<D>,
     selected: Staged<D>,
-    sampler: Sampler<D>,
+    pub(super) sampler: Sampler<D>,
     products: Products<D>,
     /// Made when heads are known.
     pub(super) partials: Option<Partials<D>>,
@@ -192,11 +192,13 @@ impl<D: Driver> Backend for CudaBackend<D> {
         out.set_rows(batch.tokens.len());
         self.check_plan(out.rows, batch);
         let tokens = self.planned(self.plan.shape().tokens().start);
+        let drawn = self.sampler.outcomes().into();
         for part in &table.parts {
             let args = [
                 part.values.address().into(),
                 part.scales.address().into(),
                 tokens,
+                drawn,
                 out.address().into(),
                 table.cols.into(),
                 part.rows.into(),
@@ -371,7 +373,15 @@ impl<D: Driver> Backend for CudaBackend<D> {
         row: &(dyn Fn(usize) -> SampleRow<'a> + Sync),
         out: &mut [Sampled],
     ) {
-        self.sampler.sample(&self.stream, logits, row, out);
+        assert!(out.len() == logits.rows, "one outcome a row");
+        self.make_room(out.len());
+        self.draw(logits, 0, row);
+        self.fetch(out.len());
+        self.collect(out);
+    }
+
+    fn ahead(&mut self) -> Option<&mut dyn DrawsAhead<Activations<D>>> {
+        Some(self)
     }
 
     fn read(&self, x: &Activations<D>) -> Vec<f32> {
@@ -390,5 +400,26 @@ impl<D: Driver> Backend for CudaBackend<D> {
             to[..out.cols].copy_from_slice(from);
         }
         self.stream.attempt(|driver| driver.write(bytes_of(&padded), out.address()));
+    }
+}
+
+impl<D: Driver> DrawsAhead<Activations<D>> for CudaBackend<D> {
+    fn make_room(&mut self, rows: usize) {
+        if self.sampler.reserve(&self.stream, rows) {
+            // Recorded kernels read tokens where the outcomes were.
+            self.graphs.clear();
+        }
+    }
+
+    fn draw<'a>(&mut self, logits: &mut Activations<D>, first: usize, row: &(dyn Fn(usize) -> SampleRow<'a> + Sync)) {
+        self.sampler.draw(&self.stream, logits, first, row);
+    }
+
+    fn fetch(&mut self, rows: usize) {
+        self.sampler.fetch(&self.stream, rows);
+    }
+
+    fn collect(&mut self, out: &mut [Sampled]) {
+        self.sampler.collect(&self.stream, out);
     }
 }

@@ -144,50 +144,56 @@ impl<D: Driver> KvCache<D> {
     }
 }
 
-/// Data on its way between host and device: a piece of page-locked memory and one of device memory as large. Both grow
-/// as needed, which is seldom.
+/// Data on its way between host and device, one way or the other: a piece of device memory, and two as large of
+/// page-locked memory, used in turns, so that there is something for the host to write or read while the copy before is
+/// under way. All grow as needed, which is seldom.
 pub(super) struct Staged<D: Driver> {
-    host: Option<D::HostMemory>,
+    turns: [Turn<D>; 2],
+    /// Whose turn it was last.
+    last: usize,
     device: Buffer<D>,
     capacity: usize,
-    /// The end of the last copy.
+}
+
+/// A host's side.
+struct Turn<D: Driver> {
+    host: Option<D::HostMemory>,
+    /// The end of the last copy from or to it.
     copied: Option<D::Event>,
 }
 
 impl<D: Driver> Staged<D> {
     pub(super) fn new() -> Self {
-        Self { host: None, device: Buffer(None), capacity: 0, copied: None }
+        let turns = [(); 2].map(|()| Turn { host: None, copied: None });
+        Self { turns, last: 0, device: Buffer(None), capacity: 0 }
     }
 
     pub(super) fn address(&self) -> Address {
         self.device.address()
     }
 
-    /// Makes room for `bytes`. Whether the device's side has another address now.
+    /// Makes room for `bytes`; what was there is gone. Whether the device's side has another address now.
     pub(super) fn reserve(&mut self, stream: &Stream<D>, bytes: usize) -> bool {
         if bytes <= self.capacity {
             return false;
         }
-        self.settle(stream);
         self.capacity = bytes.next_power_of_two().max(4096);
-        self.host = stream.attempt(|driver| driver.allocate_host(self.capacity));
+        for turn in &mut self.turns {
+            turn.settle(stream);
+            turn.host = stream.attempt(|driver| driver.allocate_host(self.capacity));
+        }
         self.device = Buffer::zeroed(stream, self.capacity);
         true
     }
 
-    /// Waits until the last copy is over.
-    fn settle(&mut self, stream: &Stream<D>) {
-        if let Some(event) = self.copied.take() {
-            stream.attempt(|driver| driver.wait(&event));
-        }
-    }
-
     /// Enqueues a copy of `parts`, one after the other, to the device. They fit: see [`Staged::reserve`].
     pub(super) fn upload(&mut self, stream: &Stream<D>, parts: &[&[u8]]) {
-        self.settle(stream);
         let bytes: usize = parts.iter().map(|part| part.len()).sum();
         assert!(bytes <= self.capacity, "room was made first");
-        let Some(host) = &self.host else { return };
+        self.last = 1 - self.last;
+        let turn = &mut self.turns[self.last];
+        turn.settle(stream);
+        let Some(host) = &turn.host else { return };
         let mut at = 0;
         for part in parts {
             // SAFETY: within the memory by the assertion, and no copy of it is under way.
@@ -196,21 +202,41 @@ impl<D: Driver> Staged<D> {
         }
         let to = self.device.address();
         stream.attempt(|driver| driver.upload(host, to, bytes));
-        self.copied = stream.attempt(|driver| driver.record());
+        turn.copied = stream.attempt(|driver| driver.record());
     }
 
-    /// Copies the first `bytes` of the device's side to the host, waits for everything, and shows them; nothing after a
-    /// failure.
-    pub(super) fn download(&mut self, stream: &Stream<D>, bytes: usize) -> &[u8] {
+    /// Enqueues a copy of the first `bytes` of the device's side to the host. No more than two are shown later.
+    pub(super) fn download(&mut self, stream: &Stream<D>, bytes: usize) {
         assert!(bytes <= self.capacity, "room was made first");
-        let Some(host) = &self.host else { return &[] };
+        self.last = 1 - self.last;
+        let turn = &mut self.turns[self.last];
+        assert!(turn.copied.is_none(), "what comes is shown first");
+        let Some(host) = &turn.host else { return };
         let from = self.device.address();
         stream.attempt(|driver| driver.download(from, host, bytes));
-        if stream.attempt(|driver| driver.synchronize()).is_none() {
+        turn.copied = stream.attempt(|driver| driver.record());
+    }
+
+    /// Waits for the earliest download that was not shown, and shows `bytes` of it; nothing after a failure.
+    pub(super) fn show(&mut self, stream: &Stream<D>, bytes: usize) -> &[u8] {
+        assert!(bytes <= self.capacity, "room was made first");
+        let earlier = 1 - self.last;
+        let earliest = if self.turns[earlier].copied.is_some() { earlier } else { self.last };
+        let turn = &mut self.turns[earliest];
+        if !turn.settle(stream) {
             return &[];
         }
+        let Some(host) = &turn.host else { return &[] };
         // SAFETY: within the memory by the assertion; it was zeroed or copied to, and no copy is under way.
         unsafe { std::slice::from_raw_parts(host.start(), bytes) }
+    }
+}
+
+impl<D: Driver> Turn<D> {
+    /// Waits until the last copy is over. Whether there was one, and it succeeded.
+    fn settle(&mut self, stream: &Stream<D>) -> bool {
+        let Some(event) = self.copied.take() else { return false };
+        stream.attempt(|driver| driver.wait(&event)).is_some()
     }
 }
 

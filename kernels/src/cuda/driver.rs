@@ -153,7 +153,7 @@ pub trait Driver: fmt::Debug + Send + 'static {
     /// Enqueues a copy of the first `bytes` of `from`, which has to stay as it is until the copy is over.
     fn upload(&self, from: &Self::HostMemory, to: Address, bytes: usize) -> Result<(), DriverError>;
 
-    /// Enqueues a copy to the start of `to`.
+    /// Enqueues a copy of `bytes` to the start of `to`.
     fn download(&self, from: Address, to: &Self::HostMemory, bytes: usize) -> Result<(), DriverError>;
 
     /// Enqueues a kernel.

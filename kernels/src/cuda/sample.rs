@@ -1,7 +1,7 @@
 //! Sampling on the device: describing the rows, and reading what came out.
 
 use super::buffer::{Activations, PlainWord, Staged, bytes_of};
-use super::driver::Driver;
+use super::driver::{Address, Driver};
 use super::stream::Stream;
 use crate::sampling::uniform;
 use crate::{MAX_TOP_LOGPROBS, RowTask, SampleRow, Sampled, SamplingParams};
@@ -80,23 +80,32 @@ impl<D: Driver> Sampler<D> {
         }
     }
 
-    /// Samples or scores each row of `logits`, and waits for the outcomes.
-    pub(super) fn sample<'a>(
+    /// Makes room for the outcomes of steps of so many rows. Whether they are elsewhere from now on.
+    pub(super) fn reserve(&mut self, stream: &Stream<D>, rows: usize) -> bool {
+        self.outcomes.reserve(stream, rows * size_of::<Outcome>())
+    }
+
+    /// Where the outcomes of the step before are: its rows' tokens, for the step that is enqueued next.
+    pub(super) fn outcomes(&self) -> Address {
+        self.outcomes.address()
+    }
+
+    /// Enqueues sampling or scoring of each row of `logits`. Their outcomes are those from `first` on.
+    pub(super) fn draw<'a>(
         &mut self,
         stream: &Stream<D>,
         logits: &Activations<D>,
+        first: usize,
         row: &(dyn Fn(usize) -> SampleRow<'a> + Sync),
-        out: &mut [Sampled],
     ) {
         let vocabulary = logits.cols;
-        assert!(out.len() == logits.rows, "one outcome a row");
         assert!(vocabulary <= VOCABULARY_MAX, "a vocabulary of {vocabulary} tokens");
         self.rows.clear();
         self.touched.clear();
         if self.places.len() < vocabulary {
             self.places.resize(vocabulary, 0);
         }
-        for i in 0..out.len() {
+        for i in 0..logits.rows {
             let described = self.describe(&row(i), vocabulary);
             self.rows.push(described);
         }
@@ -104,17 +113,24 @@ impl<D: Driver> Sampler<D> {
         let (rows, touched) = (bytes_of(&self.rows), bytes_of(&self.touched));
         self.described.reserve(stream, rows.len() + touched.len());
         self.described.upload(stream, &[rows, touched]);
-        let bytes = out.len() * size_of::<Outcome>();
-        self.outcomes.reserve(stream, bytes);
         let args = [
             logits.address().into(),
             vocabulary.into(),
             self.described.address().into(),
             self.described.address().offset(rows.len()).into(),
-            self.outcomes.address().into(),
+            self.outcomes.address().offset(first * size_of::<Outcome>()).into(),
         ];
-        stream.launch("sample_rows", [out.len(), 1, 1], THREADS, &args);
-        let outcomes = self.outcomes.download(stream, bytes);
+        stream.launch("sample_rows", [logits.rows, 1, 1], THREADS, &args);
+    }
+
+    /// Enqueues a copy of the first `rows` outcomes to the host.
+    pub(super) fn fetch(&mut self, stream: &Stream<D>, rows: usize) {
+        self.outcomes.download(stream, rows * size_of::<Outcome>());
+    }
+
+    /// Waits for the earliest outcomes that were fetched and not collected.
+    pub(super) fn collect(&mut self, stream: &Stream<D>, out: &mut [Sampled]) {
+        let outcomes = self.outcomes.show(stream, out.len() * size_of::<Outcome>());
         for (out, bytes) in out.iter_mut().zip(outcomes.chunks_exact(size_of::<Outcome>())) {
             // SAFETY: the kernel has written an outcome there, whose every bit pattern is a value.
             let outcome = unsafe { bytes.as_ptr().cast::<Outcome>().read_unaligned() };

@@ -3,7 +3,10 @@
 
 use engine_kernels::cuda::{CudaBackend, Driver};
 use engine_kernels::reference::ReferenceBackend;
-use engine_kernels::{AttentionShape, Backend, Batch, DType, KvDType, KvLayout, Matrix, QkNorm, Rehearsed, RopeTable};
+use engine_kernels::{
+    AttentionShape, Backend, Batch, DType, DrawsAhead, KvDType, KvLayout, Matrix, QkNorm, Rehearsed, RopeTable,
+    RowTask, SampleRow, Sampled, SamplingParams,
+};
 
 use crate::{OnDevice, Start, Watched, watched};
 
@@ -37,6 +40,7 @@ pub struct Layer<B: Backend> {
     projected: B::Activations,
     mixed: B::Activations,
     out: B::Activations,
+    logits: B::Activations,
 }
 
 /// Numbers between -1 and 1.
@@ -73,6 +77,7 @@ impl<B: Backend> Layer<B> {
             projected: backend.activations(ROWS_MAX, SHAPE.qkv_width()),
             mixed: backend.activations(ROWS_MAX, SHAPE.q_width()),
             out: backend.activations(ROWS_MAX, HIDDEN),
+            logits: backend.activations(ROWS_MAX, VOCABULARY),
             backend,
         };
         for page in 0..BLOCKS as u32 {
@@ -93,7 +98,7 @@ impl<B: Backend> Layer<B> {
     }
 
     fn with_step<R>(&mut self, batch: &Batch, step: impl FnOnce(&mut B, &mut dyn FnMut(&mut B)) -> R) -> R {
-        let Self { backend, table, norm, qkv, q_norm, output, rope, cache, hidden, projected, mixed, out } = self;
+        let Self { backend, table, norm, qkv, q_norm, output, rope, cache, hidden, projected, mixed, out, .. } = self;
         step(backend, &mut |backend| {
             backend.embed(table, batch, hidden);
             // As wide as the hidden states here, and used for both.
@@ -108,6 +113,32 @@ impl<B: Backend> Layer<B> {
 }
 
 impl<D: Driver> Layer<CudaBackend<D>> {
+    /// Enqueues a step and the drawing of a token for each of its rows.
+    fn draw(&mut self, batch: &Batch) {
+        self.with_step(batch, |backend, operations| backend.step(batch, operations));
+        let Self { backend, table, out, logits, .. } = self;
+        backend.linear(out, table, None, logits);
+        let params: Vec<_> = (0..batch.tokens.len() as u64)
+            // High enough for many tokens to have a chance.
+            .map(|seed| SamplingParams { temperature: 100.0, seed, ..SamplingParams::default() })
+            .collect();
+        let row = |i: usize| SampleRow {
+            task: RowTask::Sample { params: &params[i], suppress: &[] },
+            prompt: &batch.positions[i..=i],
+            output: &[],
+            logprobs: None,
+        };
+        backend.draw(logits, 0, &row);
+        backend.fetch(batch.tokens.len());
+    }
+
+    /// What was drawn in the earliest step that was not looked at.
+    fn drawn(&mut self, rows: usize) -> Vec<u32> {
+        let mut out = vec![Sampled::default(); rows];
+        self.backend.collect(&mut out);
+        out.iter().map(|sampled| sampled.token).collect()
+    }
+
     /// Rehearses all that the layer can compute; how many steps were recorded.
     pub fn rehearse(&mut self) -> usize {
         let mut largest = Batch::default();
@@ -198,6 +229,40 @@ pub(crate) fn steps_that_were_rehearsed_compute_what_others_do<D: Start>() {
         assert_near(&ours, &reference.step(&batch));
     }
     assert_eq!(rehearsed.backend.graphs(), recorded, "nothing was recorded in vain");
+}
+
+pub(crate) fn tokens_drawn_ahead_are_what_the_next_step_reads<D: Start>() {
+    const ROWS: usize = 5;
+    let [mut ahead, mut told] = [(); 2].map(|()| device::<D>());
+    [&mut ahead, &mut told].into_iter().for_each(|layer| layer.backend.make_room(ROWS_MAX));
+    let mut batch = decode(&[40; ROWS], 0);
+    let next = |batch: &mut Batch, tokens: [u32; ROWS]| {
+        batch.tokens.copy_from_slice(&tokens);
+        batch.positions.iter_mut().for_each(|position| *position += 1);
+        batch.sequences.iter_mut().for_each(|sequence| sequence.context_len += 1);
+    };
+    // Each row goes on with the token of the row after it. The first steps are recorded.
+    let after = |row: usize| (row + 1) % ROWS;
+    let mut expected = Vec::new();
+    for _ in 0..6 {
+        told.draw(&batch);
+        let drawn = told.drawn(ROWS);
+        next(&mut batch, std::array::from_fn(|row| drawn[after(row)]));
+        expected.push(drawn);
+    }
+    let mut batch = decode(&[40; ROWS], 0);
+    let mut drawn = Vec::new();
+    for step in 0..6 {
+        ahead.draw(&batch);
+        next(&mut batch, std::array::from_fn(|row| Batch::DRAWN | after(row) as u32));
+        // One step is ahead of what is known.
+        drawn.extend((step > 0).then(|| ahead.drawn(ROWS)));
+    }
+    drawn.push(ahead.drawn(ROWS));
+    assert_eq!(drawn, expected);
+    assert!(expected.windows(2).any(|steps| steps[0] != steps[1]), "nothing would show: {expected:?}");
+    assert_eq!(ahead.backend.graphs(), 1);
+    watched::held();
 }
 
 pub(crate) fn contexts_of_several_partitions_are_split_replayed_and_merged<D: Start>() {
