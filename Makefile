@@ -13,7 +13,7 @@ PEERS  ?= llama.cpp nixl dynamo
 FUZZ_SECONDS ?= 600
 SOAK_SECONDS ?= 120
 
-.PHONY: help setup setup-services setup-rdma run cluster demo-model test-assets test test-rdma fmt lint doc client bench bench-frontend bench-scale bench-rdma fuzz soak avx512 goldens cuda cuda-check gpu-check device-pages
+.PHONY: help setup setup-services setup-rdma run cluster demo-model test-assets test test-rdma fmt lint doc client bench bench-frontend bench-host bench-scale bench-rdma fuzz soak avx512 goldens cuda cuda-check gpu-check device-pages
 
 help: ## Print this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -72,6 +72,9 @@ bench: setup-services bench-frontend $(if $(filter $(DEMO),$(MODEL)),demo-model)
 bench-frontend: setup-services ## Measure the frontend beside Dynamo's, fetched at the first run (PEERS= leaves it out); part of make bench
 	$(if $(filter dynamo,$(PEERS)),scripts/fetch-dynamo.sh)
 	$(CARGO) bench --locked --bench frontend -- --results benches/results $(if $(filter dynamo,$(PEERS)),--dynamo "$$(scripts/fetch-dynamo.sh)")
+
+bench-host: setup ## Measure how long a device would wait for the host between two steps
+	$(CARGO) bench --locked --bench host -- --results benches/results
 
 bench-scale: setup-services ## What grows with what: clusters of up to 200 decode and 100 prefill mock workers
 	$(CARGO) bench --locked --bench scale -- --results benches/results

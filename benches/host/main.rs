@@ -5,13 +5,21 @@
 //! backend over a driver that does nothing. That driver takes the times: where the host waits for the device it lets
 //! some pass, as a device would. What calls of a real driver cost comes on top (a graph's launch, some copies).
 //!
-//! `cargo bench --bench host`
+//! `make bench-host`
 
 mod idle;
+#[path = "../suite/machine.rs"]
+mod machine;
+#[path = "../suite/stats.rs"]
+mod stats;
 
 use std::fmt::Write as _;
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
+
+use anyhow::{Context, Result};
+use clap::Parser;
 
 use engine::telemetry::Metrics;
 use engine::worker::{Engine, EngineConfig, Event, ModelRunner, Request, Runner, RunnerError};
@@ -37,19 +45,41 @@ const STEPS: usize = 1000;
 /// How long a step takes on the device that is not there.
 const STEP: Duration = Duration::from_micros(1000);
 
-fn main() -> Result<(), Box<dyn std::error::Error>> {
-    println!("Steps take {} µs. Between two, the device has nothing to do for so many µs:\n", STEP.as_micros());
-    println!("| sequences | planned when tokens are known: p50 | p90 | launched ahead: p50 | p90 |");
-    println!("| --- | --- | --- | --- | --- |");
+/// Measures how long a device waits for the host.
+#[derive(Parser)]
+struct Options {
+    /// Folder to write the report to.
+    #[arg(long)]
+    results: Option<PathBuf>,
+    /// What `cargo bench` passes to every benchmark.
+    #[arg(long, hide = true)]
+    bench: bool,
+}
+
+fn main() -> Result<()> {
+    let options = Options::parse();
+    let machine = machine::describe()?;
+    let machine::Machine { cpu, cores, memory_gib, .. } = &machine;
+    let mut text = format!("# What a device waits for the host, engine {}\n\n", env!("CARGO_PKG_VERSION"));
+    writeln!(text, "- Machine: {cpu}, {cores} cores, {memory_gib:.0} GiB; the device is made believe")?;
+    writeln!(text, "- {STEPS} steps of {} µs, in which all sequences decode", STEP.as_micros())?;
+    writeln!(text, "- µs for which the device has nothing to do before a step, median and 90th percentile\n")?;
+    writeln!(text, "| sequences | planned when tokens are known | | launched ahead | |")?;
+    writeln!(text, "| --- | --- | --- | --- | --- |")?;
     for sequences in [1, 64, 256] {
-        let mut row = format!("| {sequences} |");
+        write!(text, "| {sequences} |")?;
         for ahead in [false, true] {
-            let mut gaps = measure(sequences, ahead)?;
-            gaps.sort_unstable();
-            let micros = |share: usize| gaps[gaps.len() * share / 100].as_secs_f64() * 1e6;
-            write!(row, " {:.1} | {:.1} |", micros(50), micros(90))?;
+            let gaps = measure(sequences, ahead)?;
+            write!(text, " {:.1} | {:.1} |", stats::median(&gaps), stats::percentile(&gaps, 90.0))?;
         }
-        println!("{row}");
+        text.push('\n');
+    }
+    println!("\n{text}");
+    if let Some(folder) = options.results {
+        std::fs::create_dir_all(&folder)?;
+        let path = folder.join(format!("{}-host.md", machine.page_name()?));
+        std::fs::write(&path, text)?;
+        println!("written to {}", path.display());
     }
     Ok(())
 }
@@ -69,8 +99,8 @@ impl<R: Runner> Runner for Waits<R> {
     }
 }
 
-/// The gaps between steps in which so many sequences decode.
-fn measure(sequences: usize, ahead: bool) -> Result<Vec<Duration>, Box<dyn std::error::Error>> {
+/// The gaps between steps in which so many sequences decode, in µs.
+fn measure(sequences: usize, ahead: bool) -> Result<Vec<f64>> {
     let folder = tempfile::tempdir()?;
     std::fs::write(folder.path().join("config.json"), CONFIG)?;
     let options = OpenOptions { load_format: LoadFormat::Dummy, ..OpenOptions::default() };
@@ -127,8 +157,8 @@ fn measure(sequences: usize, ahead: bool) -> Result<Vec<Duration>, Box<dyn std::
     }
     engine.stop();
     runtime.block_on(engine.stopped());
-    let gaps = std::mem::take(&mut *gaps.lock().map_err(|_| "a panic")?);
+    let gaps = gaps.lock().ok().context("a panic")?;
     // The last of them are steps of fewer sequences.
-    let all = gaps.len();
-    Ok(gaps[all.saturating_sub(STEPS + 100)..all.saturating_sub(100)].to_vec())
+    let measured = gaps.len().saturating_sub(STEPS + 100)..gaps.len().saturating_sub(100);
+    Ok(gaps[measured].iter().map(|gap| gap.as_secs_f64() * 1e6).collect())
 }

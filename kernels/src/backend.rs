@@ -258,17 +258,17 @@ pub trait Backend: Send + 'static {
 /// A step is [`Backend::step`], [`DrawsAhead::draw`] for all of its rows, and [`DrawsAhead::fetch`]. One more may be
 /// enqueued before its samples are collected.
 pub trait DrawsAhead<A> {
-    /// Makes room for the samples of steps of up to so many rows. Not between two steps of which the second reads what
-    /// the first draws.
+    /// Makes room for the samples of steps of up to so many rows. Everything that was fetched is collected before, as it is
+    /// before [`Backend::sample`].
     fn make_room(&mut self, rows: usize);
 
     /// Enqueues sampling or scoring of each row of `logits`, which it may overwrite, as the rows from `first` on of the
     /// step's samples; `row(i)` describes row `i` of `logits`.
     fn draw<'a>(&mut self, logits: &mut A, first: usize, row: &(dyn Fn(usize) -> SampleRow<'a> + Sync));
 
-    /// Enqueues a copy to the host of the first `rows` of the step's samples: all of them.
+    /// Ends the step, and enqueues a copy to the host of its samples: the first `rows`.
     fn fetch(&mut self, rows: usize);
 
-    /// Waits for the samples of the earliest step whose samples were not collected, and for nothing behind them.
+    /// Waits for the end of the earliest step that was not collected, and for nothing behind it; its samples.
     fn collect(&mut self, out: &mut [Sampled]);
 }

@@ -2,10 +2,11 @@
 //! and how they fail. What they compute is in the suite.
 
 use engine_cuda_emulated::{Emulated, EmulatedBackend};
-use engine_kernel_suite::steps::{BLOCK_SIZE, BLOCKS, HIDDEN, Layer, ROWS_MAX, SHAPE, decode, numbers};
+use engine_kernel_suite::steps::{BLOCK_SIZE, BLOCKS, HIDDEN, Layer, ROWS_MAX, SHAPE, VOCABULARY, decode, numbers};
 use engine_kernels::cuda::Driver;
 use engine_kernels::{
-    AttentionShape, Backend, Batch, DType, KernelError, KvDType, KvLayout, Matrix, QkNorm, Residual, RmsNorm, RopeTable,
+    AttentionShape, Backend, Batch, DType, DrawsAhead, KernelError, KvDType, KvLayout, Matrix, QkNorm, Residual,
+    RmsNorm, RopeTable, RowTask, SampleRow, Sampled, SamplingParams,
 };
 
 fn device() -> Layer<EmulatedBackend> {
@@ -49,6 +50,40 @@ fn a_layer_is_six_kernels_for_up_to_four_rows_that_decode_and_eight_up_to_sixtee
         backend.driver().synchronize().unwrap();
         assert_eq!(backend.driver().launches() - before, kernels, "{rows} rows");
     }
+}
+
+#[test]
+fn a_step_that_is_launched_waits_for_nothing_and_one_that_is_collected_for_no_other() {
+    let mut layer = device();
+    layer.backend.make_room(ROWS_MAX);
+    let batch = decode(&[40; 3], 0);
+    for _ in 0..3 {
+        layer.draw(&batch);
+        layer.drawn(3);
+    }
+    layer.backend.driver().synchronize().unwrap();
+    let before = layer.backend.driver().launches();
+    layer.draw(&batch);
+    layer.draw(&batch);
+    assert_eq!(layer.backend.driver().launches(), before);
+    layer.drawn(3);
+    let one = layer.backend.driver().launches() - before;
+    layer.drawn(3);
+    assert_eq!(layer.backend.driver().launches(), before + 2 * one);
+}
+
+#[test]
+#[should_panic = "what was fetched is collected first"]
+fn nothing_else_is_sampled_while_a_step_is_under_way() {
+    let mut layer = device();
+    layer.backend.make_room(ROWS_MAX);
+    layer.draw(&decode(&[40; 3], 0));
+    let mut logits = layer.backend.activations(1, VOCABULARY);
+    layer.backend.write(&[0.0; VOCABULARY], &mut logits);
+    let params = SamplingParams::default();
+    let task = RowTask::Sample { params: &params, suppress: &[] };
+    let row = |_: usize| SampleRow { task, prompt: &[], output: &[], logprobs: None };
+    layer.backend.sample(&mut logits, &row, &mut [Sampled::default()]);
 }
 
 #[test]

@@ -31,11 +31,12 @@ impl Scheduler {
         );
     }
 
-    /// Whether pages, sequences or last tokens are elsewhere that somebody here may be waiting for.
+    /// Whether pages, sequences or what steps gave are elsewhere, and somebody here may be waiting for them.
     fn is_held_up(&self) -> bool {
         let PageCounts { lent, quarantined, .. } = self.pages();
-        let is_whole = |&slot: &SlotId| self.sequence(slot).is_whole();
-        lent + quarantined > 0 || !self.away.is_empty() || !self.held.is_empty() || self.running.iter().any(is_whole)
+        let awaits_outcome = |&slot: &SlotId| self.sequence(slot).awaits_outcome();
+        let elsewhere = lent + quarantined > 0 || !self.away.is_empty() || !self.held.is_empty();
+        elsewhere || self.running.iter().any(awaits_outcome)
     }
 
     fn plan_running(&mut self, pass: Pass, plan: &mut StepPlan, router: &mut dyn Router) {
@@ -45,7 +46,7 @@ impl Scheduler {
             let sequence = self.sequence(slot);
             // One that may go to another worker needs no budget for it; if it stays, it gets its prefix hits and no more.
             let may_leave = sequence.place == Place::Undecided && router.is_open();
-            let takes_part = (plan.tokens() < self.budget || may_leave) && !sequence.is_whole();
+            let takes_part = (plan.tokens() < self.budget || may_leave) && !sequence.awaits_outcome();
             if takes_part && sequence.decodes() == (pass == Pass::Decodes) {
                 self.plan_one(at, pass, plan, router);
             }
@@ -224,11 +225,15 @@ impl Scheduler {
         }
     }
 
-    /// The last sequence after `at` that may lose its pages. Those of a prefill-only sequence are being read; such
-    /// sequences were let in with room for all of their pages, so they lack none.
+    /// The last sequence after `at` that may lose its pages, or one for which they are of no use any more. Those of a
+    /// prefill-only sequence are being read; such sequences were let in with room for all of their pages, so they lack
+    /// none.
     fn youngest_after(&self, at: usize) -> Option<usize> {
-        let mut later = self.running[at + 1..].iter();
-        later.rposition(|&slot| !self.sequence(slot).prefill_only).map(|offset| at + 1 + offset)
+        let later = &self.running[at + 1..];
+        let is_done = |&slot: &SlotId| self.sequence(slot).awaits_outcome();
+        let may_lose = |&slot: &SlotId| !self.sequence(slot).prefill_only;
+        let youngest = later.iter().rposition(is_done).or_else(|| later.iter().rposition(may_lose));
+        youngest.map(|offset| at + 1 + offset)
     }
 
     fn preempt(&mut self, at: usize, plan: &mut StepPlan) {

@@ -155,8 +155,8 @@ impl Scheduler {
             if !self.has(entry) {
                 continue;
             }
-            let Some(sequence) = &mut self.slots[entry.slot.index()] else { continue };
-            debug_assert!(sequence.drawn_at.is_none(), "pages are found by their tokens");
+            let sequence = self.sequence_mut(entry.slot);
+            debug_assert!(sequence.drawn_in().is_none(), "pages are found by their tokens");
             sequence.advance(entry.len);
             let done = sequence.prefill_only && sequence.remaining() == 0;
             self.publish(entry.slot);
@@ -187,16 +187,20 @@ impl Scheduler {
         }
     }
 
-    /// Appends a sampled token to a sequence whose every token is computed, or says which token it is that
-    /// [`Scheduler::push_drawn`] appended.
+    /// Appends a sampled token to a sequence whose every token is computed.
     pub fn push_token(&mut self, slot: SlotId, token: u32) {
         self.sequence_mut(slot).push_token(token);
     }
 
-    /// Appends a token that will be known later, to a sequence whose every token is computed: it is drawn in row `at`
-    /// of the step that was planned last. What follows it can be planned, and committed once it is known.
-    pub fn push_drawn(&mut self, slot: SlotId, at: usize) {
-        self.sequence_mut(slot).push_drawn(at);
+    /// The same with a token that will be known later: it is drawn in this row of the step that was planned last. What
+    /// follows it can be planned at once, and committed after [`Scheduler::reveal`].
+    pub fn push_drawn(&mut self, slot: SlotId, row: usize) {
+        self.sequence_mut(slot).push_drawn(row);
+    }
+
+    /// Says which token it is that [`Scheduler::push_drawn`] appended.
+    pub fn reveal(&mut self, slot: SlotId, token: u32) {
+        self.sequence_mut(slot).reveal(token);
     }
 
     /// Panics if a page is lost, or counted wrongly, or a queue is out of order.

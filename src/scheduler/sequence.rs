@@ -9,8 +9,8 @@ pub struct Sequence {
     prompt_len: usize,
     /// Tokens it ends with at the latest.
     tokens_max: usize,
-    /// In which row of the step under way its last token is drawn, if that is not known yet.
-    pub(super) drawn_at: Option<usize>,
+    /// In which row of a step under way its last token is drawn, if that is not known yet.
+    drawn_in: Option<usize>,
     /// How many were added before it.
     pub(super) arrival: u64,
     /// Tokens whose keys and values are in the pages of `table`.
@@ -62,7 +62,7 @@ impl Sequence {
             tokens,
             prompt_len: prompt.len(),
             tokens_max: capacity,
-            drawn_at: None,
+            drawn_in: None,
             arrival: 0,
             num_computed: 0,
             table: BlockTable::with_capacity(pages),
@@ -117,6 +117,11 @@ impl Sequence {
         self.num_computed
     }
 
+    /// Whether keys and values of all its tokens are there, or will be before the next step.
+    pub fn is_computed(&self) -> bool {
+        self.remaining() == 0
+    }
+
     /// Prompt tokens found in the cache when it was first scheduled.
     pub fn cached_tokens(&self) -> usize {
         self.cached.unwrap_or(0)
@@ -132,14 +137,16 @@ impl Sequence {
         self.prefill_only
     }
 
-    /// In which row of the step under way its last token is drawn; `None` once it is known.
-    pub fn drawn_at(&self) -> Option<usize> {
-        self.drawn_at
+    /// In which row of a step under way its last token is drawn; `None` if that is known.
+    pub fn drawn_in(&self) -> Option<usize> {
+        self.drawn_in
     }
 
-    /// Whether nothing follows its last token, which is not known yet.
-    pub(super) fn is_whole(&self) -> bool {
-        self.drawn_at.is_some() && self.tokens.len() == self.tokens_max
+    /// Whether there is nothing to compute of it: what its last step gave is on its way, and nothing follows that, or
+    /// nobody knows yet that something does.
+    pub(super) fn awaits_outcome(&self) -> bool {
+        let is_last = self.drawn_in.is_some() && self.tokens.len() == self.tokens_max;
+        !self.prefill_only && (self.remaining() == 0 || is_last)
     }
 
     /// Whether one token is left, whose logits are wanted.
@@ -153,21 +160,23 @@ impl Sequence {
     }
 
     pub(super) fn push_token(&mut self, token: u32) {
-        if self.drawn_at.take().is_some() {
-            self.tokens.pop();
-        } else {
-            debug_assert_eq!(self.remaining(), 0, "a token follows from all those before it");
-        }
-        debug_assert!(self.tokens.len() < self.tokens_max, "the sequence is at its limit");
+        debug_assert_eq!(self.remaining(), 0, "a token follows from all those before it");
+        debug_assert!(self.drawn_in.is_none() && self.tokens.len() < self.tokens_max, "the sequence is at its limit");
         self.tokens.push(token);
     }
 
-    pub(super) fn push_drawn(&mut self, at: usize) {
-        debug_assert_eq!(self.remaining(), 0, "a token follows from all those before it");
-        debug_assert!(self.drawn_at.is_none() && self.tokens.len() < self.tokens_max, "one token is drawn at a time");
-        self.drawn_at = Some(at);
-        // Any token: nobody looks at it.
-        self.tokens.push(0);
+    pub(super) fn push_drawn(&mut self, row: usize) {
+        // Any token: it counts as one, and nobody looks which it is.
+        self.push_token(0);
+        self.drawn_in = Some(row);
+    }
+
+    pub(super) fn reveal(&mut self, token: u32) {
+        let drawn = self.drawn_in.take();
+        debug_assert!(drawn.is_some(), "a token is revealed once");
+        if let Some(last) = self.tokens.last_mut() {
+            *last = token;
+        }
     }
 
     /// How many leading tokens may come from the cache: not the last, whose logits are wanted, and no position that a

@@ -24,7 +24,7 @@ use super::{
 };
 use crate::{
     cache::PageHasher,
-    scheduler::{AllLocal, PlanEntry, Scheduler, SchedulerLimits, SlotId},
+    scheduler::{AllLocal, Scheduler, SchedulerLimits, SlotId},
     telemetry::{EngineMetrics, StepKind},
 };
 
@@ -39,18 +39,18 @@ const LOST_PAGES: &str = "the device cannot be made to wait for what RDMA adapte
 
 /// The engine thread: the only one that touches the model, the scheduler and the KV pages.
 pub struct Engine<R> {
-    runner: R,
-    scheduler: Scheduler,
+    pub(super) runner: R,
+    pub(super) scheduler: Scheduler,
     /// By slot, as the sessions are.
-    terms: Box<[Option<Terms>]>,
+    pub(super) terms: Box<[Option<Terms>]>,
     sessions: Box<[Option<Session>]>,
     /// The step that is being planned, and computed.
-    step: Step,
-    /// The one before it, while its tokens are not known yet.
-    earlier: Step,
-    is_under_way: bool,
-    /// When the latest tokens came.
-    tokens_came: Instant,
+    pub(super) step: Step,
+    /// The one before it, if what it gives is not known yet; see `ahead.rs`.
+    pub(super) under_way: Step,
+    pub(super) is_under_way: bool,
+    /// When the latest step was finished.
+    pub(super) finished: Instant,
     pace: Pace,
     lending: Option<Lending>,
     exports: Exports,
@@ -110,9 +110,9 @@ impl<R: Runner> Engine<R> {
             terms: (0..limits.max_sequences).map(|_| None).collect(),
             sessions: (0..limits.max_sequences).map(|_| None).collect(),
             step: Step::new(&shared.config),
-            earlier: Step::new(&shared.config),
+            under_way: Step::new(&shared.config),
             is_under_way: false,
-            tokens_came: Instant::now(),
+            finished: Instant::now(),
             pace: Pace::new(shared.config.itl_target, shared.config.max_num_batched_tokens),
             lending,
             exports: Exports::new(limits.max_sequences, shared.config.block_size),
@@ -138,21 +138,21 @@ impl<R: Runner> Engine<R> {
                 return Err(RunnerError(LOST_PAGES.to_owned()));
             }
             if self.scheduler.is_empty() {
-                self.finish_earlier()?;
+                self.finish_under_way()?;
                 continue;
             }
             self.plan();
             if self.step.plan.entries().is_empty() {
                 self.held_up = !self.is_under_way;
                 self.publish_gauges();
-                self.finish_earlier()?;
+                self.finish_under_way()?;
                 continue;
             }
             self.step.fill(&self.scheduler, &self.terms);
             self.compute()?;
-            // The device has the next step to go on with while readers hear of this one's tokens.
-            self.finish_earlier()?;
-            self.scheduler.commit(&self.step.plan);
+            // A device has this one to go on with while readers hear of the tokens of the one before.
+            self.finish_under_way()?;
+            self.commit();
             if self.may_run_ahead() {
                 self.run_ahead();
             } else {
@@ -165,63 +165,27 @@ impl<R: Runner> Engine<R> {
         Ok(())
     }
 
-    /// Whether the next step can be planned, and launched, before this one's tokens are known: if all of its sequences
-    /// decode, each has one token more then, and what is wanted after that does not hang on which.
-    fn may_run_ahead(&mut self) -> bool {
-        let Self { runner, scheduler, terms, step: Step { plan, .. }, .. } = self;
-        let follows_unseen = |slot: SlotId| terms[slot.index()].as_ref().is_some_and(Terms::follows_unseen);
-        let allows = |entry: &PlanEntry| entry.decode && (!scheduler.has(entry) || follows_unseen(entry.slot));
-        runner.ahead().is_some() && plan.entries().iter().all(allows)
-    }
-
-    /// Leaves the step under way. A sequence that ends with it, which only its token will tell, takes part in the next
-    /// one in vain; its pages may be others' by then, whose steps are computed after that.
-    fn run_ahead(&mut self) {
-        let Self { scheduler, step, earlier, .. } = self;
-        for (row, entry) in step.plan.entries().iter().enumerate() {
-            if scheduler.has(entry) {
-                scheduler.push_drawn(entry.slot, row);
-            }
-        }
-        std::mem::swap(step, earlier);
-        self.is_under_way = true;
-    }
-
-    /// Waits for the step under way, if there is one.
-    fn finish_earlier(&mut self) -> Result<(), RunnerError> {
-        if !std::mem::take(&mut self.is_under_way) {
-            return Ok(());
-        }
-        std::mem::swap(&mut self.step, &mut self.earlier);
-        let finished = self.finish();
-        std::mem::swap(&mut self.step, &mut self.earlier);
-        finished
-    }
-
-    /// Waits for the step's tokens, and passes them on.
-    fn finish(&mut self) -> Result<(), RunnerError> {
-        let Self { runner, step: Step { rows, out, launched, .. }, .. } = self;
-        if let Some(ahead) = runner.ahead() {
-            ahead.collect(&mut out[..rows.len()])?;
-        }
-        let now = Instant::now();
-        // It was computed when it was launched, or when the one before it was done.
-        let took = now - self.tokens_came.max(*launched);
-        self.tokens_came = now;
-        // First, so that who hears of a token finds in the gauges who runs.
-        self.publish_gauges();
-        self.deliver(now);
-        self.take_note(took);
-        Ok(())
-    }
-
     /// Whether adapters may still write to pages that came back. Asked before anything is computed.
     fn has_lost_pages(&self) -> bool {
         self.lending.as_ref().is_some_and(Lending::has_failed)
     }
 
+    /// Takes note that the step is computed, or will be before the next.
+    fn commit(&mut self) {
+        self.scheduler.commit(&self.step.plan);
+        // First, so that who hears of something finds in the gauges who runs.
+        self.publish_gauges();
+        let Self { scheduler, sessions, step: Step { plan, .. }, exports, shared, .. } = self;
+        exports.step_done(plan.entries(), scheduler);
+        for entry in plan.entries().iter().filter(|entry| entry.first && scheduler.has(entry)) {
+            if let Some(session) = &mut sessions[entry.slot.index()] {
+                session.begin(scheduler.sequence(entry.slot), &shared.metrics);
+            }
+        }
+    }
+
     /// Counts a step, and learns from how long it took.
-    fn take_note(&mut self, took: Duration) {
+    pub(super) fn take_note(&mut self, took: Duration) {
         let Self { step: Step { plan, .. }, scheduler, pace, shared, .. } = self;
         shared.metrics.preemptions.inc_by(plan.preempted() as u64);
         let (prompt_tokens, decodes) = (plan.prompt_tokens(), plan.decodes());
@@ -349,24 +313,20 @@ impl<R: Runner> Engine<R> {
     }
 
     /// Passes on what the step computed.
-    fn deliver(&mut self, now: Instant) {
-        self.exports.step_done(self.step.plan.entries(), &self.scheduler);
+    pub(super) fn deliver(&mut self, now: Instant) {
         let mut next_row = 0;
         for at in 0..self.step.plan.entries().len() {
             let entry = self.step.plan.entries()[at];
             let rows = next_row..next_row + self.step.rows.counts()[at];
             next_row = rows.end;
             let Self { scheduler, terms, sessions, step, shared, .. } = self;
-            // One that ran ahead may have ended since.
+            // It may have ended since the step was planned.
             if !scheduler.has(&entry) {
                 continue;
             }
             let (Some(terms), Some(session)) = (&terms[entry.slot.index()], &mut sessions[entry.slot.index()]) else {
                 continue;
             };
-            if entry.first {
-                session.begin(scheduler.sequence(entry.slot), &shared.metrics);
-            }
             let mut end = None;
             for (position, sampled) in (entry.start + entry.logits_from..).zip(&step.out[rows]) {
                 if sampled.impossible {
@@ -379,7 +339,10 @@ impl<R: Runner> Engine<R> {
                 if let Some(&token) = sequence.prompt().get(position + 1) {
                     session.prompt_token(token, sampled);
                 } else {
-                    scheduler.push_token(entry.slot, sampled.token);
+                    match sequence.drawn_in() {
+                        Some(_) => scheduler.reveal(entry.slot, sampled.token),
+                        None => scheduler.push_token(entry.slot, sampled.token),
+                    }
                     session.token(sampled, now, &shared.metrics);
                     end = terms.end(sampled.token, scheduler.sequence(entry.slot).output().len());
                 }
@@ -415,7 +378,7 @@ impl<R: Runner> Engine<R> {
         }
     }
 
-    fn publish_gauges(&mut self) {
+    pub(super) fn publish_gauges(&mut self) {
         let metrics = &self.shared.metrics;
         let pages = self.scheduler.pages();
         metrics.running.set(self.scheduler.running() as i64);

@@ -127,12 +127,12 @@ impl Exports {
         }
     }
 
-    /// Takes note that a step is done with all layers.
+    /// Takes note that all layers of a step were passed on.
     pub(super) fn step_done(&mut self, entries: &[PlanEntry], scheduler: &Scheduler) {
         if self.count == 0 {
             return;
         }
-        for entry in entries {
+        for entry in entries.iter().filter(|entry| scheduler.has(entry)) {
             let end = self.end(entry, scheduler);
             let Some(export) = &mut self.exports[entry.slot.index()] else { continue };
             export.done = export.done.max(end);

@@ -26,6 +26,17 @@ pub(super) struct Control {
     pub(super) computed: AtomicUsize,
     /// What the pages hold, `[page][token]`. Tests play the workers that fill lent ones.
     pub(super) cache: Mutex<Vec<u64>>,
+    /// Of a runner that runs ahead.
+    device: Mutex<Device>,
+}
+
+/// What computes for a runner that runs ahead: nothing before somebody waits for it.
+#[derive(Default)]
+struct Device {
+    launched: VecDeque<Launched>,
+    computed: VecDeque<Vec<Sampled>>,
+    /// What was drawn in the latest step that is computed.
+    drawn: Vec<u32>,
 }
 
 #[derive(Default)]
@@ -94,16 +105,14 @@ impl Control {
 pub(super) struct FakeRunner {
     block_size: usize,
     control: Arc<Control>,
-    /// It runs ahead: steps that were launched, which are computed when they are waited for and not before.
-    launched: Option<VecDeque<Launched>>,
-    /// What was drawn last.
-    drawn: Vec<u32>,
+    runs_ahead: bool,
 }
 
 /// A step as it was when it was launched.
 struct Launched {
     batch: Batch,
     rows: Vec<Wish>,
+    block_size: usize,
 }
 
 /// What is wanted of a row.
@@ -142,12 +151,12 @@ impl Wish {
 impl FakeRunner {
     pub(super) fn new(blocks: usize, block_size: usize, control: Arc<Control>) -> Self {
         *control.cache.lock().unwrap() = vec![0; blocks * block_size];
-        Self { block_size, control, launched: None, drawn: Vec::new() }
+        Self { block_size, control, runs_ahead: false }
     }
 
     /// The same as one that runs ahead.
     pub(super) fn ahead(self) -> Self {
-        Self { launched: Some(VecDeque::new()), ..self }
+        Self { runs_ahead: true, ..self }
     }
 }
 
@@ -168,7 +177,8 @@ fn answer(state: u64, row: &SampleRow<'_>) -> Sampled {
         }
         RowTask::Sample { params, suppress } => {
             let mut state = mix(state, params.seed);
-            if params.presence_penalty != 0.0 {
+            let SamplingParams { repetition_penalty, presence_penalty, frequency_penalty, .. } = params;
+            if *repetition_penalty != 1.0 || *presence_penalty != 0.0 || *frequency_penalty != 0.0 {
                 state = row.output.iter().fold(state, |state, &token| mix(state, token.into()));
             }
             let mut token = (state >> 32) as u32 % VOCAB_SIZE as u32;
@@ -193,21 +203,23 @@ pub(super) fn expected(tokens: &[u32], row: &SampleRow<'_>) -> Sampled {
     answer(state, row)
 }
 
-impl Runner for FakeRunner {
-    fn execute<'a>(
-        &mut self,
+impl Control {
+    /// Computes a step, which a gate may hold back.
+    fn compute<'a>(
+        &self,
+        block_size: usize,
         batch: &Batch,
-        row: &(dyn Fn(usize) -> SampleRow<'a> + Sync),
+        row: &dyn Fn(usize) -> SampleRow<'a>,
         out: &mut [Sampled],
         layer_done: &mut dyn FnMut(usize),
     ) -> Result<(), RunnerError> {
-        self.control.pass()?;
-        self.control.computed.fetch_add(batch.tokens.len(), Ordering::Relaxed);
+        self.pass()?;
+        self.computed.fetch_add(batch.tokens.len(), Ordering::Relaxed);
         let slot = |table_start: u32, position: usize| {
-            let page = batch.block_tables[table_start as usize + position / self.block_size] as usize;
-            page * self.block_size + position % self.block_size
+            let page = batch.block_tables[table_start as usize + position / block_size] as usize;
+            page * block_size + position % block_size
         };
-        let mut cache = self.control.cache.lock().unwrap();
+        let mut cache = self.cache.lock().unwrap();
         for span in &batch.sequences {
             for token in span.query_start as usize..(span.query_start + span.query_len) as usize {
                 let position = batch.positions[token] as usize;
@@ -216,7 +228,7 @@ impl Runner for FakeRunner {
         }
         drop(cache);
         layer_done(0);
-        let cache = self.control.cache.lock().unwrap();
+        let cache = self.cache.lock().unwrap();
         for (i, (&logit_row, out)) in batch.logit_rows.iter().zip(out).enumerate() {
             let in_span = |span: &&engine_kernels::SequenceSpan| logit_row < span.query_start + span.query_len;
             let span = batch.sequences.iter().find(in_span).unwrap();
@@ -227,8 +239,39 @@ impl Runner for FakeRunner {
         Ok(())
     }
 
+    /// Computes the earliest step that was launched and is not computed. False if there is none.
+    fn compute_launched(&self) -> Result<bool, RunnerError> {
+        let mut device = self.device.lock().unwrap();
+        let Some(Launched { mut batch, rows, block_size }) = device.launched.pop_front() else { return Ok(false) };
+        for token in batch.tokens.iter_mut().filter(|token| **token & Batch::DRAWN != 0) {
+            *token = device.drawn[(*token & !Batch::DRAWN) as usize];
+        }
+        let mut out = vec![Sampled::default(); rows.len()];
+        self.compute(block_size, &batch, &|i| rows[i].row(), &mut out, &mut |_| ())?;
+        device.drawn = out.iter().map(|sampled| sampled.token).collect();
+        device.computed.push_back(out);
+        Ok(true)
+    }
+
+    /// Returns when everything that was launched is computed.
+    pub(super) fn settle(&self) {
+        while self.compute_launched().unwrap() {}
+    }
+}
+
+impl Runner for FakeRunner {
+    fn execute<'a>(
+        &mut self,
+        batch: &Batch,
+        row: &(dyn Fn(usize) -> SampleRow<'a> + Sync),
+        out: &mut [Sampled],
+        layer_done: &mut dyn FnMut(usize),
+    ) -> Result<(), RunnerError> {
+        self.control.compute(self.block_size, batch, &row, out, layer_done)
+    }
+
     fn ahead(&mut self) -> Option<&mut dyn RunsAhead> {
-        if self.launched.is_some() { Some(self) } else { None }
+        if self.runs_ahead { Some(self) } else { None }
     }
 }
 
@@ -237,23 +280,23 @@ impl RunsAhead for FakeRunner {
         &mut self,
         batch: &Batch,
         row: &(dyn Fn(usize) -> SampleRow<'a> + Sync),
-        _: &mut dyn FnMut(usize),
+        layer_done: &mut dyn FnMut(usize),
     ) -> Result<(), RunnerError> {
         let rows = (0..batch.logit_rows.len()).map(|i| Wish::of(&row(i))).collect();
-        let launched = self.launched.as_mut().unwrap();
-        launched.push_back(Launched { batch: copy(batch), rows });
-        assert!(launched.len() <= 2, "no more than one step ahead");
+        let mut device = self.control.device.lock().unwrap();
+        device.launched.push_back(Launched { batch: copy(batch), rows, block_size: self.block_size });
+        assert!(device.launched.len() + device.computed.len() <= 2, "no more than one step ahead");
+        drop(device);
+        layer_done(0);
         Ok(())
     }
 
     fn collect(&mut self, out: &mut [Sampled]) -> Result<(), RunnerError> {
-        let Launched { mut batch, rows } = self.launched.as_mut().unwrap().pop_front().unwrap();
-        assert_eq!(rows.len(), out.len());
-        for token in batch.tokens.iter_mut().filter(|token| **token & Batch::DRAWN != 0) {
-            *token = self.drawn[(*token & !Batch::DRAWN) as usize];
+        if self.control.device.lock().unwrap().computed.is_empty() {
+            self.control.compute_launched()?;
         }
-        self.execute(&batch, &|i| rows[i].row(), out, &mut |_| ())?;
-        self.drawn = out.iter().map(|sampled| sampled.token).collect();
+        let computed = self.control.device.lock().unwrap().computed.pop_front().unwrap();
+        out.copy_from_slice(&computed);
         Ok(())
     }
 }

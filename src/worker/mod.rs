@@ -3,6 +3,7 @@
 //! One OS thread owns the model, the scheduler and the KV pages. Everything else talks to it through [`EngineHandle`],
 //! and hears from it through one [`Generation`] a request.
 
+mod ahead;
 mod alone;
 mod courier;
 pub mod decode;

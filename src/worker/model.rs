@@ -20,9 +20,9 @@ use crate::{
     cluster::{ModelCard, ModelKey},
 };
 
-/// Rows of logits held at a time. More only cost memory: a vocabulary of 150,000 takes 0.6 MB a row.
+/// Rows of logits held at a time. A vocabulary of 150,000 takes 0.6 MB a row.
 const LOGIT_ROWS_MAX: usize = 64;
-/// Rows that a device has at a time if as many sequences decode: each time it reads the whole output matrix.
+/// The same on a device that decodes more sequences: each time it reads the whole output matrix.
 #[cfg(feature = "cuda")]
 const DEVICE_LOGIT_ROWS_MAX: usize = 256;
 /// How the CPU backend orders the elements of a page; part of what workers agree on.
@@ -135,7 +135,9 @@ pub(super) fn load(cli: &EngineArgs, source: &ModelSource, purpose: &Purpose) ->
     let logit_rows = match device {
         Chosen::Cpu => LOGIT_ROWS_MAX,
         #[cfg(feature = "cuda")]
-        Chosen::Cuda { .. } => cli.max_num_seqs.clamp(LOGIT_ROWS_MAX, DEVICE_LOGIT_ROWS_MAX),
+        Chosen::Cuda { .. } if purpose.decodes => cli.max_num_seqs.clamp(LOGIT_ROWS_MAX, DEVICE_LOGIT_ROWS_MAX),
+        #[cfg(feature = "cuda")]
+        Chosen::Cuda { .. } => LOGIT_ROWS_MAX,
     };
     let limits = ForwardLimits {
         max_tokens: cli.max_num_batched_tokens,

@@ -18,7 +18,7 @@ use proptest::prelude::*;
 
 use super::{
     fake::{Control, FakeRunner},
-    tests::{BLOCK, any_request, collect, config, model_answer, request, start},
+    tests::{BLOCK, STARTS, any_request, collect, config, model_answer, request, start},
     *,
 };
 use crate::{
@@ -103,6 +103,7 @@ impl LendingPort for Port {
 
     fn stage(&mut self, session: SessionId, _: usize) -> Stage {
         assert_eq!(session, SESSION);
+        self.control.settle();
         if self.wires.by_adapter.load(Ordering::Relaxed) { Stage::ByAdapter } else { Stage::Direct }
     }
 
@@ -145,13 +146,26 @@ struct Decode {
 }
 
 fn decode(config: EngineConfig, threshold: usize) -> Decode {
-    let timeouts = LenderTimeouts { unclaimed: MINUTE, silent: MINUTE, release: MINUTE };
-    decode_with(config, threshold, LendingConfig { mailbox_slots: 16, timeouts })
+    decode_with(config, threshold, PATIENT)
 }
+
+const PATIENT: LendingConfig = LendingConfig {
+    mailbox_slots: 16,
+    timeouts: LenderTimeouts { unclaimed: MINUTE, silent: MINUTE, release: MINUTE },
+};
 
 const MINUTE: std::time::Duration = std::time::Duration::from_secs(60);
 
 fn decode_with(config: EngineConfig, threshold: usize, lending: LendingConfig) -> Decode {
+    decode_by(FakeRunner::new, config, threshold, lending)
+}
+
+fn decode_by(
+    runner: fn(usize, usize, Arc<Control>) -> FakeRunner,
+    config: EngineConfig,
+    threshold: usize,
+    lending: LendingConfig,
+) -> Decode {
     let wires = Arc::new(Wires {
         open: AtomicBool::new(true),
         threshold,
@@ -169,7 +183,7 @@ fn decode_with(config: EngineConfig, threshold: usize, lending: LendingConfig) -
     let (said_in, said) = channel();
     let (post, inbox) = inbox();
     let control = Arc::new(Control::default());
-    let runner = FakeRunner::new(config.blocks, config.block_size, control.clone());
+    let runner = runner(config.blocks, config.block_size, control.clone());
     let metrics = Metrics::new().engine;
     let port = Box::new(Port { wires: wires.clone(), control: control.clone(), jobs: jobs_in, said: said_in });
     let handle = Engine::start_lending(runner, config, metrics.clone(), inbox, lending, port).unwrap();
@@ -225,6 +239,7 @@ struct Copier {
 impl Exporter for Copier {
     fn layer(&mut self, layer: usize, first: usize, pages: &[u32]) {
         assert_eq!((layer, first), (0, self.copied), "pages come in order");
+        self.from.settle();
         let (from, mut to) = (self.from.cache.lock().unwrap(), self.to.cache.lock().unwrap());
         let (first_wanted, block) = (self.grant.first as usize / self.block_size, self.block_size);
         for (page, &local) in (first..).zip(pages) {
@@ -503,6 +518,8 @@ proptest! {
         spare_pages in 0..40usize,
         threshold in 0..40usize,
         block_size in 1..9usize,
+        start in prop::sample::select(STARTS.to_vec()),
+        decodes_ahead in any::<bool>(),
     ) {
         let config = EngineConfig {
             max_num_seqs,
@@ -510,7 +527,8 @@ proptest! {
             blocks: 128_usize.div_ceil(block_size) + spare_pages,
             ..config()
         };
-        let decode = decode(config.clone(), threshold);
+        let runner = if decodes_ahead { |a, b, c| FakeRunner::new(a, b, c).ahead() } else { FakeRunner::new };
+        let decode = decode_by(runner, config.clone(), threshold, PATIENT);
         let (prefill, control) = start(config);
         let mut generations: Vec<_> =
             requests.iter().map(|request| decode.handle.submit(request.clone()).unwrap()).collect();

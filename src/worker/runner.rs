@@ -56,6 +56,9 @@ impl Runner for Box<dyn Runner> {
     }
 }
 
+/// Who asks a runner for this has a backend that draws ahead.
+const IS_AHEAD: &str = "the backend draws ahead";
+
 /// A model, the backend that computes it, and its KV cache.
 pub struct ModelRunner<B: Backend> {
     pub(super) backend: B,
@@ -65,7 +68,7 @@ pub struct ModelRunner<B: Backend> {
 }
 
 impl<B: Backend> ModelRunner<B> {
-    /// Reserves the KV cache. `limits` is what the model was loaded with.
+    /// Reserves the KV cache, and room for what steps give. `limits` is what the model was loaded with.
     pub fn new(
         mut backend: B,
         model: Box<dyn Model<B>>,
@@ -123,20 +126,14 @@ impl<B: Backend> RunsAhead for ModelRunner<B> {
         for (tile, rows) in batch.logit_rows.chunks(*max_logit_rows).enumerate() {
             let first = tile * *max_logit_rows;
             let logits = model.logits(backend, rows);
-            if let Some(ahead) = backend.ahead() {
-                ahead.draw(logits, first, &|i| row(first + i));
-            }
+            backend.ahead().expect(IS_AHEAD).draw(logits, first, &|i| row(first + i));
         }
-        if let Some(ahead) = backend.ahead() {
-            ahead.fetch(batch.logit_rows.len());
-        }
+        backend.ahead().expect(IS_AHEAD).fetch(batch.logit_rows.len());
         backend.check().map_err(|error| RunnerError(error.to_string()))
     }
 
     fn collect(&mut self, out: &mut [Sampled]) -> Result<(), RunnerError> {
-        if let Some(ahead) = self.backend.ahead() {
-            ahead.collect(out);
-        }
+        self.backend.ahead().expect(IS_AHEAD).collect(out);
         self.backend.check().map_err(|error| RunnerError(error.to_string()))
     }
 }

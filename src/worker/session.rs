@@ -40,10 +40,11 @@ impl Terms {
         self.max_tokens > 0
     }
 
-    /// Whether a token can follow one that is not known yet: penalties look at all of them.
-    pub(super) fn follows_unseen(&self) -> bool {
+    /// Whether what is wanted of a row hangs on which tokens were generated before, and not only on how many: penalties
+    /// do.
+    pub(super) fn reads_output(&self) -> bool {
         let SamplingParams { repetition_penalty, presence_penalty, frequency_penalty, .. } = self.sampling;
-        self.generates() && repetition_penalty == 1.0 && presence_penalty == 0.0 && frequency_penalty == 0.0
+        repetition_penalty != 1.0 || presence_penalty != 0.0 || frequency_penalty != 0.0
     }
 
     /// What is wanted of the logits at `position` of `sequence`.
@@ -102,7 +103,7 @@ impl Session {
         self.outlet.is_abandoned()
     }
 
-    /// The first step that computed some of the sequence is done.
+    /// The first step that computes some of the sequence is on its way, or done.
     pub(super) fn begin(&mut self, sequence: &Sequence, metrics: &EngineMetrics) {
         let prompt = sequence.prompt();
         // Of an answer that began elsewhere, some of the output may have been found too.

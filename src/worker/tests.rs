@@ -1,4 +1,8 @@
-use std::sync::{Arc, atomic::Ordering};
+use std::{
+    future::Future,
+    sync::{Arc, Mutex, atomic::Ordering},
+    task::{Context, Wake, Waker},
+};
 
 use engine_kernels::{RowTask, SampleRow, SamplingParams};
 use futures::{FutureExt, executor::block_on, future::join_all};
@@ -39,10 +43,10 @@ fn start_ahead(config: EngineConfig) -> (EngineHandle, Arc<Control>) {
     (Engine::start(runner, config, Metrics::new().engine).unwrap(), control)
 }
 
-type Start = fn(EngineConfig) -> (EngineHandle, Arc<Control>);
+pub(super) type Start = fn(EngineConfig) -> (EngineHandle, Arc<Control>);
 
 /// Both ways to compute steps.
-const STARTS: [Start; 2] = [start, start_ahead];
+pub(super) const STARTS: [Start; 2] = [start, start_ahead];
 
 pub(super) fn request(prompt: impl IntoIterator<Item = u32>, max_tokens: u32) -> Request {
     Request {
@@ -257,6 +261,68 @@ fn a_step_that_runs_ahead_is_not_waited_for_and_one_more_is_for_nobody() {
     assert_eq!(handle.snapshot().pages_owned, 0);
 }
 
+/// Submits a request, on the engine thread, as soon as the reader of another is woken.
+struct Follower {
+    handle: EngineHandle,
+    request: Request,
+    submitted: Mutex<Option<Generation>>,
+}
+
+impl Wake for Follower {
+    fn wake(self: Arc<Self>) {
+        self.submitted.lock().unwrap().get_or_insert_with(|| self.handle.submit(self.request.clone()).unwrap());
+    }
+}
+
+#[test]
+fn what_was_computed_in_vain_for_one_is_not_taken_for_another_s_in_its_place() {
+    let (handle, control) = start_ahead(config());
+    let mut ends = request(0..5, 9);
+    let Event::Token(third) = &model_answer(&ends, 128).0[2] else { panic!() };
+    ends.stop_token_ids.push(third.token);
+    let others = [request(100..105, 30), request(40..47, 9)];
+    control.close();
+    let mut stays = handle.submit(others[0].clone()).unwrap();
+    let mut leaves = handle.submit(ends.clone()).unwrap();
+    let mut events = Vec::new();
+    while events.len() < 2 {
+        control.let_one();
+        control.wait_until_held();
+        events.extend(std::iter::from_fn(|| leaves.next().now_or_never().flatten()));
+    }
+    // The next step ends the answer, and the one behind it, in which it takes part in vain, is launched when its slot
+    // goes to the one that follows.
+    let submitted = Mutex::new(None);
+    let follower = Arc::new(Follower { handle: handle.clone(), request: others[1].clone(), submitted });
+    let waker = Waker::from(follower.clone());
+    let pending = std::pin::pin!(leaves.next()).poll(&mut Context::from_waker(&waker)).is_pending();
+    assert!(pending, "two steps gave three tokens");
+    control.open();
+    let (rest, reason, _) = block_on(collect(&mut leaves));
+    events.extend(rest);
+    assert_eq!((events, reason), model_answer(&ends, 128));
+    let mut follows = follower.submitted.lock().unwrap().take().unwrap();
+    for (generation, request) in [(&mut stays, &others[0]), (&mut follows, &others[1])] {
+        let (events, reason, _) = block_on(collect(generation));
+        assert_eq!((events, reason), model_answer(request, 128));
+    }
+    block_on(handle.drain());
+    assert_eq!(handle.snapshot().pages_owned, 0);
+}
+
+#[test]
+fn a_step_for_nobody_is_finished_too_and_then_the_engine_sleeps() {
+    let (handle, control) = start_ahead(config());
+    let mut ends = request(0..5, 9);
+    let Event::Token(third) = &model_answer(&ends, 128).0[2] else { panic!() };
+    ends.stop_token_ids.push(third.token);
+    assert_answers(&handle, &[ends]);
+    while control.computed.load(Ordering::Relaxed) < 5 + 2 + 1 {
+        std::thread::yield_now();
+    }
+    assert_answers(&handle, &[request(0..5, 2)]);
+}
+
 #[test]
 fn one_that_waits_can_leave_too() {
     for start in STARTS {
@@ -412,8 +478,13 @@ pub(super) fn any_request() -> impl Strategy<Value = Request> {
     (lengths, wishes).prop_map(|((common, own, max_tokens, min_tokens), (logprobs, prompt_logprobs, stops, seed))| {
         let mut wanted = request((0..common).chain((0..own).map(|i| (i * 37 + seed as u32 % 100) % 1000)), max_tokens);
         wanted.sampling.seed = seed;
-        // Then it takes knowing what was drawn before.
-        wanted.sampling.presence_penalty = if seed % 4 == 0 { 1.0 } else { 0.0 };
+        // Some take knowing what was drawn before.
+        match seed % 12 {
+            0 => wanted.sampling.presence_penalty = 1.0,
+            1 => wanted.sampling.frequency_penalty = 1.0,
+            2 => wanted.sampling.repetition_penalty = 1.5,
+            _ => {}
+        }
         wanted.min_tokens = min_tokens;
         wanted.stop_token_ids = if stops { (0..200).collect() } else { Vec::new() };
         (wanted.logprobs, wanted.prompt_logprobs) = (logprobs, prompt_logprobs);

@@ -4,6 +4,8 @@ use std::{path::Path, thread};
 
 use super::*;
 
+/// One prompt that stays and two that go, one of them to a page's border.
+const LENGTHS: [usize; 3] = [20, 70, 129];
 /// Over devices of the workers' choice.
 const RDMA: [&str; 3] = ["--transport", "rdma", "--require-rdma"];
 const THERE: &str = "adapters reach pages on the device themselves (nvidia-peermem";
@@ -11,6 +13,49 @@ const THERE: &str = "adapters reach pages on the device themselves (nvidia-peerm
 /// What the stand-in for libcuda was asked so far.
 fn calls(log: &Path, what: &str) -> usize {
     std::fs::read_to_string(log).unwrap_or_default().lines().filter(|line| *line == what).count()
+}
+
+fn prompts(cell: &Cell) -> Vec<Vec<u32>> {
+    (0..).zip(LENGTHS).map(|(number, length)| cell.prompt(number, length)).collect()
+}
+
+#[test]
+#[ignore = "needs RDMA devices and a stand-in for CUDA: make test-rdma"]
+fn adapters_move_pages_from_device_to_device_or_else_staged_ones_with_the_same_answers() {
+    let mut cell = cell();
+    let expected: Vec<Value> = {
+        let alone = cell.alone();
+        prompts(&cell).iter().map(|prompt| ask(&alone, prompt)).collect()
+    };
+    let folder = tempfile::tempdir().unwrap();
+    let log = folder.path().join("calls");
+    let noted = format!("STANDIN_LOG={}", log.display());
+    for (variables, reached) in [(&[][..], true), (&["STANDIN_ADAPTERS=no"], false)] {
+        cell.set_environment(&[&[noted.as_str()], variables].concat());
+        // In short steps, so that a prefill worker on an emulated device of an emulated machine is not taken for dead.
+        let (decode, prefill) = (decode(&cell, &RDMA), prefill(&cell, &[&RDMA[..], &SLOWLY].concat()));
+        cell.wait_for_prefill_worker(&decode);
+        for worker in [&decode, &prefill] {
+            let log = worker.log();
+            assert_eq!((log.contains(THERE), log.contains("pages are staged")), (reached, !reached), "{log}");
+        }
+        // What was tried: both ways by either, and a flush by the one that takes it.
+        let before = calls(&log, "flush");
+        let tried = [calls(&log, "dma-buf"), calls(&log, "sync-memops"), before];
+        assert_eq!(tried, if reached { [2, 4, 1] } else { [0, 0, 1] });
+        for (prompt, expected) in prompts(&cell).iter().zip(&expected) {
+            let answer = ask(&decode, prompt);
+            assert!(is_alike(&answer, expected), "{answer:#} is not {expected:#}");
+        }
+        // Not all of them, should the emulated machine be so slow that a worker is taken for dead.
+        let completed = handoffs(&decode, "completed");
+        assert!(completed > 0.0 && prefills(&decode, "remote") == completed, "{}", decode.log());
+        let flushed = calls(&log, "flush") - before;
+        assert!(if reached { flushed as f64 >= completed } else { flushed == 0 }, "{flushed} flushes");
+        wait_until_idle(&decode);
+        wait_until_idle(&prefill);
+        std::fs::remove_file(&log).unwrap();
+    }
 }
 
 #[test]

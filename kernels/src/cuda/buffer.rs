@@ -144,54 +144,81 @@ impl<D: Driver> KvCache<D> {
     }
 }
 
-/// Data on its way between host and device, one way or the other: a piece of device memory, and two as large of
-/// page-locked memory, used in turns, so that there is something for the host to write or read while the copy before is
-/// under way. All grow as needed, which is seldom.
-pub(super) struct Staged<D: Driver> {
+/// Page-locked memory that is used in turns, so that there is something for the host to write or read while the copy
+/// before is under way.
+struct Turns<D: Driver> {
     turns: [Turn<D>; 2],
     /// Whose turn it was last.
     last: usize,
+}
+
+struct Turn<D: Driver> {
+    host: Option<D::HostMemory>,
+    /// The end of the last copy from or to it, until somebody has waited for it.
+    copied: Option<D::Event>,
+}
+
+impl<D: Driver> Turns<D> {
+    fn new() -> Self {
+        Self { turns: [(); 2].map(|()| Turn { host: None, copied: None }), last: 0 }
+    }
+
+    /// Other memory, of `bytes` each.
+    fn renew(&mut self, stream: &Stream<D>, bytes: usize) {
+        for turn in &mut self.turns {
+            turn.settle(stream);
+            turn.host = stream.attempt(|driver| driver.allocate_host(bytes));
+        }
+    }
+
+    fn next(&mut self) -> &mut Turn<D> {
+        self.last = 1 - self.last;
+        &mut self.turns[self.last]
+    }
+}
+
+impl<D: Driver> Turn<D> {
+    /// Waits until the last copy is over.
+    fn settle(&mut self, stream: &Stream<D>) {
+        if let Some(event) = self.copied.take() {
+            stream.attempt(|driver| driver.wait(&event));
+        }
+    }
+}
+
+/// Data on its way to the device: page-locked memory, and device memory as large. Both grow as needed, which is seldom.
+pub(super) struct Staged<D: Driver> {
+    turns: Turns<D>,
     device: Buffer<D>,
     capacity: usize,
 }
 
-/// A host's side.
-struct Turn<D: Driver> {
-    host: Option<D::HostMemory>,
-    /// The end of the last copy from or to it.
-    copied: Option<D::Event>,
-}
-
 impl<D: Driver> Staged<D> {
     pub(super) fn new() -> Self {
-        let turns = [(); 2].map(|()| Turn { host: None, copied: None });
-        Self { turns, last: 0, device: Buffer(None), capacity: 0 }
+        Self { turns: Turns::new(), device: Buffer(None), capacity: 0 }
     }
 
     pub(super) fn address(&self) -> Address {
         self.device.address()
     }
 
-    /// Makes room for `bytes`; what was there is gone. Whether the device's side has another address now.
+    /// Makes room for `bytes`. Whether the device's side has another address now.
     pub(super) fn reserve(&mut self, stream: &Stream<D>, bytes: usize) -> bool {
         if bytes <= self.capacity {
             return false;
         }
         self.capacity = bytes.next_power_of_two().max(4096);
-        for turn in &mut self.turns {
-            turn.settle(stream);
-            turn.host = stream.attempt(|driver| driver.allocate_host(self.capacity));
-        }
+        self.turns.renew(stream, self.capacity);
         self.device = Buffer::zeroed(stream, self.capacity);
         true
     }
 
-    /// Enqueues a copy of `parts`, one after the other, to the device. They fit: see [`Staged::reserve`].
+    /// Enqueues a copy of `parts`, one after the other, to the device. They fit: see [`Staged::reserve`]. Waits for the
+    /// copy before the last.
     pub(super) fn upload(&mut self, stream: &Stream<D>, parts: &[&[u8]]) {
         let bytes: usize = parts.iter().map(|part| part.len()).sum();
         assert!(bytes <= self.capacity, "room was made first");
-        self.last = 1 - self.last;
-        let turn = &mut self.turns[self.last];
+        let turn = self.turns.next();
         turn.settle(stream);
         let Some(host) = &turn.host else { return };
         let mut at = 0;
@@ -204,39 +231,70 @@ impl<D: Driver> Staged<D> {
         stream.attempt(|driver| driver.upload(host, to, bytes));
         turn.copied = stream.attempt(|driver| driver.record());
     }
+}
 
-    /// Enqueues a copy of the first `bytes` of the device's side to the host. No more than two are shown later.
+/// Data that kernels leave for the host: device memory, and page-locked memory as large.
+pub(super) struct Fetched<D: Driver> {
+    turns: Turns<D>,
+    device: Buffer<D>,
+    capacity: usize,
+}
+
+impl<D: Driver> Fetched<D> {
+    pub(super) fn new() -> Self {
+        Self { turns: Turns::new(), device: Buffer(None), capacity: 0 }
+    }
+
+    pub(super) fn address(&self) -> Address {
+        self.device.address()
+    }
+
+    pub(super) fn capacity(&self) -> usize {
+        self.capacity
+    }
+
+    /// Makes room for `bytes`, while nothing is on its way; what was there is gone. Whether the device's side has another
+    /// address now.
+    pub(super) fn reserve(&mut self, stream: &Stream<D>, bytes: usize) -> bool {
+        if bytes <= self.capacity {
+            return false;
+        }
+        self.assert_idle();
+        self.capacity = bytes.next_power_of_two().max(4096);
+        self.turns.renew(stream, self.capacity);
+        self.device = Buffer::zeroed(stream, self.capacity);
+        true
+    }
+
+    /// Nothing is on its way that nobody has looked at.
+    pub(super) fn assert_idle(&self) {
+        assert!(self.turns.turns.iter().all(|turn| turn.copied.is_none()), "what was fetched is collected first");
+    }
+
+    /// Enqueues a copy of the first `bytes` to the host. At most two may wait to be shown.
     pub(super) fn download(&mut self, stream: &Stream<D>, bytes: usize) {
         assert!(bytes <= self.capacity, "room was made first");
-        self.last = 1 - self.last;
-        let turn = &mut self.turns[self.last];
-        assert!(turn.copied.is_none(), "what comes is shown first");
+        let turn = self.turns.next();
+        assert!(turn.copied.is_none(), "what was fetched is collected first");
         let Some(host) = &turn.host else { return };
         let from = self.device.address();
-        stream.attempt(|driver| driver.download(from, host, bytes));
+        if bytes > 0 {
+            stream.attempt(|driver| driver.download(from, host, bytes));
+        }
         turn.copied = stream.attempt(|driver| driver.record());
     }
 
     /// Waits for the earliest download that was not shown, and shows `bytes` of it; nothing after a failure.
     pub(super) fn show(&mut self, stream: &Stream<D>, bytes: usize) -> &[u8] {
         assert!(bytes <= self.capacity, "room was made first");
-        let earlier = 1 - self.last;
-        let earliest = if self.turns[earlier].copied.is_some() { earlier } else { self.last };
-        let turn = &mut self.turns[earliest];
-        if !turn.settle(stream) {
-            return &[];
-        }
-        let Some(host) = &turn.host else { return &[] };
+        let Turns { turns, last } = &mut self.turns;
+        let earliest = if turns[1 - *last].copied.is_some() { 1 - *last } else { *last };
+        let turn = &mut turns[earliest];
+        assert!(turn.copied.is_some() || stream.check().is_err(), "it was fetched first");
+        turn.settle(stream);
+        let (Some(host), Ok(())) = (&turn.host, stream.check()) else { return &[] };
         // SAFETY: within the memory by the assertion; it was zeroed or copied to, and no copy is under way.
         unsafe { std::slice::from_raw_parts(host.start(), bytes) }
-    }
-}
-
-impl<D: Driver> Turn<D> {
-    /// Waits until the last copy is over. Whether there was one, and it succeeded.
-    fn settle(&mut self, stream: &Stream<D>) -> bool {
-        let Some(event) = self.copied.take() else { return false };
-        stream.attempt(|driver| driver.wait(&event)).is_some()
     }
 }
 

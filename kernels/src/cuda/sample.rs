@@ -1,6 +1,6 @@
 //! Sampling on the device: describing the rows, and reading what came out.
 
-use super::buffer::{Activations, PlainWord, Staged, bytes_of};
+use super::buffer::{Activations, Fetched, PlainWord, Staged, bytes_of};
 use super::driver::{Address, Driver};
 use super::stream::Stream;
 use crate::sampling::uniform;
@@ -66,7 +66,7 @@ pub(super) struct Sampler<D: Driver> {
     /// For each token, its place in `touched` plus one; all 0 between rows.
     places: Vec<u32>,
     described: Staged<D>,
-    outcomes: Staged<D>,
+    outcomes: Fetched<D>,
 }
 
 impl<D: Driver> Sampler<D> {
@@ -76,7 +76,7 @@ impl<D: Driver> Sampler<D> {
             touched: Vec::new(),
             places: Vec::new(),
             described: Staged::new(),
-            outcomes: Staged::new(),
+            outcomes: Fetched::new(),
         }
     }
 
@@ -100,6 +100,7 @@ impl<D: Driver> Sampler<D> {
     ) {
         let vocabulary = logits.cols;
         assert!(vocabulary <= VOCABULARY_MAX, "a vocabulary of {vocabulary} tokens");
+        assert!((first + logits.rows) * size_of::<Outcome>() <= self.outcomes.capacity(), "room was made first");
         self.rows.clear();
         self.touched.clear();
         if self.places.len() < vocabulary {
@@ -121,6 +122,11 @@ impl<D: Driver> Sampler<D> {
             self.outcomes.address().offset(first * size_of::<Outcome>()).into(),
         ];
         stream.launch("sample_rows", [logits.rows, 1, 1], THREADS, &args);
+    }
+
+    /// Nothing that was fetched waits to be collected.
+    pub(super) fn assert_idle(&self) {
+        self.outcomes.assert_idle();
     }
 
     /// Enqueues a copy of the first `rows` outcomes to the host.

@@ -114,7 +114,7 @@ impl<B: Backend> Layer<B> {
 
 impl<D: Driver> Layer<CudaBackend<D>> {
     /// Enqueues a step and the drawing of a token for each of its rows.
-    fn draw(&mut self, batch: &Batch) {
+    pub fn draw(&mut self, batch: &Batch) {
         self.with_step(batch, |backend, operations| backend.step(batch, operations));
         let Self { backend, table, out, logits, .. } = self;
         backend.linear(out, table, None, logits);
@@ -133,7 +133,7 @@ impl<D: Driver> Layer<CudaBackend<D>> {
     }
 
     /// What was drawn in the earliest step that was not looked at.
-    fn drawn(&mut self, rows: usize) -> Vec<u32> {
+    pub fn drawn(&mut self, rows: usize) -> Vec<u32> {
         let mut out = vec![Sampled::default(); rows];
         self.backend.collect(&mut out);
         out.iter().map(|sampled| sampled.token).collect()

@@ -1,0 +1,59 @@
+//! One step ahead: while a device computes a step, the next is planned and launched.
+
+use std::time::Instant;
+
+use super::{Engine, Runner, RunnerError, session::Terms, step::Step};
+use crate::scheduler::{PlanEntry, SlotId};
+
+impl<R: Runner> Engine<R> {
+    /// Whether the next step can be planned and launched before it is known what this one gives. A sequence of it has
+    /// more of its prompt to compute, or one token more by then; and what is wanted after that must not hang on which.
+    pub(super) fn may_run_ahead(&mut self) -> bool {
+        let Self { runner, scheduler, terms, step: Step { plan, .. }, .. } = self;
+        let reads_output = |slot: SlotId| terms[slot.index()].as_ref().is_some_and(Terms::reads_output);
+        let allows = |entry: &PlanEntry| !(scheduler.has(entry) && reads_output(entry.slot));
+        runner.ahead().is_some() && plan.entries().iter().all(allows)
+    }
+
+    /// Leaves the step under way. A sequence that ends with it, which only its token will tell, takes part in the next
+    /// one in vain; its pages may be others' by then, whose steps are computed after that.
+    pub(super) fn run_ahead(&mut self) {
+        let Self { scheduler, terms, step, under_way, .. } = self;
+        let mut rows = 0;
+        for (entry, count) in step.plan.entries().iter().zip(step.rows.counts()) {
+            rows += count;
+            let generates = terms[entry.slot.index()].as_ref().is_some_and(Terms::generates);
+            if scheduler.has(entry) && generates && scheduler.sequence(entry.slot).is_computed() {
+                scheduler.push_drawn(entry.slot, rows - 1);
+            }
+        }
+        std::mem::swap(step, under_way);
+        self.is_under_way = true;
+    }
+
+    /// Finishes the step under way, if there is one.
+    pub(super) fn finish_under_way(&mut self) -> Result<(), RunnerError> {
+        if !std::mem::take(&mut self.is_under_way) {
+            return Ok(());
+        }
+        std::mem::swap(&mut self.step, &mut self.under_way);
+        let finished = self.finish();
+        std::mem::swap(&mut self.step, &mut self.under_way);
+        finished
+    }
+
+    /// Waits until the step is computed, and passes on what it gives.
+    pub(super) fn finish(&mut self) -> Result<(), RunnerError> {
+        let Self { runner, step: Step { rows, out, launched, .. }, .. } = self;
+        if let Some(ahead) = runner.ahead() {
+            ahead.collect(&mut out[..rows.len()])?;
+        }
+        let now = Instant::now();
+        // It was begun when it was launched, or when the one before it was done.
+        let took = now - self.finished.max(*launched);
+        self.finished = now;
+        self.deliver(now);
+        self.take_note(took);
+        Ok(())
+    }
+}
