@@ -8,6 +8,7 @@
 //! `make bench-host`
 
 mod idle;
+#[allow(dead_code, reason = "of it, what names the machine is used")]
 #[path = "../suite/machine.rs"]
 mod machine;
 #[path = "../suite/stats.rs"]

@@ -4,8 +4,9 @@ use std::{path::Path, thread};
 
 use super::*;
 
-/// One prompt that stays and two that go, one of them to a page's border.
-const LENGTHS: [usize; 3] = [20, 70, 129];
+/// A prompt that stays, one that goes, to a page's border, and another should the emulated machine be so slow that the
+/// worker it goes to is taken for dead.
+const LENGTHS: [usize; 3] = [20, 129, 133];
 /// Over devices of the workers' choice.
 const RDMA: [&str; 3] = ["--transport", "rdma", "--require-rdma"];
 const THERE: &str = "adapters reach pages on the device themselves (nvidia-peermem";
@@ -39,22 +40,25 @@ fn adapters_move_pages_from_device_to_device_or_else_staged_ones_with_the_same_a
             let log = worker.log();
             assert_eq!((log.contains(THERE), log.contains("pages are staged")), (reached, !reached), "{log}");
         }
-        // What was tried: both ways by either, and a flush by the one that takes it.
+        // What was tried: both ways by either, and by the one that takes flushes one, and one for what an adapter wrote.
         let before = calls(&log, "flush");
         let tried = [calls(&log, "dma-buf"), calls(&log, "sync-memops"), before];
-        assert_eq!(tried, if reached { [2, 4, 1] } else { [0, 0, 1] });
+        assert_eq!(tried, if reached { [2, 4, 2] } else { [0; 3] });
         for (prompt, expected) in prompts(&cell).iter().zip(&expected) {
             let answer = ask(&decode, prompt);
             assert!(is_alike(&answer, expected), "{answer:#} is not {expected:#}");
+            if handoffs(&decode, "completed") == 1.0 {
+                break;
+            }
         }
-        // Not all of them, should the emulated machine be so slow that a worker is taken for dead.
-        let completed = handoffs(&decode, "completed");
-        assert!(completed > 0.0 && prefills(&decode, "remote") == completed, "{}", decode.log());
+        assert_eq!((handoffs(&decode, "completed"), prefills(&decode, "remote")), (1.0, 1.0), "{}", decode.log());
+        // And one for each that went in vain.
         let flushed = calls(&log, "flush") - before;
-        assert!(if reached { flushed as f64 >= completed } else { flushed == 0 }, "{flushed} flushes");
+        assert!(if reached { flushed > 0 } else { flushed == 0 }, "{flushed} flushes");
         wait_until_idle(&decode);
         wait_until_idle(&prefill);
-        std::fs::remove_file(&log).unwrap();
+        // There is none if nothing was asked for.
+        let _ = std::fs::remove_file(&log);
     }
 }
 
