@@ -44,15 +44,16 @@ impl<R: Runner> Engine<R> {
 
     /// Waits until the step is computed, and passes on what it gives.
     pub(super) fn finish(&mut self) -> Result<(), RunnerError> {
-        let Self { runner, step: Step { rows, out, launched, .. }, .. } = self;
+        let Self { runner, step: Step { rows, out, times, .. }, .. } = self;
         if let Some(ahead) = runner.ahead() {
             ahead.collect(&mut out[..rows.len()])?;
+            times.end = Instant::now();
         }
-        let now = Instant::now();
         // It was begun when it was launched, or when the one before it was done.
-        let took = now - self.finished.max(*launched);
-        self.finished = now;
-        self.deliver(now);
+        let (begun, done) = (self.finished.max(times.start), times.end);
+        let took = done - begun;
+        self.finished = done;
+        self.deliver(done);
         self.take_note(took);
         Ok(())
     }

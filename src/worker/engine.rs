@@ -56,6 +56,8 @@ pub struct Engine<R> {
     exports: Exports,
     messages: Receiver<Message>,
     shared: Arc<Shared>,
+    /// Requests that want log-probabilities of their prompts.
+    scoring: usize,
     /// Cancellations looked after so far.
     cancellations: usize,
     /// Whether the last plan computed nothing, although somebody is here.
@@ -118,6 +120,7 @@ impl<R: Runner> Engine<R> {
             exports: Exports::new(limits.max_sequences, shared.config.block_size),
             messages,
             shared: shared.clone(),
+            scoring: 0,
             cancellations: 0,
             held_up: false,
         };
@@ -140,6 +143,10 @@ impl<R: Runner> Engine<R> {
             if self.scheduler.is_empty() {
                 self.finish_under_way()?;
                 continue;
+            }
+            // Launching one in which a prompt is scored may take as long as computing it.
+            if self.scoring > 0 {
+                self.finish_under_way()?;
             }
             self.plan();
             if self.step.plan.entries().is_empty() {
@@ -280,6 +287,7 @@ impl<R: Runner> Engine<R> {
         }
         // There are as many slots as places, so this succeeds; if not, dropping the session aborts the request.
         if let Some(slot) = self.scheduler.add(sequence) {
+            self.scoring += usize::from(terms.scores_prompt());
             self.terms[slot.index()] = Some(terms);
             self.sessions[slot.index()] = Some(session);
         }
@@ -301,15 +309,17 @@ impl<R: Runner> Engine<R> {
     }
 
     fn compute(&mut self) -> Result<(), RunnerError> {
-        let Self { runner, scheduler, terms, exports, step: Step { plan, batch, rows, out, launched }, .. } = self;
+        let Self { runner, scheduler, terms, exports, step: Step { plan, batch, rows, out, times }, .. } = self;
         let (scheduler, terms, rows, plan) = (&*scheduler, &**terms, &*rows, &*plan);
-        *launched = Instant::now();
+        let launched = Instant::now();
         let row = |i| rows.task(i, scheduler, terms).expect("a planned sequence has its terms");
         let mut layer_done = |layer| exports.layer(layer, plan.entries(), scheduler);
         match runner.ahead() {
-            Some(ahead) => ahead.launch(batch, &row, &mut layer_done),
-            None => runner.execute(batch, &row, &mut out[..rows.len()], &mut layer_done),
+            Some(ahead) => ahead.launch(batch, &row, &mut layer_done)?,
+            None => runner.execute(batch, &row, &mut out[..rows.len()], &mut layer_done)?,
         }
+        *times = launched..Instant::now();
+        Ok(())
     }
 
     /// Passes on what the step computed.
@@ -365,7 +375,8 @@ impl<R: Runner> Engine<R> {
             lending.withdraw(slot, &mut self.scheduler);
         }
         self.publish_gauges();
-        self.terms[slot.index()] = None;
+        let terms = self.terms[slot.index()].take();
+        self.scoring -= usize::from(terms.is_some_and(|terms| terms.scores_prompt()));
         if let Some(session) = self.sessions[slot.index()].take() {
             session.finish(reason);
         }

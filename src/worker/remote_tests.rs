@@ -103,7 +103,6 @@ impl LendingPort for Port {
 
     fn stage(&mut self, session: SessionId, _: usize) -> Stage {
         assert_eq!(session, SESSION);
-        self.control.settle();
         if self.wires.by_adapter.load(Ordering::Relaxed) { Stage::ByAdapter } else { Stage::Direct }
     }
 

@@ -40,6 +40,11 @@ impl Terms {
         self.max_tokens > 0
     }
 
+    /// Whether log-probabilities of the prompt are wanted.
+    pub(super) fn scores_prompt(&self) -> bool {
+        self.prompt_logprobs.is_some()
+    }
+
     /// Whether what is wanted of a row hangs on which tokens were generated before, and not only on how many: penalties
     /// do.
     pub(super) fn reads_output(&self) -> bool {

@@ -1,4 +1,4 @@
-use std::time::Instant;
+use std::{ops::Range, time::Instant};
 
 use engine_kernels::{Batch, SampleRow, Sampled};
 
@@ -18,7 +18,8 @@ pub(super) struct Step {
     pub(super) batch: Batch,
     pub(super) rows: Rows,
     pub(super) out: Vec<Sampled>,
-    pub(super) launched: Instant,
+    /// When it was launched, and when that was done, or with a runner that waits, it.
+    pub(super) times: Range<Instant>,
 }
 
 /// The rows of logits a step computes, in the order of `Batch::logit_rows`.
@@ -37,7 +38,7 @@ impl Step {
             batch: Batch::with_capacity(tokens, config.max_num_seqs, pages),
             rows: Rows { rows: Vec::with_capacity(tokens), counts: Vec::with_capacity(config.max_num_seqs) },
             out: vec![Sampled::default(); tokens],
-            launched: Instant::now(),
+            times: Instant::now()..Instant::now(),
         }
     }
 

@@ -264,13 +264,15 @@ fn a_step_that_runs_ahead_is_not_waited_for_and_one_more_is_for_nobody() {
 /// Submits a request, on the engine thread, as soon as the reader of another is woken.
 struct Follower {
     handle: EngineHandle,
-    request: Request,
+    request: Mutex<Option<Request>>,
     submitted: Mutex<Option<Generation>>,
 }
 
 impl Wake for Follower {
     fn wake(self: Arc<Self>) {
-        self.submitted.lock().unwrap().get_or_insert_with(|| self.handle.submit(self.request.clone()).unwrap());
+        if let Some(request) = self.request.lock().unwrap().take() {
+            *self.submitted.lock().unwrap() = Some(self.handle.submit(request).unwrap());
+        }
     }
 }
 
@@ -292,16 +294,21 @@ fn what_was_computed_in_vain_for_one_is_not_taken_for_another_s_in_its_place() {
     }
     // The next step ends the answer, and the one behind it, in which it takes part in vain, is launched when its slot
     // goes to the one that follows.
-    let submitted = Mutex::new(None);
-    let follower = Arc::new(Follower { handle: handle.clone(), request: others[1].clone(), submitted });
+    let (request, submitted) = (Mutex::new(Some(others[1].clone())), Mutex::new(None));
+    let follower = Arc::new(Follower { handle: handle.clone(), request, submitted });
     let waker = Waker::from(follower.clone());
     let pending = std::pin::pin!(leaves.next()).poll(&mut Context::from_waker(&waker)).is_pending();
     assert!(pending, "two steps gave three tokens");
     control.open();
+    let mut follows = loop {
+        match follower.submitted.lock().unwrap().take() {
+            Some(generation) => break generation,
+            None => std::thread::yield_now(),
+        }
+    };
     let (rest, reason, _) = block_on(collect(&mut leaves));
     events.extend(rest);
     assert_eq!((events, reason), model_answer(&ends, 128));
-    let mut follows = follower.submitted.lock().unwrap().take().unwrap();
     for (generation, request) in [(&mut stays, &others[0]), (&mut follows, &others[1])] {
         let (events, reason, _) = block_on(collect(generation));
         assert_eq!((events, reason), model_answer(request, 128));

@@ -26,8 +26,8 @@ const HEAD_DIM_MAX: usize = 256;
 /// A CUDA device as a [`Backend`].
 ///
 /// Everything is enqueued on one stream. What a step needs to know is sent once, in [`Backend::step`]; the host waits
-/// for the device only where it reads sampled tokens, and where a step's logits come in more than two tiles, which takes
-/// a prompt that is scored: a tile's description goes where that of the last but one was.
+/// for the device only where it reads sampled tokens, and where a step's logits come in more than two tiles, as those of
+/// scored prompts do: a tile's description goes where that of the last but one was.
 pub struct CudaBackend<D: Driver> {
     pub(super) stream: Stream<D>,
     pub(super) plan: Plan,

@@ -38,14 +38,15 @@ fn end() -> impl Strategy<Value = End> {
 }
 
 fn shape() -> impl Strategy<Value = Shape> {
-    let sizes = (1..9usize, 0..20usize, 1..9usize, 0..40usize);
-    sizes.prop_map(|(block_size, spare_pages, max_num_seqs, spare_tokens)| Shape {
+    let sizes = (1..9usize, 0..20usize, 1..9usize, 0..40usize, any::<bool>());
+    sizes.prop_map(|(block_size, spare_pages, max_num_seqs, spare_tokens, ahead)| Shape {
         block_size,
         spare_pages,
         max_num_seqs,
         spare_tokens,
         threshold: None,
         prefill_only: false,
+        ahead,
     })
 }
 
@@ -89,6 +90,7 @@ proptest! {
         spare_tokens in 0..40usize,
         common in 1..40usize,
         copies in 2..8usize,
+        ahead in any::<bool>(),
     ) {
         let shape = Shape {
             block_size,
@@ -97,6 +99,7 @@ proptest! {
             spare_tokens,
             threshold: None,
             prefill_only: false,
+            ahead,
         };
         let mut simulation = Simulation::new(shape);
         let arrival = Arrival { family: 0, common, own: 0, max_tokens: 1, score: false };

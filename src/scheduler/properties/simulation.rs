@@ -1,6 +1,6 @@
 use proptest::prelude::*;
 
-use super::super::{Candidate, Loan, Route, Router, Scheduler, SchedulerLimits, Sequence, SlotId, StepPlan};
+use super::super::{Candidate, Loan, PlanEntry, Route, Router, Scheduler, SchedulerLimits, Sequence, SlotId, StepPlan};
 use crate::cache::{LentPage, PageHasher};
 
 /// What a cell of the simulated cache holds once the token that `tokens` end with is computed there: a digest of all of
@@ -49,6 +49,8 @@ pub(super) struct Shape {
     pub(super) threshold: Option<usize>,
     /// Whether this is the other worker.
     pub(super) prefill_only: bool,
+    /// Whether a step is planned before it is known what the one before gave.
+    pub(super) ahead: bool,
 }
 
 impl Shape {
@@ -94,6 +96,8 @@ pub(super) struct Simulation {
     quarantine: Vec<Box<[LentPage]>>,
     /// Prefill-only sequences whose pages are still being read.
     held: Vec<SlotId>,
+    /// Entries of the step before, if it is not known yet what it gave.
+    under_way: Vec<PlanEntry>,
     arrivals: usize,
     steps: usize,
     chunk: usize,
@@ -119,6 +123,7 @@ impl Simulation {
             loans: Vec::new(),
             quarantine: Vec::new(),
             held: Vec::new(),
+            under_way: Vec::new(),
             arrivals: 0,
             steps: 0,
             chunk: usize::MAX - MAX_LEN,
@@ -234,12 +239,25 @@ impl Simulation {
         self.loans.append(&mut self.plan.loans);
         self.scribble();
         self.check_plan();
-        for at in 0..self.plan.entries().len() {
-            self.compute(at);
+        std::mem::take(&mut self.under_way).into_iter().for_each(|entry| self.sample(entry));
+        let entries = self.plan.entries().to_vec();
+        for &entry in &entries {
+            if self.scheduler.has(&entry) {
+                self.compute(entry);
+            }
         }
         self.scheduler.commit(&self.plan);
-        for at in 0..self.plan.entries().len() {
-            self.sample(at);
+        for (row, entry) in entries.into_iter().enumerate() {
+            if !self.shape.ahead || self.shape.prefill_only {
+                self.sample(entry);
+                continue;
+            }
+            let generates = |live: &Live| live.slot == entry.slot && live.max_tokens > 0;
+            let generates = self.scheduler.has(&entry) && self.live.iter().any(generates);
+            if generates && self.scheduler.sequence(entry.slot).is_computed() {
+                self.scheduler.push_drawn(entry.slot, row);
+            }
+            self.under_way.push(entry);
         }
         for &slot in &self.plan.found {
             self.live.retain(|live| live.slot != slot);
@@ -271,14 +289,14 @@ impl Simulation {
         assert!(order.is_sorted_by(|a, b| a < b), "decodes first, then prefills, oldest first: {order:?}");
         if let Some(oldest) = self.live.first()
             && !self.plan.found.contains(&oldest.slot)
+            && !self.scheduler.sequence(oldest.slot).awaits_outcome()
         {
             assert!(entries.iter().any(|entry| entry.slot == oldest.slot), "the oldest does not progress");
         }
     }
 
     /// Writes the entry's tokens to its pages, after checking that everything before them is there.
-    fn compute(&mut self, at: usize) {
-        let entry = self.plan.entries()[at];
+    fn compute(&mut self, entry: PlanEntry) {
         let sequence = self.scheduler.sequence(entry.slot);
         let end = entry.start + entry.len;
         let pages = sequence.block_table();
@@ -298,8 +316,10 @@ impl Simulation {
         self.computed += entry.len;
     }
 
-    fn sample(&mut self, at: usize) {
-        let entry = self.plan.entries()[at];
+    fn sample(&mut self, entry: PlanEntry) {
+        if !self.scheduler.has(&entry) {
+            return;
+        }
         if self.shape.prefill_only {
             assert_eq!(entry.logits_from, entry.len, "logits that nobody wants");
             if entry.start + entry.len == self.scheduler.sequence(entry.slot).tokens().len() {
@@ -319,13 +339,17 @@ impl Simulation {
                 live.scored += 1;
             }
         }
-        if end < sequence.tokens().len() {
+        let drawn = sequence.drawn_in().is_some();
+        let known = &sequence.tokens()[..sequence.tokens().len() - usize::from(drawn)];
+        if end < known.len() {
             return;
         }
         assert!(entry.logits_from < entry.len, "the last token's logits are wanted");
         assert!(!live.score || live.scored == prompt_len, "a prompt position was not scored");
-        let token = sequence.tokens().iter().fold(0, |state, &token| digest(state, token)) as u32 % 1000;
-        if sequence.output().len() < live.max_tokens {
+        let token = known.iter().fold(0, |state, &token| digest(state, token)) as u32 % 1000;
+        if drawn {
+            self.scheduler.reveal(entry.slot, token);
+        } else if sequence.output().len() < live.max_tokens {
             self.scheduler.push_token(entry.slot, token);
         }
         if self.scheduler.sequence(entry.slot).output().len() == live.max_tokens {
