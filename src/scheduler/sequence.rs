@@ -132,11 +132,6 @@ impl Sequence {
         self.from_afar
     }
 
-    /// Whether only its keys and values are wanted.
-    pub fn is_prefill_only(&self) -> bool {
-        self.prefill_only
-    }
-
     /// In which row of a step under way its last token is drawn; `None` if that is known.
     pub fn drawn_in(&self) -> Option<usize> {
         self.drawn_in
