@@ -9,13 +9,7 @@ use engine_kernels::cuda::{AdapterAccess, Arg, DriverError};
 
 unsafe extern "C" {
     fn simt_kinds(kernel: *const c_char) -> *const c_char;
-    fn simt_begin(
-        kernel: *const c_char,
-        grid: *const c_uint,
-        threads: c_uint,
-        args: *const *const c_void,
-        seed: u64,
-    );
+    fn simt_begin(kernel: *const c_char, grid: *const c_uint, threads: c_uint, args: *const *const c_void, seed: u64);
     fn simt_leave();
     fn simt_launch(
         kernel: *const c_char,
