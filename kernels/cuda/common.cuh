@@ -1,7 +1,7 @@
 // What all kernels share: element types, vectors of eight, and reductions in a fixed order.
 //
 // Rows of activations are f32, as long as `padded(cols)`, and what pads them is zero: it is allocated zeroed, and no
-// kernel writes it. So everything can be read eight elements at a time, whatever the number of columns.
+// kernel writes anything else. So everything can be read eight elements at a time, whatever the number of columns.
 #pragma once
 
 #ifdef __CUDACC__
@@ -17,6 +17,23 @@ constexpr int WARP = 32;
 /// Words of what is told of a row that was drawn (`sample::Outcome`), the token first.
 constexpr int OUTCOME_WORDS = 44;
 constexpr unsigned ALL_LANES = ~0u;
+
+/// Waits until the kernel before this one has ended, and what it wrote is there; then the one after this may start.
+/// Every thread of every kernel calls this, once, and before it does touches nothing but weights, which no kernel
+/// writes.
+///
+/// From compute capability 9.0 on, kernels are launched such that they start while the one before still runs
+/// (programmatic dependent launch), so that their blocks are there, and the first weights on their way, when it ends.
+/// As the next one may start only then, no more than two ever run side by side, and whatever ran before the one before
+/// has ended.
+__device__ __forceinline__ void follow() {
+#if !defined(__CUDACC__)
+    simt::follow();
+#elif __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
 
 /// Columns of a row as it lies in memory.
 __device__ __forceinline__ int padded(int cols) { return (cols + 7) / 8 * 8; }
