@@ -92,6 +92,7 @@ __device__ __forceinline__ void attention(const float* qkv, Rows rows, const int
     alignas(16) __shared__ float warp_highest[HEADS][WARPS], warp_sums[HEADS][WARPS];
     alignas(16) __shared__ float warp_values[WARPS][HEADS][WIDTH];
 
+    follow();
     const int row = items[4 * blockIdx.x], begin = items[4 * blockIdx.x + 1], end = items[4 * blockIdx.x + 2];
     const int slot = items[4 * blockIdx.x + 3];
     if (row < 0) return;

@@ -31,9 +31,9 @@ struct Row {
     int touched, touched_end;
 };
 
-/// A token whose logit is changed before the draw, and the logit as it was. With the topmost bit set, which only the last
-/// of a row may have, `id` is a row: the token is that which was drawn there in the step before, which the host does not
-/// know yet (`Batch::DRAWN` of src/batch.rs). It may be among the others too.
+/// A token whose logit is changed before the draw, and the logit as it was. With the topmost bit set, which only the
+/// last of a row may have, `id` is a row: the token is that which was drawn there in the step before, which the host
+/// does not know yet (`Batch::DRAWN` of src/batch.rs). It may be among the others too.
 struct Touched {
     int id;
     float bias;
@@ -259,6 +259,7 @@ __device__ void run(float* logits, int vocab, const Row& row, Touched* touched, 
     __shared__ u64 top[TOP_MAX];
     __shared__ int found;
     __shared__ float before;
+    follow();
     for (int id = threadIdx.x; id < vocab; id += THREADS) {
         const float logit = logits[id], clean = finite_or_impossible(logit);
         if (clean != logit) logits[id] = clean;
@@ -329,8 +330,8 @@ __device__ void run(float* logits, int vocab, const Row& row, Touched* touched, 
 }  // namespace sample
 
 // sample: for each row of logits [rows, vocab], which it overwrites, an outcome, and its token once more in `drawn`:
-// what the next step gets as `latest`, when rows of its own are being overwritten in `outcomes`. Rows and tokens touched
-// by biases and penalties are described by the structures above.
+// what the next step gets as `latest`, while its own rows overwrite `outcomes`. Rows and tokens touched by biases and
+// penalties are described by the structures above.
 // Grid: rows. Bytes: 4 a logit and pass: 2 passes for greedy rows, 4 for plain draws, 5 more for each of top_k, top_p
 // and alternatives; after the first they come from the L2 cache. Operations: an exponential a logit and pass that
 // weighs.
