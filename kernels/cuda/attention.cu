@@ -105,9 +105,9 @@ __device__ __forceinline__ void attention(const float* qkv, Rows rows, const int
     const int keys = rows.positions[row] + 1;
     const int* table = rows.block_tables + rows.table_starts[row];
 
-    // Where a lane's elements of a row of keys or values lie, as far behind `elements` as it has rows before it. Single loads have no conditions: the
-    // compiler would copy what they give. Lanes that have no elements find zeros, and where there is no key another is
-    // read, of which nothing is used.
+    // Where a lane's elements of the first row of all keys and values lie; those of others are a `stride` a row behind.
+    // Single loads have no conditions, as the compiler would copy what they give: lanes that have no elements find
+    // zeros, and where there is no key another row is read, of which nothing is used.
     const int side = lane / LANES, element = lane % LANES * 8, block_size = pages.block_size;
     const void* const elements = element < head_dim ? static_cast<const void*>(pages.base + element) : ZEROS;
     const unsigned stride = element < head_dim ? head_dim * static_cast<unsigned>(sizeof(T)) : 0;
