@@ -102,8 +102,8 @@ struct FineBytes {
     __device__ __forceinline__ void load(size_t start, int at, float (&to)[8]) const { unpack(fetch(start, at), to); }
 };
 
-/// Four E4M3, none of them NaN, as floats, each QUARTER_UNIT times too small: bits of exponent and mantissa mean the same
-/// in f16 but for the exponent's bias. (There are instructions that convert two from compute capability 8.9 on alone.)
+/// Four E4M3, none of them NaN, as floats, each QUARTER_UNIT times too small: bits of exponent and mantissa mean the
+/// same in f16 but for the exponent's bias. (Instructions that convert E4M3 begin with compute capability 8.9.)
 constexpr float QUARTER_UNIT = 256.0f;
 __device__ __forceinline__ void small_quarters(unsigned four, float& first, float& second, float& third,
                                                float& fourth) {
