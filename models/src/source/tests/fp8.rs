@@ -49,7 +49,7 @@ struct Scheme {
     of_row: fn(usize) -> usize,
 }
 
-fn schemes() -> Vec<Scheme> {
+fn schemes() -> [Scheme; 5] {
     let weights = |strategy: &str| json!({"num_bits": 8, "type": "float", "strategy": strategy, "symmetric": true});
     let compressed = |weights: Value| {
         json!({"quant_method": "compressed-tensors", "format": "float-quantized", "ignore": ["lm_head"],
@@ -59,7 +59,7 @@ fn schemes() -> Vec<Scheme> {
     blocks["block_structure"] = json!([16, 128]);
     let fp8 = |block: Value| json!({"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": block});
     let in_blocks = |rows: usize| vec![rows / 16, 1];
-    vec![
+    [
         Scheme {
             quantization: fp8(json!([16, 128])),
             end: "weight_scale_inv",
@@ -171,7 +171,7 @@ fn every_scheme_gives_the_logits_of_the_values_it_stands_for() {
 
 #[test]
 fn scales_that_are_missing_or_do_not_fit_are_named() {
-    let [blocks, whole, _, rows, _] = schemes().try_into().ok().unwrap();
+    let [blocks, whole, _, rows, _] = schemes();
     let missing = blocks.error(|tensors| tensors.retain(|tensor| !tensor.name.ends_with("k_proj.weight_scale_inv")));
     assert!(
         missing.contains("k_proj.weight_scale_inv` or `model.layers.0.self_attn.k_proj.weight_scale` is missing"),
@@ -194,7 +194,7 @@ fn scales_that_are_missing_or_do_not_fit_are_named() {
 
 #[test]
 fn weights_that_are_not_numbers_or_not_of_this_type_are_refused() {
-    let [blocks, ..] = schemes().try_into().ok().unwrap();
+    let [blocks, ..] = schemes();
     for nan in [0x7f, 0xff] {
         let error = blocks.error(|tensors| *find(tensors, "down_proj.weight").data.last_mut().unwrap() = nan);
         assert!(error.contains("`model.layers.0.mlp.down_proj.weight` has elements that are not numbers"), "{error}");
@@ -221,7 +221,7 @@ fn weights_that_are_not_numbers_or_not_of_this_type_are_refused() {
 
 #[test]
 fn models_that_are_scaled_in_other_ways_have_other_fingerprints() {
-    let [blocks, whole, ..] = schemes().try_into().ok().unwrap();
+    let [blocks, whole, ..] = schemes();
     let of = |tensors: &[Stored], quantization: Option<Value>| {
         open(write(tensors, quantization).path()).unwrap().fingerprint().unwrap()
     };
