@@ -35,10 +35,9 @@ impl Fp8 {
             other => return Err(refuse(fields, format!("quant_method `{}`", other.unwrap_or("(none)")))),
         };
         match this.block {
-            Some([rows, columns]) if rows == 0 || columns == 0 || columns % BLOCK_COLUMNS != 0 => Err(refuse(
-                fields,
-                format!("blocks of {rows} by {columns}, not of a multiple of {BLOCK_COLUMNS} columns"),
-            )),
+            Some([rows, columns]) if rows == 0 || columns == 0 || !columns.is_multiple_of(BLOCK_COLUMNS) => Err(
+                refuse(fields, format!("blocks of {rows} by {columns}, not of a multiple of {BLOCK_COLUMNS} columns")),
+            ),
             _ => Ok(Some(this)),
         }
     }

@@ -177,8 +177,12 @@ fn scales_that_are_missing_or_do_not_fit_are_named() {
         missing.contains("k_proj.weight_scale_inv` or `model.layers.0.self_attn.k_proj.weight_scale` is missing"),
         "{missing}"
     );
-    let shape = blocks.error(|tensors| find(tensors, "k_proj.weight_scale_inv").shape = vec![1, 1]);
-    assert!(shape.contains("damaged"), "{shape}: shapes and lengths contradict each other");
+    let shape = blocks.error(|tensors| {
+        let scale = find(tensors, "q_proj.weight_scale_inv");
+        (scale.shape, scale.data) = (vec![1, 1], vec![0; 2]);
+    });
+    assert!(shape.contains("q_proj.weight_scale_inv` has shape [1, 1]"), "{shape}");
+    assert!(shape.contains("blocks of 16 by 128, [2, 1]"), "{shape}");
     let shape = rows.error(|tensors| {
         let scale = find(tensors, "gate_proj.weight_scale");
         (scale.shape, scale.data) = (vec![2], vec![0; 4]);
