@@ -46,7 +46,7 @@ for target in 80 90; do
                 checked++
                 need("HMMA"); need("LDSM")
                 # Keys and values of eight bits go through registers.
-                if (name !~ /_f8$/) need("LDGSTS")
+                if (name !~ /^prefill_attention_.*_f8$/) need("LDGSTS")
                 if (name ~ /^prefill_attention_/) need("LDSM transposed")
             }
             printf "sm_%s: %d kernels use tensor cores\n", target, checked

@@ -4,7 +4,9 @@
 // input features, several of which are on their way at a time; warps multiply parts of the tile in registers. Weights
 // that are f16 or bf16 are copied as they are. Quantised ones are unpacked on the way, and rounded to f16: a scale is a
 // multiple of f16's smallest number, so that below its normal range nothing is lost, and beyond its largest number no
-// real model has weights.
+// real model has weights. E4M3 has scales in f32, which change with every 128 input features, so they too are
+// multiplied here: in real models they are 1e-5 to 1e-2, and weights, up to 448 times that, amid f16's range. What
+// rounding takes is 2^-12 of a weight, which was itself rounded to 2^-4, or half of f16's smallest number, 3e-8.
 //
 // Activations are rounded to what the weights are, by a kernel of their own: a tile's rows are read by as many blocks
 // as there are tiles of features, for which converting them once, and reading half the bytes, pays. bf16 has f32's
@@ -86,6 +88,8 @@ template <>
 struct Operand<Bytes> : Quantised<Bytes> {};
 template <>
 struct Operand<FineBytes> : Quantised<FineBytes> {};
+template <>
+struct Operand<Quarters> : Quantised<Quarters> {};
 
 /// Where a block's tile begins. Tiles that follow each other are of the same features: up to ROW_TILES of them.
 struct Place {
@@ -279,6 +283,7 @@ PRODUCTS(bf16, Floats<Brain>)
 PRODUCTS(nibbles, Nibbles)
 PRODUCTS(bytes, Bytes)
 PRODUCTS(fine_bytes, FineBytes)
+PRODUCTS(f8, Quarters)
 
 // What `product` does behind the last segment, for segments that were computed side by side.
 // Grid: (features / 128, rows). Bytes: 4 a segment and result, and 4 a result. Operations: an addition each.

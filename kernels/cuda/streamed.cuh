@@ -135,6 +135,22 @@ struct Streamed<Nibbles> {
     }
 };
 
+template <>
+struct Streamed<Quarters> {
+    struct Raw {
+        uint2 quants;
+        float scale;
+    };
+    __device__ __forceinline__ static Raw fetch(const Quarters& matrix, size_t start, int at) {
+        return {stream8(matrix.quants + (start + at) / 8), matrix.scales[(start + at) / 128]};
+    }
+    __device__ __forceinline__ static void unpack(const Raw& raw, int half, float (&to)[4]) {
+        small_quarters(half ? raw.quants.y : raw.quants.x, to[0], to[1], to[2], to[3]);
+#pragma unroll
+        for (int i = 0; i < 4; i++) to[i] *= raw.scale;
+    }
+};
+
 struct RawBytes {
     unsigned first, second, scales;
 

@@ -102,6 +102,42 @@ struct FineBytes {
     __device__ __forceinline__ void load(size_t start, int at, float (&to)[8]) const { unpack(fetch(start, at), to); }
 };
 
+/// Four E4M3, none of them NaN, as floats, each QUARTER_UNIT times too small: bits of exponent and mantissa mean the
+/// same in f16 but for the exponent's bias. (Instructions that convert E4M3 begin with compute capability 8.9.)
+constexpr float QUARTER_UNIT = 256.0f;
+__device__ __forceinline__ void small_quarters(unsigned four, float& first, float& second, float& third,
+                                               float& fourth) {
+    const auto halves = [](unsigned bits) { return (bits & 0x80008000u) | (bits >> 1 & 0x3f803f80u); };
+    const unsigned even = halves(four << 8), odd = halves(four);
+    first = to_float(Half{static_cast<uint16_t>(even)}), third = to_float(Half{static_cast<uint16_t>(even >> 16)});
+    second = to_float(Half{static_cast<uint16_t>(odd)}), fourth = to_float(Half{static_cast<uint16_t>(odd >> 16)});
+}
+
+/// E4M3, none of them NaN, and for 128 a scale: QUARTER_UNIT times what they are multiplied by. Rows are a multiple of
+/// 128 long. F8.
+struct Quarters {
+    const uint2* quants;
+    const float* scales;
+
+    __device__ __forceinline__ Quarters(const void* quants, const void* scales)
+        : quants(static_cast<const uint2*>(quants)), scales(static_cast<const float*>(scales)) {}
+
+    struct Eight {
+        uint2 quants;
+        float scale;
+    };
+    __device__ __forceinline__ Eight fetch(size_t start, int at) const {
+        return {quants[(start + at) / 8], scales[(start + at) / 128]};
+    }
+    static __device__ __forceinline__ void unpack(Eight eight, float (&to)[8]) {
+        small_quarters(eight.quants.x, to[0], to[1], to[2], to[3]);
+        small_quarters(eight.quants.y, to[4], to[5], to[6], to[7]);
+#pragma unroll
+        for (int i = 0; i < 8; i++) to[i] *= eight.scale;
+    }
+    __device__ __forceinline__ void load(size_t start, int at, float (&to)[8]) const { unpack(fetch(start, at), to); }
+};
+
 /// Calls MACRO(suffix, type) for each kind of matrix; the suffixes are those of src/cuda/weight.rs.
 #define FOR_EACH_MATRIX(MACRO)   \
     MACRO(f32, Floats<float>)    \
@@ -109,4 +145,5 @@ struct FineBytes {
     MACRO(bf16, Floats<Brain>)   \
     MACRO(nibbles, Nibbles)      \
     MACRO(bytes, Bytes)          \
-    MACRO(fine_bytes, FineBytes)
+    MACRO(fine_bytes, FineBytes) \
+    MACRO(f8, Quarters)

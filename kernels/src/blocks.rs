@@ -1,4 +1,4 @@
-//! Quantised blocks of all types taken apart in one way, for backends to repack.
+//! GGML's quantised blocks of all types taken apart in one way, for backends to repack.
 //!
 //! K-quants' two-level scales are multiplied out and rounded to f16: one part in 2,000 of what a 4-bit weight is
 //! uncertain by anyway. Q4_0's `-8 × scale` is exact.
@@ -72,6 +72,6 @@ pub(crate) fn decode(dtype: DType, row: &[u8], block: usize) -> Decoded {
             let scale = |i| f16::from_f32(half(b, 208).to_f32() * f32::from(b[192 + part * 8 + run * 2 + i] as i8));
             Decoded { quants, scales: [scale(0), scale(1)], minimum: f16::ZERO }
         }
-        DType::F32 | DType::F16 | DType::BF16 => unreachable!("float types are not in blocks"),
+        DType::F32 | DType::F16 | DType::BF16 | DType::F8 => unreachable!("no integers times a scale"),
     }
 }

@@ -1,7 +1,8 @@
 use crate::KernelError;
 
 /// Element type of a weight as it stands in a model file. The quantised ones are GGML's block formats
-/// (ggml-common.h of llama.cpp describes them; the bit layouts are repeated where they are decoded).
+/// (ggml-common.h of llama.cpp describes them; the bit layouts are repeated where they are decoded), and
+/// [`DType::F8`], which is made when a file is read.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum DType {
     /// IEEE single precision.
@@ -26,6 +27,10 @@ pub enum DType {
     Q5K,
     /// 256 weights: f16 super-scale, 16 sub-blocks with signed 8-bit scales, 6-bit values offset by 32.
     Q6K,
+    /// 128 weights: f32 scale, E4M3 values (Micikevicius et al. 2022), none of them NaN. A row's last block may be
+    /// filled up with zeros, so rows are of any length. Files have the values apart from the scales, which are one for
+    /// a matrix, for a row, or for a block of 128 by 128: in this form they are all alike.
+    F8,
 }
 
 impl DType {
@@ -35,6 +40,7 @@ impl DType {
             Self::F32 | Self::F16 | Self::BF16 => 1,
             Self::Q4_0 | Self::Q4_1 | Self::Q5_0 | Self::Q5_1 | Self::Q8_0 => 32,
             Self::Q4K | Self::Q5K | Self::Q6K => 256,
+            Self::F8 => 128,
         }
     }
 
@@ -51,7 +57,13 @@ impl DType {
             Self::Q4K => 144,
             Self::Q5K => 176,
             Self::Q6K => 210,
+            Self::F8 => 4 + 128,
         }
+    }
+
+    /// Bytes of a row of so many elements.
+    pub const fn row_bytes(self, cols: usize) -> usize {
+        cols.div_ceil(self.block_len()) * self.block_bytes()
     }
 
     /// Whether values are stored in quantised blocks.
@@ -71,13 +83,13 @@ pub struct Matrix<'a> {
 }
 
 impl<'a> Matrix<'a> {
-    /// Checks that `data` holds exactly `[rows, cols]` elements of `dtype`.
+    /// Checks that `data` holds exactly `[rows, cols]` elements of `dtype`, rows of whole blocks.
     pub fn new(dtype: DType, rows: usize, cols: usize, data: &'a [u8]) -> Result<Self, KernelError> {
         let block = dtype.block_len();
-        if !cols.is_multiple_of(block) {
+        if dtype != DType::F8 && !cols.is_multiple_of(block) {
             return Err(KernelError::BlockSize { dtype, block, cols });
         }
-        let expected = (cols / block * dtype.block_bytes()).saturating_mul(rows);
+        let expected = dtype.row_bytes(cols).saturating_mul(rows);
         if data.len() != expected {
             return Err(KernelError::MatrixSize { dtype, rows, cols, expected, actual: data.len() });
         }
@@ -106,7 +118,7 @@ impl<'a> Matrix<'a> {
 
     /// The bytes of one row.
     pub fn row(&self, row: usize) -> &'a [u8] {
-        let bytes = self.cols / self.dtype.block_len() * self.dtype.block_bytes();
+        let bytes = self.dtype.row_bytes(self.cols);
         &self.data[row * bytes..(row + 1) * bytes]
     }
 }

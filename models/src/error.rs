@@ -59,6 +59,16 @@ pub enum ModelError {
         /// The feature, as the file names it.
         what: String,
     },
+    /// Weights quantised in a way this engine does not read.
+    #[error("{}: quantization_config has {what}, which is not supported; {supported}", path.display())]
+    Quantization {
+        /// The file.
+        path: PathBuf,
+        /// What it asks for.
+        what: String,
+        /// What it could have asked for, and what to do.
+        supported: &'static str,
+    },
     /// A GGUF file is damaged or lacks something.
     #[error("{}: {source}", path.display())]
     Gguf {

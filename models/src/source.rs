@@ -4,6 +4,7 @@ use engine_kernels::{Backend, DType, KvDType};
 
 use crate::bounded_file::{TOKENIZER_BYTES_MAX, read_bounded};
 use crate::config::json::Fields;
+use crate::config::quantization::Fp8;
 use crate::config::{gguf as gguf_config, hf};
 use crate::decoder::Decoder;
 use crate::defaults::read_json;
@@ -107,12 +108,16 @@ impl ModelSource {
         };
         let fields = Fields::new(&config_path, &value)?;
         let config = hf::parse(&fields)?;
+        let fp8 = Fp8::parse(&fields)?;
         let files = match options.load_format {
-            LoadFormat::Auto => Files::Safetensors(SafetensorsFiles::open(directory)?),
-            LoadFormat::Dummy => {
-                let dtype = declared_dtype(&fields)?;
-                Files::Dummy(DummyWeights { seed: options.dummy_seed, dtype, parameters: config.parameters() })
-            }
+            LoadFormat::Auto => Files::Safetensors(SafetensorsFiles::open(directory, fp8)?),
+            LoadFormat::Dummy => Files::Dummy(DummyWeights {
+                seed: options.dummy_seed,
+                dtype: declared_dtype(&fields)?,
+                fp8,
+                parameters: config.parameters(),
+                projections: config.projections(),
+            }),
         };
         Ok(Self {
             name,
@@ -214,6 +219,9 @@ impl ModelSource {
             Files::Safetensors(files) => files.fingerprint(&mut fingerprint),
             Files::Dummy(weights) => {
                 fingerprint.part("made up", format!("{:?} {}", weights.dtype, weights.seed).as_bytes());
+                if let Some(fp8) = &weights.fp8 {
+                    fingerprint.part("fp8", format!("{:?}", fp8.except).as_bytes());
+                }
             }
         }
         let tokenizer = self.path.join(TOKENIZER_FILE);
@@ -238,7 +246,11 @@ impl ModelSource {
     /// The same where so many weights of a type take `stored` bytes in memory. Only quantised ones take others than in
     /// their files.
     pub fn weight_bytes_as(&self, stored: impl Fn(DType, usize) -> usize) -> u64 {
-        let Files::Gguf(parts) = &self.files else { return self.weight_bytes() };
+        let parts = match &self.files {
+            Files::Safetensors(files) => return files.bytes_as(stored),
+            Files::Dummy(weights) => return weights.bytes_as(stored),
+            Files::Gguf(parts) => parts,
+        };
         let bytes = |info: &TensorInfo| match info.dtype() {
             Some(dtype) => stored(dtype, info.shape.iter().product()),
             // Loading refuses it.

@@ -20,5 +20,6 @@ python=$venv/bin/python
 "$python" make_template_goldens.py "$qwen3/tokenizer_config.json" "$demo"
 "$python" make_token_goldens.py "$demo" "$qwen3/tokenizer.json"
 "$python" make_goldens.py
+"$python" make_fp8_goldens.py
 "$python" make_gguf_goldens.py
 "$python" make_demo_goldens.py "$demo"

@@ -1,17 +1,17 @@
-//! Products of float weights (f32, f16, bf16) with f32 activations.
+//! Products of float weights (f32, f16, bf16, E4M3 with scales) with f32 activations.
 //!
 //! As in the quantised product, lanes are output columns and each output is summed over `k` in order in one
 //! accumulator. A few rows read the packed weights directly, several column groups at a time so that enough sums are
-//! under way to hide the latency of an addition. For more rows 16-bit weights are widened once into a panel in the
-//! first-level cache.
+//! under way to hide the latency of an addition. For more rows narrower weights are widened once into a panel in the
+//! first-level cache. An E4M3 weight is `q × scale`, rounded to f32, wherever it is widened.
 
 use std::ops::Range;
 
 use super::buffer::{Aligned, Shared};
 use super::isa::{Isa, Kernel, LANES};
 use super::linear::Part;
-use super::pack::Format;
-use super::tile::{Half, tile, tile_pairs};
+use super::pack::{F8_BLOCK, F8_VALUES, Format};
+use super::tile::{Half, tile, tile_f8, tile_pairs};
 
 /// `k` in a panel of sixteen f32 columns: 16 KiB.
 const PANEL_DEPTH: usize = 256;
@@ -94,6 +94,7 @@ impl FloatGemm<'_> {
                     let weights = weights.cast::<Half>();
                     tile(isa, x, self.depth, weights, LANES, stride / 2, self.depth, &mut acc);
                 }
+                Format::F8 => tile_f8(isa, x, self.depth, weights, stride, self.depth, &mut acc),
                 _ => tile(isa, x, self.depth, weights.cast::<f32>(), LANES, stride / 4, self.depth, &mut acc),
             }
         }
@@ -143,6 +144,14 @@ impl FloatGemm<'_> {
                     for i in 0..k.len() {
                         let values = isa.load_f16(weights.cast::<u16>().add((k.start + i) * LANES));
                         isa.store(panel.add(i * LANES), values);
+                    }
+                }
+                Format::F8 => {
+                    let unit = Format::F8.unit().0;
+                    for (i, k) in k.clone().enumerate() {
+                        let block = weights.add(k / F8_BLOCK * unit);
+                        let quants = isa.load_f8_small(block.add(F8_VALUES + k % F8_BLOCK * LANES));
+                        isa.store(panel.add(i * LANES), isa.mul(quants, isa.load(block.cast())));
                     }
                 }
                 _ => return weights.cast::<f32>().add(k.start * LANES),

@@ -79,7 +79,7 @@ impl Kernel for QuantizedGemm<'_> {
             Format::I8 => self.product::<I, I8>(isa),
             Format::I8Min => self.product::<I, I8Min>(isa),
             Format::I8Halves => self.product::<I, I8Halves>(isa),
-            Format::Bf16 | Format::F16 | Format::F32 => unreachable!("float parts have their own kernel"),
+            Format::Bf16 | Format::F16 | Format::F32 | Format::F8 => unreachable!("float parts have their own kernel"),
         }
     }
 }

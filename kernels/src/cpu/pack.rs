@@ -13,11 +13,12 @@
 //! 64 bytes are 16 columns × 4 consecutive `k`; in `U4` they are two such groups, the first in the low nibbles. A
 //! weight is `scale × q + minimum`. K-quants' two-level scales are multiplied out and rounded to f16: one part in 2,000
 //! of what a 4-bit weight is uncertain by anyway, and Q4_0's `-8 × scale` is exact. Float weights stay as they are,
-//! `[k][16]`; bf16 in pairs of `k`, `[k / 2][16][2]`.
+//! `[k][16]`; bf16 in pairs of `k`, `[k / 2][16][2]`; E4M3 in blocks of 128 `k`, 16 f32 scales and then `[k][16]`.
 
+use float8::F8E4M3;
 use half::f16;
 
-use super::isa::LANES;
+use super::isa::{F8_UNIT, LANES};
 use super::quant::BLOCK;
 use crate::blocks::decode;
 use crate::{DType, Matrix};
@@ -32,7 +33,14 @@ pub(crate) enum Format {
     Bf16,
     F16,
     F32,
+    /// Scales are [`F8_UNIT`] times the file's.
+    F8,
 }
+
+/// `k` that share a scale in [`Format::F8`].
+pub(crate) const F8_BLOCK: usize = DType::F8.block_len();
+/// Where its values begin in a unit.
+pub(crate) const F8_VALUES: usize = 4 * LANES;
 
 impl Format {
     /// What weights of `dtype` become.
@@ -45,6 +53,7 @@ impl Format {
             DType::BF16 => Self::Bf16,
             DType::F16 => Self::F16,
             DType::F32 => Self::F32,
+            DType::F8 => Self::F8,
         }
     }
 
@@ -62,6 +71,7 @@ impl Format {
             Self::Bf16 => (4 * LANES, 2),
             Self::F16 => (2 * LANES, 1),
             Self::F32 => (4 * LANES, 1),
+            Self::F8 => (F8_VALUES + F8_BLOCK * LANES, F8_BLOCK),
         }
     }
 
@@ -76,6 +86,10 @@ fn half(bytes: &[u8], at: usize) -> f16 {
     f16::from_le_bytes([bytes[at], bytes[at + 1]])
 }
 
+fn single(bytes: &[u8], at: usize) -> f32 {
+    f32::from_le_bytes([0, 1, 2, 3].map(|byte| bytes[at + byte]))
+}
+
 /// Writes columns `16 × group ..` of `matrix` to `out`, which is zero and [`Format::group_bytes`] long. Columns beyond
 /// the matrix stay zero.
 pub(crate) fn pack_group(matrix: &Matrix<'_>, group: usize, out: &mut [u8]) {
@@ -84,6 +98,16 @@ pub(crate) fn pack_group(matrix: &Matrix<'_>, group: usize, out: &mut [u8]) {
     let (unit, step) = format.unit();
     for lane in 0..columns {
         let row = matrix.row(group * LANES + lane);
+        if format == Format::F8 {
+            for (block, out) in row.chunks_exact(DType::F8.block_bytes()).zip(out.chunks_exact_mut(unit)) {
+                let scale = single(block, 0) * F8_UNIT;
+                out[4 * lane..][..4].copy_from_slice(&scale.to_le_bytes());
+                for (&quant, out) in block[4..].iter().zip(out[F8_VALUES..].chunks_exact_mut(LANES)) {
+                    out[lane] = quant;
+                }
+            }
+            continue;
+        }
         if !format.is_quantized() {
             let element = unit / step / LANES;
             for (k, value) in row.chunks_exact(element).enumerate() {
@@ -123,7 +147,11 @@ pub(crate) fn unpack_row(format: Format, group: &[u8], lane: usize, out: &mut [f
         for (i, value) in values.iter_mut().enumerate() {
             let at = |stride: usize| (lane * step + i) * stride;
             *value = match format {
-                Format::F32 => f32::from_le_bytes([0, 1, 2, 3].map(|byte| block[at(4) + byte])),
+                Format::F32 => single(block, at(4)),
+                Format::F8 => {
+                    let quant = F8E4M3::from_bits(block[F8_VALUES + i * LANES + lane]).to_f32();
+                    quant / F8_UNIT * single(block, 4 * lane)
+                }
                 Format::F16 => half(block, at(2)).to_f32(),
                 Format::Bf16 => half::bf16::from_le_bytes([block[at(2)], block[at(2) + 1]]).to_f32(),
                 Format::U4 => {
@@ -184,6 +212,30 @@ mod tests {
                 for (a, b) in read.iter().zip(exact) {
                     assert!((a - b).abs() <= tolerance, "{dtype:?} row {row}: {a} and {b}");
                 }
+            }
+        }
+    }
+
+    #[test]
+    fn packed_eight_bit_rows_of_any_width_read_back_as_the_reference_has_them() {
+        for cols in [1, 127, 128, 200, 384] {
+            let rows = 19;
+            let len = rows * DType::F8.row_bytes(cols);
+            let mut bytes: Vec<u8> = (0..len).map(|i| (i * 37 % 127) as u8 | (i % 3 << 7) as u8).collect();
+            for (i, block) in bytes.chunks_exact_mut(DType::F8.block_bytes()).enumerate() {
+                block[..4].copy_from_slice(&(1e-4 * (i + 1) as f32).to_le_bytes());
+            }
+            let matrix = Matrix::new(DType::F8, rows, cols, &bytes).expect("matrix");
+            let group_bytes = Format::F8.group_bytes(cols);
+            let mut packed = vec![0u8; 2 * group_bytes];
+            for (group, out) in packed.chunks_exact_mut(group_bytes).enumerate() {
+                pack_group(&matrix, group, out);
+            }
+            let want = crate::reference::dequantize(&matrix);
+            let mut read = vec![0.0f32; cols];
+            for (row, want) in want.chunks_exact(cols).enumerate() {
+                unpack_row(Format::F8, &packed[row / 16 * group_bytes..], row % 16, &mut read);
+                assert_eq!(read, want, "row {row} of {cols}");
             }
         }
     }

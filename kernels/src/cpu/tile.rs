@@ -3,7 +3,8 @@
 
 use float8::F8E4M3;
 
-use super::isa::Isa;
+use super::isa::{Isa, LANES};
+use super::pack::{F8_BLOCK, F8_VALUES};
 
 /// Element type of the matrix a tile reads.
 pub(crate) trait Element: Copy + Send + Sync + 'static {
@@ -172,6 +173,48 @@ pub(crate) unsafe fn tile_pairs<I: Isa, const R: usize, const C: usize>(
                     *sum = isa.fma(first, column.0, *sum);
                     if both {
                         *sum = isa.fma(second, column.1, *sum);
+                    }
+                }
+            }
+        }
+    }
+    *acc = sums;
+}
+
+/// As [`tile`], for E4M3 in blocks of `k` with scales ([`Format::F8`](super::pack::Format::F8)): `w` is where a block
+/// begins.
+///
+/// # Safety
+/// All those elements are readable.
+#[inline(always)]
+pub(crate) unsafe fn tile_f8<I: Isa, const R: usize, const C: usize>(
+    isa: I,
+    a: *const f32,
+    a_stride: usize,
+    w: *const u8,
+    c_stride: usize,
+    depth: usize,
+    acc: &mut [[I::F; C]; R],
+) {
+    let mut sums = *acc;
+    for start in (0..depth).step_by(F8_BLOCK) {
+        // SAFETY: as the function says.
+        unsafe {
+            let w = w.add(start / F8_BLOCK * (F8_VALUES + F8_BLOCK * LANES));
+            let mut scales = [isa.zero(); C];
+            for (c, scale) in scales.iter_mut().enumerate() {
+                *scale = isa.load(w.add(c * c_stride).cast());
+            }
+            for k in 0..F8_BLOCK.min(depth - start) {
+                let w = w.add(F8_VALUES + k * LANES);
+                let mut columns = scales;
+                for (c, column) in columns.iter_mut().enumerate() {
+                    *column = isa.mul(isa.load_f8_small(w.add(c * c_stride)), *column);
+                }
+                for (r, sums) in sums.iter_mut().enumerate() {
+                    let a = isa.splat(*a.add(r * a_stride + start + k));
+                    for (column, sum) in columns.iter().zip(sums) {
+                        *sum = isa.fma(a, *column, *sum);
                     }
                 }
             }

@@ -74,7 +74,7 @@ impl<D: Driver> Linear<D> {
     pub(super) fn new(stream: &Stream<D>, parts: &[Matrix<'_>]) -> Result<Self, KernelError> {
         let cols = parts[0].cols();
         let mut linear = Self { parts: Vec::new(), rows: 0, cols, bytes: 0 };
-        for alike in parts.chunk_by(|a, b| Form::of(a.dtype()) == Form::of(b.dtype())) {
+        for alike in parts.chunk_by(|a, b| Form::of(a.dtype(), cols) == Form::of(b.dtype(), cols)) {
             let mut unpacked = Unpacked::default();
             for part in alike {
                 if part.cols() != cols {
@@ -85,7 +85,7 @@ impl<D: Driver> Linear<D> {
             let rows = alike.iter().map(Matrix::rows).sum();
             linear.bytes += unpacked.values.len() + unpacked.scales.len();
             linear.parts.push(Part {
-                form: Form::of(alike[0].dtype()),
+                form: Form::of(alike[0].dtype(), cols),
                 values: Buffer::holding(stream, &unpacked.values),
                 scales: Buffer::holding(stream, &unpacked.scales),
                 first: linear.rows,

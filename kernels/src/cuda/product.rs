@@ -100,6 +100,7 @@ const fn kernels(form: Form) -> Option<&'static Kernels> {
         Form::Nibbles => named!("nibbles", "f16"),
         Form::Bytes => named!("bytes", "f16"),
         Form::FineBytes => named!("fine_bytes", "f16"),
+        Form::F8 => named!("f8", "f16"),
     }
 }
 

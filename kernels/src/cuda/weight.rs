@@ -1,6 +1,9 @@
 //! Taking weights apart into what the device's loads want (`kernels/cuda/weights.cuh` is the other half).
 
+use half::f16;
+
 use crate::blocks::{BLOCK, decode};
+use crate::reference::dequantize;
 use crate::{DType, Matrix};
 
 /// How a matrix lies in device memory.
@@ -15,11 +18,22 @@ pub(super) enum Form {
     Bytes,
     /// Eight bits a quant, scale and minimum for 16.
     FineBytes,
+    /// E4M3, a scale for 128.
+    F8,
 }
 
+/// Elements that share a scale in [`Form::F8`].
+const F8_BLOCK: usize = DType::F8.block_len();
+/// What scales of [`Form::F8`] are multiplied by (`QUARTER_UNIT` of the kernels).
+const QUARTER_UNIT: f32 = 256.0;
+
 impl Form {
-    pub(super) const fn of(dtype: DType) -> Self {
+    /// That of a matrix of so many columns. Kernels find an element's scale by counting elements, so rows of E4M3 have
+    /// to be whole blocks; others, which few models have, become f16, to which products of many rows round them anyway.
+    pub(super) const fn of(dtype: DType, cols: usize) -> Self {
         match dtype {
+            DType::F8 if !cols.is_multiple_of(F8_BLOCK) => Self::F16,
+            DType::F8 => Self::F8,
             DType::F32 => Self::F32,
             DType::F16 => Self::F16,
             DType::BF16 => Self::BF16,
@@ -63,6 +77,7 @@ impl Form {
             Self::Nibbles => named!("nibbles"),
             Self::Bytes => named!("bytes"),
             Self::FineBytes => named!("fine_bytes"),
+            Self::F8 => named!("f8", wide),
         }
     }
 }
@@ -77,12 +92,14 @@ pub(super) struct Kernels {
 
 /// Bytes that so many weights take on a device, which for some quantised ones is more than in their files.
 pub fn weight_bytes(dtype: DType, elements: usize) -> usize {
-    let of_a_block = match Form::of(dtype) {
+    let of_a_block = match Form::of(dtype, F8_BLOCK) {
         Form::F32 => 4 * BLOCK,
         Form::F16 | Form::BF16 => 2 * BLOCK,
         Form::Nibbles => BLOCK / 2 + 4,
         Form::Bytes => BLOCK + 2,
         Form::FineBytes => BLOCK + 2 * 4,
+        // And a quarter of a scale.
+        Form::F8 => BLOCK + 1,
     };
     elements.div_ceil(BLOCK).saturating_mul(of_a_block)
 }
@@ -98,7 +115,10 @@ pub(super) struct Unpacked {
 impl Unpacked {
     /// Appends the rows of another matrix of the same form and width.
     pub(super) fn push(&mut self, matrix: &Matrix<'_>) {
-        let form = Form::of(matrix.dtype());
+        let form = Form::of(matrix.dtype(), matrix.cols());
+        if matrix.dtype() == DType::F8 {
+            return self.push_f8(matrix, form);
+        }
         if let Form::F32 | Form::F16 | Form::BF16 = form {
             let element = matrix.dtype().block_bytes();
             let padding = (matrix.cols().next_multiple_of(8) - matrix.cols()) * element;
@@ -131,6 +151,22 @@ impl Unpacked {
             }
         }
     }
+
+    fn push_f8(&mut self, matrix: &Matrix<'_>, form: Form) {
+        if form == Form::F16 {
+            let padding = (matrix.cols().next_multiple_of(8) - matrix.cols()) * size_of::<f16>();
+            for row in dequantize(matrix).chunks_exact(matrix.cols()) {
+                self.values.extend(row.iter().flat_map(|&x| f16::from_f32(x).to_le_bytes()));
+                self.values.resize(self.values.len() + padding, 0);
+            }
+            return;
+        }
+        for block in matrix.data().chunks_exact(DType::F8.block_bytes()) {
+            let scale = f32::from_le_bytes([block[0], block[1], block[2], block[3]]) * QUARTER_UNIT;
+            self.scales.extend(scale.to_le_bytes());
+            self.values.extend_from_slice(&block[4..]);
+        }
+    }
 }
 
 #[cfg(test)]
@@ -139,8 +175,8 @@ mod tests {
 
     #[test]
     fn weights_take_the_bytes_that_are_said() {
-        use DType::{BF16, F16, F32, Q4_0, Q4_1, Q4K, Q5_0, Q5_1, Q5K, Q6K, Q8_0};
-        for dtype in [F32, F16, BF16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q4K, Q5K, Q6K] {
+        use DType::{BF16, F8, F16, F32, Q4_0, Q4_1, Q4K, Q5_0, Q5_1, Q5K, Q6K, Q8_0};
+        for dtype in [F32, F16, BF16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q4K, Q5K, Q6K, F8] {
             let (rows, cols) = (3, 512);
             let file = vec![0; rows * cols / dtype.block_len() * dtype.block_bytes()];
             let mut unpacked = Unpacked::default();

@@ -1,4 +1,4 @@
-use super::{dequantize_row, sample::sample_row};
+use super::{dequantize, sample::sample_row};
 use crate::{
     AttentionShape, Backend, Batch, KernelError, KvLayout, KvPages, Matrix, QkNorm, RopeTable, SampleRow, Sampled,
     SequenceSpan,
@@ -112,7 +112,7 @@ impl Backend for ReferenceBackend {
             if part.cols() != cols {
                 return Err(KernelError::StackedColumns { first: cols, other: part.cols() });
             }
-            dequantize_row(part.dtype(), part.data(), &mut values);
+            values.extend(dequantize(part));
         }
         Ok(ReferenceLinear { cols, values })
     }

@@ -1,3 +1,4 @@
+use float8::F8E4M3;
 use half::{bf16, f16};
 
 use crate::{DType, Matrix};
@@ -7,12 +8,14 @@ pub fn dequantize(matrix: &Matrix<'_>) -> Vec<f32> {
     let mut out = Vec::with_capacity(matrix.rows() * matrix.cols());
     for row in 0..matrix.rows() {
         dequantize_row(matrix.dtype(), matrix.row(row), &mut out);
+        // Without what fills up the last block.
+        out.truncate((row + 1) * matrix.cols());
     }
     out
 }
 
-/// Appends the elements of whole blocks of `dtype` to `out`. Values are exactly what llama.cpp's `dequantize_row_*`
-/// give: the same single precision operations in the same order.
+/// Appends the elements of whole blocks of `dtype` to `out`. Values of GGML's types are exactly what llama.cpp's
+/// `dequantize_row_*` give: the same single precision operations in the same order.
 pub fn dequantize_row(dtype: DType, bytes: &[u8], out: &mut Vec<f32>) {
     let blocks = bytes.chunks_exact(dtype.block_bytes());
     match dtype {
@@ -27,7 +30,14 @@ pub fn dequantize_row(dtype: DType, bytes: &[u8], out: &mut Vec<f32>) {
         DType::Q4K => blocks.for_each(|b| q4_k(b, out)),
         DType::Q5K => blocks.for_each(|b| q5_k(b, out)),
         DType::Q6K => blocks.for_each(|b| q6_k(b, out)),
+        DType::F8 => blocks.for_each(|b| f8(b, out)),
     }
+}
+
+/// `[0..4]` scale, `[4..132]` E4M3 values: value `q · scale`.
+fn f8(block: &[u8], out: &mut Vec<f32>) {
+    let scale = f32::from_le_bytes([block[0], block[1], block[2], block[3]]);
+    out.extend(block[4..].iter().map(|&q| F8E4M3::from_bits(q).to_f32() * scale));
 }
 
 fn half_at(block: &[u8], at: usize) -> f32 {
@@ -190,6 +200,24 @@ mod tests {
                 assert!((value - decoded).abs() < 0.15, "{dtype:?}: {value} became {decoded}");
             }
         }
+    }
+
+    #[test]
+    fn eight_bit_floats_are_multiplied_by_their_block_s_scale_and_rows_end_where_they_end() {
+        // 1, -2 and the largest and smallest there are.
+        let quants = [0x38u8, 0xc0, 0x7e, 0x01];
+        let block = |scale: f32, len: usize| {
+            let mut bytes = scale.to_le_bytes().to_vec();
+            bytes.extend((0..128).map(|i| if i < len { quants[i % 4] } else { 0 }));
+            bytes
+        };
+        let values = |scale: f32, len: usize| {
+            (0..len).map(|i| [1.0, -2.0, 448.0, 1.0 / 512.0][i % 4] * scale).collect::<Vec<_>>()
+        };
+        let rows = [block(0.5, 128), block(-3.0, 2), block(1.0 / 3.0, 128), block(1e-30, 2)];
+        let want = [values(0.5, 128), values(-3.0, 2), values(1.0 / 3.0, 128), values(1e-30, 2)];
+        assert_eq!(dequantize(&Matrix::new(DType::F8, 2, 130, &rows.concat()).unwrap()), want.concat());
+        assert!(Matrix::new(DType::F8, 2, 128, &rows.concat()).is_err());
     }
 
     #[test]

@@ -45,6 +45,8 @@ macro_rules! of_every_backend {
             linear:
                 float_weights_match_the_reference,
                 quantized_weights_match_the_reference,
+                eight_bit_floats_of_any_width_match_the_reference,
+                eight_bit_floats_with_small_and_large_scales_match_the_reference,
                 stacked_parts_of_mixed_types_stand_one_after_the_other,
                 every_row_count_gives_the_same_bits,
                 wide_products_match_the_reference,

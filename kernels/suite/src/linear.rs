@@ -91,10 +91,14 @@ fn as_kept<B: Subject>(parts: &[Matrix<'_>]) -> Vec<f32> {
     backend.read(&out)
 }
 
+fn has_integers(dtype: DType) -> bool {
+    dtype.is_quantized() && dtype != DType::F8
+}
+
 fn check<B: Subject>(parts: &[Matrix<'_>], x: &[f32], bias: Option<&[f32]>, what: &str) {
     let ours = product(&mut B::any(), parts, x, bias);
     let (dtype, cols) = (parts[0].dtype(), parts[0].cols());
-    let rounds = B::ROUNDS_ACTIVATIONS && parts.iter().all(|part| part.dtype().is_quantized());
+    let rounds = B::ROUNDS_ACTIVATIONS && parts.iter().all(|part| has_integers(part.dtype()));
     let narrow = B::narrows_to(dtype, x.len() / cols);
     let seen = match narrow {
         Some(narrow) => narrowed(x, cols, narrow, false),
@@ -149,6 +153,47 @@ pub(crate) fn quantized_weights_match_the_reference<B: Subject>() {
             let bias = random.normals(out);
             let bias = (i % 2 == 0).then_some(bias.as_slice());
             check::<B>(&[weight.matrix()], &x, bias, &format!("{dtype:?} [{out}, {cols}] x {rows}"));
+        }
+    }
+}
+
+pub(crate) fn eight_bit_floats_of_any_width_match_the_reference<B: Subject>() {
+    let mut random = Random::new(12);
+    for (i, cols) in [1, 7, 40, 72, 127, 129, 200, 576, 1000].into_iter().enumerate() {
+        let weight = Weight::random(DType::F8, [5, 16, 37][i % 3], cols, &mut random);
+        let what = format!("[{}, {cols}]", weight.matrix().rows());
+        let want = dequantize(&weight.matrix());
+        // Where rows have to be whole blocks, others may be kept as f16.
+        let tolerance = |i: usize| want[i].abs() / 2048.0 + 6e-8;
+        assert_near(&as_kept::<B>(&[weight.matrix()]), &want, tolerance, &what);
+        for rows in [1, 2, 4, 6, 16, 19] {
+            let x = random.normals(rows * cols);
+            let bias = random.normals(weight.matrix().rows());
+            check::<B>(&[weight.matrix()], &x, Some(&bias), &format!("{what} x {rows}"));
+        }
+    }
+}
+
+pub(crate) fn eight_bit_floats_with_small_and_large_scales_match_the_reference<B: Subject>() {
+    // As small and as large as models have them: also what is multiplied as f16 is near enough.
+    let mut random = Random::new(13);
+    for scale in [1e-6f32, 1e-4, 1e-2, 1.0] {
+        let (out, cols) = (24, 384);
+        let mut bytes = Vec::new();
+        for _ in 0..out * cols / 128 {
+            bytes.extend((scale * (0.5 + random.unit())).to_le_bytes());
+            bytes.extend((0..128).map(|_| random.below(127) as u8 | (random.below(2) as u8) << 7));
+        }
+        let weight = Matrix::new(DType::F8, out, cols, &bytes).unwrap();
+        let largest = largest(&dequantize(&weight));
+        for rows in [1, 3, 16, 20] {
+            let x = random.normals(rows * cols);
+            let ours = product(&mut B::any(), &[weight], &x, None);
+            let want = product(&mut ReferenceBackend, &[weight], &x, None);
+            // A hundredth of what weights of eight bits are uncertain by.
+            let sums: Vec<f32> = x.chunks(cols).map(|x| x.iter().map(|x| x.abs()).sum()).collect();
+            let what = format!("scales around {scale:e}, {rows} rows");
+            assert_near(&ours, &want, |i| largest * sums[i / out] / 1600.0, &what);
         }
     }
 }
@@ -217,7 +262,7 @@ pub(crate) fn wide_products_match_the_reference<B: Subject>() {
     // alone and among others.
     let mut random = Random::new(9);
     for (i, cols) in [1024usize, 1032, 2048, 3080, 4352].into_iter().enumerate() {
-        for dtype in [DType::BF16, DType::F32, DType::Q4_0, DType::Q8_0, DType::Q6K] {
+        for dtype in [DType::BF16, DType::F32, DType::Q4_0, DType::Q8_0, DType::Q6K, DType::F8] {
             let cols = if dtype.is_quantized() { cols.next_multiple_of(dtype.block_len()) } else { cols };
             let rows = [1, 2, 4, 8, 16][i];
             let weight = Weight::random(dtype, [9, 70][i % 2], cols, &mut random);
@@ -235,7 +280,7 @@ pub(crate) fn products_that_fill_a_device_match_the_reference<B: Subject>() {
     // As many output features as make devices of 20 to 170 multiprocessors take each kernel there is, for each form that
     // weights have there.
     let mut random = Random::new(11);
-    for dtype in [DType::F32, DType::F16, DType::BF16, DType::Q4_0, DType::Q8_0, DType::Q6K] {
+    for dtype in [DType::F32, DType::F16, DType::BF16, DType::Q4_0, DType::Q8_0, DType::Q6K, DType::F8] {
         for (i, rows) in [1, 2, 3, 5, 9].into_iter().enumerate() {
             for out in [512, 1024, 2048, 4096] {
                 let cols = (32 + 8 * i).next_multiple_of(dtype.block_len());

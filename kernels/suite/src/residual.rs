@@ -98,7 +98,7 @@ pub(crate) fn fused_operations_give_the_bits_of_those_they_stand_for<B: Subject>
 
 pub(crate) fn a_row_of_a_fused_operation_does_not_see_the_others<B: Subject>() {
     let mut random = Random::new(92);
-    for dtype in [DType::BF16, DType::Q4_0] {
+    for dtype in [DType::BF16, DType::Q4_0, DType::F8] {
         let case = Case::random(dtype, dtype, 256, 64, &mut random);
         let x = random.normals(16 * 256);
         let all = case.run::<B>(&x, true);

@@ -9,7 +9,8 @@ use crate::{OnDevice, Start, Watched, watched};
 
 /// A backend under test: what of its roundings results show, and how to have one.
 pub trait Subject: Backend + Sized {
-    /// Whether [`Backend::linear`] rounds activations to integers before it multiplies them with quantised weights.
+    /// Whether [`Backend::linear`] rounds activations to integers before it multiplies them with weights that are
+    /// quantised to integers.
     const ROUNDS_ACTIVATIONS: bool;
 
     /// Whether the two levels of scales of K-quants are multiplied out and rounded to f16.
@@ -151,8 +152,8 @@ impl Random {
 }
 
 pub(crate) const FLOATS: [DType; 3] = [DType::F32, DType::F16, DType::BF16];
-pub(crate) const QUANTIZED: [DType; 8] =
-    [DType::Q4_0, DType::Q4_1, DType::Q5_0, DType::Q5_1, DType::Q8_0, DType::Q4K, DType::Q5K, DType::Q6K];
+pub(crate) const QUANTIZED: [DType; 9] =
+    [DType::Q4_0, DType::Q4_1, DType::Q5_0, DType::Q5_1, DType::Q8_0, DType::Q4K, DType::Q5K, DType::Q6K, DType::F8];
 
 /// A weight as it would stand in a file.
 pub(crate) struct Weight {
@@ -170,7 +171,7 @@ impl Weight {
     /// Random weights. Blocks are any bits at all, with scales such that weights are around 1 in magnitude.
     pub(crate) fn random(dtype: DType, rows: usize, cols: usize, random: &mut Random) -> Self {
         let bytes = if dtype.is_quantized() {
-            let len = rows * cols / dtype.block_len() * dtype.block_bytes();
+            let len = rows * dtype.row_bytes(cols);
             let mut bytes: Vec<u8> = (0..len).map(|_| random.bits() as u8).collect();
             // Where the scales are, and the largest values they multiply.
             let (scales, largest): (&[usize], f32) = match dtype {
@@ -182,12 +183,20 @@ impl Weight {
                 DType::Q4K => (&[0, 2], 16.0 * 64.0),
                 DType::Q5K => (&[0, 2], 32.0 * 64.0),
                 DType::Q6K => (&[208], 32.0 * 128.0),
+                DType::F8 => (&[0], 448.0),
                 DType::F32 | DType::F16 | DType::BF16 => unreachable!("not quantised"),
             };
             for block in bytes.chunks_exact_mut(dtype.block_bytes()) {
                 for &at in scales {
-                    let scale = f16::from_f32(2.0 * (random.unit() * 2.0 - 1.0) / largest);
-                    block[at..at + 2].copy_from_slice(&scale.to_le_bytes());
+                    let scale = 2.0 * (random.unit() * 2.0 - 1.0) / largest;
+                    match dtype {
+                        DType::F8 => block[at..at + 4].copy_from_slice(&scale.to_le_bytes()),
+                        _ => block[at..at + 2].copy_from_slice(&f16::from_f32(scale).to_le_bytes()),
+                    }
+                }
+                if dtype == DType::F8 {
+                    // None is NaN.
+                    block[4..].iter_mut().for_each(|quant| *quant ^= u8::from(*quant & 0x7f == 0x7f));
                 }
             }
             bytes

@@ -72,13 +72,16 @@ pub(crate) fn no_tile_and_no_split_changes_a_bit<D: Start>() {
     // For 16 elements each, more than enough for all; half of them serve for 32.
     let small = |x: &f32| f16::from_f32(x / 64.0).to_le_bytes();
     let scales = holding(&driver, &numbers(features * cols / 8).iter().flat_map(small).collect::<Vec<_>>());
+    let single_scales = holding(&driver, &bytes_of(&numbers(features * cols / 128 + 1), DType::F32));
     for (suffix, dtype) in [
         ("f16", DType::F16),
         ("bf16", DType::BF16),
         ("nibbles", DType::F16),
         ("bytes", DType::F16),
         ("fine_bytes", DType::F16),
+        ("f8", DType::F16),
     ] {
+        let scales = if suffix == "f8" { &single_scales } else { &scales };
         let floats_of_weight = bytes_of(&weight, dtype);
         let values = if suffix.ends_with("16") { &floats_of_weight } else { &any };
         let (x, values) = (holding(&driver, &bytes_of(&x, dtype)), holding(&driver, values));

@@ -71,12 +71,6 @@ fn refuse_unsupported(fields: &Fields<'_>) -> Result<(), ModelError> {
     if let Some(activation) = fields.string("hidden_act")?.filter(|name| *name != "silu") {
         return refuse(format!("hidden_act `{activation}`"));
     }
-    if let Some(quantization) = fields.object("quantization_config")? {
-        let method = quantization.string("quant_method")?.unwrap_or("unnamed");
-        return refuse(format!(
-            "quantization_config (quant_method `{method}`; use bf16, f16 or f32 weights, or a GGUF file)"
-        ));
-    }
     if let Some(factor) = fields.float("partial_rotary_factor")?.filter(|&factor| factor != 1.0) {
         return refuse(format!("partial_rotary_factor {factor}"));
     }

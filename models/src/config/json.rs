@@ -33,6 +33,11 @@ impl<'a> Fields<'a> {
         self.object.get(field).filter(|value| !value.is_null())
     }
 
+    /// The names of all fields.
+    pub(crate) fn names(&self) -> impl Iterator<Item = &'a str> {
+        self.object.keys().map(String::as_str)
+    }
+
     /// An error about a field.
     pub(crate) fn error(&self, field: &str, problem: impl Into<String>) -> ModelError {
         ModelError::Field { path: self.path.into(), field: field.into(), problem: problem.into() }

@@ -3,6 +3,7 @@
 pub(crate) mod gguf;
 pub(crate) mod hf;
 pub(crate) mod json;
+pub(crate) mod quantization;
 
 use std::path::Path;
 
@@ -127,6 +128,13 @@ impl ModelConfig {
         let norms = 2 * hidden + given(self.architecture.family().qk_norm, 2 * head);
         let tables = if self.tie_word_embeddings { 1 } else { 2 } * vocab * hidden;
         tables + self.layers as u64 * (attention + mlp + norms) + hidden
+    }
+
+    /// Weights of the layers' projections: those that tools quantise.
+    pub(crate) fn projections(&self) -> u64 {
+        let [hidden, inner] = [self.hidden_size, self.intermediate_size].map(|n| n as u64);
+        let [q, kv] = [self.heads * self.head_dim, self.kv_heads * self.head_dim].map(|n| n as u64);
+        self.layers as u64 * (hidden * (2 * q + 2 * kv) + 3 * hidden * inner)
     }
 
     /// Checks what no model can be without: sizes in range, heads that divide, numbers that are numbers. `path` is for

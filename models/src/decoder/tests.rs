@@ -26,7 +26,7 @@ struct Lively {
 
 impl Lively {
     fn new(seed: u64) -> Self {
-        Self { dummy: DummyWeights { seed, dtype: DType::F32, parameters: 0 }, given: RefCell::default() }
+        Self { dummy: DummyWeights::of(DType::F32, seed), given: RefCell::default() }
     }
 }
 
@@ -39,10 +39,10 @@ impl WeightSource for Lively {
             let plain = self.dummy.tensor(name, shape)?;
             floats(DType::F32, &plain.data).iter().map(|x| 8.0 * x).collect::<Vec<_>>()
         };
-        let data = values.iter().flat_map(|x| x.to_le_bytes()).collect();
+        let data: Vec<u8> = values.iter().flat_map(|x| x.to_le_bytes()).collect();
         let tensor = CandleTensor::from_vec(values, shape, &Device::Cpu).unwrap();
         self.given.borrow_mut().insert(name.into(), tensor);
-        Ok(Tensor { dtype: DType::F32, shape: shape.into(), data: Cow::Owned(data) })
+        Ok(Tensor { dtype: DType::F32, shape: shape.into(), file_bytes: data.len(), data: Cow::Owned(data) })
     }
 
     fn total_bytes(&self) -> u64 {

@@ -6,6 +6,8 @@ use serde_json::{Map, Value, json};
 use super::*;
 use crate::gguf::testing::GgufWriter;
 
+mod fp8;
+
 const HIDDEN: usize = 32;
 const INNER: usize = 64;
 const VOCABULARY: usize = 48;
@@ -40,7 +42,7 @@ fn table() -> Vec<(&'static str, &'static str, Vec<usize>)> {
 }
 
 fn data(name: &str, shape: &[usize]) -> Vec<u8> {
-    let dummy = DummyWeights { seed: 3, dtype: DType::F32, parameters: 0 };
+    let dummy = DummyWeights::of(DType::F32, 3);
     dummy.tensor(name, shape).unwrap().data.into_owned()
 }
 

@@ -31,13 +31,14 @@ impl WeightSource for GgufWeights<'_> {
         };
         let query_or_key = name.contains(".q_proj.") || name.contains(".k_proj.");
         let rows = info.shape.first().copied().unwrap_or(0);
+        let file_bytes = data.len();
         let data = match self.interleaved_head_dim {
             Some(head_dim) if query_or_key && rows > 0 && rows.is_multiple_of(head_dim) => {
                 Cow::Owned(half_split_rows(data, data.len() / rows, head_dim))
             }
             _ => Cow::Borrowed(data),
         };
-        Ok(Tensor { dtype, shape: info.shape.clone(), data })
+        Ok(Tensor { dtype, shape: info.shape.clone(), data, file_bytes })
     }
 
     fn total_bytes(&self) -> u64 {

@@ -137,9 +137,9 @@ impl<'a, B: Backend> Loader<'a, B> {
         }
         let elements: usize = shape.iter().product();
         self.elements.entry(format!("{:?}", tensor.dtype)).or_insert((tensor.dtype, 0)).1 += elements as u64;
-        self.file_bytes += tensor.data.len() as u64;
+        self.file_bytes += tensor.file_bytes as u64;
         self.used.insert(name.into());
-        self.bar.inc(tensor.data.len() as u64);
+        self.bar.inc(tensor.file_bytes as u64);
         Ok(tensor)
     }
 

@@ -1,6 +1,7 @@
 //! Tensors by the names Hugging Face's checkpoints give them, wherever they come from.
 
 mod dummy;
+mod fp8;
 mod gguf;
 mod loader;
 mod safetensors;
@@ -25,6 +26,8 @@ pub(crate) struct Tensor<'a> {
     /// Slowest dimension first: `[out, in]`.
     pub(crate) shape: Vec<usize>,
     pub(crate) data: Cow<'a, [u8]>,
+    /// Bytes it takes in the files.
+    pub(crate) file_bytes: usize,
 }
 
 /// Where a model's tensors come from.
@@ -40,13 +43,15 @@ pub(crate) trait WeightSource {
 }
 
 /// Element type of the KV cache that suits weights with these bytes of each type: the type of most of them if it is f32
-/// or bf16, else f16, as llama.cpp has it.
+/// or bf16, else f16, as llama.cpp has it. Weights of eight-bit floats do not count: what was not quantised beside them
+/// shows what the model was before.
 pub(crate) fn kv_dtype(bytes_by_type: impl Iterator<Item = (DType, usize)>) -> KvDType {
     let mut f32_bytes = 0;
     let mut bf16_bytes = 0;
     let mut other_bytes = 0;
     for (dtype, bytes) in bytes_by_type {
         *match dtype {
+            DType::F8 => continue,
             DType::F32 => &mut f32_bytes,
             DType::BF16 => &mut bf16_bytes,
             _ => &mut other_bytes,

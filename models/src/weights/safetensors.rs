@@ -7,9 +7,11 @@ use engine_kernels::{DType, MappedFile};
 use safetensors::{Dtype, SafeTensors};
 use serde::Deserialize;
 
-use super::{Tensor, WeightSource};
+use super::fp8::{Scales, blocks};
+use super::{Tensor, WeightSource, floats};
 use crate::ModelError;
 use crate::bounded_file::{CONFIG_BYTES_MAX, read_bounded};
+use crate::config::quantization::Fp8;
 use crate::fingerprint::Fingerprint;
 
 /// The file of a model that fits in one.
@@ -22,7 +24,23 @@ pub(crate) struct SafetensorsFiles {
     directory: PathBuf,
     files: Vec<MappedFile>,
     tensors: HashMap<String, Entry>,
+    /// How weights of eight-bit floats are scaled.
+    fp8: Option<Fp8>,
 }
+
+/// Ends of the names of scales of weights, in place of `weight`: of `fp8` by transformers, and of all others.
+const SCALES: [&str; 2] = ["weight_scale_inv", "weight_scale"];
+/// Of those and of other scales that tools leave: of activations, keys and values, which are used as they are.
+const ALL_SCALES: [&str; 8] = [
+    ".weight_scale_inv",
+    ".weight_scale",
+    ".input_scale",
+    ".output_scale",
+    ".activation_scale",
+    ".q_scale",
+    ".k_scale",
+    ".v_scale",
+];
 
 struct Entry {
     file: usize,
@@ -32,9 +50,9 @@ struct Entry {
 }
 
 impl SafetensorsFiles {
-    /// Opens `model.safetensors`, or the files its index names.
-    pub(crate) fn open(directory: &Path) -> Result<Self, ModelError> {
-        let mut this = Self { directory: directory.into(), files: Vec::new(), tensors: HashMap::new() };
+    /// Opens `model.safetensors`, or the files its index names. `fp8` is what the configuration says.
+    pub(crate) fn open(directory: &Path, fp8: Option<Fp8>) -> Result<Self, ModelError> {
+        let mut this = Self { directory: directory.into(), files: Vec::new(), tensors: HashMap::new(), fp8 };
         let index = directory.join(INDEX_FILE);
         if index.exists() {
             for name in shards(&index)? {
@@ -73,16 +91,66 @@ impl SafetensorsFiles {
 
     /// Adds all tensors, in the order of their names.
     pub(crate) fn fingerprint(&self, fingerprint: &mut Fingerprint) {
+        if let Some(Fp8 { block, .. }) = &self.fp8 {
+            fingerprint.part("fp8", format!("{block:?}").as_bytes());
+        }
         let mut tensors: Vec<_> = self.tensors.iter().collect();
         tensors.sort_unstable_by_key(|(name, _)| *name);
         for (name, entry) in tensors {
-            fingerprint.tensor(name, dtype_of(entry.dtype), &entry.shape, &self.files[entry.file][entry.range.clone()]);
+            fingerprint.tensor(name, dtype_of(entry.dtype), &entry.shape, self.data(entry));
         }
     }
 
     /// Bytes of the tensors of each type that is read.
     pub(crate) fn bytes_by_type(&self) -> impl Iterator<Item = (DType, usize)> {
         self.tensors.values().filter_map(|entry| Some((dtype_of(entry.dtype)?, entry.range.len())))
+    }
+
+    /// Bytes of all tensors where so many weights of eight-bit floats take `stored` bytes, and others what they take in
+    /// the files.
+    pub(crate) fn bytes_as(&self, stored: impl Fn(DType, usize) -> usize) -> u64 {
+        let bytes = |entry: &Entry| match entry.dtype {
+            Dtype::F8_E4M3 => stored(DType::F8, entry.range.len()),
+            _ => entry.range.len(),
+        };
+        self.tensors.values().map(|entry| bytes(entry) as u64).sum()
+    }
+
+    fn data(&self, entry: &Entry) -> &[u8] {
+        &self.files[entry.file][entry.range.clone()]
+    }
+
+    /// A matrix of eight-bit floats, put together with its scales.
+    fn scaled(&self, name: &str, entry: &Entry) -> Result<Tensor<'_>, ModelError> {
+        let error = |name: &str, problem: String| ModelError::Safetensors {
+            path: self.directory.clone(),
+            problem: format!("tensor `{name}` {problem}"),
+        };
+        let Some(fp8) = &self.fp8 else {
+            let advice = "; config.json has no quantization_config that says how it is scaled";
+            return Err(ModelError::TensorType { name: name.into(), found: "F8_E4M3".into(), advice });
+        };
+        let (Some(base), &[rows, cols]) = (name.strip_suffix("weight"), entry.shape.as_slice()) else {
+            return Err(error(name, format!("of shape {:?} is F8_E4M3, which weight matrices alone are", entry.shape)));
+        };
+        let names = SCALES.map(|end| format!("{base}{end}"));
+        let Some((scale_name, scale)) = names.iter().find_map(|name| Some((name, self.tensors.get(name)?))) else {
+            let name = format!("{}` or `{}", names[0], names[1]);
+            return Err(ModelError::MissingTensor { name, path: self.directory.clone() });
+        };
+        let dtype =
+            dtype_of(scale.dtype).filter(|dtype| *dtype != DType::F8).ok_or_else(|| ModelError::TensorType {
+                name: scale_name.clone(),
+                found: format!("{:?}", scale.dtype),
+                advice: " for scales; supported are F32, F16 and BF16",
+            })?;
+        let scales = Scales::new(fp8, [rows, cols], &scale.shape, floats(dtype, self.data(scale)))
+            .map_err(|problem| error(scale_name, problem))?;
+        let data = blocks(self.data(entry), cols, &scales).ok_or_else(|| {
+            error(name, "has elements that are not numbers: the file is damaged, download it again".into())
+        })?;
+        let file_bytes = entry.range.len() + scale.range.len();
+        Ok(Tensor { dtype: DType::F8, shape: entry.shape.clone(), data: Cow::Owned(data), file_bytes })
     }
 }
 
@@ -93,10 +161,13 @@ impl WeightSource for SafetensorsFiles {
         let dtype = dtype_of(entry.dtype).ok_or_else(|| ModelError::TensorType {
             name: name.into(),
             found: format!("{:?}", entry.dtype),
-            advice: "; supported are F32, F16 and BF16",
+            advice: "; supported are F32, F16, BF16 and F8_E4M3",
         })?;
-        let data = Cow::Borrowed(&self.files[entry.file][entry.range.clone()]);
-        Ok(Tensor { dtype, shape: entry.shape.clone(), data })
+        if dtype == DType::F8 {
+            return self.scaled(name, entry);
+        }
+        let data = Cow::Borrowed(self.data(entry));
+        Ok(Tensor { dtype, shape: entry.shape.clone(), data, file_bytes: entry.range.len() })
     }
 
     fn total_bytes(&self) -> u64 {
@@ -105,8 +176,9 @@ impl WeightSource for SafetensorsFiles {
 
     fn unused(&self, used: &HashSet<String>) -> Vec<String> {
         // Old conversions stored the rotary frequencies, which follow from the configuration.
-        let names = self.tensors.keys().filter(|name| !used.contains(*name) && !name.ends_with(".rotary_emb.inv_freq"));
-        names.cloned().collect()
+        let is_scale = |name: &str| self.fp8.is_some() && ALL_SCALES.iter().any(|end| name.ends_with(end));
+        let is_known = |name: &str| used.contains(name) || name.ends_with(".rotary_emb.inv_freq") || is_scale(name);
+        self.tensors.keys().filter(|name| !is_known(name)).cloned().collect()
     }
 }
 
@@ -115,6 +187,7 @@ fn dtype_of(dtype: Dtype) -> Option<DType> {
         Dtype::F32 => Some(DType::F32),
         Dtype::F16 => Some(DType::F16),
         Dtype::BF16 => Some(DType::BF16),
+        Dtype::F8_E4M3 => Some(DType::F8),
         _ => None,
     }
 }
@@ -162,7 +235,7 @@ mod tests {
     fn open(bytes: &[u8]) -> Result<SafetensorsFiles, ModelError> {
         let directory = tempfile::tempdir().unwrap();
         std::fs::write(directory.path().join(SINGLE_FILE), bytes).unwrap();
-        SafetensorsFiles::open(directory.path())
+        SafetensorsFiles::open(directory.path(), None)
     }
 
     const HEADER: &str = r#"{"a":{"dtype":"BF16","shape":[2,2],"data_offsets":[0,8]},
@@ -200,7 +273,7 @@ mod tests {
         let index = directory.path().join(INDEX_FILE);
         for name in ["../model.safetensors", "/etc/passwd", "sub/model.safetensors", "..", "", "model.bin"] {
             std::fs::write(&index, serde_json::json!({"weight_map": {"a": name}}).to_string()).unwrap();
-            assert!(SafetensorsFiles::open(directory.path()).is_err(), "`{name}` was accepted");
+            assert!(SafetensorsFiles::open(directory.path(), None).is_err(), "`{name}` was accepted");
         }
     }
 
@@ -213,10 +286,10 @@ mod tests {
         }
         let index = serde_json::json!({"metadata": {}, "weight_map": {"a": "m-1.safetensors", "b": "m-2.safetensors"}});
         std::fs::write(directory.path().join(INDEX_FILE), index.to_string()).unwrap();
-        let files = SafetensorsFiles::open(directory.path()).unwrap();
+        let files = SafetensorsFiles::open(directory.path(), None).unwrap();
         assert!(files.tensor("a", &[]).is_ok() && files.tensor("b", &[]).is_ok());
         std::fs::remove_file(directory.path().join("m-2.safetensors")).unwrap();
-        let error = || SafetensorsFiles::open(directory.path()).err().unwrap().to_string();
+        let error = || SafetensorsFiles::open(directory.path(), None).err().unwrap().to_string();
         assert!(error().contains("m-2.safetensors"), "{}", error());
         std::fs::remove_file(directory.path().join(INDEX_FILE)).unwrap();
         assert!(error().contains("has neither model.safetensors nor"), "{}", error());

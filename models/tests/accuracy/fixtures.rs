@@ -9,6 +9,7 @@ use crate::stats::Regrets;
 const F32_MODELS: [&str; 7] =
     ["llama-gqa", "llama-rope-llama3", "llama-rope-linear", "llama-bias", "qwen2", "qwen3", "qwen3-yarn"];
 const HALF_MODELS: [&str; 3] = ["llama-f16", "llama-bf16", "qwen3-bf16"];
+const FP8_MODELS: [&str; 3] = ["qwen3-fp8", "llama-fp8", "qwen2-fp8-static"];
 const GGUF_FILES: [&str; 5] = ["q4_0-q4_1", "q5_0-q5_1", "q8_0-q6_k", "q4_k-q5_k", "mixed"];
 const PROMPTS: usize = 3;
 const POSITIONS: usize = 400;
@@ -23,11 +24,12 @@ fn relative_error(ours: &[Vec<f32>], theirs: &[Vec<f32>]) -> f32 {
     difference.fold(0.0, |worst: f32, d| if d > worst || d.is_nan() { d } else { worst }) / (high - low)
 }
 
-fn f32_models_agree<B: Backend>(backend: impl Fn() -> B) {
-    for name in F32_MODELS {
+/// With keys and values in f32.
+fn models_agree<B: Backend>(names: &[&str], backend: impl Fn() -> B) {
+    for name in names {
         let folder = format!("models/{name}");
         let goldens = Goldens::open(&format!("{folder}/expected.safetensors"));
-        let mut runner = Runner::load(backend(), &reference(&folder), POSITIONS, None);
+        let mut runner = Runner::load(backend(), &reference(&folder), POSITIONS, Some(KvDType::F32));
         for prompt in 0..PROMPTS {
             runner.restart();
             let ours = runner.logits(&goldens.ids(&format!("ids.{prompt}")));
@@ -40,8 +42,8 @@ fn f32_models_agree<B: Backend>(backend: impl Fn() -> B) {
     }
 }
 
-fn half_models_agree<B: Backend>(backend: impl Fn() -> B) {
-    for name in HALF_MODELS {
+fn rounding_models_agree<B: Backend>(names: &[&str], backend: impl Fn() -> B) {
+    for name in names {
         let folder = format!("models/{name}");
         let goldens = Goldens::open(&format!("{folder}/expected.safetensors"));
         let mut runner = Runner::load(backend(), &reference(&folder), POSITIONS, None);
@@ -65,32 +67,47 @@ fn gguf_logits<B: Backend>(backend: B, name: &str, kv_dtype: Option<KvDType>) ->
 
 #[test]
 fn f32_models_on_the_reference_backend_give_transformers_logits() {
-    f32_models_agree(reference_backend);
+    models_agree(&F32_MODELS, reference_backend);
 }
 
 #[test]
 fn f32_models_on_the_cpu_backend_give_transformers_logits() {
-    f32_models_agree(cpu_backend);
+    models_agree(&F32_MODELS, cpu_backend);
 }
 
 #[test]
 fn f32_models_on_the_emulated_cuda_backend_give_transformers_logits() {
-    f32_models_agree(cuda_backend);
+    models_agree(&F32_MODELS, cuda_backend);
 }
 
 #[test]
 fn half_precision_models_on_the_reference_backend_choose_transformers_tokens() {
-    half_models_agree(reference_backend);
+    rounding_models_agree(&HALF_MODELS, reference_backend);
 }
 
 #[test]
 fn half_precision_models_on_the_cpu_backend_choose_transformers_tokens() {
-    half_models_agree(cpu_backend);
+    rounding_models_agree(&HALF_MODELS, cpu_backend);
 }
 
 #[test]
 fn half_precision_models_on_the_emulated_cuda_backend_choose_transformers_tokens() {
-    half_models_agree(cuda_backend);
+    rounding_models_agree(&HALF_MODELS, cuda_backend);
+}
+
+#[test]
+fn eight_bit_models_on_the_reference_backend_give_transformers_logits() {
+    models_agree(&FP8_MODELS, reference_backend);
+}
+
+#[test]
+fn eight_bit_models_on_the_cpu_backend_give_transformers_logits() {
+    models_agree(&FP8_MODELS, cpu_backend);
+}
+
+#[test]
+fn eight_bit_models_on_the_emulated_cuda_backend_choose_transformers_tokens() {
+    rounding_models_agree(&FP8_MODELS, cuda_backend);
 }
 
 #[test]

@@ -1,6 +1,6 @@
 use std::arch::x86_64::*;
 
-use super::{Isa, Kernel, PEAK_UNIT};
+use super::{F8_UNIT, Isa, Kernel, PEAK_UNIT};
 
 /// AVX2, FMA and F16C: sixteen lanes are two registers.
 ///
@@ -48,9 +48,6 @@ macro_rules! lanewise {
     };
 }
 
-/// How much larger an E4M3 is than the f16 that [`f16_of_f8`] makes of it.
-pub(super) const F8_UNIT: f32 = 256.0;
-
 /// Sixteen E4M3 as f16, each divided by [`F8_UNIT`], exactly: the bits of exponent and mantissa, a place where f16 has
 /// them, mean the same but for the exponent's bias. The one NaN there is becomes one.
 ///
@@ -66,6 +63,20 @@ pub(super) unsafe fn f16_of_f8(bits: __m128i) -> __m256i {
         let is_nan = _mm256_cmpeq_epi16(magnitude, _mm256_set1_epi16(0x7f << 7));
         let nan = _mm256_and_si256(is_nan, _mm256_set1_epi16(0x7e00));
         _mm256_or_si256(_mm256_or_si256(sign, magnitude), nan)
+    }
+}
+
+/// The same for none that is NaN.
+///
+/// # Safety
+/// The processor has AVX2.
+#[inline(always)]
+pub(super) unsafe fn f16_of_finite_f8(bits: __m128i) -> __m256i {
+    // SAFETY: as the function says.
+    unsafe {
+        // The sign is in all upper bits now; the second of them has to go.
+        let wide = _mm256_slli_epi16::<7>(_mm256_cvtepi8_epi16(bits));
+        _mm256_and_si256(wide, _mm256_set1_epi16(0xbfffu16 as i16))
     }
 }
 
@@ -115,6 +126,14 @@ impl Isa for Avx2 {
         // SAFETY: an `Avx2` exists only where the instructions do.
         let halves = unsafe { [_mm256_castsi256_si128(halves), _mm256_extracti128_si256::<1>(halves)] };
         both!(halves, |h| _mm256_mul_ps(_mm256_cvtph_ps(h), _mm256_set1_ps(F8_UNIT)))
+    }
+    #[inline(always)]
+    unsafe fn load_f8_small(self, p: *const u8) -> Self::F {
+        // SAFETY: the caller vouches for sixteen elements.
+        let halves = unsafe { f16_of_finite_f8(_mm_loadu_si128(p.cast())) };
+        // SAFETY: an `Avx2` exists only where the instructions do.
+        let halves = unsafe { [_mm256_castsi256_si128(halves), _mm256_extracti128_si256::<1>(halves)] };
+        both!(halves, |h| _mm256_cvtph_ps(h))
     }
     #[inline(always)]
     unsafe fn load_bf16_pairs(self, p: *const u16) -> (Self::F, Self::F) {

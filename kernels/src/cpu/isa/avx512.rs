@@ -1,8 +1,8 @@
 use std::arch::x86_64::*;
 
 use super::{
-    Isa, Kernel, PEAK_UNIT,
-    avx2::{F8_UNIT, f16_of_f8},
+    F8_UNIT, Isa, Kernel, PEAK_UNIT,
+    avx2::{f16_of_f8, f16_of_finite_f8},
 };
 
 /// AVX-512 with VNNI: sixteen lanes are one register, and `vpdpbusd` multiplies unsigned weights with signed
@@ -68,6 +68,11 @@ impl Isa for Avx512 {
             let halves = f16_of_f8(_mm_loadu_si128(p.cast()));
             _mm512_mul_ps(_mm512_cvtph_ps(halves), _mm512_set1_ps(F8_UNIT))
         }
+    }
+    #[inline(always)]
+    unsafe fn load_f8_small(self, p: *const u8) -> __m512 {
+        // SAFETY: the caller vouches for sixteen elements; who has AVX-512 has AVX2.
+        unsafe { _mm512_cvtph_ps(f16_of_finite_f8(_mm_loadu_si128(p.cast()))) }
     }
     #[inline(always)]
     unsafe fn load_bf16_pairs(self, p: *const u16) -> (__m512, __m512) {

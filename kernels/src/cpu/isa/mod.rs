@@ -16,6 +16,10 @@ use super::quant::PEAK_UNIT;
 /// Lanes of a vector, and columns of a packed weight group.
 pub(crate) const LANES: usize = 16;
 
+/// How much larger an E4M3 is than the f16 with its exponent's and mantissa's bits in the same places, whose bias is
+/// larger.
+pub(crate) const F8_UNIT: f32 = 256.0;
+
 /// Sixteen-lane arithmetic. A value of the type is proof that the processor has the instructions.
 ///
 /// Methods that take pointers read or write `LANES` elements unless they say otherwise, without alignment.
@@ -42,6 +46,8 @@ pub(crate) trait Isa: Copy + Send + Sync + 'static {
     unsafe fn load_bf16(self, p: *const u16) -> Self::F;
     /// Reads sixteen E4M3.
     unsafe fn load_f8(self, p: *const u8) -> Self::F;
+    /// Reads sixteen E4M3, none of them NaN, each divided by [`F8_UNIT`], exactly.
+    unsafe fn load_f8_small(self, p: *const u8) -> Self::F;
     /// Reads sixteen pairs of bf16: the first of each pair, and the second.
     unsafe fn load_bf16_pairs(self, p: *const u16) -> (Self::F, Self::F);
     /// Writes sixteen f16, rounded to nearest even.

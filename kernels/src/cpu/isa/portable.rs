@@ -1,7 +1,7 @@
 use float8::F8E4M3;
 use half::{bf16, f16};
 
-use super::{Isa, LANES, PEAK_UNIT};
+use super::{F8_UNIT, Isa, LANES, PEAK_UNIT};
 
 /// Arrays and loops, on any machine. Slow where `f32::mul_add` is a library call, but right.
 #[derive(Clone, Copy)]
@@ -63,6 +63,11 @@ impl Isa for Portable {
         // SAFETY: see above.
         let bits = unsafe { p.cast::<[u8; LANES]>().read_unaligned() };
         bits.map(|b| F8E4M3::from_bits(b).to_f32())
+    }
+    #[inline(always)]
+    unsafe fn load_f8_small(self, p: *const u8) -> Lanes {
+        // SAFETY: as above.
+        unsafe { self.load_f8(p) }.map(|x| x / F8_UNIT)
     }
     #[inline(always)]
     unsafe fn load_bf16_pairs(self, p: *const u16) -> (Lanes, Lanes) {

@@ -21,6 +21,7 @@ impl Kernel for Probe<'_> {
             let i8 = isa.dot_i8(isa.int_zero(), isa.load_i8(self.bytes.as_ptr()), activations);
             let i8 = isa.peak_i8(i8, isa.load_i8(self.bytes.as_ptr()), activations);
             let sum = self.activations.iter().map(|&a| i32::from(a)).sum::<i32>() * (1 + PEAK_UNIT);
+            let finite = self.bytes.map(|byte| if byte & 0x7f == 0x7f { 0 } else { byte });
             let (first, second) = isa.load_bf16_pairs(self.bytes.as_ptr().cast());
             for lanes in [
                 isa.add(a, b),
@@ -44,6 +45,7 @@ impl Kernel for Probe<'_> {
                 isa.load_bf16(self.bytes.as_ptr().cast()),
                 isa.load_f16(self.bytes.as_ptr().cast()),
                 isa.load_f8(self.bytes.as_ptr()),
+                isa.load_f8_small(finite.as_ptr()),
             ] {
                 let mut values = [0.0f32; LANES];
                 isa.store(values.as_mut_ptr(), lanes);

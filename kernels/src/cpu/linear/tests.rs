@@ -2,7 +2,7 @@ use super::*;
 use crate::DType;
 use crate::cpu::isa::Level;
 
-const ALL: [DType; 11] = [
+const ALL: [DType; 12] = [
     DType::F32,
     DType::F16,
     DType::BF16,
@@ -14,6 +14,7 @@ const ALL: [DType; 11] = [
     DType::Q4K,
     DType::Q5K,
     DType::Q6K,
+    DType::F8,
 ];
 
 struct Machine {
@@ -48,6 +49,11 @@ fn bytes(dtype: DType, elements: usize) -> Vec<u8> {
     let mut bytes: Vec<u8> = (0..len as u32).map(|i| (i.wrapping_mul(2_654_435_761) >> 13) as u8).collect();
     match dtype {
         DType::F32 => bytes = noise(elements, 5).iter().flat_map(|v| v.to_le_bytes()).collect(),
+        DType::F8 => bytes.chunks_exact_mut(dtype.block_bytes()).enumerate().for_each(|(i, block)| {
+            block[..4].copy_from_slice(&(noise(1, i as u32)[0] / 448.0).to_le_bytes());
+            // None that is NaN.
+            block[4..].iter_mut().for_each(|quant| *quant ^= u8::from(*quant & 0x7f == 0x7f));
+        }),
         DType::F16 | DType::BF16 => bytes.chunks_exact_mut(2).for_each(|v| v[1] = v[1] & 0x83 | 0x38),
         _ => {
             for block in bytes.chunks_exact_mut(dtype.block_bytes()) {

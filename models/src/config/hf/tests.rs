@@ -154,7 +154,6 @@ fn what_is_wrong_is_named() {
         (json!({"hidden_act": "gelu"}), "hidden_act `gelu`"),
         (json!({"use_sliding_window": true}), "use_sliding_window"),
         (json!({"layer_types": ["full_attention", "sliding_attention"]}), "`sliding_attention`"),
-        (json!({"quantization_config": {"quant_method": "gptq"}}), "`gptq`"),
         (json!({"partial_rotary_factor": 0.5}), "partial_rotary_factor 0.5"),
         (json!({"rope_scaling": {"rope_type": "longrope"}}), "`longrope`"),
         (json!({"rope_scaling": {"rope_type": "linear"}}), "`factor` is missing"),
