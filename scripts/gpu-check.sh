@@ -100,7 +100,7 @@ part() { # part [plain] <title> <seconds> <program> <arguments>
 
 say "# The CUDA backend on $gpu" "" "$("$here/engine" --version), $(date -u +'%Y-%m-%d %H:%M') UTC"
 if [ "$size" = tiny ]; then
-    part plain "Correctness" 600 "$here/engine" doctor --gpu
+    part plain "Correctness" 1200 "$here/engine" doctor --gpu
     part plain "A model of a small shape" 300 "$here/engine" bench --model "$here/tiny" --load-format dummy \
         --device cuda:0 --prefill 20 --decode 1,3 --context 24 --steps 4 --rounds 1 --kv-blocks 20 --log-level warn
     part "Kernels, small shapes" 300 "$here/engine" bench-kernels --shape tiny
