@@ -23,6 +23,13 @@ constexpr int SHARE = 16;
 /// Keys of a partition. src/cuda/plan.rs cuts by the same number.
 constexpr int PARTITION = WARPS * SHARE;
 
+/// Code for devices before compute capability 9.0 takes a few registers more.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+constexpr bool IS_OLD = true;
+#else
+constexpr bool IS_OLD = false;
+#endif
+
 /// Eight elements that are zero.
 __device__ const uint4 ZEROS[2] = {};
 
@@ -78,7 +85,7 @@ __device__ __forceinline__ void attention(const float* qkv, Rows rows, const int
     constexpr int WIDTH = LANES * 8;
     // Keys side by side in a warp, loads for all of them, and loads at a time.
     constexpr int SIDES = WARP / LANES, LOADS = SHARE / SIDES, WORDS = sizeof(Raw) / 4;
-    constexpr int ROOM = HEADS == 4 && LANES == 16 && sizeof(T) == 4 ? 16 : 32;
+    constexpr int ROOM = HEADS == 4 && LANES == 16 && (sizeof(T) == 4 || IS_OLD) ? 16 : 32;
     constexpr int AT_A_TIME = LOADS <= ROOM / WORDS ? LOADS : ROOM / WORDS;
     // Loads whose scores are added up over the lanes together: more at a time would take no fewer exchanges.
     constexpr int GROUP = AT_A_TIME <= 8 / HEADS ? AT_A_TIME : 8 / HEADS, SCORES = GROUP * HEADS;
