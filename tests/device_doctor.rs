@@ -41,6 +41,14 @@ fn kernels_that_compute_what_the_reference_does_pass() {
 
 #[test]
 #[ignore = "needs a stand-in for libcuda: make device-pages"]
+fn recordings_are_dropped_before_the_kernels_that_they_hold() {
+    // Otherwise the stand-in ends the program.
+    let (passed, findings) = doctor("--gpu=steps: steps that are replayed", |_| {});
+    assert!(passed && findings.len() == 2, "{findings:?}");
+}
+
+#[test]
+#[ignore = "needs a stand-in for libcuda: make device-pages"]
 fn a_kernel_that_does_not_is_found_and_named() {
     for (kernel, words) in
         [("silu_mul", "--gpu=silu"), ("mma_check_bf16", "--gpu=fragments"), ("sample_rows", "--gpu=mixed rows")]

@@ -23,6 +23,9 @@ constexpr int SHARE = 16;
 /// Keys of a partition. src/cuda/plan.rs cuts by the same number.
 constexpr int PARTITION = WARPS * SHARE;
 
+/// Eight elements that are zero.
+__device__ const uint4 ZEROS[2] = {};
+
 /// What partitions leave for the merge: for each slot and query head, the weighted sum of values `[head_dim]`, the
 /// largest score, and the sum of weights.
 struct Partials {
@@ -46,6 +49,25 @@ struct Merge {
     }
 };
 
+/// Sums over the lanes that are a multiple of LANES apart, of eight values: as by `transposed_sum`, each lane ends with
+/// a part of them in the first places, and a value is added up in pairs of those furthest apart first.
+template <int LANES>
+__device__ __forceinline__ void sum_over_sides(float (&values)[8]) {
+    int left = 8;
+#pragma unroll
+    for (int bits = WARP / 2; bits >= LANES; bits /= 2) {
+        const bool upper = lane_id() & bits;
+        left /= 2;
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            if (i < left) {
+                const float low = values[i], high = values[left + i];
+                values[i] = (upper ? high : low) + __shfl_xor_sync(ALL_LANES, upper ? low : high, bits);
+            }
+        }
+    }
+}
+
 /// HEADS query heads of one row over some of its partitions, LANES lanes across a head.
 template <class T, int HEADS, int LANES>
 __device__ __forceinline__ void attention(const float* qkv, Rows rows, const int* items, Pages<T> pages, int heads,
@@ -56,22 +78,26 @@ __device__ __forceinline__ void attention(const float* qkv, Rows rows, const int
     constexpr int WIDTH = LANES * 8;
     // Keys side by side in a warp, loads for all of them, and loads at a time.
     constexpr int SIDES = WARP / LANES, LOADS = SHARE / SIDES, WORDS = sizeof(Raw) / 4;
-    constexpr int ROOM = HEADS == 4 ? 16 : 32;
+    constexpr int ROOM = HEADS == 4 && LANES == 16 && sizeof(T) == 4 ? 16 : 32;
     constexpr int AT_A_TIME = LOADS <= ROOM / WORDS ? LOADS : ROOM / WORDS;
+    // Loads whose scores are added up over the lanes together: more at a time would take no fewer exchanges.
+    constexpr int GROUP = AT_A_TIME <= 8 / HEADS ? AT_A_TIME : 8 / HEADS, SCORES = GROUP * HEADS;
     // Values of a head and partition that a thread merges.
     constexpr int OWN = (HEADS * WIDTH + THREADS - 1) / THREADS;
-    // Read four at a time.
-    alignas(16) __shared__ float queries[HEADS][WIDTH];
-    // Of each warp: scores, then weights; their maximum and sum; values.
-    __shared__ float weights[WARPS][SHARE][HEADS];
-    __shared__ float warp_highest[WARPS][HEADS], warp_sums[WARPS][HEADS];
-    __shared__ float warp_values[WARPS][HEADS][WIDTH];
+    static_assert(LOADS <= LANES && AT_A_TIME % GROUP == 0 && WIDTH % WARP == 0, "see where these are used");
+    // A lane's eight are in two halves, so that what lanes read at a time lies side by side.
+    alignas(16) __shared__ float queries[HEADS][2][LANES * 4];
+    // Of each warp: scores, then weights; their maximum and sum; values. Several are read at a time.
+    alignas(16) __shared__ float weights[WARPS][SHARE][HEADS];
+    alignas(16) __shared__ float warp_highest[HEADS][WARPS], warp_sums[HEADS][WARPS];
+    alignas(16) __shared__ float warp_values[WARPS][HEADS][WIDTH];
 
     follow();
     const int row = items[4 * blockIdx.x], begin = items[4 * blockIdx.x + 1], end = items[4 * blockIdx.x + 2];
     const int slot = items[4 * blockIdx.x + 3];
     if (row < 0) return;
-    const int thread = threadIdx.x, warp = warp_id(), lane = lane_id();
+    // That the warp is that of its first lane, the compiler knows to be the same for all lanes.
+    const int thread = threadIdx.x, warp = __shfl_sync(ALL_LANES, warp_id(), 0), lane = lane_id();
     const int kv_heads = pages.kv_heads, head_dim = pages.head_dim, shared_by = heads / kv_heads;
     const int chunks = (shared_by + HEADS - 1) / HEADS;
     const int kv_head = blockIdx.y / chunks, first_of_chunk = blockIdx.y % chunks * HEADS;
@@ -79,69 +105,105 @@ __device__ __forceinline__ void attention(const float* qkv, Rows rows, const int
     const int keys = rows.positions[row] + 1;
     const int* table = rows.block_tables + rows.table_starts[row];
 
+    // Where a lane's elements of the first row of all keys and values lie; those of others are a `stride` a row behind.
+    // Single loads have no conditions, as the compiler would copy what they give: lanes that have no elements find
+    // zeros, and where there is no key another row is read, of which nothing is used.
+    const int side = lane / LANES, element = lane % LANES * 8, block_size = pages.block_size;
+    const void* const elements = element < head_dim ? static_cast<const void*>(pages.base + element) : ZEROS;
+    const unsigned stride = element < head_dim ? head_dim * static_cast<unsigned>(sizeof(T)) : 0;
+    const auto fetch = [&](Raw(&to)[AT_A_TIME], int places, int batch, int here) {
+        if (here <= 0) {
+            for (Raw& bits : to) Eight::clear(bits);
+            return;
+        }
+#pragma unroll
+        for (int i = 0; i < AT_A_TIME; i++) {
+            const unsigned place = __shfl_sync(ALL_LANES, places, batch + i, LANES);
+            const char* from = static_cast<const char*>(elements) + static_cast<size_t>(place) * stride;
+            to[i] = Eight::fetch(Floats<T>(reinterpret_cast<const T*>(from), nullptr), 0, 0);
+        }
+    };
+    // Keys of a partition that this warp takes.
+    const auto keys_of = [&](int partition) {
+        return partition < end ? min(SHARE, keys - partition * PARTITION - warp * SHARE) : 0;
+    };
+    // A lane knows where one of its side's keys is, whatever the size of pages, and the others ask it. It asks for the
+    // page's number early.
+    const int key_of_lane = begin * PARTITION + warp * SHARE + lane % LANES % LOADS * SIDES + side;
+    const int pages_on = PARTITION / block_size, tokens_on = PARTITION % block_size;
+    int page = key_of_lane / block_size, token = key_of_lane % block_size;
+    const int last_page = (keys - 1) / block_size;
+    // How many rows of `head_dim` elements lie before it (of a layer: less than 2^31). Values of a page come
+    // after its keys.
+    const auto place = [&](int number) { return (number * kv_heads + kv_head) * 2 * block_size + token; };
+    // Loads are under way before anything else is asked for.
+    Raw key_bits[AT_A_TIME], value_bits[AT_A_TIME];
+    int places = place(table[min(page, last_page)]);
+    fetch(key_bits, places, 0, keys_of(begin));
+    fetch(value_bits, places + block_size, 0, keys_of(begin));
+
     const float* q = qkv + static_cast<size_t>(row) * padded((heads + 2 * kv_heads) * head_dim) + first * head_dim;
-    for (int i = thread; i < HEADS * WIDTH; i += THREADS) {
-        const int h = i / WIDTH, at = i % WIDTH;
-        queries[h][at] = h < count && at < head_dim ? q[h * head_dim + at] : 0.0f;
+#pragma unroll
+    for (int i = 0; i < OWN; i++) {
+        const int h = (thread + i * THREADS) / WIDTH, at = (thread + i * THREADS) % WIDTH;
+        const float x = h < count && at < head_dim ? q[h * head_dim + at] : 0.0f;
+        if (h < HEADS) queries[h][at / 4 % 2][at / 8 * 4 + at % 4] = x;
     }
 
-    const int side = lane / LANES, element = lane % LANES * 8;
     float highest[OWN], sum[OWN] = {}, values[OWN] = {};
 #pragma unroll
     for (int i = 0; i < OWN; i++) highest[i] = -INFINITY;
     for (int partition = begin; partition < end; partition++) {
-        const int here = min(SHARE, keys - partition * PARTITION - warp * SHARE);
-        const int start = partition * PARTITION + warp * SHARE, page = start / pages.block_size;
-        // Nothing where there is no key, or no element for this lane.
-        auto fetch = [&](int load, bool is_value) {
-            const int key = load * SIDES + side;
-            Raw raw = {};
-            if (key < here && element < head_dim) {
-                int which = page, offset = start % pages.block_size + key;
-                for (; offset >= pages.block_size; offset -= pages.block_size) which++;
-                const size_t head = static_cast<size_t>(table[which]) * kv_heads + kv_head;
-                const size_t token = (2 * head + is_value) * pages.block_size + offset;
-                raw = Eight::fetch(Floats<T>(pages.base, nullptr), token * head_dim, element);
-            }
-            return raw;
-        };
-        Raw key_bits[AT_A_TIME], value_bits[AT_A_TIME];
-#pragma unroll
-        for (int i = 0; i < AT_A_TIME; i++) key_bits[i] = fetch(i, false);
-#pragma unroll
-        for (int i = 0; i < AT_A_TIME; i++) value_bits[i] = fetch(i, true);
+        const int here = keys_of(partition), here_next = keys_of(partition + 1);
+        page += pages_on, token += tokens_on;
+        if (token >= block_size) token -= block_size, page++;
+        const int next_page = table[min(page, last_page)];
         // Queries are there, and nobody reads the last partition's results any more.
         __syncthreads();
 
         if (here > 0) {
+            float query[HEADS][8];
+#pragma unroll
+            for (int h = 0; h < HEADS; h++) {
+                const float4 low = *reinterpret_cast<const float4*>(&queries[h][0][lane % LANES * 4]);
+                const float4 high = *reinterpret_cast<const float4*>(&queries[h][1][lane % LANES * 4]);
+                query[h][0] = low.x, query[h][1] = low.y, query[h][2] = low.z, query[h][3] = low.w;
+                query[h][4] = high.x, query[h][5] = high.y, query[h][6] = high.z, query[h][7] = high.w;
+            }
 #pragma unroll
             for (int batch = 0; batch < LOADS; batch += AT_A_TIME) {
+                if (batch > 0) fetch(key_bits, places, batch, here);
 #pragma unroll
-                for (int i = 0; i < AT_A_TIME; i++) {
-                    if (batch > 0) key_bits[i] = fetch(batch + i, false);
-                }
+                for (int group = 0; group < AT_A_TIME; group += GROUP) {
+                    float scores[SCORES];
 #pragma unroll
-                for (int i = 0; i < AT_A_TIME; i++) {
-                    float low[4], high[4], score[HEADS];
-                    Eight::unpack(key_bits[i], 0, low), Eight::unpack(key_bits[i], 1, high);
+                    for (int i = 0; i < GROUP; i++) {
+                        float low[4], high[4];
+                        Eight::unpack(key_bits[group + i], 0, low), Eight::unpack(key_bits[group + i], 1, high);
 #pragma unroll
-                    for (int h = 0; h < HEADS; h++) {
-                        const float4 a = *reinterpret_cast<const float4*>(&queries[h][element]);
-                        const float4 b = *reinterpret_cast<const float4*>(&queries[h][element + 4]);
-                        float s = a.x * low[0];
-                        s = fmaf(a.y, low[1], s), s = fmaf(a.z, low[2], s), s = fmaf(a.w, low[3], s);
-                        s = fmaf(b.x, high[0], s), s = fmaf(b.y, high[1], s);
-                        s = fmaf(b.z, high[2], s), score[h] = fmaf(b.w, high[3], s);
+                        for (int h = 0; h < HEADS; h++) {
+                            float s = query[h][0] * low[0];
+#pragma unroll
+                            for (int e = 1; e < 4; e++) s = fmaf(query[h][e], low[e], s);
+#pragma unroll
+                            for (int e = 0; e < 4; e++) s = fmaf(query[h][4 + e], high[e], s);
+                            scores[i * HEADS + h] = s;
+                        }
                     }
-                    transposed_sum<HEADS, LANES>(score);
-                    constexpr int ALIKE = LANES / HEADS;
-                    if (lane % ALIKE == 0) {
-                        weights[warp][(batch + i) * SIDES + side][lane % LANES / ALIKE] = score[0];
-                    }
+                    transposed_sum<SCORES, LANES>(scores);
+                    constexpr int ALIKE = LANES / SCORES;
+                    const int mine = lane % LANES / ALIKE, load = batch + group + mine / HEADS;
+                    if (lane % ALIKE == 0) weights[warp][load * SIDES + side][mine % HEADS] = scores[0];
                 }
             }
-            __syncwarp();
+        }
+        // The next partition's keys are on their way while this one's values are added up.
+        const int next_places = place(next_page);
+        fetch(key_bits, next_places, 0, here_next);
 
+        float mine[HEADS][8] = {};
+        if (here > 0) {
+            __syncwarp();
             // A lane a key, half of the warp a head.
             const int key = lane % SHARE;
 #pragma unroll
@@ -160,17 +222,20 @@ __device__ __forceinline__ void attention(const float* qkv, Rows rows, const int
                 // Both halves have read the only head before one of them writes it.
                 if (pair + lane / SHARE < HEADS) {
                     weights[warp][key][h] = weight;
-                    if (key == 0) warp_highest[warp][h] = most, warp_sums[warp][h] = all;
+                    if (key == 0) warp_highest[h][warp] = most, warp_sums[h][warp] = all;
                 }
             }
             __syncwarp();
 
-            float mine[HEADS][8] = {};
 #pragma unroll
             for (int batch = 0; batch < LOADS; batch += AT_A_TIME) {
+                if (batch > 0) fetch(value_bits, places + block_size, batch, here);
+                if (here < SHARE) {
+                    // A weight of 0 needs a number to multiply.
 #pragma unroll
-                for (int i = 0; i < AT_A_TIME; i++) {
-                    if (batch > 0) value_bits[i] = fetch(batch + i, true);
+                    for (int i = 0; i < AT_A_TIME; i++) {
+                        if ((batch + i) * SIDES + side >= here) Eight::clear(value_bits[i]);
+                    }
                 }
 #pragma unroll
                 for (int i = 0; i < AT_A_TIME; i++) {
@@ -187,33 +252,50 @@ __device__ __forceinline__ void attention(const float* qkv, Rows rows, const int
                     }
                 }
             }
+        }
+        places = next_places;
+        fetch(value_bits, places + block_size, 0, here_next);
+        if (here > 0) {
+            // Added up over the sides, each of which ends with its part of the eight.
+            constexpr int LEFT = 8 / SIDES;
 #pragma unroll
             for (int h = 0; h < HEADS; h++) {
+                sum_over_sides<LANES>(mine[h]);
+                float* const to = &warp_values[warp][h][element + side * LEFT];
 #pragma unroll
-                for (int e = 0; e < 8; e++) {
+                for (int e = 0; e < LEFT; e++) to[e] = mine[h][e];
+            }
+        } else {
+            // Nothing, and counted as much.
+            if (lane < HEADS) warp_highest[lane][warp] = -INFINITY, warp_sums[lane][warp] = 0.0f;
 #pragma unroll
-                    for (int bits = WARP / 2; bits >= LANES; bits /= 2) {
-                        mine[h][e] += __shfl_xor_sync(ALL_LANES, mine[h][e], bits);
-                    }
-                    if (side == 0) warp_values[warp][h][element + e] = mine[h][e];
-                }
+            for (int h = 0; h < HEADS; h++) {
+                for (int at = lane; at < WIDTH; at += WARP) warp_values[warp][h][at] = 0.0f;
             }
         }
         __syncthreads();
 
-        const int warps = min(WARPS, (keys - partition * PARTITION + SHARE - 1) / SHARE);
+        // All of a warp merge the same head.
 #pragma unroll
         for (int i = 0; i < OWN; i++) {
             const int h = (thread + i * THREADS) / WIDTH, at = (thread + i * THREADS) % WIDTH;
-            if (h >= count || at >= head_dim) continue;
-            float most = warp_highest[0][h];
-            for (int w = 1; w < warps; w++) most = fmaxf(most, warp_highest[w][h]);
+            if (h >= count) continue;
+            // A lane a warp.
+            const float its_highest = warp_highest[h][lane % WARPS];
+            float most = its_highest;
+#pragma unroll
+            for (int bits = WARPS / 2; bits > 0; bits /= 2) {
+                most = fmaxf(most, __shfl_xor_sync(ALL_LANES, most, bits));
+            }
+            const float its_counts = expf(its_highest - most);
             float all = 0.0f, next = 0.0f;
-            for (int w = 0; w < warps; w++) {
-                const float counts = expf(warp_highest[w][h] - most);
-                all = fmaf(warp_sums[w][h], counts, all);
+#pragma unroll
+            for (int w = 0; w < WARPS; w++) {
+                const float counts = __shfl_sync(ALL_LANES, its_counts, w);
+                all = fmaf(warp_sums[h][w], counts, all);
                 next = fmaf(warp_values[w][h][at], counts, next);
             }
+            if (at >= head_dim) continue;
             if (slot < 0) {
                 const Merge merge(highest[i], sum[i], most, all);
                 values[i] = fmaf(values[i], merge.old_scale, next * merge.new_scale);
@@ -227,24 +309,26 @@ __device__ __forceinline__ void attention(const float* qkv, Rows rows, const int
     }
 
     if (slot >= 0) {
-        // What was left is there for all before it is said to be.
-        __threadfence();
         __shared__ int is_last;
         __syncthreads();
         const int all = (keys + PARTITION - 1) / PARTITION, first_slot = slot - begin;
         if (thread == 0) {
+            // What the block left is there for all before it is said to be, and what others left before this one reads
+            // it: a fence is for all that its thread knows of, by barriers too (it is cumulative), so one thread's do.
+            __threadfence();
             int* count_of_row = arrived + first_slot * gridDim.y + blockIdx.y;
             is_last = atomicAdd(count_of_row, end - begin) + end - begin == all;
             if (is_last) *count_of_row = 0;
+            __threadfence();
         }
         __syncthreads();
         if (!is_last) return;
-        __threadfence();
 
         // A warp a head finds what partitions count, 32 at a time; then each thread adds up its elements.
         __shared__ float old_scales[HEADS][WARP], new_scales[HEADS][WARP], sums[HEADS][WARP];
         float before = -INFINITY;
         for (int chunk = 0; chunk < all; chunk += WARP) {
+            const int here = min(WARP, all - chunk);
             __syncthreads();
             if (warp < count) {
                 const float* partial = partials.at(first_slot + min(chunk + lane, all - 1), first + warp);
@@ -261,15 +345,30 @@ __device__ __forceinline__ void attention(const float* qkv, Rows rows, const int
                 before = __shfl_sync(ALL_LANES, so_far, WARP - 1);
             }
             __syncthreads();
+            // Loads under way together.
+            constexpr int TOGETHER = 32 / OWN;
+            for (int part = 0; part < here; part += TOGETHER) {
+                float next[OWN][TOGETHER];
 #pragma unroll
-            for (int i = 0; i < OWN; i++) {
-                const int h = (thread + i * THREADS) / WIDTH, at = (thread + i * THREADS) % WIDTH;
-                if (h >= count || at >= head_dim) continue;
-#pragma unroll 8
-                for (int p = 0; p < min(WARP, all - chunk); p++) {
-                    const float next = __ldcg(partials.at(first_slot + chunk + p, first + h) + at);
-                    sum[i] = fmaf(sum[i], old_scales[h][p], sums[h][p] * new_scales[h][p]);
-                    values[i] = fmaf(values[i], old_scales[h][p], next * new_scales[h][p]);
+                for (int i = 0; i < OWN; i++) {
+                    const int h = (thread + i * THREADS) / WIDTH, at = (thread + i * THREADS) % WIDTH;
+                    const bool is_one = h < count && at < head_dim;
+#pragma unroll
+                    for (int p = 0; p < TOGETHER; p++) {
+                        const float* from = partials.at(first_slot + chunk + part + p, first + h) + at;
+                        next[i][p] = is_one && part + p < here ? __ldcg(from) : 0.0f;
+                    }
+                }
+#pragma unroll
+                for (int i = 0; i < OWN; i++) {
+                    const int h = min((thread + i * THREADS) / WIDTH, HEADS - 1);
+#pragma unroll
+                    for (int p = 0; p < TOGETHER; p++) {
+                        if (part + p >= here) break;
+                        const float old_scale = old_scales[h][part + p], new_scale = new_scales[h][part + p];
+                        sum[i] = fmaf(sum[i], old_scale, sums[h][part + p] * new_scale);
+                        values[i] = fmaf(values[i], old_scale, next[i][p] * new_scale);
+                    }
                 }
             }
         }
@@ -286,7 +385,7 @@ __device__ __forceinline__ void attention(const float* qkv, Rows rows, const int
 /// Blocks of a kernel that a processor is to hold: what that leaves for registers.
 template <class T>
 constexpr int blocks(int heads, int lanes) {
-    return heads == 8 || (lanes == 32 && sizeof(T) == 4) ? 1 : 2;
+    return heads == 8 || heads * lanes == 128 || (lanes == 32 && sizeof(T) == 4) ? 1 : 2;
 }
 
 }  // namespace attention

@@ -1,7 +1,7 @@
 // What all kernels share: element types, vectors of eight, and reductions in a fixed order.
 //
 // Rows of activations are f32, as long as `padded(cols)`, and what pads them is zero: it is allocated zeroed, and no
-// kernel writes it. So everything can be read eight elements at a time, whatever the number of columns.
+// kernel writes anything else. So everything can be read eight elements at a time, whatever the number of columns.
 #pragma once
 
 #ifdef __CUDACC__

@@ -52,21 +52,17 @@ struct Carried<Quarter> {
     }
 };
 
-/// A sequence's pages of one key/value head. Pages have 2^shift tokens, so that no address takes a division.
-template <class T>
-struct Head {
-    const T* base;
-    const int* table;
-    int kv_heads, head, shift;
-
-    /// A row of the keys (or of the values, if `value` is 1).
-    template <int HEAD_DIM>
-    __device__ __forceinline__ const T* row(int position, int value) const {
-        const size_t page = table[position >> shift];
-        const int token = position & ((1 << shift) - 1);
-        return base + ((((page * kv_heads + head) * 2 + value) << shift) + token) * HEAD_DIM;
-    }
-};
+/// 2 to the power of x, but for the last bit or two, and 0 where that is less than 2^-126. Of 0 it is 1, and of minus
+/// infinity 0 (PTX ISA, `ex2`).
+__device__ __forceinline__ float power_of_two(float x) {
+#ifdef __CUDACC__
+    float power;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(x));
+    return power;
+#else
+    return exp2f(x);
+#endif
+}
 
 template <class Stored, int HEAD_DIM, int KEYS>
 __device__ __forceinline__ void attention(const float* qkv, Rows rows, const int* tiles, const Stored* base, int heads,
@@ -80,8 +76,10 @@ __device__ __forceinline__ void attention(const float* qkv, Rows rows, const int
     const int block = static_cast<int>(blockIdx.x), head = block % heads;
     const int first = tiles[block / heads * 2], count = tiles[block / heads * 2 + 1];
     const int position = rows.positions[first], last = position + count - 1, steps = last / KEYS + 1;
-    const Head<Stored> pages{base, rows.block_tables + rows.table_starts[first], kv_heads, head / (heads / kv_heads),
-                             __ffs(block_size) - 1};
+    // Pages have 2^shift tokens, so that no address takes a division.
+    const int* const table = rows.block_tables + rows.table_starts[first];
+    const int shift = __ffs(block_size) - 1, page_elements = 2 * kv_heads * block_size * HEAD_DIM;
+    const Stored* const of_head = base + 2 * (head / (heads / kv_heads)) * block_size * HEAD_DIM;
 
     // Tiles come in turns, keys, then values; each goes where the one three before it was.
     Carried<Stored> carried[CHUNKS];
@@ -89,15 +87,21 @@ __device__ __forceinline__ void attention(const float* qkv, Rows rows, const int
         const int key = (thread + i * THREADS) / WIDTH, chunk = (thread + i * THREADS) % WIDTH;
         return slots + tile % SLOTS * SLOT + swizzled<WIDTH>(key, chunk);
     };
+    const auto position_of = [&](int step, int i) { return step * KEYS + (thread + i * THREADS) / WIDTH; };
+    // The pages of a step's keys and values, which are asked for one step ahead.
+    int numbers[CHUNKS];
+    const auto look_up = [&](int step) {
+#pragma unroll
+        for (int i = 0; i < CHUNKS; i++) numbers[i] = table[min(position_of(step, i), last) >> shift];
+    };
     const auto bring = [&](int tile) {
 #pragma unroll
         for (int i = 0; i < CHUNKS; i++) {
-            const int key = (thread + i * THREADS) / WIDTH, chunk = (thread + i * THREADS) % WIDTH;
-            const int at = tile / 2 * KEYS + key;
+            const int chunk = (thread + i * THREADS) % WIDTH, at = position_of(tile / 2, i);
+            const int in_page = ((at & (block_size - 1)) + tile % 2 * block_size) * HEAD_DIM + chunk * CHUNK;
+            const Stored* from = of_head + static_cast<size_t>(numbers[i]) * page_elements + in_page;
             // What lies behind the last token may be anything, but a weight of 0 needs a number to multiply.
-            const bool valid = at <= last;
-            const Stored* from = pages.template row<HEAD_DIM>(valid ? at : 0, tile % 2);
-            carried[i].fetch(place_of(tile, i), from + chunk * CHUNK, valid);
+            carried[i].fetch(place_of(tile, i), from, at <= last);
         }
     };
     // Comes after the barrier that says that nobody reads the tile before it in its place any more, which `bring` comes
@@ -106,12 +110,14 @@ __device__ __forceinline__ void attention(const float* qkv, Rows rows, const int
 #pragma unroll
         for (int i = 0; i < CHUNKS; i++) carried[i].settle(place_of(tile, i));
     };
+    look_up(0);
     bring(0);
     commit_copies();
     settle(0);
     bring(1);
     commit_copies();
     settle(1);
+    look_up(1);
 
     // A lane's part of two rows: the one that its group has in a fragment, and that eight below.
     const int warp_row = warp_id() * 16, my_row = warp_row + lane / 4;
@@ -175,9 +181,11 @@ __device__ __forceinline__ void attention(const float* qkv, Rows rows, const int
                 // Four lanes have a row.
                 most = fmaxf(most, __shfl_xor_sync(ALL_LANES, most, 1));
                 most = fmaxf(most, __shfl_xor_sync(ALL_LANES, most, 2));
-                // Differences first, products then: the highest score has to weigh 1, and what did not change to be
-                // multiplied by 1, exactly, whatever the compiler makes of multiplications and additions.
-                const float rescale = exp2f((highest[half] - most) * unit);
+                // The product is rounded by itself, so that what did not change is multiplied by 1, exactly. By how
+                // much it is rounded is in all weights of the row alike, and gone when they are divided by their sum;
+                // but the highest score does not weigh 1 exactly.
+                const float scaled = __fmul_rn(most, unit);
+                const float rescale = power_of_two(__fmul_rn(highest[half], unit) - scaled);
                 highest[half] = most;
                 sum[half] *= rescale;
 #pragma unroll
@@ -187,8 +195,8 @@ __device__ __forceinline__ void attention(const float* qkv, Rows rows, const int
                 }
 #pragma unroll
                 for (int i = 0; i < KEYS / 8; i++) {
-                    const float low = exp2f((scores[i][half * 2] - most) * unit);
-                    const float high = exp2f((scores[i][half * 2 + 1] - most) * unit);
+                    const float low = power_of_two(fmaf(scores[i][half * 2], unit, -scaled));
+                    const float high = power_of_two(fmaf(scores[i][half * 2 + 1], unit, -scaled));
                     sum[half] += low + high;
                     // What a lane has of c, of two products side by side, is what it has of a.
                     weights[i / 2][i % 2 * 2 + half] = pair<T>(low, high);
@@ -200,7 +208,7 @@ __device__ __forceinline__ void attention(const float* qkv, Rows rows, const int
         wait_for_copies<1>();
         // The values are there, and nobody reads the keys any more.
         __syncthreads();
-        if (step + 1 < steps) bring(2 * step + 3);
+        if (step + 1 < steps) bring(2 * step + 3), look_up(step + 2);
         commit_copies();
         if (works) {
             const Chunk* const rows_of_values = slots + (2 * step + 1) % SLOTS * SLOT;
@@ -245,10 +253,10 @@ __device__ __forceinline__ void attention(const float* qkv, Rows rows, const int
 // Shared memory: 24 KiB a block for heads of 64 and 256, 36 for 96, 48 for 128; by registers an SM holds one block, or
 // two with heads of 64. Operations: 4 head_dim a key, row and head; the half of them that a whole prompt masks is
 // skipped, but for the tiles it goes through. Bytes: keys and values of a tile's context, from the L2 cache, 4
-// head_dim a key (2 of eight bits) for 128 rows of a head, so 128 operations a byte: at 600 Tflop/s (mma on an H100) 4.7 TB/s, about
-// what that cache gives; queries and output, 8 head_dim a row and head. Floor: the operations at that rate;
-// FlashAttention-2, which is made alike, reaches 350 to 400 Tflop/s there. Where it should end up: a warp reads each
-// tile from shared memory for 16 rows, 2 mma for 512 bytes or 4 cycles, so half of the tensor cores' peak is the
+// head_dim a key (2 of eight bits) for 128 rows of a head, so 128 operations a byte: at 600 Tflop/s (mma on an H100)
+// 4.7 TB/s, about what that cache gives; queries and output, 8 head_dim a row and head. Floor: the operations at that
+// rate; FlashAttention-2, which is made alike, reaches 350 to 400 Tflop/s there. Where it should end up: a warp reads
+// each tile from shared memory for 16 rows, 2 mma for 512 bytes or 4 cycles, so half of the tensor cores' peak is the
 // bound.
 #define PREFILL_ATTENTION(HEAD_DIM, KEYS, SUFFIX, T)                                                                   \
     extern "C" __global__ void __launch_bounds__(prefill_attention::THREADS) prefill_attention_##HEAD_DIM##_##SUFFIX(  \

@@ -41,6 +41,15 @@ __device__ __forceinline__ unsigned stream4(const void* from) {
 #endif
 }
 
+/// Zero, for words that seldom are to be: the compiler jumps over it, and does not choose between two for each.
+__device__ __forceinline__ void clear(unsigned& word) {
+#ifdef __CUDACC__
+    asm volatile("mov.u32 %0, 0;" : "=r"(word));
+#else
+    word = 0;
+#endif
+}
+
 /// Half of eight elements whose bits are in `raw`, 16 bytes (Half or Brain) or 32 (float).
 __device__ __forceinline__ void four_of(const uint4 (&raw)[2], int half, float (&to)[4], float) {
     const uint4 bits = raw[half];
@@ -73,6 +82,10 @@ struct Streamed<Floats<T>> {
         }
         return raw;
     }
+    __device__ __forceinline__ static void clear(Raw& raw) {
+#pragma unroll
+        for (uint4& bits : raw.bits) ::clear(bits.x), ::clear(bits.y), ::clear(bits.z), ::clear(bits.w);
+    }
     /// The first or second half of them.
     __device__ __forceinline__ static void unpack(const Raw& raw, int half, float (&to)[4]) {
         four_of(raw.bits, half, to, T());
@@ -87,6 +100,7 @@ struct Streamed<Floats<Quarter>> {
     __device__ __forceinline__ static Raw fetch(const Floats<Quarter>& matrix, size_t start, int at) {
         return {stream8(matrix.values + start + at)};
     }
+    __device__ __forceinline__ static void clear(Raw& raw) { ::clear(raw.bits.x), ::clear(raw.bits.y); }
     __device__ __forceinline__ static void unpack(const Raw& raw, int half, float (&to)[4]) {
         const unsigned four = half ? raw.bits.y : raw.bits.x;
         const unsigned low = halves_of(static_cast<uint16_t>(four)), high = halves_of(four >> 16);

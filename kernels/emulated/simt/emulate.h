@@ -200,8 +200,9 @@ inline void __syncthreads(int line = __builtin_LINE()) { simt::meet_block(line);
 inline void __syncwarp(unsigned mask = ~0u, int line = __builtin_LINE()) { simt::exchange(mask, 0, line); }
 
 template <class T>
-T __shfl_sync(unsigned mask, T value, int source, int = 32, int line = __builtin_LINE()) {
-    return simt::exchange(mask, value, line)[static_cast<unsigned>(source) % simt::WARP];
+T __shfl_sync(unsigned mask, T value, int source, int width = 32, int line = __builtin_LINE()) {
+    const unsigned among = static_cast<unsigned>(width);
+    return simt::exchange(mask, value, line)[simt::lane() / among * among + static_cast<unsigned>(source) % among];
 }
 
 template <class T>

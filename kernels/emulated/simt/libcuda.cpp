@@ -41,8 +41,20 @@ bool is_refused(const char* what) {
 /// The first failure of what was enqueued: it stays.
 Result broken = SUCCESS;
 
+struct Module;
+struct Function {
+    const simt::Kernel* kernel;
+    const Module* module;
+};
+struct Module {
+    std::deque<Function> functions;
+
+    Function* add(const simt::Kernel* kernel) { return &functions.emplace_back(Function{kernel, this}); }
+};
+
 struct Call {
     const simt::Kernel* kernel;
+    const Module* module;
     unsigned grid[3], threads;
     std::vector<unsigned long long> cells;
 };
@@ -72,8 +84,8 @@ struct Event {
 };
 
 std::set<Stream*> streams;
-/// Modules that are loaded, and recordings that can be launched: those hold functions of modules.
-unsigned modules = 0, recordings = 0;
+/// Recordings that can be launched: they hold functions of modules.
+std::set<const std::vector<Call>*> recordings;
 unsigned long long launches = 0;
 
 /// The emulation has others too, with mistakes, for its own tests.
@@ -260,8 +272,7 @@ CALL(cuStreamEndCapture, Stream* stream, std::vector<Call>** made) {
 CALL(cuGraphInstantiateWithFlags, std::vector<Call>** made, std::vector<Call>* graph, unsigned long long) {
     ALONE;
     if (is_refused("instantiate")) return OUT_OF_MEMORY;
-    recordings++;
-    return *made = new std::vector<Call>(*graph), SUCCESS;
+    return recordings.insert(*made = new std::vector<Call>(*graph)), SUCCESS;
 }
 CALL(cuGraphUpload, std::vector<Call>*, Stream* stream) {
     ALONE;
@@ -276,7 +287,7 @@ CALL(cuGraphLaunch, std::vector<Call>* graph, Stream* stream) {
 }
 CALL(cuGraphExecDestroy, std::vector<Call>* graph) {
     ALONE;
-    recordings--;
+    recordings.erase(graph);
     return delete graph, SUCCESS;
 }
 CALL(cuGraphDestroy, std::vector<Call>* graph) { return delete graph, SUCCESS; }
@@ -407,39 +418,42 @@ CALL(cuFlushGPUDirectRDMAWrites, int target, int scope) {
     return broken ? broken : noted("flush");
 }
 
-CALL(cuModuleLoadData, void** made, const void* image) {
+CALL(cuModuleLoadData, Module** made, const void* image) {
     // What a fatbin begins with.
     unsigned magic;
     std::memcpy(&magic, image, sizeof magic);
-    if (magic != 0xba55ed50) return INVALID_VALUE;
-    ALONE;
-    modules++;
-    return *made = const_cast<void*>(image), SUCCESS;
+    return magic == 0xba55ed50 ? *made = new Module, SUCCESS : INVALID_VALUE;
 }
-CALL(cuModuleUnload, void*) {
+CALL(cuModuleUnload, Module* module) {
     ALONE;
-    if (--modules == 0 && recordings) {
-        // Drops have nobody to tell, so that the program ends.
-        std::fprintf(stderr, "stand-in libcuda: kernels are unloaded that %u recordings hold\n", recordings);
-        std::abort();
+    for (const auto* recording : recordings) {
+        for (const Call& call : *recording) {
+            if (call.module != module) continue;
+            // Whoever drops something is told nothing, so that the program ends.
+            std::fprintf(stderr, "stand-in libcuda: a recording holds kernels that are unloaded\n");
+            std::abort();
+        }
     }
-    return SUCCESS;
+    return delete module, SUCCESS;
 }
-CALL(cuModuleGetFunction, const simt::Kernel** made, void*, const char* name) {
-    return *made = simt::find(name), *made ? SUCCESS : NOT_FOUND;
+CALL(cuModuleGetFunction, Function** made, Module* module, const char* name) {
+    const simt::Kernel* kernel = simt::find(name);
+    return kernel ? *made = module->add(kernel), SUCCESS : NOT_FOUND;
 }
 CALL(cuModuleGetFunctionCount, unsigned* count, void*) {
     *count = 0;
     for (auto kernel = simt::kernels; kernel; kernel = kernel->next) *count += is_ours(kernel);
     return SUCCESS;
 }
-CALL(cuModuleEnumerateFunctions, const simt::Kernel** made, unsigned count, void*) {
+CALL(cuModuleEnumerateFunctions, Function** made, unsigned count, Module* module) {
     for (auto kernel = simt::kernels; kernel && count; kernel = kernel->next) {
-        if (is_ours(kernel)) *made++ = kernel, count--;
+        if (is_ours(kernel)) *made++ = module->add(kernel), count--;
     }
     return SUCCESS;
 }
-CALL(cuFuncGetName, const char** name, const simt::Kernel* kernel) { return *name = kernel->name, SUCCESS; }
+CALL(cuFuncGetName, const char** name, const Function* function) {
+    return *name = function->kernel->name, SUCCESS;
+}
 
 struct LaunchAttribute {
     int id;
@@ -455,13 +469,14 @@ struct LaunchConfig {
     const LaunchAttribute* attributes;
     unsigned count;
 };
-CALL(cuLaunchKernelEx, const LaunchConfig* config, const simt::Kernel* kernel, void** args, void**) {
+CALL(cuLaunchKernelEx, const LaunchConfig* config, const Function* function, void** args, void**) {
     ALONE;
     const auto [grid, block, shared, stream, attributes, count] = *config;
     if (block[1] != 1 || block[2] != 1 || shared) return INVALID_VALUE;
     // It may start while the one before it still runs (6: programmatic stream serialization).
     if (count != 1 || attributes->id != 6 || attributes->allowed != 1) return INVALID_VALUE;
-    Call call{kernel, {grid[0], grid[1], grid[2]}, block[0], {}};
+    const simt::Kernel* kernel = function->kernel;
+    Call call{kernel, function->module, {grid[0], grid[1], grid[2]}, block[0], {}};
     for (size_t i = 0; kernel->kinds[i]; i++) {
         // As the driver does: what the argument's pointer leads to, as wide as the kernel takes it.
         unsigned long long cell = 0;

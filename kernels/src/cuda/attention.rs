@@ -4,7 +4,6 @@
 use super::backend::{CudaBackend, THREADS, address_of};
 use super::buffer::{Activations, Buffer, KvCache, Rope, Vector};
 use super::driver::{Address, Driver};
-use super::plan::SLOTS_MAX;
 use super::stream::Stream;
 use crate::{AttentionShape, Batch, KvDType, KvLayout, QkNorm};
 
@@ -61,21 +60,21 @@ pub(super) struct Partials<D: Driver> {
     results: Buffer<D>,
     /// Partitions of a row that have left theirs; zeros between steps.
     arrived: Buffer<D>,
-    made_for: AttentionShape,
+    made_for: (AttentionShape, usize),
 }
 
 impl<D: Driver> Partials<D> {
-    pub(super) fn new(stream: &Stream<D>, shape: AttentionShape) -> Self {
+    pub(super) fn new(stream: &Stream<D>, shape: AttentionShape, slots: usize) -> Self {
         let of_head = (shape.head_dim + 2) * size_of::<f32>();
         Self {
-            results: Buffer::zeroed(stream, SLOTS_MAX * shape.heads * of_head),
-            arrived: Buffer::zeroed(stream, SLOTS_MAX * shape.heads * size_of::<i32>()),
-            made_for: shape,
+            results: Buffer::zeroed(stream, slots * shape.heads * of_head),
+            arrived: Buffer::zeroed(stream, slots * shape.heads * size_of::<i32>()),
+            made_for: (shape, slots),
         }
     }
 
-    pub(super) fn are_for(&self, shape: AttentionShape) -> bool {
-        self.made_for == shape
+    pub(super) fn are_for(&self, shape: AttentionShape, slots: usize) -> bool {
+        self.made_for == (shape, slots)
     }
 
     /// Of the results, and of the counts.
@@ -167,9 +166,10 @@ impl<D: Driver> CudaBackend<D> {
         out.set_rows(batch.tokens.len());
         self.check_plan(qkv.rows, batch);
         let AttentionShape { heads, kv_heads, head_dim } = shape;
-        if self.partials.as_ref().is_none_or(|partials| !partials.are_for(shape)) {
+        let slots = self.plan.slots();
+        if self.partials.as_ref().is_none_or(|partials| !partials.are_for(shape, slots)) {
             self.graphs.clear();
-            self.partials = Some(Partials::new(&self.stream, shape));
+            self.partials = Some(Partials::new(&self.stream, shape, slots));
         }
         let [partials, arrived] = self.partials.as_ref().map_or([Address::NULL; 2], Partials::addresses);
         let planned = self.plan.shape();

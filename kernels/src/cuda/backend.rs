@@ -150,6 +150,7 @@ impl<D: Driver> Backend for CudaBackend<D> {
         let buffer = Buffer::zeroed(&self.stream, bytes);
         self.stream.check()?;
         self.plan.aim_at(attention::items_wanted(self.driver().processors(), layout.kv_heads));
+        self.plan.read_from(&layout);
         Ok(KvCache { buffer, layout })
     }
 

@@ -1,13 +1,17 @@
 //! From a batch to what the kernels are told of it: a pure function.
 
-use std::ops::Range;
+use std::ops::{Range, RangeInclusive};
 
-use crate::{Batch, SequenceSpan};
+use crate::{Batch, KvLayout, SequenceSpan};
 
 /// Keys a block of the attention kernel takes at a time (`kernels/cuda/attention.cu`).
 pub(super) const PARTITION: usize = 128;
-/// Partitions of a step whose results are kept at most, until they are merged.
-pub(super) const SLOTS_MAX: usize = 2048;
+/// Partitions of a step whose results are kept until they are merged: for each that the cache holds so many, as
+/// sequences may share pages. With 36 layers and four query heads a key/value head, that takes a 300th of what a cache
+/// of sixteen bits takes.
+const SLOTS_A_PARTITION: usize = 4;
+/// And at least and at most so many.
+const SLOTS: RangeInclusive<usize> = 2048..=16_384;
 /// Rows of a prompt that a block of `kernels/cuda/prefill_attention.cu` takes at most.
 const TILE_ROWS: usize = 128;
 /// Largest step that is recorded.
@@ -59,6 +63,8 @@ pub(super) struct Plan {
     position_max: u32,
     /// Items of attention's work that fill the device; 0 if nobody has said.
     items_wanted: usize,
+    /// Partitions that the cache holds; 0 if nobody has said.
+    partitions: usize,
 }
 
 impl Plan {
@@ -66,6 +72,16 @@ impl Plan {
     /// work, but what each leaves for the merge is not free.
     pub(super) fn aim_at(&mut self, items: usize) {
         self.items_wanted = items;
+    }
+
+    /// From now on, steps read from such a cache.
+    pub(super) fn read_from(&mut self, layout: &KvLayout) {
+        self.partitions = layout.blocks * layout.block_size / PARTITION;
+    }
+
+    /// Partitions of a step whose results are kept at most, until they are merged.
+    pub(super) fn slots(&self) -> usize {
+        (SLOTS_A_PARTITION * self.partitions).clamp(*SLOTS.start(), *SLOTS.end())
     }
 
     pub(super) fn shape(&self) -> Shape {
@@ -94,6 +110,7 @@ impl Plan {
     /// Refills the plan.
     pub(super) fn set(&mut self, batch: &Batch) {
         let as_int = |&x: &u32| x as i32;
+        let slots_max = self.slots();
         let Self { words, .. } = self;
         self.tokens = batch.tokens.len();
         self.position_max = batch.positions.iter().copied().max().unwrap_or(0);
@@ -118,7 +135,7 @@ impl Plan {
         let mut slots = 0;
         for sequence in decoding() {
             let partitions = partitions_of(sequence.context_len - 1);
-            if partitions > run && slots + partitions <= SLOTS_MAX {
+            if partitions > run && slots + partitions <= slots_max {
                 for begin in (0..partitions).step_by(run) {
                     let end = partitions.min(begin + run);
                     words.extend([sequence.query_start as i32, begin as i32, end as i32, (slots + begin) as i32]);
@@ -164,7 +181,7 @@ impl Plan {
         let context = batch.sequences.iter().map(|sequence| sequence.context_len).max().unwrap_or(1);
         let all = tokens * partitions_of(context - 1);
         let most = match self.items_wanted {
-            0 => all.min(SLOTS_MAX + tokens),
+            0 => all.min(self.slots() + tokens),
             // Runs are as long as it takes for there to be that many of them, but each row's last may be shorter.
             wanted => all.min(wanted + tokens - 1),
         };
@@ -193,7 +210,7 @@ impl Plan {
     pub(super) fn words_max(&self, batch: &Batch) -> usize {
         let tokens = batch.tokens.len();
         // Filled up to a power of two.
-        let items = 2 * (tokens + if self.items_wanted == 0 { SLOTS_MAX } else { self.items_wanted });
+        let items = 2 * (tokens + if self.items_wanted == 0 { self.slots() } else { self.items_wanted });
         3 * bucket(tokens).max(tokens) + 4 * items + 2 * tokens + batch.block_tables.len()
     }
 }
@@ -228,6 +245,7 @@ impl Shape {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::KvDType;
 
     fn plan(batch: &Batch) -> Plan {
         let mut plan = Plan::default();
@@ -399,9 +417,25 @@ mod tests {
 
     #[test]
     fn slots_that_run_out_leave_the_rest_unsplit() {
-        let partitions = SLOTS_MAX / 2 + 1;
+        let partitions = SLOTS.start() / 2 + 1;
         let plan = plan(&decoding(&[partitions * PARTITION; 2]));
         assert_eq!(items(&plan).len(), partitions + 1);
         assert_eq!(items(&plan).last(), Some(&[1, 0, partitions as i32, -1]));
+    }
+
+    #[test]
+    fn long_contexts_that_fill_a_cache_are_all_cut() {
+        let dtype = KvDType::BF16;
+        let layout = KvLayout { layers: 36, kv_heads: 8, head_dim: 128, block_size: 16, blocks: 0, dtype };
+        let mut plan = Plan::default();
+        for (sequences, context) in [(4, 128 << 10), (1, 1 << 20), (40, 20_000)] {
+            plan.read_from(&KvLayout { blocks: sequences * context / layout.block_size, ..layout });
+            plan.aim_at(66);
+            plan.set(&decoding(&vec![context; sequences]));
+            assert!(items(&plan).iter().all(|item| item[3] >= 0), "{sequences} of {context}");
+            assert!((60..=66 + sequences).contains(&items(&plan).len()), "{}", items(&plan).len());
+        }
+        plan.read_from(&KvLayout { blocks: 1 << 30, ..layout });
+        assert_eq!(plan.slots(), *SLOTS.end());
     }
 }
