@@ -47,9 +47,9 @@ struct Row {
     int touched, touched_end;
 };
 
-/// A token whose logit is changed before the draw, and the logit as it was. With the topmost bit set, which only the last
-/// of a row may have, `id` is a row: the token is that which was drawn there in the step before, which the host does not
-/// know yet (`Batch::DRAWN` of src/batch.rs). It may be among the others too.
+/// A token whose logit is changed before the draw, and the logit as it was. With the topmost bit set, which only the
+/// last of a row may have, `id` is a row: the token is that which was drawn there in the step before, which the host
+/// does not know yet (`Batch::DRAWN` of src/batch.rs). It may be among the others too.
 struct Touched {
     int id;
     float bias;
@@ -523,6 +523,7 @@ __device__ void run(float* logits, int vocab, const Row& row, Touched* touched, 
     // Of the model's own distribution, which is what is reported: kept here, for most rows do not ask.
     __shared__ float max, before;
     __shared__ double log_sum;
+    follow();
     const bool reports = row.alternatives >= 0, adjusts = row.known < 0 && row.touched < row.touched_end;
     const int top_len = min(min(row.alternatives, vocab), TOP_MAX);
     const auto logprob = [&](float logit) {
@@ -589,8 +590,8 @@ __device__ void run(float* logits, int vocab, const Row& row, Touched* touched, 
 }  // namespace sample
 
 // sample: for each row of logits [rows, vocab], which it overwrites, an outcome, and its token once more in `drawn`:
-// what the next step gets as `latest`, when rows of its own are being overwritten in `outcomes`. Rows and tokens
-// touched by biases and penalties are described by the structures above.
+// what the next step gets as `latest`, while its own rows overwrite `outcomes`. Rows and tokens touched by biases and
+// penalties are described by the structures above.
 // Grid: rows. Bytes: 4 a logit and look. A greedy row is looked at once; a plain draw takes two looks, and so do top_k
 // up to 256 and top_p with a nucleus of hardly more; a longer one takes 6, a greater top_k 5, both 9, and one more for
 // each cut amid equal logits. Reports take one, and one more before penalties.

@@ -4,7 +4,10 @@
 
 #include <cstdio>
 #include <cstdlib>
+#include <functional>
 #include <numeric>
+#include <semaphore>
+#include <thread>
 #include <vector>
 
 #include <signal.h>
@@ -85,7 +88,7 @@ struct Copy {
     unsigned group;
 };
 
-enum class Wait : unsigned char { None, Block, Warp, Over };
+enum class Wait : unsigned char { None, Predecessor, Block, Warp, Over };
 
 struct Fiber {
     Context context;
@@ -97,6 +100,8 @@ struct Fiber {
     /// Copies nobody has waited for yet, and groups of them that are complete.
     std::vector<Copy> copies;
     unsigned groups;
+    /// Whether it has waited for the kernel before.
+    bool follows;
 };
 
 struct Warp {
@@ -115,6 +120,8 @@ struct Machine {
     unsigned threads = 0, arrived = 0, current = 0;
     /// With how many of those that have arrived, and that met last, the predicate held.
     int holds = 0, held = 0;
+    /// Returns when the kernel before has run, if it has not yet.
+    std::function<void()> predecessor;
     char error[256] = "";
 
     Machine() {
@@ -141,6 +148,10 @@ thread_local Machine* machine = nullptr;
 void entry() {
     Machine& m = *machine;
     m.kernel->run(*m.kernel, m.args);
+    if (!m.fibers[m.current].follows) {
+        std::snprintf(m.error, sizeof m.error, "kernel %s: a thread ends that has not waited for the kernel before",
+                      m.kernel->name);
+    }
     if (!m.fibers[m.current].copies.empty()) {
         std::snprintf(m.error, sizeof m.error, "kernel %s: a thread ends while copies to shared memory are under way",
                       m.kernel->name);
@@ -172,6 +183,7 @@ bool Machine::run_block(unsigned long long order) {
         fibers[i].exchanges = 0;
         fibers[i].copies.clear();
         fibers[i].groups = 0;
+        fibers[i].follows = false;
     }
     for (unsigned w = 0; w < (threads + WARP - 1) / WARP; w++) warps[w].arrived = 0;
     // Threads go on in an order that visits each once: steps of a length that has no divisor in common with their
@@ -182,7 +194,13 @@ bool Machine::run_block(unsigned long long order) {
     step %= threads;
     for (unsigned idle = 0; over < threads; next += next + step < threads ? step : step - threads) {
         if (fibers[next].wait != Wait::None) {
-            if (++idle > threads) return stuck();
+            if (++idle <= threads) continue;
+            if (!predecessor || fibers[next].wait != Wait::Predecessor) return stuck();
+            predecessor();
+            predecessor = nullptr;
+            for (unsigned i = 0; i < threads; i++) {
+                if (fibers[i].wait == Wait::Predecessor) fibers[i].wait = Wait::None;
+            }
             continue;
         }
         idle = 0;
@@ -221,6 +239,20 @@ struct FaultHandler {
 };
 
 }  // namespace
+
+void follow() {
+    Machine& m = *machine;
+    Fiber& self = m.fibers[m.current];
+    if (self.follows) {
+        std::snprintf(m.error, sizeof m.error, "kernel %s: a thread waits twice for the kernel before", m.kernel->name);
+        return m.yield();
+    }
+    self.follows = true;
+    if (!m.predecessor) return;
+    self.wait = Wait::Predecessor;
+    self.line = 0;
+    m.yield();
+}
 
 int meet_block(int line, bool predicate) {
     Machine& m = *machine;
@@ -317,8 +349,123 @@ const Kernel* find(const char* name) {
     return nullptr;
 }
 
+/// A grid to run.
+struct Grid {
+    const Kernel* kernel;
+    dim3 size;
+    unsigned threads;
+    void* const* args;
+
+    bool is_possible() const { return kernel && threads > 0 && threads <= BLOCK_MAX && threads % WARP == 0; }
+    unsigned long long blocks() const { return 1ull * size.x * size.y * size.z; }
+    /// The next number of those that the order of blocks and threads hangs on.
+    static void step(unsigned long long& seed) { seed = seed * 6364136223846793005ull + 1442695040888963407ull; }
+    /// Runs a block. Null, or what went wrong.
+    const char* run(Machine& m, unsigned long long at, unsigned long long seed) const {
+        m.kernel = kernel, m.args = args, m.threads = threads;
+        gridDim = size, blockDim = {threads, 1, 1};
+        blockIdx = {static_cast<unsigned>(at % size.x), static_cast<unsigned>(at / size.x % size.y),
+                    static_cast<unsigned>(at / size.x / size.y)};
+        const bool right = m.run_block(seed >> 20);
+        m.kernel = nullptr, m.predecessor = nullptr;
+        return right ? nullptr : m.error;
+    }
+};
+
+/// Starts a block before the kernel ahead of its own has run, as a device may: it goes on to where it waits for that,
+/// in a thread of its own, where it has its own shared memory.
+class Forerunner {
+    std::binary_semaphore go{0}, held{0};
+    Grid grid;
+    std::vector<unsigned long long> cells;
+    std::vector<void*> args;
+    const char* error;
+    bool ends = false;
+    std::thread thread{[this] { run(); }};
+
+    void run() {
+        Machine own;
+        machine = &own;
+        while (go.acquire(), !ends) {
+            own.predecessor = [this] { held.release(), go.acquire(); };
+            unsigned long long order = seed;
+            Grid::step(order);
+            error = grid.run(own, seed % grid.blocks(), order);
+            is_held = false;
+            held.release();
+        }
+    }
+
+public:
+    /// Whether a block waits, and of what grid.
+    bool is_held = false;
+    unsigned long long seed = 0;
+
+    ~Forerunner() {
+        ends = true;
+        go.release();
+        thread.join();
+    }
+    void begin(const Grid& of, unsigned long long with) {
+        grid = of, seed = with, is_held = true;
+        cells.clear(), args.clear();
+        for (size_t i = 0; of.kernel->kinds[i]; i++) {
+            cells.push_back(0);
+            std::memcpy(&cells.back(), of.args[i], of.kernel->kinds[i] == 'p' ? 8 : 4);
+        }
+        for (auto& cell : cells) args.push_back(&cell);
+        grid.args = args.data();
+        go.release(), held.acquire();
+    }
+    /// Runs the block to its end. Null, or what went wrong.
+    const char* finish() {
+        seed = 0;
+        if (is_held) go.release(), held.acquire();
+        return error;
+    }
+};
+
+/// This host thread's: while one kernel is run, whose first block may have been begun, the next one's may be.
+struct Forerunners {
+    Forerunner* both[2] = {};
+
+    /// That of the grid that is launched with this seed, or null.
+    Forerunner* of(unsigned long long seed) {
+        for (Forerunner* one : both) {
+            if (one && one->seed == seed) return one;
+        }
+        return nullptr;
+    }
+    /// One that is free.
+    Forerunner* free() {
+        Forerunner*& one = both[0] && both[0]->is_held ? both[1] : both[0];
+        return one ? one : one = new Forerunner;
+    }
+    /// What was begun and will not be launched stays where it is: what it would touch may be gone.
+    void leave() {
+        for (Forerunner*& one : both) {
+            if (one && one->is_held) one = nullptr;
+        }
+    }
+    ~Forerunners() {
+        leave();
+        for (Forerunner* one : both) delete one;
+    }
+};
+thread_local Forerunners forerunners;
+
 }  // namespace
 }  // namespace simt
+
+/// Starts the first block of a grid that is launched after the next, with these arguments and this seed.
+extern "C" void simt_begin(const char* name, const unsigned grid[3], unsigned threads, void* const* args,
+                           unsigned long long seed) {
+    const simt::Grid next{simt::find(name), {grid[0], grid[1], grid[2]}, threads, args};
+    if (next.is_possible()) simt::forerunners.free()->begin(next, seed);
+}
+
+/// Forgets those that were started.
+extern "C" void simt_leave() { simt::forerunners.leave(); }
 
 /// The kinds of a kernel's arguments, a letter each; null if there is no such kernel.
 extern "C" const char* simt_kinds(const char* name) {
@@ -330,32 +477,21 @@ extern "C" const char* simt_kinds(const char* name) {
 extern "C" const char* simt_launch(const char* name, const unsigned grid[3], unsigned threads, void* const* args,
                                    unsigned long long seed) {
     static simt::FaultHandler handler;
-    static thread_local simt::Machine own;
-    simt::machine = &own;
-    simt::Machine& m = own;
-    m.kernel = simt::find(name);
-    m.args = args;
-    m.threads = threads;
-    if (!m.kernel || threads == 0 || threads > simt::BLOCK_MAX || threads % simt::WARP) {
-        return "no such kernel, or no whole number of warps";
-    }
-    gridDim = {grid[0], grid[1], grid[2]};
-    blockDim = {threads, 1, 1};
-    unsigned long long blocks = 1ull * grid[0] * grid[1] * grid[2];
+    static thread_local simt::Machine machine;
+    simt::machine = &machine;
+    const simt::Grid all{simt::find(name), {grid[0], grid[1], grid[2]}, threads, args};
+    if (!all.is_possible()) return "no such kernel, or no whole number of warps";
+    const unsigned long long blocks = all.blocks();
     // Blocks in an order of their own too: none may wait for another.
     unsigned long long step = blocks > 1 ? 1 + seed % blocks : 1;
     while (std::gcd(step, blocks) != 1) step++;
     unsigned long long at = seed % blocks;
+    simt::Forerunner* begun = simt::forerunners.of(seed);
     for (unsigned long long i = 0; i < blocks; i++, at = (at + step) % blocks) {
-        blockIdx = {static_cast<unsigned>(at % grid[0]), static_cast<unsigned>(at / grid[0] % grid[1]),
-                    static_cast<unsigned>(at / grid[0] / grid[1])};
-        seed = seed * 6364136223846793005ull + 1442695040888963407ull;
-        if (!m.run_block(seed >> 20)) {
-            m.kernel = nullptr;
-            return m.error;
-        }
+        simt::Grid::step(seed);
+        if (const char* error = begun ? begun->finish() : all.run(machine, at, seed)) return error;
+        begun = nullptr;
     }
-    m.kernel = nullptr;
     return nullptr;
 }
 

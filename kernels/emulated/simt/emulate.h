@@ -46,6 +46,9 @@ constexpr unsigned WARP = 32;
 /// Bytes a lane can show to the others at a time.
 constexpr unsigned EXCHANGE = 64;
 
+/// Waits for the end of the kernel before, which every thread does once.
+void follow();
+
 /// Waits until all threads of the block have come here. With how many of them the predicate held.
 int meet_block(int line, bool predicate = false);
 

@@ -421,11 +421,28 @@ CALL(cuModuleEnumerateFunctions, const simt::Kernel** made, unsigned count, void
     return SUCCESS;
 }
 CALL(cuFuncGetName, const char** name, const simt::Kernel* kernel) { return *name = kernel->name, SUCCESS; }
-CALL(cuLaunchKernel, const simt::Kernel* kernel, unsigned x, unsigned y, unsigned z, unsigned threads,
-     unsigned threads_y, unsigned threads_z, unsigned shared, Stream* stream, void** args, void**) {
+
+struct LaunchAttribute {
+    int id;
+    char padding[4];
+    union {
+        int allowed;
+        char size[64];
+    };
+};
+struct LaunchConfig {
+    unsigned grid[3], block[3], shared;
+    Stream* stream;
+    const LaunchAttribute* attributes;
+    unsigned count;
+};
+CALL(cuLaunchKernelEx, const LaunchConfig* config, const simt::Kernel* kernel, void** args, void**) {
     ALONE;
-    if (threads_y != 1 || threads_z != 1 || shared) return INVALID_VALUE;
-    Call call{kernel, {x, y, z}, threads, {}};
+    const auto [grid, block, shared, stream, attributes, count] = *config;
+    if (block[1] != 1 || block[2] != 1 || shared) return INVALID_VALUE;
+    // It may start while the one before it still runs (6: programmatic stream serialization).
+    if (count != 1 || attributes->id != 6 || attributes->allowed != 1) return INVALID_VALUE;
+    Call call{kernel, {grid[0], grid[1], grid[2]}, block[0], {}};
     for (size_t i = 0; kernel->kinds[i]; i++) {
         // As the driver does: what the argument's pointer leads to, as wide as the kernel takes it.
         unsigned long long cell = 0;
