@@ -450,14 +450,16 @@ __device__ __forceinline__ u64 target_in(u64 all, double uniform) {
 /// The lowest logit that min_p keeps.
 __device__ float lowest_kept(float max, double lowest) {
     if (lowest == -INFINITY) return -INFINITY;
-    const auto is_kept = [&](unsigned bits) {
-        return static_cast<double>(logit_of_ordered(bits)) - static_cast<double>(max) >= lowest;
-    };
-    // Rounded, as the difference is, so it may be the neighbour. -inf is never kept.
-    unsigned bits = ordered(static_cast<float>(static_cast<double>(max) + lowest));
-    while (!is_kept(bits)) bits++;
-    while (is_kept(bits - 1)) bits--;
-    return logit_of_ordered(bits);
+    // The highest that is not kept, bit by bit: near 0, one difference may be that of very many logits.
+    unsigned cut = 0;
+#pragma unroll 1
+    for (int bit = 31; bit >= 0; bit--) {
+        const unsigned higher = cut | 1u << bit;
+        const double below = static_cast<double>(logit_of_ordered(higher)) - static_cast<double>(max);
+        const bool is_kept = higher >= ordered(max) || below >= lowest;
+        if (!is_kept) cut = higher;
+    }
+    return logit_of_ordered(cut + 1);
 }
 
 /// Draws from tokens set apart, the likeliest, which are not too many. Without top_k (0), `all` is the mass of all
