@@ -120,6 +120,8 @@ struct Machine {
     unsigned threads = 0, arrived = 0, current = 0;
     /// Stacks that have been made accessible: each takes two of the memory maps that a process has.
     unsigned ready = 0;
+    /// With how many of those that have arrived, and that met last, the predicate held.
+    int holds = 0, held = 0;
     /// Returns when the kernel before has run, if it has not yet.
     std::function<void()> predecessor;
     char error[256] = "";
@@ -186,6 +188,7 @@ bool Machine::stuck() {
 
 bool Machine::run_block(unsigned long long order) {
     arrived = 0;
+    holds = 0;
     error[0] = '\0';
     // What stays inaccessible lies below each stack, where an overflow meets it.
     for (; ready < threads; ready++) {
@@ -264,21 +267,28 @@ void follow() {
     m.yield();
 }
 
-void meet_block(int line) {
+int meet_block(int line, bool predicate) {
     Machine& m = *machine;
     Fiber& self = m.fibers[m.current];
     self.wait = Wait::Block;
     self.line = line;
-    if (++m.arrived < m.threads) return m.yield();
+    m.holds += predicate;
+    if (++m.arrived < m.threads) {
+        m.yield();
+        // Nobody meets anew before all have gone on from here.
+        return m.held;
+    }
     m.arrived = 0;
+    m.held = std::exchange(m.holds, 0);
     for (unsigned i = 0; i < m.threads; i++) {
         if (m.fibers[i].line != line) {
             std::snprintf(m.error, sizeof m.error, "kernel %s: threads meet at the barriers of lines %d and %d",
                           m.kernel->name, line, m.fibers[i].line);
-            return m.yield();
+            m.yield();
         }
         m.fibers[i].wait = Wait::None;
     }
+    return m.held;
 }
 
 unsigned char* slots() {

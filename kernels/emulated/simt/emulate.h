@@ -50,8 +50,8 @@ constexpr unsigned EXCHANGE = 64;
 /// Waits for the end of the kernel before, which every thread does once.
 void follow();
 
-/// Waits until all threads of the block have come here.
-void meet_block(int line);
+/// Waits until all threads of the block have come here. With how many of them the predicate held.
+int meet_block(int line, bool predicate = false);
 
 /// Where the lanes of this warp show something next, EXCHANGE bytes each. It stays until this lane exchanges again.
 unsigned char* slots();
@@ -196,6 +196,10 @@ inline std::uint8_t float_to_quarter(float x) {
 #define REGISTER(name) static const simt::Registered name##_registered(#name, name)
 
 inline void __syncthreads(int line = __builtin_LINE()) { simt::meet_block(line); }
+
+inline int __syncthreads_count(int predicate, int line = __builtin_LINE()) {
+    return simt::meet_block(line, predicate != 0);
+}
 
 inline void __syncwarp(unsigned mask = ~0u, int line = __builtin_LINE()) { simt::exchange(mask, 0, line); }
 

@@ -7,7 +7,7 @@ use crate::sampling::uniform;
 use crate::{Batch, MAX_TOP_LOGPROBS, RowTask, SampleRow, Sampled, SamplingParams};
 
 /// Threads of a block (`kernels/cuda/sample.cu`).
-const THREADS: usize = 256;
+const THREADS: usize = 1024;
 /// Largest vocabulary whose weights, in the kernel's units, add up to less than 2^64.
 const VOCABULARY_MAX: usize = 1 << 19;
 

@@ -10,6 +10,9 @@ const VOCAB: usize = 1013;
 
 /// The rows of one call: owned, for [`SampleRow`] borrows.
 struct Rows {
+    vocabulary: usize,
+    /// Whether some tokens are known, and some must not be drawn.
+    has_tasks: bool,
     logits: Vec<f32>,
     params: Vec<SamplingParams>,
     outputs: Vec<Vec<u32>>,
@@ -30,6 +33,8 @@ impl Rows {
             seed: random.bits(),
         };
         Self {
+            vocabulary: VOCAB,
+            has_tasks: true,
             logits: random.normals(count * VOCAB).iter().map(|x| x * 3.0).collect(),
             params: (0..count).map(|_| params(random)).collect(),
             outputs: (0..count).map(|i| (0..i % 9).map(|_| random.below(VOCAB) as u32).collect()).collect(),
@@ -37,10 +42,34 @@ impl Rows {
         }
     }
 
+    /// Every way to cut, in logits of one shape: where few tokens are in question and where many, and at the numbers at
+    /// which a backend may go another way.
+    fn cut(vocabulary: usize, shape: &dyn Fn(usize, f32) -> f32, random: &mut Random) -> Self {
+        let mut params = Vec::new();
+        for top_k in [0, 1, 20, 256, 257, 600, vocabulary as u32 - 1, vocabulary as u32] {
+            for (top_p, min_p, temperature) in
+                [(1.0, 0.0, 1.0), (0.95, 0.0, 1.0), (0.95, 0.3, 0.7), (1e-9, 0.0, 1.0), (1.0, 0.3, 1e-30)]
+            {
+                let seed = random.bits();
+                params.push(SamplingParams { temperature, top_k, top_p, min_p, seed, ..SamplingParams::default() });
+            }
+        }
+        let count = params.len();
+        let normals = random.normals(count * vocabulary);
+        Self {
+            vocabulary,
+            has_tasks: false,
+            logits: normals.into_iter().enumerate().map(|(i, x)| shape(i % vocabulary, x)).collect(),
+            params,
+            outputs: vec![Vec::new(); count],
+            logprobs: (0..count).map(|i| [None, Some(0), Some(20)][i % 3]).collect(),
+        }
+    }
+
     fn row(&self, i: usize) -> SampleRow<'_> {
         let task = match i % 5 {
-            4 => RowTask::Score { token: (i * 31 % VOCAB) as u32 },
-            3 => RowTask::Sample { params: &self.params[i], suppress: &[3, 700] },
+            4 if self.has_tasks => RowTask::Score { token: (i * 31 % VOCAB) as u32 },
+            3 if self.has_tasks => RowTask::Sample { params: &self.params[i], suppress: &[3, 700] },
             _ => RowTask::Sample { params: &self.params[i], suppress: &[] },
         };
         SampleRow { task, prompt: &[1, 2, 3, 2], output: &self.outputs[i], logprobs: self.logprobs[i] }
@@ -48,10 +77,30 @@ impl Rows {
 
     /// The rows of `span`, sampled in one call.
     fn sample<B: Subject>(&self, backend: &mut B, span: std::ops::Range<usize>) -> Vec<Sampled> {
-        let mut logits = backend.filled(&self.logits[span.start * VOCAB..span.end * VOCAB], VOCAB);
+        let values = span.start * self.vocabulary..span.end * self.vocabulary;
+        let mut logits = backend.filled(&self.logits[values], self.vocabulary);
         let mut out = vec![Sampled::default(); span.len()];
         backend.sample(&mut logits, &|i| self.row(span.start + i), &mut out);
         out
+    }
+}
+
+/// Equal to the reference in what is exact, and near in the rest.
+fn assert_near(ours: &Sampled, want: &Sampled, row: &SampleRow<'_>, what: &str) {
+    assert_eq!(ours.impossible, want.impossible, "{what}: {row:?}");
+    if want.impossible {
+        return;
+    }
+    assert_eq!(ours.token, want.token, "{what}: {row:?}");
+    if row.logprobs.is_some() {
+        // Sums of thousands of single precision weights; equal where both are infinite.
+        let are_near = |ours: f32, want: f32| ours == want || (ours - want).abs() < 1e-5;
+        assert!(are_near(ours.logprob, want.logprob), "{what}: {} and not {}", ours.logprob, want.logprob);
+        assert_eq!(ours.top_len, want.top_len, "{what}");
+        for (ours, want) in ours.top.iter().zip(&want.top).take(want.top_len as usize) {
+            assert_eq!(ours.0, want.0, "{what}");
+            assert!(are_near(ours.1, want.1), "{what}: {} and not {}", ours.1, want.1);
+        }
     }
 }
 
@@ -62,19 +111,41 @@ pub(crate) fn mixed_rows_match_the_reference<B: Subject>() {
         let ours = rows.sample(&mut B::any(), 0..count);
         let want = rows.sample(&mut ReferenceBackend, 0..count);
         for (i, (ours, want)) in ours.iter().zip(&want).enumerate() {
-            let row = rows.row(i);
-            assert_eq!(ours.token, want.token, "row {i}: {row:?}");
-            if row.logprobs.is_some() {
-                // Sums of about a thousand single precision weights.
-                assert!((ours.logprob - want.logprob).abs() < 1e-5, "row {i}");
-                assert_eq!(ours.top_len, want.top_len, "row {i}");
-                for (ours, want) in ours.top.iter().zip(&want.top).take(want.top_len as usize) {
-                    assert_eq!(ours.0, want.0, "row {i}");
-                    assert!((ours.1 - want.1).abs() < 1e-5, "row {i}");
-                }
-            }
+            assert_near(ours, want, &rows.row(i), &format!("row {i}"));
         }
         watched::held();
+    }
+}
+
+pub(crate) fn every_cut_matches_the_reference<B: Subject>() {
+    type Shape = (&'static str, fn(usize, f32) -> f32);
+    let shapes: [Shape; 9] = [
+        ("a peak", |_, x| x * 3.0),
+        ("flat, so that top_p keeps many", |_, x| x * 0.05),
+        ("all alike", |_, _| 1.5),
+        ("a few values", |_, x| (x * 4.0).round() / 2.0),
+        ("hundreds that are likeliest", |i, x| if i % 7 == 3 { 9.0 } else { x }),
+        ("nearly all impossible", |i, x| if i % 800 == 2 { x } else { f32::NEG_INFINITY }),
+        ("no numbers", |i, x| match i % 100 {
+            11 => f32::NAN,
+            12 => f32::NEG_INFINITY,
+            _ => x,
+        }),
+        ("infinite ones", |i, x| if i % 300 == 1 { f32::INFINITY } else { x }),
+        ("all impossible", |i, _| if i % 2 == 0 { f32::NAN } else { f32::NEG_INFINITY }),
+    ];
+    let mut random = Random::new(94);
+    // Multiples of what is loaded at a time, and not; fewer than there are threads, and more.
+    for vocabulary in [5, 130, 4999] {
+        for (name, shape) in shapes {
+            let rows = Rows::cut(vocabulary, &shape, &mut random);
+            let ours = rows.sample(&mut B::any(), 0..rows.params.len());
+            let want = rows.sample(&mut ReferenceBackend, 0..rows.params.len());
+            for (i, (ours, want)) in ours.iter().zip(&want).enumerate() {
+                assert_near(ours, want, &rows.row(i), &format!("{name}, {vocabulary} tokens, row {i}"));
+            }
+            watched::held();
+        }
     }
 }
 
