@@ -2,8 +2,10 @@
 
 #include "emulate.h"
 
+#include <cstdarg>
 #include <cstdio>
 #include <cstdlib>
+#include <map>
 #include <numeric>
 #include <vector>
 
@@ -19,6 +21,8 @@ namespace simt {
 const Kernel* kernels = nullptr;
 
 namespace {
+
+#include "hopper.h"
 
 constexpr std::size_t STACK = 64 << 10;
 constexpr unsigned BLOCK_MAX = 1024;
@@ -85,7 +89,7 @@ struct Copy {
     unsigned group;
 };
 
-enum class Wait : unsigned char { None, Block, Warp, Over };
+enum class Wait : unsigned char { None, Block, Warp, Barrier, Over };
 
 struct Fiber {
     Context context;
@@ -97,11 +101,14 @@ struct Fiber {
     /// Copies nobody has waited for yet, and groups of them that are complete.
     std::vector<Copy> copies;
     unsigned groups;
+    /// The barrier that it waits for.
+    const void* barrier;
 };
 
 struct Warp {
     unsigned arrived;
     alignas(16) unsigned char slots[2][WARP * EXCHANGE];
+    Multiplier multiplier;
 };
 
 /// One host thread's machine: it runs a block at a time.
@@ -114,8 +121,21 @@ struct Machine {
     void* const* args = nullptr;
     unsigned threads = 0, arrived = 0, current = 0;
     char error[256] = "";
+    /// What the launch asked for lies at the end of this, so that an access beyond it faults.
+    unsigned char* shared_end;
+    std::size_t shared = 0;
+    std::map<const void*, BarrierState> barriers;
+    std::vector<Box> boxes;
+    /// What each group of four warps has asked for, which must be the same for all four.
+    std::vector<std::vector<Asked>> asked{BLOCK_MAX / WARP / 4};
+    unsigned long long chance = 0;
+    /// How unlike in time things are in a block that has others copy for it: boxes come at once, instead of when nobody
+    /// can go on without them; and one warp goes on only when no other can.
+    bool early = false;
+    unsigned slow_warp = ~0u;
 
     Machine() {
+        shared_end = reserve_shared();
         void* memory = mmap(nullptr, BLOCK_MAX * (STACK + 4096), PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE,
                             -1, 0);
         if (memory == MAP_FAILED) std::abort();
@@ -131,6 +151,18 @@ struct Machine {
     void yield() { Context::go(fibers[current].context, host); }
     bool run_block(unsigned long long order);
     bool stuck();
+    void end_phase(const void* barrier, BarrierState& state);
+    bool deliver();
+    bool all_is_over();
+    /// Ends the block. This thread does not go on.
+    [[gnu::format(printf, 2, 3)]] void fail(const char* format, ...) {
+        int length = std::snprintf(error, sizeof error, "kernel %s: ", kernel->name);
+        va_list args;
+        va_start(args, format);
+        std::vsnprintf(error + length, sizeof error - static_cast<std::size_t>(length), format, args);
+        va_end(args);
+        yield();
+    }
 };
 
 /// This host thread's, made at its first launch. (A plain pointer: objects with constructors are checked at each use.)
@@ -143,6 +175,9 @@ void entry() {
         std::snprintf(m.error, sizeof m.error, "kernel %s: a thread ends while copies to shared memory are under way",
                       m.kernel->name);
     }
+    if (!m.warps[m.current / WARP].multiplier.products.empty()) {
+        m.fail("a thread ends while products are under way");
+    }
     m.fibers[m.current].wait = Wait::Over;
     m.yield();
 }
@@ -153,10 +188,11 @@ bool Machine::stuck() {
         if (fibers[i].wait == Wait::Over) over++;
         else if (!waiting++) first = i;
     }
+    const bool phase = fibers[first].wait == Wait::Barrier;
     std::snprintf(error, sizeof error,
-                  "kernel %s, block (%u, %u, %u): thread %u waits at line %d for threads that do not come (%u wait, %u "
-                  "have ended)",
-                  kernel->name, blockIdx.x, blockIdx.y, blockIdx.z, first, fibers[first].line, waiting, over);
+                  "kernel %s, block (%u, %u, %u): thread %u waits at line %d for %s (%u wait, %u have ended)",
+                  kernel->name, blockIdx.x, blockIdx.y, blockIdx.z, first, fibers[first].line,
+                  phase ? "a phase that does not end" : "threads that do not come", waiting, over);
     return false;
 }
 
@@ -170,26 +206,44 @@ bool Machine::run_block(unsigned long long order) {
         fibers[i].copies.clear();
         fibers[i].groups = 0;
     }
-    for (unsigned w = 0; w < (threads + WARP - 1) / WARP; w++) warps[w].arrived = 0;
+    for (unsigned w = 0; w < (threads + WARP - 1) / WARP; w++) {
+        warps[w].arrived = 0;
+        warps[w].multiplier.reset();
+    }
+    for (auto& group : asked) group.clear();
+    barriers.clear();
+    boxes.clear();
+    std::memset(shared_end - shared, 0xff, shared);
+    chance = order;
     // Threads go on in an order that visits each once: steps of a length that has no divisor in common with their
     // number.
     unsigned step = 1 + order % threads;
     while (std::gcd(step, threads) != 1) step++;
     unsigned next = order / threads % threads, over = 0;
     step %= threads;
+    bool slow_too = false;
     for (unsigned idle = 0; over < threads; next += next + step < threads ? step : step - threads) {
-        if (fibers[next].wait != Wait::None) {
-            if (++idle > threads) return stuck();
+        const bool slow = next / WARP == slow_warp;
+        if (fibers[next].wait != Wait::None || (slow && !slow_too)) {
+            if (++idle <= threads) continue;
+            idle = 0;
+            // Nobody can go on: now at last the slow warp does, or a box arrives.
+            if (!slow_too && slow_warp != ~0u) {
+                slow_too = true;
+            } else if (!deliver()) {
+                return stuck();
+            }
             continue;
         }
         idle = 0;
+        slow_too &= slow;
         current = next;
         threadIdx = {next, 0, 0};
         Context::go(host, fibers[next].context);
         if (error[0]) return false;
         over += fibers[next].wait == Wait::Over;
     }
-    return true;
+    return all_is_over();
 }
 
 /// What is said if a kernel touches memory that is nobody's.
@@ -298,6 +352,8 @@ void wait_for_copies(unsigned latest) {
     self.copies.erase(self.copies.begin(), self.copies.begin() + static_cast<std::ptrdiff_t>(over));
 }
 
+#include "hopper_instructions.h"
+
 namespace {
 
 const Kernel* find(const char* name) {
@@ -316,9 +372,20 @@ extern "C" const char* simt_kinds(const char* name) {
     return kernel ? kernel->kinds : nullptr;
 }
 
-/// Runs all blocks of a grid. Null, or what went wrong (good until this thread launches again).
-extern "C" const char* simt_launch(const char* name, const unsigned grid[3], unsigned threads, void* const* args,
-                                   unsigned long long seed) {
+/// Describes a matrix of 16-bit elements to what copies boxes of it. Null, or what the driver would not take.
+extern "C" const char* simt_map(unsigned long long start, unsigned long long rows, unsigned long long cols,
+                                unsigned long long row_bytes, unsigned box_rows, unsigned box_cols,
+                                std::uint64_t (*words)[16]) {
+    const simt::Map map = {simt::Map::MAGIC, start, rows, cols, row_bytes, box_rows, box_cols};
+    std::memset(*words, 0, sizeof *words);
+    std::memcpy(*words, &map, sizeof map);
+    return map.mistake();
+}
+
+/// Runs all blocks of a grid, with so many bytes of shared memory besides what kernels have by themselves. Null, or what
+/// went wrong (good until this thread launches again).
+extern "C" const char* simt_launch(const char* name, const unsigned grid[3], unsigned threads, unsigned shared,
+                                   void* const* args, unsigned long long seed) {
     static simt::FaultHandler handler;
     static thread_local simt::Machine own;
     simt::machine = &own;
@@ -326,6 +393,9 @@ extern "C" const char* simt_launch(const char* name, const unsigned grid[3], uns
     m.kernel = simt::find(name);
     m.args = args;
     m.threads = threads;
+    // In sixteens, so that it does not begin where boxes may.
+    m.shared = (shared + 15) / 16 * 16;
+    if (m.shared > simt::SHARED_MAX) return "no block gets so much shared memory";
     if (!m.kernel || threads == 0 || threads > simt::BLOCK_MAX || threads % simt::WARP) {
         return "no such kernel, or no whole number of warps";
     }
@@ -340,6 +410,11 @@ extern "C" const char* simt_launch(const char* name, const unsigned grid[3], uns
         blockIdx = {static_cast<unsigned>(at % grid[0]), static_cast<unsigned>(at / grid[0] % grid[1]),
                     static_cast<unsigned>(at / grid[0] / grid[1])};
         seed = seed * 6364136223846793005ull + 1442695040888963407ull;
+        // The first block has everything as late as it may be; for the others it is as it comes.
+        const unsigned whim = static_cast<unsigned>(seed >> 40), warps = threads / simt::WARP;
+        const bool any = i > 0 && shared > 0;
+        m.early = any && whim % 2;
+        m.slow_warp = any && whim / 2 % (2 * warps) < warps ? whim / 2 % warps : ~0u;
         if (!m.run_block(seed >> 20)) {
             m.kernel = nullptr;
             return m.error;
@@ -350,5 +425,7 @@ extern "C" const char* simt_launch(const char* name, const unsigned grid[3], uns
 }
 
 // The kernels themselves, the same text that nvcc compiles.
+#include "../../cuda/hopper.cu"
 #include "../../cuda/kernels.cu"
 #include "faulty.cu"
+#include "faulty_hopper.cu"
