@@ -1,8 +1,9 @@
 #!/bin/sh
 # Compiles the CUDA kernels as the build does, and fails if one of them keeps local variables in memory (spills, or
 # arrays that are indexed in ways the compiler cannot see through): what should be registers would be traffic; or if
-# one that is made for tensor cores lacks their instructions, the loads that go with them, or asynchronous copies; or if
-# the compiler has products wait for each other that are made to go on by themselves. Prints what each uses.
+# one that is made for tensor cores lacks their instructions, the loads that go with them, or asynchronous copies, or if
+# the compiler has products wait for each other that are made to go on by themselves; or, from compute capability 9.0 on,
+# if one does not wait for the kernel before, or loads something but weights before that. Prints what each uses.
 set -eu
 cd "$(dirname "$0")/.."
 
@@ -59,6 +60,26 @@ for target in 80 90; do
             printf "sm_%s: %d kernels use tensor cores\n", target, checked
             exit bad || checked == 0
         }'
+    [ "$target" -ge 90 ] || continue
+    # ACQBULK: griddepcontrol.wait. PREEXIT: griddepcontrol.launch_dependents. LDG, LDGSTS: loads of global memory.
+    "$CUDA_HOME/bin/cuobjdump" -sass "$work/kernels.cubin" | awk -v target="$target" '
+        /^\t\tFunction : / { name = $3; kernels[name] = 1 }
+        / ACQBULK/ { waits[name]++ }
+        / PREEXIT/ { if (waits[name]) starts[name]++ }
+        / LDG/ { if (waits[name]) late[name]++; else early[name]++ }
+        function is_wrong(what) { printf "sm_%s %s: %s\n", target, name, what; bad = 1 }
+        END {
+            for (name in kernels) {
+                if (waits[name] != 1 || starts[name] != 1) is_wrong("it does not wait once, and then let others start")
+                if (name ~ /^skinny_/) {
+                    products++
+                    if (early[name] < 8) is_wrong("it asks for weights after it has waited")
+                } else if (early[name]) is_wrong("it loads something before it has waited")
+                if (!late[name]) is_wrong("it loads nothing after it has waited")
+            }
+            printf "sm_%s: %d products ask for weights before the kernel ahead has ended\n", target, products
+            exit bad || products == 0
+        }'
 done
 
 # HGMMA: wgmma. UTMALDG.2D: copies of boxes. SYNCS: barriers that they arrive at.
@@ -68,13 +89,16 @@ compile 90a hopper.cu
     / HGMMA\.64x(64|128|192)x16\.F32/ { found[name, "HGMMA"]++ }
     / UTMALDG\.2D / { found[name, "UTMALDG"]++ }
     / SYNCS\.PHASECHK/ { found[name, "SYNCS"]++ }
+    / ACQBULK/ { found[name, "ACQBULK"]++ }
+    / PREEXIT/ { if (found[name, "ACQBULK"]) found[name, "PREEXIT"]++ }
+    / LDG/ { if (!found[name, "ACQBULK"]) { printf "sm_90a %s: it loads before it has waited\n", name; bad = 1 } }
     function need(what) {
         if (!found[name, what]) { printf "sm_90a %s: no %s\n", name, what; bad = 1 }
     }
     END {
         for (name in kernels) {
             checked++
-            need("UTMALDG"); need("SYNCS")
+            need("UTMALDG"); need("SYNCS"); need("ACQBULK"); need("PREEXIT")
             if (name != "box_check") need("HGMMA")
         }
         printf "sm_90a: %d kernels copy boxes and multiply them in groups of warps\n", checked

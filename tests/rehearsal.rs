@@ -113,7 +113,7 @@ fn a_worker_that_has_rehearsed_records_nothing_more_and_answers_as_ever() {
 
 #[test]
 fn a_worker_that_runs_ahead_answers_as_one_that_waits_for_each_token() {
-    // Some end when nobody knew that they would, and some have to wait for their tokens.
+    // Some end when nobody knew that they would, and for some the tokens before count.
     let ends_anywhere = |i: usize, request: Request| Request {
         min_tokens: 2,
         max_tokens: 24,

@@ -67,6 +67,7 @@ __device__ __forceinline__ void attention(const float* qkv, Rows rows, const int
     __shared__ float warp_highest[WARPS][HEADS], warp_sums[WARPS][HEADS];
     __shared__ float warp_values[WARPS][HEADS][WIDTH];
 
+    follow();
     const int row = items[4 * blockIdx.x], begin = items[4 * blockIdx.x + 1], end = items[4 * blockIdx.x + 2];
     const int slot = items[4 * blockIdx.x + 3];
     if (row < 0) return;

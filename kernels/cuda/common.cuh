@@ -18,6 +18,23 @@ constexpr int WARP = 32;
 constexpr int OUTCOME_WORDS = 44;
 constexpr unsigned ALL_LANES = ~0u;
 
+/// Waits until the kernel before this one has ended, and what it wrote is there; then the one after this may start.
+/// Every thread of every kernel calls this, once, and before it does touches nothing but weights, which no kernel
+/// writes.
+///
+/// From compute capability 9.0 on, kernels are launched such that they start while the one before still runs
+/// (programmatic dependent launch), so that their blocks are there, and the first weights on their way, when it ends.
+/// As the next one may start only then, no more than two ever run side by side, and whatever ran before the one before
+/// has ended.
+__device__ __forceinline__ void follow() {
+#if !defined(__CUDACC__)
+    simt::follow();
+#elif __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
 /// Columns of a row as it lies in memory.
 __device__ __forceinline__ int padded(int cols) { return (cols + 7) / 8 * 8; }
 

@@ -134,6 +134,7 @@ __device__ __forceinline__ void product(Matrix matrix, const uint16_t* x, const 
         }
     };
 
+    follow();
     for (int step = begin; step < begin + STAGES - 1; step++) {
         if (step < end) {
             bring(step);
@@ -209,6 +210,7 @@ __device__ __forceinline__ void product(Matrix matrix, const uint16_t* x, const 
 __device__ __forceinline__ void round_row(const float* x, uint16_t* out, float* scales, int cols, Half) {
     const size_t start = static_cast<size_t>(blockIdx.x) * padded(cols);
     float most = 0.0f;
+    follow();
     for (int i = static_cast<int>(threadIdx.x); i < cols; i += THREADS) most = fmaxf(most, fabsf(x[start + i]));
     most = block_max<THREADS / WARP>(most);
     // Numbers' exponents are off by 127. A row of zeros, or one with infinities, stays as it is.
@@ -225,6 +227,7 @@ __device__ __forceinline__ void round_row(const float* x, uint16_t* out, float* 
 /// A row in bf16.
 __device__ __forceinline__ void round_row(const float* x, uint16_t* out, float*, int cols, Brain) {
     const size_t start = static_cast<size_t>(blockIdx.x) * padded(cols);
+    follow();
     for (int i = static_cast<int>(threadIdx.x) * 2; i < padded(cols); i += THREADS * 2) {
         *reinterpret_cast<unsigned*>(out + start + i) = pair<Brain>(x[start + i], x[start + i + 1]);
     }
@@ -266,6 +269,7 @@ PRODUCTS(fine_bytes, FineBytes)
 extern "C" __global__ void __launch_bounds__(gemm::THREADS)
     add_segments(const float* segments, const float* row_scales, const float* bias, float* out, int rows, int count,
                  int features, int width, int first) {
+    follow();
     const int feature = static_cast<int>(blockIdx.x) * gemm::THREADS + static_cast<int>(threadIdx.x);
     const size_t row = blockIdx.y, all = static_cast<size_t>(rows) * features;
     if (feature >= features) return;

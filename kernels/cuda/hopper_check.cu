@@ -11,6 +11,7 @@ __device__ __forceinline__ const unsigned char* copied(const TensorMap* const (&
                                                        const int (&box_rows)[COUNT], int row, int col) {
     __shared__ Barrier barrier;
     unsigned char* const boxes = aligned_shared();
+    follow();
     if (threadIdx.x == 0) {
         make_barrier(&barrier, 1);
         show_barriers();

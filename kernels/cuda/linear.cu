@@ -27,6 +27,7 @@ __device__ __forceinline__ void tiled(Matrix matrix, const float* x, const float
     const int tile_feature = blockIdx.x * TILE_OUT, tile_row = blockIdx.y * TILE_ROWS;
     const int my_feature = threadIdx.x % 16 * 4, my_row = threadIdx.x / 16 * 4;
     float sums[4][4] = {};
+    follow();
     for (int start = 0; start < stride; start += TILE_IN) {
         __syncthreads();
         // Eights of the tile: four a feature (or row), the next thread takes the next feature.
@@ -77,6 +78,7 @@ __device__ __forceinline__ void tiled(Matrix matrix, const float* x, const float
 template <class Matrix>
 __device__ __forceinline__ void embed(Matrix matrix, const int* tokens, const int* drawn, float* out, int cols,
                                       int features, int first) {
+    follow();
     const int given = tokens[blockIdx.x];
     const int row = (given < 0 ? drawn[(given & 0x7fffffff) * OUTCOME_WORDS] : given) - first;
     if (row < 0 || row >= features) return;

@@ -14,6 +14,7 @@ __device__ __forceinline__ void multiply(const uint16_t* a, const uint16_t* b, f
     Chunk* const tile = shared_chunks<2 * 16 * WIDTH>();
     Chunk* const b_tile = tile + 16 * WIDTH;
     const int lane = lane_id();
+    follow();
     copy_async(tile + swizzled<WIDTH>(lane / 2, lane % 2), a + lane * CHUNK, true);
     commit_copies();
     const bool valid = lane < 16;

@@ -13,6 +13,7 @@ __device__ __forceinline__ void rope_and_cache(float* qkv, Rows rows, const floa
                                                const float* q_norm, const float* k_norm, float eps, Pages<T> pages,
                                                int heads, int pairs) {
     __shared__ float vectors[WARPS][HEAD_DIM_MAX];
+    follow();
     const int row = blockIdx.x, head = blockIdx.y * WARPS + warp_id(), lane = lane_id();
     const int kv_heads = pages.kv_heads, head_dim = pages.head_dim, position = rows.positions[row];
     if (position < 0 || head >= heads + 2 * kv_heads) return;

@@ -12,6 +12,7 @@ template <bool ADD>
 __device__ __forceinline__ void rms_norm(float* x, const float* delta, const float* weight, float* out, int cols,
                                          float eps) {
     const size_t start = static_cast<size_t>(blockIdx.x) * padded(cols);
+    follow();
     // Each thread reads what it has written itself.
     if (ADD) {
         for (int i = threadIdx.x; i < cols; i += THREADS) x[start + i] += delta[start + i];
@@ -40,6 +41,7 @@ extern "C" __global__ void __launch_bounds__(rowwise::THREADS)
 // Grid: (rows, ffn / 256). Bytes: 12 a value of out. Operations: an exponential and a division a value.
 extern "C" __global__ void __launch_bounds__(rowwise::THREADS)
     silu_mul(const float* gate_up, float* out, int ffn) {
+    follow();
     const int i = blockIdx.y * rowwise::THREADS + threadIdx.x;
     const size_t row = blockIdx.x;
     if (i >= ffn) return;
@@ -51,6 +53,7 @@ extern "C" __global__ void __launch_bounds__(rowwise::THREADS)
 // Grid: count. Bytes: 8 a value. No arithmetic.
 extern "C" __global__ void __launch_bounds__(rowwise::THREADS)
     select_rows(const float* x, const int* rows, float* out, int cols) {
+    follow();
     const size_t to = static_cast<size_t>(blockIdx.x) * padded(cols);
     const size_t from = static_cast<size_t>(rows[blockIdx.x]) * padded(cols);
     for (int i = threadIdx.x; i < cols; i += rowwise::THREADS) out[to + i] = x[from + i];

@@ -31,7 +31,9 @@ struct Row {
     int touched, touched_end;
 };
 
-/// A token whose logit is changed before the draw, and the logit as it was.
+/// A token whose logit is changed before the draw, and the logit as it was. With the topmost bit set, which only the
+/// last of a row may have, `id` is a row: the token is that which was drawn there in the step before, which the host
+/// does not know yet (`Batch::DRAWN` of src/batch.rs). It may be among the others too.
 struct Touched {
     int id;
     float bias;
@@ -199,24 +201,41 @@ __device__ u64 peak(const float* logits, int vocab) {
     return block_max<WARPS>(best);
 }
 
-/// Biases, suppression and penalties, in single precision and in this order, as on every backend.
-__device__ void adjust(float* logits, const Row& row, Touched* touched) {
-    for (int i = row.touched + threadIdx.x; i < row.touched_end; i += THREADS) {
-        const int id = touched[i].id, marks = touched[i].marks;
-        float logit = logits[id];
-        touched[i].before = logit;
-        logit += touched[i].bias;
-        if (marks & SUPPRESSED) logit = -INFINITY;
-        if (marks & SEEN) {
-            logit = logit > 0.0f ? logit / row.repetition_penalty : logit * row.repetition_penalty;
-            const int times = marks & TIMES;
-            if (times > 0) {
-                // Not as one operation: that would round once instead of twice.
-                logit = __fsub_rn(logit, __fmul_rn(row.frequency_penalty, static_cast<float>(times)));
-                logit -= row.presence_penalty;
-            }
+/// Bias, suppression and penalties, in single precision and in this order, as on every backend.
+__device__ __forceinline__ void adjust(float* logits, const Row& row, Touched& token, int marks) {
+    float logit = logits[token.id];
+    token.before = logit;
+    logit += token.bias;
+    if (marks & SUPPRESSED) logit = -INFINITY;
+    if (marks & SEEN) {
+        logit = logit > 0.0f ? logit / row.repetition_penalty : logit * row.repetition_penalty;
+        const int times = marks & TIMES;
+        if (times > 0) {
+            // Not as one operation: that would round once instead of twice.
+            logit = __fsub_rn(logit, __fmul_rn(row.frequency_penalty, static_cast<float>(times)));
+            logit -= row.presence_penalty;
         }
-        logits[id] = finite_or_impossible(logit);
+    }
+    logits[token.id] = finite_or_impossible(logit);
+}
+
+/// All that a row touches, at least one token. `latest` are the tokens drawn in the step before.
+__device__ void adjust_all(float* logits, const Row& row, Touched* touched, const int* latest) {
+    __shared__ bool is_listed;
+    const int last = row.touched_end - 1;
+    const bool is_ahead = touched[last].id < 0;
+    const int drawn = is_ahead ? latest[touched[last].id & 0x7fffffff] : -1;
+    if (threadIdx.x == 0) is_listed = false;
+    __syncthreads();
+    for (int i = row.touched + threadIdx.x; i < row.touched_end - is_ahead; i += THREADS) {
+        const bool again = touched[i].id == drawn;
+        if (again) is_listed = true;
+        adjust(logits, row, touched[i], again ? (touched[i].marks | SEEN) + 1 : touched[i].marks);
+    }
+    __syncthreads();
+    if (is_ahead && !is_listed && threadIdx.x == 0) {
+        touched[last].id = drawn;
+        adjust(logits, row, touched[last], touched[last].marks);
     }
 }
 
@@ -235,10 +254,12 @@ __device__ int draw(const float* logits, int vocab, const Row& row, u64 best) {
     return find_in_order(mass, vocab, target < all ? target : all - 1);
 }
 
-__device__ void run(float* logits, int vocab, const Row& row, Touched* touched, Outcome& out) {
+__device__ void run(float* logits, int vocab, const Row& row, Touched* touched, const int* latest, int& drawn,
+                    Outcome& out) {
     __shared__ u64 top[TOP_MAX];
     __shared__ int found;
     __shared__ float before;
+    follow();
     for (int id = threadIdx.x; id < vocab; id += THREADS) {
         const float logit = logits[id], clean = finite_or_impossible(logit);
         if (clean != logit) logits[id] = clean;
@@ -279,7 +300,7 @@ __device__ void run(float* logits, int vocab, const Row& row, Touched* touched, 
     if (token < 0 && !impossible) {
         if (row.touched < row.touched_end) {
             __syncthreads();
-            adjust(logits, row, touched);
+            adjust_all(logits, row, touched, latest);
             __syncthreads();
             best = peak(logits, vocab);
             impossible = logit_of(best) == -INFINITY;
@@ -298,6 +319,7 @@ __device__ void run(float* logits, int vocab, const Row& row, Touched* touched, 
     }
     __syncthreads();
     if (threadIdx.x == 0) {
+        drawn = token;
         out.token = token;
         out.impossible = impossible;
         out.top_len = impossible ? 0 : top_len > 0 ? top_len : 0;
@@ -307,15 +329,17 @@ __device__ void run(float* logits, int vocab, const Row& row, Touched* touched, 
 
 }  // namespace sample
 
-// sample: for each row of logits [rows, vocab], which it overwrites, an outcome. Rows and tokens touched by biases and
+// sample: for each row of logits [rows, vocab], which it overwrites, an outcome, and its token once more in `drawn`:
+// what the next step gets as `latest`, while its own rows overwrite `outcomes`. Rows and tokens touched by biases and
 // penalties are described by the structures above.
 // Grid: rows. Bytes: 4 a logit and pass: 2 passes for greedy rows, 4 for plain draws, 5 more for each of top_k, top_p
 // and alternatives; after the first they come from the L2 cache. Operations: an exponential a logit and pass that
 // weighs.
 extern "C" __global__ void __launch_bounds__(sample::THREADS, 2)
-    sample_rows(float* logits, int vocab, const void* rows, void* touched, void* outcomes) {
+    sample_rows(float* logits, int vocab, const void* rows, void* touched, const int* latest, int* drawn,
+                void* outcomes) {
     sample::run(logits + static_cast<size_t>(blockIdx.x) * padded(vocab), vocab,
-                static_cast<const sample::Row*>(rows)[blockIdx.x], static_cast<sample::Touched*>(touched),
-                static_cast<sample::Outcome*>(outcomes)[blockIdx.x]);
+                static_cast<const sample::Row*>(rows)[blockIdx.x], static_cast<sample::Touched*>(touched), latest,
+                drawn[blockIdx.x], static_cast<sample::Outcome*>(outcomes)[blockIdx.x]);
 }
 REGISTER(sample_rows);

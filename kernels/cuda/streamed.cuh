@@ -5,11 +5,12 @@
 #include "weights.cuh"
 
 /// Words that are read once in a kernel and not written by it: they pass by the L1 cache, and leave it to what is read
-/// again.
+/// again. Not as data that nobody writes at all (`ld.global.nc`), which on sm_90 ptxas moves across `follow`, in both
+/// directions: weights would be asked for too late, and keys too early.
 __device__ __forceinline__ uint4 stream16(const void* from) {
 #ifdef __CUDACC__
     uint4 to;
-    asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+    asm volatile("ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
                  : "=r"(to.x), "=r"(to.y), "=r"(to.z), "=r"(to.w)
                  : "l"(__cvta_generic_to_global(from)));
     return to;
@@ -21,7 +22,7 @@ __device__ __forceinline__ uint4 stream16(const void* from) {
 __device__ __forceinline__ uint2 stream8(const void* from) {
 #ifdef __CUDACC__
     uint2 to;
-    asm volatile("ld.global.nc.L1::no_allocate.v2.u32 {%0, %1}, [%2];"
+    asm volatile("ld.global.L1::no_allocate.v2.u32 {%0, %1}, [%2];"
                  : "=r"(to.x), "=r"(to.y)
                  : "l"(__cvta_generic_to_global(from)));
     return to;
@@ -33,7 +34,7 @@ __device__ __forceinline__ uint2 stream8(const void* from) {
 __device__ __forceinline__ unsigned stream4(const void* from) {
 #ifdef __CUDACC__
     unsigned to;
-    asm volatile("ld.global.nc.L1::no_allocate.u32 %0, [%1];" : "=r"(to) : "l"(__cvta_generic_to_global(from)));
+    asm volatile("ld.global.L1::no_allocate.u32 %0, [%1];" : "=r"(to) : "l"(__cvta_generic_to_global(from)));
     return to;
 #else
     return *static_cast<const unsigned*>(from);

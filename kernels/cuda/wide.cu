@@ -62,11 +62,12 @@ __device__ __forceinline__ void product(const TensorMap& weights, const TensorMa
     const int all = (padded(cols) + BOX_COLS - 1) / BOX_COLS;
     const int begin = splits ? static_cast<int>(blockIdx.z) * STEPS : 0;
     const int end = splits ? min(all, begin + STEPS) : all;
-    const auto fill = [&](int stage, int step) {
-        unsigned char* const to = stages + stage * Tile::STAGE;
+    const auto fill_weights = [&](int stage, int step) {
         arrive_expecting(full + stage, Tile::STAGE);
-        copy_box(to, weights, place.feature, step * BOX_COLS, full + stage);
-        copy_box(to + Tile::WEIGHTS, x, place.row, step * BOX_COLS, full + stage);
+        copy_box(stages + stage * Tile::STAGE, weights, place.feature, step * BOX_COLS, full + stage);
+    };
+    const auto fill_x = [&](int stage, int step) {
+        copy_box(stages + stage * Tile::STAGE + Tile::WEIGHTS, x, place.row, step * BOX_COLS, full + stage);
     };
     if (threadIdx.x == 0) {
         for (int i = 0; i < Tile::STAGES; i++) {
@@ -74,7 +75,11 @@ __device__ __forceinline__ void product(const TensorMap& weights, const TensorMa
             make_barrier(empty + i, THREADS / WARP);
         }
         show_barriers();
-        for (int i = 0; i < Tile::STAGES && begin + i < end; i++) fill(i, begin + i);
+        for (int i = 0; i < Tile::STAGES && begin + i < end; i++) fill_weights(i, begin + i);
+    }
+    follow();
+    if (threadIdx.x == 0) {
+        for (int i = 0; i < Tile::STAGES && begin + i < end; i++) fill_x(i, begin + i);
     }
     __syncthreads();
 
@@ -109,7 +114,10 @@ __device__ __forceinline__ void product(const TensorMap& weights, const TensorMa
             const int next = step - REST + Tile::STAGES;
             if (warp == 0 && step - REST >= begin && next < end) {
                 wait_for(empty + rested.stage, rested.parity);
-                if (lane_id() == 0) fill(rested.stage, next);
+                if (lane_id() == 0) {
+                    fill_weights(rested.stage, next);
+                    fill_x(rested.stage, next);
+                }
                 rested.pass();
             }
         }

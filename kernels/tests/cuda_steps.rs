@@ -58,13 +58,13 @@ fn a_step_that_is_launched_waits_for_nothing_and_one_that_is_collected_for_no_ot
     layer.backend.make_room(ROWS_MAX);
     let batch = decode(&[40; 3], 0);
     for _ in 0..3 {
-        layer.draw(&batch);
+        layer.draw(&batch, &vec![Vec::new(); 3]);
         layer.drawn(3);
     }
     layer.backend.driver().synchronize().unwrap();
     let before = layer.backend.driver().launches();
-    layer.draw(&batch);
-    layer.draw(&batch);
+    layer.draw(&batch, &vec![Vec::new(); 3]);
+    layer.draw(&batch, &vec![Vec::new(); 3]);
     assert_eq!(layer.backend.driver().launches(), before);
     layer.drawn(3);
     let one = layer.backend.driver().launches() - before;
@@ -77,7 +77,7 @@ fn a_step_that_is_launched_waits_for_nothing_and_one_that_is_collected_for_no_ot
 fn nothing_else_is_sampled_while_a_step_is_under_way() {
     let mut layer = device();
     layer.backend.make_room(ROWS_MAX);
-    layer.draw(&decode(&[40; 3], 0));
+    layer.draw(&decode(&[40; 3], 0), &vec![Vec::new(); 3]);
     let mut logits = layer.backend.activations(1, VOCABULARY);
     layer.backend.write(&[0.0; VOCABULARY], &mut logits);
     let params = SamplingParams::default();

@@ -63,7 +63,7 @@ impl Scheduler {
             let in_budget = plan.tokens() < self.budget;
             let Some(&slot) = self.waiting.front() else { return };
             // One that was preempted while its last token was on its way is let in when it is known, at the next plan.
-            debug_assert!(self.sequence(slot).drawn_in().is_none() && !self.sequence(slot).awaits_outcome());
+            debug_assert!(!self.sequence(slot).is_drawn_ahead() && !self.sequence(slot).awaits_outcome());
             if !in_budget && !router.is_open() || !self.enters(slot) {
                 return;
             }

@@ -1,5 +1,7 @@
 use std::collections::VecDeque;
 
+use engine_kernels::Batch;
+
 use super::{PlanEntry, Sequence, StepPlan};
 use crate::cache::{KvPool, PageCounts, PageHasher};
 
@@ -156,7 +158,7 @@ impl Scheduler {
                 continue;
             }
             let sequence = self.sequence_mut(entry.slot);
-            debug_assert!(sequence.drawn_in().is_none(), "pages are found by their tokens");
+            debug_assert!(!sequence.is_drawn_ahead(), "pages are found by their tokens");
             sequence.advance(entry.len);
             let done = sequence.prefill_only && sequence.remaining() == 0;
             self.publish(entry.slot);
@@ -195,7 +197,7 @@ impl Scheduler {
     /// The same with a token that will be known later: it is drawn in this row of the step that was planned last. What
     /// follows it can be planned at once, and committed after [`Scheduler::reveal`].
     pub fn push_drawn(&mut self, slot: SlotId, row: usize) {
-        self.sequence_mut(slot).push_drawn(row);
+        self.sequence_mut(slot).push_token(Batch::DRAWN | row as u32);
     }
 
     /// Says which token it is that [`Scheduler::push_drawn`] appended.

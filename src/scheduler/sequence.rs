@@ -1,16 +1,16 @@
+use engine_kernels::Batch;
+
 use crate::cache::{BlockTable, PageHash, PageHasher};
 
 /// One request's tokens and how far they are computed. Made by whoever submits it, with all the memory it will ever
 /// need, so that nothing is allocated while it runs.
 #[derive(Debug)]
 pub struct Sequence {
-    /// Prompt, then output.
+    /// Prompt, then output; the last may be [`Batch::DRAWN`] and a row.
     tokens: Vec<u32>,
     prompt_len: usize,
     /// Tokens it ends with at the latest.
     tokens_max: usize,
-    /// In which row of a step under way its last token is drawn, if that is not known yet.
-    drawn_in: Option<usize>,
     /// How many were added before it.
     pub(super) arrival: u64,
     /// Tokens whose keys and values are in the pages of `table`.
@@ -62,7 +62,6 @@ impl Sequence {
             tokens,
             prompt_len: prompt.len(),
             tokens_max: capacity,
-            drawn_in: None,
             arrival: 0,
             num_computed: 0,
             table: BlockTable::with_capacity(pages),
@@ -92,7 +91,8 @@ impl Sequence {
         hasher.extend(&mut self.hashes, &self.tokens);
     }
 
-    /// Prompt and output.
+    /// Prompt and output. As long as the last token is not known, [`Batch::DRAWN`] and the row of the step under way that
+    /// it is drawn in stand for it.
     pub fn tokens(&self) -> &[u32] {
         &self.tokens
     }
@@ -132,15 +132,15 @@ impl Sequence {
         self.from_afar
     }
 
-    /// In which row of a step under way its last token is drawn; `None` if that is known.
-    pub fn drawn_in(&self) -> Option<usize> {
-        self.drawn_in
+    /// Whether its last token is on its way.
+    pub fn is_drawn_ahead(&self) -> bool {
+        self.tokens.last().is_some_and(|token| token & Batch::DRAWN != 0)
     }
 
     /// Whether there is nothing to compute of it: what its last step gave is on its way, and nothing follows that, or
     /// nobody knows yet that something does.
     pub(super) fn awaits_outcome(&self) -> bool {
-        let is_last = self.drawn_in.is_some() && self.tokens.len() == self.tokens_max;
+        let is_last = self.is_drawn_ahead() && self.tokens.len() == self.tokens_max;
         !self.prefill_only && (self.remaining() == 0 || is_last)
     }
 
@@ -156,19 +156,12 @@ impl Sequence {
 
     pub(super) fn push_token(&mut self, token: u32) {
         debug_assert_eq!(self.remaining(), 0, "a token follows from all those before it");
-        debug_assert!(self.drawn_in.is_none() && self.tokens.len() < self.tokens_max, "the sequence is at its limit");
+        debug_assert!(!self.is_drawn_ahead() && self.tokens.len() < self.tokens_max, "the sequence is at its limit");
         self.tokens.push(token);
     }
 
-    pub(super) fn push_drawn(&mut self, row: usize) {
-        // Any token: it counts as one, and nobody looks which it is.
-        self.push_token(0);
-        self.drawn_in = Some(row);
-    }
-
     pub(super) fn reveal(&mut self, token: u32) {
-        let drawn = self.drawn_in.take();
-        debug_assert!(drawn.is_some(), "a token is revealed once");
+        debug_assert!(self.is_drawn_ahead(), "a token is revealed once");
         if let Some(last) = self.tokens.last_mut() {
             *last = token;
         }

@@ -3,20 +3,11 @@
 use std::time::Instant;
 
 use super::{Engine, Runner, RunnerError, session::Terms, step::Step};
-use crate::scheduler::{PlanEntry, SlotId};
 
 impl<R: Runner> Engine<R> {
-    /// Whether the next step can be planned and launched before it is known what this one gives. A sequence of it has
-    /// more of its prompt to compute, or one token more by then; and what is wanted after that must not hang on which.
-    pub(super) fn may_run_ahead(&mut self) -> bool {
-        let Self { runner, scheduler, terms, step: Step { plan, .. }, .. } = self;
-        let reads_output = |slot: SlotId| terms[slot.index()].as_ref().is_some_and(Terms::reads_output);
-        let allows = |entry: &PlanEntry| !(scheduler.has(entry) && reads_output(entry.slot));
-        runner.ahead().is_some() && plan.entries().iter().all(allows)
-    }
-
-    /// Leaves the step under way. A sequence that ends with it, which only its token will tell, takes part in the next
-    /// one in vain; its pages may be others' by then, whose steps are computed after that.
+    /// Leaves the step under way, so that the next is planned and launched before it is known what this one gives. A
+    /// sequence that ends with it, which only its token will tell, takes part in the next one in vain; its pages may be
+    /// others' by then, whose steps are computed after that.
     pub(super) fn run_ahead(&mut self) {
         let Self { scheduler, terms, step, under_way, .. } = self;
         let mut rows = 0;

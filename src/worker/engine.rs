@@ -160,7 +160,7 @@ impl<R: Runner> Engine<R> {
             // A device has this one to go on with while readers hear of the tokens of the one before.
             self.finish_under_way()?;
             self.commit();
-            if self.may_run_ahead() {
+            if self.runner.ahead().is_some() {
                 self.run_ahead();
             } else {
                 self.finish()?;
@@ -349,9 +349,10 @@ impl<R: Runner> Engine<R> {
                 if let Some(&token) = sequence.prompt().get(position + 1) {
                     session.prompt_token(token, sampled);
                 } else {
-                    match sequence.drawn_in() {
-                        Some(_) => scheduler.reveal(entry.slot, sampled.token),
-                        None => scheduler.push_token(entry.slot, sampled.token),
+                    if sequence.is_drawn_ahead() {
+                        scheduler.reveal(entry.slot, sampled.token);
+                    } else {
+                        scheduler.push_token(entry.slot, sampled.token);
                     }
                     session.token(sampled, now, &shared.metrics);
                     end = terms.end(sampled.token, scheduler.sequence(entry.slot).output().len());

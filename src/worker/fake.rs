@@ -242,8 +242,9 @@ impl Control {
     /// Computes the earliest step that was launched and is not computed. False if there is none.
     fn compute_launched(&self) -> Result<bool, RunnerError> {
         let mut device = self.device.lock().unwrap();
-        let Some(Launched { mut batch, rows, block_size }) = device.launched.pop_front() else { return Ok(false) };
-        for token in batch.tokens.iter_mut().filter(|token| **token & Batch::DRAWN != 0) {
+        let Some(Launched { mut batch, mut rows, block_size }) = device.launched.pop_front() else { return Ok(false) };
+        let told = batch.tokens.iter_mut().chain(rows.iter_mut().flat_map(|wish| &mut wish.output));
+        for token in told.filter(|token| **token & Batch::DRAWN != 0) {
             *token = device.drawn[(*token & !Batch::DRAWN) as usize];
         }
         let mut out = vec![Sampled::default(); rows.len()];

@@ -45,13 +45,6 @@ impl Terms {
         self.prompt_logprobs.is_some()
     }
 
-    /// Whether what is wanted of a row hangs on which tokens were generated before, and not only on how many: penalties
-    /// do.
-    pub(super) fn reads_output(&self) -> bool {
-        let SamplingParams { repetition_penalty, presence_penalty, frequency_penalty, .. } = self.sampling;
-        repetition_penalty != 1.0 || presence_penalty != 0.0 || frequency_penalty != 0.0
-    }
-
     /// What is wanted of the logits at `position` of `sequence`.
     pub(super) fn row<'a>(&'a self, sequence: &'a Sequence, position: usize) -> SampleRow<'a> {
         let (prompt, output) = (sequence.prompt(), sequence.output());

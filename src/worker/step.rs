@@ -52,10 +52,6 @@ impl Step {
             let sequence = scheduler.sequence(slot);
             let tokens = &sequence.tokens()[start..start + len];
             batch.push(tokens, start as u32, sequence.block_table(), logits_from);
-            if let (Some(row), Some(last)) = (sequence.drawn_in(), batch.tokens.last_mut()) {
-                debug_assert_eq!(start + len, sequence.tokens().len(), "all before it is computed");
-                *last = Batch::DRAWN | row as u32;
-            }
             let before = rows.len();
             rows.extend((start + logits_from..start + len).map(|position| Row { slot, position }));
             let generates = terms[slot.index()].as_ref().is_some_and(Terms::generates);

@@ -5,8 +5,11 @@
 #include <cstdarg>
 #include <cstdio>
 #include <cstdlib>
+#include <functional>
 #include <map>
 #include <numeric>
+#include <semaphore>
+#include <thread>
 #include <vector>
 
 #include <signal.h>
@@ -89,7 +92,7 @@ struct Copy {
     unsigned group;
 };
 
-enum class Wait : unsigned char { None, Block, Warp, Barrier, Over };
+enum class Wait : unsigned char { None, Predecessor, Block, Warp, Barrier, Over };
 
 struct Fiber {
     Context context;
@@ -103,6 +106,8 @@ struct Fiber {
     unsigned groups;
     /// The barrier that it waits for.
     const void* barrier;
+    /// Whether it has waited for the kernel before.
+    bool follows;
 };
 
 struct Warp {
@@ -120,6 +125,8 @@ struct Machine {
     const Kernel* kernel = nullptr;
     void* const* args = nullptr;
     unsigned threads = 0, arrived = 0, current = 0;
+    /// Returns when the kernel before has run, if it has not yet.
+    std::function<void()> predecessor;
     char error[256] = "";
     /// What the launch asked for lies at the end of this, so that an access beyond it faults.
     unsigned char* shared_end;
@@ -153,6 +160,7 @@ struct Machine {
     bool stuck();
     void end_phase(const void* barrier, BarrierState& state);
     bool deliver();
+    bool run_predecessor();
     bool all_is_over();
     /// Ends the block. This thread does not go on.
     [[gnu::format(printf, 2, 3)]] void fail(const char* format, ...) {
@@ -171,6 +179,10 @@ thread_local Machine* machine = nullptr;
 void entry() {
     Machine& m = *machine;
     m.kernel->run(*m.kernel, m.args);
+    if (!m.fibers[m.current].follows) {
+        std::snprintf(m.error, sizeof m.error, "kernel %s: a thread ends that has not waited for the kernel before",
+                      m.kernel->name);
+    }
     if (!m.fibers[m.current].copies.empty()) {
         std::snprintf(m.error, sizeof m.error, "kernel %s: a thread ends while copies to shared memory are under way",
                       m.kernel->name);
@@ -196,6 +208,19 @@ bool Machine::stuck() {
     return false;
 }
 
+/// Runs the kernel before, if it has not been and somebody waits for it.
+bool Machine::run_predecessor() {
+    bool awaited = false;
+    for (unsigned i = 0; i < threads; i++) awaited |= fibers[i].wait == Wait::Predecessor;
+    if (!predecessor || !awaited) return false;
+    predecessor();
+    predecessor = nullptr;
+    for (unsigned i = 0; i < threads; i++) {
+        if (fibers[i].wait == Wait::Predecessor) fibers[i].wait = Wait::None;
+    }
+    return true;
+}
+
 bool Machine::run_block(unsigned long long order) {
     arrived = 0;
     error[0] = '\0';
@@ -205,6 +230,7 @@ bool Machine::run_block(unsigned long long order) {
         fibers[i].exchanges = 0;
         fibers[i].copies.clear();
         fibers[i].groups = 0;
+        fibers[i].follows = false;
     }
     for (unsigned w = 0; w < (threads + WARP - 1) / WARP; w++) {
         warps[w].arrived = 0;
@@ -227,10 +253,10 @@ bool Machine::run_block(unsigned long long order) {
         if (fibers[next].wait != Wait::None || (slow && !slow_too)) {
             if (++idle <= threads) continue;
             idle = 0;
-            // Nobody can go on: now at last the slow warp does, or a box arrives.
+            // Nobody can go on: now at last the slow warp does, or a box arrives, or the kernel before is run.
             if (!slow_too && slow_warp != ~0u) {
                 slow_too = true;
-            } else if (!deliver()) {
+            } else if (!deliver() && !run_predecessor()) {
                 return stuck();
             }
             continue;
@@ -272,6 +298,20 @@ struct FaultHandler {
 };
 
 }  // namespace
+
+void follow() {
+    Machine& m = *machine;
+    Fiber& self = m.fibers[m.current];
+    if (self.follows) {
+        std::snprintf(m.error, sizeof m.error, "kernel %s: a thread waits twice for the kernel before", m.kernel->name);
+        return m.yield();
+    }
+    self.follows = true;
+    if (!m.predecessor) return;
+    self.wait = Wait::Predecessor;
+    self.line = 0;
+    m.yield();
+}
 
 void meet_block(int line) {
     Machine& m = *machine;
@@ -363,8 +403,136 @@ const Kernel* find(const char* name) {
     return nullptr;
 }
 
+/// A grid to run.
+struct Grid {
+    const Kernel* kernel;
+    dim3 size;
+    unsigned threads, shared;
+    void* const* args;
+
+    bool is_possible() const {
+        return kernel && threads > 0 && threads <= BLOCK_MAX && threads % WARP == 0 && shared <= SHARED_MAX;
+    }
+    unsigned long long blocks() const { return 1ull * size.x * size.y * size.z; }
+    /// The next number of those that the order of blocks and threads hangs on.
+    static void step(unsigned long long& seed) { seed = seed * 6364136223846793005ull + 1442695040888963407ull; }
+    /// Runs a block. In one that is not the first, boxes and warps may be as unlike in time as they come; in the first,
+    /// all is as late as it may be. Null, or what went wrong.
+    const char* run(Machine& m, unsigned long long at, unsigned long long seed, bool any_time) const {
+        m.kernel = kernel, m.args = args, m.threads = threads;
+        // In sixteens, so that it does not begin where boxes may.
+        m.shared = (shared + 15) / 16 * 16;
+        any_time &= shared > 0;
+        const unsigned whim = static_cast<unsigned>(seed >> 40), warps = threads / WARP;
+        m.early = any_time && whim % 2;
+        m.slow_warp = any_time && whim / 2 % (2 * warps) < warps ? whim / 2 % warps : ~0u;
+        gridDim = size, blockDim = {threads, 1, 1};
+        blockIdx = {static_cast<unsigned>(at % size.x), static_cast<unsigned>(at / size.x % size.y),
+                    static_cast<unsigned>(at / size.x / size.y)};
+        const bool right = m.run_block(seed >> 20);
+        m.kernel = nullptr, m.predecessor = nullptr;
+        return right ? nullptr : m.error;
+    }
+};
+
+/// Starts a block before the kernel ahead of its own has run, as a device may: it goes on to where it waits for that,
+/// in a thread of its own, where it has its own shared memory.
+class Forerunner {
+    std::binary_semaphore go{0}, held{0};
+    Grid grid;
+    struct alignas(128) Cell {
+        unsigned char bytes[128];
+    };
+    std::vector<Cell> cells;
+    std::vector<void*> args;
+    const char* error;
+    bool ends = false;
+    std::thread thread{[this] { run(); }};
+
+    void run() {
+        Machine own;
+        machine = &own;
+        while (go.acquire(), !ends) {
+            own.predecessor = [this] { held.release(), go.acquire(); };
+            unsigned long long order = seed;
+            Grid::step(order);
+            error = grid.run(own, seed % grid.blocks(), order, false);
+            is_held = false;
+            held.release();
+        }
+    }
+
+public:
+    /// Whether a block waits, and of what grid.
+    bool is_held = false;
+    unsigned long long seed = 0;
+
+    ~Forerunner() {
+        ends = true;
+        go.release();
+        thread.join();
+    }
+    void begin(const Grid& of, unsigned long long with) {
+        grid = of, seed = with, is_held = true;
+        cells.clear(), args.clear();
+        for (size_t i = 0; of.kernel->kinds[i]; i++) {
+            const char kind = of.kernel->kinds[i];
+            cells.push_back({});
+            std::memcpy(&cells.back(), of.args[i], kind == 'm' ? 128 : kind == 'p' ? 8 : 4);
+        }
+        for (auto& cell : cells) args.push_back(&cell);
+        grid.args = args.data();
+        go.release(), held.acquire();
+    }
+    /// Runs the block to its end. Null, or what went wrong.
+    const char* finish() {
+        seed = 0;
+        if (is_held) go.release(), held.acquire();
+        return error;
+    }
+};
+
+/// This host thread's: while one kernel is run, whose first block may have been begun, the next one's may be.
+struct Forerunners {
+    Forerunner* both[2] = {};
+
+    /// That of the grid that is launched with this seed, or null.
+    Forerunner* of(unsigned long long seed) {
+        for (Forerunner* one : both) {
+            if (one && one->seed == seed) return one;
+        }
+        return nullptr;
+    }
+    /// One that is free.
+    Forerunner* free() {
+        Forerunner*& one = both[0] && both[0]->is_held ? both[1] : both[0];
+        return one ? one : one = new Forerunner;
+    }
+    /// What was begun and will not be launched stays where it is: what it would touch may be gone.
+    void leave() {
+        for (Forerunner*& one : both) {
+            if (one && one->is_held) one = nullptr;
+        }
+    }
+    ~Forerunners() {
+        leave();
+        for (Forerunner* one : both) delete one;
+    }
+};
+thread_local Forerunners forerunners;
+
 }  // namespace
 }  // namespace simt
+
+/// Starts the first block of a grid that is launched after the next, with these arguments and this seed.
+extern "C" void simt_begin(const char* name, const unsigned grid[3], unsigned threads, unsigned shared,
+                           void* const* args, unsigned long long seed) {
+    const simt::Grid next{simt::find(name), {grid[0], grid[1], grid[2]}, threads, shared, args};
+    if (next.is_possible()) simt::forerunners.free()->begin(next, seed);
+}
+
+/// Forgets those that were started.
+extern "C" void simt_leave() { simt::forerunners.leave(); }
 
 /// The kinds of a kernel's arguments, a letter each; null if there is no such kernel.
 extern "C" const char* simt_kinds(const char* name) {
@@ -387,40 +555,21 @@ extern "C" const char* simt_map(unsigned long long start, unsigned long long row
 extern "C" const char* simt_launch(const char* name, const unsigned grid[3], unsigned threads, unsigned shared,
                                    void* const* args, unsigned long long seed) {
     static simt::FaultHandler handler;
-    static thread_local simt::Machine own;
-    simt::machine = &own;
-    simt::Machine& m = own;
-    m.kernel = simt::find(name);
-    m.args = args;
-    m.threads = threads;
-    // In sixteens, so that it does not begin where boxes may.
-    m.shared = (shared + 15) / 16 * 16;
-    if (m.shared > simt::SHARED_MAX) return "no block gets so much shared memory";
-    if (!m.kernel || threads == 0 || threads > simt::BLOCK_MAX || threads % simt::WARP) {
-        return "no such kernel, or no whole number of warps";
-    }
-    gridDim = {grid[0], grid[1], grid[2]};
-    blockDim = {threads, 1, 1};
-    unsigned long long blocks = 1ull * grid[0] * grid[1] * grid[2];
+    static thread_local simt::Machine machine;
+    simt::machine = &machine;
+    const simt::Grid all{simt::find(name), {grid[0], grid[1], grid[2]}, threads, shared, args};
+    if (!all.is_possible()) return "no such kernel, no whole number of warps, or more shared memory than there is";
+    const unsigned long long blocks = all.blocks();
     // Blocks in an order of their own too: none may wait for another.
     unsigned long long step = blocks > 1 ? 1 + seed % blocks : 1;
     while (std::gcd(step, blocks) != 1) step++;
     unsigned long long at = seed % blocks;
+    simt::Forerunner* begun = simt::forerunners.of(seed);
     for (unsigned long long i = 0; i < blocks; i++, at = (at + step) % blocks) {
-        blockIdx = {static_cast<unsigned>(at % grid[0]), static_cast<unsigned>(at / grid[0] % grid[1]),
-                    static_cast<unsigned>(at / grid[0] / grid[1])};
-        seed = seed * 6364136223846793005ull + 1442695040888963407ull;
-        // The first block has everything as late as it may be; for the others it is as it comes.
-        const unsigned whim = static_cast<unsigned>(seed >> 40), warps = threads / simt::WARP;
-        const bool any = i > 0 && shared > 0;
-        m.early = any && whim % 2;
-        m.slow_warp = any && whim / 2 % (2 * warps) < warps ? whim / 2 % warps : ~0u;
-        if (!m.run_block(seed >> 20)) {
-            m.kernel = nullptr;
-            return m.error;
-        }
+        simt::Grid::step(seed);
+        if (const char* error = begun ? begun->finish() : all.run(machine, at, seed, i > 0)) return error;
+        begun = nullptr;
     }
-    m.kernel = nullptr;
     return nullptr;
 }
 

@@ -47,6 +47,9 @@ constexpr unsigned WARP = 32;
 /// Bytes a lane can show to the others at a time.
 constexpr unsigned EXCHANGE = 64;
 
+/// Waits for the end of the kernel before, which every thread does once.
+void follow();
+
 /// Waits until all threads of the block have come here.
 void meet_block(int line);
 

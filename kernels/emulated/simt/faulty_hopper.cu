@@ -31,6 +31,7 @@ template <Mistake MISTAKE>
 __device__ void multiply(const TensorMap& map, float* out) {
     __shared__ Barrier barrier;
     unsigned char* const box = aligned_shared();
+    follow();
     if (threadIdx.x == 0) {
         make_barrier(&barrier, 1);
         if (MISTAKE != Mistake::Unshown) show_barriers();

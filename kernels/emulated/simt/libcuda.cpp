@@ -444,14 +444,31 @@ CALL(cuTensorMapEncodeTiled, TensorMap* made, int type, unsigned rank, void* sta
                                    box_sides[0], &made->words);
     return mistake ? INVALID_VALUE : SUCCESS;
 }
-CALL(cuLaunchKernel, const simt::Kernel* kernel, unsigned x, unsigned y, unsigned z, unsigned threads,
-     unsigned threads_y, unsigned threads_z, unsigned shared, Stream* stream, void** args, void**) {
+
+struct LaunchAttribute {
+    int id;
+    char padding[4];
+    union {
+        int allowed;
+        char size[64];
+    };
+};
+struct LaunchConfig {
+    unsigned grid[3], block[3], shared;
+    Stream* stream;
+    const LaunchAttribute* attributes;
+    unsigned count;
+};
+CALL(cuLaunchKernelEx, const LaunchConfig* config, const simt::Kernel* kernel, void** args, void**) {
     ALONE;
-    if (threads_y != 1 || threads_z != 1) return INVALID_VALUE;
+    const auto [grid, block, shared, stream, attributes, count] = *config;
+    if (block[1] != 1 || block[2] != 1) return INVALID_VALUE;
     if (shared > 48 << 10 && (!shared_max.count(kernel) || shared_max[kernel] < static_cast<int>(shared))) {
         return INVALID_VALUE;
     }
-    Call call{kernel, {x, y, z}, threads, shared, {}, {}};
+    // It may start while the one before it still runs (6: programmatic stream serialization).
+    if (count != 1 || attributes->id != 6 || attributes->allowed != 1) return INVALID_VALUE;
+    Call call{kernel, {grid[0], grid[1], grid[2]}, block[0], shared, {}, {}};
     for (size_t i = 0; kernel->kinds[i]; i++) {
         if (kernel->kinds[i] == 'm') {
             call.maps.push_back(*static_cast<const TensorMap*>(args[i]));

@@ -9,6 +9,15 @@ use engine_kernels::cuda::{AdapterAccess, Arg, Boxes, DriverError, TensorMap};
 
 unsafe extern "C" {
     fn simt_kinds(kernel: *const c_char) -> *const c_char;
+    fn simt_begin(
+        kernel: *const c_char,
+        grid: *const c_uint,
+        threads: c_uint,
+        shared: c_uint,
+        args: *const *const c_void,
+        seed: u64,
+    );
+    fn simt_leave();
     fn simt_launch(
         kernel: *const c_char,
         grid: *const c_uint,
@@ -137,8 +146,15 @@ impl Queue {
         while self.run < end && self.failure.is_none() {
             let Some(work) = self.waiting.pop_front() else { break };
             self.run += 1;
+            if let (Work::Kernel { .. }, Some(next)) = (&work, self.waiting.front())
+                && self.run < end
+            {
+                self.begin(next);
+            }
             if let Err(error) = self.execute(&work) {
                 self.failure = Some(error);
+                // SAFETY: whatever was begun stays where it is.
+                unsafe { simt_leave() };
             }
         }
         self.failure.clone().map_or(Ok(()), Err)
@@ -238,6 +254,20 @@ impl Queue {
         Ok(())
     }
 
+    /// Starts the next kernel before the one ahead of it is run, as devices do.
+    fn begin(&self, next: &Work) {
+        if let Work::Kernel { name, grid, block, shared, maps, args } = next
+            && self.check(next).is_ok()
+        {
+            let cells = cells(args);
+            let seed = seed(self.launches + 2);
+            // SAFETY: as in `execute`, which follows. The arguments are copied.
+            unsafe {
+                simt_begin(name.as_ptr(), grid.as_ptr(), *block, *shared, pointers(maps, &cells).as_ptr(), seed);
+            }
+        }
+    }
+
     fn execute(&mut self, work: &Work) -> Result<(), DriverError> {
         // Memory may have been given back in the meantime.
         self.check(work)?;
@@ -252,23 +282,13 @@ impl Queue {
             }
             Work::Kernel { name, grid, block, shared, maps, args } => {
                 self.launches += 1;
-                let cells: Vec<u64> = args
-                    .iter()
-                    .map(|arg| match arg {
-                        Arg::Pointer(address) => address.0,
-                        Arg::Int(value) => u64::from(*value as u32),
-                        Arg::Float(value) => u64::from(value.to_bits()),
-                    })
-                    .collect();
-                // Little-endian: a cell starts with its low word.
-                let of_args = cells.iter().map(|cell| std::ptr::from_ref(cell).cast());
-                let pointers: Vec<*const c_void> =
-                    maps.iter().map(|map| std::ptr::from_ref(map).cast()).chain(of_args).collect();
-                let seed = self.launches.wrapping_mul(0x9e37_79b9_7f4a_7c15);
+                let cells = cells(args);
+                let seed = seed(self.launches);
                 // SAFETY: the kernel takes such arguments (checked above). What it does with the pointers is what is
                 // being tested: outside of allocations it faults.
-                let error =
-                    unsafe { simt_launch(name.as_ptr(), grid.as_ptr(), *block, *shared, pointers.as_ptr(), seed) };
+                let error = unsafe {
+                    simt_launch(name.as_ptr(), grid.as_ptr(), *block, *shared, pointers(maps, &cells).as_ptr(), seed)
+                };
                 if !error.is_null() {
                     // SAFETY: a string that ends and stays until this thread's next launch.
                     let reason = unsafe { CStr::from_ptr(error) }.to_string_lossy().into_owned();
@@ -278,4 +298,25 @@ impl Queue {
         }
         Ok(())
     }
+}
+
+/// What kernels' arguments are, little-endian: a cell starts with its low word.
+fn cells(args: &[Arg]) -> Vec<u64> {
+    let cell = |arg: &Arg| match arg {
+        Arg::Pointer(address) => address.0,
+        Arg::Int(value) => u64::from(*value as u32),
+        Arg::Float(value) => u64::from(value.to_bits()),
+    };
+    args.iter().map(cell).collect()
+}
+
+/// Where they are, behind the matrices that come first.
+fn pointers(maps: &[TensorMap], cells: &[u64]) -> Vec<*const c_void> {
+    let maps = maps.iter().map(|map| std::ptr::from_ref(map).cast());
+    maps.chain(cells.iter().map(|cell| std::ptr::from_ref(cell).cast())).collect()
+}
+
+/// What the order of blocks and threads hangs on.
+fn seed(launch: u64) -> u64 {
+    launch.wrapping_mul(0x9e37_79b9_7f4a_7c15)
 }

@@ -44,6 +44,28 @@ fn copies_to_shared_memory_arrive_when_they_are_waited_for() {
 }
 
 #[test]
+fn kernels_start_before_the_one_ahead_of_them_has_run() {
+    let driver = Emulated::default();
+    let memory = driver.allocate(64 * 4).unwrap();
+    let args = [memory.address().into()];
+    // Each adds one to what was there before, and the second is too early to see what the first has made of it.
+    for _ in 0..2 {
+        driver
+            .launch(&Launch { kernel: "faulty_haste", grid: [1, 1, 1], block: 64, args: &args, ..Launch::default() })
+            .unwrap();
+    }
+    let mut bytes = [0; 256];
+    driver.read(memory.address(), &mut bytes).unwrap();
+    assert_eq!(bytes.as_chunks::<4>().0, [1u32.to_le_bytes(); 64]);
+}
+
+#[test]
+fn threads_that_do_not_wait_for_the_kernel_before_are_an_error() {
+    let reason = reason(run("faulty_independence", &[]));
+    assert!(reason.contains("a thread ends that has not waited for the kernel before"), "{reason}");
+}
+
+#[test]
 fn memory_ends_where_it_ends() {
     const RUN: &str = "ENGINE_EMULATED_BEYOND_ITS_END";
     if std::env::var_os(RUN).is_some() {

@@ -12,6 +12,10 @@ use crate::{KernelError, KvLayout, Matrix};
 pub(super) struct Buffer<D: Driver>(Option<Arc<D::Memory>>);
 
 impl<D: Driver> Buffer<D> {
+    pub(super) fn missing() -> Self {
+        Self(None)
+    }
+
     pub(super) fn zeroed(stream: &Stream<D>, bytes: usize) -> Self {
         Self(stream.attempt(|driver| driver.allocate(bytes.max(16))).map(Arc::new))
     }
@@ -195,7 +199,7 @@ pub(super) struct Staged<D: Driver> {
 
 impl<D: Driver> Staged<D> {
     pub(super) fn new() -> Self {
-        Self { turns: Turns::new(), device: Buffer(None), capacity: 0 }
+        Self { turns: Turns::new(), device: Buffer::missing(), capacity: 0 }
     }
 
     pub(super) fn address(&self) -> Address {
@@ -242,7 +246,7 @@ pub(super) struct Fetched<D: Driver> {
 
 impl<D: Driver> Fetched<D> {
     pub(super) fn new() -> Self {
-        Self { turns: Turns::new(), device: Buffer(None), capacity: 0 }
+        Self { turns: Turns::new(), device: Buffer::missing(), capacity: 0 }
     }
 
     pub(super) fn address(&self) -> Address {

@@ -18,6 +18,8 @@ use super::moving::{DeviceId, Mover};
 const CUDA_VERSION_MIN: i32 = 13_000;
 /// The oldest devices that there is code for (`build.rs`).
 const CAPABILITY_MIN: (i32, i32) = (8, 0);
+/// The oldest devices that start a kernel while the one before still runs (`follow` of `kernels/cuda/common.cuh`).
+const CAPABILITY_TO_START_EARLY: (i32, i32) = (9, 0);
 /// Columns of a box of a matrix.
 const BOX_COLS: u32 = 64;
 /// Most arguments a kernel takes.
@@ -343,14 +345,28 @@ impl Driver for Device {
             *pointer = std::ptr::from_mut(cell).cast();
         }
         let [x, y, z] = launch.grid.map(|side| u32::try_from(side).unwrap_or(u32::MAX));
-        let stream = self.stream.cu_stream();
-        // SAFETY: the emulated driver, which all launches are tested on, compares arguments with what kernels take, and
-        // faults where they leave the memory they were given.
-        let launched = unsafe {
-            let (block, shared) = ((launch.block as u32, 1, 1), launch.shared as u32);
-            result::launch_kernel(function, (x, y, z), block, shared, stream, &mut pointers)
+        let mut early = sys::CUlaunchAttribute {
+            id: sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
+            pad: [0; 4],
+            value: sys::CUlaunchAttributeValue { programmaticStreamSerializationAllowed: 1 },
         };
-        launched.during(operation)
+        let config = sys::CUlaunchConfig {
+            gridDimX: x,
+            gridDimY: y,
+            gridDimZ: z,
+            blockDimX: launch.block as u32,
+            blockDimY: 1,
+            blockDimZ: 1,
+            sharedMemBytes: launch.shared as u32,
+            hStream: self.stream.cu_stream(),
+            attrs: &raw mut early,
+            numAttrs: u32::from(self.capability >= CAPABILITY_TO_START_EARLY),
+        };
+        // SAFETY: the emulated driver, which all launches are tested on, compares arguments with what kernels take, and
+        // faults where they leave the memory they were given; and it starts kernels early, too.
+        let launched =
+            unsafe { sys::cuLaunchKernelEx(&raw const config, function, pointers.as_mut_ptr(), std::ptr::null_mut()) };
+        launched.result().during(operation)
     }
 
     fn record(&self) -> Result<CudaEvent, DriverError> {

@@ -1,10 +1,10 @@
 //! Sampling on the device: describing the rows, and reading what came out.
 
-use super::buffer::{Activations, Fetched, PlainWord, Staged, bytes_of};
+use super::buffer::{Activations, Buffer, Fetched, PlainWord, Staged, bytes_of};
 use super::driver::{Address, Driver};
 use super::stream::Stream;
 use crate::sampling::uniform;
-use crate::{MAX_TOP_LOGPROBS, RowTask, SampleRow, Sampled, SamplingParams};
+use crate::{Batch, MAX_TOP_LOGPROBS, RowTask, SampleRow, Sampled, SamplingParams};
 
 /// Threads of a block (`kernels/cuda/sample.cu`).
 const THREADS: usize = 256;
@@ -67,6 +67,11 @@ pub(super) struct Sampler<D: Driver> {
     places: Vec<u32>,
     described: Staged<D>,
     outcomes: Fetched<D>,
+    /// The tokens of a step by themselves, for the next one's penalties: two steps in turns, since rows are drawn side by
+    /// side, and some before others have looked.
+    tokens: [Buffer<D>; 2],
+    /// Whose turn it is.
+    turn: usize,
 }
 
 impl<D: Driver> Sampler<D> {
@@ -77,12 +82,19 @@ impl<D: Driver> Sampler<D> {
             places: Vec::new(),
             described: Staged::new(),
             outcomes: Fetched::new(),
+            tokens: [Buffer::missing(), Buffer::missing()],
+            turn: 0,
         }
     }
 
     /// Makes room for the outcomes of steps of so many rows. Whether they are elsewhere from now on.
     pub(super) fn reserve(&mut self, stream: &Stream<D>, rows: usize) -> bool {
-        self.outcomes.reserve(stream, rows * size_of::<Outcome>())
+        let elsewhere = self.outcomes.reserve(stream, rows * size_of::<Outcome>());
+        if elsewhere {
+            let bytes = self.outcomes.capacity() / size_of::<Outcome>() * size_of::<u32>();
+            self.tokens = [(); 2].map(|()| Buffer::zeroed(stream, bytes));
+        }
+        elsewhere
     }
 
     /// Where the outcomes of the step before are: its rows' tokens, for the step that is enqueued next.
@@ -119,6 +131,8 @@ impl<D: Driver> Sampler<D> {
             vocabulary.into(),
             self.described.address().into(),
             self.described.address().offset(rows.len()).into(),
+            self.tokens[1 - self.turn].address().into(),
+            self.tokens[self.turn].address().offset(first * size_of::<u32>()).into(),
             self.outcomes.address().offset(first * size_of::<Outcome>()).into(),
         ];
         stream.launch("sample_rows", [logits.rows, 1, 1], THREADS, &args);
@@ -129,8 +143,9 @@ impl<D: Driver> Sampler<D> {
         self.outcomes.assert_idle();
     }
 
-    /// Enqueues a copy of the first `rows` outcomes to the host.
+    /// Ends a step: enqueues a copy of its outcomes, the first `rows`, to the host.
     pub(super) fn fetch(&mut self, stream: &Stream<D>, rows: usize) {
+        self.turn = 1 - self.turn;
         self.outcomes.download(stream, rows * size_of::<Outcome>());
     }
 
@@ -204,12 +219,17 @@ impl<D: Driver> Sampler<D> {
         if repetition {
             row.prompt.iter().for_each(|&id| entry(id, &|token| token.marks |= SEEN));
         }
-        if repetition || params.presence_penalty != 0.0 || params.frequency_penalty != 0.0 {
-            row.output.iter().for_each(|&id| entry(id, &|token| token.marks = (token.marks | SEEN) + 1));
+        let penalised = repetition || params.presence_penalty != 0.0 || params.frequency_penalty != 0.0;
+        if penalised {
+            let known = row.output.iter().filter(|&&id| id & Batch::DRAWN == 0);
+            known.for_each(|&id| entry(id, &|token| token.marks = (token.marks | SEEN) + 1));
         }
         for token in &touched[first..] {
             places[token.id as usize] = 0;
         }
+        // What the kernel looks up stands last.
+        let drawn = row.output.last().filter(|&&id| penalised && id & Batch::DRAWN != 0);
+        touched.extend(drawn.map(|&id| Touched { id, bias: 0.0, marks: SEEN + 1, before: 0.0 }));
     }
 }
 

@@ -113,30 +113,37 @@ impl<B: Backend> Layer<B> {
 }
 
 impl<D: Driver> Layer<CudaBackend<D>> {
-    /// Enqueues a step and the drawing of a token for each of its rows.
-    pub fn draw(&mut self, batch: &Batch) {
+    /// Enqueues a step and the drawing of a token for each of its rows, none of those that are in its output again.
+    pub fn draw(&mut self, batch: &Batch, outputs: &[Vec<u32>]) {
         self.with_step(batch, |backend, operations| backend.step(batch, operations));
         let Self { backend, table, out, logits, .. } = self;
         backend.linear(out, table, None, logits);
         let params: Vec<_> = (0..batch.tokens.len() as u64)
-            // High enough for many tokens to have a chance.
-            .map(|seed| SamplingParams { temperature: 100.0, seed, ..SamplingParams::default() })
+            .map(|seed| SamplingParams {
+                // High enough for many tokens to have a chance, of those whose logit is not 10,000 lower.
+                temperature: 100.0,
+                presence_penalty: 10_000.0,
+                // Some are listed for other reasons too.
+                logit_bias: (0..VOCABULARY as u32).step_by(2).map(|token| (token, 1.0)).collect(),
+                seed,
+                ..SamplingParams::default()
+            })
             .collect();
         let row = |i: usize| SampleRow {
             task: RowTask::Sample { params: &params[i], suppress: &[] },
             prompt: &batch.positions[i..=i],
-            output: &[],
-            logprobs: None,
+            output: &outputs[i],
+            logprobs: Some(0),
         };
         backend.draw(logits, 0, &row);
         backend.fetch(batch.tokens.len());
     }
 
-    /// What was drawn in the earliest step that was not looked at.
-    pub fn drawn(&mut self, rows: usize) -> Vec<u32> {
+    /// What was drawn in the earliest step that was not looked at: tokens, and bits of their log-probabilities.
+    pub fn drawn(&mut self, rows: usize) -> Vec<(u32, u32)> {
         let mut out = vec![Sampled::default(); rows];
         self.backend.collect(&mut out);
-        out.iter().map(|sampled| sampled.token).collect()
+        out.iter().map(|sampled| (sampled.token, sampled.logprob.to_bits())).collect()
     }
 
     /// Rehearses all that the layer can compute; how many steps were recorded.
@@ -233,34 +240,46 @@ pub(crate) fn steps_that_were_rehearsed_compute_what_others_do<D: Start>() {
 
 pub(crate) fn tokens_drawn_ahead_are_what_the_next_step_reads<D: Start>() {
     const ROWS: usize = 5;
+    const STEPS: usize = 8;
     let [mut ahead, mut told] = [(); 2].map(|()| device::<D>());
     [&mut ahead, &mut told].into_iter().for_each(|layer| layer.backend.make_room(ROWS_MAX));
-    let mut batch = decode(&[40; ROWS], 0);
-    let next = |batch: &mut Batch, tokens: [u32; ROWS]| {
+    // Each row goes on with the token of the row after it. The first steps are recorded.
+    let after = |row: usize| (row + 1) % ROWS;
+    let start = || (decode(&[40; ROWS], 0), vec![Vec::new(); ROWS]);
+    let next = |batch: &mut Batch, outputs: &mut [Vec<u32>], tokens: [u32; ROWS]| {
         batch.tokens.copy_from_slice(&tokens);
         batch.positions.iter_mut().for_each(|position| *position += 1);
         batch.sequences.iter_mut().for_each(|sequence| sequence.context_len += 1);
+        outputs.iter_mut().zip(tokens).for_each(|(output, token)| output.push(token));
     };
-    // Each row goes on with the token of the row after it. The first steps are recorded.
-    let after = |row: usize| (row + 1) % ROWS;
+    let (mut batch, mut outputs) = start();
     let mut expected = Vec::new();
-    for _ in 0..6 {
-        told.draw(&batch);
+    for _ in 0..STEPS {
+        told.draw(&batch, &outputs);
         let drawn = told.drawn(ROWS);
-        next(&mut batch, std::array::from_fn(|row| drawn[after(row)]));
+        for ((token, _), output) in drawn.iter().zip(&outputs) {
+            assert!(!output.contains(token), "{token} was drawn again after {output:?}");
+        }
+        next(&mut batch, &mut outputs, std::array::from_fn(|row| drawn[after(row)].0));
         expected.push(drawn);
     }
-    let mut batch = decode(&[40; ROWS], 0);
+
+    let (mut batch, mut outputs) = start();
     let mut drawn = Vec::new();
-    for step in 0..6 {
-        ahead.draw(&batch);
-        next(&mut batch, std::array::from_fn(|row| Batch::DRAWN | after(row) as u32));
+    for step in 0..STEPS {
+        ahead.draw(&batch, &outputs);
         // One step is ahead of what is known.
-        drawn.extend((step > 0).then(|| ahead.drawn(ROWS)));
+        if step > 0 {
+            let known = ahead.drawn(ROWS);
+            for (row, output) in outputs.iter_mut().enumerate() {
+                output[step - 1] = known[after(row)].0;
+            }
+            drawn.push(known);
+        }
+        next(&mut batch, &mut outputs, std::array::from_fn(|row| Batch::DRAWN | after(row) as u32));
     }
     drawn.push(ahead.drawn(ROWS));
     assert_eq!(drawn, expected);
-    assert!(expected.windows(2).any(|steps| steps[0] != steps[1]), "nothing would show: {expected:?}");
     assert_eq!(ahead.backend.graphs(), 1);
     watched::held();
 }

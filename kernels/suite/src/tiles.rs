@@ -146,7 +146,7 @@ pub(crate) fn boxes_are_swizzled_and_end_in_zeros<D: Start>() {
         let seen: Vec<u16> = bytes.as_chunks::<2>().0.iter().map(|two| u16::from_le_bytes(*two)).collect();
         for (i, seen) in seen.into_iter().enumerate() {
             // Sixteens of a row of 128 bytes change places by the row's number.
-            let (row, chunk) = (i / 64, i % 64 / 8 ^ i / 64 % 8);
+            let (row, chunk) = (i / 64, (i % 64 / 8) ^ (i / 64 % 8));
             let (row, col) = (first_row + row, first_col + chunk * 8 + i % 8);
             let want = if row < rows && col < cols { elements[row * stride + col] } else { 0 };
             assert_eq!(seen, want, "element {i} of the box at ({first_row}, {first_col}), which is ({row}, {col})");

@@ -339,7 +339,7 @@ impl Simulation {
                 live.scored += 1;
             }
         }
-        let drawn = sequence.drawn_in().is_some();
+        let drawn = sequence.is_drawn_ahead();
         let known = &sequence.tokens()[..sequence.tokens().len() - usize::from(drawn)];
         if end < known.len() {
             return;
