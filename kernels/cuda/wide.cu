@@ -7,7 +7,8 @@
 // warps take 64 features each. Boxes of 64 input features come into shared memory, several steps of them at a time: the
 // groups wait until a stage is filled (`full`), and the warp that has a stage filled anew until all are done with it
 // (`empty`). Nothing else passes between the groups, so that one multiplies while the other adds up. That warp belongs
-// to one of them: one of its own would leave the others fewer registers than the largest tile takes.
+// to one of them: one of its own would leave the others fewer registers than the largest tile takes. Weights of the
+// first steps are on their way before the kernel ahead has ended, activations only then.
 //
 // As in gemm.cu, input features are added up in segments of 512, each from zero, and segments in order, whoever adds
 // them up. A thread therefore holds what it sums twice, which is why tiles end at 192 rows.

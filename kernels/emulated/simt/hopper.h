@@ -116,6 +116,12 @@ struct Multiplier {
     }
 };
 
+/// Whether an operand begins where its swizzle's pattern does, as its descriptor has it ("base offset").
+bool begins_with_pattern(std::uint64_t descriptor) {
+    const unsigned start = static_cast<unsigned>(descriptor & 0x3fff) << 4, mode = descriptor >> 62;
+    return mode == 0 || (start >> 7 & 7) == (descriptor >> 49 & 7);
+}
+
 /// Where element k of a row of an operand lies, from the PTX ISA: "Matrix Descriptor Format" and "Strides" of operands
 /// whose rows are contiguous (K-major). Of the sixteen elements that a product takes, that is.
 unsigned operand_place(std::uint64_t descriptor, unsigned row, unsigned k) {

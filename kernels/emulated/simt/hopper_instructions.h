@@ -174,6 +174,9 @@ void multiply_boxes(float* sums, int count, std::uint64_t a, std::uint64_t b, fl
     Multiplier& multiplier = m.warps[warp].multiplier;
     multiplier.sums[lane()] = sums;
     if (!whole_warp(multiplier, line)) return;
+    if (!begins_with_pattern(a) || !begins_with_pattern(b)) {
+        m.fail("an operand of line %d does not begin where its swizzle does", line);
+    }
     const Asked asked = {a, b, count, line};
     std::vector<Asked>& others = m.asked[warp / 4];
     if (multiplier.asked == others.size()) others.push_back(asked);
