@@ -104,7 +104,7 @@ cuda-check: setup ## Compile the CUDA kernels and their driver; look at what bec
 		--test device_doctor --locked -- -D warnings
 	scripts/check-kernels.sh
 
-gpu-check: cuda test-assets ## Make target/cuda/gpu-check, all that checks and measures a GPU, to be carried to one; runs the tests on a stand-in here
+gpu-check: cuda test-assets ## Make target/cuda/gpu-check and its archive, all that checks and measures a GPU, to be carried to one; runs the tests on a stand-in here
 	scripts/build-gpu-check.sh
 	scripts/check-driver.sh
 

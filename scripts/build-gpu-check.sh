@@ -1,7 +1,7 @@
 #!/bin/sh
 # Makes target/cuda/gpu-check, a folder that needs nothing but a GPU and its driver: the engine, which carries the checks
 # and benchmarks of its kernels, what compares it with PyTorch, and `run`, which runs them all (scripts/gpu-check.sh).
-# target/cuda/engine is there (`make cuda`).
+# target/cuda/engine is there (`make cuda`). The same as an archive is what to carry where bytes are counted.
 set -eu
 cd "$(dirname "$0")/.."
 
@@ -13,5 +13,6 @@ cp target/cuda/engine benches/peers/torch_qwen3.py "$folder/"
 cp -r benches/shapes/* "$folder/"
 cp "$tokenizer"/*.json "$folder/tokenizer/"
 cp scripts/gpu-check.sh "$folder/run"
-du -sh "$folder"
-echo "carry $folder to a machine with a GPU and start its program run there"
+XZ_OPT=-T0 tar -C target/cuda -cJf "$folder.tar.xz" gpu-check
+du -sh "$folder" "$folder.tar.xz"
+echo "carry $folder.tar.xz to a machine with a GPU, and there: tar xf gpu-check.tar.xz && gpu-check/run"

@@ -105,11 +105,13 @@ fn steps_and_operations_are_measured_one_row_each() {
     let table = String::from_utf8(output.stdout).unwrap();
     assert!(output.status.success(), "{table}{}", String::from_utf8_lossy(&output.stderr));
     for row in [
-        "tiny: 1 × 200 tokens: a step",
+        "tiny: 1 × 200 tokens: a step †",
         "tiny: norm and qkv × 8",
         "tiny: down [64, 96] × 17",
         "tiny: down [64, 96] × 17 by wgmma",
     ] {
         assert!(table.lines().any(|line| line.starts_with(&format!("| {row} |"))), "{row}:\n{table}");
     }
+    // All else was recorded.
+    assert_eq!(table.lines().filter(|line| line.contains(" † |")).count(), 1, "{table}");
 }

@@ -49,14 +49,21 @@ extern "C" __global__ void __launch_bounds__(rowwise::THREADS)
     out[row * padded(ffn) + i] = gated(both[0], both[ffn]);
 }
 
-// out[i] = x[rows[i]], for x of [?, cols] and out of [count, cols].
-// Grid: count. Bytes: 8 a value. No arithmetic.
+// out[i] = x[rows[i]], for x of [?, cols] and out of [count, cols]; without `rows`, out[i] = x[i].
+// Grid: count. Bytes: 8 a value. No arithmetic. What pads a row is copied too, zeros on zeros.
 extern "C" __global__ void __launch_bounds__(rowwise::THREADS)
     select_rows(const float* x, const int* rows, float* out, int cols) {
     follow();
-    const size_t to = static_cast<size_t>(blockIdx.x) * padded(cols);
-    const size_t from = static_cast<size_t>(rows[blockIdx.x]) * padded(cols);
-    for (int i = threadIdx.x; i < cols; i += rowwise::THREADS) out[to + i] = x[from + i];
+    const size_t row = rows ? rows[blockIdx.x] : blockIdx.x;
+    const float4* from = reinterpret_cast<const float4*>(x + row * padded(cols));
+    float4* to = reinterpret_cast<float4*>(out + static_cast<size_t>(blockIdx.x) * padded(cols));
+    // Some loads at a time, before any store: the compiler cannot know that they are of other memory.
+    constexpr int AT_ONCE = 4;
+    for (int first = threadIdx.x; first < padded(cols) / 4; first += AT_ONCE * rowwise::THREADS) {
+        float4 values[AT_ONCE];
+        for (int k = 0, i = first; k < AT_ONCE && i < padded(cols) / 4; k++, i += rowwise::THREADS) values[k] = from[i];
+        for (int k = 0, i = first; k < AT_ONCE && i < padded(cols) / 4; k++, i += rowwise::THREADS) to[i] = values[k];
+    }
 }
 
 REGISTER(rms_norm);

@@ -2,16 +2,18 @@
 
 use anyhow::Result;
 use engine_kernels::Backend;
-use engine_kernels::cuda::{CudaBackend, Device, Driver};
+use engine_kernels::cuda::{CudaBackend, Device, Driver, DriverError};
 
-use super::row::{Work, row};
+use super::row::{Time, Work, heading, row};
 
 pub(super) type Cuda = CudaBackend<Device>;
 
-/// Repetitions of what is measured, at most, in each of so many measurements, of which the median counts.
-const REPETITIONS_MAX: usize = 20;
+/// Calls of what is measured that a recording holds, at most: as many as there are copies of a weight.
+const CALLS_MAX: usize = super::model::COPIES_MAX;
+/// Replays of it, at most, in each of so many measurements, of which the median counts.
+const REPLAYS_MAX: usize = 100;
 const MEASUREMENTS: usize = 5;
-/// Milliseconds of a measurement, as far as repetitions decide.
+/// Milliseconds of a measurement, as far as calls and replays decide.
 const ENOUGH_MS: f64 = 10.0;
 
 /// A device, and how fast it copies.
@@ -30,48 +32,99 @@ impl Clock {
         let x = filled(&mut clock.backend, rows, cols);
         let mut out = clock.backend.activations(rows, cols);
         let all: Vec<u32> = (0..rows as u32).collect();
-        let milliseconds = clock.time(|backend, _| backend.select_rows(&x, &all, &mut out))?;
-        clock.bandwidth = (2 * rows * cols * 4) as f64 / milliseconds / 1e6;
+        // Of all rows in order, of which the device is told nothing.
+        let time = clock.time(|backend, _| backend.select_rows(&x, &all, &mut out))?;
+        clock.bandwidth = (2 * rows * cols * 4) as f64 / time.milliseconds / 1e6;
         Ok(clock)
     }
 
-    pub(super) fn device(&self) -> String {
-        self.backend.driver().name()
-    }
-
-    /// GB/s that copying rows reaches, read and written.
-    pub(super) fn bandwidth(&self) -> f64 {
-        self.bandwidth
+    /// What stands above the rows.
+    pub(super) fn heading(&self) -> String {
+        let device = self.backend.driver();
+        heading(&device.name(), self.bandwidth, device.memory_bandwidth())
     }
 
     /// Prints a row of what was measured.
-    pub(super) fn print(&self, what: &str, milliseconds: f64, work: Work) {
-        println!("{}", row(what, milliseconds, work, self.bandwidth));
+    pub(super) fn print(&self, what: &str, time: Time, work: Work) {
+        println!("{}", row(what, time, work, self.bandwidth));
     }
 
-    /// Milliseconds of one call of `work`, which only enqueues, and is told how often it was called before.
-    pub(super) fn time(&mut self, mut work: impl FnMut(&mut Cuda, usize)) -> Result<f64> {
-        let mut calls = 0;
-        let mut of = |backend: &mut Cuda, repetitions: usize| -> Result<f64> {
-            let start = backend.driver().record()?;
-            for _ in 0..repetitions {
-                work(backend, calls);
-                calls += 1;
+    /// The time of one call of `work`, which enqueues kernels and nothing else, and is told how often it was called
+    /// before. Some calls are recorded, and the recording is replayed: launched one by one, kernels follow each other
+    /// as fast as the host launches them, one in 2 to 4 µs, and small ones take less. Where kernels start before the one
+    /// ahead has ended, as they do in steps, it is the time from one's end to the next one's.
+    pub(super) fn time(&mut self, mut work: impl FnMut(&mut Cuda, usize)) -> Result<Time> {
+        let mut called = 0;
+        let mut call = |backend: &mut Cuda| {
+            work(backend, called);
+            called += 1;
+        };
+        let about = self.about(&mut call)?;
+        let calls = often(about, CALLS_MAX);
+        let recorded = self.backend.record(&mut |backend| (0..calls).for_each(|_| call(backend)));
+        match recorded {
+            Ok(graph) => {
+                let mut replay = |backend: &mut Cuda| backend.driver().replay(&graph);
+                self.between(1, &mut replay)?;
+                let replays = often(about * calls as f64, REPLAYS_MAX);
+                let milliseconds = self.median(replays, &mut replay)? / calls as f64;
+                Ok(Time { milliseconds, is_recorded: true })
             }
-            let end = backend.driver().record()?;
-            backend.driver().wait(&end)?;
-            backend.check()?;
-            Ok(f64::from(backend.driver().milliseconds(&start, &end)?) / repetitions as f64)
+            Err(error) => {
+                tracing::warn!(%error, "what is measured cannot be recorded: the host's launches are in its time");
+                self.launched(about, &mut call)
+            }
+        }
+    }
+
+    /// The same of work that cannot be recorded: of a step, which sends its plan and has recordings itself.
+    pub(super) fn time_with_host(&mut self, mut work: impl FnMut(&mut Cuda)) -> Result<Time> {
+        let about = self.about(&mut work)?;
+        self.launched(about, &mut work)
+    }
+
+    /// Milliseconds of a call, at a first look.
+    fn about(&mut self, call: &mut dyn FnMut(&mut Cuda)) -> Result<f64> {
+        let mut call = |backend: &mut Cuda| {
+            call(backend);
+            Ok(())
         };
         // Not counted: memory is made room in, and steps are recorded when they come again.
-        of(&mut self.backend, 2)?;
-        let about = of(&mut self.backend, 1)?;
-        let repetitions = ((ENOUGH_MS / about).ceil() as usize).clamp(1, REPETITIONS_MAX);
-        let mut times: Vec<f64> =
-            (0..MEASUREMENTS).map(|_| of(&mut self.backend, repetitions)).collect::<Result<_>>()?;
-        times.sort_by(f64::total_cmp);
-        Ok(times[MEASUREMENTS / 2])
+        self.between(2, &mut call)?;
+        self.between(1, &mut call)
     }
+
+    fn launched(&mut self, about: f64, call: &mut dyn FnMut(&mut Cuda)) -> Result<Time> {
+        let milliseconds = self.median(often(about, REPLAYS_MAX), &mut |backend| {
+            call(backend);
+            Ok(())
+        })?;
+        Ok(Time { milliseconds, is_recorded: false })
+    }
+
+    fn median(&mut self, times: usize, work: &mut dyn FnMut(&mut Cuda) -> Result<(), DriverError>) -> Result<f64> {
+        let mut measured: Vec<f64> = (0..MEASUREMENTS).map(|_| self.between(times, work)).collect::<Result<_>>()?;
+        measured.sort_by(f64::total_cmp);
+        Ok(measured[MEASUREMENTS / 2])
+    }
+
+    /// Milliseconds of one `work` of so many, from one event to another.
+    fn between(&mut self, times: usize, work: &mut dyn FnMut(&mut Cuda) -> Result<(), DriverError>) -> Result<f64> {
+        let Self { backend, .. } = self;
+        let start = backend.driver().record()?;
+        for _ in 0..times {
+            work(backend)?;
+        }
+        let end = backend.driver().record()?;
+        backend.driver().wait(&end)?;
+        backend.check()?;
+        Ok(f64::from(backend.driver().milliseconds(&start, &end)?) / times as f64)
+    }
+}
+
+/// How often something of so many milliseconds is done, to be measured.
+fn often(milliseconds: f64, most: usize) -> usize {
+    ((ENOUGH_MS / milliseconds).ceil() as usize).clamp(1, most)
 }
 
 /// Activations with values around 0.

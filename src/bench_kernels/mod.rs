@@ -56,7 +56,7 @@ pub fn run(args: &BenchKernelsArgs) -> Result<()> {
         let tiny = shape == ShapeArg::Tiny;
         let mut clock = clock::Clock::new(tiny)?;
         if index == 0 {
-            print!("{}", row::heading(&clock.device(), clock.bandwidth()));
+            print!("{}", clock.heading());
         }
         let shape = Shape::from(shape);
         let model = model::Model::new(&mut clock.backend, &shape, tiny)?;

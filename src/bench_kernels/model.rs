@@ -9,10 +9,12 @@ use super::clock::Cuda;
 /// What is read again and again has to be more than this together, or it would come from a cache: several times the
 /// largest there is.
 const BEYOND_CACHES: usize = 256 << 20;
+/// Copies of it at most.
+pub(super) const COPIES_MAX: usize = 64;
 
 /// How many of something of so many bytes are beyond caches.
 pub(super) fn copies(bytes: usize, tiny: bool) -> usize {
-    if tiny { 2 } else { BEYOND_CACHES.div_ceil(bytes).clamp(1, 64) }
+    if tiny { 2 } else { BEYOND_CACHES.div_ceil(bytes).clamp(1, COPIES_MAX) }
 }
 
 /// Copies of a bf16 weight with values around 0, of which each layer has another.

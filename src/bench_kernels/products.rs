@@ -31,11 +31,10 @@ pub(super) fn measure(clock: &mut Clock, shape: &Shape, model: &Model) -> Result
             let both: &[bool] = if rows > 16 && has_wgmma { &[true, false] } else { &[false] };
             for &wgmma in both {
                 clock.backend.use_wgmma(wgmma);
-                let milliseconds =
-                    clock.time(|backend, call| backend.linear(&x, weight.of(call), None, &mut result))?;
+                let time = clock.time(|backend, call| backend.linear(&x, weight.of(call), None, &mut result))?;
                 let (per_ms, by) = if wgmma { (WGMMA_PER_MS, " by wgmma") } else { (MMA_PER_MS, "") };
                 let what = format!("{name}: {what} [{out}, {cols}] × {rows}{by}");
-                clock.print(&what, milliseconds, Work { bytes, operations, per_ms });
+                clock.print(&what, time, Work { bytes, operations, per_ms });
             }
             clock.backend.use_wgmma(true);
         }
@@ -52,32 +51,28 @@ fn fused(clock: &mut Clock, shape: &Shape, model: &Model, rows: usize) -> Result
     let mut qkv = backend.activations(rows, heads.qkv_width());
     let (mixed, inner) = (filled(backend, rows, heads.q_width()), filled(backend, rows, ffn));
     let (mut both, mut out) = (backend.activations(rows, 2 * ffn), backend.activations(rows, ffn));
-    let print = |clock: &Clock, what: &str, weight: &Weights, milliseconds, values: usize| {
+    let print = |clock: &Clock, what: &str, weight: &Weights, time, values: usize| {
         let bytes = weight.bytes(&clock.backend) + 4 * rows * values;
         // Operations of so few rows are far from any floor, and not counted.
-        clock.print(
-            &format!("{name}: {what} × {rows}"),
-            milliseconds,
-            Work { bytes, operations: 0, per_ms: MMA_PER_MS },
-        );
+        clock.print(&format!("{name}: {what} × {rows}"), time, Work { bytes, operations: 0, per_ms: MMA_PER_MS });
     };
 
-    let milliseconds = clock.time(|backend, call| {
+    let time = clock.time(|backend, call| {
         backend.norm_linear(&mut residual, norm(), model.qkv.of(call), None, &mut qkv);
     })?;
-    print(clock, "norm and qkv", &model.qkv, milliseconds, hidden + heads.qkv_width());
-    let milliseconds = clock.time(|backend, call| {
+    print(clock, "norm and qkv", &model.qkv, time, hidden + heads.qkv_width());
+    let time = clock.time(|backend, call| {
         backend.norm_linear_silu_mul(&mut residual, norm(), model.gate_up.of(call), None, &mut both, &mut out);
     })?;
-    print(clock, "norm, gate and up, silu", &model.gate_up, milliseconds, hidden + ffn);
+    print(clock, "norm, gate and up, silu", &model.gate_up, time, hidden + ffn);
     // The sum grows and grows, which takes no longer.
-    let milliseconds = clock.time(|backend, call| {
+    let time = clock.time(|backend, call| {
         backend.add_linear(&mixed, model.output.of(call), None, &mut residual);
     })?;
-    print(clock, "output, added", &model.output, milliseconds, heads.q_width() + 2 * hidden);
-    let milliseconds = clock.time(|backend, call| {
+    print(clock, "output, added", &model.output, time, heads.q_width() + 2 * hidden);
+    let time = clock.time(|backend, call| {
         backend.add_linear(&inner, model.down.of(call), None, &mut residual);
     })?;
-    print(clock, "down, added", &model.down, milliseconds, ffn + 2 * hidden);
+    print(clock, "down, added", &model.down, time, ffn + 2 * hidden);
     Ok(())
 }

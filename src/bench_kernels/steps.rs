@@ -47,13 +47,13 @@ fn prompt(clock: &mut Clock, shape: &Shape, tokens: usize, cached: usize) -> Res
     let mut mixed = backend.activations(tokens, heads.q_width());
     backend.begin(&batch);
     let scale = 1.0 / (heads.head_dim as f32).sqrt();
-    let milliseconds = clock.time(|backend, _| backend.attention(&qkv, heads, scale, &cache, 0, &batch, &mut mixed))?;
+    let time = clock.time(|backend, _| backend.attention(&qkv, heads, scale, &cache, 0, &batch, &mut mixed))?;
     // Each token sees those before it, and itself.
     let pairs = tokens * cached + tokens * (tokens + 1) / 2;
     let pages = 4 * (tokens + cached) * heads.kv_heads * heads.head_dim;
     let bytes = pages + 8 * tokens * heads.q_width();
     let work = Work { bytes, operations: 4 * pairs * heads.heads * heads.head_dim, per_ms: MMA_PER_MS };
-    clock.print(&format!("{name}: prompt of {tokens} behind {cached}: attention of a layer"), milliseconds, work);
+    clock.print(&format!("{name}: prompt of {tokens} behind {cached}: attention of a layer"), time, work);
     Ok(())
 }
 
@@ -88,7 +88,7 @@ fn step(clock: &mut Clock, shape: &Shape, model: &Model, sequences: usize, conte
     // Operations of decoding are far from any floor, and not counted.
     let work = |bytes| Work { bytes, operations: 0, per_ms: MMA_PER_MS };
 
-    let milliseconds = clock.time(|backend, _| {
+    let time = clock.time_with_host(|backend| {
         backend.step(&batch, &mut |backend| {
             backend.embed(model.head.of(0), &batch, residual.start());
             let rms_norm = || RmsNorm { weight: &model.norm, eps: 1e-6 };
@@ -109,12 +109,12 @@ fn step(clock: &mut Clock, shape: &Shape, model: &Model, sequences: usize, conte
     })?;
     let weights = [&model.qkv, &model.output, &model.gate_up, &model.down].map(|weights| weights.bytes(&clock.backend));
     let bytes = layers * (weights.iter().sum::<usize>() + pages) + model.head.bytes(&clock.backend);
-    clock.print(&format!("{sized}: a step"), milliseconds, work(bytes));
+    clock.print(&format!("{sized}: a step"), time, work(bytes));
 
     clock.backend.begin(&batch);
-    let milliseconds = clock.time(|backend, call| {
+    let time = clock.time(|backend, call| {
         backend.attention(&qkv, heads, scale, &cache, call % caches, &batch, &mut mixed);
     })?;
-    clock.print(&format!("{sized}: attention of a layer"), milliseconds, work(pages));
+    clock.print(&format!("{sized}: attention of a layer"), time, work(pages));
     Ok(())
 }

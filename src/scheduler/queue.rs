@@ -158,7 +158,8 @@ impl Scheduler {
                 continue;
             }
             let sequence = self.sequence_mut(entry.slot);
-            debug_assert!(!sequence.is_drawn_ahead(), "pages are found by their tokens");
+            // Others would be given pages of another text.
+            assert!(!sequence.is_drawn_ahead(), "pages are found by their tokens");
             sequence.advance(entry.len);
             let done = sequence.prefill_only && sequence.remaining() == 0;
             self.publish(entry.slot);

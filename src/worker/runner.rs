@@ -28,7 +28,7 @@ pub trait Runner: Send + 'static {
 /// A runner whose device computes on its own, so that the next step can be planned and launched meanwhile.
 pub trait RunsAhead {
     /// Does what [`Runner::execute`] does but wait. Two steps may be on their way at a time. In the second, tokens that
-    /// the first draws are [`Batch::DRAWN`].
+    /// the first draws are [`Batch::DRAWN`], those of the batch and those that rows' outputs end with.
     fn launch<'a>(
         &mut self,
         batch: &Batch,

@@ -125,6 +125,8 @@ struct Machine {
     const Kernel* kernel = nullptr;
     void* const* args = nullptr;
     unsigned threads = 0, arrived = 0, current = 0;
+    /// Stacks that have been made accessible: each takes two of the memory maps that a process has.
+    unsigned ready = 0;
     /// Returns when the kernel before has run, if it has not yet.
     std::function<void()> predecessor;
     char error[256] = "";
@@ -147,8 +149,6 @@ struct Machine {
                             -1, 0);
         if (memory == MAP_FAILED) std::abort();
         stacks = static_cast<unsigned char*>(memory);
-        // What stays inaccessible lies below each stack, where an overflow meets it.
-        for (unsigned i = 0; i < BLOCK_MAX; i++) mprotect(stack(i), STACK, PROT_READ | PROT_WRITE);
     }
     ~Machine() { munmap(stacks, BLOCK_MAX * (STACK + 4096)); }
 
@@ -157,10 +157,10 @@ struct Machine {
     unsigned char* top(unsigned i) { return stack(i) + STACK - i * 320 % 4096 / 16 * 16; }
     void yield() { Context::go(fibers[current].context, host); }
     bool run_block(unsigned long long order);
+    bool let_follow();
     bool stuck();
     void end_phase(const void* barrier, BarrierState& state);
     bool deliver();
-    bool run_predecessor();
     bool all_is_over();
     /// Ends the block. This thread does not go on.
     [[gnu::format(printf, 2, 3)]] void fail(const char* format, ...) {
@@ -194,6 +194,18 @@ void entry() {
     m.yield();
 }
 
+/// Waits for the kernel before, if there is one and threads wait for it.
+bool Machine::let_follow() {
+    bool some = false;
+    for (unsigned i = 0; predecessor && i < threads; i++) {
+        if (fibers[i].wait != Wait::Predecessor) continue;
+        fibers[i].wait = Wait::None;
+        some = true;
+    }
+    if (some) std::exchange(predecessor, nullptr)();
+    return some;
+}
+
 bool Machine::stuck() {
     unsigned waiting = 0, over = 0, first = 0;
     for (unsigned i = 0; i < threads; i++) {
@@ -208,22 +220,13 @@ bool Machine::stuck() {
     return false;
 }
 
-/// Runs the kernel before, if it has not been and somebody waits for it.
-bool Machine::run_predecessor() {
-    bool awaited = false;
-    for (unsigned i = 0; i < threads; i++) awaited |= fibers[i].wait == Wait::Predecessor;
-    if (!predecessor || !awaited) return false;
-    predecessor();
-    predecessor = nullptr;
-    for (unsigned i = 0; i < threads; i++) {
-        if (fibers[i].wait == Wait::Predecessor) fibers[i].wait = Wait::None;
-    }
-    return true;
-}
-
 bool Machine::run_block(unsigned long long order) {
     arrived = 0;
     error[0] = '\0';
+    // What stays inaccessible lies below each stack, where an overflow meets it.
+    for (; ready < threads; ready++) {
+        if (mprotect(stack(ready), STACK, PROT_READ | PROT_WRITE)) std::abort();
+    }
     for (unsigned i = 0; i < threads; i++) {
         fibers[i].context.start(stack(i), top(i), entry);
         fibers[i].wait = Wait::None;
@@ -256,7 +259,7 @@ bool Machine::run_block(unsigned long long order) {
             // Nobody can go on: now at last the slow warp does, or a box arrives, or the kernel before is run.
             if (!slow_too && slow_warp != ~0u) {
                 slow_too = true;
-            } else if (!deliver() && !run_predecessor()) {
+            } else if (!deliver() && !let_follow()) {
                 return stuck();
             }
             continue;
@@ -287,15 +290,16 @@ void on_fault(int signal, siginfo_t* info, void*) {
     sigaction(signal, &fallback, nullptr);
 }
 
-struct FaultHandler {
-    FaultHandler() {
+/// From now on, what touches memory that is nobody's is named.
+void say_faults() {
+    static const bool done = [] {
         struct sigaction action = {};
         action.sa_sigaction = on_fault;
         action.sa_flags = SA_SIGINFO | SA_ONSTACK;
-        sigaction(SIGSEGV, &action, nullptr);
-        sigaction(SIGBUS, &action, nullptr);
-    }
-};
+        return !sigaction(SIGSEGV, &action, nullptr) && !sigaction(SIGBUS, &action, nullptr);
+    }();
+    if (!done) std::abort();
+}
 
 }  // namespace
 
@@ -463,9 +467,10 @@ class Forerunner {
     }
 
 public:
-    /// Whether a block waits, and of what grid.
-    bool is_held = false;
+    /// Of what grid a block was begun whose outcome nobody has asked for; 0 if there is none.
     unsigned long long seed = 0;
+    /// Whether it waits.
+    bool is_held = false;
 
     ~Forerunner() {
         ends = true;
@@ -505,12 +510,13 @@ struct Forerunners {
     }
     /// One that is free.
     Forerunner* free() {
-        Forerunner*& one = both[0] && both[0]->is_held ? both[1] : both[0];
+        Forerunner*& one = both[0] && both[0]->seed ? both[1] : both[0];
         return one ? one : one = new Forerunner;
     }
     /// What was begun and will not be launched stays where it is: what it would touch may be gone.
     void leave() {
         for (Forerunner*& one : both) {
+            if (one) one->seed = 0;
             if (one && one->is_held) one = nullptr;
         }
     }
@@ -528,6 +534,7 @@ thread_local Forerunners forerunners;
 extern "C" void simt_begin(const char* name, const unsigned grid[3], unsigned threads, unsigned shared,
                            void* const* args, unsigned long long seed) {
     const simt::Grid next{simt::find(name), {grid[0], grid[1], grid[2]}, threads, shared, args};
+    simt::say_faults();
     if (next.is_possible()) simt::forerunners.free()->begin(next, seed);
 }
 
@@ -554,7 +561,7 @@ extern "C" const char* simt_map(unsigned long long start, unsigned long long row
 /// went wrong (good until this thread launches again).
 extern "C" const char* simt_launch(const char* name, const unsigned grid[3], unsigned threads, unsigned shared,
                                    void* const* args, unsigned long long seed) {
-    static simt::FaultHandler handler;
+    simt::say_faults();
     static thread_local simt::Machine machine;
     simt::machine = &machine;
     const simt::Grid all{simt::find(name), {grid[0], grid[1], grid[2]}, threads, shared, args};

@@ -1,9 +1,10 @@
 // What CUDA C++ takes for granted, for kernels compiled by a host compiler.
 //
-// Each CUDA thread of a block is a fiber that runs until it meets the others: at __syncthreads, a shuffle or a vote.
-// Blocks run one after the other on the launching thread. Which thread goes on first is shuffled from a seed, so a
-// missing barrier shows as a wrong or varying result; and the threads that meet must have come to the same line, all
-// of them, so divergence at a barrier is an error instead of a hang.
+// Each CUDA thread of a block is a fiber that runs until it meets the others: at __syncthreads, a shuffle or a vote, or
+// waits for the kernel before its own. Blocks run one after the other on the launching thread, but for the first of a
+// kernel that follows another: it begins before that has run, on a thread of its own. Which thread goes on first is
+// shuffled from a seed, so a missing barrier shows as a wrong or varying result; and the threads that meet must have
+// come to the same line, all of them, so divergence at a barrier is an error instead of a hang.
 //
 // Only what the kernels use is here. Tensor core instructions are what they are, an exchange of fragments between the
 // lanes of a warp: cuda/mma.cuh has them.

@@ -76,6 +76,8 @@ struct Event {
 };
 
 std::set<Stream*> streams;
+/// Modules that are loaded, and recordings that can be launched: those hold functions of modules.
+unsigned modules = 0, recordings = 0;
 unsigned long long launches = 0;
 
 /// The emulation has others too, with mistakes, for its own tests.
@@ -261,7 +263,9 @@ CALL(cuStreamEndCapture, Stream* stream, std::vector<Call>** made) {
     return stream->captured.clear(), SUCCESS;
 }
 CALL(cuGraphInstantiateWithFlags, std::vector<Call>** made, std::vector<Call>* graph, unsigned long long) {
+    ALONE;
     if (is_refused("instantiate")) return OUT_OF_MEMORY;
+    recordings++;
     return *made = new std::vector<Call>(*graph), SUCCESS;
 }
 CALL(cuGraphUpload, std::vector<Call>*, Stream* stream) {
@@ -275,7 +279,11 @@ CALL(cuGraphLaunch, std::vector<Call>* graph, Stream* stream) {
     }
     return SUCCESS;
 }
-CALL(cuGraphExecDestroy, std::vector<Call>* graph) { return delete graph, SUCCESS; }
+CALL(cuGraphExecDestroy, std::vector<Call>* graph) {
+    ALONE;
+    recordings--;
+    return delete graph, SUCCESS;
+}
 CALL(cuGraphDestroy, std::vector<Call>* graph) { return delete graph, SUCCESS; }
 
 CALL(cuMemAlloc_v2, Pointer* made, size_t bytes) {
@@ -408,9 +416,20 @@ CALL(cuModuleLoadData, void** made, const void* image) {
     // What a fatbin begins with.
     unsigned magic;
     std::memcpy(&magic, image, sizeof magic);
-    return *made = const_cast<void*>(image), magic == 0xba55ed50 ? SUCCESS : INVALID_VALUE;
+    if (magic != 0xba55ed50) return INVALID_VALUE;
+    ALONE;
+    modules++;
+    return *made = const_cast<void*>(image), SUCCESS;
 }
-CALL(cuModuleUnload, void*) { return SUCCESS; }
+CALL(cuModuleUnload, void*) {
+    ALONE;
+    if (--modules == 0 && recordings) {
+        // Drops have nobody to tell, so that the program ends.
+        std::fprintf(stderr, "stand-in libcuda: kernels are unloaded that %u recordings hold\n", recordings);
+        std::abort();
+    }
+    return SUCCESS;
+}
 // Both modules have all kernels.
 CALL(cuModuleGetFunction, const simt::Kernel** made, void*, const char* name) {
     return *made = simt::find(name), *made ? SUCCESS : NOT_FOUND;

@@ -212,8 +212,8 @@ fn what_is_said_wrong_of_an_operand_gives_something_else() {
 #[test]
 fn misuse_of_what_goes_on_by_itself_is_an_error() {
     for (mistake, said) in [
-        ("endless_phase", "waits at line 44 for a phase that does not end (128 wait, 0 have ended)"),
-        ("too_many_bytes", "waits at line 43 for a phase that does not end (128 wait, 0 have ended)"),
+        ("endless_phase", "for a phase that does not end (128 wait, 0 have ended)"),
+        ("too_many_bytes", "for a phase that does not end (128 wait, 0 have ended)"),
         ("unshown", "a box is to arrive at a barrier that was not shown to what copies it"),
         ("unaligned_box", "not at a multiple of 128 bytes"),
         ("nobody_waits", "a block ends, and boxes are under way"),

@@ -29,6 +29,8 @@ const HEAD_DIM_MAX: usize = 256;
 /// for the device only where it reads sampled tokens, and where a step's logits come in more than two tiles, as those of
 /// scored prompts do: a tile's description goes where that of the last but one was.
 pub struct CudaBackend<D: Driver> {
+    /// First, and so dropped first: recordings hold kernels of the module that the driver unloads when it is dropped.
+    pub(super) graphs: Graphs<D>,
     pub(super) stream: Stream<D>,
     pub(super) plan: Plan,
     pub(super) step: Staged<D>,
@@ -37,7 +39,6 @@ pub struct CudaBackend<D: Driver> {
     products: Products<D>,
     /// Made when heads are known.
     pub(super) partials: Option<Partials<D>>,
-    pub(super) graphs: Graphs<D>,
 }
 
 impl<D: Driver> CudaBackend<D> {
@@ -45,6 +46,7 @@ impl<D: Driver> CudaBackend<D> {
     pub fn new(driver: D) -> Self {
         let products = Products::new(driver.has_wgmma());
         Self {
+            graphs: Graphs::new(),
             stream: Stream::new(driver),
             plan: Plan::default(),
             step: Staged::new(),
@@ -52,7 +54,6 @@ impl<D: Driver> CudaBackend<D> {
             sampler: Sampler::new(),
             products,
             partials: None,
-            graphs: Graphs::new(),
         }
     }
 
@@ -369,10 +370,15 @@ impl<D: Driver> Backend for CudaBackend<D> {
     fn select_rows(&mut self, x: &Activations<D>, rows: &[u32], out: &mut Activations<D>) {
         assert_eq!(x.cols, out.cols, "columns of selected rows");
         out.set_rows(rows.len());
-        let bytes = bytes_of(rows);
-        self.selected.reserve(&self.stream, bytes.len());
-        self.selected.upload(&self.stream, &[bytes]);
-        let args = [x.address().into(), self.selected.address().into(), out.address().into(), x.cols.into()];
+        // Those of steps that only decode are all rows, in order: nothing is sent, and the device waits for no copy.
+        let mut selected = Address::NULL;
+        if !rows.iter().copied().eq(0..rows.len() as u32) {
+            let bytes = bytes_of(rows);
+            self.selected.reserve(&self.stream, bytes.len());
+            self.selected.upload(&self.stream, &[bytes]);
+            selected = self.selected.address();
+        }
+        let args = [x.address().into(), selected.into(), out.address().into(), x.cols.into()];
         self.stream.launch("select_rows", [rows.len(), 1, 1], ROWWISE_THREADS, &args);
     }
 

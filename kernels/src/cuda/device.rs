@@ -149,6 +149,16 @@ impl Device {
         )
     }
 
+    /// GB/s that the memory's clock and width make, which nothing reaches; none if the driver does not tell.
+    pub fn memory_bandwidth(&self) -> Option<f64> {
+        use sys::CUdevice_attribute::{
+            CU_DEVICE_ATTRIBUTE_GLOBAL_MEMORY_BUS_WIDTH as BITS, CU_DEVICE_ATTRIBUTE_MEMORY_CLOCK_RATE as KILOHERTZ,
+        };
+        let of = |attribute| self.context.attribute(attribute).ok().filter(|&value| value > 0).map(f64::from);
+        // Twice a cycle.
+        Some(2.0 * of(KILOHERTZ)? * of(BITS)? / 8.0 / 1e6)
+    }
+
     /// Names of all kernels.
     pub fn kernels(&self) -> Result<Vec<String>, DriverError> {
         self.bind()?;
