@@ -1,4 +1,4 @@
-//! With the feature `cuda`: compiles the kernels with nvcc into one fatbin, which the driver embeds.
+//! With the feature `cuda`: compiles the kernels with nvcc into two fatbins, which the driver embeds.
 
 use std::env;
 use std::path::{Path, PathBuf};
@@ -6,8 +6,10 @@ use std::process::Command;
 
 /// Machine code for Ampere and Hopper (and, as their minor versions, Ada), and for anything later what the driver
 /// compiles.
-const TARGETS: [&str; 3] =
-    ["arch=compute_80,code=sm_80", "arch=compute_90,code=sm_90", "arch=compute_90,code=compute_90"];
+const TARGETS: &[&str] =
+    &["arch=compute_80,code=sm_80", "arch=compute_90,code=sm_90", "arch=compute_90,code=compute_90"];
+/// Machine code for Hopper and nothing later: what it alone has.
+const HOPPER: &[&str] = &["arch=compute_90a,code=sm_90a"];
 
 fn main() {
     println!("cargo:rerun-if-changed=build.rs");
@@ -21,11 +23,16 @@ fn main() {
             "the feature `cuda` needs nvcc, which is not in CUDA_HOME, on the PATH or fetched: `make cuda` does it all"
         )
     };
-    let out = PathBuf::from(env::var_os("OUT_DIR").expect("cargo sets it")).join("kernels.fatbin");
-    let mut command = Command::new(&nvcc);
+    let out = PathBuf::from(env::var_os("OUT_DIR").expect("cargo sets it"));
+    compile(&nvcc, "cuda/kernels.cu", TARGETS, &out.join("kernels.fatbin"));
+    compile(&nvcc, "cuda/hopper.cu", HOPPER, &out.join("hopper.fatbin"));
+}
+
+fn compile(nvcc: &Path, source: &str, targets: &[&str], out: &Path) {
+    let mut command = Command::new(nvcc);
     command.args(["-std=c++17", "-O3", "-fatbin", "--threads", "0"]);
-    command.args(TARGETS.iter().flat_map(|target| ["-gencode", target]));
-    let status = command.arg("cuda/kernels.cu").arg("-o").arg(&out).status();
+    command.args(targets.iter().flat_map(|target| ["-gencode", target]));
+    let status = command.arg(source).arg("-o").arg(out).status();
     match status {
         Ok(status) if status.success() => {}
         Ok(status) => panic!("{} failed ({status}); its own words are above", nvcc.display()),

@@ -1,9 +1,9 @@
 #!/bin/sh
 # Compiles the CUDA kernels as the build does, and fails if one of them keeps local variables in memory (spills, or
 # arrays that are indexed in ways the compiler cannot see through): what should be registers would be traffic; or if
-# one that is made for tensor cores lacks their instructions, the loads that go with them, or asynchronous copies; or,
-# from compute capability 9.0 on, if one does not wait for the kernel before, or loads something but weights before that.
-# Prints what each uses.
+# one that is made for tensor cores lacks their instructions, the loads that go with them, or asynchronous copies, or if
+# the compiler has products wait for each other that are made to go on by themselves; or, from compute capability 9.0 on,
+# if one does not wait for the kernel before, or loads something but weights before that. Prints what each uses.
 set -eu
 cd "$(dirname "$0")/.."
 
@@ -11,10 +11,14 @@ CUDA_HOME=$(scripts/fetch-nvcc.sh | tail -1)
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 
-for target in 80 90; do
-    "$CUDA_HOME/bin/nvcc" -std=c++17 -O3 -cubin -arch="sm_$target" kernels/cuda/kernels.cu -o "$work/kernels.cubin"
+# compile <target> <source>: what its kernels use, and whether any keeps variables in memory.
+compile() {
+    "$CUDA_HOME/bin/nvcc" -std=c++17 -O3 -cubin -arch="sm_$1" -Xptxas -v "kernels/cuda/$2" -o "$work/kernels.cubin" \
+        2>"$work/said" || { cat "$work/said"; exit 1; }
+    # (C7510) and its like: "wgmma.mma_async instructions are serialized due to ...".
+    if grep 'Potential Performance Loss' "$work/said"; then exit 1; fi
     "$CUDA_HOME/bin/cuobjdump" --dump-resource-usage "$work/kernels.cubin" >"$work/usage"
-    awk -v target="$target" '
+    awk -v target="$1" '
         /^ *Function / { name = $2; sub(/:$/, "", name) }
         /REG:/ {
             for (i = 1; i <= NF; i++) { split($i, pair, ":"); value[pair[1]] = pair[2] }
@@ -29,6 +33,10 @@ for target in 80 90; do
             printf "sm_%s: %d kernels, at most %d registers a thread (%s)\n", target, kernels, most, hungriest
             exit bad || kernels == 0
         }' "$work/usage"
+}
+
+for target in 80 90; do
+    compile "$target" kernels.cu
     # HMMA: mma. LDSM: ldmatrix, .MT88 where it transposes. LDGSTS: cp.async. (Products of quantised weights have it
     # too, for activations.)
     "$CUDA_HOME/bin/cuobjdump" -sass "$work/kernels.cubin" | awk -v target="$target" '
@@ -87,3 +95,26 @@ for target in 80 90; do
             exit bad || products == 0
         }'
 done
+
+# HGMMA: wgmma. UTMALDG.2D: copies of boxes. SYNCS: barriers that they arrive at.
+compile 90a hopper.cu
+"$CUDA_HOME/bin/cuobjdump" -sass "$work/kernels.cubin" | awk '
+    /^\t\tFunction : / { name = $3; kernels[name] = 1 }
+    / HGMMA\.64x(64|128|192)x16\.F32/ { found[name, "HGMMA"]++ }
+    / UTMALDG\.2D / { found[name, "UTMALDG"]++ }
+    / SYNCS\.PHASECHK/ { found[name, "SYNCS"]++ }
+    / ACQBULK/ { found[name, "ACQBULK"]++ }
+    / PREEXIT/ { if (found[name, "ACQBULK"]) found[name, "PREEXIT"]++ }
+    / LDG/ { if (!found[name, "ACQBULK"]) { printf "sm_90a %s: it loads before it has waited\n", name; bad = 1 } }
+    function need(what) {
+        if (!found[name, what]) { printf "sm_90a %s: no %s\n", name, what; bad = 1 }
+    }
+    END {
+        for (name in kernels) {
+            checked++
+            need("UTMALDG"); need("SYNCS"); need("ACQBULK"); need("PREEXIT")
+            if (name != "box_check") need("HGMMA")
+        }
+        printf "sm_90a: %d kernels copy boxes and multiply them in groups of warps\n", checked
+        exit bad || checked == 0
+    }'

@@ -99,13 +99,23 @@ part() { # part [plain] <title> <seconds> <program> <arguments>
 }
 
 say "# The CUDA backend on $gpu" "" "$("$here/engine" --version), $(date -u +'%Y-%m-%d %H:%M') UTC"
+# Without the kernels for compute capability 9.0 alone, if something is wrong with them: then there is still something to
+# be seen of the others.
+without_wgmma() { # without_wgmma <seconds>
+    [ $failed != 0 ] && grep -q 'used with wgmma' "$page" || return
+    export ENGINE_CUDA_WITHOUT_WGMMA=1
+    part plain "Correctness without wgmma, as all that follows" "$1" "$here/engine" doctor --gpu
+}
+
 if [ "$size" = tiny ]; then
     part plain "Correctness" 1200 "$here/engine" doctor --gpu
+    without_wgmma 600
     part plain "A model of a small shape" 300 "$here/engine" bench --model "$here/tiny" --load-format dummy \
         --device cuda:0 --prefill 20 --decode 1,3 --context 24 --steps 4 --rounds 1 --kv-blocks 20 --log-level warn
     part "Kernels, small shapes" 300 "$here/engine" bench-kernels --shape tiny
 elif [ "$size" = whole ]; then
     part plain "Correctness" 180 "$here/engine" doctor --gpu
+    without_wgmma 90
     part plain "Qwen3-0.6B in bf16, made-up weights" 60 "$here/engine" bench --model "$here/qwen3-0.6b" \
         --load-format dummy --device cuda:0 --decode 1,64,256 --prefill 2048,16384 --max-num-batched-tokens 8192 \
         --log-level warn

@@ -50,9 +50,14 @@ fn recordings_are_dropped_before_the_kernels_that_they_hold() {
 #[test]
 #[ignore = "needs a stand-in for libcuda: make device-pages"]
 fn a_kernel_that_does_not_is_found_and_named() {
-    for (kernel, words) in
-        [("silu_mul", "--gpu=silu"), ("mma_check_bf16", "--gpu=fragments"), ("sample_rows", "--gpu=mixed rows")]
-    {
+    for (kernel, words) in [
+        ("silu_mul", "--gpu=silu"),
+        ("mma_check_bf16", "--gpu=fragments"),
+        ("box_check", "--gpu=boxes"),
+        ("wgmma_check_bf16_128", "--gpu=sums of wgmma"),
+        ("wide_middle_f16", "--gpu=no wide tile"),
+        ("sample_rows", "--gpu=mixed rows"),
+    ] {
         let (passed, findings) = doctor(words, |command| {
             command.env("ENGINE_STANDIN_DEAD_KERNEL", kernel);
         });
@@ -62,6 +67,22 @@ fn a_kernel_that_does_not_is_found_and_named() {
         let named = seen(failures[0]).rsplit(": ").next().unwrap();
         assert!(named.split(", ").any(|name| name == kernel), "{kernel}: {findings:?}");
         assert!(failures[0]["remedy"].as_str().unwrap().contains("--device cpu"), "{findings:?}");
+    }
+}
+
+#[test]
+#[ignore = "needs a stand-in for libcuda: make device-pages"]
+fn what_is_wrong_with_wgmma_can_be_done_without() {
+    for without in [false, true] {
+        let (passed, findings) = doctor("--gpu=bias", |command| {
+            command.env("ENGINE_STANDIN_DEAD_KERNEL", "wide_flat_bf16");
+            if without {
+                command.env("ENGINE_CUDA_WITHOUT_WGMMA", "1");
+            }
+        });
+        assert_eq!(passed, without, "{findings:?}");
+        let used = if without { "used without wgmma" } else { "used with wgmma" };
+        assert!(seen(&findings[0]).contains(used), "{findings:?}");
     }
 }
 
@@ -91,7 +112,12 @@ fn steps_and_operations_are_measured_one_row_each() {
     let output = engine(&["bench-kernels", "--shape", "tiny"]).output().unwrap();
     let table = String::from_utf8(output.stdout).unwrap();
     assert!(output.status.success(), "{table}{}", String::from_utf8_lossy(&output.stderr));
-    for row in ["tiny: 1 × 200 tokens: a step †", "tiny: norm and qkv × 8", "tiny: down [64, 96] × 17"] {
+    for row in [
+        "tiny: 1 × 200 tokens: a step †",
+        "tiny: norm and qkv × 8",
+        "tiny: down [64, 96] × 17",
+        "tiny: down [64, 96] × 17 by wgmma",
+    ] {
         assert!(table.lines().any(|line| line.starts_with(&format!("| {row} |"))), "{row}:\n{table}");
     }
     // All else was recorded.

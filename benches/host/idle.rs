@@ -5,7 +5,7 @@ use std::fmt;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use engine_kernels::cuda::{Address, Driver, DriverError, HostMemory, Launch, Memory, Mover};
+use engine_kernels::cuda::{Address, Boxes, Driver, DriverError, HostMemory, Launch, Memory, Mover, TensorMap};
 
 /// A device whose steps take a given time, and which nobody has.
 pub(crate) struct Idle {
@@ -59,6 +59,14 @@ impl Driver for Idle {
 
     fn processors(&self) -> usize {
         132
+    }
+
+    fn has_wgmma(&self) -> bool {
+        false
+    }
+
+    fn tensor_map(&self, _: &Boxes) -> Result<TensorMap, DriverError> {
+        unreachable!("without wgmma nobody copies boxes")
     }
 
     fn memory(&self) -> Result<(usize, usize), DriverError> {

@@ -18,14 +18,11 @@
 // `add_segments` adds them up, are the same operations; so are all sizes of tiles.
 
 #include "mma.cuh"
+#include "tiles.cuh"
 #include "weights.cuh"
 
 namespace gemm {
 
-/// Input features that are added up by themselves. src/cuda/product.rs knows it too.
-constexpr int SEGMENT = 512;
-/// Tiles of rows that go through the features side by side, so that weights are fetched once for all of them.
-constexpr int ROW_TILES = 16;
 constexpr int THREADS = 128;
 
 /// A block's tile: ROWS by OUT features, IN input features a step, of which STAGES - 1 are under way. Warps share it
@@ -90,19 +87,6 @@ template <>
 struct Operand<FineBytes> : Quantised<FineBytes> {};
 template <>
 struct Operand<Quarters> : Quantised<Quarters> {};
-
-/// Where a block's tile begins. Tiles that follow each other are of the same features: up to ROW_TILES of them.
-struct Place {
-    int row, feature;
-
-    template <class Tile>
-    static __device__ __forceinline__ Place of(int rows, int features) {
-        const int down = (rows + Tile::ROWS - 1) / Tile::ROWS, across = (features + Tile::OUT - 1) / Tile::OUT;
-        const int tile = static_cast<int>(blockIdx.x), first = tile / (ROW_TILES * across) * ROW_TILES;
-        const int rest = tile - first * across, side_by_side = min(ROW_TILES, down - first);
-        return {(first + rest % side_by_side) * Tile::ROWS, rest / side_by_side * Tile::OUT};
-    }
-};
 
 /// out[r][first + o] = scales[r] (weight[o] . x[r]) + bias[first + o]. With more than one segment in the grid: the sums
 /// of a segment, to `segments` [segments, rows, features].

@@ -19,6 +19,8 @@ fn main() {
         // Kernels read floats as vectors of them, which CUDA allows.
         .flag("-fno-strict-aliasing")
         .flag("-Wno-unknown-pragmas")
+        // It tells of what changed in 2010.
+        .flag("-Wno-psabi")
         // The index variables are read all the time: not through a function.
         .flag("-ftls-model=initial-exec")
         // What the kernels write as two operations stays two.

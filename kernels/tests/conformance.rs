@@ -31,4 +31,18 @@ mod cuda_emulated {
     super::of_every_device!(tests! { { device_checks, engine_cuda_emulated::Emulated } });
 }
 
+mod cuda_emulated_hopper {
+    super::of_every_device!(tests! { { device_checks, engine_cuda_emulated::EmulatedHopper } });
+
+    /// Of what every backend passes, a device of compute capability 9.0 computes products in another way, and what takes
+    /// them in.
+    #[test]
+    fn products_pass_the_suite() {
+        let checks = engine_kernel_suite::backend_checks::<super::OnHopper>();
+        let others = checks.iter().filter(|check| ["linear", "residual"].contains(&check.topic));
+        assert!(others.inspect(|check| check.demand()).count() > 10);
+    }
+}
+
 type OnEmulated = OnDevice<engine_cuda_emulated::Emulated>;
+type OnHopper = OnDevice<engine_cuda_emulated::EmulatedHopper>;

@@ -1,9 +1,9 @@
 //! Steps of the CUDA backend as a whole, as far as only the emulated device shows them: how they are cut into kernels,
 //! and how they fail. What they compute is in the suite.
 
-use engine_cuda_emulated::{Emulated, EmulatedBackend};
+use engine_cuda_emulated::{Emulated, EmulatedBackend, EmulatedHopper};
 use engine_kernel_suite::steps::{BLOCK_SIZE, BLOCKS, HIDDEN, Layer, ROWS_MAX, SHAPE, VOCABULARY, decode, numbers};
-use engine_kernels::cuda::Driver;
+use engine_kernels::cuda::{CudaBackend, Driver};
 use engine_kernels::{
     AttentionShape, Backend, Batch, DType, DrawsAhead, KernelError, KvDType, KvLayout, Matrix, QkNorm, Residual,
     RmsNorm, RopeTable, RowTask, SampleRow, Sampled, SamplingParams,
@@ -117,7 +117,12 @@ fn heads_of_an_odd_width_are_refused() {
 
 #[test]
 fn room_for_larger_products_is_made_before_steps_are_recorded_anew() {
-    let mut backend = EmulatedBackend::new(Emulated::default());
+    makes_room(Emulated::default());
+    makes_room(EmulatedHopper::default());
+}
+
+fn makes_room<D: Driver>(driver: D) {
+    let mut backend = CudaBackend::new(driver);
     let cols = 4096;
     // A half in bf16.
     let weight = 0x3f00u16.to_le_bytes().repeat(cols);
@@ -125,7 +130,7 @@ fn room_for_larger_products_is_made_before_steps_are_recorded_anew() {
     let mut batch = Batch::default();
     (0..20).for_each(|_| batch.push(&[0], 0, &[0], 0));
     let (mut x, mut out) = (backend.activations(20, cols), backend.activations(20, 1));
-    let mut step = |backend: &mut EmulatedBackend, value: f32| {
+    let mut step = |backend: &mut CudaBackend<D>, value: f32| {
         backend.write(&vec![value; 20 * cols], &mut x);
         backend.step(&batch, &mut |backend| backend.linear(&x, &weight, None, &mut out));
         assert_eq!(backend.read(&out), [value * 2048.0; 20]);

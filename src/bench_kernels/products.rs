@@ -1,17 +1,19 @@
 //! The products of a layer, by themselves and with what is done in the same kernel when there are few rows.
 
 use anyhow::Result;
+use engine_kernels::cuda::Driver;
 use engine_kernels::{Backend, Residual, RmsNorm};
 
 use super::Shape;
 use super::clock::{Clock, filled, values};
 use super::model::{Model, Weights};
-use super::row::Work;
+use super::row::{MMA_PER_MS, WGMMA_PER_MS, Work};
 
 pub(super) fn measure(clock: &mut Clock, shape: &Shape, model: &Model) -> Result<()> {
     for rows in if clock.tiny { vec![1, 8] } else { vec![1, 2, 4, 8, 16] } {
         fused(clock, shape, model, rows)?;
     }
+    let has_wgmma = clock.backend.driver().has_wgmma();
     let Shape { name, hidden, ffn, vocabulary, heads, .. } = *shape;
     let products = [
         ("qkv", &model.qkv, hidden, heads.qkv_width()),
@@ -24,9 +26,17 @@ pub(super) fn measure(clock: &mut Clock, shape: &Shape, model: &Model) -> Result
         for (what, weight, cols, out) in products.iter().filter(|product| rows <= 64 || product.0 != "logits") {
             let x = filled(&mut clock.backend, rows, *cols);
             let mut result = clock.backend.activations(rows, *out);
-            let time = clock.time(|backend, call| backend.linear(&x, weight.of(call), None, &mut result))?;
-            let work = Work { bytes: 2 * cols * out + 4 * rows * (cols + out), operations: 2 * rows * cols * out };
-            clock.print(&format!("{name}: {what} [{out}, {cols}] × {rows}"), time, work);
+            let (bytes, operations) = (2 * cols * out + 4 * rows * (cols + out), 2 * rows * cols * out);
+            // Where there are two ways, both.
+            let both: &[bool] = if rows > 16 && has_wgmma { &[true, false] } else { &[false] };
+            for &wgmma in both {
+                clock.backend.use_wgmma(wgmma);
+                let time = clock.time(|backend, call| backend.linear(&x, weight.of(call), None, &mut result))?;
+                let (per_ms, by) = if wgmma { (WGMMA_PER_MS, " by wgmma") } else { (MMA_PER_MS, "") };
+                let what = format!("{name}: {what} [{out}, {cols}] × {rows}{by}");
+                clock.print(&what, time, Work { bytes, operations, per_ms });
+            }
+            clock.backend.use_wgmma(true);
         }
     }
     Ok(())
@@ -44,7 +54,7 @@ fn fused(clock: &mut Clock, shape: &Shape, model: &Model, rows: usize) -> Result
     let print = |clock: &Clock, what: &str, weight: &Weights, time, values: usize| {
         let bytes = weight.bytes(&clock.backend) + 4 * rows * values;
         // Operations of so few rows are far from any floor, and not counted.
-        clock.print(&format!("{name}: {what} × {rows}"), time, Work { bytes, operations: 0 });
+        clock.print(&format!("{name}: {what} × {rows}"), time, Work { bytes, operations: 0, per_ms: MMA_PER_MS });
     };
 
     let time = clock.time(|backend, call| {

@@ -1,13 +1,16 @@
 //! A row of the table.
 
-/// Operations of mma in a millisecond.
-const MMA_PER_MS: f64 = 600e9;
+/// Operations of mma in a millisecond, and of wgmma as the power of a device allows it.
+pub(super) const MMA_PER_MS: f64 = 600e9;
+pub(super) const WGMMA_PER_MS: f64 = 800e9;
 
 /// What a measurement did at least: bytes that had to move, and operations of products.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Work {
     pub(super) bytes: usize,
     pub(super) operations: usize,
+    /// How many of these tensor cores do in a millisecond, by the instructions at hand.
+    pub(super) per_ms: f64,
 }
 
 /// How long something took.
@@ -30,14 +33,14 @@ pub(super) fn heading(device: &str, bandwidth: f64, theoretical: Option<f64>) ->
 }
 
 /// One row: time, bytes, the part of the copy's bandwidth that makes, and the rate of operations; and the floor, which is
-/// the longer of the bytes at that bandwidth and the operations at the rate that mma has on an H100 or H200 (about 600
-/// Tflop/s), as a part of the time.
+/// the longer of the bytes at that bandwidth and the operations at the rate of tensor cores on an H100 or H200 (by mma
+/// about 600 Tflop/s, by wgmma about 800), as a part of the time.
 pub(super) fn row(what: &str, time: Time, work: Work, bandwidth: f64) -> String {
     let Time { milliseconds, is_recorded } = time;
     let mark = if is_recorded { "" } else { " †" };
     let (bytes, operations) = (work.bytes as f64, work.operations as f64);
     let rate = bytes / milliseconds / 1e6;
-    let floor_ms = (bytes / bandwidth / 1e6).max(operations / MMA_PER_MS);
+    let floor_ms = (bytes / bandwidth / 1e6).max(operations / work.per_ms);
     format!(
         "| {what}{mark} | {:.1} | {:.2} | {rate:.0} | {:.0} % | {:.1} | {:.0} % |",
         milliseconds * 1e3,
@@ -61,17 +64,18 @@ mod tests {
         let heading = heading("a device", 3000.0, Some(4900.0));
         assert!(heading.starts_with("a device: a copy of rows moves 3000 GB/s"), "{heading}");
         let columns = |line: &str| line.matches('|').count();
-        let row = row("a", recorded(1.0), Work { bytes: 1, operations: 0 }, 1.0);
+        let row = row("a", recorded(1.0), Work { bytes: 1, operations: 0, per_ms: MMA_PER_MS }, 1.0);
         assert!(heading.lines().skip(2).all(|line| columns(line) == columns(&row)), "{heading}{row}");
     }
 
     #[test]
     fn the_floor_is_bytes_or_operations_whichever_takes_longer() {
         // 3 GB in 2 ms where a copy moves 3,000 GB/s; 600 Gflop in 2 ms.
-        let reading = row("a", recorded(2.0), Work { bytes: 3_000_000_000, operations: 0 }, 3000.0);
+        let work = |bytes, operations| Work { bytes, operations, per_ms: MMA_PER_MS };
+        let reading = row("a", recorded(2.0), work(3_000_000_000, 0), 3000.0);
         assert_eq!(reading, "| a | 2000.0 | 3000.00 | 1500 | 50 % | 0.0 | 50 % |");
         let launched = Time { milliseconds: 2.0, is_recorded: false };
-        let computing = row("b", launched, Work { bytes: 3_000_000, operations: 900_000_000_000 }, 3000.0);
+        let computing = row("b", launched, work(3_000_000, 900_000_000_000), 3000.0);
         assert_eq!(computing, "| b † | 2000.0 | 3.00 | 2 | 0 % | 450.0 | 75 % |");
     }
 }

@@ -6,7 +6,7 @@ use engine_kernels::{Backend, Batch, KvDType, KvLayout, QkNorm, Residual, RmsNor
 use super::Shape;
 use super::clock::{Clock, filled};
 use super::model::{Model, copies};
-use super::row::Work;
+use super::row::{MMA_PER_MS, Work};
 
 /// Tokens of a page, as workers have them by default.
 const BLOCK_SIZE: usize = 64;
@@ -51,8 +51,8 @@ fn prompt(clock: &mut Clock, shape: &Shape, tokens: usize, cached: usize) -> Res
     // Each token sees those before it, and itself.
     let pairs = tokens * cached + tokens * (tokens + 1) / 2;
     let pages = 4 * (tokens + cached) * heads.kv_heads * heads.head_dim;
-    let work =
-        Work { bytes: pages + 8 * tokens * heads.q_width(), operations: 4 * pairs * heads.heads * heads.head_dim };
+    let bytes = pages + 8 * tokens * heads.q_width();
+    let work = Work { bytes, operations: 4 * pairs * heads.heads * heads.head_dim, per_ms: MMA_PER_MS };
     clock.print(&format!("{name}: prompt of {tokens} behind {cached}: attention of a layer"), time, work);
     Ok(())
 }
@@ -86,7 +86,7 @@ fn step(clock: &mut Clock, shape: &Shape, model: &Model, sequences: usize, conte
     let mut logits = backend.activations(sequences, vocabulary);
     let sized = format!("{name}: {sequences} × {context} tokens");
     // Operations of decoding are far from any floor, and not counted.
-    let work = |bytes| Work { bytes, operations: 0 };
+    let work = |bytes| Work { bytes, operations: 0, per_ms: MMA_PER_MS };
 
     let time = clock.time_with_host(|backend| {
         backend.step(&batch, &mut |backend| {

@@ -37,7 +37,7 @@ fn look(_: &str, told: &mut Told) {
 #[cfg(feature = "cuda")]
 fn look(words: &str, told: &mut Told) {
     use engine_kernel_suite::{OnDevice, backend_checks, device_checks, kernels_run};
-    use engine_kernels::cuda::Device;
+    use engine_kernels::cuda::{Device, Driver};
     use std::time::Instant;
 
     // Kept until the end: whoever uses a device last takes down what it takes a fraction of a second to set up.
@@ -62,8 +62,14 @@ fn look(words: &str, told: &mut Told) {
             told.found(check.topic, Level::Ok, format!("{sentence} ({seconds:.1} s)"), None);
             continue;
         };
-        let remedy = "run with --device cpu until this passes: answers from this device would be wrong; and report it";
-        told.found(check.topic, Level::Failure, format!("not so: {sentence}. {failure}"), Some(remedy));
+        let mut remedy =
+            "run with --device cpu until this passes: answers from this device would be wrong; and report it"
+                .to_owned();
+        if device.has_wgmma() {
+            remedy += ". ENGINE_CUDA_WITHOUT_WGMMA=1 does without the kernels that are for such devices alone: see whether \
+                       this passes then";
+        }
+        told.found(check.topic, Level::Failure, format!("not so: {sentence}. {failure}"), Some(&remedy));
         // What a kernel does wrong can leave a device that does nothing more for this process.
         if let Err(error) = still_works() {
             let seen =

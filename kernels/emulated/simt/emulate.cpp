@@ -2,9 +2,11 @@
 
 #include "emulate.h"
 
+#include <cstdarg>
 #include <cstdio>
 #include <cstdlib>
 #include <functional>
+#include <map>
 #include <numeric>
 #include <semaphore>
 #include <thread>
@@ -22,6 +24,8 @@ namespace simt {
 const Kernel* kernels = nullptr;
 
 namespace {
+
+#include "hopper.h"
 
 constexpr std::size_t STACK = 64 << 10;
 constexpr unsigned BLOCK_MAX = 1024;
@@ -88,7 +92,7 @@ struct Copy {
     unsigned group;
 };
 
-enum class Wait : unsigned char { None, Predecessor, Block, Warp, Over };
+enum class Wait : unsigned char { None, Predecessor, Block, Warp, Barrier, Over };
 
 struct Fiber {
     Context context;
@@ -100,6 +104,8 @@ struct Fiber {
     /// Copies nobody has waited for yet, and groups of them that are complete.
     std::vector<Copy> copies;
     unsigned groups;
+    /// The barrier that it waits for.
+    const void* barrier;
     /// Whether it has waited for the kernel before.
     bool follows;
 };
@@ -107,6 +113,7 @@ struct Fiber {
 struct Warp {
     unsigned arrived;
     alignas(16) unsigned char slots[2][WARP * EXCHANGE];
+    Multiplier multiplier;
 };
 
 /// One host thread's machine: it runs a block at a time.
@@ -125,8 +132,21 @@ struct Machine {
     /// Returns when the kernel before has run, if it has not yet.
     std::function<void()> predecessor;
     char error[256] = "";
+    /// What the launch asked for lies at the end of this, so that an access beyond it faults.
+    unsigned char* shared_end;
+    std::size_t shared = 0;
+    std::map<const void*, BarrierState> barriers;
+    std::vector<Box> boxes;
+    /// What each group of four warps has asked for, which must be the same for all four.
+    std::vector<std::vector<Asked>> asked{BLOCK_MAX / WARP / 4};
+    unsigned long long chance = 0;
+    /// How unlike in time things are in a block that has others copy for it: boxes come at once, instead of when nobody
+    /// can go on without them; and one warp goes on only when no other can.
+    bool early = false;
+    unsigned slow_warp = ~0u;
 
     Machine() {
+        shared_end = reserve_shared();
         void* memory = mmap(nullptr, BLOCK_MAX * (STACK + 4096), PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE,
                             -1, 0);
         if (memory == MAP_FAILED) std::abort();
@@ -141,6 +161,18 @@ struct Machine {
     bool run_block(unsigned long long order);
     bool let_follow();
     bool stuck();
+    void end_phase(const void* barrier, BarrierState& state);
+    bool deliver();
+    bool all_is_over();
+    /// Ends the block. This thread does not go on.
+    [[gnu::format(printf, 2, 3)]] void fail(const char* format, ...) {
+        int length = std::snprintf(error, sizeof error, "kernel %s: ", kernel->name);
+        va_list args;
+        va_start(args, format);
+        std::vsnprintf(error + length, sizeof error - static_cast<std::size_t>(length), format, args);
+        va_end(args);
+        yield();
+    }
 };
 
 /// This host thread's, made at its first launch. (A plain pointer: objects with constructors are checked at each use.)
@@ -156,6 +188,9 @@ void entry() {
     if (!m.fibers[m.current].copies.empty()) {
         std::snprintf(m.error, sizeof m.error, "kernel %s: a thread ends while copies to shared memory are under way",
                       m.kernel->name);
+    }
+    if (!m.warps[m.current / WARP].multiplier.products.empty()) {
+        m.fail("a thread ends while products are under way");
     }
     m.fibers[m.current].wait = Wait::Over;
     m.yield();
@@ -179,10 +214,11 @@ bool Machine::stuck() {
         if (fibers[i].wait == Wait::Over) over++;
         else if (!waiting++) first = i;
     }
+    const bool phase = fibers[first].wait == Wait::Barrier;
     std::snprintf(error, sizeof error,
-                  "kernel %s, block (%u, %u, %u): thread %u waits at line %d for threads that do not come (%u wait, %u "
-                  "have ended)",
-                  kernel->name, blockIdx.x, blockIdx.y, blockIdx.z, first, fibers[first].line, waiting, over);
+                  "kernel %s, block (%u, %u, %u): thread %u waits at line %d for %s (%u wait, %u have ended)",
+                  kernel->name, blockIdx.x, blockIdx.y, blockIdx.z, first, fibers[first].line,
+                  phase ? "a phase that does not end" : "threads that do not come", waiting, over);
     return false;
 }
 
@@ -202,27 +238,44 @@ bool Machine::run_block(unsigned long long order) {
         fibers[i].groups = 0;
         fibers[i].follows = false;
     }
-    for (unsigned w = 0; w < (threads + WARP - 1) / WARP; w++) warps[w].arrived = 0;
+    for (unsigned w = 0; w < (threads + WARP - 1) / WARP; w++) {
+        warps[w].arrived = 0;
+        warps[w].multiplier.reset();
+    }
+    for (auto& group : asked) group.clear();
+    barriers.clear();
+    boxes.clear();
+    std::memset(shared_end - shared, 0xff, shared);
+    chance = order;
     // Threads go on in an order that visits each once: steps of a length that has no divisor in common with their
     // number.
     unsigned step = 1 + order % threads;
     while (std::gcd(step, threads) != 1) step++;
     unsigned next = order / threads % threads, over = 0;
     step %= threads;
+    bool slow_too = false;
     for (unsigned idle = 0; over < threads; next += next + step < threads ? step : step - threads) {
-        if (fibers[next].wait != Wait::None) {
+        const bool slow = next / WARP == slow_warp;
+        if (fibers[next].wait != Wait::None || (slow && !slow_too)) {
             if (++idle <= threads) continue;
-            if (!let_follow()) return stuck();
+            idle = 0;
+            // Nobody can go on: now at last the slow warp does, or a box arrives, or the kernel before is run.
+            if (!slow_too && slow_warp != ~0u) {
+                slow_too = true;
+            } else if (!deliver() && !let_follow()) {
+                return stuck();
+            }
             continue;
         }
         idle = 0;
+        slow_too &= slow;
         current = next;
         threadIdx = {next, 0, 0};
         Context::go(host, fibers[next].context);
         if (error[0]) return false;
         over += fibers[next].wait == Wait::Over;
     }
-    return true;
+    return all_is_over();
 }
 
 /// What is said if a kernel touches memory that is nobody's.
@@ -353,6 +406,8 @@ void wait_for_copies(unsigned latest) {
     self.copies.erase(self.copies.begin(), self.copies.begin() + static_cast<std::ptrdiff_t>(over));
 }
 
+#include "hopper_instructions.h"
+
 namespace {
 
 const Kernel* find(const char* name) {
@@ -366,16 +421,25 @@ const Kernel* find(const char* name) {
 struct Grid {
     const Kernel* kernel;
     dim3 size;
-    unsigned threads;
+    unsigned threads, shared;
     void* const* args;
 
-    bool is_possible() const { return kernel && threads > 0 && threads <= BLOCK_MAX && threads % WARP == 0; }
+    bool is_possible() const {
+        return kernel && threads > 0 && threads <= BLOCK_MAX && threads % WARP == 0 && shared <= SHARED_MAX;
+    }
     unsigned long long blocks() const { return 1ull * size.x * size.y * size.z; }
     /// The next number of those that the order of blocks and threads hangs on.
     static void step(unsigned long long& seed) { seed = seed * 6364136223846793005ull + 1442695040888963407ull; }
-    /// Runs a block. Null, or what went wrong.
-    const char* run(Machine& m, unsigned long long at, unsigned long long seed) const {
+    /// Runs a block. In one that is not the first, boxes and warps may be as unlike in time as they come; in the first,
+    /// all is as late as it may be. Null, or what went wrong.
+    const char* run(Machine& m, unsigned long long at, unsigned long long seed, bool any_time) const {
         m.kernel = kernel, m.args = args, m.threads = threads;
+        // In sixteens, so that it does not begin where boxes may.
+        m.shared = (shared + 15) / 16 * 16;
+        any_time &= shared > 0;
+        const unsigned whim = static_cast<unsigned>(seed >> 40), warps = threads / WARP;
+        m.early = any_time && whim % 2;
+        m.slow_warp = any_time && whim / 2 % (2 * warps) < warps ? whim / 2 % warps : ~0u;
         gridDim = size, blockDim = {threads, 1, 1};
         blockIdx = {static_cast<unsigned>(at % size.x), static_cast<unsigned>(at / size.x % size.y),
                     static_cast<unsigned>(at / size.x / size.y)};
@@ -390,7 +454,10 @@ struct Grid {
 class Forerunner {
     std::binary_semaphore go{0}, held{0};
     Grid grid;
-    std::vector<unsigned long long> cells;
+    struct alignas(128) Cell {
+        unsigned char bytes[128];
+    };
+    std::vector<Cell> cells;
     std::vector<void*> args;
     const char* error;
     bool ends = false;
@@ -403,7 +470,7 @@ class Forerunner {
             own.predecessor = [this] { held.release(), go.acquire(); };
             unsigned long long order = seed;
             Grid::step(order);
-            error = grid.run(own, seed % grid.blocks(), order);
+            error = grid.run(own, seed % grid.blocks(), order, false);
             is_held = false;
             held.release();
         }
@@ -424,8 +491,9 @@ public:
         grid = of, seed = with, is_held = true;
         cells.clear(), args.clear();
         for (size_t i = 0; of.kernel->kinds[i]; i++) {
-            cells.push_back(0);
-            std::memcpy(&cells.back(), of.args[i], of.kernel->kinds[i] == 'p' ? 8 : 4);
+            const char kind = of.kernel->kinds[i];
+            cells.push_back({});
+            std::memcpy(&cells.back(), of.args[i], kind == 'm' ? 128 : kind == 'p' ? 8 : 4);
         }
         for (auto& cell : cells) args.push_back(&cell);
         grid.args = args.data();
@@ -473,9 +541,9 @@ thread_local Forerunners forerunners;
 }  // namespace simt
 
 /// Starts the first block of a grid that is launched after the next, with these arguments and this seed.
-extern "C" void simt_begin(const char* name, const unsigned grid[3], unsigned threads, void* const* args,
-                           unsigned long long seed) {
-    const simt::Grid next{simt::find(name), {grid[0], grid[1], grid[2]}, threads, args};
+extern "C" void simt_begin(const char* name, const unsigned grid[3], unsigned threads, unsigned shared,
+                           void* const* args, unsigned long long seed) {
+    const simt::Grid next{simt::find(name), {grid[0], grid[1], grid[2]}, threads, shared, args};
     simt::say_faults();
     if (next.is_possible()) simt::forerunners.free()->begin(next, seed);
 }
@@ -489,14 +557,25 @@ extern "C" const char* simt_kinds(const char* name) {
     return kernel ? kernel->kinds : nullptr;
 }
 
-/// Runs all blocks of a grid. Null, or what went wrong (good until this thread launches again).
-extern "C" const char* simt_launch(const char* name, const unsigned grid[3], unsigned threads, void* const* args,
-                                   unsigned long long seed) {
+/// Describes a matrix of 16-bit elements to what copies boxes of it. Null, or what the driver would not take.
+extern "C" const char* simt_map(unsigned long long start, unsigned long long rows, unsigned long long cols,
+                                unsigned long long row_bytes, unsigned box_rows, unsigned box_cols,
+                                std::uint64_t (*words)[16]) {
+    const simt::Map map = {simt::Map::MAGIC, start, rows, cols, row_bytes, box_rows, box_cols};
+    std::memset(*words, 0, sizeof *words);
+    std::memcpy(*words, &map, sizeof map);
+    return map.mistake();
+}
+
+/// Runs all blocks of a grid, with so many bytes of shared memory besides what kernels have by themselves. Null, or what
+/// went wrong (good until this thread launches again).
+extern "C" const char* simt_launch(const char* name, const unsigned grid[3], unsigned threads, unsigned shared,
+                                   void* const* args, unsigned long long seed) {
     simt::say_faults();
     static thread_local simt::Machine machine;
     simt::machine = &machine;
-    const simt::Grid all{simt::find(name), {grid[0], grid[1], grid[2]}, threads, args};
-    if (!all.is_possible()) return "no such kernel, or no whole number of warps";
+    const simt::Grid all{simt::find(name), {grid[0], grid[1], grid[2]}, threads, shared, args};
+    if (!all.is_possible()) return "no such kernel, no whole number of warps, or more shared memory than there is";
     const unsigned long long blocks = all.blocks();
     // Blocks in an order of their own too: none may wait for another.
     unsigned long long step = blocks > 1 ? 1 + seed % blocks : 1;
@@ -505,12 +584,14 @@ extern "C" const char* simt_launch(const char* name, const unsigned grid[3], uns
     simt::Forerunner* begun = simt::forerunners.of(seed);
     for (unsigned long long i = 0; i < blocks; i++, at = (at + step) % blocks) {
         simt::Grid::step(seed);
-        if (const char* error = begun ? begun->finish() : all.run(machine, at, seed)) return error;
+        if (const char* error = begun ? begun->finish() : all.run(machine, at, seed, i > 0)) return error;
         begun = nullptr;
     }
     return nullptr;
 }
 
 // The kernels themselves, the same text that nvcc compiles.
+#include "../../cuda/hopper.cu"
 #include "../../cuda/kernels.cu"
 #include "faulty.cu"
+#include "faulty_hopper.cu"

@@ -24,6 +24,7 @@
 #define __launch_bounds__(...)
 // One copy a host thread; blocks of a launch run one after the other, so that is one copy a block.
 #define __shared__ static thread_local
+#define __grid_constant__
 
 struct dim3 {
     unsigned x, y, z;
@@ -71,6 +72,30 @@ void commit_copies();
 /// Waits for this thread's copies, its `latest` groups excepted.
 void wait_for_copies(unsigned latest);
 
+// What cuda/hopper.cuh is made of. Lines are those of the kernel.
+
+/// Shared memory that the launch asked for: aligned to 16 bytes, and to no more on purpose. Not a number at first.
+unsigned char* shared_start();
+
+/// Where a pointer into it points there, in 18 bits.
+unsigned shared_place(const void* pointer);
+
+void make_barrier(std::uint64_t* barrier, unsigned arrivals);
+/// Shows the barriers that this thread has made to what copies boxes.
+void show_barriers();
+void arrive(std::uint64_t* barrier, unsigned bytes);
+void wait_for(std::uint64_t* barrier, unsigned parity, int line);
+
+/// Copies a box when nobody can go on without it, and not before. What was there is gone at once.
+void copy_box(void* to, const std::uint64_t (&map)[16], int row, int col, std::uint64_t* barrier);
+
+void begin_products(int line);
+/// Multiplies when this warp waits for it, and not before. Until then, sums are not numbers.
+void multiply_boxes(float* sums, int count, std::uint64_t a, std::uint64_t b, float (*value)(std::uint16_t), int line);
+void commit_products(int line);
+/// Waits for this warp's products, those of its `latest` groups excepted.
+void wait_for_products(unsigned latest, int line);
+
 /// What all lanes of `mask` show.
 template <class T>
 struct Shown {
@@ -91,11 +116,13 @@ Shown<T> exchange(unsigned mask, T mine, int line) {
     return {shown};
 }
 
-/// 'p' pointer, 'i' 32-bit integer, 'f' float: what the driver says it passes must be what the kernel takes.
+/// 'p' pointer, 'i' 32-bit integer, 'f' float, 'm' a tensor's map: what the driver says it passes must be what the
+/// kernel takes.
 template <class T>
 constexpr char kind() {
     if (std::is_pointer<T>::value) return 'p';
     if (std::is_same<T, float>::value) return 'f';
+    if (std::is_class<T>::value && sizeof(T) == 128 && alignof(T) == 128) return 'm';
     return std::is_integral<T>::value && sizeof(T) == 4 ? 'i' : '?';
 }
 

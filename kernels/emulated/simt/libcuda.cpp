@@ -55,9 +55,13 @@ struct Module {
 struct Call {
     const simt::Kernel* kernel;
     const Module* module;
-    unsigned grid[3], threads;
+    unsigned grid[3], threads, shared;
+    std::vector<TensorMap> maps;
     std::vector<unsigned long long> cells;
 };
+
+/// Shared memory that kernels may be launched with, where somebody has asked for more than all get.
+std::map<const simt::Kernel*, int> shared_max;
 
 struct Stream {
     bool capturing = false;
@@ -97,9 +101,10 @@ const char* const dead_kernel = std::getenv("ENGINE_STANDIN_DEAD_KERNEL");
 Result run(const Call& call) {
     if (dead_kernel && !std::strcmp(dead_kernel, call.kernel->name)) return SUCCESS;
     std::vector<void*> args;
+    for (const auto& map : call.maps) args.push_back(const_cast<TensorMap*>(&map));
     for (const auto& cell : call.cells) args.push_back(const_cast<unsigned long long*>(&cell));
     const unsigned long long seed = ++launches * 0x9e3779b97f4a7c15;
-    const char* error = simt_launch(call.kernel->name, call.grid, call.threads, args.data(), seed);
+    const char* error = simt_launch(call.kernel->name, call.grid, call.threads, call.shared, args.data(), seed);
     if (!error) return SUCCESS;
     last_error = error;
     return LAUNCH_FAILED;
@@ -436,6 +441,7 @@ CALL(cuModuleUnload, Module* module) {
     }
     return delete module, SUCCESS;
 }
+// Both modules have all kernels.
 CALL(cuModuleGetFunction, Function** made, Module* module, const char* name) {
     const simt::Kernel* kernel = simt::find(name);
     return kernel ? *made = module->add(kernel), SUCCESS : NOT_FOUND;
@@ -453,6 +459,23 @@ CALL(cuModuleEnumerateFunctions, Function** made, unsigned count, Module* module
 }
 CALL(cuFuncGetName, const char** name, const Function* function) {
     return *name = function->kernel->name, SUCCESS;
+}
+CALL(cuFuncSetAttribute, const Function* function, int attribute, int value) {
+    ALONE;
+    if (attribute != 8 || value < 0 || value > static_cast<int>(simt::SHARED_MAX)) return INVALID_VALUE;
+    return shared_max[function->kernel] = value, SUCCESS;
+}
+CALL(cuTensorMapEncodeTiled, TensorMap* made, int type, unsigned rank, void* start, const unsigned long long* sides,
+     const unsigned long long* strides, const unsigned* box_sides, const unsigned* steps, int interleave, int swizzle,
+     int, int fill) {
+    // Matrices of 16-bit words in boxes whose rows are swizzled within 128 bytes, and zeros beyond them.
+    if (type != 1 || rank != 2 || steps[0] != 1 || steps[1] != 1 || interleave || swizzle != 3 || fill) {
+        return INVALID_VALUE;
+    }
+    if (reinterpret_cast<Pointer>(made) % alignof(TensorMap)) return INVALID_VALUE;
+    const char* mistake = simt_map(reinterpret_cast<Pointer>(start), sides[1], sides[0], strides[0], box_sides[1],
+                                   box_sides[0], &made->words);
+    return mistake ? INVALID_VALUE : SUCCESS;
 }
 
 struct LaunchAttribute {
@@ -472,12 +495,19 @@ struct LaunchConfig {
 CALL(cuLaunchKernelEx, const LaunchConfig* config, const Function* function, void** args, void**) {
     ALONE;
     const auto [grid, block, shared, stream, attributes, count] = *config;
-    if (block[1] != 1 || block[2] != 1 || shared) return INVALID_VALUE;
+    if (block[1] != 1 || block[2] != 1) return INVALID_VALUE;
+    const simt::Kernel* kernel = function->kernel;
+    if (shared > 48 << 10 && (!shared_max.count(kernel) || shared_max[kernel] < static_cast<int>(shared))) {
+        return INVALID_VALUE;
+    }
     // It may start while the one before it still runs (6: programmatic stream serialization).
     if (count != 1 || attributes->id != 6 || attributes->allowed != 1) return INVALID_VALUE;
-    const simt::Kernel* kernel = function->kernel;
-    Call call{kernel, function->module, {grid[0], grid[1], grid[2]}, block[0], {}};
+    Call call{kernel, function->module, {grid[0], grid[1], grid[2]}, block[0], shared, {}, {}};
     for (size_t i = 0; kernel->kinds[i]; i++) {
+        if (kernel->kinds[i] == 'm') {
+            call.maps.push_back(*static_cast<const TensorMap*>(args[i]));
+            continue;
+        }
         // As the driver does: what the argument's pointer leads to, as wide as the kernel takes it.
         unsigned long long cell = 0;
         std::memcpy(&cell, args[i], kernel->kinds[i] == 'p' ? 8 : 4);

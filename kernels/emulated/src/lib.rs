@@ -7,6 +7,10 @@
 //! - Arguments are compared with what the kernel takes, and pointers with what is allocated.
 //! - Threads of a block, and blocks, go on in another order in each launch; threads that wait for each other at
 //!   different places are an error.
+//! - What devices of compute capability 9.0 do by themselves is done as late as it may be: boxes of a matrix arrive in
+//!   shared memory when no thread can go on without them, products are computed when they are waited for. Until then
+//!   what was there reads as not a number. (But in some blocks of a grid boxes arrive at once, and in some a warp goes on
+//!   only when no other can.) No other device takes their kernels.
 
 mod memory;
 mod mover;
@@ -17,16 +21,22 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use engine_kernel_suite::Start;
 use engine_kernels::cuda::{
-    AdapterAccess, Address, CudaBackend, Driver, DriverError, HostMemory, Launch, Memory, Mover,
+    AdapterAccess, Address, Boxes, CudaBackend, Driver, DriverError, HostMemory, Launch, Memory, Mover, TensorMap,
 };
 
 use memory::Guarded;
 use mover::EmulatedMover;
 use queue::{Queue, Work, failed};
 
-/// An emulated device.
+/// An emulated device, of compute capability 9.0 or of one before.
 #[derive(Debug, Clone, Default)]
-pub struct Emulated(Arc<Mutex<Queue>>);
+pub struct EmulatedDevice<const HOPPER: bool>(Arc<Mutex<Queue>>);
+
+/// An emulated device of a compute capability that all kernels but those for 9.0 run on.
+pub type Emulated = EmulatedDevice<false>;
+
+/// An emulated device of compute capability 9.0.
+pub type EmulatedHopper = EmulatedDevice<true>;
 
 /// A backend on an emulated device.
 pub type EmulatedBackend = CudaBackend<Emulated>;
@@ -60,7 +70,7 @@ fn lock(queue: &Mutex<Queue>) -> MutexGuard<'_, Queue> {
     queue.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-impl Emulated {
+impl<const HOPPER: bool> EmulatedDevice<HOPPER> {
     fn queue(&self) -> MutexGuard<'_, Queue> {
         lock(&self.0)
     }
@@ -148,7 +158,7 @@ impl Emulated {
     }
 }
 
-impl Start for Emulated {
+impl<const HOPPER: bool> Start for EmulatedDevice<HOPPER> {
     fn start() -> Result<Self, DriverError> {
         Ok(Self::default())
     }
@@ -175,7 +185,7 @@ impl Drop for EmulatedMemory {
     }
 }
 
-impl Driver for Emulated {
+impl<const HOPPER: bool> Driver for EmulatedDevice<HOPPER> {
     type Memory = EmulatedMemory;
     type HostMemory = EmulatedMemory;
     type Event = u64;
@@ -188,6 +198,17 @@ impl Driver for Emulated {
     fn processors(&self) -> usize {
         // Few, so that small tests too have more work than fills the device.
         4
+    }
+
+    fn has_wgmma(&self) -> bool {
+        HOPPER
+    }
+
+    fn tensor_map(&self, boxes: &Boxes) -> Result<TensorMap, DriverError> {
+        if !HOPPER {
+            return Err(failed("describing a matrix", "only devices of compute capability 9.0 copy boxes"));
+        }
+        self.queue().map(boxes)
     }
 
     fn memory(&self) -> Result<(usize, usize), DriverError> {
@@ -228,8 +249,9 @@ impl Driver for Emulated {
         let name = CString::new(launch.kernel).map_err(|error| failed("launching", error.to_string()))?;
         let int = |n: usize| u32::try_from(n).map_err(|error| failed("launching", error.to_string()));
         let grid = [int(launch.grid[0])?, int(launch.grid[1])?, int(launch.grid[2])?];
-        let args = launch.args.to_vec();
-        self.queue().push(Work::Kernel { name, grid, block: int(launch.block)?, args })
+        let (block, shared) = (int(launch.block)?, int(launch.shared)?);
+        let (maps, args) = (launch.maps.to_vec(), launch.args.to_vec());
+        self.queue().push(Work::Kernel { name, grid, block, shared, maps, args })
     }
 
     fn record(&self) -> Result<u64, DriverError> {

@@ -5,20 +5,40 @@ use std::ffi::{CStr, CString, c_char, c_uint, c_void};
 
 use super::Refusal;
 use engine_kernels::KvRegion;
-use engine_kernels::cuda::{AdapterAccess, Arg, DriverError};
+use engine_kernels::cuda::{AdapterAccess, Arg, Boxes, DriverError, TensorMap};
 
 unsafe extern "C" {
     fn simt_kinds(kernel: *const c_char) -> *const c_char;
-    fn simt_begin(kernel: *const c_char, grid: *const c_uint, threads: c_uint, args: *const *const c_void, seed: u64);
+    fn simt_begin(
+        kernel: *const c_char,
+        grid: *const c_uint,
+        threads: c_uint,
+        shared: c_uint,
+        args: *const *const c_void,
+        seed: u64,
+    );
     fn simt_leave();
     fn simt_launch(
         kernel: *const c_char,
         grid: *const c_uint,
         threads: c_uint,
+        shared: c_uint,
         args: *const *const c_void,
         seed: u64,
     ) -> *const c_char;
+    fn simt_map(
+        start: u64,
+        rows: u64,
+        cols: u64,
+        row_bytes: u64,
+        box_rows: c_uint,
+        box_cols: c_uint,
+        words: *mut [u64; 16],
+    ) -> *const c_char;
 }
+
+/// Columns of a box: 128 bytes.
+const BOX_COLS: c_uint = 64;
 
 /// One thing that was enqueued.
 #[derive(Debug, Clone)]
@@ -39,6 +59,8 @@ pub(crate) enum Work {
         name: CString,
         grid: [c_uint; 3],
         block: c_uint,
+        shared: c_uint,
+        maps: Vec<TensorMap>,
         args: Vec<Arg>,
     },
 }
@@ -156,6 +178,32 @@ impl Queue {
         allocation.is_some_and(|(&first, &len)| start - first <= len && bytes <= len - (start - first))
     }
 
+    /// What a kernel is told of a matrix, if all of it is in one allocation.
+    pub(crate) fn map(&self, boxes: &Boxes) -> Result<TensorMap, DriverError> {
+        let mut map = TensorMap([0; 16]);
+        let Boxes { start, rows, cols, row_bytes, box_rows } = *boxes;
+        let box_rows = c_uint::try_from(box_rows).unwrap_or(c_uint::MAX);
+        // SAFETY: writes there, and points to a string that ends and lives as long as the program, or to nothing.
+        let mistake = unsafe {
+            simt_map(start.0, rows as u64, cols as u64, row_bytes as u64, box_rows, BOX_COLS, &raw mut map.0)
+        };
+        let operation = format!("describing {boxes:?}");
+        if !mistake.is_null() {
+            // SAFETY: as above.
+            return Err(failed(operation, unsafe { CStr::from_ptr(mistake) }.to_string_lossy()));
+        }
+        if !self.holds_matrix(&map) {
+            return Err(failed(operation, "it is not in one allocation"));
+        }
+        Ok(map)
+    }
+
+    fn holds_matrix(&self, map: &TensorMap) -> bool {
+        // As `Map` of simt/hopper.h has it.
+        let [_, start, rows, cols, row_bytes, ..] = map.0.map(|word| word as usize);
+        rows.checked_sub(1).is_some_and(|others| self.holds(start, others * row_bytes + 2 * cols))
+    }
+
     fn check(&self, work: &Work) -> Result<(), DriverError> {
         match work {
             Work::Copy { from, to, bytes } => {
@@ -168,7 +216,7 @@ impl Queue {
                     return Err(failed(format!("copying {bytes} bytes"), "they are not in one allocation"));
                 }
             }
-            Work::Kernel { name, grid, block, args } => {
+            Work::Kernel { name, grid, block, maps, args, .. } => {
                 let operation = || format!("launching {name:?} on {grid:?} blocks of {block}");
                 // SAFETY: a string that ends; the result is one too, and lives as long as the program.
                 let kinds = unsafe { simt_kinds(name.as_ptr()) };
@@ -177,11 +225,12 @@ impl Queue {
                 }
                 // SAFETY: as above.
                 let kinds = unsafe { CStr::from_ptr(kinds) }.to_bytes();
-                let given = args.iter().map(|arg| match arg {
+                let kind = |arg: &Arg| match arg {
                     Arg::Pointer(_) => b'p',
                     Arg::Int(_) => b'i',
                     Arg::Float(_) => b'f',
-                });
+                };
+                let given = maps.iter().map(|_| b'm').chain(args.iter().map(kind));
                 if !given.eq(kinds.iter().copied()) {
                     return Err(failed(operation(), format!("{args:?} are not its arguments")));
                 }
@@ -192,6 +241,9 @@ impl Queue {
                     {
                         return Err(failed(operation(), format!("{address:x?} is nobody's")));
                     }
+                }
+                if let Some(map) = maps.iter().find(|map| !self.holds_matrix(map)) {
+                    return Err(failed(operation(), format!("the matrix of {map:?} is not in one allocation")));
                 }
                 // Limits of real devices.
                 if *block > 1024 || grid[1] > 65_535 || grid[2] > 65_535 || grid[0] > i32::MAX as u32 {
@@ -204,13 +256,15 @@ impl Queue {
 
     /// Starts the next kernel before the one ahead of it is run, as devices do.
     fn begin(&self, next: &Work) {
-        if let Work::Kernel { name, grid, block, args } = next
+        if let Work::Kernel { name, grid, block, shared, maps, args } = next
             && self.check(next).is_ok()
         {
             let cells = cells(args);
             let seed = seed(self.launches + 2);
             // SAFETY: as in `execute`, which follows. The arguments are copied.
-            unsafe { simt_begin(name.as_ptr(), grid.as_ptr(), *block, pointers(&cells).as_ptr(), seed) };
+            unsafe {
+                simt_begin(name.as_ptr(), grid.as_ptr(), *block, *shared, pointers(maps, &cells).as_ptr(), seed);
+            }
         }
     }
 
@@ -226,14 +280,15 @@ impl Queue {
                 // SAFETY: checked above; nobody else touches either before waiting for the copy.
                 unsafe { std::ptr::copy_nonoverlapping(region.base().add(*at), *to as *mut u8, *bytes) };
             }
-            Work::Kernel { name, grid, block, args } => {
+            Work::Kernel { name, grid, block, shared, maps, args } => {
                 self.launches += 1;
                 let cells = cells(args);
                 let seed = seed(self.launches);
                 // SAFETY: the kernel takes such arguments (checked above). What it does with the pointers is what is
                 // being tested: outside of allocations it faults.
-                let error =
-                    unsafe { simt_launch(name.as_ptr(), grid.as_ptr(), *block, pointers(&cells).as_ptr(), seed) };
+                let error = unsafe {
+                    simt_launch(name.as_ptr(), grid.as_ptr(), *block, *shared, pointers(maps, &cells).as_ptr(), seed)
+                };
                 if !error.is_null() {
                     // SAFETY: a string that ends and stays until this thread's next launch.
                     let reason = unsafe { CStr::from_ptr(error) }.to_string_lossy().into_owned();
@@ -255,8 +310,10 @@ fn cells(args: &[Arg]) -> Vec<u64> {
     args.iter().map(cell).collect()
 }
 
-fn pointers(cells: &[u64]) -> Vec<*const c_void> {
-    cells.iter().map(|cell| std::ptr::from_ref(cell).cast()).collect()
+/// Where they are, behind the matrices that come first.
+fn pointers(maps: &[TensorMap], cells: &[u64]) -> Vec<*const c_void> {
+    let maps = maps.iter().map(|map| std::ptr::from_ref(map).cast());
+    maps.chain(cells.iter().map(|cell| std::ptr::from_ref(cell).cast())).collect()
 }
 
 /// What the order of blocks and threads hangs on.

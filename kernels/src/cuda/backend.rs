@@ -44,6 +44,7 @@ pub struct CudaBackend<D: Driver> {
 impl<D: Driver> CudaBackend<D> {
     /// Works with `driver`'s device.
     pub fn new(driver: D) -> Self {
+        let products = Products::new(driver.has_wgmma());
         Self {
             graphs: Graphs::new(),
             stream: Stream::new(driver),
@@ -51,7 +52,7 @@ impl<D: Driver> CudaBackend<D> {
             step: Staged::new(),
             selected: Staged::new(),
             sampler: Sampler::new(),
-            products: Products::new(),
+            products,
             partials: None,
         }
     }
@@ -60,6 +61,13 @@ impl<D: Driver> CudaBackend<D> {
     pub fn with_graphs_max(mut self, most: usize) -> Self {
         self.graphs.limit(most);
         self
+    }
+
+    /// Whether products of more than a few rows go by wgmma from now on, where the device has it: for whoever measures
+    /// what that is worth.
+    pub fn use_wgmma(&mut self, wanted: bool) {
+        self.graphs.clear();
+        self.products.use_wgmma(wanted && self.driver().has_wgmma());
     }
 
     /// The driver.

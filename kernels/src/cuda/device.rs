@@ -2,32 +2,26 @@
 //!
 //! libcuda is looked for when the first device is asked for, so the program starts where there is none.
 
-use std::cell::RefCell;
-use std::collections::HashMap;
-use std::ffi::{CStr, CString, c_void};
+use std::ffi::c_void;
 use std::fmt;
 use std::sync::Arc;
 
 use cudarc::driver::{CudaContext, CudaEvent, CudaGraph, CudaStream, result, sys};
 
-use super::driver::{Address, Arg, Driver, DriverError, HostMemory, Launch, Memory};
+use super::driver::{Address, Arg, Boxes, Driver, DriverError, HostMemory, Launch, Memory, TensorMap};
+use super::modules::Modules;
 use super::mover::{DeviceMover, id_of};
 use super::moving::{DeviceId, Mover};
-
-/// The kernels, for several kinds of devices (`build.rs` says which). As the driver's loader wants it, aligned.
-#[repr(C, align(64))]
-struct Fatbin<T: ?Sized>(T);
-static KERNELS: &Fatbin<[u8]> = &Fatbin(*include_bytes!(concat!(env!("OUT_DIR"), "/kernels.fatbin")));
 
 /// The CUDA version that the kernels are compiled with (`scripts/fetch-nvcc.sh`), as drivers give theirs. NVIDIA promises
 /// that a driver runs what was compiled with its own major version or an earlier one, and nothing beyond.
 const CUDA_VERSION_MIN: i32 = 13_000;
 /// The oldest devices that there is code for (`build.rs`).
 const CAPABILITY_MIN: (i32, i32) = (8, 0);
-
 /// The oldest devices that start a kernel while the one before still runs (`follow` of `kernels/cuda/common.cuh`).
 const CAPABILITY_TO_START_EARLY: (i32, i32) = (9, 0);
-
+/// Columns of a box of a matrix.
+const BOX_COLS: u32 = 64;
 /// Most arguments a kernel takes.
 const ARGS_MAX: usize = 16;
 
@@ -35,16 +29,14 @@ const ARGS_MAX: usize = 16;
 pub struct Device {
     context: Arc<CudaContext>,
     stream: Arc<CudaStream>,
-    module: sys::CUmodule,
-    /// Kernels that were launched before.
-    functions: RefCell<HashMap<String, sys::CUfunction>>,
+    modules: Modules,
     name: String,
     processors: usize,
     capability: (i32, i32),
     id: DeviceId,
 }
 
-// SAFETY: handles of the driver may be used from any thread, one at a time (`RefCell` sees to that).
+// SAFETY: handles of the driver may be used from any thread, one at a time: `Device` is not `Sync`.
 unsafe impl Send for Device {}
 
 /// Device memory of a [`Device`].
@@ -143,18 +135,17 @@ impl Device {
             return Err(DriverError::DeviceTooOld { name, capability });
         }
         let id = id_of(context.cu_device()).map_err(unavailable)?;
-        // SAFETY: a fatbin, which says itself where it ends.
-        let module = unsafe { result::module::load_data(KERNELS.0.as_ptr().cast()) };
-        let module = module.during(|| format!("loading the kernels on {name}"))?;
-        Ok(Self { context, stream, module, functions: RefCell::default(), name, processors, capability, id })
+        let modules = Modules::load(capability).during(|| format!("loading the kernels on {name}"))?;
+        Ok(Self { context, stream, modules, name, processors, capability, id })
     }
 
     /// What it is, for people: its name, what it can do, and what its driver is for.
     pub fn description(&self) -> String {
         let Self { name, processors, capability: (major, minor), .. } = self;
         let driver = driver_version().map_or("unknown".into(), cuda_version);
+        let wgmma = if self.modules.have_wgmma() { "used with wgmma" } else { "used without wgmma" };
         format!(
-            "{name}, {processors} multiprocessors of compute capability {major}.{minor}, a driver for CUDA {driver}"
+            "{name}, {processors} multiprocessors of compute capability {major}.{minor}, {wgmma}, a driver for CUDA {driver}"
         )
     }
 
@@ -171,23 +162,7 @@ impl Device {
     /// Names of all kernels.
     pub fn kernels(&self) -> Result<Vec<String>, DriverError> {
         self.bind()?;
-        let operation = || "listing the kernels".to_owned();
-        let mut count = 0;
-        // SAFETY: the module is loaded as long as the device exists; the driver writes a number, or fails.
-        unsafe { sys::cuModuleGetFunctionCount(&mut count, self.module) }.result().during(operation)?;
-        let mut functions: Vec<sys::CUfunction> = vec![std::ptr::null_mut(); count as usize];
-        // SAFETY: there is room for so many.
-        unsafe { sys::cuModuleEnumerateFunctions(functions.as_mut_ptr(), count, self.module) }
-            .result()
-            .during(operation)?;
-        let name = |function: sys::CUfunction| {
-            let mut name = std::ptr::null();
-            // SAFETY: a function of the module; the driver points to a string that lives as long as that, or fails.
-            unsafe { sys::cuFuncGetName(&mut name, function) }.result().during(operation)?;
-            // SAFETY: as above.
-            Ok(unsafe { CStr::from_ptr(name) }.to_string_lossy().into_owned())
-        };
-        functions.into_iter().map(name).collect()
+        self.modules.kernels().during(|| "listing the kernels".into())
     }
 
     /// Milliseconds from one event to another, both of which have been waited for.
@@ -203,26 +178,12 @@ impl Device {
     fn bind_anyway(&self) -> Result<(), DriverError> {
         self.bind().or_else(|_| self.bind())
     }
-
-    fn function(&self, kernel: &str) -> Result<sys::CUfunction, DriverError> {
-        if let Some(function) = self.functions.borrow().get(kernel) {
-            return Ok(*function);
-        }
-        let failed = |reason: String| DriverError::Failed { operation: format!("finding kernel {kernel}"), reason };
-        let name = CString::new(kernel).map_err(|error| failed(error.to_string()))?;
-        // SAFETY: the module is loaded as long as the device exists.
-        let function = unsafe { result::module::get_function(self.module, name) };
-        let function = function.map_err(|error| failed(error.to_string()))?;
-        self.functions.borrow_mut().insert(kernel.into(), function);
-        Ok(function)
-    }
 }
 
 impl Drop for Device {
     fn drop(&mut self) {
         let _ = self.stream.synchronize();
-        // SAFETY: nothing runs any more, and nobody else has the module. A failure leaks it.
-        let _ = unsafe { result::module::unload(self.module) };
+        self.modules.unload();
     }
 }
 
@@ -269,6 +230,39 @@ impl Driver for Device {
 
     fn processors(&self) -> usize {
         self.processors
+    }
+
+    fn has_wgmma(&self) -> bool {
+        self.modules.have_wgmma()
+    }
+
+    fn tensor_map(&self, boxes: &Boxes) -> Result<TensorMap, DriverError> {
+        let Boxes { start, rows, cols, row_bytes, box_rows } = *boxes;
+        let mut map = sys::CUtensorMap { opaque: [0; 16] };
+        // The innermost dimension first. Elements are moved, whatever their bits mean.
+        let sides = [cols as u64, rows as u64];
+        let strides = [row_bytes as u64];
+        let box_sides = [BOX_COLS, box_rows as u32];
+        let steps = [1, 1];
+        // SAFETY: all arrays are as long as two dimensions take, and nothing of them is kept.
+        let made = unsafe {
+            sys::cuTensorMapEncodeTiled(
+                &mut map,
+                sys::CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_UINT16,
+                2,
+                start.0 as *mut c_void,
+                sides.as_ptr(),
+                strides.as_ptr(),
+                box_sides.as_ptr(),
+                steps.as_ptr(),
+                sys::CUtensorMapInterleave::CU_TENSOR_MAP_INTERLEAVE_NONE,
+                sys::CUtensorMapSwizzle::CU_TENSOR_MAP_SWIZZLE_128B,
+                sys::CUtensorMapL2promotion::CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+                sys::CUtensorMapFloatOOBfill::CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
+            )
+        };
+        made.result().during(|| format!("describing {boxes:?}"))?;
+        Ok(TensorMap(map.opaque))
     }
 
     fn memory(&self) -> Result<(usize, usize), DriverError> {
@@ -341,13 +335,18 @@ impl Driver for Device {
 
     fn launch(&self, launch: &Launch<'_>) -> Result<(), DriverError> {
         self.bind()?;
-        let function = self.function(launch.kernel)?;
+        let function = self.modules.function(launch.kernel, launch.shared);
+        let function = function.during(|| format!("finding kernel {}", launch.kernel))?;
         let operation = || format!("launching {} on {:?} blocks of {}", launch.kernel, launch.grid, launch.block);
-        assert!(launch.args.len() <= ARGS_MAX, "room for a kernel's arguments");
+        assert!(launch.maps.len() + launch.args.len() <= ARGS_MAX, "room for a kernel's arguments");
         // Little-endian: a cell starts with its low word.
         let mut cells = [0u64; ARGS_MAX];
         let mut pointers = [std::ptr::null_mut::<c_void>(); ARGS_MAX];
-        for ((cell, pointer), arg) in cells.iter_mut().zip(&mut pointers).zip(launch.args) {
+        let (of_maps, of_args) = pointers.split_at_mut(launch.maps.len());
+        for (pointer, map) in of_maps.iter_mut().zip(launch.maps) {
+            *pointer = std::ptr::from_ref(map).cast_mut().cast();
+        }
+        for ((cell, pointer), arg) in cells.iter_mut().zip(of_args).zip(launch.args) {
             *cell = match arg {
                 Arg::Pointer(address) => address.0,
                 Arg::Int(value) => u64::from(*value as u32),
@@ -368,7 +367,7 @@ impl Driver for Device {
             blockDimX: launch.block as u32,
             blockDimY: 1,
             blockDimZ: 1,
-            sharedMemBytes: 0,
+            sharedMemBytes: launch.shared as u32,
             hStream: self.stream.cu_stream(),
             attrs: &raw mut early,
             numAttrs: u32::from(self.capability >= CAPABILITY_TO_START_EARLY),

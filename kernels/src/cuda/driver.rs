@@ -49,8 +49,28 @@ impl From<f32> for Arg {
     }
 }
 
+/// A matrix of 16-bit elements in device memory, and the boxes in which kernels have it copied to shared memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Boxes {
+    /// Where it starts, aligned to 16 bytes.
+    pub start: Address,
+    /// Its rows. What a box has beyond them, and beyond its columns, reads as zeros.
+    pub rows: usize,
+    /// Its columns.
+    pub cols: usize,
+    /// Bytes from one row to the next, a multiple of 16.
+    pub row_bytes: usize,
+    /// Rows of a box, at most 256. It has 64 columns: 128 bytes, within which it is swizzled.
+    pub box_rows: usize,
+}
+
+/// What kernels are told of such a matrix, as the device's driver has it (`CUtensorMap`).
+#[repr(C, align(128))]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct TensorMap(pub [u64; 16]);
+
 /// A grid of blocks running one kernel. None is launched if a side of the grid is 0.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, Copy, PartialEq, Default)]
 pub struct Launch<'a> {
     /// Its name in `kernels/cuda`.
     pub kernel: &'a str,
@@ -58,7 +78,11 @@ pub struct Launch<'a> {
     pub grid: [usize; 3],
     /// Threads of a block, whole warps.
     pub block: usize,
-    /// Arguments, in order.
+    /// Bytes of shared memory that the kernel takes besides what it has by itself.
+    pub shared: usize,
+    /// Matrices that it takes boxes of: its first arguments.
+    pub maps: &'a [TensorMap],
+    /// The other arguments, in order.
     pub args: &'a [Arg],
 }
 
@@ -134,6 +158,12 @@ pub trait Driver: fmt::Debug + Send + 'static {
 
     /// Multiprocessors of the device: how many blocks fill it follows from that.
     fn processors(&self) -> usize;
+
+    /// Whether it runs the kernels of `kernels/cuda/hopper.cu`, which are for compute capability 9.0 alone.
+    fn has_wgmma(&self) -> bool;
+
+    /// What such kernels are told of a matrix.
+    fn tensor_map(&self, boxes: &Boxes) -> Result<TensorMap, DriverError>;
 
     /// Bytes of device memory that are free, and that there are.
     fn memory(&self) -> Result<(usize, usize), DriverError>;

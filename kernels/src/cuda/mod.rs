@@ -12,6 +12,8 @@ mod device;
 mod driver;
 mod graphs;
 #[cfg(feature = "cuda")]
+mod modules;
+#[cfg(feature = "cuda")]
 mod mover;
 mod moving;
 mod plan;
@@ -20,11 +22,12 @@ mod sample;
 mod skinny;
 mod stream;
 mod weight;
+mod wide;
 
 pub use backend::CudaBackend;
 pub use buffer::{Activations, KvCache, Linear, Rope, Vector};
 #[cfg(feature = "cuda")]
 pub use device::{Device, DeviceGraph, DeviceMemory, PinnedMemory, device_count};
-pub use driver::{Address, Arg, Driver, DriverError, HostMemory, Launch, Memory};
+pub use driver::{Address, Arg, Boxes, Driver, DriverError, HostMemory, Launch, Memory, TensorMap};
 pub use moving::{AdapterAccess, CopyStream, DeviceId, IpcHandle, Mark, Mover};
 pub use weight::weight_bytes;

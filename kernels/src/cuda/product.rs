@@ -1,14 +1,16 @@
-//! Products on tensor cores (`kernels/cuda/gemm.cu`): which tiles, what memory they need besides, and their launches.
+//! Products on tensor cores (`kernels/cuda/gemm.cu` and `wide.cu`): which tiles, what memory they need besides, and
+//! their launches.
 
 use super::buffer::{Activations, Buffer, Linear, Part};
 use super::driver::{Address, Arg, Driver};
 use super::stream::Stream;
 use super::weight::Form;
+use super::wide;
 
 /// Blocks that fill a device: the multiprocessors of an H100.
-const BLOCKS: usize = 132;
+pub(super) const BLOCKS: usize = 132;
 /// Input features that are added up by themselves.
-const SEGMENT: usize = 512;
+pub(super) const SEGMENT: usize = 512;
 /// Threads of a block of the kernels beside the products.
 const THREADS: usize = 128;
 /// What scratch memory grows by. The first piece is enough for recorded steps of most models.
@@ -16,42 +18,45 @@ const GROWTH_BYTES: usize = 4 << 20;
 
 /// A tile of rows by output features, as the kernels have it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-struct Tile {
-    rows: usize,
-    out: usize,
-    threads: usize,
-    /// Its place in [`Kernels::products`].
-    kernel: usize,
+pub(super) struct Tile {
+    pub(super) rows: usize,
+    pub(super) out: usize,
+    pub(super) threads: usize,
+    /// Its place in a list of kernels.
+    pub(super) kernel: usize,
 }
 
-/// All tiles, largest first.
+/// All tiles of `gemm.cu`, largest first.
 const TILES: [Tile; 3] = [
     Tile { rows: 128, out: 128, threads: 256, kernel: 0 },
     Tile { rows: 64, out: 64, threads: 128, kernel: 1 },
-    Tile { rows: 64, out: 32, threads: 128, kernel: 2 },
+    SMALLEST,
 ];
+const SMALLEST: Tile = Tile { rows: 64, out: 32, threads: 128, kernel: 2 };
 
 impl Tile {
-    fn blocks(self, rows: usize, features: usize) -> usize {
+    pub(super) fn blocks(self, rows: usize, features: usize) -> usize {
         rows.div_ceil(self.rows) * features.div_ceil(self.out)
     }
 }
 
 /// How a product is cut into blocks; its bits do not depend on it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-struct Cut {
-    tile: Tile,
+pub(super) struct Cut {
+    pub(super) tile: Tile,
     /// Segments that are computed side by side, and added up afterwards; or 1.
-    segments: usize,
+    pub(super) segments: usize,
 }
 
 impl Cut {
-    /// The largest tile of which there are about enough to fill the device, and that is not mostly empty. If even the
-    /// smallest are too few by half, segments too are computed side by side.
+    /// The largest tile of which there are about enough to fill the device, and that is not mostly empty.
     fn of(rows: usize, cols: usize, features: usize) -> Self {
         let fits = |tile: &&Tile| tile.rows < 2 * rows && tile.blocks(rows, features) >= BLOCKS * 3 / 4;
-        let smallest = TILES[TILES.len() - 1];
-        let tile = TILES.iter().find(fits).copied().unwrap_or(smallest);
+        Self::by(TILES.iter().find(fits).copied().unwrap_or(SMALLEST), SMALLEST, rows, cols, features)
+    }
+
+    /// If even the smallest tiles are too few by half, segments too are computed side by side.
+    pub(super) fn by(tile: Tile, smallest: Tile, rows: usize, cols: usize, features: usize) -> Self {
         let splits = tile == smallest && 2 * tile.blocks(rows, features) <= BLOCKS;
         Self { tile, segments: if splits { cols.div_ceil(SEGMENT) } else { 1 } }
     }
@@ -59,16 +64,15 @@ impl Cut {
 
 /// Rows up to which a product of so many features is split over its input features, if at all: those of which the
 /// smallest tiles are too few by half.
-fn split_rows_max(features: usize) -> usize {
-    let smallest = TILES[TILES.len() - 1];
+fn split_rows_max(smallest: Tile, features: usize) -> usize {
     BLOCKS / 2 / features.div_ceil(smallest.out) * smallest.rows
 }
 
 /// Bytes of the sums of segments, of a product of so many rows or fewer.
-fn sums_bytes(rows: usize, cols: usize, features: usize) -> usize {
+fn sums_bytes(smallest: Tile, rows: usize, cols: usize, features: usize) -> usize {
     match cols.div_ceil(SEGMENT) {
         1 => 0,
-        segments => segments * rows.min(split_rows_max(features)) * features * size_of::<f32>(),
+        segments => segments * rows.min(split_rows_max(smallest, features)) * features * size_of::<f32>(),
     }
 }
 
@@ -138,11 +142,37 @@ pub(super) struct Products<D: Driver> {
     rounded: Scratch<D>,
     /// Sums of segments until they are added up.
     segments: Scratch<D>,
+    /// Whether weights that tensor cores take as they are go by wgmma.
+    wgmma: bool,
+}
+
+/// What a product is made of.
+pub(super) struct Operands<'a, D: Driver> {
+    /// Activations as the weights are, `[rows, cols]`, and a scale for each row where there are such.
+    pub(super) rounded: Address,
+    pub(super) scales: Address,
+    pub(super) rows: usize,
+    pub(super) cols: usize,
+    pub(super) part: &'a Part<D>,
+    pub(super) bias: Arg,
+    pub(super) out: &'a Activations<D>,
+    /// Where the sums of segments go, if they are computed side by side.
+    pub(super) segments: Address,
 }
 
 impl<D: Driver> Products<D> {
-    pub(super) fn new() -> Self {
-        Self { rounded: Scratch::new(), segments: Scratch::new() }
+    pub(super) fn new(wgmma: bool) -> Self {
+        Self { rounded: Scratch::new(), segments: Scratch::new(), wgmma }
+    }
+
+    /// Says whether products go by wgmma from now on, where they can. The bits of two devices are the same only if both
+    /// do the same.
+    pub(super) fn use_wgmma(&mut self, wgmma: bool) {
+        self.wgmma = wgmma;
+    }
+
+    fn is_wide(&self, form: Form) -> bool {
+        self.wgmma && wide::kernels(form).is_some()
     }
 
     /// Whether products with such weights are computed here.
@@ -155,7 +185,9 @@ impl<D: Driver> Products<D> {
     pub(super) fn reserve(&mut self, stream: &Stream<D>, x: &Activations<D>, weight: &Linear<D>) -> bool {
         let rows = x.computed_rows();
         let parts = weight.parts.iter().filter(|part| Self::takes(part.form));
-        let Some(sums) = parts.map(|part| sums_bytes(rows, weight.cols, part.rows)).max() else { return false };
+        let smallest = |part: &Part<D>| if self.is_wide(part.form) { wide::SMALLEST } else { SMALLEST };
+        let sums = parts.map(|part| sums_bytes(smallest(part), rows, weight.cols, part.rows));
+        let Some(sums) = sums.max() else { return false };
         let rounded = Self::scales_bytes(rows) + rows * x.stride() * size_of::<u16>();
         // Not short-circuited: both have to grow.
         self.rounded.reserve(stream, rounded) | self.segments.reserve(stream, sums)
@@ -177,37 +209,26 @@ impl<D: Driver> Products<D> {
     ) {
         let Some(kernels) = kernels(part.form) else { return };
         let rows = x.computed_rows();
-        let Cut { tile, segments } = Cut::of(rows, x.cols, part.rows);
         let scales = self.rounded.address();
         let rounded = scales.offset(Self::scales_bytes(rows));
-        // bf16 has the range of f32.
-        let used_scales = if part.form == Form::BF16 { Address::NULL } else { scales };
         let args = [x.address().into(), rounded.into(), scales.into(), x.cols.into()];
         stream.launch(kernels.round_rows, [rows, 1, 1], THREADS, &args);
-        let args = [
-            part.values.address().into(),
-            part.scales.address().into(),
-            rounded.into(),
-            used_scales.into(),
-            bias,
-            out.address().into(),
-            self.segments.address().into(),
-            rows.into(),
-            x.cols.into(),
-            part.rows.into(),
-            out.cols.into(),
-            part.first.into(),
-        ];
-        let grid = [tile.blocks(rows, part.rows), 1, segments];
-        stream.launch(kernels.products[tile.kernel], grid, tile.threads, &args);
-        if segments > 1 {
+        // bf16 has the range of f32.
+        let scales = if part.form == Form::BF16 { Address::NULL } else { scales };
+        let segments = self.segments.address();
+        let operands = Operands { rounded, scales, rows, cols: x.cols, part, bias, out, segments };
+        let count = match wide::kernels(part.form) {
+            Some(kernels) if self.wgmma => wide::multiply(stream, kernels, &operands),
+            _ => multiply(stream, kernels, &operands),
+        };
+        if count > 1 {
             let args = [
-                self.segments.address().into(),
-                used_scales.into(),
+                segments.into(),
+                scales.into(),
                 bias,
                 out.address().into(),
                 rows.into(),
-                segments.into(),
+                count.into(),
                 part.rows.into(),
                 out.cols.into(),
                 part.first.into(),
@@ -215,6 +236,29 @@ impl<D: Driver> Products<D> {
             stream.launch("add_segments", [part.rows.div_ceil(THREADS), rows, 1], THREADS, &args);
         }
     }
+}
+
+/// Enqueues a product by the kernels of `gemm.cu`. How many segments are left to be added up, if not 1.
+fn multiply<D: Driver>(stream: &Stream<D>, kernels: &Kernels, operands: &Operands<'_, D>) -> usize {
+    let Operands { rounded, scales, rows, cols, part, bias, out, segments } = *operands;
+    let cut = Cut::of(rows, cols, part.rows);
+    let args = [
+        part.values.address().into(),
+        part.scales.address().into(),
+        rounded.into(),
+        scales.into(),
+        bias,
+        out.address().into(),
+        segments.into(),
+        rows.into(),
+        cols.into(),
+        part.rows.into(),
+        out.cols.into(),
+        part.first.into(),
+    ];
+    let grid = [cut.tile.blocks(rows, part.rows), 1, cut.segments];
+    stream.launch(kernels.products[cut.tile.kernel], grid, cut.tile.threads, &args);
+    cut.segments
 }
 
 #[cfg(test)]
@@ -238,22 +282,30 @@ mod tests {
 
     #[test]
     fn room_for_many_rows_is_room_for_fewer() {
-        let mut splits = 0;
-        for features in [1, 32, 33, 512, 1024, 1536, 2112, 2113, 4096] {
-            for cols in [512, 513, 4096] {
-                let needed = |rows: usize| match Cut::of(rows, cols, features).segments {
-                    1 => 0,
-                    segments => segments * rows * features * 4,
-                };
-                let mut most = 0;
-                for rows in 1..=4500 {
-                    most = most.max(needed(rows));
-                    assert_eq!(sums_bytes(rows, cols, features), most, "{rows} rows, {cols} to {features}");
+        let cuts: [(Tile, fn(usize, usize, usize) -> Cut); 2] = [(SMALLEST, Cut::of), (wide::SMALLEST, wide::cut)];
+        for (smallest, cut) in cuts {
+            let mut splits = 0;
+            for features in [1, 32, 33, 512, 1024, 1536, 2112, 2113, 4096] {
+                for cols in [512, 513, 4096] {
+                    let needed = |rows: usize| match cut(rows, cols, features).segments {
+                        1 => 0,
+                        segments => segments * rows * features * 4,
+                    };
+                    let mut most = 0;
+                    for rows in 1..=4500 {
+                        most = most.max(needed(rows));
+                        assert_eq!(
+                            sums_bytes(smallest, rows, cols, features),
+                            most,
+                            "{rows} rows, {cols} to {features}"
+                        );
+                    }
+                    splits += usize::from(most > 0);
                 }
-                splits += usize::from(most > 0);
             }
+            // All but the widest.
+            assert_eq!(splits, 2 * if smallest == SMALLEST { 7 } else { 9 });
         }
-        assert_eq!(splits, 2 * 7);
     }
 
     #[test]

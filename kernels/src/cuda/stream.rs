@@ -41,8 +41,13 @@ impl<D: Driver> Stream<D> {
 
     /// Enqueues a kernel, if there is anything to compute.
     pub(super) fn launch(&self, kernel: &str, grid: [usize; 3], block: usize, args: &[Arg]) {
-        if !grid.contains(&0) {
-            self.attempt(|driver| driver.launch(&Launch { kernel, grid, block, args }));
+        self.enqueue(&Launch { kernel, grid, block, args, ..Launch::default() });
+    }
+
+    /// The same, for kernels that take more than arguments.
+    pub(super) fn enqueue(&self, launch: &Launch<'_>) {
+        if !launch.grid.contains(&0) {
+            self.attempt(|driver| driver.launch(launch));
         }
     }
 }

@@ -79,14 +79,17 @@ macro_rules! of_every_backend {
     };
 }
 
-/// The same for what CUDA devices promise beyond that. The first says whether tensor cores' fragments lie where the
-/// kernels look for them.
+/// The same for what CUDA devices promise beyond that. The first ones say whether what tensor cores multiply
+/// lies where the kernels look for it.
 #[macro_export]
 macro_rules! of_every_device {
     ($with:ident! { $($given:tt)* }) => {
         $with! { $($given)*
             tiles:
                 fragments_lie_where_the_ptx_isa_says,
+                boxes_are_swizzled_and_end_in_zeros,
+                operands_and_sums_of_wgmma_lie_where_the_ptx_isa_says,
+                no_wide_tile_and_no_split_changes_a_bit,
                 no_tile_and_no_split_changes_a_bit,
                 activations_of_any_magnitude_are_multiplied,
                 rows_do_not_see_what_is_wrong_with_others,

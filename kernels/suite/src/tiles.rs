@@ -1,7 +1,7 @@
 //! What the kernels on tensor cores promise beyond the conformance suite: that fragments lie where they should, that no
 //! size of tiles changes a bit, and that numbers beyond the range of 16 bits come out right.
 
-use engine_kernels::cuda::{Address, Arg, Driver, Launch, Memory};
+use engine_kernels::cuda::{Address, Arg, Boxes, Driver, Launch, Memory, TensorMap};
 use engine_kernels::reference::ReferenceBackend;
 use engine_kernels::{AttentionShape, Backend, Batch, DType, KvDType, KvLayout, Matrix, RopeTable};
 use half::{bf16, f16};
@@ -48,7 +48,7 @@ pub(crate) fn fragments_lie_where_the_ptx_isa_says<D: Start>() {
         let [a, b] = [&a, b].map(|x| holding(&driver, &bytes_of(x, dtype)));
         let out = driver.allocate(128 * 4).unwrap();
         let args = [&a, &b, &out].map(|memory| Arg::from(memory.address()));
-        driver.launch(&Launch { kernel, grid: [1, 1, 1], block: 32, args: &args }).unwrap();
+        driver.launch(&Launch { kernel, grid: [1, 1, 1], block: 32, args: &args, ..Launch::default() }).unwrap();
         assert_eq!(floats(&driver, out.address(), 128), want, "{kernel}");
         watched::held();
     }
@@ -86,7 +86,7 @@ pub(crate) fn no_tile_and_no_split_changes_a_bit<D: Start>() {
         let values = if suffix.ends_with("16") { &floats_of_weight } else { &any };
         let (x, values) = (holding(&driver, &bytes_of(&x, dtype)), holding(&driver, values));
         let launch = |kernel: &str, grid: [usize; 3], block: usize, args: &[Arg]| {
-            driver.launch(&Launch { kernel, grid, block, args }).unwrap();
+            driver.launch(&Launch { kernel, grid, block, args, ..Launch::default() }).unwrap();
         };
         let run = |(size, tile_rows, tile_out, threads): (&str, usize, usize, usize), split: bool| {
             let sums = driver.allocate(segments * rows * features * 4).unwrap();
@@ -110,6 +110,122 @@ pub(crate) fn no_tile_and_no_split_changes_a_bit<D: Start>() {
         let whole = run(TILES[0], false);
         assert!(whole.iter().filter(|x| **x != 0.0).count() >= rows * features, "{suffix}");
         for tile in TILES {
+            for split in [false, true] {
+                assert_same_bits(&run(tile, split), &whole, &format!("{} {suffix}, split: {split}", tile.0));
+            }
+        }
+    }
+}
+
+/// Shared memory that kernels take which copy boxes of 64 columns and so many rows.
+fn shared_bytes(box_rows: usize) -> usize {
+    box_rows * 128 + 1008
+}
+
+fn map<D: Driver>(driver: &D, start: Address, [rows, cols]: [usize; 2], box_rows: usize) -> TensorMap {
+    let row_bytes = cols.next_multiple_of(8) * 2;
+    driver.tensor_map(&Boxes { start, rows, cols, row_bytes, box_rows }).unwrap()
+}
+
+pub(crate) fn boxes_are_swizzled_and_end_in_zeros<D: Start>() {
+    let driver = Watched::<D>::start();
+    if !driver.has_wgmma() {
+        return;
+    }
+    // Rows of nine eights, the last of which is not all the matrix's: what is there is not to be seen.
+    let (rows, cols, stride) = (70, 67, 72);
+    let elements: Vec<u16> = (0..rows * stride).map(|i| i as u16 + 1).collect();
+    let matrix = holding(&driver, &elements.iter().flat_map(|x| x.to_le_bytes()).collect::<Vec<_>>());
+    let map = map(&driver, matrix.address(), [rows, cols], 64);
+    let out = driver.allocate(64 * 128).unwrap();
+    for (first_row, first_col) in [(0, 0), (0, 64), (64, 0), (64, 64), (3, 8)] {
+        driver.write(&[0xff; 64 * 128], out.address()).unwrap();
+        let args = [out.address().into(), first_row.into(), first_col.into()];
+        let launch =
+            Launch { kernel: "box_check", grid: [1, 1, 1], block: 128, shared: shared_bytes(64), ..Launch::default() };
+        driver.launch(&Launch { maps: &[map], args: &args, ..launch }).unwrap();
+        let mut bytes = vec![0; 64 * 128];
+        driver.read(out.address(), &mut bytes).unwrap();
+        let seen: Vec<u16> = bytes.as_chunks::<2>().0.iter().map(|two| u16::from_le_bytes(*two)).collect();
+        for (i, seen) in seen.into_iter().enumerate() {
+            // Sixteens of a row of 128 bytes change places by the row's number.
+            let (row, chunk) = (i / 64, (i % 64 / 8) ^ (i / 64 % 8));
+            let (row, col) = (first_row + row, first_col + chunk * 8 + i % 8);
+            let want = if row < rows && col < cols { elements[row * stride + col] } else { 0 };
+            assert_eq!(seen, want, "element {i} of the box at ({first_row}, {first_col}), which is ({row}, {col})");
+        }
+        watched::held();
+    }
+}
+
+pub(crate) fn operands_and_sums_of_wgmma_lie_where_the_ptx_isa_says<D: Start>() {
+    let driver = Watched::<D>::start();
+    if !driver.has_wgmma() {
+        return;
+    }
+    let mut random = Random::new(7);
+    // Small whole numbers: every sum is exact, in whichever order.
+    let mut numbers = |len: usize| (0..len).map(|_| (random.bits() % 33) as f32 - 16.0).collect::<Vec<_>>();
+    for columns in [64, 128, 192] {
+        let (a, b) = (numbers(64 * 64), numbers(columns * 64));
+        let product = |i: usize| (0..64).map(|k| a[i / columns * 64 + k] * b[i % columns * 64 + k]).sum::<f32>();
+        let want: Vec<f32> = (0..64 * columns).map(product).collect();
+        for (suffix, dtype) in [("f16", DType::F16), ("bf16", DType::BF16)] {
+            let [a, b] = [&a, &b].map(|x| holding(&driver, &bytes_of(x, dtype)));
+            let maps = [(&a, 64), (&b, columns)].map(|(x, rows)| map(&driver, x.address(), [rows, 64], rows));
+            let out = driver.allocate(64 * columns * 4).unwrap();
+            let kernel = &format!("wgmma_check_{suffix}_{columns}");
+            let (shared, args) = (shared_bytes(64 + columns), [out.address().into()]);
+            driver.launch(&Launch { kernel, grid: [1, 1, 1], block: 128, shared, maps: &maps, args: &args }).unwrap();
+            assert_eq!(floats(&driver, out.address(), want.len()), want, "{kernel}");
+            watched::held();
+        }
+    }
+}
+
+/// Sizes of tiles of `kernels/cuda/wide.cu`: their rows, and stages.
+const WIDE_TILES: [(&str, usize, usize); 3] = [("tall", 192, 5), ("middle", 128, 6), ("flat", 64, 4)];
+
+pub(crate) fn no_wide_tile_and_no_split_changes_a_bit<D: Start>() {
+    let driver = Watched::<D>::start();
+    if !driver.has_wgmma() {
+        return;
+    }
+    // Three segments, the last of them short; features and rows that fill no tile but the first; rows of the output
+    // that start askew.
+    let (rows, cols, features, width, first) = (201, 1096usize, 150, 155usize, 3usize);
+    let segments = cols.div_ceil(512);
+    let mut random = Random::new(8);
+    let mut numbers = |len: usize| (0..len).map(|_| random.signed()).collect::<Vec<_>>();
+    let (x, weight) = (numbers(rows * cols), numbers(features * cols));
+    let x_scales = holding(&driver, &bytes_of(&vec![4.0; rows], DType::F32));
+    let bias = holding(&driver, &bytes_of(&numbers(width), DType::F32));
+    for (suffix, dtype) in [("f16", DType::F16), ("bf16", DType::BF16)] {
+        let [x, weight] = [&x, &weight].map(|values| holding(&driver, &bytes_of(values, dtype)));
+        let run = |(size, tile_rows, stages): (&str, usize, usize), split: bool| {
+            let sums = driver.allocate(segments * rows * features * 4).unwrap();
+            let out = driver.allocate(rows * width.next_multiple_of(8) * 4).unwrap();
+            let behind = [Arg::from(x_scales.address()), bias.address().into(), out.address().into()];
+            let sizes = [features.into(), width.into(), first.into()];
+            let maps = [(&weight, features, 128), (&x, rows, tile_rows)]
+                .map(|(of, rows, box_rows)| map(&driver, of.address(), [rows, cols], box_rows));
+            let args = [&behind[..], &[sums.address().into(), rows.into(), cols.into()], &sizes].concat();
+            let grid = [rows.div_ceil(tile_rows) * features.div_ceil(128), 1, if split { segments } else { 1 }];
+            let (kernel, shared) = (&format!("wide_{size}_{suffix}"), stages * (128 + tile_rows) * 128 + 1008);
+            driver.launch(&Launch { kernel, grid, block: 256, shared, maps: &maps, args: &args }).unwrap();
+            if split {
+                let args =
+                    [&[Arg::from(sums.address())], &behind[..], &[rows.into(), segments.into()], &sizes].concat();
+                let grid = [features.div_ceil(128), rows, 1];
+                driver
+                    .launch(&Launch { kernel: "add_segments", grid, block: 128, args: &args, ..Launch::default() })
+                    .unwrap();
+            }
+            floats(&driver, out.address(), rows * width.next_multiple_of(8))
+        };
+        let whole = run(WIDE_TILES[0], false);
+        assert!(whole.iter().filter(|x| **x != 0.0).count() >= rows * features, "{suffix}");
+        for tile in WIDE_TILES {
             for split in [false, true] {
                 assert_same_bits(&run(tile, split), &whole, &format!("{} {suffix}, split: {split}", tile.0));
             }
@@ -238,8 +354,8 @@ pub(crate) fn no_place_in_a_tile_changes_a_bit<D: Start>() {
             assert_same_bits(&ours, &whole, &format!("{shape:?} {dtype:?}, chunks of {chunks:?}"));
         }
         let want = sequence.rows(&mut ReferenceBackend, &[150]);
-        // Keys, queries and weights off by half a unit in the last place of 11 or 8 bits each, of values up to 2. (Those
-        // of 8 bits are multiplied as f16.)
+        // Keys, queries and weights off by half a unit in the last place of 11 or 8 bits each, of values up to 2.
+        // (Those of 8 bits are multiplied as f16.)
         let tolerance = if dtype == KvDType::BF16 { 2.4e-2 } else { 3e-3 };
         for (i, (ours, want)) in whole.iter().zip(&want).enumerate() {
             assert!((ours - want).abs() <= tolerance, "{shape:?} {dtype:?}: element {i} is {ours}, should be {want}");

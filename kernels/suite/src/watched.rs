@@ -4,7 +4,7 @@ use std::cell::RefCell;
 use std::collections::BTreeSet;
 use std::sync::Arc;
 
-use engine_kernels::cuda::{Address, Driver, DriverError, Launch, Mover};
+use engine_kernels::cuda::{Address, Boxes, Driver, DriverError, Launch, Mover, TensorMap};
 
 /// A driver whose device can be had by itself, anew for each check.
 pub trait Start: Driver + Sized {
@@ -117,6 +117,14 @@ impl<D: Driver> Driver for Watched<D> {
 
     fn processors(&self) -> usize {
         self.driver.processors()
+    }
+
+    fn has_wgmma(&self) -> bool {
+        self.driver.has_wgmma()
+    }
+
+    fn tensor_map(&self, boxes: &Boxes) -> Result<TensorMap, DriverError> {
+        Self::noted(self.driver.tensor_map(boxes))
     }
 
     fn memory(&self) -> Result<(usize, usize), DriverError> {

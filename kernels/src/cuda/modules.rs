@@ -1,0 +1,108 @@
+//! The kernels that the engine carries, on a device.
+
+use std::cell::RefCell;
+use std::collections::HashMap;
+use std::ffi::{CStr, CString};
+
+use cudarc::driver::result::{self, DriverError};
+use cudarc::driver::sys;
+
+/// The kernels, for several kinds of devices (`build.rs` says which). As the driver's loader wants it, aligned.
+#[repr(C, align(64))]
+struct Fatbin<T: ?Sized>(T);
+static KERNELS: &Fatbin<[u8]> = &Fatbin(*include_bytes!(concat!(env!("OUT_DIR"), "/kernels.fatbin")));
+/// Those for compute capability 9.0 alone: a module of their own, so that it is us who decide where they run.
+static HOPPER_KERNELS: &Fatbin<[u8]> = &Fatbin(*include_bytes!(concat!(env!("OUT_DIR"), "/hopper.fatbin")));
+
+/// The devices that [`HOPPER_KERNELS`] is for.
+const HOPPER: (i32, i32) = (9, 0);
+/// Set, and not empty: such devices are used as those before them, for whoever has found that these kernels err.
+const WITHOUT_WGMMA: &str = "ENGINE_CUDA_WITHOUT_WGMMA";
+/// Shared memory that a block gets without asking first.
+const SHARED_BYTES: usize = 48 << 10;
+
+/// What is loaded on a device. Its context is the current one whenever something is asked of it.
+pub(super) struct Modules {
+    base: sys::CUmodule,
+    /// Of [`HOPPER_KERNELS`], where they run.
+    hopper: Option<sys::CUmodule>,
+    /// Kernels that were launched before, and the shared memory that each may ask for.
+    functions: RefCell<HashMap<String, (sys::CUfunction, usize)>>,
+}
+
+impl Modules {
+    /// The modules for a device of this compute capability.
+    pub(super) fn load(capability: (i32, i32)) -> Result<Self, DriverError> {
+        let load = |kernels: &Fatbin<[u8]>| {
+            // SAFETY: a fatbin, which says itself where it ends.
+            unsafe { result::module::load_data(kernels.0.as_ptr().cast()) }
+        };
+        let refused = std::env::var_os(WITHOUT_WGMMA).is_some_and(|value| !value.is_empty());
+        if capability == HOPPER && refused {
+            tracing::warn!("{WITHOUT_WGMMA} is set: longer steps are computed by slower kernels");
+        }
+        let base = load(KERNELS)?;
+        let hopper = if capability == HOPPER && !refused { Some(load(HOPPER_KERNELS)?) } else { None };
+        Ok(Self { base, hopper, functions: RefCell::default() })
+    }
+
+    /// Whether [`HOPPER_KERNELS`] are among them.
+    pub(super) fn have_wgmma(&self) -> bool {
+        self.hopper.is_some()
+    }
+
+    fn all(&self) -> impl Iterator<Item = sys::CUmodule> {
+        std::iter::once(self.base).chain(self.hopper)
+    }
+
+    /// A kernel that may be launched with so many bytes of shared memory.
+    pub(super) fn function(&self, kernel: &str, shared: usize) -> Result<sys::CUfunction, DriverError> {
+        let known = self.functions.borrow().get(kernel).copied();
+        if let Some((function, allowed)) = known
+            && shared <= allowed
+        {
+            return Ok(function);
+        }
+        let not_found = DriverError(sys::CUresult::CUDA_ERROR_NOT_FOUND);
+        let name = CString::new(kernel).map_err(|_| not_found)?;
+        // SAFETY: the modules stay loaded until `unload`.
+        let mut found = self.all().map(|module| unsafe { result::module::get_function(module, name.clone()) });
+        let function = found.find_map(Result::ok).ok_or(not_found)?;
+        if shared > SHARED_BYTES {
+            let most = sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+            // SAFETY: a function of such a module.
+            unsafe { result::function::set_function_attribute(function, most, shared as i32) }?;
+        }
+        self.functions.borrow_mut().insert(kernel.into(), (function, shared.max(SHARED_BYTES)));
+        Ok(function)
+    }
+
+    /// Names of all kernels.
+    pub(super) fn kernels(&self) -> Result<Vec<String>, DriverError> {
+        let mut names = Vec::new();
+        for module in self.all() {
+            let mut count = 0;
+            // SAFETY: the module is loaded; the driver writes a number, or fails.
+            unsafe { sys::cuModuleGetFunctionCount(&mut count, module) }.result()?;
+            let mut functions: Vec<sys::CUfunction> = vec![std::ptr::null_mut(); count as usize];
+            // SAFETY: there is room for so many.
+            unsafe { sys::cuModuleEnumerateFunctions(functions.as_mut_ptr(), count, module) }.result()?;
+            for function in functions {
+                let mut name = std::ptr::null();
+                // SAFETY: a function of the module; the driver points to a string that lives as long as that, or fails.
+                unsafe { sys::cuFuncGetName(&mut name, function) }.result()?;
+                // SAFETY: as above.
+                names.push(unsafe { CStr::from_ptr(name) }.to_string_lossy().into_owned());
+            }
+        }
+        Ok(names)
+    }
+
+    /// Gives them back. Nothing is launched afterwards.
+    pub(super) fn unload(&mut self) {
+        for module in self.all() {
+            // SAFETY: nothing of it runs any more, and nobody else has it. A failure leaks it.
+            let _ = unsafe { result::module::unload(module) };
+        }
+    }
+}

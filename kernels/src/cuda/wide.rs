@@ -1,0 +1,104 @@
+//! Products by wgmma (`kernels/cuda/wide.cu`), for weights that it takes as they are: which tiles, and their launches.
+
+use super::driver::{Address, Boxes, Driver, Launch};
+use super::product::{BLOCKS, Cut, Operands, Tile};
+use super::stream::Stream;
+use super::weight::Form;
+
+/// Output features of a tile.
+const OUT: usize = 128;
+const THREADS: usize = 256;
+/// Bytes of a row of a tile that are in shared memory at a time, in each stage.
+const ROW_BYTES: usize = 128;
+/// What it may take until a stage can begin.
+const ALIGNMENT_BYTES: usize = 1024 - 16;
+
+/// All tiles, smallest first, and their stages.
+const TILES: [Tile; 3] = [
+    SMALLEST,
+    Tile { rows: 128, out: OUT, threads: THREADS, kernel: 1 },
+    Tile { rows: 192, out: OUT, threads: THREADS, kernel: 2 },
+];
+const STAGES: [usize; 3] = [4, 6, 5];
+pub(super) const SMALLEST: Tile = Tile { rows: 64, out: OUT, threads: THREADS, kernel: 0 };
+
+/// Names of the kernels for one form of weights, for each of the tiles.
+pub(super) type Kernels = [&'static str; 3];
+
+/// Those of a form that wgmma takes as it is.
+pub(super) const fn kernels(form: Form) -> Option<&'static Kernels> {
+    match form {
+        Form::F16 => Some(&["wide_flat_f16", "wide_middle_f16", "wide_tall_f16"]),
+        Form::BF16 => Some(&["wide_flat_bf16", "wide_middle_bf16", "wide_tall_bf16"]),
+        Form::F32 | Form::Nibbles | Form::Bytes | Form::FineBytes => None,
+    }
+}
+
+/// The tile whose blocks are over first, the smallest among equals: a block of it takes the longer the more rows it
+/// has, and reading its weights from shared memory takes as long as 85 rows do.
+pub(super) fn cut(rows: usize, cols: usize, features: usize) -> Cut {
+    let time = |tile: &Tile| tile.blocks(rows, features).div_ceil(BLOCKS) * (tile.rows + 85);
+    let tile = TILES.into_iter().min_by_key(time).unwrap_or(SMALLEST);
+    Cut::by(tile, SMALLEST, rows, cols, features)
+}
+
+/// Enqueues a product. How many segments are left to be added up, if not 1.
+pub(super) fn multiply<D: Driver>(stream: &Stream<D>, kernels: &Kernels, operands: &Operands<'_, D>) -> usize {
+    let Operands { rounded, scales, rows, cols, part, bias, out, segments } = *operands;
+    let Cut { tile, segments: count } = cut(rows, cols, part.rows);
+    let map = |start: Address, rows: usize, box_rows: usize| {
+        let row_bytes = cols.next_multiple_of(8) * size_of::<u16>();
+        stream.attempt(|driver| driver.tensor_map(&Boxes { start, rows, cols, row_bytes, box_rows }))
+    };
+    let weights = map(part.values.address(), part.rows, OUT);
+    let (Some(weights), Some(x)) = (weights, map(rounded, rows, tile.rows)) else { return count };
+    stream.enqueue(&Launch {
+        kernel: kernels[tile.kernel],
+        grid: [tile.blocks(rows, part.rows), 1, count],
+        block: tile.threads,
+        shared: STAGES[tile.kernel] * (OUT + tile.rows) * ROW_BYTES + ALIGNMENT_BYTES,
+        maps: &[weights, x],
+        args: &[
+            scales.into(),
+            bias,
+            out.address().into(),
+            segments.into(),
+            rows.into(),
+            cols.into(),
+            part.rows.into(),
+            out.cols.into(),
+            part.first.into(),
+        ],
+    });
+    count
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn chosen(rows: usize, cols: usize, features: usize) -> (usize, usize) {
+        let Cut { tile, segments } = cut(rows, cols, features);
+        (tile.rows, segments)
+    }
+
+    #[test]
+    fn many_rows_take_tall_tiles_and_few_flat_ones() {
+        assert_eq!(chosen(2048, 4096, 24_576), (192, 1));
+        assert_eq!(chosen(8192, 4096, 4096), (192, 1));
+        // As many blocks as multiprocessors, or a few less.
+        assert_eq!(chosen(512, 4096, 4096), (128, 1));
+        assert_eq!(chosen(2048, 2048, 1024), (128, 1));
+        assert_eq!(chosen(192, 4096, 6144), (64, 1));
+        assert_eq!(chosen(64, 4096, 24_576), (64, 1));
+    }
+
+    #[test]
+    fn a_product_too_small_for_the_device_is_split_over_its_input_features() {
+        assert_eq!(chosen(64, 4096, 4096), (64, 8));
+        assert_eq!(chosen(17, 513, 1024), (64, 2));
+        assert_eq!(chosen(17, 512, 1024), (64, 1));
+        assert_eq!(chosen(128, 3072, 1024), (64, 6));
+        assert_eq!(chosen(1024, 3072, 1024), (64, 1));
+    }
+}
