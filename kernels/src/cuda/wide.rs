@@ -30,7 +30,7 @@ pub(super) const fn kernels(form: Form) -> Option<&'static Kernels> {
     match form {
         Form::F16 => Some(&["wide_flat_f16", "wide_middle_f16", "wide_tall_f16"]),
         Form::BF16 => Some(&["wide_flat_bf16", "wide_middle_bf16", "wide_tall_bf16"]),
-        Form::F32 | Form::Nibbles | Form::Bytes | Form::FineBytes => None,
+        Form::F32 | Form::Nibbles | Form::Bytes | Form::FineBytes | Form::F8 => None,
     }
 }
 
