@@ -89,7 +89,7 @@ mod tests {
         // As many blocks as multiprocessors, or a few less.
         assert_eq!(chosen(512, 4096, 4096), (128, 1));
         assert_eq!(chosen(2048, 2048, 1024), (128, 1));
-        assert_eq!(chosen(192, 4096, 6144), (64, 1));
+        assert_eq!(chosen(192, 4096, 6144), (128, 1));
         assert_eq!(chosen(64, 4096, 24_576), (64, 1));
     }
 
