@@ -221,7 +221,7 @@ mod tests {
         for cols in [1, 127, 128, 200, 384] {
             let rows = 19;
             let len = rows * DType::F8.row_bytes(cols);
-            let mut bytes: Vec<u8> = (0..len).map(|i| (i * 37 % 127) as u8 | (i % 3 << 7) as u8).collect();
+            let mut bytes: Vec<u8> = (0..len).map(|i| (i * 37 % 127) as u8 | ((i % 3) << 7) as u8).collect();
             for (i, block) in bytes.chunks_exact_mut(DType::F8.block_bytes()).enumerate() {
                 block[..4].copy_from_slice(&(1e-4 * (i + 1) as f32).to_le_bytes());
             }

@@ -110,7 +110,7 @@ impl Scheme {
                 continue;
             }
             let (rows, cols) = (shape[0], shape[1]);
-            let quants: Vec<u8> = (0..rows * cols).map(|i| (i * i % 127) as u8 | (i % 3 << 7) as u8).collect();
+            let quants: Vec<u8> = (0..rows * cols).map(|i| (i * i % 127) as u8 | ((i % 3) << 7) as u8).collect();
             let shape_of_scales = (self.shape)(rows);
             // Sums of a few powers of two, which all types hold.
             let scales: Vec<f32> = (0..shape_of_scales.iter().product()).map(|i| (1 + i % 7) as f32 / 4096.0).collect();
