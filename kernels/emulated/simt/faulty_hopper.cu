@@ -46,7 +46,7 @@ __device__ void multiply(const TensorMap& map, float* out) {
     uint64_t rows = operand(shared_place(box));
     if (MISTAKE == Mistake::NoSwizzle) rows &= ~(uint64_t{3} << 62);
     if (MISTAKE == Mistake::WrongStride) rows ^= uint64_t{(BOX_ALIGNMENT ^ BOX_ALIGNMENT / 2) >> 4} << 32;
-    if (MISTAKE == Mistake::WrongPlace) rows += 1 << 20 >> 4;
+    if (MISTAKE == Mistake::WrongPlace) rows &= ~uint64_t{0x3fff};
     float sums[32] = {};
     if (MISTAKE != Mistake::NoFence) begin_products();
     for (int at = 0; at < BOX_ROW; at += PRODUCT_COLS * 2) {
