@@ -70,12 +70,14 @@ mod tests {
 
     #[test]
     fn the_floor_is_bytes_or_operations_whichever_takes_longer() {
-        // 3 GB in 2 ms where a copy moves 3,000 GB/s; 600 Gflop in 2 ms.
+        // 3 GB in 2 ms where a copy moves 3,000 GB/s; 900 Gflop in 2 ms, and 800 by wgmma.
         let work = |bytes, operations| Work { bytes, operations, per_ms: MMA_PER_MS };
         let reading = row("a", recorded(2.0), work(3_000_000_000, 0), 3000.0);
         assert_eq!(reading, "| a | 2000.0 | 3000.00 | 1500 | 50 % | 0.0 | 50 % |");
         let launched = Time { milliseconds: 2.0, is_recorded: false };
         let computing = row("b", launched, work(3_000_000, 900_000_000_000), 3000.0);
         assert_eq!(computing, "| b † | 2000.0 | 3.00 | 2 | 0 % | 450.0 | 75 % |");
+        let by_wgmma = Work { per_ms: WGMMA_PER_MS, ..work(3_000_000, 800_000_000_000) };
+        assert_eq!(row("c", recorded(2.0), by_wgmma, 3000.0), "| c | 2000.0 | 3.00 | 2 | 0 % | 400.0 | 50 % |");
     }
 }

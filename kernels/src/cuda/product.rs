@@ -282,8 +282,8 @@ mod tests {
 
     #[test]
     fn room_for_many_rows_is_room_for_fewer() {
-        let cuts: [(Tile, fn(usize, usize, usize) -> Cut); 2] = [(SMALLEST, Cut::of), (wide::SMALLEST, wide::cut)];
-        for (smallest, cut) in cuts {
+        type Cutting = fn(usize, usize, usize) -> Cut;
+        for (smallest, cut) in [(SMALLEST, Cut::of as Cutting), (wide::SMALLEST, wide::cut)] {
             let mut splits = 0;
             for features in [1, 32, 33, 512, 1024, 1536, 2112, 2113, 4096] {
                 for cols in [512, 513, 4096] {
