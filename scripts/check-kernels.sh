@@ -75,7 +75,7 @@ for target in 80 90; do
             match(name, /^skinny_[0-9]+x[0-9]+_/)
             split(substr(name, 8, RLENGTH - 8), shape, "x")
             form = substr(name, RLENGTH + 1)
-            words = form == "f32" ? 8 : form ~ /^b?f16$/ ? 4 : form == "nibbles" ? 2 : 3
+            words = form == "f32" ? 8 : form ~ /^(b?f16|f8)$/ ? 4 : form == "nibbles" ? 2 : 3
             loads = form ~ /^b?f16$/ ? 1 : 2
             room = shape[1] >= 4 && words < 4 ? 16 : 32
             at_a_time = words * shape[2] < room ? int(room / (words * shape[2])) : 1
