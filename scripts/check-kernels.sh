@@ -2,8 +2,8 @@
 # Compiles the CUDA kernels as the build does, and fails if one of them keeps local variables in memory (spills, or
 # arrays that are indexed in ways the compiler cannot see through): what should be registers would be traffic; or if
 # one that is made for tensor cores lacks their instructions, the loads that go with them, or asynchronous copies, or if
-# the compiler has products wait for each other that are made to go on by themselves; or, from compute capability 9.0 on,
-# if one does not wait for the kernel before, or loads something but weights before that. Prints what each uses.
+# the compiler has products wait for each other that are made to go on by themselves; or, from compute capability 9.0
+# on, if one does not wait for the kernel before, or loads something but weights before that. Prints what each uses.
 set -eu
 cd "$(dirname "$0")/.."
 

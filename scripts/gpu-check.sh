@@ -99,8 +99,8 @@ part() { # part [plain] <title> <seconds> <program> <arguments>
 }
 
 say "# The CUDA backend on $gpu" "" "$("$here/engine" --version), $(date -u +'%Y-%m-%d %H:%M') UTC"
-# Without the kernels for compute capability 9.0 alone, if something is wrong with them: then there is still something to
-# be seen of the others.
+# Without the kernels for compute capability 9.0 alone, if something is wrong with them: then there is still something
+# to be seen of the others.
 without_wgmma() { # without_wgmma <seconds>
     [ $failed != 0 ] && grep -q 'used with wgmma' "$page" || return
     export ENGINE_CUDA_WITHOUT_WGMMA=1
@@ -152,6 +152,7 @@ fi
 rm -f "$log.part" "$log.out"
 if [ $failed != 0 ]; then
     say "" "**failed**: see above"
+    [ -z "${ENGINE_CUDA_WITHOUT_WGMMA:-}" ] || echo "what is left, without wgmma: ENGINE_CUDA_WITHOUT_WGMMA=1 $0 rest"
 elif [ $missing != 0 ]; then
     say "" "passed, but for $missing parts that were not run"
 else

@@ -103,7 +103,8 @@ struct FineBytes {
 };
 
 /// Four E4M3, none of them NaN, as floats, each QUARTER_UNIT times too small: bits of exponent and mantissa mean the
-/// same in f16 but for the exponent's bias. (Instructions that convert E4M3 begin with compute capability 8.9.)
+/// same in f16 but for the exponent's bias. (Not `halves_of`, whose instruction
+/// begins with compute capability 8.9, and stands for many before that: it minds NaN.)
 constexpr float QUARTER_UNIT = 256.0f;
 __device__ __forceinline__ void small_quarters(unsigned four, float& first, float& second, float& third,
                                                float& fourth) {

@@ -29,7 +29,7 @@ pub enum DType {
     Q6K,
     /// 128 weights: f32 scale, E4M3 values (Micikevicius et al. 2022), none of them NaN. A row's last block may be
     /// filled up with zeros, so rows are of any length. Files have the values apart from the scales, which are one for
-    /// a matrix, for a row, or for a block of 128 by 128: in this form they are all alike.
+    /// a matrix, for a row, or for a block, mostly of 128 by 128: in this form they are all alike.
     F8,
 }
 

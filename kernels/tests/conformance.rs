@@ -34,8 +34,8 @@ mod cuda_emulated {
 mod cuda_emulated_hopper {
     super::of_every_device!(tests! { { device_checks, engine_cuda_emulated::EmulatedHopper } });
 
-    /// Of what every backend passes, a device of compute capability 9.0 computes products in another way, and what takes
-    /// them in.
+    /// Of what every backend passes, a device of compute capability 9.0 computes products in another way, and what
+    /// takes them in.
     #[test]
     fn products_pass_the_suite() {
         let checks = engine_kernel_suite::backend_checks::<super::OnHopper>();

@@ -67,7 +67,8 @@ pub struct LoadedModel<B: Backend> {
     pub model: Box<dyn Model<B>>,
     /// What was loaded.
     pub report: LoadReport,
-    /// The KV cache's element type unless the user says otherwise: that of the weights, f16 for quantised ones.
+    /// The KV cache's element type unless the user says otherwise: that of the weights that are not quantised, f16 for
+    /// GGUF's quantised ones.
     pub kv_dtype: KvDType,
 }
 
@@ -116,7 +117,7 @@ impl ModelSource {
                 dtype: declared_dtype(&fields)?,
                 fp8,
                 parameters: config.parameters(),
-                projections: config.projections(),
+                projections: config.projections().collect(),
             }),
         };
         Ok(Self {
@@ -182,7 +183,8 @@ impl ModelSource {
         &self.path
     }
 
-    /// The KV cache's element type unless the user says otherwise: f32 for f32 weights, bf16 for bf16 ones, else f16.
+    /// The KV cache's element type unless the user says otherwise: f32 for f32 weights, bf16 for bf16 ones (eight-bit
+    /// floats do not count), else f16.
     pub fn kv_dtype(&self) -> KvDType {
         match &self.files {
             Files::Safetensors(files) => kv_dtype(files.bytes_by_type()),
@@ -243,16 +245,16 @@ impl ModelSource {
         }
     }
 
-    /// The same where so many weights of a type take `stored` bytes in memory. Only quantised ones take others than in
-    /// their files.
-    pub fn weight_bytes_as(&self, stored: impl Fn(DType, usize) -> usize) -> u64 {
+    /// The same where a tensor of a type and shape takes `stored` bytes in memory. Only quantised ones take others than
+    /// in their files.
+    pub fn weight_bytes_as(&self, stored: impl Fn(DType, &[usize]) -> usize) -> u64 {
         let parts = match &self.files {
             Files::Safetensors(files) => return files.bytes_as(stored),
             Files::Dummy(weights) => return weights.bytes_as(stored),
             Files::Gguf(parts) => parts,
         };
         let bytes = |info: &TensorInfo| match info.dtype() {
-            Some(dtype) => stored(dtype, info.shape.iter().product()),
+            Some(dtype) => stored(dtype, &info.shape),
             // Loading refuses it.
             None => 0,
         };

@@ -51,8 +51,8 @@ impl Clock {
 
     /// The time of one call of `work`, which enqueues kernels and nothing else, and is told how often it was called
     /// before. Some calls are recorded, and the recording is replayed: launched one by one, kernels follow each other
-    /// as fast as the host launches them, one in 2 to 4 µs, and small ones take less. Where kernels start before the one
-    /// ahead has ended, as they do in steps, it is the time from one's end to the next one's.
+    /// as fast as the host launches them, one in 2 to 4 µs, and small ones take less. Where kernels start before the
+    /// one ahead has ended, as they do in steps, it is the time from one's end to the next one's.
     pub(super) fn time(&mut self, mut work: impl FnMut(&mut Cuda, usize)) -> Result<Time> {
         let mut called = 0;
         let mut call = |backend: &mut Cuda| {

@@ -25,8 +25,8 @@ pub(super) struct Time {
 pub(super) fn heading(device: &str, bandwidth: f64, theoretical: Option<f64>) -> String {
     let theoretical = theoretical.map_or(String::new(), |most| format!(" (its memory's clock and width: {most:.0})"));
     format!(
-        "{device}: a copy of rows moves {bandwidth:.0} GB/s, read and written{theoretical}. Times are those of recordings \
-         that are replayed; where there is a †, the host launches what is measured.\n\n\
+        "{device}: a copy of rows moves {bandwidth:.0} GB/s, read and written{theoretical}. Times are those of \
+         recordings that are replayed; where there is a †, the host launches what is measured.\n\n\
          | what | µs | MB | GB/s | of a copy | Tflop/s | floor of the time |\n\
          | --- | --- | --- | --- | --- | --- | --- |\n"
     )

@@ -59,7 +59,7 @@ pub struct EngineArgs {
     #[arg(long, value_name = "SIZE", value_parser = parse_size, conflicts_with = "kv_blocks", help_heading = "KV cache")]
     pub kv_cache_memory: Option<usize>,
 
-    /// Element type of the KV cache; auto: that of the weights, f16 for quantised ones
+    /// Element type of the KV cache; auto: that of the weights that are not quantised, f16 for GGUF's quantised ones
     #[arg(long, value_enum, value_name = "TYPE", default_value = "auto", help_heading = "KV cache")]
     pub kv_cache_dtype: KvDTypeArg,
 

@@ -66,8 +66,8 @@ fn look(words: &str, told: &mut Told) {
             "run with --device cpu until this passes: answers from this device would be wrong; and report it"
                 .to_owned();
         if device.has_wgmma() {
-            remedy += ". ENGINE_CUDA_WITHOUT_WGMMA=1 does without the kernels that are for such devices alone: see whether \
-                       this passes then";
+            remedy += ". ENGINE_CUDA_WITHOUT_WGMMA=1 does without the kernels that are for such devices alone: see \
+                       whether this passes then";
         }
         told.found(check.topic, Level::Failure, format!("not so: {sentence}. {failure}"), Some(&remedy));
         // What a kernel does wrong can leave a device that does nothing more for this process.

@@ -91,8 +91,8 @@ impl Sequence {
         hasher.extend(&mut self.hashes, &self.tokens);
     }
 
-    /// Prompt and output. As long as the last token is not known, [`Batch::DRAWN`] and the row of the step under way that
-    /// it is drawn in stand for it.
+    /// Prompt and output. As long as the last token is not known, [`Batch::DRAWN`] and the row of the step under way
+    /// that it is drawn in stand for it.
     pub fn tokens(&self) -> &[u32] {
         &self.tokens
     }

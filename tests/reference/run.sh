@@ -12,10 +12,9 @@ for file in "$demo" "$qwen3/tokenizer.json"; do
 done
 
 venv=$cache/goldens-venv
-if [ ! -x "$venv/bin/python" ]; then
-    python3 -m venv "$venv"
-    "$venv/bin/pip" install --quiet --disable-pip-version-check -r requirements.txt
-fi
+[ -x "$venv/bin/python" ] || python3 -m venv "$venv"
+# Returns at once where all of it is there.
+"$venv/bin/pip" install --quiet --disable-pip-version-check -r requirements.txt
 python=$venv/bin/python
 "$python" make_template_goldens.py "$qwen3/tokenizer_config.json" "$demo"
 "$python" make_token_goldens.py "$demo" "$qwen3/tokenizer.json"

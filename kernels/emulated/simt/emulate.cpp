@@ -567,8 +567,8 @@ extern "C" const char* simt_map(unsigned long long start, unsigned long long row
     return map.mistake();
 }
 
-/// Runs all blocks of a grid, with so many bytes of shared memory besides what kernels have by themselves. Null, or what
-/// went wrong (good until this thread launches again).
+/// Runs all blocks of a grid, with so many bytes of shared memory besides what kernels have by themselves. Null, or
+/// what went wrong (good until this thread launches again).
 extern "C" const char* simt_launch(const char* name, const unsigned grid[3], unsigned threads, unsigned shared,
                                    void* const* args, unsigned long long seed) {
     simt::say_faults();

@@ -147,7 +147,8 @@ fn what_was_recorded_runs_when_it_is_replayed_and_nothing_waits_in_between() {
     }
 }
 
-/// What a kernel of faulty_hopper.cu makes of the matrix whose rows are all one but for the first, which is their numbers.
+/// What a kernel of faulty_hopper.cu makes of the matrix whose rows are all one but for the first, which is their
+/// numbers.
 fn run_on_hopper(mistake: &str) -> Result<Vec<f32>, DriverError> {
     let driver = EmulatedHopper::default();
     let (matrix, out) = (driver.allocate(64 * 128)?, driver.allocate(64 * 4)?);

@@ -145,7 +145,8 @@ impl Device {
         let driver = driver_version().map_or("unknown".into(), cuda_version);
         let wgmma = if self.modules.have_wgmma() { "used with wgmma" } else { "used without wgmma" };
         format!(
-            "{name}, {processors} multiprocessors of compute capability {major}.{minor}, {wgmma}, a driver for CUDA {driver}"
+            "{name}, {processors} multiprocessors of compute capability {major}.{minor}, {wgmma}, a driver for CUDA \
+             {driver}"
         )
     }
 

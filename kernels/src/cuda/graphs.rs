@@ -138,12 +138,12 @@ impl<D: Driver> CudaBackend<D> {
         }
     }
 
-    /// Records `operations`, of which nothing is enqueued, for [`Driver::replay`]. They have been enqueued before, so that
-    /// all they need is there, and send nothing to the device; nothing has failed before.
+    /// Records `operations`, of which nothing is enqueued, for [`Driver::replay`]. They have been enqueued before, so
+    /// that all they need is there, and send nothing to the device; nothing has failed before.
     ///
     /// # Errors
-    /// Of the driver. What fails here is a recording, not a step: whether the step fails too is seen when it is enqueued
-    /// without.
+    /// Of the driver. What fails here is a recording, not a step: whether the step fails too is seen when it is
+    /// enqueued without.
     pub fn record(&mut self, operations: &mut dyn FnMut(&mut Self)) -> Result<D::Graph, DriverError> {
         self.stream.driver().begin_capture()?;
         self.graphs.recording = true;

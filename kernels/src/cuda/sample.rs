@@ -67,8 +67,8 @@ pub(super) struct Sampler<D: Driver> {
     places: Vec<u32>,
     described: Staged<D>,
     outcomes: Fetched<D>,
-    /// The tokens of a step by themselves, for the next one's penalties: two steps in turns, since rows are drawn side by
-    /// side, and some before others have looked.
+    /// The tokens of a step by themselves, for the next one's penalties: two steps in turns, since rows are drawn side
+    /// by side, and some before others have looked.
     tokens: [Buffer<D>; 2],
     /// Whose turn it is.
     turn: usize,

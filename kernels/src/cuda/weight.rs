@@ -90,9 +90,11 @@ pub(super) struct Kernels {
     pub(super) skinny: [&'static [&'static str]; 5],
 }
 
-/// Bytes that so many weights take on a device, which for some quantised ones is more than in their files.
-pub fn weight_bytes(dtype: DType, elements: usize) -> usize {
-    let of_a_block = match Form::of(dtype, F8_BLOCK) {
+/// Bytes that a tensor takes on a device, which for some quantised ones is more than in their files.
+pub fn weight_bytes(dtype: DType, shape: &[usize]) -> usize {
+    let Some((&cols, others)) = shape.split_last() else { return 0 };
+    let elements = others.iter().product::<usize>().saturating_mul(cols.next_multiple_of(8));
+    let of_a_block = match Form::of(dtype, cols) {
         Form::F32 => 4 * BLOCK,
         Form::F16 | Form::BF16 => 2 * BLOCK,
         Form::Nibbles => BLOCK / 2 + 4,
@@ -176,12 +178,15 @@ mod tests {
     #[test]
     fn weights_take_the_bytes_that_are_said() {
         use DType::{BF16, F8, F16, F32, Q4_0, Q4_1, Q4K, Q5_0, Q5_1, Q5K, Q6K, Q8_0};
-        for dtype in [F32, F16, BF16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q4K, Q5K, Q6K, F8] {
-            let (rows, cols) = (3, 512);
-            let file = vec![0; rows * cols / dtype.block_len() * dtype.block_bytes()];
+        let wide = [F32, F16, BF16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q4K, Q5K, Q6K, F8].map(|dtype| (dtype, 512));
+        // Eight-bit floats of such a width become f16.
+        for (dtype, cols) in wide.into_iter().chain([(F8, 200), (F8, 160)]) {
+            let rows = 4;
+            let file = vec![0; rows * dtype.row_bytes(cols)];
             let mut unpacked = Unpacked::default();
             unpacked.push(&Matrix::new(dtype, rows, cols, &file).unwrap());
-            assert_eq!(weight_bytes(dtype, rows * cols), unpacked.values.len() + unpacked.scales.len(), "{dtype:?}");
+            let taken = unpacked.values.len() + unpacked.scales.len();
+            assert_eq!(weight_bytes(dtype, &[rows, cols]), taken, "{dtype:?} of {cols} columns");
         }
     }
 }

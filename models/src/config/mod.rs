@@ -130,11 +130,13 @@ impl ModelConfig {
         tables + self.layers as u64 * (attention + mlp + norms) + hidden
     }
 
-    /// Weights of the layers' projections: those that tools quantise.
-    pub(crate) fn projections(&self) -> u64 {
-        let [hidden, inner] = [self.hidden_size, self.intermediate_size].map(|n| n as u64);
-        let [q, kv] = [self.heads * self.head_dim, self.kv_heads * self.head_dim].map(|n| n as u64);
-        self.layers as u64 * (hidden * (2 * q + 2 * kv) + 3 * hidden * inner)
+    /// Shapes of the layers' projections: of the matrices that tools quantise.
+    pub(crate) fn projections(&self) -> impl Iterator<Item = [usize; 2]> {
+        let [hidden, inner] = [self.hidden_size, self.intermediate_size];
+        let [q, kv] = [self.heads * self.head_dim, self.kv_heads * self.head_dim];
+        let attention = [[q, hidden], [kv, hidden], [kv, hidden], [hidden, q]];
+        let mlp = [[inner, hidden], [inner, hidden], [hidden, inner]];
+        (0..self.layers).flat_map(move |_| attention.into_iter().chain(mlp))
     }
 
     /// Checks what no model can be without: sizes in range, heads that divide, numbers that are numbers. `path` is for

@@ -10,7 +10,8 @@ use serde_json::Value;
 use super::json::Fields;
 use crate::ModelError;
 
-/// Weights of eight-bit floats. Which tensors are such, their types say, and how far a scale reaches, the scales' shapes.
+/// Weights of eight-bit floats. Which tensors are such, their types say, and how far a scale reaches, the scales'
+/// shapes.
 #[derive(Debug, Clone, PartialEq)]
 pub(crate) struct Fp8 {
     /// Rows and columns that share a scale where scales come in blocks.

@@ -139,9 +139,10 @@ fn a_directory_and_its_gguf_conversion_give_the_same_logits() {
     let from_gguf = open(&path).unwrap();
     assert_eq!((from_gguf.name(), from_gguf.path()), ("tiny-f32", path.as_path()));
     assert_eq!(from_gguf.config(), from_directory.config());
-    let as_in_the_file = |dtype: DType, weights: usize| weights / dtype.block_len() * dtype.block_bytes();
+    let weights = |shape: &[usize]| shape.iter().product::<usize>();
+    let as_in_the_file = |dtype: DType, shape: &[usize]| weights(shape) / dtype.block_len() * dtype.block_bytes();
     assert_eq!(from_gguf.weight_bytes_as(as_in_the_file), from_gguf.weight_bytes());
-    assert_eq!(from_gguf.weight_bytes_as(|_, weights| weights), from_gguf.weight_bytes() / 4);
+    assert_eq!(from_gguf.weight_bytes_as(|_, shape| weights(shape)), from_gguf.weight_bytes() / 4);
     assert_eq!(logits(&from_gguf), logits(&from_directory));
 }
 

@@ -19,8 +19,8 @@ pub(crate) struct DummyWeights {
     pub(crate) fp8: Option<Fp8>,
     /// Parameters of the model, for progress.
     pub(crate) parameters: u64,
-    /// Those of them that are in projections.
-    pub(crate) projections: u64,
+    /// Shapes of its projections.
+    pub(crate) projections: Vec<[usize; 2]>,
 }
 
 /// Standard deviation: `initializer_range` of all these models.
@@ -31,11 +31,12 @@ const SPREAD: f32 = DEVIATION * 1.732_050_8;
 const DEVIATION_OF_BITS: f32 = 107.24;
 
 impl DummyWeights {
-    /// Bytes of all where projections of eight-bit floats, so many weights, take `stored` bytes.
-    pub(crate) fn bytes_as(&self, stored: impl Fn(DType, usize) -> usize) -> u64 {
-        let eights = self.fp8.as_ref().map_or(0, |_| self.projections);
-        let others = (self.parameters - eights) * self.dtype.block_bytes() as u64;
-        others + stored(DType::F8, usize::try_from(eights).unwrap_or(usize::MAX)) as u64
+    /// Bytes of all where projections of eight-bit floats, none of which is excepted, take `stored` bytes.
+    pub(crate) fn bytes_as(&self, stored: impl Fn(DType, &[usize]) -> usize) -> u64 {
+        let eights = if self.fp8.is_some() { &self.projections[..] } else { &[] };
+        let weights: u64 = eights.iter().map(|[rows, cols]| (rows * cols) as u64).sum();
+        let others = (self.parameters - weights) * self.dtype.block_bytes() as u64;
+        others + eights.iter().map(|shape| stored(DType::F8, shape) as u64).sum::<u64>()
     }
 
     /// Rows of eight-bit floats: any bits but NaN's, with a scale that gives them the spread of the others.
@@ -89,7 +90,7 @@ impl WeightSource for DummyWeights {
     }
 
     fn total_bytes(&self) -> u64 {
-        self.bytes_as(|_, weights| weights)
+        self.bytes_as(|_, shape| shape.iter().product())
     }
 
     fn unused(&self, _: &HashSet<String>) -> Vec<String> {
@@ -110,7 +111,7 @@ fn split_mix(state: &mut u64) -> u64 {
 #[cfg(test)]
 impl DummyWeights {
     pub(crate) fn of(dtype: DType, seed: u64) -> Self {
-        Self { seed, dtype, fp8: None, parameters: 0, projections: 0 }
+        Self { seed, dtype, fp8: None, parameters: 0, projections: Vec::new() }
     }
 }
 

@@ -4,8 +4,8 @@ use engine_kernels::DType;
 
 use crate::config::quantization::Fp8;
 
-/// What the kernels multiply scales by; the product has to be a number too.
-const SCALE_MARGIN: f32 = 256.0;
+/// The largest E4M3: a scale times it has to be a number. (Kernels multiply scales by 256.)
+const LARGEST: f32 = 448.0;
 
 /// The scales of a matrix `[rows, cols]`.
 pub(crate) struct Scales {
@@ -41,7 +41,7 @@ impl Scales {
                 "has shape {stored:?}; its matrix is {matrix:?}, and the configuration wants {expected}"
             ));
         }
-        match this.values.iter().find(|scale| !(*scale * SCALE_MARGIN).is_finite()) {
+        match this.values.iter().find(|scale| !(*scale * LARGEST).is_finite()) {
             Some(scale) => Err(format!("has a scale of {scale}: the file is damaged, download it again")),
             None => Ok(this),
         }
@@ -117,7 +117,7 @@ mod tests {
         assert!(problem(Some([128, 128]), &[1], 1.0).contains("[2, 3]"));
         assert!(problem(None, &[2, 3], 1.0).contains("one for each row, [256, 1]"));
         assert!(problem(None, &[384], 1.0).contains("[256, 1]"));
-        for scale in [f32::NAN, f32::INFINITY, f32::MAX] {
+        for scale in [f32::NAN, f32::INFINITY, f32::MAX, 1e36] {
             assert!(problem(None, &[], scale).contains("damaged"));
         }
     }

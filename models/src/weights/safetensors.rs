@@ -31,7 +31,7 @@ pub(crate) struct SafetensorsFiles {
 /// Ends of the names of scales of weights, in place of `weight`: of `fp8` by transformers, and of all others.
 const SCALES: [&str; 2] = ["weight_scale_inv", "weight_scale"];
 /// Of those and of other scales that tools leave: of activations, keys and values, which are used as they are.
-const ALL_SCALES: [&str; 8] = [
+const ALL_SCALES: [&str; 10] = [
     ".weight_scale_inv",
     ".weight_scale",
     ".input_scale",
@@ -40,6 +40,8 @@ const ALL_SCALES: [&str; 8] = [
     ".q_scale",
     ".k_scale",
     ".v_scale",
+    ".kv_scale",
+    ".prob_output_scale",
 ];
 
 struct Entry {
@@ -101,16 +103,22 @@ impl SafetensorsFiles {
         }
     }
 
-    /// Bytes of the tensors of each type that is read.
+    /// Bytes of the tensors of each type that is read, scales not counted.
     pub(crate) fn bytes_by_type(&self) -> impl Iterator<Item = (DType, usize)> {
-        self.tensors.values().filter_map(|entry| Some((dtype_of(entry.dtype)?, entry.range.len())))
+        let weights = self.tensors.iter().filter(|(name, _)| !self.is_scale(name));
+        weights.filter_map(|(_, entry)| Some((dtype_of(entry.dtype)?, entry.range.len())))
     }
 
-    /// Bytes of all tensors where so many weights of eight-bit floats take `stored` bytes, and others what they take in
-    /// the files.
-    pub(crate) fn bytes_as(&self, stored: impl Fn(DType, usize) -> usize) -> u64 {
+    /// Whether it is a scale of eight-bit floats, of weights or of something else.
+    fn is_scale(&self, name: &str) -> bool {
+        self.fp8.is_some() && ALL_SCALES.iter().any(|end| name.ends_with(end))
+    }
+
+    /// Bytes of all tensors where those of eight-bit floats take `stored` bytes, and others what they take in the
+    /// files.
+    pub(crate) fn bytes_as(&self, stored: impl Fn(DType, &[usize]) -> usize) -> u64 {
         let bytes = |entry: &Entry| match entry.dtype {
-            Dtype::F8_E4M3 => stored(DType::F8, entry.range.len()),
+            Dtype::F8_E4M3 => stored(DType::F8, &entry.shape),
             _ => entry.range.len(),
         };
         self.tensors.values().map(|entry| bytes(entry) as u64).sum()
@@ -155,7 +163,7 @@ impl SafetensorsFiles {
 }
 
 impl WeightSource for SafetensorsFiles {
-    fn tensor(&self, name: &str, _: &[usize]) -> Result<Tensor<'_>, ModelError> {
+    fn tensor(&self, name: &str, shape: &[usize]) -> Result<Tensor<'_>, ModelError> {
         let missing = || ModelError::MissingTensor { name: name.into(), path: self.directory.clone() };
         let entry = self.tensors.get(name).ok_or_else(missing)?;
         let dtype = dtype_of(entry.dtype).ok_or_else(|| ModelError::TensorType {
@@ -164,6 +172,11 @@ impl WeightSource for SafetensorsFiles {
             advice: "; supported are F32, F16, BF16 and F8_E4M3",
         })?;
         if dtype == DType::F8 {
+            // Looked at first: a narrow one would become many times as large.
+            if entry.shape != shape {
+                let (name, expected, actual) = (name.into(), shape.into(), entry.shape.clone());
+                return Err(ModelError::TensorShape { name, expected, actual });
+            }
             return self.scaled(name, entry);
         }
         let data = Cow::Borrowed(self.data(entry));
@@ -176,8 +189,8 @@ impl WeightSource for SafetensorsFiles {
 
     fn unused(&self, used: &HashSet<String>) -> Vec<String> {
         // Old conversions stored the rotary frequencies, which follow from the configuration.
-        let is_scale = |name: &str| self.fp8.is_some() && ALL_SCALES.iter().any(|end| name.ends_with(end));
-        let is_known = |name: &str| used.contains(name) || name.ends_with(".rotary_emb.inv_freq") || is_scale(name);
+        let is_known =
+            |name: &str| used.contains(name) || name.ends_with(".rotary_emb.inv_freq") || self.is_scale(name);
         self.tensors.keys().filter(|name| !is_known(name)).cloned().collect()
     }
 }

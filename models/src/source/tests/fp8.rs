@@ -165,7 +165,8 @@ fn every_scheme_gives_the_logits_of_the_values_it_stands_for() {
         // What was not quantised is in f32.
         assert_eq!(source.kv_dtype(), KvDType::F32);
         let eights: usize = quantised.iter().filter(|tensor| tensor.dtype == "F8_E4M3").map(|t| t.data.len()).sum();
-        assert_eq!(source.weight_bytes_as(|_, weights| 3 * weights), source.weight_bytes() + 2 * eights as u64);
+        let threefold = source.weight_bytes_as(|_, shape| 3 * shape[0] * shape[1]);
+        assert_eq!(threefold, source.weight_bytes() + 2 * eights as u64);
     }
 }
 
@@ -212,6 +213,14 @@ fn weights_that_are_not_numbers_or_not_of_this_type_are_refused() {
         (norm.dtype, norm.data) = ("F8_E4M3", vec![0; HIDDEN]);
     });
     assert!(norm.contains("input_layernorm.weight` of shape [32] is F8_E4M3"), "{norm}");
+    // Before anything is made of them.
+    for shape in [[64, 0], [2048, 1]] {
+        let narrow = blocks.error(|tensors| {
+            let weight = find(tensors, "down_proj.weight");
+            (weight.shape, weight.data) = (shape.into(), vec![0; shape[0] * shape[1]]);
+        });
+        assert!(narrow.contains("down_proj.weight`") && narrow.contains(&format!("{shape:?}")), "{narrow}");
+    }
     let (tensors, _) = blocks.tensors();
     let unscaled = load(&open(write(&tensors, None).path()).unwrap()).err().unwrap().to_string();
     assert!(unscaled.contains("has type F8_E4M3") && unscaled.contains("no quantization_config"), "{unscaled}");
@@ -255,7 +264,8 @@ fn made_up_weights_are_quantised_where_the_configuration_says_so() {
     assert_eq!(share(DType::F8), Some(eights));
     assert!(logits(&quantised).iter().all(|x| x.is_finite()));
     assert_ne!(plain.fingerprint().unwrap(), quantised.fingerprint().unwrap());
-    assert_eq!(plain.weight_bytes() - quantised.weight_bytes(), 3 * quantised.config().projections());
-    let twice = quantised.weight_bytes_as(|_, weights| 2 * weights);
-    assert_eq!(twice, quantised.weight_bytes() + quantised.config().projections());
+    let eights: u64 = quantised.config().projections().map(|[rows, cols]| (rows * cols) as u64).sum();
+    assert_eq!(plain.weight_bytes() - quantised.weight_bytes(), 3 * eights);
+    let twice = quantised.weight_bytes_as(|_, shape| 2 * shape[0] * shape[1]);
+    assert_eq!(twice, quantised.weight_bytes() + eights);
 }
