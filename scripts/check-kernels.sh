@@ -63,13 +63,15 @@ for target in 80 90; do
     [ "$target" -ge 90 ] || continue
     # ACQBULK: griddepcontrol.wait. PREEXIT: griddepcontrol.launch_dependents. LDG, LDGSTS: loads of global memory; the
     # others that are looked for write there, or may. A product of few rows (kernels/cuda/skinny.cu) loads so many words
-    # of weights before it waits, in so many loads, and nothing else.
+    # of weights before it waits, in so many loads, and nothing else; what goes by the plan, the plan.
     "$CUDA_HOME/bin/cuobjdump" -sass "$work/kernels.cubin" | awk -v target="$target" '
         /^\t\tFunction : / { name = $3; kernels[name] = 1 }
         / ACQBULK/ { waits[name]++ }
         / PREEXIT/ { if (waits[name]) starts[name]++ }
         / LDG/ { if (waits[name]) late[name]++; else early[name]++ }
         / (LD|ST|STG|RED|REDG|ATOM|ATOMG)\./ { if (!waits[name]) others[name]++ }
+        # What passes by the L1 cache (keys and values), or goes to shared memory.
+        / LDG\.E\.NA|LDGSTS/ { if (!waits[name]) large[name]++ }
         function is_wrong(what) { printf "sm_%s %s: %s\n", target, name, what; bad = 1 }
         function weights(name,    form, shape, words, loads, room, at_a_time) {
             match(name, /^skinny_[0-9]+x[0-9]+_/)
@@ -87,6 +89,9 @@ for target in 80 90; do
                 if (name ~ /^skinny_/) {
                     products++
                     if (early[name] != weights(name)) is_wrong("it asks for something else than first weights early")
+                } else if (name ~ /^(attention|prefill_attention|rope_and_cache|embed)_/) {
+                    # The plan: where things lie.
+                    if (!early[name] || early[name] > 16 || large[name]) is_wrong("it loads more than the plan early")
                 } else if (early[name]) is_wrong("it loads something before it has waited")
                 if (others[name]) is_wrong("it may write something before it has waited")
                 if (!late[name]) is_wrong("it loads nothing after it has waited")

@@ -99,10 +99,9 @@ __device__ __forceinline__ void attention(const float* qkv, Rows rows, const int
     alignas(16) __shared__ float warp_highest[HEADS][WARPS], warp_sums[HEADS][WARPS];
     alignas(16) __shared__ float warp_values[WARPS][HEADS][WIDTH];
 
-    follow();
-    const int row = items[4 * blockIdx.x], begin = items[4 * blockIdx.x + 1], end = items[4 * blockIdx.x + 2];
-    const int slot = items[4 * blockIdx.x + 3];
-    if (row < 0) return;
+    // Where there is no work: as row 0, but for what follows the plan.
+    const int planned = items[4 * blockIdx.x], row = max(planned, 0);
+    const int begin = items[4 * blockIdx.x + 1], end = items[4 * blockIdx.x + 2], slot = items[4 * blockIdx.x + 3];
     // That the warp is that of its first lane, the compiler knows to be the same for all lanes.
     const int thread = threadIdx.x, warp = __shfl_sync(ALL_LANES, warp_id(), 0), lane = lane_id();
     const int kv_heads = pages.kv_heads, head_dim = pages.head_dim, shared_by = heads / kv_heads;
@@ -145,7 +144,9 @@ __device__ __forceinline__ void attention(const float* qkv, Rows rows, const int
     const auto place = [&](int number) { return (number * kv_heads + kv_head) * 2 * block_size + token; };
     // Loads are under way before anything else is asked for.
     Raw key_bits[AT_A_TIME], value_bits[AT_A_TIME];
-    int places = place(table[min(page, last_page)]);
+    int places = place(table[max(min(page, last_page), 0)]);
+    follow();
+    if (planned < 0) return;
     fetch(key_bits, places, 0, keys_of(begin));
     fetch(value_bits, places + block_size, 0, keys_of(begin));
 
@@ -227,6 +228,7 @@ __device__ __forceinline__ void attention(const float* qkv, Rows rows, const int
 #pragma unroll
                 for (int bits = SHARE / 2; bits > 0; bits /= 2) all += __shfl_xor_sync(ALL_LANES, all, bits);
                 // Both halves have read the only head before one of them writes it.
+                if (HEADS == 1) __syncwarp();
                 if (pair + lane / SHARE < HEADS) {
                     weights[warp][key][h] = weight;
                     if (key == 0) warp_highest[h][warp] = most, warp_sums[h][warp] = all;

@@ -82,6 +82,16 @@ __device__ __forceinline__ void show_barriers() {
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
+/// Says that a matrix' description will be wanted soon.
+__device__ __forceinline__ void announce(const TensorMap& map) {
+    asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
+}
+
+/// Shows what kernels before this one stored to what copies boxes after this. (That they have ended should be enough,
+/// and is what CUTLASS relies on; by the letter of the memory model, stores and copies of boxes see memory each in their
+/// own way.)
+__device__ __forceinline__ void show_rows() { asm volatile("fence.proxy.async.global;" ::: "memory"); }
+
 /// One arrival.
 __device__ __forceinline__ void arrive(Barrier* barrier) {
     asm volatile("mbarrier.arrive.release.cta.shared::cta.b64 _, [%0];" ::"r"(shared_place(barrier)) : "memory");
@@ -207,6 +217,8 @@ inline unsigned char* aligned_shared() {
 
 inline void make_barrier(Barrier* barrier, unsigned arrivals) { simt::make_barrier(&barrier->word, arrivals); }
 inline void show_barriers() { simt::show_barriers(); }
+inline void announce(const TensorMap&) {}
+inline void show_rows() {}
 inline void arrive(Barrier* barrier) { simt::arrive(&barrier->word, 0); }
 inline void arrive_expecting(Barrier* barrier, unsigned bytes) { simt::arrive(&barrier->word, bytes); }
 inline void wait_for(Barrier* barrier, unsigned parity, int line = __builtin_LINE()) {

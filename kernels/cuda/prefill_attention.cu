@@ -71,7 +71,6 @@ __device__ __forceinline__ void attention(const float* qkv, Rows rows, const int
     constexpr int WIDTH = HEAD_DIM / CHUNK, SLOT = KEYS * WIDTH, CHUNKS = SLOT / THREADS;
     static_assert(CHUNKS * THREADS == SLOT && KEYS % 16 == 0 && HEAD_DIM % 16 == 0, "threads share evenly");
     Chunk* const slots = shared_chunks<SLOTS * SLOT>();
-    follow();
     const int thread = static_cast<int>(threadIdx.x), lane = lane_id();
     const int block = static_cast<int>(blockIdx.x), head = block % heads;
     const int first = tiles[block / heads * 2], count = tiles[block / heads * 2 + 1];
@@ -111,6 +110,7 @@ __device__ __forceinline__ void attention(const float* qkv, Rows rows, const int
         for (int i = 0; i < CHUNKS; i++) carried[i].settle(place_of(tile, i));
     };
     look_up(0);
+    follow();
     bring(0);
     commit_copies();
     settle(0);

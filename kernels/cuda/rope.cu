@@ -13,9 +13,10 @@ __device__ __forceinline__ void rope_and_cache(float* qkv, Rows rows, const floa
                                                const float* q_norm, const float* k_norm, float eps, Pages<T> pages,
                                                int heads, int pairs) {
     __shared__ float vectors[WARPS][HEAD_DIM_MAX];
-    follow();
     const int row = blockIdx.x, head = blockIdx.y * WARPS + warp_id(), lane = lane_id();
     const int kv_heads = pages.kv_heads, head_dim = pages.head_dim, position = rows.positions[row];
+    const int* const table = rows.block_tables + rows.table_starts[row];
+    follow();
     if (position < 0 || head >= heads + 2 * kv_heads) return;
     float* x = qkv + static_cast<size_t>(row) * padded((heads + 2 * kv_heads) * head_dim) + head * head_dim;
     float* vector = vectors[warp_id()];
@@ -33,7 +34,6 @@ __device__ __forceinline__ void rope_and_cache(float* qkv, Rows rows, const floa
     }
     __syncwarp();
 
-    const int* table = rows.block_tables + rows.table_starts[row];
     T* stored = nullptr;
     if (is_value) {
         stored = pages.value(table, position, head - heads - kv_heads);

@@ -71,6 +71,8 @@ __device__ __forceinline__ void product(const TensorMap& weights, const TensorMa
         copy_box(stages + stage * Tile::STAGE + Tile::WEIGHTS, x, place.row, step * BOX_COLS, full + stage);
     };
     if (threadIdx.x == 0) {
+        announce(weights);
+        announce(x);
         for (int i = 0; i < Tile::STAGES; i++) {
             make_barrier(full + i, 1);
             make_barrier(empty + i, THREADS / WARP);
@@ -80,6 +82,7 @@ __device__ __forceinline__ void product(const TensorMap& weights, const TensorMa
     }
     follow();
     if (threadIdx.x == 0) {
+        show_rows();
         for (int i = 0; i < Tile::STAGES && begin + i < end; i++) fill_x(i, begin + i);
     }
     __syncthreads();
@@ -128,15 +131,26 @@ __device__ __forceinline__ void product(const TensorMap& weights, const TensorMa
         for (int i = 0; i < Tile::ROWS / 2; i++) totals[i] += sums[i];
     }
 
+    // All loads before the first store: the compiler cannot know that stores leave alone what is loaded.
+    const int row = place.row + Fragment::col(0), feature = place.feature + group + Fragment::row(0);
+    float added[2], scales[Tile::ROWS / 4];
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        added[i] = !splits && bias && feature + 8 * i < features ? bias[first + feature + 8 * i] : 0.0f;
+    }
+#pragma unroll
+    for (int i = 0; i < Tile::ROWS / 4; i++) {
+        const int here = row + 8 * (i / 2) + i % 2;
+        scales[i] = !splits && row_scales && here < rows ? row_scales[here] : 1.0f;
+    }
+    const size_t stride = splits ? features : padded(width);
+    float* const to = (splits ? segments + static_cast<size_t>(blockIdx.z) * rows * features : out + first) +
+                      static_cast<size_t>(row) * stride + feature;
 #pragma unroll
     for (int i = 0; i < Tile::ROWS / 2; i++) {
-        const int row = place.row + Fragment::col(i), feature = place.feature + group + Fragment::row(i);
-        if (row >= rows || feature >= features) continue;
-        if (splits) {
-            segments[(static_cast<size_t>(blockIdx.z) * rows + row) * features + feature] = totals[i];
-        } else {
-            const float scale = row_scales ? row_scales[row] : 1.0f, added = bias ? bias[first + feature] : 0.0f;
-            out[static_cast<size_t>(row) * padded(width) + first + feature] = totals[i] * scale + added;
+        const int down = 8 * (i / 4) + i % 2, across = 8 * (i / 2 % 2);
+        if (row + down < rows && feature + across < features) {
+            to[down * stride + across] = totals[i] * scales[i / 4 * 2 + i % 2] + added[i / 2 % 2];
         }
     }
 }

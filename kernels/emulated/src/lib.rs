@@ -9,8 +9,8 @@
 //!   different places are an error.
 //! - What devices of compute capability 9.0 do by themselves is done as late as it may be: boxes of a matrix arrive in
 //!   shared memory when no thread can go on without them, products are computed when they are waited for. Until then
-//! what was there reads as not a number. (But in some blocks of a grid boxes arrive at once, and in some a warp goes on
-//!   only when no other can.) No other device takes their kernels.
+//!   what was there reads as not a number. (But in some blocks of a grid boxes arrive at once, and in some a warp goes
+//!   on only when no other can.) No other device takes their kernels.
 
 mod memory;
 mod mover;
