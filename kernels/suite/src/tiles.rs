@@ -183,6 +183,39 @@ pub(crate) fn operands_and_sums_of_wgmma_lie_where_the_ptx_isa_says<D: Start>() 
     }
 }
 
+pub(crate) fn operands_that_are_stored_or_held_or_lie_across_are_multiplied_alike<D: Start>() {
+    let driver = Watched::<D>::start();
+    if !driver.has_wgmma() {
+        return;
+    }
+    let mut random = Random::new(9);
+    // Small whole numbers: every sum is exact, in whichever order.
+    let mut numbers = |len: usize| (0..len).map(|_| (random.bits() % 33) as f32 - 16.0).collect::<Vec<_>>();
+    for columns in [64, 96, 128, 256] {
+        let (a, b) = (numbers(64 * 64), numbers(64 * columns));
+        let product = |i: usize| (0..64).map(|k| a[i / columns * 64 + k] * b[k * columns + i % columns]).sum::<f32>();
+        let want: Vec<f32> = (0..64 * columns).map(product).collect();
+        let upright: Vec<f32> = (0..columns * 64).map(|i| b[i % 64 * columns + i / 64]).collect();
+        for (suffix, dtype) in [("f16", DType::F16), ("bf16", DType::BF16)] {
+            let [a, b, upright] = [&a, &b, &upright].map(|x| holding(&driver, &bytes_of(x, dtype)));
+            let run = |kernel: &str, b: TensorMap, box_rows: usize| {
+                let out = driver.allocate(64 * columns * 4).unwrap();
+                let (shared, args) = (shared_bytes(box_rows), [a.address().into(), out.address().into()]);
+                let launch = Launch { kernel, grid: [1, 1, 1], block: 128, shared, maps: &[b], args: &args };
+                driver.launch(&launch).unwrap();
+                assert_eq!(floats(&driver, out.address(), want.len()), want, "{kernel}");
+                watched::held();
+            };
+            if columns == 64 {
+                let upright = map(&driver, upright.address(), [64, 64], 64);
+                run(&format!("wgmma_check_stored_{suffix}"), upright, 128);
+            }
+            let across = map(&driver, b.address(), [64, columns], 64);
+            run(&format!("wgmma_check_across_{suffix}_{columns}"), across, columns.div_ceil(64) * 64);
+        }
+    }
+}
+
 /// Sizes of tiles of `kernels/cuda/wide.cu`: their rows, and stages.
 const WIDE_TILES: [(&str, usize, usize); 3] = [("tall", 192, 5), ("middle", 128, 6), ("flat", 64, 4)];
 
