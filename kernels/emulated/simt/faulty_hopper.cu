@@ -107,7 +107,10 @@ __device__ void multiply_ones(const TensorMap& map, float* out) {
     if (MISTAKE == Mistake::HeldTouched) held[0][threadIdx.x % 4] = 0;
     commit_products();
     wait_for_products(sums);
-    if (MISTAKE == Mistake::ShownLate) show_operands();
+    if (MISTAKE == Mistake::ShownLate) {
+        __syncthreads();
+        show_operands();
+    }
     for (int i = 0; i < 32; i++) {
         if (Fragment::col(i) == 0) out[Fragment::row(i)] = sums[i];
     }
