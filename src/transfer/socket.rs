@@ -2,11 +2,15 @@
 //! encrypted, if that is wanted.
 
 use std::fs::File;
+use std::hint::spin_loop;
 use std::io::{self, IoSlice, IoSliceMut};
 use std::mem::{MaybeUninit, size_of};
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
 use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::thread::available_parallelism;
+use std::time::{Duration, Instant};
 
+use rustix::io::Errno;
 use rustix::net::sockopt;
 use rustix::net::{
     RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage, SendFlags,
@@ -22,13 +26,18 @@ use super::tls::Tls;
 /// Most elements given to one system call.
 pub(super) const VECTOR_MAX: usize = 64;
 
-/// Buffers of a TCP connection that does not leave the host, each way.
-const LOCAL_BUFFER_BYTES: usize = 512 << 10;
+/// The congestion control of a TCP connection that does not leave the host. Every kernel has it, for every user.
+const LOCAL_CONGESTION: &str = "reno";
+
+/// How long to look for more of what a peer on this host is sending before sleeping until it comes.
+const LOCAL_SPIN: Duration = Duration::from_micros(50);
 
 /// A connected stream socket. Each method makes one system call once the socket is ready, and is cancel safe: what was
 /// not returned did not happen.
 pub(super) struct Socket {
     fd: AsyncFd<OwnedFd>,
+    /// How long reading pages waits awake.
+    spin: Duration,
     /// Never locked while waiting.
     tls: Option<Mutex<Tls>>,
 }
@@ -45,7 +54,7 @@ impl Socket {
     /// Takes over a connected socket that does not block. Needs tokio's context.
     pub(super) fn new(socket: impl Into<OwnedFd>) -> io::Result<Self> {
         let fd = register(socket.into(), Interest::READABLE | Interest::WRITABLE)?;
-        Ok(Self { fd, tls: None })
+        Ok(Self { fd, spin: Duration::ZERO, tls: None })
     }
 
     /// Agrees on keys with the peer; from then on everything is encrypted.
@@ -64,17 +73,25 @@ impl Socket {
         }
     }
 
-    /// Takes over a TCP connection: what is written goes out at once. Between two processes of a host the kernel's
-    /// buffers are kept small enough for what one has copied into them to be in the cache when the other copies it out;
-    /// left to itself, the kernel lets them grow to megabytes, which was measured to be a quarter slower. Between hosts
-    /// they are its business.
+    /// Takes over a TCP connection: what is written goes out at once.
+    ///
+    /// Between two processes of a host nothing is congested, and whoever reads is the other half of a copy. A system
+    /// whose congestion control paces what it sends (BBR, the default of some) does so there too, by a timer, which was
+    /// measured to cost more than half of the speed. And a reader that sleeps whenever it has caught up has to be woken
+    /// on another core each time, while what was sent leaves the caches: so it stays awake for a moment, if it does not
+    /// keep the only core from the sender. Between hosts, either is the system's business.
     pub(super) fn tcp(stream: TcpStream) -> io::Result<Self> {
         stream.set_nodelay(true)?;
-        if stream.peer_addr()?.ip() == stream.local_addr()?.ip() {
-            sockopt::set_socket_send_buffer_size(&stream, LOCAL_BUFFER_BYTES)?;
-            sockopt::set_socket_recv_buffer_size(&stream, LOCAL_BUFFER_BYTES)?;
+        let local = stream.peer_addr()?.ip() == stream.local_addr()?.ip();
+        if local && let Err(error) = sockopt::set_tcp_congestion(&stream, LOCAL_CONGESTION) {
+            tracing::debug!(%error, "a connection within this host keeps the system's congestion control");
         }
-        Self::new(stream.into_std()?)
+        let spin = if local && available_parallelism().is_ok_and(|cores| cores.get() > 1) {
+            LOCAL_SPIN
+        } else {
+            Duration::ZERO
+        };
+        Ok(Self { spin, ..Self::new(stream.into_std()?)? })
     }
 
     /// Reads into the first of `buffers`, then the next; never returns 0, the end is an error.
@@ -82,8 +99,17 @@ impl Socket {
         if let Some(tls) = &self.tls {
             return self.read_encrypted(tls, buffers).await;
         }
-        let read = self.fd.async_io(Interest::READABLE, |fd| Ok(rustix::io::readv(fd, buffers)?)).await?;
-        not_the_end(read)
+        let spin = self.spin;
+        let read = |fd: &OwnedFd| {
+            let mut caught_up: Option<Instant> = None;
+            loop {
+                match rustix::io::readv(fd, buffers) {
+                    Err(Errno::AGAIN) if caught_up.get_or_insert_with(Instant::now).elapsed() < spin => spin_loop(),
+                    read => return Ok(read?),
+                }
+            }
+        };
+        not_the_end(self.fd.async_io(Interest::READABLE, read).await?)
     }
 
     /// Reads some bytes; never returns 0, the end is an error.
@@ -271,4 +297,37 @@ fn peer_pidfd(socket: &OwnedFd) -> io::Result<OwnedFd> {
     }
     // SAFETY: the system has just made this descriptor for us, and nobody else knows it.
     Ok(unsafe { OwnedFd::from_raw_fd(pidfd) })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    async fn pair() -> [Socket; 2] {
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let (connected, accepted) = tokio::join!(TcpStream::connect(listener.local_addr().unwrap()), listener.accept());
+        [connected.unwrap(), accepted.unwrap().0].map(|stream| Socket::tcp(stream).unwrap())
+    }
+
+    #[tokio::test]
+    async fn what_does_not_leave_the_host_is_not_paced() {
+        for socket in pair().await {
+            assert_eq!(sockopt::tcp_congestion(socket.fd.get_ref()).unwrap(), LOCAL_CONGESTION);
+        }
+    }
+
+    #[tokio::test]
+    async fn a_reader_that_waits_awake_sleeps_in_the_end() {
+        let [sender, receiver] = pair().await;
+        let mut buffer = [0; 3];
+        sender.write_all(b"ab").await.unwrap();
+        assert_eq!(receiver.read_vectored(&mut [IoSliceMut::new(&mut buffer)]).await.unwrap(), 2);
+        // On this one thread nothing is sent before the reader sleeps.
+        let mut rest = [IoSliceMut::new(&mut buffer)];
+        let (read, sent) = tokio::join!(receiver.read_vectored(&mut rest), sender.write_all(b"c"));
+        assert_eq!((read.unwrap(), sent.unwrap()), (1, ()));
+        drop(sender);
+        let ended = receiver.read_vectored(&mut [IoSliceMut::new(&mut buffer)]).await;
+        assert_eq!(ended.unwrap_err().kind(), io::ErrorKind::UnexpectedEof);
+    }
 }
