@@ -5,10 +5,11 @@ use std::path::{Path, PathBuf};
 
 use anyhow::Result;
 
+use crate::answers::Alike;
 use crate::handoffs::{self, PHASES};
 use crate::machine::Machine;
 use crate::stats::{median, percentile};
-use crate::streams::{PROMPT, STREAMS, Seen};
+use crate::streams::{STREAMS, Seen};
 
 /// One of the measurements of a row.
 type Values = fn(&handoffs::Row) -> &Vec<f64>;
@@ -16,13 +17,19 @@ type Values = fn(&handoffs::Row) -> &Vec<f64>;
 /// Everything measured.
 pub(crate) struct Report {
     machine: Machine,
+    device: Option<String>,
+    answers: Option<Alike>,
     handoffs: Vec<handoffs::Row>,
     streams: Vec<Seen>,
 }
 
 impl Report {
-    pub(crate) fn new(machine: Machine) -> Self {
-        Self { machine, handoffs: Vec::new(), streams: Vec::new() }
+    pub(crate) fn new(machine: Machine, device: Option<String>) -> Self {
+        Self { machine, device, answers: None, handoffs: Vec::new(), streams: Vec::new() }
+    }
+
+    pub(crate) fn answers(&mut self, alike: Alike) {
+        self.answers = Some(alike);
     }
 
     pub(crate) fn handoffs(&mut self, rows: Vec<handoffs::Row>) {
@@ -45,16 +52,36 @@ impl Report {
         let Machine { cpu, cores, features, memory_gib } = &self.machine;
         writeln!(text, "# Disaggregation, engine {}\n", env!("CARGO_PKG_VERSION"))?;
         writeln!(text, "- Machine: {cpu}, {cores} cores, {memory_gib:.0} GiB; {}", features.join(", "))?;
-        writeln!(
-            text,
-            "- Every worker is held to its cores (taskset) and has one computing thread on each; etcd, nats-server"
-        )?;
-        writeln!(text, "  and the clients run on whichever core is free")?;
+        match &self.device {
+            Some(device) => writeln!(text, "- All workers compute on {device}, each in a process of its own")?,
+            None => {
+                writeln!(
+                    text,
+                    "- Every worker is held to its cores (taskset) and has one computing thread on each; etcd, nats-server"
+                )?;
+                writeln!(text, "  and the clients run on whichever core is free")?;
+            }
+        }
+        if let Some(Alike { answers, tokens, equal, margin_max }) = &self.answers {
+            writeln!(text, "\n## The same tokens\n")?;
+            writeln!(
+                text,
+                "{equal} of {answers} greedy answers of {tokens} tokens, to prompts that were handed off, are those of one"
+            )?;
+            writeln!(
+                text,
+                "process, token for token. Where one parts, the two tokens were {margin_max:.4} nat apart at most."
+            )?;
+        }
         if !self.handoffs.is_empty() {
             writeln!(text, "\n## What a handoff costs\n")?;
             writeln!(
                 text,
-                "One at a time, decode worker on core 0, prefill worker on core 1, both idle otherwise. Milliseconds,"
+                "One at a time, {}, both idle otherwise. Milliseconds,",
+                match self.device {
+                    Some(_) => "decode worker and prefill worker on one device",
+                    None => "decode worker on core 0, prefill worker on core 1",
+                }
             )?;
             writeln!(
                 text,
@@ -64,10 +91,7 @@ impl Report {
                 text,
                 "computing: HTTP, queue, messages, transfer, and the step that computes the last prompt token. *Added* is"
             )?;
-            writeln!(
-                text,
-                "the time to the first token less the median of one process on one core with the same prompts.\n"
-            )?;
+            writeln!(text, "the time to the first token less the median of one process with the same prompts.\n")?;
             self.write_handoffs(text)?;
         }
         for seen in &self.streams {
@@ -88,7 +112,9 @@ impl Report {
         let totals: [(&str, &str, Values); 4] = [
             ("**overhead**", "time to the first token − compute", |row| &row.overhead),
             ("time to the first token", "at the client", |row| &row.first_token),
-            ("the same, one process", "on one core", |row| &row.local),
+            ("the same, one process", if self.device.is_some() { "on the device" } else { "on one core" }, |row| {
+                &row.local
+            }),
             ("**added**", "by the handoff", |row| &row.added),
         ];
         totals.into_iter().try_for_each(|(name, what, values)| self.write_row(text, name, what, values))
@@ -119,11 +145,11 @@ impl Report {
 }
 
 fn write_streams(text: &mut String, seen: &Seen) -> std::fmt::Result {
-    writeln!(text, "\n## {STREAMS} answers while prompts of {PROMPT} tokens arrive: {}\n", seen.model)?;
-    let why = if seen.interval > 1.0 { ": one a second would be more than a core can compute" } else { "" };
+    writeln!(text, "\n## {STREAMS} answers while prompts of {} tokens arrive: {}\n", seen.prompt, seen.model)?;
+    let why = if seen.interval > 1.0 { ": one a second would be more than it can compute" } else { "" };
     writeln!(
         text,
-        "A prompt takes an idle core {:.2} s, and one arrives every {:.2} s{why}.",
+        "A prompt takes an idle one {:.3} s, and one arrives every {:.2} s{why}.",
         seen.alone, seen.interval
     )?;
     writeln!(text, "All rounds together; ITL is the time between two tokens of an answer, in milliseconds.\n")?;

@@ -8,13 +8,11 @@ use std::time::{Duration, Instant};
 use anyhow::{Result, ensure};
 
 use crate::client;
-use crate::cluster::{Pair, Services, Worker};
+use crate::cluster::{Engine, Pair, Services, Worker};
 use crate::model::Model;
 
 /// Answers being streamed.
 pub(crate) const STREAMS: usize = 8;
-/// Tokens of a prompt that arrives.
-pub(crate) const PROMPT: usize = 2000;
 /// Tokens of the prompts of those that are being answered, which are computed where they arrive.
 const OWN_PROMPT: usize = 32;
 /// More tokens than anybody waits for.
@@ -25,30 +23,49 @@ const QUIET: Duration = Duration::from_secs(4);
 const INTERVAL_MIN: f64 = 1.0;
 const HEADROOM: f64 = 1.5;
 
-/// How the cores are used.
+/// Long prompts of a round.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Arrivals {
+    pub(crate) prompts: usize,
+    /// Of each.
+    pub(crate) tokens: usize,
+}
+
+/// How the cores are used, or the device.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Setup {
     OneCore,
     Disaggregated,
     TwoCores,
+    OneProcess,
+    TwoProcesses,
 }
 
 impl Setup {
-    pub(crate) const ALL: [Self; 3] = [Self::OneCore, Self::Disaggregated, Self::TwoCores];
+    const ON_CORES: [Self; 3] = [Self::OneCore, Self::Disaggregated, Self::TwoCores];
+    const ON_DEVICE: [Self; 2] = [Self::OneProcess, Self::TwoProcesses];
 
     pub(crate) const fn name(self) -> &'static str {
         match self {
             Self::OneCore => "one process, one core",
             Self::Disaggregated => "decode worker on one core, prefill worker on the other",
             Self::TwoCores => "one process, both cores",
+            Self::OneProcess => "one process",
+            Self::TwoProcesses => "decode worker and prefill worker, which share the device",
         }
+    }
+
+    const fn hands_off(self) -> bool {
+        matches!(self, Self::Disaggregated | Self::TwoProcesses)
     }
 }
 
 /// What was seen of a model.
 pub(crate) struct Seen {
     pub(crate) model: String,
-    /// Seconds for one long prompt on an idle core, and between two arrivals.
+    /// Tokens of a prompt that arrives.
+    pub(crate) prompt: usize,
+    /// Seconds for one long prompt on an idle core or device, and between two arrivals.
     pub(crate) alone: f64,
     pub(crate) interval: f64,
     pub(crate) setups: Vec<(Setup, Figures)>,
@@ -66,36 +83,40 @@ pub(crate) struct Figures {
     pub(crate) tokens_per_second: Vec<f64>,
 }
 
-pub(crate) fn measure(model: &Model, rounds: usize, prompts: usize) -> Result<Seen> {
+/// `arrivals`: how many prompts of how many tokens arrive in a round.
+pub(crate) fn measure(engine: &Engine, model: &Model, rounds: usize, arrivals: Arrivals) -> Result<Seen> {
     let services = Services::start();
-    let one = Worker::alone(model, &[0])?;
-    let two = Worker::alone(model, &[0, 1])?;
-    let pair = Pair::start(&services, "streams", model, &[])?;
+    let Arrivals { prompts, tokens } = arrivals;
+    let one = Worker::alone(engine, model, &[0])?;
+    let two = if engine.device.is_none() { Some(Worker::alone(engine, model, &[0, 1])?) } else { None };
+    let pair = Pair::start(engine, &services, "streams", model, &[])?;
     // The first prompt meets memory that was never touched.
-    client::first_token(&one.address, &model.prompt(PROMPT, 1))?;
-    let alone = client::first_token(&one.address, &model.prompt(PROMPT, 2))?;
-    for address in [&two.address, &pair.decode.address] {
-        client::first_token(address, &model.prompt(PROMPT, 3))?;
+    client::first_token(&one.address, &model.prompt(tokens, 1))?;
+    let alone = client::first_token(&one.address, &model.prompt(tokens, 2))?;
+    for worker in two.iter().chain([&pair.decode]) {
+        client::first_token(&worker.address, &model.prompt(tokens, 3))?;
     }
     let interval = (alone * HEADROOM).max(INTERVAL_MIN);
-    let mut setups: Vec<_> = Setup::ALL.map(|setup| (setup, Figures::default())).into();
+    let setups = if two.is_some() { &Setup::ON_CORES[..] } else { &Setup::ON_DEVICE };
+    let mut setups: Vec<_> = setups.iter().map(|&setup| (setup, Figures::default())).collect();
     for round in 0..rounds {
         for (setup, figures) in &mut setups {
-            let address = match setup {
-                Setup::OneCore => &one.address,
-                Setup::Disaggregated => &pair.decode.address,
-                Setup::TwoCores => &two.address,
+            let worker = match setup {
+                Setup::TwoCores => two.as_ref().unwrap_or(&one),
+                Setup::OneCore | Setup::OneProcess => &one,
+                Setup::Disaggregated | Setup::TwoProcesses => &pair.decode,
             };
             let remote = "engine_prefills_total{where=\"remote\"}";
             let before = pair.decode.metric(remote)?;
-            watch(address, model, 1 + round as u64, prompts, Duration::from_secs_f64(interval), figures)?;
+            let every = Duration::from_secs_f64(interval);
+            watch(&worker.address, model, 1 + round as u64, arrivals, every, figures)?;
             let handed_off = pair.decode.metric(remote)? - before;
-            let expected = if *setup == Setup::Disaggregated { prompts as f64 } else { 0.0 };
+            let expected = if setup.hands_off() { prompts as f64 } else { 0.0 };
             ensure!(handed_off == expected, "{handed_off} of {expected} prompts were handed off");
             eprintln!("{}, round {}: {}", model.name, round + 1, setup.name());
         }
     }
-    Ok(Seen { model: model.name.clone(), alone, interval, setups })
+    Ok(Seen { model: model.name.clone(), prompt: tokens, alone, interval, setups })
 }
 
 /// Starts the streams, watches them for a while, lets prompts arrive, and ends the streams when the last of these has
@@ -104,7 +125,7 @@ fn watch(
     address: &str,
     model: &Model,
     round: u64,
-    prompts: usize,
+    Arrivals { prompts, tokens: length }: Arrivals,
     interval: Duration,
     figures: &mut Figures,
 ) -> Result<()> {
@@ -135,7 +156,7 @@ fn watch(
         let started = quiet + QUIET;
         for prompt in 0..prompts {
             sleep_until(started + interval * prompt as u32);
-            let tokens = model.prompt(PROMPT, 2_000_000 + round * 1000 + prompt as u64);
+            let tokens = model.prompt(length, 2_000_000 + round * 1000 + prompt as u64);
             threads.push(scope.spawn(move || client::first_token(address, &tokens)));
         }
         let first_tokens: Result<Vec<f64>> = threads.into_iter().map(|thread| joined(thread)).collect();

@@ -274,6 +274,13 @@ impl PageCopies {
         self.stream.copy(from, to, count * self.pages.shape.page_bytes)
     }
 
+    /// Enqueues a copy to other pages of the same memory.
+    pub fn copy_within(&self, run: PageRun) -> Result<(), DriverError> {
+        let PageRun { layer, from, to, count } = run;
+        let [from, to] = [from, to].map(|first| self.pages.address(layer, first, count));
+        self.stream.copy(from, to, count * self.pages.shape.page_bytes)
+    }
+
     /// Waits until all copies are over. Afterwards whatever this thread does is ordered behind them for everybody.
     pub fn finish(&self) -> Result<(), DriverError> {
         self.stream.finish()
