@@ -133,20 +133,28 @@ fn two_processes_measure_pages_from_device_to_device_beside_a_copy() {
     let mut line = String::new();
     BufReader::new(serving.stdout.take().unwrap()).read_line(&mut line).unwrap();
     let address = line.trim().rsplit(' ').next().unwrap();
-    let measured =
-        |flags: &[&str]| engine(&[&["transfer-bench", "--connect", address], flags].concat()).output().unwrap();
-    let few = ["--page-size", "64KiB", "--pages", "4", "--rounds", "2", "--json"];
-    let Output { status, stdout, stderr } = measured(&[&few[..], &["--device", "cuda:0"]].concat());
-    assert!(status.success(), "{}", String::from_utf8_lossy(&stderr));
-    let row: Value = serde_json::from_slice(&stdout).unwrap();
-    assert_eq!(row["transport"], "cuda-ipc");
-    assert!(row["gigabytes_per_second"].as_f64().unwrap() > 0.0, "{row}");
-    assert!(row["copy_gigabytes_per_second"].as_f64().unwrap() > 0.0, "{row}");
+    let measured = |refused: &str, flags: &[&str]| {
+        let few = ["--page-size", "64KiB", "--pages", "4", "--rounds", "2", "--json"];
+        let mut command = engine(&[&["transfer-bench", "--connect", address], &few[..], flags].concat());
+        command.env("STANDIN_REFUSES", refused).output().unwrap()
+    };
+    // Copies in one call, or one after the other where a driver does not take them so.
+    for refused in ["nothing", "batch"] {
+        let Output { status, stdout, stderr } = measured(refused, &["--device", "cuda:0"]);
+        assert!(status.success(), "{}", String::from_utf8_lossy(&stderr));
+        let row: Value = serde_json::from_slice(&stdout).unwrap();
+        assert_eq!(row["transport"], "cuda-ipc");
+        assert!(row["gigabytes_per_second"].as_f64().unwrap() > 0.0, "{row}");
+        assert!(row["copy_gigabytes_per_second"].as_f64().unwrap() > 0.0, "{row}");
+    }
     // Out of host memory no way leads there, and the other ways are not measured out of a device's.
-    for (flags, why) in [(&["--device", "cpu"][..], "cpu"), (&["--device", "cuda:0", "--transport", "shm"], "cuda-ipc")]
-    {
-        let Output { status, stderr, .. } = measured(&[&few[..], flags].concat());
-        assert!(!status.success() && String::from_utf8_lossy(&stderr).contains(why), "{flags:?} {stderr:?}");
+    for (flags, why) in [
+        (&["--device", "cpu"][..], "takes no pages over shm"),
+        (&["--device", "cuda:0", "--transport", "shm"], "cuda-ipc"),
+    ] {
+        let Output { status, stderr, .. } = measured("nothing", flags);
+        let said = String::from_utf8_lossy(&stderr);
+        assert!(!status.success() && said.contains(why), "{flags:?} {said}");
     }
     serving.kill().unwrap();
     serving.wait().unwrap();

@@ -39,6 +39,8 @@ impl Place {
         Self::Device(Arc::new(move |shape| {
             let device = device.lock().unwrap_or_else(PoisonError::into_inner);
             let memory = device.allocate(DeviceRegion::bytes(shape))?;
+            // The zeros come in the order of what is computed, which copies of other streams and processes are not in.
+            device.synchronize()?;
             Ok(DeviceRegion::new(Arc::new(memory), device.mover(), shape))
         }))
     }

@@ -10,7 +10,7 @@ use cudarc::driver::{CudaContext, CudaStream, result, sys};
 
 use super::device::During;
 use super::driver::{Address, DriverError};
-use super::moving::{AdapterAccess, CopyStream, DeviceId, IpcHandle, Mark, Mover};
+use super::moving::{AdapterAccess, CopySpan, CopyStream, DeviceId, IpcHandle, Mark, Mover};
 use crate::KvRegion;
 
 /// The device of a [`Device`](super::Device), and the stream that it computes on.
@@ -244,6 +244,41 @@ impl fmt::Debug for Copies {
     }
 }
 
+impl Copies {
+    /// All in one call: pages are small for a device, and a call each would take longer than they do. (vLLM moves its
+    /// pages between device and host so.)
+    fn copy_batch(&self, spans: &[CopySpan]) -> Result<(), sys::CUresult> {
+        let addresses = |of: fn(&CopySpan) -> Address| spans.iter().map(|span| of(span).0).collect::<Vec<_>>();
+        let (mut to, mut from) = (addresses(|span| span.to), addresses(|span| span.from));
+        let mut bytes: Vec<usize> = spans.iter().map(|span| span.bytes).collect();
+        let nowhere = sys::CUmemLocation { type_: sys::CUmemLocationType::CU_MEM_LOCATION_TYPE_INVALID, id: 0 };
+        let mut attributes = sys::CUmemcpyAttributes {
+            // Behind what the stream has been told to wait for, as single copies are.
+            srcAccessOrder: sys::CUmemcpySrcAccessOrder::CU_MEMCPY_SRC_ACCESS_ORDER_STREAM,
+            srcLocHint: nowhere,
+            dstLocHint: nowhere,
+            flags: sys::CUmemcpyFlags::CU_MEMCPY_FLAG_DEFAULT as c_uint,
+        };
+        // From which copy on the attributes, of which there is one set, are meant.
+        let mut first = 0;
+        // SAFETY: as many addresses and numbers each as there are copies, which the driver only reads; they are of the
+        // caller's memory.
+        let copied = unsafe {
+            sys::cuMemcpyBatchAsync_v2(
+                to.as_mut_ptr(),
+                from.as_mut_ptr(),
+                bytes.as_mut_ptr(),
+                spans.len(),
+                &raw mut attributes,
+                &raw mut first,
+                1,
+                self.stream.cu_stream(),
+            )
+        };
+        copied.result().map_err(|error| error.0)
+    }
+}
+
 impl CopyStream for Copies {
     fn download(&self, from: Address, to: &KvRegion, at: usize, bytes: usize) -> Result<(), DriverError> {
         bind(&self.context)?;
@@ -257,12 +292,18 @@ impl CopyStream for Copies {
         copied.during(|| format!("copying {bytes} bytes from the device"))
     }
 
-    fn copy(&self, from: Address, to: Address, bytes: usize) -> Result<(), DriverError> {
+    fn copy(&self, spans: &[CopySpan]) -> Result<(), DriverError> {
         bind(&self.context)?;
-        // SAFETY: the caller's addresses of as much memory each; with unified addresses the driver finds out which
-        // devices they are of.
-        let copied = unsafe { result::memcpy_dtod_async(to.0, from.0, bytes, self.stream.cu_stream()) };
-        copied.during(|| format!("copying {bytes} bytes on the device"))
+        // Those of a batch that is refused may have begun: once more they write the same.
+        if spans.len() > 1 && self.copy_batch(spans).is_ok() {
+            return Ok(());
+        }
+        spans.iter().try_for_each(|&CopySpan { from, to, bytes }| {
+            // SAFETY: the caller's addresses of as much memory each; with unified addresses the driver finds out which
+            // devices they are of.
+            let copied = unsafe { result::memcpy_dtod_async(to.0, from.0, bytes, self.stream.cu_stream()) };
+            copied.during(|| format!("copying {bytes} bytes on the device"))
+        })
     }
 
     fn finish(&self) -> Result<(), DriverError> {
