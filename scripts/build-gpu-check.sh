@@ -10,9 +10,9 @@ folder=target/cuda/gpu-check
 tokenizer=${XDG_CACHE_HOME:-$HOME/.cache}/engine/qwen3-tokenizer
 rm -rf "$folder"
 mkdir -p "$folder/tokenizer"
-cargo bench --locked --features cuda --bench disaggregation --no-run
-# The one that was built last: cargo keeps others.
-strip -o "$folder/disaggregation" "$(ls -t target/release/deps/disaggregation-* | grep -v '\.d$' | head -n 1)"
+built=$(cargo bench --locked --features cuda --bench disaggregation --no-run --message-format=json |
+    sed -n 's/.*"executable":"\([^"]*disaggregation-[^"]*\)".*/\1/p')
+strip -o "$folder/disaggregation" "$built"
 for service in etcd nats-server; do
     strip -o "$folder/$service" "$(PATH=$PATH:/usr/sbin command -v $service)"
 done

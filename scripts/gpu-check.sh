@@ -114,6 +114,7 @@ without_wgmma() { # without_wgmma <seconds>
 transfers='
 engine=$1
 shift
+: >"$0"
 "$engine" transfer-bench --serve --device cuda:0 --port 0 >"$0" &
 trap "kill $!" EXIT
 until grep -q -- --connect "$0"; do kill -0 $! 2>/dev/null || exit 1; sleep 0.2; done
@@ -178,7 +179,7 @@ whole)
     the_rest
     ;;
 pair)
-    pages_between 60 --page-size 64KiB,256KiB,1MiB,4MiB --pages 256 --rounds 30
+    pages_between 60 --page-size 256KiB,1MiB --pages 1024 --rounds 30
     pair 180 qwen3-0.6b --flags "--kv-cache-memory 12GiB --max-model-len 12288 --max-num-seqs 16" --handoffs 40
     ;;
 rest) the_rest ;;

@@ -2,7 +2,7 @@
 //! `scripts/check-device-pages.sh` builds, which can be told to break a kernel or to be of another version.
 
 use std::io::{BufRead, BufReader};
-use std::process::{Command, Output, Stdio};
+use std::process::{Child, Command, Output, Stdio};
 
 use serde_json::Value;
 
@@ -125,13 +125,23 @@ fn steps_and_operations_are_measured_one_row_each() {
     assert_eq!(table.lines().filter(|line| line.contains(" † |")).count(), 1, "{table}");
 }
 
+/// A process that ends with its test.
+struct Killed(Child);
+
+impl Drop for Killed {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
 #[test]
 #[ignore = "needs a stand-in for libcuda: make device-pages"]
 fn two_processes_measure_pages_from_device_to_device_beside_a_copy() {
     let mut serving = engine(&["transfer-bench", "--serve", "--port", "0", "--device", "cuda:0", "--log-level", "off"]);
-    let mut serving = serving.stdout(Stdio::piped()).spawn().unwrap();
+    let mut serving = Killed(serving.stdout(Stdio::piped()).spawn().unwrap());
     let mut line = String::new();
-    BufReader::new(serving.stdout.take().unwrap()).read_line(&mut line).unwrap();
+    BufReader::new(serving.0.stdout.take().unwrap()).read_line(&mut line).unwrap();
     let address = line.trim().rsplit(' ').next().unwrap();
     let measured = |refused: &str, flags: &[&str]| {
         let few = ["--page-size", "64KiB", "--pages", "4", "--rounds", "2", "--json"];
@@ -141,7 +151,9 @@ fn two_processes_measure_pages_from_device_to_device_beside_a_copy() {
     // Copies in one call, or one after the other where a driver does not take them so.
     for refused in ["nothing", "batch"] {
         let Output { status, stdout, stderr } = measured(refused, &["--device", "cuda:0"]);
-        assert!(status.success(), "{}", String::from_utf8_lossy(&stderr));
+        let said = String::from_utf8_lossy(&stderr);
+        assert!(status.success(), "{said}");
+        assert_eq!(said.matches("one by one from now on").count(), usize::from(refused == "batch"), "{said}");
         let row: Value = serde_json::from_slice(&stdout).unwrap();
         assert_eq!(row["transport"], "cuda-ipc");
         assert!(row["gigabytes_per_second"].as_f64().unwrap() > 0.0, "{row}");
@@ -156,6 +168,4 @@ fn two_processes_measure_pages_from_device_to_device_beside_a_copy() {
         let said = String::from_utf8_lossy(&stderr);
         assert!(!status.success() && said.contains(why), "{flags:?} {said}");
     }
-    serving.kill().unwrap();
-    serving.wait().unwrap();
 }

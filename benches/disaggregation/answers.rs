@@ -32,7 +32,7 @@ pub(crate) struct Alike {
 pub(crate) fn compare(engine: &Engine, model: &Model, long: usize) -> Result<Alike> {
     let services = Services::start();
     let alone = Worker::alone(engine, model, &[0])?;
-    let pair = Pair::start(engine, &services, "answers", model, &[])?;
+    let pair = Pair::start(engine, &services, "answers", model, engine.way())?;
     let mut alike = Alike { answers: PROMPTS as usize, tokens: TOKENS, equal: 0, margin_max: 0.0 };
     for number in 0..PROMPTS {
         // On borders of pages and beside them.

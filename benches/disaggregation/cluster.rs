@@ -31,6 +31,11 @@ impl Engine {
         if self.device.is_some() { &["cuda-ipc"] } else { &["shm", "tcp"] }
     }
 
+    /// What workers on a device are told, so that no other way is measured in secret.
+    pub(crate) fn way(&self) -> &'static [&'static str] {
+        if self.device.is_some() { &["--transport", "cuda-ipc"] } else { &[] }
+    }
+
     /// A worker of these cores or the device, with further flags.
     fn worker(&self, cores: &[usize], flags: Vec<String>) -> Result<Worker> {
         let mut command = if let Some(device) = &self.device {

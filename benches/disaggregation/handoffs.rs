@@ -23,7 +23,7 @@ pub(crate) struct Row {
     pub(crate) overhead: Vec<f64>,
     /// By the names of [`PHASES`].
     pub(crate) phases: Vec<Vec<f64>>,
-    /// First tokens of one process on one core, and what being handed off added.
+    /// First tokens of one process, and what being handed off added.
     pub(crate) local: Vec<f64>,
     pub(crate) added: Vec<f64>,
 }

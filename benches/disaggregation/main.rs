@@ -5,8 +5,8 @@
 //! prompts that arrive beside them, in one process and in two. What is compared takes turns (A B C A B C …), so that
 //! all meet the same machine in the same minutes.
 //!
-//! With `--device` workers compute on that instead, all on the one, and [`answers`] looks first whether they say what one
-//! process says. `make gpu-check` has this program carried to a machine with a GPU.
+//! With `--device` workers compute on that instead, all on the one, and [`answers`] looks first whether they say what
+//! one process says. `make gpu-check` has this program carried to a machine with a GPU.
 
 mod answers;
 mod client;
@@ -32,7 +32,7 @@ use clap::Parser;
 
 use cluster::Engine;
 use model::Model;
-use streams::Arrivals;
+use report::Report;
 
 /// Measures handoffs, and what long prompts cost those who are being answered.
 #[derive(Parser)]
@@ -83,25 +83,24 @@ fn main() -> Result<()> {
     };
     let flags = options.flags.split_whitespace().map(str::to_owned).collect();
     let engine = Engine { program: options.engine, device: options.device.clone(), flags };
-    let mut report = report::Report::new(machine, options.device);
+    let mut report = Report::new(machine, options.device);
     let long = options.prompt_tokens;
     ensure!(long >= 200, "--prompt-tokens {long}: prompts so short are not handed off");
+    // If answers are wrong, how fast they come is worth knowing all the same.
+    let mut alike = Ok(());
     if engine.device.is_some() {
-        report.answers(answers::compare(&engine, &models[0], long)?);
+        alike = answers::compare(&engine, &models[0], long).map(|alike| report.answers(&alike));
     }
     if options.handoffs > 0 {
-        report.handoffs(handoffs::measure(&engine, &models[0], long, options.handoffs)?);
+        report.handoffs(&handoffs::measure(&engine, &models[0], long, options.handoffs)?);
     }
     if options.rounds > 0 {
-        let arrivals = Arrivals { prompts: options.prompts, tokens: long };
         for model in &models {
-            report.streams(streams::measure(&engine, model, options.rounds, arrivals)?);
+            report.streams(&streams::measure(&engine, model, options.rounds, options.prompts, long)?);
         }
     }
-    let text = report.markdown();
-    println!("\n{text}");
     if let Some(folder) = options.results {
-        println!("written to {}", report.write(&folder, &text)?.display());
+        println!("written to {}", report.write(&folder)?.display());
     }
-    Ok(())
+    alike
 }

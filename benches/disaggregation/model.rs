@@ -1,5 +1,5 @@
-//! What is served: the demo model, the shape of a large one for a device, and one made up that is so small that a core computes a long prompt in less than a
-//! second.
+//! What is served: the demo model, and one made up that is so small that a core computes a long prompt in less than a
+//! second; on a device, the shape of a large one.
 
 use std::path::{Path, PathBuf};
 
@@ -35,8 +35,10 @@ impl Model {
         let vocabulary = serde_json::from_str::<serde_json::Value>(&config)?["vocab_size"].as_u64();
         std::fs::write(files.path().join("config.json"), config)?;
         for file in std::fs::read_dir(tokenizer).context("--tokenizer names no folder")? {
-            let file = file?;
-            std::fs::copy(file.path(), files.path().join(file.file_name()))?;
+            let name = file?.file_name();
+            if name.to_string_lossy().starts_with("tokenizer") && name.to_string_lossy().ends_with(".json") {
+                std::fs::copy(tokenizer.join(&name), files.path().join(name))?;
+            }
         }
         let name = folder.file_name().context("the shape has no name")?.to_string_lossy();
         Ok(Self {

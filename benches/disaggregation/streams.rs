@@ -17,9 +17,12 @@ pub(crate) const STREAMS: usize = 8;
 const OWN_PROMPT: usize = 32;
 /// More tokens than anybody waits for.
 const ENDLESS: usize = 8000;
-/// How long streams are watched before the first prompt arrives.
+/// How long streams are watched before the first prompt arrives; on a device, whose answers grow a thousand tokens a
+/// second, not so long that the ones after it are much longer than those before.
 const QUIET: Duration = Duration::from_secs(4);
-/// Prompts arrive no more often than one a second, and leave the one core of a single process this much of its time.
+const QUIET_ON_DEVICE: Duration = Duration::from_secs(1);
+/// Prompts arrive no more often than one a second, and leave the core or device of a single process this much of its
+/// time.
 const INTERVAL_MIN: f64 = 1.0;
 const HEADROOM: f64 = 1.5;
 
@@ -29,6 +32,9 @@ pub(crate) struct Arrivals {
     pub(crate) prompts: usize,
     /// Of each.
     pub(crate) tokens: usize,
+    /// Before the first, and between two.
+    quiet: Duration,
+    every: Duration,
 }
 
 /// How the cores are used, or the device.
@@ -83,13 +89,12 @@ pub(crate) struct Figures {
     pub(crate) tokens_per_second: Vec<f64>,
 }
 
-/// `arrivals`: how many prompts of how many tokens arrive in a round.
-pub(crate) fn measure(engine: &Engine, model: &Model, rounds: usize, arrivals: Arrivals) -> Result<Seen> {
+/// In each round so many `prompts` of so many `tokens` arrive.
+pub(crate) fn measure(engine: &Engine, model: &Model, rounds: usize, prompts: usize, tokens: usize) -> Result<Seen> {
     let services = Services::start();
-    let Arrivals { prompts, tokens } = arrivals;
     let one = Worker::alone(engine, model, &[0])?;
     let two = if engine.device.is_none() { Some(Worker::alone(engine, model, &[0, 1])?) } else { None };
-    let pair = Pair::start(engine, &services, "streams", model, &[])?;
+    let pair = Pair::start(engine, &services, "streams", model, engine.way())?;
     // The first prompt meets memory that was never touched.
     client::first_token(&one.address, &model.prompt(tokens, 1))?;
     let alone = client::first_token(&one.address, &model.prompt(tokens, 2))?;
@@ -97,6 +102,8 @@ pub(crate) fn measure(engine: &Engine, model: &Model, rounds: usize, arrivals: A
         client::first_token(&worker.address, &model.prompt(tokens, 3))?;
     }
     let interval = (alone * HEADROOM).max(INTERVAL_MIN);
+    let quiet = if engine.device.is_some() { QUIET_ON_DEVICE } else { QUIET };
+    let arrivals = Arrivals { prompts, tokens, quiet, every: Duration::from_secs_f64(interval) };
     let setups = if two.is_some() { &Setup::ON_CORES[..] } else { &Setup::ON_DEVICE };
     let mut setups: Vec<_> = setups.iter().map(|&setup| (setup, Figures::default())).collect();
     for round in 0..rounds {
@@ -108,8 +115,7 @@ pub(crate) fn measure(engine: &Engine, model: &Model, rounds: usize, arrivals: A
             };
             let remote = "engine_prefills_total{where=\"remote\"}";
             let before = pair.decode.metric(remote)?;
-            let every = Duration::from_secs_f64(interval);
-            watch(&worker.address, model, 1 + round as u64, arrivals, every, figures)?;
+            watch(&worker.address, model, 1 + round as u64, arrivals, figures)?;
             let handed_off = pair.decode.metric(remote)? - before;
             let expected = if setup.hands_off() { prompts as f64 } else { 0.0 };
             ensure!(handed_off == expected, "{handed_off} of {expected} prompts were handed off");
@@ -125,8 +131,7 @@ fn watch(
     address: &str,
     model: &Model,
     round: u64,
-    Arrivals { prompts, tokens: length }: Arrivals,
-    interval: Duration,
+    Arrivals { prompts, tokens: length, quiet, every }: Arrivals,
     figures: &mut Figures,
 ) -> Result<()> {
     let stop = AtomicBool::new(false);
@@ -152,24 +157,25 @@ fn watch(
             .collect();
         drop(came);
         let all_came = comes.iter().take(STREAMS).count() == STREAMS;
-        let quiet = Instant::now();
-        let started = quiet + QUIET;
+        let watched = Instant::now();
+        let started = watched + quiet;
         for prompt in 0..prompts {
-            sleep_until(started + interval * prompt as u32);
+            sleep_until(started + every * prompt as u32);
             let tokens = model.prompt(length, 2_000_000 + round * 1000 + prompt as u64);
             threads.push(scope.spawn(move || client::first_token(address, &tokens)));
         }
         let first_tokens: Result<Vec<f64>> = threads.into_iter().map(|thread| joined(thread)).collect();
-        sleep_until(started + interval * prompts as u32);
+        sleep_until(started + every * prompts as u32);
         let ended = Instant::now();
         stop.store(true, Ordering::Relaxed);
         let mut tokens_seen = 0;
         for stream in streams {
             let tokens = joined(stream)?;
+            ensure!(tokens.len() < ENDLESS, "an answer ended before the prompts beside it did");
             tokens_seen += tokens.iter().filter(|&&token| token >= started && token < ended).count();
             for pair in tokens.windows(2) {
                 let gap = (pair[1] - pair[0]).as_secs_f64();
-                if pair[0] >= quiet && pair[1] < started {
+                if pair[0] >= watched && pair[1] < started {
                     figures.quiet.push(gap);
                 } else if pair[0] >= started && pair[1] < ended {
                     figures.busy.push(gap);

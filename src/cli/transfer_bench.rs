@@ -24,8 +24,8 @@ pub struct TransferBenchArgs {
     #[arg(long, value_name = "PORT", default_value_t = 7474)]
     pub port: u16,
 
-    /// Where this side's pages lie: cpu, or cuda:N. Between devices of a host they go over cuda-ipc, and are compared with a
-    /// copy within one
+    /// Where this side's pages lie: cpu, or cuda:N. Between devices of a host they go over cuda-ipc, and are compared
+    /// with a copy within one
     #[arg(long, value_name = "DEVICE", value_parser = parse_device, default_value = "cpu")]
     pub device: DeviceArg,
 

@@ -6,6 +6,7 @@ use std::hint::spin_loop;
 use std::io::{self, IoSlice, IoSliceMut};
 use std::mem::{MaybeUninit, size_of};
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::thread::available_parallelism;
 use std::time::{Duration, Instant};
@@ -26,18 +27,20 @@ use super::tls::Tls;
 /// Most elements given to one system call.
 pub(super) const VECTOR_MAX: usize = 64;
 
-/// The congestion control of a TCP connection that does not leave the host. Every kernel has it, for every user.
+/// The congestion control of a TCP connection that does not leave the host. Every kernel has it.
 const LOCAL_CONGESTION: &str = "reno";
 
 /// How long to look for more of what a peer on this host is sending before sleeping until it comes.
 const LOCAL_SPIN: Duration = Duration::from_micros(50);
 
-/// A connected stream socket. Each method makes one system call once the socket is ready, and is cancel safe: what was
-/// not returned did not happen.
+/// A connected stream socket. Each method makes one system call once the socket is ready (or some, awake, until it is),
+/// and is cancel safe: what was not returned did not happen.
 pub(super) struct Socket {
     fd: AsyncFd<OwnedFd>,
-    /// How long reading pages waits awake.
+    /// How long reading pages waits awake, unless they are encrypted.
     spin: Duration,
+    /// The last read did.
+    spun: AtomicBool,
     /// Never locked while waiting.
     tls: Option<Mutex<Tls>>,
 }
@@ -54,7 +57,7 @@ impl Socket {
     /// Takes over a connected socket that does not block. Needs tokio's context.
     pub(super) fn new(socket: impl Into<OwnedFd>) -> io::Result<Self> {
         let fd = register(socket.into(), Interest::READABLE | Interest::WRITABLE)?;
-        Ok(Self { fd, spin: Duration::ZERO, tls: None })
+        Ok(Self { fd, spin: Duration::ZERO, spun: AtomicBool::new(false), tls: None })
     }
 
     /// Agrees on keys with the peer; from then on everything is encrypted.
@@ -76,8 +79,8 @@ impl Socket {
     /// Takes over a TCP connection: what is written goes out at once.
     ///
     /// Between two processes of a host nothing is congested, and whoever reads is the other half of a copy. A system
-    /// whose congestion control paces what it sends (BBR, the default of some) does so there too, by a timer, which was
-    /// measured to cost more than half of the speed. And a reader that sleeps whenever it has caught up has to be woken
+    /// whose congestion control paces what it sends at the rate that it measures (BBR, the default of some) does so there
+    /// too, by a timer, which was measured to cost more than half of the speed. And a reader that sleeps whenever it has caught up has to be woken
     /// on another core each time, while what was sent leaves the caches: so it stays awake for a moment, if it does not
     /// keep the only core from the sender. Between hosts, either is the system's business.
     pub(super) fn tcp(stream: TcpStream) -> io::Result<Self> {
@@ -99,12 +102,18 @@ impl Socket {
         if let Some(tls) = &self.tls {
             return self.read_encrypted(tls, buffers).await;
         }
-        let spin = self.spin;
+        // A sender that trickles must not keep this thread from others' work: after each moment awake it is their turn.
+        if self.spun.swap(false, Ordering::Relaxed) {
+            tokio::task::yield_now().await;
+        }
         let read = |fd: &OwnedFd| {
             let mut caught_up: Option<Instant> = None;
             loop {
                 match rustix::io::readv(fd, buffers) {
-                    Err(Errno::AGAIN) if caught_up.get_or_insert_with(Instant::now).elapsed() < spin => spin_loop(),
+                    Err(Errno::AGAIN) if caught_up.get_or_insert_with(Instant::now).elapsed() < self.spin => {
+                        self.spun.store(true, Ordering::Relaxed);
+                        spin_loop();
+                    }
                     read => return Ok(read?),
                 }
             }
@@ -310,7 +319,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn what_does_not_leave_the_host_is_not_paced() {
+    async fn what_does_not_leave_the_host_does_without_the_system_s_congestion_control() {
         for socket in pair().await {
             assert_eq!(sockopt::tcp_congestion(socket.fd.get_ref()).unwrap(), LOCAL_CONGESTION);
         }

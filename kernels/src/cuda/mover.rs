@@ -1,5 +1,6 @@
 //! The real driver, for those who move its memory beside the computing.
 
+use std::cell::Cell;
 use std::ffi::{c_int, c_uint};
 use std::fmt;
 use std::mem::MaybeUninit;
@@ -127,7 +128,7 @@ impl Mover for DeviceMover {
 
     fn stream(&self) -> Result<Box<dyn CopyStream>, DriverError> {
         let stream = self.context.new_stream().during(|| "making a stream".into())?;
-        Ok(Box::new(Copies { context: self.context.clone(), stream }))
+        Ok(Box::new(Copies { context: self.context.clone(), stream, in_batches: Cell::new(true) }))
     }
 
     fn lock(&self, region: &KvRegion) -> Result<(), DriverError> {
@@ -232,10 +233,15 @@ impl Mover for DeviceMover {
     }
 }
 
+/// Most copies of one call. Drivers have been seen to fail at fifty thousand (vllm-project/vllm#49276).
+const BATCH_MAX: usize = 1024;
+
 /// A second stream. It does not wait for the first, nor the first for it.
 struct Copies {
     context: Arc<CudaContext>,
     stream: Arc<CudaStream>,
+    /// The driver takes many copies in one call, as far as is known.
+    in_batches: Cell<bool>,
 }
 
 impl fmt::Debug for Copies {
@@ -247,7 +253,7 @@ impl fmt::Debug for Copies {
 impl Copies {
     /// All in one call: pages are small for a device, and a call each would take longer than they do. (vLLM moves its
     /// pages between device and host so.)
-    fn copy_batch(&self, spans: &[CopySpan]) -> Result<(), sys::CUresult> {
+    fn copy_batch(&self, spans: &[CopySpan]) -> Result<(), DriverError> {
         let addresses = |of: fn(&CopySpan) -> Address| spans.iter().map(|span| of(span).0).collect::<Vec<_>>();
         let (mut to, mut from) = (addresses(|span| span.to), addresses(|span| span.from));
         let mut bytes: Vec<usize> = spans.iter().map(|span| span.bytes).collect();
@@ -275,7 +281,7 @@ impl Copies {
                 self.stream.cu_stream(),
             )
         };
-        copied.result().map_err(|error| error.0)
+        copied.result().during(|| format!("enqueuing {} copies in one call", spans.len()))
     }
 }
 
@@ -294,11 +300,18 @@ impl CopyStream for Copies {
 
     fn copy(&self, spans: &[CopySpan]) -> Result<(), DriverError> {
         bind(&self.context)?;
-        // Those of a batch that is refused may have begun: once more they write the same.
-        if spans.len() > 1 && self.copy_batch(spans).is_ok() {
-            return Ok(());
+        let mut rest = spans;
+        while self.in_batches.get() && rest.len() > 1 {
+            let (batch, others) = rest.split_at(rest.len().min(BATCH_MAX));
+            if let Err(error) = self.copy_batch(batch) {
+                // Those that have begun all the same will write the same once more.
+                tracing::warn!(%error, "copies on the device are enqueued one by one from now on, which takes longer");
+                self.in_batches.set(false);
+            } else {
+                rest = others;
+            }
         }
-        spans.iter().try_for_each(|&CopySpan { from, to, bytes }| {
+        rest.iter().try_for_each(|&CopySpan { from, to, bytes }| {
             // SAFETY: the caller's addresses of as much memory each; with unified addresses the driver finds out which
             // devices they are of.
             let copied = unsafe { result::memcpy_dtod_async(to.0, from.0, bytes, self.stream.cu_stream()) };
