@@ -2,8 +2,8 @@
 # Compiles the CUDA kernels as the build does, and fails if one of them keeps local variables in memory (spills, or
 # arrays that are indexed in ways the compiler cannot see through): what should be registers would be traffic; or if
 # one that is made for tensor cores lacks their instructions, the loads that go with them, or asynchronous copies, or if
-# the compiler has products wait for each other that are made to go on by themselves, or has done afterwards what is made
-# to be done beside them; or, from compute capability 9.0 on, if one does not wait for the kernel before, or loads
+# the compiler has products wait for each other that are made to go on by themselves, or has done afterwards what is
+# made to be done beside them; or, from compute capability 9.0 on, if one does not wait for the kernel before, or loads
 # something but weights before that. Prints what each uses.
 set -eu
 cd "$(dirname "$0")/.."
@@ -102,9 +102,9 @@ for target in 80 90; do
         }'
 done
 
-# HGMMA: wgmma, .tnspB where the second operand lies across. UTMALDG.2D: copies of boxes. SYNCS: barriers that they arrive
-# at. USETMAXREG: registers left and taken. Attention weighs (MUFU.EX2) while values are multiplied: between the wait for
-# all groups of products but one (DEPBAR gsb0, 0x1), and that for all.
+# HGMMA: wgmma, .tnspB where the second operand lies across. UTMALDG.2D: copies of boxes. SYNCS: barriers that they
+# arrive at. USETMAXREG: registers left and taken. Attention weighs (MUFU.EX2) while values are multiplied: between the
+# wait for all groups of products but one (DEPBAR gsb0, 0x1), and that for all.
 compile 90a hopper.cu
 "$CUDA_HOME/bin/cuobjdump" -sass "$work/kernels.cubin" | awk '
     /^\t\tFunction : / { name = $3; kernels[name] = 1 }
@@ -116,7 +116,7 @@ compile 90a hopper.cu
     / ACQBULK/ { waits[name]++; found[name, "ACQBULK"]++ }
     / PREEXIT/ { if (waits[name]) found[name, "PREEXIT"]++ }
     / LDG/ { if (!waits[name]) early[name]++ }
-    / (LD|ST|STG|RED|REDG|ATOM|ATOMG)\./ { if (!waits[name]) is_wrong(name, "it may write something before it has waited") }
+    / (LD|ST|STG|RED|REDG|ATOM|ATOMG)\./ { if (!waits[name]) others[name]++ }
     / WARPGROUP\.DEPBAR/ { beside[name] = / gsb0, 0x1 / }
     / MUFU\.EX2/ { if (beside[name]) weighed[name]++ }
     function is_wrong(name, what) { printf "sm_90a %s: %s\n", name, what; bad = 1 }
@@ -137,11 +137,14 @@ compile 90a hopper.cu
                 if (found[name, "USETMAXREG"] != 2) is_wrong(name, "no registers are left and taken")
                 # Two exponentials for each row of a lane, and one for each of its scores.
                 split(name, parts, "_")
-                if (weighed[name] != 2 + (parts[3] == 256 ? 32 : 64)) is_wrong(name, "it does not weigh while it multiplies")
+                weights = parts[3] == 256 ? 32 : 64
+                if (weighed[name] != 2 + weights) is_wrong(name, "it does not weigh while it multiplies")
                 # The plan: where things lie.
                 if (!early[name] || early[name] > 16) is_wrong(name, "it loads more than the plan early")
             } else if (early[name]) is_wrong(name, "it loads before it has waited")
+            if (others[name]) is_wrong(name, "it may write something before it has waited")
         }
-        printf "sm_90a: %d kernels copy boxes and multiply them in groups of warps, %d of them for attention\n", checked, attention
+        printf "sm_90a: %d kernels copy boxes and multiply them in groups of warps, ", checked
+        printf "%d of them for attention\n", attention
         exit bad || !checked || !attention
     }'

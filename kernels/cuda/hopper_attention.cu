@@ -344,9 +344,8 @@ __device__ __forceinline__ void attention(const TensorMap& pages, const float* q
 // 128 elements; its operands are read from shared memory in 1,280 and copied there in 512; its exponentials take 1,024
 // at 16 a cycle, and the rest of softmax some 500. If all this goes on side by side, as it is made to, the products are
 // the bound; with heads of 64 elements they are half as long, and exponentials as long as they. FlashAttention-3, which
-// is made alike, reaches up to 740 Tflop/s (its authors, with longer tiles), and FlashAttention-2 350 to 400. A block
-// multiplies nothing while its first keys and queries come and while it writes its rows; one of few keys does little
-// else.
+// is made alike, reaches up to 740 Tflop/s by its authors' word, and FlashAttention-2 350 to 400. A block multiplies
+// nothing while its first keys and queries come and while it writes its rows; one of few keys does little else.
 #define HOPPER_ATTENTION(HEAD_DIM, KEYS, SUFFIX, T)                                                                    \
     extern "C" __global__ void __launch_bounds__(hopper_attention::THREADS, 1) hopper_attention_##HEAD_DIM##_##SUFFIX( \
         const __grid_constant__ TensorMap pages, const float* qkv, const int* positions, const int* table_starts,      \
