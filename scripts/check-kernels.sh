@@ -25,6 +25,11 @@ compile() {
             for (i = 1; i <= NF; i++) { split($i, pair, ":"); value[pair[1]] = pair[2] }
             kernels++
             if (value["REG"] > most) { most = value["REG"]; hungriest = name }
+            # Its groups of warps share out what the three of them are launched with.
+            if (name ~ /^hopper_attention/ && value["REG"] != 168) {
+                printf "sm_%s %s: %d registers a thread, and it leaves and takes as if it had 168\n", target, name, value["REG"]
+                bad = 1
+            }
             if (value["LOCAL"] > 0 || value["STACK"] > 0) {
                 printf "sm_%s %s: %d bytes of local memory, %d of stack\n", target, name, value["LOCAL"], value["STACK"]
                 bad = 1

@@ -241,6 +241,10 @@ pub(crate) fn long_contexts_match_the_reference<B: Subject>() {
     compare::<B>(Case::new(2, 2, 8, 8, KvDType::F32), &[512, 255], 32);
     compare::<B>(Case::new(4, 2, 16, 64, KvDType::BF16), &[777, 3], 33);
     compare::<B>(Case::new(7, 1, 128, 32, KvDType::F32), &[300], 34);
+    // Where keys of tiles come in turns: each turn again and again.
+    for (head_dim, dtype) in [(128, KvDType::BF16), (96, KvDType::F16), (256, KvDType::BF16)] {
+        compare::<B>(Case::new(1, 1, head_dim, 128, dtype), &[900], 35);
+    }
 }
 
 pub(crate) fn large_groups_and_contexts_of_many_partitions_match_the_reference<B: Subject>() {
@@ -389,6 +393,9 @@ pub(crate) fn what_earlier_owners_left_in_pages_is_never_read<B: Subject>() {
         Case::new(4, 2, 64, 16, KvDType::F16),
         Case::new(3, 3, 8, 64, KvDType::BF16),
         Case::new(2, 1, 128, 32, KvDType::F32),
+        Case::new(1, 1, 128, 64, KvDType::BF16),
+        Case::new(1, 1, 256, 32, KvDType::F16),
+        Case::new(1, 1, 96, 128, KvDType::BF16),
     ] {
         for poison in [f32::NAN, f32::INFINITY] {
             let mut random = Random::new(61);
