@@ -132,7 +132,7 @@ impl Wish {
                 let (params, suppress) = (SamplingParams::default(), Vec::new());
                 Self { known: Some(token), params, suppress, output, logprobs }
             }
-            RowTask::Sample { params, suppress } => {
+            RowTask::Sample { params, suppress, .. } => {
                 Self { known: None, params: params.clone(), suppress: suppress.to_vec(), output, logprobs }
             }
         }
@@ -142,7 +142,7 @@ impl Wish {
         let Self { known, params, suppress, output, logprobs } = self;
         let task = match *known {
             Some(token) => RowTask::Score { token },
-            None => RowTask::Sample { params, suppress },
+            None => RowTask::Sample { params, suppress, mask: None },
         };
         SampleRow { task, prompt: &[], output, logprobs: *logprobs }
     }
@@ -175,7 +175,7 @@ fn answer(state: u64, row: &SampleRow<'_>) -> Sampled {
         RowTask::Sample { params, .. } if params.seed == NOTHING_FOLLOWS => {
             return Sampled { impossible: true, ..Sampled::default() };
         }
-        RowTask::Sample { params, suppress } => {
+        RowTask::Sample { params, suppress, .. } => {
             let mut state = mix(state, params.seed);
             let SamplingParams { repetition_penalty, presence_penalty, frequency_penalty, .. } = params;
             if *repetition_penalty != 1.0 || *presence_penalty != 0.0 || *frequency_penalty != 0.0 {

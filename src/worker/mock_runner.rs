@@ -93,7 +93,7 @@ impl MockRunner {
         state = mix(state, self.read(batch, span, (position + 1) % layers, elsewhere)?);
         let token = match row.task {
             RowTask::Score { token } => token,
-            RowTask::Sample { params, suppress } => {
+            RowTask::Sample { params, suppress, .. } => {
                 if params.temperature > 0.0 {
                     state = mix(state, params.seed);
                 }
@@ -184,7 +184,7 @@ mod tests {
         batch.push(&tokens[known..], known as u32, table, tokens.len() - known - 1);
         let params = SamplingParams { temperature: 0.0, ..SamplingParams::default() };
         let row = |_| SampleRow {
-            task: RowTask::Sample { params: &params, suppress: &[] },
+            task: RowTask::Sample { params: &params, suppress: &[], mask: None },
             prompt: tokens,
             output: &[],
             logprobs: None,

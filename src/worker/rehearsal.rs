@@ -57,7 +57,7 @@ impl<B: Backend> ModelRunner<B> {
         let rows = &batch.logit_rows[..batch.logit_rows.len().min(*max_logit_rows)];
         let logits = model.logits(backend, rows);
         let params = SamplingParams::default();
-        let task = RowTask::Sample { params: &params, suppress: &[] };
+        let task = RowTask::Sample { params: &params, suppress: &[], mask: None };
         let row = |_| SampleRow { task, prompt: &[], output: &[], logprobs: None };
         backend.sample(logits, &row, &mut vec![Sampled::default(); rows.len()]);
         backend.check().map_err(|error| RunnerError(error.to_string()))?;

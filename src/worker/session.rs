@@ -52,7 +52,7 @@ impl Terms {
             return SampleRow { task: RowTask::Score { token }, prompt, output, logprobs: self.prompt_logprobs };
         }
         let suppress = if output.len() < self.min_tokens { &self.stop_token_ids[..] } else { &[] };
-        let task = RowTask::Sample { params: &self.sampling, suppress };
+        let task = RowTask::Sample { params: &self.sampling, suppress, mask: None };
         SampleRow { task, prompt, output, logprobs: self.logprobs }
     }
 

@@ -83,7 +83,7 @@ pub(super) fn model_answer(request: &Request, max_model_len: usize) -> (Vec<Even
     let limit = (request.max_tokens as usize).min(max_model_len - prompt.len());
     for generated in 0..limit {
         let suppress = if generated < request.min_tokens as usize { &request.stop_token_ids[..] } else { &[] };
-        let task = RowTask::Sample { params: &request.sampling, suppress };
+        let task = RowTask::Sample { params: &request.sampling, suppress, mask: None };
         let row = SampleRow { task, prompt, output: &tokens[prompt.len()..], logprobs: request.logprobs };
         let sampled = expected(&tokens, &row);
         events.push(Event::Token(output(sampled, request.logprobs)));
