@@ -4,7 +4,7 @@ mod assets;
 use std::time::{Duration, Instant};
 
 use engine_models::{Tokenizer, gguf::Gguf};
-use serde_json::{Value, json};
+use serde_json::json;
 
 use super::*;
 

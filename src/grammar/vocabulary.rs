@@ -71,7 +71,9 @@ impl Vocabulary {
     pub fn of_tokens(mut tokens: Vec<Vec<u8>>, eos_token_ids: &[u32]) -> Result<Self, GrammarError> {
         let ends: Vec<u32> = eos_token_ids.iter().copied().filter(|&id| (id as usize) < tokens.len()).collect();
         ends.iter().for_each(|&id| tokens[id as usize].clear());
-        tokens.iter_mut().filter(|token| token.len() > TOKEN_BYTES_MAX).for_each(Vec::clear);
+        // That byte, of which there is none in UTF-8, tells special tokens in a trie.
+        let has_no_place = |token: &[u8]| token.len() > TOKEN_BYTES_MAX || token.starts_with(&[0xff]);
+        tokens.iter_mut().filter(|token| has_no_place(token)).for_each(Vec::clear);
         let mut known = vec![0u32; tokens.len().div_ceil(32)];
         let texts = tokens.iter().enumerate().filter(|(_, token)| !token.is_empty()).map(|(id, _)| id);
         texts.chain(ends.iter().map(|&id| id as usize)).for_each(|id| known[id / 32] |= 1 << (id % 32));
