@@ -133,7 +133,7 @@ class Chat(unittest.TestCase):
     def test_vllms_structured_outputs_pass_as_extra_body(self):
         extra = {"structured_outputs": {"choice": ["Paris", "London"]}}
         answer = client.chat.completions.create(model="demo", messages=QUESTION, temperature=0, extra_body=extra)
-        self.assertEqual(answer.choices[0].message.content, "Paris")
+        self.assertIn(answer.choices[0].message.content, ["Paris", "London"])
         self.assertEqual(answer.choices[0].finish_reason, "stop")
 
     def test_vllms_parameters_pass_as_extra_body(self):
