@@ -60,7 +60,7 @@ pub struct Vocabulary {
 
 impl Vocabulary {
     /// The first `vocab_size` tokens, of which `eos_token_ids` end an answer. Special tokens are no text and never part
-    /// of what a grammar describes, and so is what pads a vocabulary. Takes a tenth of a second.
+    /// of what a grammar describes, and neither is what pads a vocabulary. Takes tenths of a second.
     pub fn new(tokenizer: &Tokenizer, vocab_size: usize, eos_token_ids: &[u32]) -> Result<Self, GrammarError> {
         let is_text = |&id: &u32| !tokenizer.is_special(id);
         let bytes = |id: u32| if is_text(&id) { tokenizer.token_bytes(id) } else { &[] };
