@@ -144,7 +144,7 @@ fn a_worker_that_runs_ahead_follows_grammars_as_one_that_waits_for_each_token() 
         min_tokens: 0,
         stop_token_ids: vec![2],
         // Beside others that have none.
-        grammar: (i % 2 == 0).then(|| grammar.matcher()),
+        grammar: i.is_multiple_of(2).then(|| grammar.matcher()),
         sampling: SamplingParams { temperature: 0.9, seed: i as u64, ..SamplingParams::default() },
         ..request
     };
