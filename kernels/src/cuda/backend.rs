@@ -37,6 +37,8 @@ pub struct CudaBackend<D: Driver> {
     selected: Staged<D>,
     pub(super) sampler: Sampler<D>,
     products: Products<D>,
+    /// Whether prompts' attention goes by wgmma where it can; `products` knows it of itself.
+    pub(super) wgmma: bool,
     /// Made when heads are known.
     pub(super) partials: Option<Partials<D>>,
 }
@@ -44,7 +46,7 @@ pub struct CudaBackend<D: Driver> {
 impl<D: Driver> CudaBackend<D> {
     /// Works with `driver`'s device.
     pub fn new(driver: D) -> Self {
-        let products = Products::new(driver.has_wgmma());
+        let wgmma = driver.has_wgmma();
         Self {
             graphs: Graphs::new(),
             stream: Stream::new(driver),
@@ -52,7 +54,8 @@ impl<D: Driver> CudaBackend<D> {
             step: Staged::new(),
             selected: Staged::new(),
             sampler: Sampler::new(),
-            products,
+            products: Products::new(wgmma),
+            wgmma,
             partials: None,
         }
     }
@@ -63,11 +66,12 @@ impl<D: Driver> CudaBackend<D> {
         self
     }
 
-    /// Whether products of more than a few rows go by wgmma from now on, where the device has it: for whoever measures
-    /// what that is worth.
+    /// Whether products of more than a few rows, and the attention of prompts, go by wgmma from now on, where the device
+    /// has it: for whoever measures what that is worth.
     pub fn use_wgmma(&mut self, wanted: bool) {
         self.graphs.clear();
-        self.products.use_wgmma(wanted && self.driver().has_wgmma());
+        self.wgmma = wanted && self.driver().has_wgmma();
+        self.products.use_wgmma(self.wgmma);
     }
 
     /// The driver.
