@@ -10,6 +10,7 @@ pub mod cli;
 pub mod cluster;
 pub mod doctor;
 pub mod frontend;
+pub mod grammar;
 pub mod handoff;
 pub mod mock;
 pub mod scheduler;

@@ -60,6 +60,7 @@ fn requests(vocab_size: usize) -> Vec<Request> {
             max_tokens: 18 + i * 5 % 12,
             min_tokens: 4,
             stop_token_ids: (0..vocab_size).filter(|token| i % 8 == 4 && token % 23 == i % 23).collect(),
+            grammar: None,
             logprobs: [Some(5), None, Some(0)][i as usize % 3],
             prompt_logprobs: (i % 6 == 4).then_some(2),
             trace: None,

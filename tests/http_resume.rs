@@ -150,6 +150,30 @@ fn penalties_and_seeds_go_on_where_they_were() {
 }
 
 #[test]
+fn an_answer_goes_on_in_its_grammar() {
+    let schema = json!({
+        "type": "object", "additionalProperties": false, "required": ["a", "b"],
+        "properties": {"a": {"enum": ["Grüße", "stop"]}, "b": {"type": "array", "items": {"type": "boolean"}, "maxItems": 3}},
+    });
+    let format = json!({"type": "json_schema", "json_schema": {"name": "s", "schema": schema}});
+    let request = json!({"prompt": "a", "max_tokens": 300, "response_format": format, "n": 2, "seed": 1});
+    let answer = assert_cuts_do_not_show(COMPLETIONS, request);
+    for choice in &answer.choices {
+        assert_eq!(choice.finishes, ["stop"], "{}", choice.text);
+        let value: Value =
+            serde_json::from_str(&choice.text).unwrap_or_else(|error| panic!("{error}: {}", choice.text));
+        assert!(value["b"].is_array());
+    }
+    for (outputs, logprobs) in
+        [(json!({"regex": "[0-9]{9}"}), None), (json!({"choice": ["stop here", "sto p"]}), Some(2))]
+    {
+        let request = json!({"prompt": "a", "max_tokens": 60, "structured_outputs": outputs, "logprobs": logprobs});
+        let answer = assert_cuts_do_not_show(COMPLETIONS, request);
+        assert_eq!(answer.choices[0].finishes, ["stop"]);
+    }
+}
+
+#[test]
 fn nobody_else_sees_progress() {
     let worker = start();
     let request = json!({"prompt": "a", "max_tokens": 3, "stream": true});
@@ -190,6 +214,9 @@ fn a_worker_that_would_answer_otherwise_says_so() {
     assert_eq!(ask(&shorter, &journal, &request, journal.len()), 409);
     let mut other = request.clone();
     other["temperature"] = json!(0.5);
+    assert_eq!(ask(&first, &journal, &other, journal.len()), 409);
+    other = request.clone();
+    other["structured_outputs"] = json!({"regex": "(?s:.*)"});
     assert_eq!(ask(&first, &journal, &other, journal.len()), 409);
     other = request.clone();
     other["stream"] = false.into();

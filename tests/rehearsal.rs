@@ -4,6 +4,7 @@
 mod support;
 
 use engine::{
+    grammar::{Source, Vocabulary},
     telemetry::Metrics,
     worker::{Engine, EngineConfig, Event, FinishReason, ModelRunner, Request, Runner},
 };
@@ -51,6 +52,7 @@ fn requests() -> Vec<Request> {
         max_tokens: 10 + 2 * i,
         min_tokens: 10,
         stop_token_ids: Vec::new(),
+        grammar: None,
         logprobs: Some(1),
         prompt_logprobs: None,
         trace: None,
@@ -131,6 +133,31 @@ fn a_worker_that_runs_ahead_answers_as_one_that_waits_for_each_token() {
     let waiting = answers_of(Lent::new(load(backend())), requests);
     assert_eq!(ahead, waiting);
     assert!(ahead.iter().any(|answer| answer.len() < 24), "none ended by itself");
+}
+
+#[test]
+fn a_worker_that_runs_ahead_follows_grammars_as_one_that_waits_for_each_token() {
+    let vocabulary = Vocabulary::of_tokens((0..=u8::MAX).map(|byte| vec![byte]).collect(), &[2]).unwrap();
+    let grammar = vocabulary.compile(Source::Regex("[a-f]{4}, [0-9]{2,6}".to_owned())).unwrap();
+    let with_grammar = |i: usize, request: Request| Request {
+        max_tokens: 24,
+        min_tokens: 0,
+        stop_token_ids: vec![2],
+        // Beside others that have none.
+        grammar: i.is_multiple_of(2).then(|| grammar.matcher()),
+        sampling: SamplingParams { temperature: 0.9, seed: i as u64, ..SamplingParams::default() },
+        ..request
+    };
+    let requests: Vec<_> = (0..).zip(requests()).map(|(i, request)| with_grammar(i, request)).collect();
+    let ahead = answers_of(load(backend()), requests.clone());
+    let waiting = answers_of(Lent::new(load(backend())), requests);
+    assert_eq!(ahead, waiting);
+    for answer in ahead.iter().step_by(2) {
+        let text: String = answer.iter().map(|&(token, _)| char::from(token as u8)).collect();
+        let (letters, digits) = text.trim_end_matches('\u{2}').split_once(", ").unwrap();
+        assert!(letters.len() == 4 && letters.chars().all(|letter| ('a'..='f').contains(&letter)), "{text:?}");
+        assert!((2..=6).contains(&digits.len()) && digits.chars().all(|digit| digit.is_ascii_digit()), "{text:?}");
+    }
 }
 
 #[test]

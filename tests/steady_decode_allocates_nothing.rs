@@ -138,6 +138,7 @@ async fn steady_decode_allocates_nothing_on_the_engine_thread() {
                 max_tokens: MAX_TOKENS as u32,
                 min_tokens: MAX_TOKENS as u32,
                 stop_token_ids: vec![0, 2],
+                grammar: None,
                 logprobs: (i % 2 == 1).then_some(i),
                 prompt_logprobs: None,
                 trace: None,

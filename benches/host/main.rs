@@ -139,6 +139,7 @@ fn measure(sequences: usize, ahead: bool) -> Result<Vec<f64>> {
                 max_tokens: (STEPS + 200) as u32,
                 min_tokens: 0,
                 stop_token_ids: Vec::new(),
+                grammar: None,
                 logprobs: None,
                 prompt_logprobs: None,
                 trace: None,

@@ -3,9 +3,9 @@ pub const MAX_TOP_LOGPROBS: usize = 20;
 
 /// How the next token is drawn from its logits. Values are checked where requests enter; here they are trusted.
 ///
-/// Order of application, as in vLLM: `logit_bias`, suppressed tokens, repetition, presence and frequency penalties,
-/// temperature, then `top_k`, `top_p`, `min_p` each on what the previous one left. Of equally likely tokens the lower
-/// id counts as the likelier. A logit that is NaN counts as impossible (-inf), +inf as the largest finite number; if
+/// Order of application, as in vLLM: a grammar's mask, `logit_bias`, suppressed tokens, repetition, presence and
+/// frequency penalties, temperature, then `top_k`, `top_p`, `min_p` each on what the previous one left. Of equally likely
+/// tokens the lower id counts as the likelier. A logit that is NaN counts as impossible (-inf), +inf as the largest finite number; if
 /// every token is impossible, the outcome says so ([`Sampled::impossible`]). The draw inverts the cumulative
 /// distribution of the kept tokens, taken in the order of their ids.
 #[derive(Debug, Clone, PartialEq)]
@@ -58,6 +58,9 @@ pub enum RowTask<'a> {
         params: &'a SamplingParams,
         /// Tokens that must not be drawn now (end-of-sequence below `min_tokens`).
         suppress: &'a [u32],
+        /// The tokens that may be drawn at all, where a grammar says so: a bit a token, the lowest id in the lowest bit of
+        /// the first word. As long as the vocabulary at least; whatever stands behind that is not looked at.
+        mask: Option<&'a [u32]>,
     },
     /// The token is known (a prompt's log-probabilities): only look it up.
     Score {
@@ -83,13 +86,13 @@ pub struct SampleRow<'a> {
 }
 
 /// The outcome for one row. Log-probabilities are of the model's own distribution: natural logarithm, taken before any
-/// penalty, bias or temperature.
+/// mask, penalty, bias or temperature.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Sampled {
     /// The token drawn (or scored).
     pub token: u32,
-    /// No token could be drawn (or scored): the model gave only NaN and -inf, or everything else was suppressed. The
-    /// other fields mean nothing then, and whoever asked must not go on as if they did.
+    /// No token could be drawn (or scored): the model gave only NaN and -inf, or everything else was suppressed or masked.
+    /// The other fields mean nothing then, and whoever asked must not go on as if they did.
     pub impossible: bool,
     /// Its log-probability.
     pub logprob: f32,
@@ -112,6 +115,11 @@ pub(crate) fn uniform(seed: u64, position: u64) -> f64 {
     let bits = mix(mix(seed).wrapping_add((position + 1).wrapping_mul(GOLDEN_GAMMA)));
     // The 53 bits an f64 holds exactly.
     (bits >> 11) as f64 * (1.0 / (1u64 << 53) as f64)
+}
+
+/// Whether a mask lets a token be drawn.
+pub(crate) fn is_allowed(mask: &[u32], id: usize) -> bool {
+    mask[id / 32] >> (id % 32) & 1 != 0
 }
 
 const GOLDEN_GAMMA: u64 = 0x9e37_79b9_7f4a_7c15;

@@ -81,7 +81,7 @@ fn nothing_else_is_sampled_while_a_step_is_under_way() {
     let mut logits = layer.backend.activations(1, VOCABULARY);
     layer.backend.write(&[0.0; VOCABULARY], &mut logits);
     let params = SamplingParams::default();
-    let task = RowTask::Sample { params: &params, suppress: &[] };
+    let task = RowTask::Sample { params: &params, suppress: &[], mask: None };
     let row = |_: usize| SampleRow { task, prompt: &[], output: &[], logprobs: None };
     layer.backend.sample(&mut logits, &row, &mut [Sampled::default()]);
 }

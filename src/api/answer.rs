@@ -18,7 +18,10 @@ use super::{
     validate::Plan,
     wire::{ChatChoice, ChatChunkChoice, ChatMessage, CompletionChoice, Delta, Envelope, Usage, finish_reason},
 };
-use crate::worker::{FinishReason, Generation, Request};
+use crate::{
+    grammar::Matcher,
+    worker::{FinishReason, Generation, Request},
+};
 
 /// Which of the two generating endpoints answers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -211,16 +214,19 @@ impl Answer {
 
     /// What to say if some choice broke off.
     pub(crate) fn failure(&self) -> Option<ApiError> {
-        match (self.any_ended(Finish::Impossible), self.any_ended(Finish::Aborted)) {
-            (true, _) => Some(ApiError::impossible()),
-            (false, true) => Some(ApiError::aborted()),
-            (false, false) => None,
+        if self.any_ended(Finish::Impossible) {
+            return Some(ApiError::impossible());
         }
+        if self.any_ended(Finish::LostTrack) {
+            return Some(ApiError::lost_track());
+        }
+        self.any_ended(Finish::Aborted).then(ApiError::aborted)
     }
 
     /// Whether it broke off where another worker could go on, and whoever reads it can have that done.
     pub(crate) fn can_move(&self) -> bool {
-        self.progress.is_some() && self.any_ended(Finish::Aborted) && !self.any_ended(Finish::Impossible)
+        let would_end_there = [Finish::Impossible, Finish::LostTrack].into_iter().any(|finish| self.any_ended(finish));
+        self.progress.is_some() && self.any_ended(Finish::Aborted) && !would_end_there
     }
 
     fn any_ended(&self, finish: Finish) -> bool {
@@ -363,7 +369,11 @@ fn continued(mut request: Request, past: &Past, output: &mut Output) -> Result<O
     }
     let stopped = past.tokens.last().is_some_and(|last| request.stop_token_ids.contains(last))
         && generated > request.min_tokens as usize;
-    let end = match stopped {
+    if let (false, Some(matcher)) = (stopped, &mut request.grammar) {
+        past.tokens.iter().try_for_each(|&token| matcher.take(token)).map_err(|_| progress::incompatible())?;
+    }
+    let complete = stopped || request.grammar.as_ref().is_some_and(Matcher::is_complete);
+    let end = match complete {
         true => Some(FinishReason::Stop),
         false => (generated == max_tokens).then_some(FinishReason::Length),
     };

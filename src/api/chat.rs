@@ -28,7 +28,8 @@ pub(crate) async fn chat_completions(
     let in_flight = serving.enter()?;
     serving.check_model(request.model.as_deref())?;
     refuse_unsupported(&request)?;
-    let (plan, max_field) = plan(&mut request, &serving, relay.seed())?;
+    let (mut plan, max_field) = plan(&mut request, &serving, relay.seed())?;
+    plan.grammar = serving.compile(request.response_format, request.structured_outputs).await?;
     let messages = request.messages.ok_or_else(|| missing("messages"))?.0;
     let options = ChatOptions {
         add_generation_prompt: request.add_generation_prompt,
@@ -86,11 +87,6 @@ fn refuse_unsupported(request: &ChatRequest) -> Result<(), ApiError> {
         {
             return Err(ApiError::unsupported(field, "there are no tools to choose"));
         }
-    }
-    if let Some(format) = request.response_format.as_ref().filter(|format| format.kind != "text") {
-        let kind: String = format.kind.chars().take(40).collect();
-        let detail = format!("only {{\"type\": \"text\"}} is, not '{kind}'");
-        return Err(ApiError::unsupported("response_format", &detail));
     }
     if request.modalities.iter().flatten().any(|modality| modality != "text") {
         return Err(ApiError::unsupported("modalities", "only [\"text\"] is"));

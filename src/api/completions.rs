@@ -24,7 +24,8 @@ pub(crate) async fn completions(
     let in_flight = serving.enter()?;
     serving.check_model(request.model.as_deref())?;
     refuse("suffix", request.suffix)?;
-    let plan = plan(&mut request, &serving, relay.seed())?;
+    let mut plan = plan(&mut request, &serving, relay.seed())?;
+    plan.grammar = serving.compile(request.response_format, request.structured_outputs).await?;
     let prompts = request.prompt.take().ok_or_else(|| missing("prompt"))?.0;
     if prompts.is_empty() {
         return Err(ApiError::invalid("prompt", "'prompt' is an empty list"));

@@ -92,6 +92,13 @@ impl ApiError {
         Self::new(StatusCode::INTERNAL_SERVER_ERROR, "no_possible_token", message)
     }
 
+    /// 400: the answer broke off where its grammar took too much to follow. It would there again.
+    pub(crate) fn lost_track() -> Self {
+        let message = "The answer broke off: its grammar became too complex to follow (too many ways to go on, or too many \
+                       states of its regular expressions). Make it simpler.";
+        Self::new(StatusCode::BAD_REQUEST, "grammar_too_complex", message)
+    }
+
     /// 500: something that should not happen, wherever it is asked for.
     pub(crate) fn internal(message: &str) -> Self {
         Self::new(StatusCode::INTERNAL_SERVER_ERROR, "internal_error", message)

@@ -10,6 +10,7 @@ mod completions;
 mod defaults;
 mod error;
 mod extract;
+mod form;
 mod info;
 mod logprobs;
 mod middleware;

@@ -26,6 +26,8 @@ pub(crate) enum Finish {
     Aborted,
     /// Not at all: no engine could.
     Impossible,
+    /// Not at all: its grammar became too much to follow.
+    LostTrack,
 }
 
 impl Finish {
@@ -34,7 +36,7 @@ impl Finish {
         match self {
             Self::Stop => "stop",
             Self::Length => "length",
-            Self::Aborted | Self::Impossible => "error",
+            Self::Aborted | Self::Impossible | Self::LostTrack => "error",
         }
     }
 }
@@ -264,6 +266,7 @@ impl Output {
         self.finish = Some(match reason {
             FinishReason::Aborted => Finish::Aborted,
             FinishReason::Impossible => Finish::Impossible,
+            FinishReason::LostTrack => Finish::LostTrack,
             _ if stopped => Finish::Stop,
             FinishReason::Stop => Finish::Stop,
             FinishReason::Length => Finish::Length,

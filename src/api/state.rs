@@ -1,6 +1,6 @@
 use std::{
     sync::{
-        Arc,
+        Arc, OnceLock,
         atomic::{AtomicBool, Ordering},
     },
     time::{Duration, SystemTime, UNIX_EPOCH},
@@ -11,6 +11,7 @@ use tokio::sync::{Semaphore, watch};
 
 use super::{ApiError, ChatTemplate, Defaults, extract::BodyMemory, validate::Bounds};
 use crate::{
+    grammar::{GrammarError, Vocabulary},
     telemetry::Metrics,
     worker::{EngineHandle, EngineStatus},
 };
@@ -53,7 +54,9 @@ pub(crate) struct Serving {
     pub(crate) started: u64,
     /// What bodies may occupy.
     pub(crate) bodies: BodyMemory,
-    /// Threads that may tokenise at a time: the engine needs the cores more.
+    /// What requests with grammars go through, once one has come.
+    pub(super) vocabulary: OnceLock<Result<Vocabulary, GrammarError>>,
+    /// Threads that may tokenise or compile at a time: the engine needs the cores more.
     encoders: Arc<Semaphore>,
     draining: AtomicBool,
     in_flight: watch::Sender<()>,
@@ -74,6 +77,7 @@ impl Serving {
             engine,
             metrics,
             started: unix_seconds(),
+            vocabulary: OnceLock::new(),
             encoders: Arc::new(Semaphore::new(threads)),
             draining: AtomicBool::new(false),
             in_flight: watch::Sender::new(()),
@@ -141,6 +145,14 @@ impl Serving {
         if bytes <= INLINE_BYTES_MAX {
             return Ok(work(self));
         }
+        self.aside(work).await
+    }
+
+    /// Runs `work` on a thread of its own, a few at a time.
+    pub(crate) async fn aside<T: Send + 'static>(
+        self: &Arc<Self>,
+        work: impl FnOnce(&Self) -> T + Send + 'static,
+    ) -> Result<T, ApiError> {
         // The semaphore is never closed.
         let permit = self.encoders.clone().acquire_owned().await.map_err(|_| ApiError::draining())?;
         let serving = self.clone();
@@ -148,7 +160,7 @@ impl Serving {
             let _permit = permit;
             work(&serving)
         });
-        task.await.map_err(|_| ApiError::internal("The prompt could not be encoded"))
+        task.await.map_err(|_| ApiError::internal("The request could not be prepared"))
     }
 }
 

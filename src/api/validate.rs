@@ -7,7 +7,7 @@ use super::{
     defaults::{MIN_P, REPETITION_PENALTY, TEMPERATURE, TOP_P},
     types::{Refused, SamplingFields, Strings},
 };
-use crate::worker::Request;
+use crate::{grammar::Grammar, worker::Request};
 
 /// Answers of one HTTP request at most: prompts times `n`.
 pub(crate) const CHOICES_MAX: usize = 128;
@@ -44,6 +44,8 @@ pub(crate) struct Plan {
     pub(crate) stop_token_ids: Vec<u32>,
     pub(crate) stops: Vec<String>,
     pub(crate) include_stop: bool,
+    /// What answers may be made of. Set when it is compiled.
+    pub(crate) grammar: Option<Grammar>,
     pub(crate) skip_special_tokens: bool,
     pub(crate) logprobs: Option<u32>,
     pub(crate) prompt_logprobs: Option<u32>,
@@ -91,6 +93,7 @@ impl Plan {
             min_tokens: integer("min_tokens", fields.min_tokens, 0..=i64::from(u32::MAX), 0)? as u32,
             stop_token_ids,
             stops: stops(fields.stop)?,
+            grammar: None,
             include_stop: fields.include_stop_str_in_output.unwrap_or(false),
             skip_special_tokens: fields.skip_special_tokens.unwrap_or(true),
             logprobs: None,
@@ -138,6 +141,7 @@ impl Plan {
             max_tokens: wanted as u32,
             min_tokens: self.min_tokens,
             stop_token_ids: self.stop_token_ids.clone(),
+            grammar: self.grammar.as_ref().map(Grammar::matcher),
             logprobs: self.logprobs,
             prompt_logprobs: self.prompt_logprobs,
             trace: None,

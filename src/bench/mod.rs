@@ -153,6 +153,7 @@ fn request(prompt: Vec<u32>, tokens: usize) -> Request {
         max_tokens: u32::try_from(tokens).unwrap_or(u32::MAX),
         min_tokens: 0,
         stop_token_ids: Vec::new(),
+        grammar: None,
         logprobs: None,
         prompt_logprobs: None,
         trace: None,

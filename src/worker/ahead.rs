@@ -22,6 +22,18 @@ impl<R: Runner> Engine<R> {
         self.is_under_way = true;
     }
 
+    /// Whether the step under way draws for a sequence with a grammar: what comes next cannot be drawn before that is
+    /// known.
+    pub(super) fn awaits_token(&self) -> bool {
+        let Self { scheduler, terms, under_way, is_under_way, constrained, .. } = self;
+        *is_under_way
+            && *constrained > 0
+            && under_way.plan.entries().iter().any(|entry| {
+                let is_constrained = terms[entry.slot.index()].as_ref().is_some_and(Terms::is_constrained);
+                is_constrained && scheduler.has(entry) && scheduler.sequence(entry.slot).is_drawn_ahead()
+            })
+    }
+
     /// Finishes the step under way, if there is one.
     pub(super) fn finish_under_way(&mut self) -> Result<(), RunnerError> {
         if !std::mem::take(&mut self.is_under_way) {

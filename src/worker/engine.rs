@@ -58,6 +58,8 @@ pub struct Engine<R> {
     shared: Arc<Shared>,
     /// Requests that want log-probabilities of their prompts.
     scoring: usize,
+    /// Requests with a grammar.
+    pub(super) constrained: usize,
     /// Cancellations looked after so far.
     cancellations: usize,
     /// Whether the last plan computed nothing, although somebody is here.
@@ -121,6 +123,7 @@ impl<R: Runner> Engine<R> {
             messages,
             shared: shared.clone(),
             scoring: 0,
+            constrained: 0,
             cancellations: 0,
             held_up: false,
         };
@@ -144,8 +147,9 @@ impl<R: Runner> Engine<R> {
                 self.finish_under_way()?;
                 continue;
             }
-            // Launching one in which a prompt is scored may take as long as computing it.
-            if self.scoring > 0 {
+            // Launching one in which a prompt is scored may take as long as computing it. And what a grammar lets be drawn
+            // hangs on the token before.
+            if self.scoring > 0 || self.awaits_token() {
                 self.finish_under_way()?;
             }
             self.plan();
@@ -288,6 +292,7 @@ impl<R: Runner> Engine<R> {
         // There are as many slots as places, so this succeeds; if not, dropping the session aborts the request.
         if let Some(slot) = self.scheduler.add(sequence) {
             self.scoring += usize::from(terms.scores_prompt());
+            self.constrained += usize::from(terms.is_constrained());
             self.terms[slot.index()] = Some(terms);
             self.sessions[slot.index()] = Some(session);
         }
@@ -334,22 +339,25 @@ impl<R: Runner> Engine<R> {
             if !scheduler.has(&entry) {
                 continue;
             }
-            let (Some(terms), Some(session)) = (&terms[entry.slot.index()], &mut sessions[entry.slot.index()]) else {
-                continue;
-            };
+            let slot = entry.slot.index();
+            let (Some(terms), Some(session)) = (&mut terms[slot], &mut sessions[slot]) else { continue };
             let mut end = None;
             for (position, sampled) in (entry.start + entry.logits_from..).zip(&step.out[rows]) {
+                let known = scheduler.sequence(entry.slot).prompt().get(position + 1).copied();
+                end = terms.ended().filter(|_| known.is_none());
+                if end.is_some() {
+                    break;
+                }
                 if sampled.impossible {
                     // Anything said now would be made up.
                     tracing::error!(position, "the model gave no possible token (NaN?): the request is aborted");
                     end = Some(FinishReason::Impossible);
                     break;
                 }
-                let sequence = scheduler.sequence(entry.slot);
-                if let Some(&token) = sequence.prompt().get(position + 1) {
+                if let Some(token) = known {
                     session.prompt_token(token, sampled);
                 } else {
-                    if sequence.is_drawn_ahead() {
+                    if scheduler.sequence(entry.slot).is_drawn_ahead() {
                         scheduler.reveal(entry.slot, sampled.token);
                     } else {
                         scheduler.push_token(entry.slot, sampled.token);
@@ -376,8 +384,10 @@ impl<R: Runner> Engine<R> {
             lending.withdraw(slot, &mut self.scheduler);
         }
         self.publish_gauges();
-        let terms = self.terms[slot.index()].take();
-        self.scoring -= usize::from(terms.is_some_and(|terms| terms.scores_prompt()));
+        if let Some(terms) = self.terms[slot.index()].take() {
+            self.scoring -= usize::from(terms.scores_prompt());
+            self.constrained -= usize::from(terms.is_constrained());
+        }
         if let Some(session) = self.sessions[slot.index()].take() {
             session.finish(reason);
         }

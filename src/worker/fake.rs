@@ -120,6 +120,7 @@ struct Wish {
     known: Option<u32>,
     params: SamplingParams,
     suppress: Vec<u32>,
+    mask: Option<Vec<u32>>,
     output: Vec<u32>,
     logprobs: Option<u32>,
 }
@@ -130,19 +131,20 @@ impl Wish {
         match row.task {
             RowTask::Score { token } => {
                 let (params, suppress) = (SamplingParams::default(), Vec::new());
-                Self { known: Some(token), params, suppress, output, logprobs }
+                Self { known: Some(token), params, suppress, mask: None, output, logprobs }
             }
-            RowTask::Sample { params, suppress } => {
-                Self { known: None, params: params.clone(), suppress: suppress.to_vec(), output, logprobs }
+            RowTask::Sample { params, suppress, mask } => {
+                let (params, suppress, mask) = (params.clone(), suppress.to_vec(), mask.map(<[u32]>::to_vec));
+                Self { known: None, params, suppress, mask, output, logprobs }
             }
         }
     }
 
     fn row(&self) -> SampleRow<'_> {
-        let Self { known, params, suppress, output, logprobs } = self;
+        let Self { known, params, suppress, mask, output, logprobs } = self;
         let task = match *known {
             Some(token) => RowTask::Score { token },
-            None => RowTask::Sample { params, suppress },
+            None => RowTask::Sample { params, suppress, mask: mask.as_deref() },
         };
         SampleRow { task, prompt: &[], output, logprobs: *logprobs }
     }
@@ -175,14 +177,15 @@ fn answer(state: u64, row: &SampleRow<'_>) -> Sampled {
         RowTask::Sample { params, .. } if params.seed == NOTHING_FOLLOWS => {
             return Sampled { impossible: true, ..Sampled::default() };
         }
-        RowTask::Sample { params, suppress } => {
+        RowTask::Sample { params, suppress, mask } => {
             let mut state = mix(state, params.seed);
             let SamplingParams { repetition_penalty, presence_penalty, frequency_penalty, .. } = params;
             if *repetition_penalty != 1.0 || *presence_penalty != 0.0 || *frequency_penalty != 0.0 {
                 state = row.output.iter().fold(state, |state, &token| mix(state, token.into()));
             }
             let mut token = (state >> 32) as u32 % VOCAB_SIZE as u32;
-            while suppress.contains(&token) {
+            let is_allowed = |token: u32| mask.is_none_or(|mask| mask[token as usize / 32] >> (token % 32) & 1 == 1);
+            while suppress.contains(&token) || !is_allowed(token) {
                 state = mix(state, 1);
                 token = (state >> 32) as u32 % VOCAB_SIZE as u32;
             }

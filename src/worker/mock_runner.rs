@@ -38,6 +38,14 @@ fn mix(state: u64, value: u64) -> u64 {
     (state ^ value).wrapping_mul(0x9e37_79b9_7f4a_7c15).rotate_left(29)
 }
 
+/// One of the tokens that a mask allows.
+fn among(mask: &[u32], suppress: &[u32], state: u64) -> u32 {
+    let is_allowed = |id: &u32| mask[*id as usize / 32] >> (id % 32) & 1 == 1 && !suppress.contains(id);
+    let allowed = || (0..mask.len() as u32 * 32).filter(is_allowed);
+    let count = allowed().count().max(1);
+    allowed().nth((state >> 32) as usize % count).unwrap_or(0)
+}
+
 impl MockRunner {
     /// `region` is memory that has a file.
     pub(super) fn new(model: MockModel, region: KvRegion, block_size: usize) -> Self {
@@ -93,7 +101,7 @@ impl MockRunner {
         state = mix(state, self.read(batch, span, (position + 1) % layers, elsewhere)?);
         let token = match row.task {
             RowTask::Score { token } => token,
-            RowTask::Sample { params, suppress } => {
+            RowTask::Sample { params, suppress, mask } => {
                 if params.temperature > 0.0 {
                     state = mix(state, params.seed);
                 }
@@ -106,7 +114,8 @@ impl MockRunner {
                     }
                     state = mix(state, 1);
                 }
-                word(state)
+                // Grammars are followed, in words or not.
+                mask.map_or_else(|| word(state), |mask| among(mask, suppress, state))
             }
         };
         let mut sampled = Sampled { token, logprob: -((state >> 40) as f32) / 1e7, ..Sampled::default() };
@@ -184,7 +193,7 @@ mod tests {
         batch.push(&tokens[known..], known as u32, table, tokens.len() - known - 1);
         let params = SamplingParams { temperature: 0.0, ..SamplingParams::default() };
         let row = |_| SampleRow {
-            task: RowTask::Sample { params: &params, suppress: &[] },
+            task: RowTask::Sample { params: &params, suppress: &[], mask: None },
             prompt: tokens,
             output: &[],
             logprobs: None,

@@ -5,6 +5,7 @@
 
 mod ahead;
 mod alone;
+mod constraint;
 mod courier;
 pub mod decode;
 mod desk;
@@ -53,6 +54,8 @@ pub use sizing::{KvRequest, KvSizing, SizingError, available_memory, default_kv_
 pub use staging::StagedPages;
 pub use ways::Ways;
 
+#[cfg(test)]
+mod constrained;
 #[cfg(test)]
 mod fake;
 #[cfg(test)]

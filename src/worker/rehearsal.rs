@@ -22,12 +22,12 @@ impl<B: Backend> ModelRunner<B> {
         // The largest step first: what room is made for it then lies where it will ever be, as recordings rely on.
         let pages = config.max_num_seqs * config.max_model_len.div_ceil(config.block_size);
         batch.push(&vec![0; config.max_num_batched_tokens], 0, &vec![0; pages], 0);
-        let mut all = self.rehearse_step(&batch)?;
+        let mut all = self.rehearse_step(&batch, config.vocab_size)?;
         let mut said = started;
         for size in sizes {
             batch.clear();
             (0..size).for_each(|_| batch.push(&[0], config.max_model_len as u32 - 1, &[0], 0));
-            let Rehearsed { recorded, device_bytes } = self.rehearse_step(&batch)?;
+            let Rehearsed { recorded, device_bytes } = self.rehearse_step(&batch, config.vocab_size)?;
             all.recorded += recorded;
             all.device_bytes += device_bytes;
             if said.elapsed() > PROGRESS_PAUSE {
@@ -51,13 +51,15 @@ impl<B: Backend> ModelRunner<B> {
     }
 
     /// One size of steps, and logits and tokens behind it.
-    fn rehearse_step(&mut self, batch: &Batch) -> Result<Rehearsed, RunnerError> {
+    fn rehearse_step(&mut self, batch: &Batch, vocab_size: usize) -> Result<Rehearsed, RunnerError> {
         let Self { backend, model, cache, max_logit_rows } = self;
         let rehearsed = model.rehearse(backend, cache, batch);
         let rows = &batch.logit_rows[..batch.logit_rows.len().min(*max_logit_rows)];
         let logits = model.logits(backend, rows);
         let params = SamplingParams::default();
-        let task = RowTask::Sample { params: &params, suppress: &[] };
+        // Room is made for the masks of as many rows, should all have grammars.
+        let mask = vec![u32::MAX; vocab_size.div_ceil(32)];
+        let task = RowTask::Sample { params: &params, suppress: &[], mask: Some(&mask) };
         let row = |_| SampleRow { task, prompt: &[], output: &[], logprobs: None };
         backend.sample(logits, &row, &mut vec![Sampled::default(); rows.len()]);
         backend.check().map_err(|error| RunnerError(error.to_string()))?;

@@ -1,6 +1,6 @@
 use engine_kernels::SamplingParams;
 
-use crate::telemetry::TraceContext;
+use crate::{grammar::Matcher, telemetry::TraceContext};
 
 /// A request as the engine thread sees it: token ids in, token ids out. Text, templates and stop strings stay in `api`.
 #[derive(Debug, Clone)]
@@ -19,6 +19,8 @@ pub struct Request {
     /// Tokens that end the answer, end-of-sequence included unless the request ignores it. The stopping token is
     /// reported like any other, followed by [`FinishReason::Stop`].
     pub stop_token_ids: Vec<u32>,
+    /// What the answer may be made of; it has taken `output`.
+    pub grammar: Option<Matcher>,
     /// Alternatives to report with each generated token; `Some(0)`: only the token's own log-probability.
     pub logprobs: Option<u32>,
     /// The same for the prompt's tokens (`echo`). Such a request takes no prefix hits: every position is computed.
@@ -42,7 +44,7 @@ pub struct TokenOutput {
 /// Why an answer ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum FinishReason {
-    /// One of the stop tokens was drawn.
+    /// One of the stop tokens was drawn, or the answer is all that its grammar describes.
     Stop,
     /// `max_tokens` or the context length was reached.
     Length,
@@ -50,6 +52,8 @@ pub enum FinishReason {
     Aborted,
     /// The model gave nothing a token could be drawn from, as others with the same model would.
     Impossible,
+    /// The request's grammar became too much to follow, as it would for others.
+    LostTrack,
 }
 
 /// What a [`Generation`](super::Generation) yields: the prompt's tokens if their log-probabilities were asked for, each

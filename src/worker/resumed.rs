@@ -37,6 +37,7 @@ fn request(prompt: u32, max_tokens: u32) -> Request {
         max_tokens,
         min_tokens: 0,
         stop_token_ids: Vec::new(),
+        grammar: None,
         logprobs: Some(1),
         prompt_logprobs: None,
         trace: None,

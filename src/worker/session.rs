@@ -2,7 +2,7 @@ use std::time::Instant;
 
 use engine_kernels::{RowTask, SampleRow, Sampled, SamplingParams};
 
-use super::{FinishReason, Request, generation::Outlet, handle::Place};
+use super::{FinishReason, Request, constraint::Constraint, generation::Outlet, handle::Place};
 use crate::{
     scheduler::Sequence,
     telemetry::{EngineMetrics, TraceContext},
@@ -15,6 +15,7 @@ pub(super) struct Terms {
     max_tokens: usize,
     min_tokens: usize,
     stop_token_ids: Vec<u32>,
+    constraint: Option<Constraint>,
     logprobs: Option<u32>,
     prompt_logprobs: Option<u32>,
 }
@@ -25,11 +26,13 @@ impl Terms {
         let mut stop_token_ids = request.stop_token_ids;
         // An id beyond the vocabulary is never drawn, and kernels may index by what is left.
         stop_token_ids.retain(|&token| (token as usize) < vocab_size);
+        let constraint = request.grammar.map(|matcher| Constraint::new(matcher, &stop_token_ids));
         Self {
             sampling: request.sampling,
             max_tokens,
             min_tokens: request.min_tokens as usize,
             stop_token_ids,
+            constraint,
             logprobs: request.logprobs,
             prompt_logprobs: request.prompt_logprobs,
         }
@@ -52,17 +55,28 @@ impl Terms {
             return SampleRow { task: RowTask::Score { token }, prompt, output, logprobs: self.prompt_logprobs };
         }
         let suppress = if output.len() < self.min_tokens { &self.stop_token_ids[..] } else { &[] };
-        let task = RowTask::Sample { params: &self.sampling, suppress };
+        let mask = self.constraint.as_ref().and_then(|constraint| constraint.mask(suppress));
+        let task = RowTask::Sample { params: &self.sampling, suppress, mask };
         SampleRow { task, prompt, output, logprobs: self.logprobs }
     }
 
+    /// Whether the answer has a grammar.
+    pub(super) fn is_constrained(&self) -> bool {
+        self.constraint.is_some()
+    }
+
+    /// Whether the answer has ended with what it has, because nothing could be drawn.
+    pub(super) fn ended(&self) -> Option<FinishReason> {
+        self.constraint.as_ref().and_then(Constraint::end)
+    }
+
     /// Whether `token`, the `generated`-th, is the last.
-    pub(super) fn end(&self, token: u32, generated: usize) -> Option<FinishReason> {
+    pub(super) fn end(&mut self, token: u32, generated: usize) -> Option<FinishReason> {
         if generated > self.min_tokens && self.stop_token_ids.contains(&token) {
-            Some(FinishReason::Stop)
-        } else {
-            (generated == self.max_tokens).then_some(FinishReason::Length)
+            return Some(FinishReason::Stop);
         }
+        let end = self.constraint.as_mut().and_then(|constraint| constraint.take(token));
+        end.or_else(|| (generated == self.max_tokens).then_some(FinishReason::Length))
     }
 }
 

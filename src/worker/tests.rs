@@ -56,6 +56,7 @@ pub(super) fn request(prompt: impl IntoIterator<Item = u32>, max_tokens: u32) ->
         max_tokens,
         min_tokens: 0,
         stop_token_ids: Vec::new(),
+        grammar: None,
         logprobs: None,
         prompt_logprobs: None,
         trace: None,
@@ -81,15 +82,31 @@ pub(super) fn model_answer(request: &Request, max_model_len: usize) -> (Vec<Even
     }
     let mut tokens = prompt.to_vec();
     let limit = (request.max_tokens as usize).min(max_model_len - prompt.len());
+    let mut matcher = request.grammar.clone();
     for generated in 0..limit {
         let suppress = if generated < request.min_tokens as usize { &request.stop_token_ids[..] } else { &[] };
-        let task = RowTask::Sample { params: &request.sampling, suppress };
+        let mask = matcher.as_mut().map(|matcher| {
+            let mut mask = matcher.allowed().unwrap();
+            let ends = matcher.eos_token_ids().into_iter().filter(|end| !request.stop_token_ids.contains(end));
+            ends.chain(suppress.iter().copied()).for_each(|id| mask[id as usize / 32] &= !(1 << (id % 32)));
+            mask
+        });
+        if mask.as_ref().is_some_and(|mask| mask.iter().all(|&word| word == 0)) {
+            return (events, FinishReason::Stop);
+        }
+        let task = RowTask::Sample { params: &request.sampling, suppress, mask: mask.as_deref() };
         let row = SampleRow { task, prompt, output: &tokens[prompt.len()..], logprobs: request.logprobs };
         let sampled = expected(&tokens, &row);
         events.push(Event::Token(output(sampled, request.logprobs)));
         tokens.push(sampled.token);
         if generated >= request.min_tokens as usize && request.stop_token_ids.contains(&sampled.token) {
             return (events, FinishReason::Stop);
+        }
+        if let Some(matcher) = &mut matcher {
+            matcher.take(sampled.token).unwrap();
+            if matcher.is_complete() {
+                return (events, FinishReason::Stop);
+            }
         }
     }
     (events, FinishReason::Length)
@@ -107,7 +124,7 @@ pub(super) async fn collect(generation: &mut Generation) -> (Vec<Event>, FinishR
     panic!("an answer ends with Finished");
 }
 
-fn assert_answers(handle: &EngineHandle, requests: &[Request]) {
+pub(super) fn assert_answers(handle: &EngineHandle, requests: &[Request]) {
     let generations: Vec<_> = requests.iter().map(|request| handle.submit(request.clone()).unwrap()).collect();
     let answers = block_on(join_all(generations.into_iter().map(|mut generation| async move {
         let (events, reason, _) = collect(&mut generation).await;

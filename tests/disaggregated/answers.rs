@@ -1,7 +1,9 @@
 //! Long prompts are computed elsewhere, and nobody can tell from the answers.
 
+use serde_json::json;
+
 use crate::{
-    cell::{self, Cell, LONG, SHORT, ask, prompt},
+    cell::{self, Cell, LONG, SHORT, answer_to, ask, prompt},
     program::Server,
 };
 
@@ -33,6 +35,22 @@ fn answers_equal_those_of_one_process_over_shared_memory() {
 #[test]
 fn answers_equal_those_of_one_process_over_tcp() {
     answers_equal_those_of_one_process("tcp");
+}
+
+#[test]
+fn an_answer_to_a_prompt_prefilled_elsewhere_fits_its_grammar() {
+    let cell = Cell::start();
+    let decode = cell.decode(&["--max-local-prefill-length", "64"]);
+    let _prefill = cell.prefill(&[]);
+    cell.wait_for_prefill_worker(&decode);
+    let question = json!({
+        "prompt": prompt(LONG), "max_tokens": 40, "temperature": 1, "seed": 4, "logprobs": 2,
+        "structured_outputs": {"regex": "[a-z]{3,6} [0-9]{2}"},
+    });
+    let answer = answer_to(&decode, &question);
+    assert_eq!(decode.metric("engine_prefills_total{where=\"remote\"}"), 1.0);
+    assert_eq!(answer["finish_reason"], "stop", "{answer}");
+    assert_eq!(answer_to(&Server::start(&["--max-model-len", "1024", "--kv-blocks", "256"]), &question), answer);
 }
 
 #[test]

@@ -167,7 +167,12 @@ impl Runner for Dice {
             let row = row(index);
             let token = match row.task {
                 RowTask::Score { token } => token,
-                RowTask::Sample { .. } => (row.prompt.len() * 7 + row.output.len() * 5) as u32 % VOCABULARY as u32,
+                RowTask::Sample { mask, .. } => {
+                    let first = row.prompt.len() * 7 + row.output.len() * 5;
+                    let mut from = (first..first + VOCABULARY).map(|token| token % VOCABULARY);
+                    let is_allowed = |&token: &usize| mask.is_none_or(|mask| mask[token / 32] >> (token % 32) & 1 == 1);
+                    from.find(is_allowed).unwrap_or(0) as u32
+                }
             };
             let top_len = row.logprobs.unwrap_or(0).min(VOCABULARY as u32);
             *sampled = Sampled { token, logprob: -1.0, top_len, ..Sampled::default() };

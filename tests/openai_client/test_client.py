@@ -8,8 +8,10 @@ import re
 import subprocess
 import sys
 import unittest
+from typing import Literal
 
 import openai
+import pydantic
 
 KEY = "sk-test"
 QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
@@ -115,6 +117,25 @@ class Chat(unittest.TestCase):
         self.assertEqual(answer.choices[0].message.content, free.split(stop)[0])
         self.assertEqual(answer.choices[0].finish_reason, "stop")
 
+    def test_an_answer_is_an_object_of_the_class_that_was_asked_for(self):
+        class City(pydantic.BaseModel):
+            name: str = pydantic.Field(max_length=20)
+            capital: bool
+            rivers: list[Literal["Seine", "Thames", "Rhine"]] = pydantic.Field(max_length=2)
+
+        for arguments in [dict(temperature=0), dict(temperature=1, seed=1), dict(temperature=1, seed=2)]:
+            answer = client.chat.completions.parse(
+                model="demo", messages=QUESTION, max_tokens=200, response_format=City, **arguments
+            )
+            self.assertIsInstance(answer.choices[0].message.parsed, City)
+            self.assertEqual(answer.choices[0].finish_reason, "stop")
+
+    def test_vllms_structured_outputs_pass_as_extra_body(self):
+        extra = {"structured_outputs": {"choice": ["Paris", "London"]}}
+        answer = client.chat.completions.create(model="demo", messages=QUESTION, temperature=0, extra_body=extra)
+        self.assertIn(answer.choices[0].message.content, ["Paris", "London"])
+        self.assertEqual(answer.choices[0].finish_reason, "stop")
+
     def test_vllms_parameters_pass_as_extra_body(self):
         extra = {"top_k": 1, "min_p": 0.0, "repetition_penalty": 1.0, "ignore_eos": True, "min_tokens": 4}
         answer = client.chat.completions.create(model="demo", messages=QUESTION, max_tokens=8, seed=1, extra_body=extra)
@@ -175,7 +196,7 @@ class Errors(unittest.TestCase):
     def test_what_is_not_supported(self):
         tool = {"type": "function", "function": {"name": "f", "parameters": {}}}
         self.refused(openai.BadRequestError, "tools", tools=[tool])
-        self.refused(openai.BadRequestError, "response_format", response_format={"type": "json_object"})
+        self.refused(openai.BadRequestError, "response_format", response_format={"type": "structural_tag"})
 
     def test_an_error_before_a_stream(self):
         self.refused(openai.BadRequestError, "temperature", temperature=-1, stream=True)

@@ -109,10 +109,15 @@ impl Runner for Digests {
             let mut token = self.palette[(state >> 33) as usize % self.palette.len()];
             match row.task {
                 RowTask::Score { token: given } => token = given,
-                RowTask::Sample { suppress, .. } if state % 29 == 0 && !suppress.contains(&self.end) => {
+                RowTask::Sample { suppress, mask: None, .. } if state % 29 == 0 && !suppress.contains(&self.end) => {
                     token = self.end;
                 }
-                RowTask::Sample { .. } => {}
+                RowTask::Sample { mask: None, .. } => {}
+                RowTask::Sample { suppress, mask: Some(mask), .. } => {
+                    let is_allowed = |id: &u32| mask[*id as usize / 32] >> (id % 32) & 1 == 1 && !suppress.contains(id);
+                    let allowed: Vec<u32> = (0..mask.len() as u32 * 32).filter(is_allowed).collect();
+                    token = allowed[(state >> 33) as usize % allowed.len()];
+                }
             }
             *sampled = Sampled { token, logprob: -((state >> 40) as f32) / 1e7, ..Sampled::default() };
             sampled.impossible = seed == NOTHING_FOLLOWS && row.output.len() == 3;

@@ -79,11 +79,15 @@ pub(crate) fn sample_row(logits: &mut [f32], row: &SampleRow<'_>, scratch: &mut 
 
 /// The token of a row whose highest logit is `peak`; `None` if what the request asks for leaves none.
 fn pick(logits: &mut [f32], peak: scan::Peak, row: &SampleRow<'_>, scratch: &mut SampleScratch) -> Option<u32> {
-    let (params, suppress) = match row.task {
+    let (params, suppress, mask) = match row.task {
         RowTask::Score { token } => return Some(token),
-        RowTask::Sample { params, suppress } => (params, suppress),
+        RowTask::Sample { params, suppress, mask } => (params, suppress, mask),
     };
-    let peak = if adjust(logits, params, suppress, row, &mut scratch.seen) { clean_peak(logits) } else { peak };
+    if let Some(mask) = mask {
+        forbid(logits, mask);
+    }
+    let adjusted = adjust(logits, params, suppress, row, &mut scratch.seen);
+    let peak = if adjusted || mask.is_some() { clean_peak(logits) } else { peak };
     if peak.logit == f32::NEG_INFINITY {
         return None;
     }
@@ -104,6 +108,22 @@ fn clean_peak(logits: &mut [f32]) -> scan::Peak {
         *logit = finite_or_impossible(*logit);
     }
     scan::peak(logits)
+}
+
+/// Makes every token impossible that the mask does not allow.
+fn forbid(logits: &mut [f32], mask: &[u32]) {
+    assert!(mask.len() >= logits.len().div_ceil(32), "a mask has a bit for every token");
+    for (logits, &word) in logits.chunks_mut(32).zip(mask) {
+        match word {
+            u32::MAX => {}
+            // As most are.
+            0 => logits.fill(f32::NEG_INFINITY),
+            _ => {
+                let forbidden = logits.iter_mut().enumerate().filter(|(bit, _)| word >> bit & 1 == 0);
+                forbidden.for_each(|(_, logit)| *logit = f32::NEG_INFINITY);
+            }
+        }
+    }
 }
 
 /// Biases, suppression and penalties. Whether anything may have changed.

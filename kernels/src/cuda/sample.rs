@@ -27,6 +27,8 @@ struct Row {
     alternatives: i32,
     touched: i32,
     touched_end: i32,
+    mask: i32,
+    _unused: i32,
 }
 
 /// `sample::Touched`.
@@ -54,7 +56,7 @@ struct Outcome {
     logprobs: [f32; MAX_TOP_LOGPROBS],
 }
 
-// SAFETY: two doubles, then ten words: no padding.
+// SAFETY: two doubles, then twelve words: no padding.
 unsafe impl PlainWord for Row {}
 // SAFETY: four words.
 unsafe impl PlainWord for Touched {}
@@ -63,6 +65,8 @@ unsafe impl PlainWord for Touched {}
 pub(super) struct Sampler<D: Driver> {
     rows: Vec<Row>,
     touched: Vec<Touched>,
+    /// The masks of those rows that have one, each as long as the vocabulary.
+    masks: Vec<u32>,
     /// For each token, its place in `touched` plus one; all 0 between rows.
     places: Vec<u32>,
     described: Staged<D>,
@@ -79,6 +83,7 @@ impl<D: Driver> Sampler<D> {
         Self {
             rows: Vec::new(),
             touched: Vec::new(),
+            masks: Vec::new(),
             places: Vec::new(),
             described: Staged::new(),
             outcomes: Fetched::new(),
@@ -115,6 +120,7 @@ impl<D: Driver> Sampler<D> {
         assert!((first + logits.rows) * size_of::<Outcome>() <= self.outcomes.capacity(), "room was made first");
         self.rows.clear();
         self.touched.clear();
+        self.masks.clear();
         if self.places.len() < vocabulary {
             self.places.resize(vocabulary, 0);
         }
@@ -123,14 +129,15 @@ impl<D: Driver> Sampler<D> {
             self.rows.push(described);
         }
 
-        let (rows, touched) = (bytes_of(&self.rows), bytes_of(&self.touched));
-        self.described.reserve(stream, rows.len() + touched.len());
-        self.described.upload(stream, &[rows, touched]);
+        let (rows, touched, masks) = (bytes_of(&self.rows), bytes_of(&self.touched), bytes_of(&self.masks));
+        self.described.reserve(stream, rows.len() + touched.len() + masks.len());
+        self.described.upload(stream, &[rows, touched, masks]);
         let args = [
             logits.address().into(),
             vocabulary.into(),
             self.described.address().into(),
             self.described.address().offset(rows.len()).into(),
+            self.described.address().offset(rows.len() + touched.len()).into(),
             self.tokens[1 - self.turn].address().into(),
             self.tokens[self.turn].address().offset(first * size_of::<u32>()).into(),
             self.outcomes.address().offset(first * size_of::<Outcome>()).into(),
@@ -165,15 +172,16 @@ impl<D: Driver> Sampler<D> {
     }
 
     fn describe(&mut self, row: &SampleRow<'_>, vocabulary: usize) -> Row {
-        let touched = self.touched.len();
+        let (touched, mut masked) = (self.touched.len(), None);
         let greedy = SamplingParams::default();
         let (params, known) = match row.task {
             RowTask::Score { token } => {
                 assert!((token as usize) < vocabulary, "token {token} of {vocabulary}");
                 (&greedy, token as i32)
             }
-            RowTask::Sample { params, suppress } => {
+            RowTask::Sample { params, suppress, mask } => {
                 self.touch(params, suppress, row);
+                masked = mask.map(|mask| self.list_mask(mask, vocabulary));
                 (params, -1)
             }
         };
@@ -194,7 +202,16 @@ impl<D: Driver> Sampler<D> {
             alternatives: row.logprobs.map_or(-1, |wanted| wanted.min(MAX_TOP_LOGPROBS as u32) as i32),
             touched: touched as i32,
             touched_end: self.touched.len() as i32,
+            mask: masked.map_or(-1, |place| place as i32),
+            _unused: 0,
         }
+    }
+
+    /// Lists a mask; its place among those of this call.
+    fn list_mask(&mut self, mask: &[u32], vocabulary: usize) -> usize {
+        let words = vocabulary.div_ceil(u32::BITS as usize);
+        self.masks.extend_from_slice(&mask[..words]);
+        self.masks.len() / words - 1
     }
 
     /// Lists each token whose logit a request changes, once.
@@ -240,6 +257,6 @@ mod tests {
     #[test]
     fn the_kernels_structures_have_these_sizes() {
         // Eights first and words after them: the same layout in both languages.
-        assert_eq!((size_of::<Row>(), size_of::<Touched>(), size_of::<Outcome>()), (56, 16, 176));
+        assert_eq!((size_of::<Row>(), size_of::<Touched>(), size_of::<Outcome>()), (64, 16, 176));
     }
 }

@@ -1,4 +1,4 @@
-use crate::sampling::{finite_or_impossible, penalized, uniform};
+use crate::sampling::{finite_or_impossible, is_allowed, penalized, uniform};
 use crate::{RowTask, SampleRow, Sampled, SamplingParams};
 
 /// Samples or scores one row straight from the definitions: sort everything, then filter.
@@ -8,7 +8,7 @@ pub(crate) fn sample_row(logits: &[f32], row: &SampleRow<'_>) -> Sampled {
     let token = match row.task {
         _ if !possible => None,
         RowTask::Score { token } => Some(token),
-        RowTask::Sample { params, suppress } => draw(&logits, params, suppress, row),
+        RowTask::Sample { params, suppress, mask } => draw(&logits, params, suppress, mask, row),
     };
     let Some(token) = token else { return Sampled { impossible: true, ..Sampled::default() } };
     let mut sampled = Sampled { token, ..Sampled::default() };
@@ -37,8 +37,21 @@ fn by_likelihood(logits: &[f32]) -> Vec<u32> {
 }
 
 /// A token, if any is possible.
-fn draw(logits: &[f32], params: &SamplingParams, suppress: &[u32], row: &SampleRow<'_>) -> Option<u32> {
+fn draw(
+    logits: &[f32],
+    params: &SamplingParams,
+    suppress: &[u32],
+    mask: Option<&[u32]>,
+    row: &SampleRow<'_>,
+) -> Option<u32> {
     let mut logits = logits.to_vec();
+    if let Some(mask) = mask {
+        for (id, logit) in logits.iter_mut().enumerate() {
+            if !is_allowed(mask, id) {
+                *logit = f32::NEG_INFINITY;
+            }
+        }
+    }
     for &(id, bias) in &params.logit_bias {
         logits[id as usize] += bias;
     }

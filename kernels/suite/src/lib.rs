@@ -73,6 +73,7 @@ macro_rules! of_every_backend {
             sampling:
                 mixed_rows_match_the_reference,
                 every_cut_matches_the_reference,
+                masked_rows_match_the_reference,
                 a_row_is_drawn_alike_alone_and_in_a_batch,
                 the_number_of_threads_changes_nothing;
         }

@@ -16,6 +16,8 @@ struct Rows {
     logits: Vec<f32>,
     params: Vec<SamplingParams>,
     outputs: Vec<Vec<u32>>,
+    /// Of those rows that have one, which tokens there are to draw from.
+    masks: Vec<Option<Vec<u32>>>,
     logprobs: Vec<Option<u32>>,
 }
 
@@ -38,6 +40,7 @@ impl Rows {
             logits: random.normals(count * VOCAB).iter().map(|x| x * 3.0).collect(),
             params: (0..count).map(|_| params(random)).collect(),
             outputs: (0..count).map(|i| (0..i % 9).map(|_| random.below(VOCAB) as u32).collect()).collect(),
+            masks: vec![None; count],
             logprobs: (0..count).map(|_| random.pick(&[None, None, Some(0), Some(5), Some(20)])).collect(),
         }
     }
@@ -62,15 +65,45 @@ impl Rows {
             logits: normals.into_iter().enumerate().map(|(i, x)| shape(i % vocabulary, x)).collect(),
             params,
             outputs: vec![Vec::new(); count],
+            masks: vec![None; count],
             logprobs: (0..count).map(|i| [None, Some(0), Some(20)][i % 3]).collect(),
         }
     }
 
+    /// The same with a mask for most rows, of every density: none of the tokens, one, few, half, nearly all, all.
+    fn masked(mut self, random: &mut Random) -> Self {
+        let words = self.vocabulary.div_ceil(32);
+        for (i, mask) in self.masks.iter_mut().enumerate() {
+            let word = |random: &mut Random| random.bits() as u32;
+            let mut bits: Vec<u32> = match i % 9 {
+                0 => continue,
+                1 => vec![0; words],
+                2 => vec![u32::MAX; words],
+                3 => (0..words).map(|_| word(random)).collect(),
+                4 => (0..words).map(|_| word(random) & word(random) & word(random) & word(random)).collect(),
+                5 => (0..words).map(|_| word(random) | word(random) | word(random) | word(random)).collect(),
+                6 => (0..words).map(|_| random.pick(&[0, u32::MAX])).collect(),
+                _ => {
+                    let id = random.below(self.vocabulary);
+                    (0..words).map(|word| if word == id / 32 { 1 << (id % 32) } else { 0 }).collect()
+                }
+            };
+            // Nobody looks at what stands behind a vocabulary's bits, in its last word or after that.
+            if i % 2 == 0 {
+                bits[words - 1] |= u32::MAX.checked_shl((self.vocabulary - 32 * (words - 1)) as u32).unwrap_or(0);
+                bits.push(word(random));
+            }
+            *mask = Some(bits);
+        }
+        self
+    }
+
     fn row(&self, i: usize) -> SampleRow<'_> {
+        let (params, mask) = (&self.params[i], self.masks[i].as_deref());
         let task = match i % 5 {
             4 if self.has_tasks => RowTask::Score { token: (i * 31 % VOCAB) as u32 },
-            3 if self.has_tasks => RowTask::Sample { params: &self.params[i], suppress: &[3, 700] },
-            _ => RowTask::Sample { params: &self.params[i], suppress: &[] },
+            3 if self.has_tasks => RowTask::Sample { params, suppress: &[3, 700], mask },
+            _ => RowTask::Sample { params, suppress: &[], mask },
         };
         SampleRow { task, prompt: &[1, 2, 3, 2], output: &self.outputs[i], logprobs: self.logprobs[i] }
     }
@@ -149,9 +182,51 @@ pub(crate) fn every_cut_matches_the_reference<B: Subject>() {
     }
 }
 
+pub(crate) fn masked_rows_match_the_reference<B: Subject>() {
+    let mut random = Random::new(95);
+    let mut all = Vec::new();
+    for count in [1, 2, 17, 70] {
+        let rows = Rows::random(count, &mut random).masked(&mut random);
+        all.push(("mixed", rows));
+    }
+    type Shape = (&'static str, fn(usize, f32) -> f32);
+    let shapes: [Shape; 4] = [
+        ("a peak", |_, x| x * 3.0),
+        ("all alike", |_, _| 1.5),
+        ("hundreds that are likeliest", |i, x| if i % 7 == 3 { 9.0 } else { x }),
+        ("no numbers, and infinite ones", |i, x| match i % 100 {
+            11 => f32::NAN,
+            12 => f32::NEG_INFINITY,
+            13 => f32::INFINITY,
+            _ => x,
+        }),
+    ];
+    // Vocabularies that end amid a word and amid a load, and with one.
+    for vocabulary in [5, 128, 4999] {
+        for (name, shape) in shapes {
+            all.push((name, Rows::cut(vocabulary, &shape, &mut random).masked(&mut random)));
+        }
+    }
+    for (name, rows) in all {
+        let count = rows.params.len();
+        let ours = rows.sample(&mut B::any(), 0..count);
+        let want = rows.sample(&mut ReferenceBackend, 0..count);
+        for (i, (ours, want)) in ours.iter().zip(&want).enumerate() {
+            let row = rows.row(i);
+            assert_near(ours, want, &row, &format!("{name}, {} tokens, row {i}", rows.vocabulary));
+            // Known outright, whatever the reference says.
+            if let (RowTask::Sample { mask: Some(mask), .. }, false) = (row.task, ours.impossible) {
+                let is_allowed = mask[ours.token as usize / 32] >> (ours.token % 32) & 1 == 1;
+                assert!(is_allowed, "{name}, row {i}: {} is not in the mask", ours.token);
+            }
+        }
+        watched::held();
+    }
+}
+
 /// Equal in all that is specified.
 fn assert_same(ours: &Sampled, theirs: &Sampled, row: &SampleRow<'_>, what: &str) {
-    assert_eq!(ours.token, theirs.token, "{what}");
+    assert_eq!((ours.token, ours.impossible), (theirs.token, theirs.impossible), "{what}");
     if row.logprobs.is_some() {
         assert_eq!(ours.logprob.to_bits(), theirs.logprob.to_bits(), "{what}");
         let top = |sampled: &Sampled| sampled.top[..sampled.top_len as usize].to_vec();
@@ -160,7 +235,8 @@ fn assert_same(ours: &Sampled, theirs: &Sampled, row: &SampleRow<'_>, what: &str
 }
 
 pub(crate) fn a_row_is_drawn_alike_alone_and_in_a_batch<B: Subject>() {
-    let rows = Rows::random(70, &mut Random::new(92));
+    let mut random = Random::new(92);
+    let rows = Rows::random(70, &mut random).masked(&mut random);
     let mut backend = B::any();
     let together = rows.sample(&mut backend, 0..70);
     for (i, together) in together.iter().enumerate() {

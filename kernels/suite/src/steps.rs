@@ -132,7 +132,7 @@ impl<D: Driver> Layer<CudaBackend<D>> {
             })
             .collect();
         let row = |i: usize| SampleRow {
-            task: RowTask::Sample { params: &params[i], suppress: &[] },
+            task: RowTask::Sample { params: &params[i], suppress: &[], mask: None },
             prompt: &batch.positions[i..=i],
             output: &outputs[i],
             logprobs: Some(0),

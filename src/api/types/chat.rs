@@ -25,7 +25,6 @@ generating_request! {
         chat_template_kwargs: Option<serde_json::Map<String, Value>>,
         /// vLLM's: whether the tokenizer adds its begin-of-sequence token to the rendered text.
         add_special_tokens: Option<bool>,
-        response_format: Option<ResponseFormat>,
         modalities: Option<Vec<String>>,
         tool_choice: Option<Value>,
         tools: Option<Refused>,
@@ -53,13 +52,6 @@ generating_request! {
         #[serde(rename = "parallel_tool_calls")]
         _parallel_tool_calls: Option<IgnoredAny>,
     }
-}
-
-/// `response_format`; only its type matters, as only text is served.
-#[derive(Debug, Deserialize)]
-pub(crate) struct ResponseFormat {
-    #[serde(rename = "type")]
-    pub(crate) kind: String,
 }
 
 /// Messages of a conversation at most, and parts of one of them: thousands of turns. Each takes many times the memory

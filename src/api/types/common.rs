@@ -172,6 +172,9 @@ macro_rules! generating_request {
             skip_special_tokens: Option<bool>,
             stream: Option<bool>,
             stream_options: Option<crate::api::types::StreamOptions>,
+            /// What form answers have; the second is vLLM's.
+            pub(crate) response_format: Option<crate::api::types::ResponseFormat>,
+            pub(crate) structured_outputs: Option<crate::api::types::StructuredOutputs>,
             /// Whose request this is: nothing here depends on it.
             #[serde(rename = "user")]
             _user: Option<serde::de::IgnoredAny>,

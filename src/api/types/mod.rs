@@ -3,9 +3,11 @@
 mod chat;
 mod common;
 mod completion;
+mod form;
 mod tokenize;
 
 pub(crate) use chat::{ChatRequest, Content, ContentPart, MESSAGES_MAX, Message, Messages, ToolCall};
 pub(crate) use common::{LogitBias, Refused, SamplingFields, StreamOptions, Strings, generating_request};
 pub(crate) use completion::{CompletionRequest, Prompt};
+pub(crate) use form::{ResponseFormat, StructuredOutputs};
 pub(crate) use tokenize::{DetokenizeRequest, TokenizeRequest};

@@ -8,7 +8,7 @@ fn params() -> SamplingParams {
 }
 
 fn row<'a>(params: &'a SamplingParams, output: &'a [u32]) -> SampleRow<'a> {
-    SampleRow { task: RowTask::Sample { params, suppress: &[] }, prompt: &[], output, logprobs: None }
+    SampleRow { task: RowTask::Sample { params, suppress: &[], mask: None }, prompt: &[], output, logprobs: None }
 }
 
 fn draw_one(logits: &[f32], row: &SampleRow<'_>) -> Sampled {
@@ -121,7 +121,7 @@ fn of_equal_logits_greedy_takes_the_first() {
 fn a_row_without_a_possible_token_says_so_whatever_is_asked_of_it() {
     let (drawn, greedy) = (params(), SamplingParams::default());
     let plain = row(&drawn, &[]);
-    let suppressed = SampleRow { task: RowTask::Sample { params: &drawn, suppress: &[0, 1] }, ..plain };
+    let suppressed = SampleRow { task: RowTask::Sample { params: &drawn, suppress: &[0, 1], mask: None }, ..plain };
     for (logits, ask) in [
         (vec![f32::NAN; 300], plain),
         (vec![f32::NAN; 300], row(&greedy, &[])),
@@ -156,7 +156,8 @@ fn bias_and_suppression_decide() {
     let all_but_one: Vec<u32> = (0..500).filter(|&id| id != 42).collect();
     let params = params();
     for seed in 0..20 {
-        let task = RowTask::Sample { params: &SamplingParams { seed, ..params.clone() }, suppress: &all_but_one };
+        let task =
+            RowTask::Sample { params: &SamplingParams { seed, ..params.clone() }, suppress: &all_but_one, mask: None };
         assert_eq!(draw_one(&logits, &SampleRow { task, ..row(&params, &[]) }).token, 42);
     }
 }
@@ -258,7 +259,8 @@ fn every_combination_draws_what_the_reference_draws() {
     runner
         .run(&cases, |(params, vocab, spread, output, suppress, logprobs)| {
             let logits = random_logits(vocab, spread, params.seed ^ 1);
-            let task = RowTask::Sample { params: &params, suppress: &suppress[..suppress.len().min(vocab / 2)] };
+            let task =
+                RowTask::Sample { params: &params, suppress: &suppress[..suppress.len().min(vocab / 2)], mask: None };
             let ask = SampleRow { task, prompt: &[1, 2, 3], output: &output, logprobs };
             let (ours, oracle) = (draw_one(&logits, &ask), reference_row(&logits, &ask));
             prop_assert_eq!(ours.token, oracle.token);
@@ -296,7 +298,7 @@ proptest! {
         logprobs in prop::option::of(0u32..=20),
     ) {
         let params = SamplingParams { temperature, ..params };
-        let task = RowTask::Sample { params: &params, suppress: &[7] };
+        let task = RowTask::Sample { params: &params, suppress: &[7], mask: None };
         let ask = SampleRow { task, prompt: &[3, 4], output: &[4, 5, 5], logprobs };
         let sampled = draw_one(&logits, &ask);
         prop_assert!((sampled.token as usize) < logits.len());

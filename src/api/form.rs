@@ -1,0 +1,192 @@
+//! What form an answer is to have: from a request's fields to a grammar.
+
+use std::sync::Arc;
+
+use serde_json::Value;
+
+use super::{
+    ApiError, Serving,
+    types::{ResponseFormat, StructuredOutputs},
+    validate::refuse,
+};
+use crate::grammar::{Grammar, GrammarError, Source, Vocabulary};
+
+/// Characters of a name in a message.
+const SHOWN_CHARS_MAX: usize = 40;
+
+/// What a request asks for, and the field that says so.
+type Asked = (Source, &'static str);
+
+impl Serving {
+    /// Compiles what a request asks for, if it does: on a thread of its own, a few at a time, as long prompts are
+    /// encoded.
+    pub(crate) async fn compile(
+        self: &Arc<Self>,
+        format: Option<ResponseFormat>,
+        outputs: Option<StructuredOutputs>,
+    ) -> Result<Option<Grammar>, ApiError> {
+        let Some((source, field)) = asked(format, outputs)? else { return Ok(None) };
+        let compiled = self.aside(move |serving| serving.vocabulary()?.compile(source)).await?;
+        compiled.map(Some).map_err(|error| match error {
+            GrammarError::Vocabulary(_) => ApiError::unsupported(field, &error.to_string()),
+            GrammarError::TooLarge { .. } | GrammarError::Invalid(_) => {
+                ApiError::invalid(field, format!("'{field}' cannot be used: {error}"))
+            }
+        })
+    }
+
+    /// The model's tokens, made ready for grammars by the first request that has one.
+    fn vocabulary(&self) -> Result<&Vocabulary, GrammarError> {
+        let made = self.vocabulary.get_or_init(|| {
+            Vocabulary::new(&self.config.tokenizer, self.engine.limits().vocab_size, &self.config.eos_token_ids)
+        });
+        made.as_ref().map_err(GrammarError::clone)
+    }
+}
+
+/// What the two fields ask for together.
+fn asked(format: Option<ResponseFormat>, outputs: Option<StructuredOutputs>) -> Result<Option<Asked>, ApiError> {
+    let format = format.map(of_format).transpose()?.flatten();
+    let outputs = outputs.map(of_outputs).transpose()?;
+    match (format, outputs) {
+        (Some(_), Some((_, field))) => {
+            Err(ApiError::invalid(field, format!("'{field}' and 'response_format' exclude each other")))
+        }
+        (format, outputs) => Ok(format.or(outputs)),
+    }
+}
+
+fn of_format(format: ResponseFormat) -> Result<Option<Asked>, ApiError> {
+    if format.json_schema.is_some() && format.kind != "json_schema" {
+        let message = "'response_format.json_schema' goes with the type 'json_schema'";
+        return Err(ApiError::invalid("response_format.json_schema", message));
+    }
+    match &*format.kind {
+        "text" => Ok(None),
+        "json_object" => Ok(Some((Source::json_object(), "response_format"))),
+        "json_schema" => {
+            const FIELD: &str = "response_format.json_schema.schema";
+            let schema = format.json_schema.and_then(|given| given.schema);
+            let schema =
+                schema.ok_or_else(|| ApiError::invalid(FIELD, format!("Missing required parameter: '{FIELD}'")))?;
+            Ok(Some((Source::JsonSchema(schema), FIELD)))
+        }
+        other => {
+            let kind: String = other.chars().take(SHOWN_CHARS_MAX).collect();
+            let detail = format!("its type has to be 'text', 'json_object' or 'json_schema', not '{kind}'");
+            Err(ApiError::unsupported("response_format", &detail))
+        }
+    }
+}
+
+fn of_outputs(outputs: StructuredOutputs) -> Result<Asked, ApiError> {
+    for (field, value) in [
+        ("structured_outputs.structural_tag", outputs.structural_tag),
+        ("structured_outputs.whitespace_pattern", outputs.whitespace_pattern),
+        ("structured_outputs.disable_any_whitespace", outputs.disable_any_whitespace),
+        ("structured_outputs.disable_additional_properties", outputs.disable_additional_properties),
+    ] {
+        refuse(field, value)?;
+    }
+    let mut given: Vec<Asked> = Vec::new();
+    if let Some(json) = outputs.json {
+        given.push((Source::JsonSchema(schema(json)?), "structured_outputs.json"));
+    }
+    if outputs.json_object == Some(true) {
+        given.push((Source::json_object(), "structured_outputs.json_object"));
+    }
+    given.extend(outputs.regex.map(|regex| (Source::Regex(regex), "structured_outputs.regex")));
+    given.extend(outputs.choice.map(|choices| (Source::Choice(choices), "structured_outputs.choice")));
+    given.extend(outputs.grammar.map(|grammar| (Source::Lark(grammar), "structured_outputs.grammar")));
+    match given.pop() {
+        Some(asked) if given.is_empty() => Ok(asked),
+        _ => {
+            let message = "'structured_outputs' has to have exactly one of 'json', 'json_object', 'regex', 'choice', \
+                           'grammar'";
+            Err(ApiError::invalid("structured_outputs", message))
+        }
+    }
+}
+
+/// A schema that may be given as text.
+fn schema(json: Value) -> Result<Value, ApiError> {
+    let Value::String(text) = json else { return Ok(json) };
+    serde_json::from_str(&text).map_err(|error| {
+        let message = format!("'structured_outputs.json' is a text that is not JSON: {error}");
+        ApiError::invalid("structured_outputs.json", message)
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+    use crate::api::{extract::parse_json, types::CompletionRequest};
+
+    fn ask(body: Value) -> Result<Option<Asked>, ApiError> {
+        let request: CompletionRequest = parse_json(body.to_string().as_bytes())?;
+        asked(request.response_format, request.structured_outputs)
+    }
+
+    #[test]
+    fn each_way_to_ask_is_understood() {
+        let schema = json!({"type": "integer"});
+        let of_schema = || Source::JsonSchema(schema.clone());
+        for (body, source) in [
+            (json!({"response_format": {"type": "json_object"}}), Source::json_object()),
+            (
+                json!({"response_format": {"type": "json_schema", "json_schema": {
+                    "name": "n", "description": "d", "strict": true, "schema": schema,
+                }}}),
+                of_schema(),
+            ),
+            (json!({"structured_outputs": {"json": schema}}), of_schema()),
+            (json!({"structured_outputs": {"json": schema.to_string()}}), of_schema()),
+            (json!({"structured_outputs": {"json_object": true}}), Source::json_object()),
+            (json!({"structured_outputs": {"regex": "a+", "json": null}}), Source::Regex("a+".into())),
+            (json!({"structured_outputs": {"choice": ["a", "b"]}}), Source::Choice(vec!["a".into(), "b".into()])),
+            (json!({"structured_outputs": {"grammar": "start: \"a\""}}), Source::Lark("start: \"a\"".into())),
+            (
+                json!({"response_format": {"type": "text"}, "structured_outputs": {"regex": "a"}}),
+                Source::Regex("a".into()),
+            ),
+        ] {
+            assert_eq!(ask(body.clone()).unwrap().map(|(source, _)| source), Some(source), "{body}");
+        }
+        for body in [json!({}), json!({"response_format": {"type": "text"}}), json!({"structured_outputs": null})] {
+            assert_eq!(ask(body).unwrap(), None);
+        }
+    }
+
+    #[test]
+    fn what_is_asked_for_wrongly_is_refused_by_name() {
+        let structured = |outputs: Value| json!({"structured_outputs": outputs});
+        let format = |format: Value| json!({"response_format": format});
+        for (body, param) in [
+            (format(json!({"type": "xml"})), "response_format"),
+            (format(json!({"type": "json_schema"})), "response_format.json_schema.schema"),
+            (
+                format(json!({"type": "json_schema", "json_schema": {"name": "n"}})),
+                "response_format.json_schema.schema",
+            ),
+            (format(json!({"type": "json_object", "json_schema": {}})), "response_format.json_schema"),
+            (format(json!({"type": "json_object", "schema": {}})), "response_format.schema"),
+            (format(json!({})), "response_format.type"),
+            (structured(json!({})), "structured_outputs"),
+            (structured(json!({"json_object": false})), "structured_outputs"),
+            (structured(json!({"regex": "a", "choice": ["a"]})), "structured_outputs"),
+            (structured(json!({"regex": 5})), "structured_outputs.regex"),
+            (structured(json!({"json": "{"})), "structured_outputs.json"),
+            (structured(json!({"regex": "a", "whitespace_pattern": " "})), "structured_outputs.whitespace_pattern"),
+            (structured(json!({"structural_tag": "{}"})), "structured_outputs.structural_tag"),
+            (structured(json!({"regexp": "a"})), "structured_outputs.regexp"),
+            (
+                json!({"response_format": {"type": "json_object"}, "structured_outputs": {"regex": "a"}}),
+                "structured_outputs.regex",
+            ),
+        ] {
+            assert_eq!(ask(body.clone()).unwrap_err().param(), Some(param), "{body}");
+        }
+    }
+}

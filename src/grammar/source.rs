@@ -1,0 +1,122 @@
+use llguidance::api::TopLevelGrammar;
+use serde_json::{Value, json};
+
+use super::GrammarError;
+
+/// Bytes of a grammar's text at most. A schema of this size has about a thousand properties.
+const BYTES_MAX: usize = 64 << 10;
+/// Choices at most.
+const CHOICES_MAX: usize = 1024;
+/// How deep brackets may be nested in a grammar, in regular expressions and strings too.
+const DEPTH_MAX: usize = 64;
+/// What may stand between the parts of a JSON text: a space, or a line break and an indentation. JSON allows any
+/// amount, of which some models, once they have begun, find no end.
+const WHITESPACE: &str = r"\x20|\x0D?\x0A[\x20\x09]{0,40}";
+
+/// What a request asks for.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Source {
+    /// JSON text that a schema describes.
+    JsonSchema(Value),
+    /// Text that a regular expression (Rust's syntax) matches as a whole.
+    Regex(String),
+    /// One of these texts.
+    Choice(Vec<String>),
+    /// Text of a context-free grammar, in llguidance's variant of Lark's syntax.
+    Lark(String),
+}
+
+impl Source {
+    /// Any JSON object.
+    pub fn json_object() -> Self {
+        Self::JsonSchema(json!({"type": "object"}))
+    }
+
+    /// As llguidance takes it. What is too large to be looked at is refused.
+    pub(super) fn for_compiler(&self) -> Result<TopLevelGrammar, GrammarError> {
+        let bytes = match self {
+            Self::JsonSchema(schema) => schema.to_string().len(),
+            Self::Regex(text) | Self::Lark(text) => text.len(),
+            Self::Choice(choices) => choices.iter().map(String::len).sum(),
+        };
+        if bytes > BYTES_MAX {
+            return Err(GrammarError::TooLarge { what: format!("{bytes} bytes"), limit: BYTES_MAX });
+        }
+        match self {
+            Self::JsonSchema(schema) => Ok(TopLevelGrammar::from_json_schema(with_whitespace(schema)?)),
+            Self::Regex(regex) => Ok(TopLevelGrammar::from_regex(without_anchors(regex))),
+            Self::Choice(choices) => {
+                if choices.is_empty() {
+                    return Err(GrammarError::Invalid("there is nothing to choose from".to_owned()));
+                }
+                if choices.len() > CHOICES_MAX {
+                    let what = format!("{} choices", choices.len());
+                    return Err(GrammarError::TooLarge { what, limit: CHOICES_MAX });
+                }
+                let choices: Vec<String> = choices.iter().map(|choice| escaped(choice)).collect();
+                Ok(TopLevelGrammar::from_regex(&choices.join("|")))
+            }
+            Self::Lark(grammar) => {
+                // The compiler goes down into brackets by calling itself.
+                let depth = depth(grammar);
+                if depth > DEPTH_MAX {
+                    let what = format!("brackets {depth} deep");
+                    return Err(GrammarError::TooLarge { what, limit: DEPTH_MAX });
+                }
+                Ok(TopLevelGrammar::from_lark(grammar.clone()))
+            }
+        }
+    }
+}
+
+/// The schema, saying what whitespace there may be, unless it says so by itself.
+fn with_whitespace(schema: &Value) -> Result<Value, GrammarError> {
+    let mut schema = match schema {
+        Value::Object(_) => schema.clone(),
+        Value::Bool(true) => json!({}),
+        Value::Bool(false) => return Err(GrammarError::Invalid("the schema 'false' allows nothing".to_owned())),
+        _ => return Err(GrammarError::Invalid("a JSON schema is an object".to_owned())),
+    };
+    if let Some(fields) = schema.as_object_mut() {
+        fields.entry("x-guidance").or_insert_with(|| json!({"whitespace_pattern": WHITESPACE}));
+    }
+    Ok(schema)
+}
+
+/// A regular expression has to match all of an answer in any case, so anchors around it say nothing new.
+fn without_anchors(regex: &str) -> &str {
+    let regex = regex.strip_prefix('^').unwrap_or(regex);
+    match regex.strip_suffix('$') {
+        // An even number of backslashes stand for themselves.
+        Some(rest) if (rest.len() - rest.trim_end_matches('\\').len()) % 2 == 0 => rest,
+        _ => regex,
+    }
+}
+
+/// A text as a regular expression that matches it alone.
+fn escaped(text: &str) -> String {
+    let mut out = String::with_capacity(text.len() + 8);
+    for c in text.chars() {
+        match c {
+            '\n' => out.push_str("\\n"),
+            '\r' => out.push_str("\\r"),
+            c if c.is_ascii_punctuation() => out.extend(['\\', c]),
+            c => out.push(c),
+        }
+    }
+    out
+}
+
+/// How deep brackets are nested, at most.
+fn depth(grammar: &str) -> usize {
+    let (mut depth, mut deepest) = (0usize, 0);
+    for byte in grammar.bytes() {
+        match byte {
+            b'(' | b'[' | b'{' => depth += 1,
+            b')' | b']' | b'}' => depth = depth.saturating_sub(1),
+            _ => {}
+        }
+        deepest = deepest.max(depth);
+    }
+    deepest
+}

@@ -1,0 +1,367 @@
+#[path = "../../tests/support/assets.rs"]
+mod assets;
+
+use std::time::{Duration, Instant};
+
+use engine_models::{Tokenizer, gguf::Gguf};
+use serde_json::json;
+
+use super::*;
+
+/// Ends an answer.
+const END: u32 = 256;
+/// Another token that is no text, though it has some.
+const SPECIAL: u32 = 257;
+/// Words beside the bytes.
+const WORDS: [&str; 5] = ["true", "null", " the", "{\"", "yes"];
+/// With what pads it.
+const VOCABULARY: usize = 300;
+
+/// A vocabulary of all bytes, two special tokens, and a few words.
+fn vocabulary() -> Vocabulary {
+    let mut tokens: Vec<Vec<u8>> = (0..=u8::MAX).map(|byte| vec![byte]).collect();
+    tokens.extend([b"<end>".to_vec(), Vec::new()]);
+    tokens.extend(WORDS.map(|word| word.as_bytes().to_vec()));
+    tokens.resize(VOCABULARY, Vec::new());
+    Vocabulary::of_tokens(tokens, &[END]).unwrap()
+}
+
+fn matcher(source: Source) -> Matcher {
+    vocabulary().compile(source).unwrap().matcher()
+}
+
+fn allowed(matcher: &mut Matcher) -> Vec<u32> {
+    let mask = matcher.allowed().unwrap();
+    let bit = |id: u32| mask.get(id as usize / 32).is_some_and(|word| word >> (id % 32) & 1 == 1);
+    (0..2 * VOCABULARY as u32).filter(|&id| bit(id)).collect()
+}
+
+/// Whether a text, byte by byte, fits, and an answer may end with it.
+fn fits(matcher: &Matcher, text: &str) -> bool {
+    let mut matcher = matcher.clone();
+    for byte in text.bytes() {
+        if matcher.is_complete() || !allowed(&mut matcher).contains(&byte.into()) {
+            return false;
+        }
+        matcher.take(byte.into()).unwrap();
+    }
+    matcher.is_complete() || allowed(&mut matcher).contains(&END)
+}
+
+fn refusal(source: Source) -> String {
+    vocabulary().compile(source).unwrap_err().to_string()
+}
+
+fn regex(regex: &str) -> Source {
+    Source::Regex(regex.to_owned())
+}
+
+#[test]
+fn json_has_to_fit_its_schema() {
+    let schema = json!({
+        "type": "object",
+        "properties": {
+            "name": {"type": "string", "maxLength": 5},
+            "age": {"type": "integer", "minimum": 0, "maximum": 150},
+            "tags": {"type": "array", "items": {"enum": ["a", "b"]}, "maxItems": 2},
+            "next": {"anyOf": [{"$ref": "#/$defs/link"}, {"type": "null"}]},
+        },
+        "required": ["name", "age"],
+        "additionalProperties": false,
+        "$defs": {"link": {"type": "object", "properties": {"to": {"const": 1}}, "required": ["to"],
+            "additionalProperties": false}},
+    });
+    let matcher = matcher(Source::JsonSchema(schema));
+    for text in [
+        r#"{"name":"Bob","age":5}"#,
+        r#"{"name": "B\"ü", "age": 150, "tags": ["a", "b"]}"#,
+        "{\n    \"name\": \"\",\n    \"age\": 0,\n    \"next\": {\"to\": 1}\n}",
+        r#"{"name":"x","age":1,"next":null}"#,
+    ] {
+        assert!(fits(&matcher, text), "{text}");
+    }
+    for text in [
+        "",
+        "{}",
+        r#"{"name":"Robert","age":5}"#,
+        r#"{"name":"Bob","age":151}"#,
+        r#"{"name":"Bob","age":5.5}"#,
+        r#"{"name":"Bob","age":5,"more":1}"#,
+        r#"{"name":"Bob","age":5,"tags":["a","b","a"]}"#,
+        r#"{"name":"Bob","age":5,"next":{"to":2}}"#,
+        r#"{"name":"Bob","age":5}x"#,
+        r#"["name"]"#,
+    ] {
+        assert!(!fits(&matcher, text), "{text}");
+    }
+}
+
+#[test]
+fn between_the_parts_of_json_there_is_no_endless_white() {
+    let matcher = matcher(Source::json_object());
+    assert!(fits(&matcher, "{\n    \"a\": [1, 2]}"));
+    assert!(!fits(&matcher, "{  \"a\": 1}"));
+    assert!(!fits(&matcher, &format!("{{\n{}\"a\": 1}}", " ".repeat(41))));
+    assert!(!fits(&matcher, "{\n\n\n\"a\": 1}"));
+}
+
+#[test]
+fn a_regular_expression_matches_the_whole_answer() {
+    let digits = matcher(regex(r"^\d{2,3}/[a-c]+$"));
+    assert!(fits(&digits, "12/a") && fits(&digits, "123/cba"));
+    assert!(!fits(&digits, "1/a") && !fits(&digits, "12/") && !fits(&digits, "1234/a") && !fits(&digits, "12/d"));
+    // That dollar is one.
+    let price = matcher(regex(r"\d\$"));
+    assert!(fits(&price, "5$") && !fits(&price, "5"));
+}
+
+#[test]
+fn one_of_the_choices_is_the_answer() {
+    let texts = ["yes", "no", "no, but \"why\"?", "a.c\n(1|2)", "ü"];
+    let matcher = matcher(Source::Choice(texts.map(str::to_owned).to_vec()));
+    texts.iter().for_each(|text| assert!(fits(&matcher, text), "{text}"));
+    ["", "ye", "yesno", "abc\n(1|2)", "no, "].iter().for_each(|text| assert!(!fits(&matcher, text), "{text}"));
+}
+
+#[test]
+fn a_grammar_of_rules_is_followed() {
+    let sums = "start: sum\nsum: product (\"+\" product)*\nproduct: NUMBER | \"(\" sum \")\"\nNUMBER: /[0-9]+/\n";
+    let matcher = matcher(Source::Lark(sums.to_owned()));
+    assert!(fits(&matcher, "1") && fits(&matcher, "1+22") && fits(&matcher, "((1+2)+3)+4"));
+    assert!(!fits(&matcher, "(1") && !fits(&matcher, "1+") && !fits(&matcher, "1)"));
+}
+
+#[test]
+fn an_answer_may_end_when_it_is_complete_and_not_before() {
+    let mut matcher = matcher(regex("ab?"));
+    assert_eq!(allowed(&mut matcher), [u32::from(b'a')]);
+    matcher.take(b'a'.into()).unwrap();
+    assert!(!matcher.is_complete());
+    assert_eq!(allowed(&mut matcher), [u32::from(b'b'), END]);
+    let mut ended = matcher.clone();
+    ended.take(END).unwrap();
+    assert!(ended.is_complete());
+    matcher.take(b'b'.into()).unwrap();
+    assert!(matcher.is_complete());
+    assert!(matcher.allowed().unwrap().is_empty(), "nothing follows");
+}
+
+#[test]
+fn the_last_bracket_completes_json() {
+    let mut matcher = matcher(Source::json_object());
+    let text = br#"{"a": {}}"#;
+    for (at, &byte) in text.iter().enumerate() {
+        assert!(!matcher.is_complete(), "after {at} bytes");
+        matcher.take(byte.into()).unwrap();
+    }
+    assert!(matcher.is_complete());
+}
+
+#[test]
+fn special_tokens_and_what_pads_a_vocabulary_are_no_text() {
+    let mut matcher = matcher(regex("(?s:.*)"));
+    let ids = allowed(&mut matcher);
+    assert!(ids.contains(&END), "an empty answer fits");
+    assert!(!ids.contains(&SPECIAL));
+    assert!(ids.iter().all(|&id| id <= SPECIAL + WORDS.len() as u32), "{ids:?}");
+    // Letters, and every word.
+    assert!(
+        (u32::from(b'a')..=b'z'.into()).chain(SPECIAL + 1..=SPECIAL + WORDS.len() as u32).all(|id| ids.contains(&id))
+    );
+    // The text of the token that ends an answer is a text like any other.
+    let mut spelled = self::matcher(regex("<end>"));
+    assert_eq!(allowed(&mut spelled), [u32::from(b'<')]);
+}
+
+#[test]
+fn tokens_of_several_bytes_may_come_where_their_bytes_may() {
+    let mut matcher = matcher(Source::JsonSchema(json!({"type": "object", "properties": {"a": {"type": "boolean"}},
+        "required": ["a"], "additionalProperties": false})));
+    let word = |word: &str| SPECIAL + 1 + WORDS.iter().position(|&other| other == word).unwrap() as u32;
+    let ids = allowed(&mut matcher);
+    assert!(ids.contains(&word("{\"")) && !ids.contains(&word("true")) && !ids.contains(&END));
+    matcher.take(word("{\"")).unwrap();
+    b"a\":".iter().for_each(|&byte| matcher.take(byte.into()).unwrap());
+    let ids = allowed(&mut matcher);
+    assert!(ids.contains(&word("true")) && !ids.contains(&word("null")) && !ids.contains(&word("yes")));
+    matcher.take(word("true")).unwrap();
+    matcher.take(b'}'.into()).unwrap();
+    assert!(matcher.is_complete());
+}
+
+#[test]
+fn a_token_that_does_not_fit_is_an_error() {
+    let mut matcher = matcher(regex("ab"));
+    assert!(matcher.take(b'b'.into()).is_err());
+    assert!(!matcher.is_complete());
+    assert!(matcher.allowed().is_err());
+}
+
+#[test]
+fn answers_of_one_grammar_do_not_disturb_each_other() {
+    let grammar = vocabulary().compile(Source::Choice(vec!["ab".into(), "cd".into()])).unwrap();
+    let (mut one, mut other) = (grammar.matcher(), grammar.matcher());
+    one.take(b'a'.into()).unwrap();
+    other.take(b'c'.into()).unwrap();
+    assert_eq!((allowed(&mut one), allowed(&mut other)), (vec![u32::from(b'b')], vec![u32::from(b'd')]));
+    assert_eq!(allowed(&mut grammar.matcher()), [u32::from(b'a'), u32::from(b'c')]);
+}
+
+#[test]
+fn without_a_token_that_ends_answers_a_grammar_ends_them() {
+    let tokens = (0..=u8::MAX).map(|byte| vec![byte]).collect();
+    let vocabulary = Vocabulary::of_tokens(tokens, &[]).unwrap();
+    let mut matcher = vocabulary.compile(regex("a+b")).unwrap().matcher();
+    matcher.take(b'a'.into()).unwrap();
+    assert_eq!(allowed(&mut matcher), [u32::from(b'a'), u32::from(b'b')]);
+    matcher.take(b'b'.into()).unwrap();
+    assert!(matcher.is_complete());
+}
+
+#[test]
+fn what_makes_no_grammar_is_refused_with_a_reason() {
+    let schema = Source::JsonSchema;
+    let lark = |text: &str| Source::Lark(text.to_owned());
+    for (source, reason) in [
+        (schema(json!({"type": "strange"})), "strange"),
+        (schema(json!(5)), "object"),
+        (schema(json!(false)), "nothing"),
+        (schema(json!({"$ref": "#/$defs/missing"})), "missing"),
+        (schema(json!({"$ref": "http://example.com/schema.json"})), "example.com"),
+        (schema(json!({"type": "string", "minLength": 5, "maxLength": 2})), ""),
+        (regex("a(b"), ""),
+        (regex(r"(?=a)b"), ""),
+        (Source::Choice(Vec::new()), "nothing to choose"),
+        (lark("start: missing"), "missing"),
+        (lark("begin: \"a\""), "start"),
+        (lark("start: <|im_end|>"), "special tokens"),
+        (lark(&format!("start: <[{SPECIAL}]>")), "no answer fits"),
+        (lark(""), ""),
+    ] {
+        let said = refusal(source.clone());
+        assert!(said.contains(reason) && !said.is_empty(), "{source:?}: {said}");
+        assert!(!said.contains("<state>") && !said.contains("non-verbose") && said.len() < 1000, "{said}");
+    }
+}
+
+#[test]
+fn what_is_too_large_is_refused() {
+    let long = "a".repeat(70_000);
+    assert!(refusal(Source::Regex(long.clone())).contains("too large"));
+    assert!(refusal(Source::Lark(format!("start: \"{long}\""))).contains("too large"));
+    assert!(refusal(Source::JsonSchema(json!({"const": long}))).contains("too large"));
+    assert!(refusal(Source::Choice((0..2000).map(|i| i.to_string()).collect())).contains("too large"));
+    assert!(refusal(Source::Lark(format!("start: {}\"a\"{}", "(".repeat(100), ")".repeat(100)))).contains("too large"));
+}
+
+#[test]
+fn grammars_that_are_made_to_take_long_are_refused_or_end_in_an_error() {
+    let chain = (0..4700).map(|i| format!("r{i}: r{}\n", i + 1)).collect::<String>();
+    let terminals = (0..4700).map(|i| format!("T{i}: T{}\n", i + 1)).collect::<String>();
+    let mut nested = json!({"type": "integer"});
+    (0..100).for_each(|_| nested = json!({"type": "array", "items": nested}));
+    let hard = [
+        regex("(a{1,1000}){1,1000}"),
+        regex("((a|b|c)*d){1,30000}"),
+        regex(&format!("({})*", (0..200).map(|i| format!("[ab]*a[ab]{{{i}}}c")).collect::<Vec<_>>().join("|"))),
+        Source::Lark(format!("start: r0\n{chain}r4700: \"a\"\n")),
+        Source::Lark(format!("start: T0\n{terminals}T4700: \"a\"\n")),
+        Source::Lark("start: start start | \"a\" | \"\"\n".to_owned()),
+        Source::JsonSchema(nested),
+        Source::JsonSchema(json!({"type": "string", "maxLength": 1_000_000, "pattern": "^(a|b)*a(a|b){15}$"})),
+        Source::JsonSchema(json!({"type": "array", "minItems": 100_000, "items": {"type": "integer"}})),
+    ];
+    let vocabulary = vocabulary();
+    for source in hard {
+        let Ok(grammar) = vocabulary.compile(source) else { continue };
+        let mut matcher = grammar.matcher();
+        // As a model would that has no mind of its own.
+        for step in 0..300u64 {
+            let Ok(mask) = matcher.allowed() else { break };
+            let ids: Vec<u32> =
+                (0..VOCABULARY as u32).filter(|&id| mask[id as usize / 32] >> (id % 32) & 1 == 1).collect();
+            let id = ids[(step.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 33) as usize % ids.len()];
+            if matcher.take(id).is_err() || matcher.is_complete() {
+                break;
+            }
+        }
+    }
+}
+
+/// How long each mask took, and each token, in microseconds.
+fn follow(grammar: &Grammar, tokens: &[u32]) -> (Vec<f64>, Vec<f64>) {
+    let microseconds = |duration: Duration| 1e6 * duration.as_secs_f64();
+    let mut matcher = grammar.matcher();
+    let (mut masks, mut takes) = (Vec::new(), Vec::new());
+    for &token in tokens {
+        let started = Instant::now();
+        let mask = matcher.allowed().unwrap();
+        masks.push(microseconds(started.elapsed()));
+        assert_eq!(mask[token as usize / 32] >> (token % 32) & 1, 1, "the text fits");
+        let started = Instant::now();
+        matcher.take(token).unwrap();
+        takes.push(microseconds(started.elapsed()));
+    }
+    (masks, takes)
+}
+
+#[test]
+#[ignore = "prints what grammars cost, of the demo model and of Qwen3's tokenizer: make demo-model test-assets"]
+fn what_masks_cost() {
+    let demo = Tokenizer::from_gguf(&Gguf::open(&assets::demo_model()).unwrap()).unwrap();
+    let qwen3 = Tokenizer::from_file(&assets::cached("qwen3-tokenizer/tokenizer.json", "test-assets")).unwrap();
+    let schema = json!({
+        "type": "object",
+        "properties": {
+            "name": {"type": "string"}, "age": {"type": "integer"}, "email": {"type": "string", "format": "email"},
+            "address": {"type": "object", "properties": {
+                "street": {"type": "string"}, "zip": {"type": "string", "pattern": "^[0-9]{5}$"},
+            }, "required": ["street", "zip"], "additionalProperties": false},
+            "tags": {"type": "array", "items": {"enum": ["new", "regular", "gone"]}},
+            "note": {"type": "string", "maxLength": 200},
+        },
+        "required": ["name", "age", "email", "address", "tags", "note"], "additionalProperties": false,
+    });
+    let person = json!({
+        "name": "Ada Lovelace", "age": 36, "email": "ada@example.com",
+        "address": {"street": "12 St. James's Square", "zip": "10115"}, "tags": ["new", "regular"],
+        "note": "The Engine weaves algebraical patterns just as the Jacquard loom weaves flowers and leaves.",
+    });
+    let text = serde_json::to_string_pretty(&person).unwrap();
+    let sums = "start: sum\nsum: product (\"+\" product)*\nproduct: NUMBER | \"(\" sum \")\"\nNUMBER: /[0-9]+/\n";
+    for (name, tokenizer, vocab_size) in [("demo", demo, 49_152), ("Qwen3", qwen3, 151_936)] {
+        let started = Instant::now();
+        let vocabulary = Vocabulary::new(&tokenizer, vocab_size, &[2]).unwrap();
+        println!("{name}: {vocab_size} tokens made ready in {:?}", started.elapsed());
+        for (what, source, text) in [
+            ("any JSON object", Source::json_object(), text.as_str()),
+            ("JSON of a schema", Source::JsonSchema(schema.clone()), &text),
+            ("a regular expression", regex(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ"), "2026-11-29T07:08:09Z"),
+            ("sums by rules", Source::Lark(sums.to_owned()), "(12+3)+(6+(8+9))+10+11+12"),
+        ] {
+            let started = Instant::now();
+            let grammar = vocabulary.compile(source).unwrap();
+            let compiled = started.elapsed();
+            let tokens = tokenizer.encode(text, false).unwrap();
+            let (first, _) = follow(&grammar, &tokens);
+            let later: (Vec<_>, Vec<_>) = (0..50).map(|_| follow(&grammar, &tokens)).unzip();
+            let at = |values: &[f64], part: f64| {
+                let mut sorted = values.to_vec();
+                sorted.sort_by(f64::total_cmp);
+                sorted[((sorted.len() - 1) as f64 * part) as usize]
+            };
+            let (masks, takes) = (later.0.concat(), later.1.concat());
+            println!(
+                "{name}, {what}, {} tokens: compiled in {compiled:?}; masks of the first answer, µs p50 {:.0} max {:.0}; of \
+                 later ones p50 {:.0} p99 {:.0} max {:.0}; a token p50 {:.1}",
+                tokens.len(),
+                at(&first, 0.5),
+                at(&first, 1.0),
+                at(&masks, 0.5),
+                at(&masks, 0.99),
+                at(&masks, 1.0),
+                at(&takes, 0.5),
+            );
+        }
+    }
+}

@@ -1,0 +1,169 @@
+use std::{fmt, sync::Arc, thread};
+
+use engine_models::Tokenizer;
+use llguidance::{
+    ParserFactory,
+    api::ParserLimits,
+    toktrie::{ApproximateTokEnv, INVALID_TOKEN, TokEnv, TokRxInfo, TokTrie},
+};
+
+use super::{Matcher, Source};
+
+/// Longer tokens have no place in the trie: runs of spaces, in vocabularies that exist.
+const TOKEN_BYTES_MAX: usize = 512;
+/// Characters of what the compiler says that are passed on: it may quote the grammar.
+const MESSAGE_CHARS_MAX: usize = 300;
+/// The compiler follows rules into rules by calling itself; as many as fit into a grammar's text fit into this.
+const STACK_BYTES: usize = 256 << 20;
+
+/// Work and memory that a grammar may take.
+const LIMITS: ParserLimits = ParserLimits {
+    max_items_in_row: 2000,
+    // 20 ms.
+    initial_lexer_fuel: 1_000_000,
+    // 14 ms of a step in which others wait.
+    step_lexer_fuel: 200_000,
+    step_max_items: 50_000,
+    // One or two kilobytes each.
+    max_lexer_states: 20_000,
+    max_grammar_size: 100_000,
+    precompute_large_lexemes: true,
+    // What they say of a grammar's insides is for whoever works on llguidance.
+    verbose_errors: false,
+};
+
+/// Why a grammar cannot be used.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum GrammarError {
+    /// There is too much of it.
+    #[error("it is too large: {what}, of {limit} at most")]
+    TooLarge {
+        /// How much of what.
+        what: String,
+        /// The most there may be.
+        limit: usize,
+    },
+    /// It means nothing, or nothing that an answer could be, or takes too much to follow.
+    #[error("{0}")]
+    Invalid(String),
+    /// This model's tokens cannot be gone through.
+    #[error("the vocabulary of this model cannot be used with grammars: {0}")]
+    Vocabulary(String),
+}
+
+/// The tokens of a model, ordered for going through them.
+pub struct Vocabulary {
+    factory: ParserFactory,
+    /// Tokens that are text, or end an answer: a bit a token.
+    known: Arc<[u32]>,
+}
+
+impl Vocabulary {
+    /// The first `vocab_size` tokens, of which `eos_token_ids` end an answer. Special tokens are no text and never part
+    /// of what a grammar describes, and neither is what pads a vocabulary. Takes tenths of a second.
+    pub fn new(tokenizer: &Tokenizer, vocab_size: usize, eos_token_ids: &[u32]) -> Result<Self, GrammarError> {
+        let is_text = |&id: &u32| !tokenizer.is_special(id);
+        let bytes = |id: u32| if is_text(&id) { tokenizer.token_bytes(id) } else { &[] };
+        Self::of_tokens((0..vocab_size as u32).map(|id| bytes(id).to_vec()).collect(), eos_token_ids)
+    }
+
+    /// The same, given the bytes of each token; none where it is no text.
+    pub fn of_tokens(mut tokens: Vec<Vec<u8>>, eos_token_ids: &[u32]) -> Result<Self, GrammarError> {
+        let ends: Vec<u32> = eos_token_ids.iter().copied().filter(|&id| (id as usize) < tokens.len()).collect();
+        ends.iter().for_each(|&id| tokens[id as usize].clear());
+        // That byte, of which there is none in UTF-8, tells special tokens in a trie.
+        let has_no_place = |token: &[u8]| token.len() > TOKEN_BYTES_MAX || token.starts_with(&[0xff]);
+        tokens.iter_mut().filter(|token| has_no_place(token)).for_each(Vec::clear);
+        let mut known = vec![0u32; tokens.len().div_ceil(32)];
+        let texts = tokens.iter().enumerate().filter(|(_, token)| !token.is_empty()).map(|(id, _)| id);
+        texts.chain(ends.iter().map(|&id| id as usize)).for_each(|id| known[id / 32] |= 1 << (id % 32));
+        let info = TokRxInfo::new(tokens.len() as u32, ends.first().copied().unwrap_or(INVALID_TOKEN));
+        let mut trie = TokTrie::from(&info, &tokens);
+        if !ends.is_empty() {
+            trie = trie.with_eos_tokens(&ends);
+        }
+        let tokens: TokEnv = Arc::new(ApproximateTokEnv::new(trie));
+        let unusable = |error: anyhow::Error| GrammarError::Vocabulary(brief(&error.to_string()));
+        let mut factory = ParserFactory::new_simple(&tokens).map_err(unusable)?;
+        *factory.quiet().limits_mut() = LIMITS;
+        Ok(Self { factory, known: known.into() })
+    }
+
+    /// The same with another limit to the states of a lexer.
+    #[cfg(test)]
+    pub(crate) fn with_lexer_states(mut self, max: usize) -> Self {
+        self.factory.limits_mut().max_lexer_states = max;
+        self
+    }
+
+    /// Makes a grammar of what a request asks for, and works out how an answer may begin. Takes from a millisecond to a
+    /// second.
+    pub fn compile(&self, source: Source) -> Result<Grammar, GrammarError> {
+        let grammar = source.for_compiler()?;
+        let compile = || {
+            let parser = self.factory.create_parser(grammar);
+            let start =
+                Matcher::new(parser, self.known.clone()).map_err(|error| GrammarError::Invalid(brief(&error)))?;
+            // Matchers of one grammar have a lexer together: what it learns here, none has to while others wait.
+            match start.clone().allowed() {
+                Ok(mask) if mask.iter().any(|&word| word != 0) => Ok(start),
+                Ok(_) => Err(GrammarError::Invalid("no answer fits it".to_owned())),
+                Err(error) => Err(GrammarError::Invalid(brief(&error.to_string()))),
+            }
+        };
+        // It panics where it has to give up: nothing that whoever waits for the answer should see more of.
+        let start = thread::scope(|scope| {
+            let compiling = thread::Builder::new().stack_size(STACK_BYTES).spawn_scoped(scope, compile);
+            compiling.map_or_else(
+                |error| Err(GrammarError::Invalid(format!("no thread to compile it: {error}"))),
+                |thread| thread.join().unwrap_or_else(|_| Err(GrammarError::Invalid(brief("panic")))),
+            )
+        })?;
+        Ok(Grammar { source, start })
+    }
+}
+
+/// A grammar of a request, ready to be followed by any number of answers.
+#[derive(Clone)]
+pub struct Grammar {
+    source: Source,
+    start: Matcher,
+}
+
+impl Grammar {
+    /// For an answer from its beginning.
+    pub fn matcher(&self) -> Matcher {
+        self.start.clone()
+    }
+}
+
+/// Two are the same that were made of the same.
+impl PartialEq for Grammar {
+    fn eq(&self, other: &Self) -> bool {
+        self.source == other.source
+    }
+}
+
+impl fmt::Debug for Grammar {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter.debug_tuple("Grammar").field(&self.source).finish()
+    }
+}
+
+/// What the compiler says, without what it adds for its own developers.
+pub(super) fn brief(message: &str) -> String {
+    // Who names one, where there are none to be named, makes the compiler panic.
+    if message.contains("special token") {
+        return "special tokens cannot be part of a grammar".to_owned();
+    }
+    if message.starts_with("panic") {
+        tracing::error!(%message, "a grammar made llguidance panic");
+        return "it cannot be compiled".to_owned();
+    }
+    let message = message.split("\n<").next().unwrap_or_default();
+    let mut shown: String = message.chars().take(MESSAGE_CHARS_MAX).collect();
+    if shown.len() < message.len() {
+        shown.push('…');
+    }
+    shown
+}
