@@ -78,7 +78,7 @@ __device__ __forceinline__ void sum_over_sides(float (&values)[8]) {
 /// HEADS query heads of one row over some of its partitions, LANES lanes across a head.
 template <class T, int HEADS, int LANES>
 __device__ __forceinline__ void attention(const float* qkv, Rows rows, const int* items, Pages<T> pages, int heads,
-                                          float scale, Partials partials, int* arrived, float* out) {
+                                          float scale, Partials partials, int* arrived, float* out, Brain* rounded) {
     static_assert(HEADS <= WARPS && HEADS <= LANES, "a warp a head when merging, a lane when scores are added up");
     using Eight = Streamed<Floats<T>>;
     using Raw = typename Eight::Raw;
@@ -383,11 +383,18 @@ __device__ __forceinline__ void attention(const float* qkv, Rows rows, const int
         }
     }
 
-    float* result = out + static_cast<size_t>(row) * padded(heads * head_dim) + first * head_dim;
+    // Heads are a multiple of eight elements wide, and nothing pads a row.
+    const size_t start = (static_cast<size_t>(row) * heads + first) * head_dim;
 #pragma unroll
     for (int i = 0; i < OWN; i++) {
         const int h = (thread + i * THREADS) / WIDTH, at = (thread + i * THREADS) % WIDTH;
-        if (h < count && at < head_dim) result[h * head_dim + at] = values[i] / sum[i];
+        if (h >= count || at >= head_dim) continue;
+        const float result = values[i] / sum[i];
+        if (rounded) {
+            store(rounded + start + h * head_dim + at, result);
+        } else {
+            store(out + start + h * head_dim + at, result);
+        }
     }
 }
 
@@ -404,7 +411,8 @@ constexpr int blocks(int heads, int lanes) {
 // last, and the slot the first one's result goes to, the others' following (-1: none, these are all of the row's
 // partitions); row -1 is no work. arrived: zeros, and zeros again afterwards, one for each slot and block of the
 // grid's second side.
-// qkv: [rows, (heads + 2 kv_heads) * head_dim]; out: [rows, heads * head_dim].
+// qkv: [rows, (heads + 2 kv_heads) * head_dim]; out: [rows, heads * head_dim], or instead of it the same as a product
+// with bf16 weights takes it, rounded.
 // Grid: (items, kv_heads * ceil(heads / kv_heads / heads a block)). Bytes: keys and values of each row's context, once
 // for the query heads a block computes, and twice 4 (head_dim + 2) for a query head and partition that goes to a slot.
 // Operations: 4 a key, query head and element, in single precision. Floor at decoding: the context's keys and values
@@ -414,11 +422,11 @@ constexpr int blocks(int heads, int lanes) {
         attention_##HEADS##x##LANES##_##SUFFIX(                                                                        \
         const float* qkv, const int* positions, const int* table_starts, const int* block_tables, const int* items,    \
         void* pages, int heads, int kv_heads, int head_dim, int block_size, float scale, float* partials,              \
-        int* arrived, float* out) {                                                                                    \
+        int* arrived, float* out, Brain* rounded) {                                                                    \
         attention::attention<T, HEADS, LANES>(                                                                         \
             qkv, Rows{positions, table_starts, block_tables}, items,                                                   \
             Pages<T>{static_cast<T*>(pages), kv_heads, head_dim, block_size}, heads, scale,                            \
-            attention::Partials{partials, heads, head_dim}, arrived, out);                                             \
+            attention::Partials{partials, heads, head_dim}, arrived, out, rounded);                                    \
     }                                                                                                                  \
     REGISTER(attention_##HEADS##x##LANES##_##SUFFIX);
 

@@ -1,4 +1,6 @@
-use crate::{Batch, KernelError, KvLayout, KvPages, Matrix, Residual, RmsNorm, RopeTable, SampleRow, Sampled};
+use crate::{
+    Batch, KernelError, KvLayout, KvPages, Matrix, Projection, Residual, RmsNorm, RopeTable, SampleRow, Sampled,
+};
 
 /// The heads of one attention layer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -226,6 +228,40 @@ pub trait Backend: Send + 'static {
     ) {
         self.norm_linear(residual, norm, weight, bias, gate_up);
         self.silu_mul(gate_up, out);
+    }
+
+    /// `residual[t] += down · (silu(gate) * up) + bias`, gate and up the halves of `gate_up · rms_norm(residual[t]) +
+    /// bias`, to be followed by a norm. What `residual.normed` and the buffers, of `[tokens, 2 × ffn]` and of
+    /// `[tokens, ffn]`, hold afterwards is unspecified.
+    fn add_mlp(
+        &mut self,
+        residual: &mut Residual<Self::Activations>,
+        norm: RmsNorm<'_, Self::Vector>,
+        gate_up: Projection<'_, Self::Linear, Self::Vector>,
+        down: Projection<'_, Self::Linear, Self::Vector>,
+        [both, inner]: [&mut Self::Activations; 2],
+    ) {
+        self.norm_linear_silu_mul(residual, norm, gate_up.weight, gate_up.bias, both, inner);
+        self.add_linear(inner, down.weight, down.bias, residual);
+    }
+
+    /// `residual[t] += output · attention(qkv)[t] + bias`, to be followed by a norm. What `mixed`, of
+    /// `[tokens, shape.q_width()]`, holds afterwards is unspecified.
+    #[allow(clippy::too_many_arguments, reason = "one fused operation over everything attention needs")]
+    fn add_attention(
+        &mut self,
+        qkv: &Self::Activations,
+        shape: AttentionShape,
+        scale: f32,
+        cache: &Self::KvCache,
+        layer: usize,
+        batch: &Batch,
+        output: Projection<'_, Self::Linear, Self::Vector>,
+        mixed: &mut Self::Activations,
+        residual: &mut Residual<Self::Activations>,
+    ) {
+        self.attention(qkv, shape, scale, cache, layer, batch, mixed);
+        self.add_linear(mixed, output.weight, output.bias, residual);
     }
 
     /// `out[i] = x[rows[i]]`.

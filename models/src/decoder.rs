@@ -1,4 +1,4 @@
-use engine_kernels::{AttentionShape, Backend, Batch, QkNorm, Rehearsed, Residual, RmsNorm};
+use engine_kernels::{AttentionShape, Backend, Batch, Projection, QkNorm, Rehearsed, Residual, RmsNorm};
 
 use crate::weights::{Loader, WeightSource};
 use crate::{ForwardLimits, LoadReport, Model, ModelConfig, ModelError, rope};
@@ -175,14 +175,14 @@ impl<B: Backend> Decoder<B> {
                     layer_done(index);
                     layers_done = index + 1;
                 }
-                backend.attention(&b.qkv, shape, scale, cache, index, batch, &mut b.attention);
-                backend.add_linear(&b.attention, &layer.output, layer.output_bias.as_ref(), &mut b.residual);
+                let output = Projection { weight: &layer.output, bias: layer.output_bias.as_ref() };
+                let (mixed, residual) = (&mut b.attention, &mut b.residual);
+                backend.add_attention(&b.qkv, shape, scale, cache, index, batch, output, mixed, residual);
 
                 let rms_norm = RmsNorm { weight: &layer.mlp_norm, eps };
-                let bias = layer.gate_up_bias.as_ref();
-                let (gate_up, mlp) = (&mut b.gate_up, &mut b.mlp);
-                backend.norm_linear_silu_mul(&mut b.residual, rms_norm, &layer.gate_up, bias, gate_up, mlp);
-                backend.add_linear(&b.mlp, &layer.down, layer.down_bias.as_ref(), &mut b.residual);
+                let gate_up = Projection { weight: &layer.gate_up, bias: layer.gate_up_bias.as_ref() };
+                let down = Projection { weight: &layer.down, bias: layer.down_bias.as_ref() };
+                backend.add_mlp(&mut b.residual, rms_norm, gate_up, down, [&mut b.gate_up, &mut b.mlp]);
             }
             backend.norm(&mut b.residual, RmsNorm { weight: norm, eps });
         });

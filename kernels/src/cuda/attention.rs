@@ -4,6 +4,7 @@
 use super::backend::{CudaBackend, THREADS, address_of};
 use super::buffer::{Activations, Buffer, KvCache, Rope, Vector};
 use super::driver::{Address, Driver};
+use super::plan::Plan;
 use super::stream::Stream;
 use crate::{AttentionShape, Batch, KvDType, KvLayout, QkNorm};
 
@@ -112,6 +113,11 @@ fn prefill_kernel(layout: &KvLayout) -> Option<&'static str> {
     }
 }
 
+/// Whether all rows of the step are computed as those that decode.
+pub(super) fn decodes_all(plan: &Plan, layout: &KvLayout) -> bool {
+    plan.shape().tiles == 0 || prefill_kernel(layout).is_none()
+}
+
 impl<D: Driver> CudaBackend<D> {
     #[allow(clippy::too_many_arguments, reason = "as Backend::rope_and_cache has them")]
     pub(super) fn enqueue_rope_and_cache(
@@ -151,6 +157,7 @@ impl<D: Driver> CudaBackend<D> {
         self.stream.launch(of_type(kernels, cache.layout.dtype), grid, THREADS, &args);
     }
 
+    /// To f32, or rounded to bf16, of which the other is no address. Rounded if [`decodes_all`] says so.
     #[allow(clippy::too_many_arguments, reason = "as Backend::attention has them")]
     pub(super) fn enqueue_attention(
         &mut self,
@@ -160,10 +167,9 @@ impl<D: Driver> CudaBackend<D> {
         cache: &KvCache<D>,
         layer: usize,
         batch: &Batch,
-        out: &mut Activations<D>,
+        [out, rounded]: [Address; 2],
     ) {
-        assert!(qkv.cols == shape.qkv_width() && out.cols == shape.q_width(), "columns of queries, keys and values");
-        out.set_rows(batch.tokens.len());
+        assert_eq!(qkv.cols, shape.qkv_width(), "columns of queries, keys and values");
         self.check_plan(qkv.rows, batch);
         let AttentionShape { heads, kv_heads, head_dim } = shape;
         let slots = self.plan.slots();
@@ -187,7 +193,8 @@ impl<D: Driver> CudaBackend<D> {
             scale.into(),
             partials.into(),
             arrived.into(),
-            out.address().into(),
+            out.into(),
+            rounded.into(),
         ];
         let (kernel, at_a_time) = kernel(shape, cache.layout.dtype);
         let tiled = prefill_kernel(&cache.layout);
@@ -206,7 +213,7 @@ impl<D: Driver> CudaBackend<D> {
                 kv_heads.into(),
                 cache.layout.block_size.into(),
                 scale.into(),
-                out.address().into(),
+                out.into(),
             ];
             self.stream.launch(kernel, [planned.tiles * heads, 1, 1], ATTENTION_THREADS, &args);
         }

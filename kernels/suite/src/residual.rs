@@ -1,6 +1,8 @@
 //! The residual stream: operations that may be several in one.
 
-use engine_kernels::{DType, Matrix, Residual, RmsNorm};
+use engine_kernels::{
+    AttentionShape, Batch, DType, KvDType, KvLayout, Matrix, Projection, Residual, RmsNorm, RopeTable,
+};
 
 use crate::support::{FLOATS, QUANTIZED, Random, Subject, Weight, assert_same_bits};
 
@@ -20,7 +22,9 @@ const OUT: usize = 21;
 impl Case {
     fn random(gate: DType, up: DType, hidden: usize, ffn: usize, random: &mut Random) -> Self {
         let biased = random.below(2) == 0;
-        let [norms @ .., gate_up, down] = [hidden, hidden, 2 * ffn, hidden].map(|len| random.normals(len));
+        let [mut norms @ .., gate_up, down] = [hidden, hidden, 2 * ffn, hidden].map(|len| random.normals(len));
+        // Beyond f16's range.
+        norms[1].iter_mut().for_each(|weight| *weight *= 1e5);
         Self {
             gate: Weight::random(gate, ffn, hidden, random),
             up: Weight::random(up, ffn, hidden, random),
@@ -35,7 +39,7 @@ impl Case {
         self.norms[0].len()
     }
 
-    /// What a stream that starts with `x` gives: the gated values, the next product, and the last norm.
+    /// What a stream that starts with `x` gives: the gated values, the next product, and a norm after all that again.
     fn run<B: Subject>(&self, x: &[f32], fused: bool) -> [Vec<f32>; 3] {
         let mut backend = B::any();
         let mut weight = |parts: &[Matrix<'_>]| backend.linear_weight(parts).unwrap();
@@ -54,23 +58,29 @@ impl Case {
             backend.write(x, residual.start());
             let norm = |weight| RmsNorm { weight, eps: 1e-5 };
             backend.norm_linear_silu_mul(&mut residual, norm(&first), &gate_up, of_gate_up, &mut both, &mut inner);
+            let gated = backend.read(&inner);
             backend.add_linear(&inner, &down, of_down, &mut residual);
             backend.norm_linear(&mut residual, norm(&second), &next, None, &mut out);
-            let next = backend.read(&out);
-            backend.add_linear(&inner, &down, of_down, &mut residual);
+            let gate_up = Projection { weight: &gate_up, bias: of_gate_up };
+            let down = Projection { weight: &down, bias: of_down };
+            backend.add_mlp(&mut residual, norm(&second), gate_up, down, [&mut both, &mut inner]);
             backend.norm(&mut residual, norm(&first));
-            return [backend.read(&inner), next, backend.read(residual.normed())];
+            return [gated, backend.read(&out), backend.read(residual.normed())];
         }
         let mut residual = backend.filled(x, hidden);
         let [mut normed, mut delta] = [(); 2].map(|()| backend.activations(rows, hidden));
         backend.rms_norm(&residual, &first, 1e-5, &mut normed);
         backend.linear(&normed, &gate_up, of_gate_up, &mut both);
         backend.silu_mul(&both, &mut inner);
+        let gated = backend.read(&inner);
         backend.linear(&inner, &down, of_down, &mut delta);
         backend.add_rms_norm(&mut residual, &delta, &second, 1e-5, &mut normed);
         backend.linear(&normed, &next, None, &mut out);
+        backend.linear(&normed, &gate_up, of_gate_up, &mut both);
+        backend.silu_mul(&both, &mut inner);
+        backend.linear(&inner, &down, of_down, &mut delta);
         backend.add_rms_norm(&mut residual, &delta, &first, 1e-5, &mut normed);
-        [backend.read(&inner), backend.read(&out), backend.read(&normed)]
+        [gated, backend.read(&out), backend.read(&normed)]
     }
 }
 
@@ -86,8 +96,9 @@ pub(crate) fn fused_operations_give_the_bits_of_those_they_stand_for<B: Subject>
         let is_quantized = dtype.is_quantized() || other.is_quantized();
         let (hidden, ffn) = if is_quantized { (256, 256) } else { ([40, 264, 300][i], [17, 33, 8][i]) };
         let case = Case::random(dtype, other, hidden, ffn, &mut random);
-        for rows in [ROWS[i % 9], ROWS[(i + 5) % 9]] {
-            let x = random.normals(rows * hidden);
+        for rows in [ROWS[i % 9], ROWS[(i + 5) % 9], 17 + i] {
+            let mut x = random.normals(rows * hidden);
+            x[..hidden].fill(0.0);
             let (fused, apart) = (case.run::<B>(&x, true), case.run::<B>(&x, false));
             for (what, (fused, apart)) in ["gated", "next", "normed"].iter().zip(fused.iter().zip(&apart)) {
                 assert_same_bits(fused, apart, &format!("{what}, {dtype:?} and {other:?}, {rows} rows"));
@@ -110,6 +121,61 @@ pub(crate) fn a_row_of_a_fused_operation_does_not_see_the_others<B: Subject>() {
                 let what = format!("{dtype:?}, {rows} rows from {start}");
                 assert_same_bits(some, &all[start * width..(start + rows) * width], &what);
             }
+        }
+    }
+}
+
+pub(crate) fn attention_that_is_added_gives_the_bits_of_its_parts<B: Subject>() {
+    const SHAPE: AttentionShape = AttentionShape { heads: 4, kv_heads: 2, head_dim: 64 };
+    const HIDDEN: usize = 40;
+    let mut random = Random::new(93);
+    // Contexts of rows that decode, and lengths of prompts behind them.
+    let steps: [(Vec<u32>, &[usize]); 4] = [
+        ((0..18).map(|i| 1 + i * 61 % 400).collect(), &[]),
+        ((0..10).map(|i| 200 - i * 17).collect(), &[9, 3]),
+        (Vec::new(), &[20]),
+        (vec![7, 300, 130], &[]),
+    ];
+    for dtype in [DType::F32, DType::F16, DType::BF16, DType::Q4_0, DType::F8] {
+        let output = Weight::random(dtype, HIDDEN, SHAPE.q_width(), &mut random);
+        let [bias, weight] = [HIDDEN; 2].map(|len| random.normals(len));
+        for (contexts, prompts) in &steps {
+            let mut batch = Batch::default();
+            let mut pages = 0..;
+            let mut table = |tokens: usize| pages.by_ref().take(tokens.div_ceil(16)).collect::<Vec<u32>>();
+            contexts.iter().for_each(|&context| batch.push(&[0], context - 1, &table(context as usize), 0));
+            prompts.iter().for_each(|&tokens| batch.push(&vec![0; tokens], 0, &table(tokens), 0));
+            let rows = batch.tokens.len();
+            let (x, qkv) = (random.normals(rows * HIDDEN), random.normals(rows * SHAPE.qkv_width()));
+            let run = |fused: bool| {
+                let mut backend = B::any();
+                let AttentionShape { kv_heads, head_dim, .. } = SHAPE;
+                let layout =
+                    KvLayout { layers: 1, kv_heads, head_dim, block_size: 16, blocks: 400, dtype: KvDType::BF16 };
+                let mut cache = backend.kv_cache(layout).unwrap();
+                let rope = backend.rope(RopeTable::new(&[0.5; 32], 1.0, 512));
+                let output = backend.linear_weight(&[output.matrix()]).unwrap();
+                let [bias, weight] = [&bias, &weight].map(|values| backend.vector(values));
+                let mut qkv = backend.filled(&qkv, SHAPE.qkv_width());
+                let mut mixed = backend.activations(rows, SHAPE.q_width());
+                backend.begin(&batch);
+                backend.rope_and_cache(&mut qkv, SHAPE, None, &rope, &mut cache, 0, &batch);
+                if fused {
+                    let mut residual = Residual::new(&mut backend, rows, HIDDEN);
+                    backend.write(&x, residual.start());
+                    let output = Projection { weight: &output, bias: Some(&bias) };
+                    backend.add_attention(&qkv, SHAPE, 0.1, &cache, 0, &batch, output, &mut mixed, &mut residual);
+                    backend.norm(&mut residual, RmsNorm { weight: &weight, eps: 1e-5 });
+                    return backend.read(residual.normed());
+                }
+                let mut residual = backend.filled(&x, HIDDEN);
+                let [mut delta, mut normed] = [(); 2].map(|()| backend.activations(rows, HIDDEN));
+                backend.attention(&qkv, SHAPE, 0.1, &cache, 0, &batch, &mut mixed);
+                backend.linear(&mixed, &output, Some(&bias), &mut delta);
+                backend.add_rms_norm(&mut residual, &delta, &weight, 1e-5, &mut normed);
+                backend.read(&normed)
+            };
+            assert_same_bits(&run(true), &run(false), &format!("{dtype:?}, {contexts:?} and {prompts:?}"));
         }
     }
 }
