@@ -36,6 +36,21 @@ pub struct QkNorm<'a, V> {
     pub eps: f32,
 }
 
+/// Attention of a layer: what is done with queries, keys and values, and with what comes of them.
+#[derive(Debug)]
+pub struct Attention<'a, L, V, R> {
+    /// Its heads.
+    pub shape: AttentionShape,
+    /// What scores are multiplied by.
+    pub scale: f32,
+    /// Norms of heads, if there are such.
+    pub norm: Option<QkNorm<'a, V>>,
+    /// How heads are rotated.
+    pub rope: &'a R,
+    /// The product behind it.
+    pub output: Projection<'a, L, V>,
+}
+
 /// What a rehearsal ([`Backend::rehearse`]) left behind.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Rehearsed {
@@ -245,21 +260,24 @@ pub trait Backend: Send + 'static {
         self.add_linear(inner, down.weight, down.bias, residual);
     }
 
-    /// `residual[t] += output · attention(qkv)[t] + bias`, to be followed by a norm. What `mixed`, of
-    /// `[tokens, shape.q_width()]`, holds afterwards is unspecified.
+    /// [`Backend::rope_and_cache`] and [`Backend::attention`], then `residual[t] += output · attention[t] + bias`, to be
+    /// followed by a norm. Calls `stored` when keys and values are in the cache, or what stores them is enqueued. What
+    /// `qkv` and `mixed`, of `[tokens, shape.q_width()]`, hold afterwards is unspecified.
     #[allow(clippy::too_many_arguments, reason = "one fused operation over everything attention needs")]
     fn add_attention(
         &mut self,
-        qkv: &Self::Activations,
-        shape: AttentionShape,
-        scale: f32,
-        cache: &Self::KvCache,
+        qkv: &mut Self::Activations,
+        attention: Attention<'_, Self::Linear, Self::Vector, Self::Rope>,
+        cache: &mut Self::KvCache,
         layer: usize,
         batch: &Batch,
-        output: Projection<'_, Self::Linear, Self::Vector>,
         mixed: &mut Self::Activations,
         residual: &mut Residual<Self::Activations>,
+        stored: &mut dyn FnMut(&Self),
     ) {
+        let Attention { shape, scale, norm, rope, output } = attention;
+        self.rope_and_cache(qkv, shape, norm, rope, cache, layer, batch);
+        stored(self);
         self.attention(qkv, shape, scale, cache, layer, batch, mixed);
         self.add_linear(mixed, output.weight, output.bias, residual);
     }

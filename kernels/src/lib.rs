@@ -20,7 +20,7 @@ mod residual;
 mod rope;
 mod sampling;
 
-pub use backend::{AttentionShape, Backend, DrawsAhead, QkNorm, Rehearsed};
+pub use backend::{Attention, AttentionShape, Backend, DrawsAhead, QkNorm, Rehearsed};
 pub use batch::{Batch, SequenceSpan};
 pub use dtype::{DType, Matrix};
 pub use error::KernelError;

@@ -1,4 +1,4 @@
-use engine_kernels::{AttentionShape, Backend, Batch, Projection, QkNorm, Rehearsed, Residual, RmsNorm};
+use engine_kernels::{Attention, AttentionShape, Backend, Batch, Projection, QkNorm, Rehearsed, Residual, RmsNorm};
 
 use crate::weights::{Loader, WeightSource};
 use crate::{ForwardLimits, LoadReport, Model, ModelConfig, ModelError, rope};
@@ -170,14 +170,15 @@ impl<B: Backend> Decoder<B> {
                 let rms_norm = RmsNorm { weight: &layer.attention_norm, eps };
                 backend.norm_linear(&mut b.residual, rms_norm, &layer.qkv, layer.qkv_bias.as_ref(), &mut b.qkv);
                 let qk_norm = layer.q_norm.as_ref().zip(layer.k_norm.as_ref()).map(|(q, k)| QkNorm { q, k, eps });
-                backend.rope_and_cache(&mut b.qkv, shape, qk_norm, rope, cache, index, batch);
-                if !backend.is_recording() {
-                    layer_done(index);
-                    layers_done = index + 1;
-                }
                 let output = Projection { weight: &layer.output, bias: layer.output_bias.as_ref() };
-                let (mixed, residual) = (&mut b.attention, &mut b.residual);
-                backend.add_attention(&b.qkv, shape, scale, cache, index, batch, output, mixed, residual);
+                let attention = Attention { shape, scale, norm: qk_norm, rope, output };
+                let (qkv, mixed, residual) = (&mut b.qkv, &mut b.attention, &mut b.residual);
+                backend.add_attention(qkv, attention, cache, index, batch, mixed, residual, &mut |backend| {
+                    if !backend.is_recording() {
+                        layer_done(index);
+                        layers_done = index + 1;
+                    }
+                });
 
                 let rms_norm = RmsNorm { weight: &layer.mlp_norm, eps };
                 let gate_up = Projection { weight: &layer.gate_up, bias: layer.gate_up_bias.as_ref() };

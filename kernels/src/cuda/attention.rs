@@ -3,7 +3,7 @@
 
 use super::backend::{CudaBackend, THREADS, address_of};
 use super::buffer::{Activations, Buffer, KvCache, Rope, Vector};
-use super::driver::{Address, Driver};
+use super::driver::{Address, Arg, Driver};
 use super::plan::Plan;
 use super::stream::Stream;
 use crate::{AttentionShape, Batch, KvDType, KvLayout, QkNorm};
@@ -113,6 +113,12 @@ fn prefill_kernel(layout: &KvLayout) -> Option<&'static str> {
     }
 }
 
+/// What `attention` is told of queries, keys and values that are where they belong.
+const NO_ROTATION: [Arg; 6] = {
+    let none = Arg::Pointer(Address::NULL);
+    [none, none, Arg::Int(0), none, none, Arg::Float(0.0)]
+};
+
 /// Whether all rows of the step are computed as those that decode.
 pub(super) fn decodes_all(plan: &Plan, layout: &KvLayout) -> bool {
     plan.shape().tiles == 0 || prefill_kernel(layout).is_none()
@@ -132,38 +138,53 @@ impl<D: Driver> CudaBackend<D> {
     ) {
         assert_eq!(qkv.cols, shape.qkv_width(), "columns of queries, keys and values");
         self.check_plan(qkv.rows, batch);
-        assert!((self.plan.position_max() as usize) < rope.positions, "positions within the rotation table");
         let AttentionShape { heads, kv_heads, head_dim } = shape;
         let planned = self.plan.shape();
+        let [cos, sin, pairs, q_norm, k_norm, eps] = self.rotation(norm, rope);
         let args = [
             qkv.address().into(),
             self.planned(planned.positions()),
             self.planned(planned.table_starts()),
             self.planned(planned.block_tables()),
-            rope.cos.address().into(),
-            rope.sin.address().into(),
-            address_of(norm.as_ref().map(|norm| norm.q)),
-            address_of(norm.as_ref().map(|norm| norm.k)),
-            norm.map_or(0.0, |norm| norm.eps).into(),
+            cos,
+            sin,
+            pairs,
+            q_norm,
+            k_norm,
+            eps,
             cache.layer(layer).into(),
             heads.into(),
             kv_heads.into(),
             head_dim.into(),
             cache.layout.block_size.into(),
-            rope.pairs.into(),
         ];
         let kernels = ["rope_and_cache_f32", "rope_and_cache_f16", "rope_and_cache_bf16", "rope_and_cache_f8"];
         let grid = [qkv.computed_rows(), (heads + 2 * kv_heads).div_ceil(4), 1];
         self.stream.launch(of_type(kernels, cache.layout.dtype), grid, THREADS, &args);
     }
 
-    /// To f32, or rounded to bf16, of which the other is no address. Rounded if [`decodes_all`] says so.
+    /// What kernels are told of it: `Rotation` of `kernels/cuda/rotation.cuh`.
+    pub(super) fn rotation(&self, norm: Option<QkNorm<'_, Vector<D>>>, rope: &Rope<D>) -> [Arg; 6] {
+        assert!((self.plan.position_max() as usize) < rope.positions, "positions within the rotation table");
+        [
+            rope.cos.address().into(),
+            rope.sin.address().into(),
+            rope.pairs.into(),
+            address_of(norm.as_ref().map(|norm| norm.q)),
+            address_of(norm.as_ref().map(|norm| norm.k)),
+            norm.map_or(0.0, |norm| norm.eps).into(),
+        ]
+    }
+
+    /// With a rotation, of a step that only decodes, of what `rope_and_cache` has not seen, in its stead. To f32, or
+    /// rounded to bf16, of which the other is no address; rounded if [`decodes_all`] says so.
     #[allow(clippy::too_many_arguments, reason = "as Backend::attention has them")]
     pub(super) fn enqueue_attention(
         &mut self,
         qkv: &Activations<D>,
         shape: AttentionShape,
         scale: f32,
+        rotation: Option<[Arg; 6]>,
         cache: &KvCache<D>,
         layer: usize,
         batch: &Batch,
@@ -179,12 +200,19 @@ impl<D: Driver> CudaBackend<D> {
         }
         let [partials, arrived] = self.partials.as_ref().map_or([Address::NULL; 2], Partials::addresses);
         let planned = self.plan.shape();
+        let [cos, sin, pairs, q_norm, k_norm, eps] = rotation.unwrap_or(NO_ROTATION);
         let args = [
             qkv.address().into(),
             self.planned(planned.positions()),
             self.planned(planned.table_starts()),
             self.planned(planned.block_tables()),
             self.planned(planned.items()),
+            cos,
+            sin,
+            pairs,
+            q_norm,
+            k_norm,
+            eps,
             cache.layer(layer).into(),
             heads.into(),
             kv_heads.into(),

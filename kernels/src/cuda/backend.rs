@@ -11,8 +11,8 @@ use super::sample::Sampler;
 use super::skinny::{self, Skinny, Then};
 use super::stream::Stream;
 use crate::{
-    AttentionShape, Backend, Batch, DeviceRegion, DrawsAhead, KernelError, KvLayout, KvPages, Matrix, Projection,
-    QkNorm, Rehearsed, Residual, RmsNorm, RopeTable, SampleRow, Sampled,
+    Attention, AttentionShape, Backend, Batch, DeviceRegion, DrawsAhead, KernelError, KvLayout, KvPages, Matrix,
+    Projection, QkNorm, Rehearsed, Residual, RmsNorm, RopeTable, SampleRow, Sampled,
 };
 
 /// Threads of a block of the row-wise kernels (`kernels/cuda/rowwise.cu`).
@@ -316,17 +316,16 @@ impl<D: Driver> Backend for CudaBackend<D> {
 
     fn add_attention(
         &mut self,
-        qkv: &Activations<D>,
-        shape: AttentionShape,
-        scale: f32,
-        cache: &KvCache<D>,
+        qkv: &mut Activations<D>,
+        attention: Attention<'_, Linear<D>, Vector<D>, Rope<D>>,
+        cache: &mut KvCache<D>,
         layer: usize,
         batch: &Batch,
-        output: Projection<'_, Linear<D>, Vector<D>>,
         mixed: &mut Activations<D>,
         residual: &mut Residual<Activations<D>>,
+        stored: &mut dyn FnMut(&Self),
     ) {
-        self.enqueue_add_attention(qkv, shape, scale, cache, layer, batch, output, mixed, residual);
+        self.enqueue_add_attention(qkv, attention, cache, layer, batch, mixed, residual, stored);
     }
 
     fn rope_and_cache(
@@ -354,7 +353,7 @@ impl<D: Driver> Backend for CudaBackend<D> {
     ) {
         assert_eq!(out.cols, shape.q_width(), "columns of attention's output");
         out.set_rows(batch.tokens.len());
-        self.enqueue_attention(qkv, shape, scale, cache, layer, batch, [out.address(), Address::NULL]);
+        self.enqueue_attention(qkv, shape, scale, None, cache, layer, batch, [out.address(), Address::NULL]);
     }
 
     fn silu_mul(&mut self, gate_up: &Activations<D>, out: &mut Activations<D>) {

@@ -1,13 +1,13 @@
 //! Operations on the residual stream, in fewer kernels than those that they stand for: products of few rows take the
 //! norm before them and what follows, and what makes the activations of more rows rounds them.
 
-use super::attention;
+use super::attention::decodes_all;
 use super::backend::{CudaBackend, ROWWISE_THREADS};
-use super::buffer::{Activations, KvCache, Linear, Vector};
+use super::buffer::{Activations, KvCache, Linear, Rope, Vector};
 use super::driver::{Address, Driver};
 use super::rounded::{Rounded, Rounding};
 use super::skinny::{self, Skinny, Then};
-use crate::{AttentionShape, Backend, Batch, Projection, Residual, RmsNorm};
+use crate::{Attention, Backend, Batch, Projection, Residual, RmsNorm};
 
 /// Threads of a block of `silu_mul_f16`, which has a row to itself (`kernels/cuda/rowwise.cu`).
 const ROW_THREADS: usize = 1024;
@@ -171,27 +171,42 @@ impl<D: Driver> CudaBackend<D> {
     #[allow(clippy::too_many_arguments, reason = "as Backend::add_attention has them")]
     pub(super) fn enqueue_add_attention(
         &mut self,
-        qkv: &Activations<D>,
-        shape: AttentionShape,
-        scale: f32,
-        cache: &KvCache<D>,
+        qkv: &mut Activations<D>,
+        attention: Attention<'_, Linear<D>, Vector<D>, Rope<D>>,
+        cache: &mut KvCache<D>,
         layer: usize,
         batch: &Batch,
-        output: Projection<'_, Linear<D>, Vector<D>>,
         mixed: &mut Activations<D>,
         residual: &mut Residual<Activations<D>>,
+        stored: &mut dyn FnMut(&Self),
     ) {
-        let rows = qkv.computed_rows();
+        let Attention { shape, scale, norm, rope, output } = attention;
+        // Where rows read what others write, that has to be there first.
+        let rotation = if self.plan.decodes() {
+            Some(self.rotation(norm, rope))
+        } else {
+            self.rope_and_cache(qkv, shape, norm, rope, cache, layer, batch);
+            stored(self);
+            None
+        };
         // Rows of f16 have scales, and no block of attention sees a whole row.
-        let rounds = rounding(rows, output.weight).filter(|rounding| *rounding == Rounding::Brain);
-        if let Some(rounding) = rounds.filter(|_| attention::decodes_all(&self.plan, &cache.layout)) {
-            let rounded = self.place(rounding, rows, output.weight);
-            assert_eq!(rounded.cols, shape.q_width(), "columns of attention's output");
-            let out = [Address::NULL, rounded.values];
-            self.enqueue_attention(qkv, shape, scale, cache, layer, batch, out);
-            return self.multiply(rounded, qkv.rows, output, residual.delta());
+        let rows = qkv.computed_rows();
+        let rounding = rounding(rows, output.weight)
+            .filter(|&rounding| rounding == Rounding::Brain && decodes_all(&self.plan, &cache.layout));
+        let rounded = rounding.map(|rounding| self.place(rounding, rows, output.weight));
+        assert!([output.weight.cols, mixed.cols] == [shape.q_width(); 2], "columns of attention's output");
+        mixed.set_rows(qkv.rows);
+        let out = match &rounded {
+            Some(rounded) => [Address::NULL, rounded.values],
+            None => [mixed.address(), Address::NULL],
+        };
+        self.enqueue_attention(qkv, shape, scale, rotation, cache, layer, batch, out);
+        if rotation.is_some() {
+            stored(self);
         }
-        self.attention(qkv, shape, scale, cache, layer, batch, mixed);
-        self.add_linear(mixed, output.weight, output.bias, residual);
+        match rounded {
+            Some(rounded) => self.multiply(rounded, qkv.rows, output, residual.delta()),
+            None => self.add_linear(mixed, output.weight, output.bias, residual),
+        }
     }
 }
