@@ -104,8 +104,8 @@ cuda-check: setup ## Compile the CUDA kernels and their driver; look at what bec
 		--test device_doctor --locked -- -D warnings
 	scripts/check-kernels.sh
 
-gpu-check: cuda test-assets ## Make target/cuda/gpu-check and its archive, all that checks and measures a GPU, to be carried to one; runs the tests on a stand-in here
-	scripts/build-gpu-check.sh
+gpu-check: cuda setup-services test-assets ## Make target/cuda/gpu-check and its archive, all that checks and measures a GPU, to be carried to one; runs the tests on a stand-in here
+	CUDA_HOME="$$(scripts/fetch-nvcc.sh)" scripts/build-gpu-check.sh
 	scripts/check-driver.sh
 
 device-pages: setup-services ## Whole clusters whose pages are in device memory, the engine built with CUDA, on a stand-in for libcuda. Needs no GPU; part of make test

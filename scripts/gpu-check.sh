@@ -5,6 +5,8 @@
 # the python3 that has them), and no network.
 #
 #   run         everything, what matters most first, within LIMIT seconds (240); what there is no time for, it says
+#   run pair    a decode and a prefill worker, two processes on the GPU: how fast pages move between them, whether they
+#               answer as one process does, and what long prompts cost those who are being answered (240)
 #   run rest    what stands behind the engine's own checks and speed: beside PyTorch, larger models, the sanitizer (360)
 #   run tiny    small shapes, for a machine with a stand-in for libcuda (1800)
 #
@@ -16,10 +18,10 @@ here=$(cd "$(dirname "$0")" && pwd)
 size=${1:-whole}
 python=${PYTHON:-python3}
 case $size in
-whole) limit=${LIMIT:-240} ;;
+whole | pair) limit=${LIMIT:-240} ;;
 rest) limit=${LIMIT:-360} ;;
 tiny) limit=${LIMIT:-1800} ;;
-*) echo "usage: run [rest | tiny]" >&2 && exit 2 ;;
+*) echo "usage: run [pair | rest | tiny]" >&2 && exit 2 ;;
 esac
 # Kernels are loaded when they are first launched, as they are by default: what users will see.
 unset CUDA_MODULE_LOADING
@@ -27,7 +29,7 @@ sanitizer=$(command -v compute-sanitizer || ls /usr/local/cuda*/bin/compute-sani
 gpu=$(nvidia-smi --query-gpu=name,driver_version --format=csv,noheader 2>/dev/null | head -n 1)
 [ -n "$gpu" ] || gpu="no GPU: a stand-in for libcuda"
 name=$(printf '%s' "$gpu" | sed 's/,.*//; s/[^A-Za-z0-9][^A-Za-z0-9]*/-/g' | tr '[:upper:]' '[:lower:]')
-[ "$size" = rest ] && name=$name-rest
+case $size in pair | rest) name=$name-$size ;; esac
 page=${OUT:-$here}/$(date -u +%Y-%m-%d)-$name.md
 log=${OUT:-$here}/gpu-check-$size.log
 failed=0 missing=0
@@ -107,33 +109,49 @@ without_wgmma() { # without_wgmma <seconds>
     part plain "Correctness without wgmma, as all that follows" "$1" "$here/engine" doctor --gpu
 }
 
-if [ "$size" = tiny ]; then
-    part plain "Correctness" 1200 "$here/engine" doctor --gpu
-    without_wgmma 600
-    part plain "A model of a small shape" 300 "$here/engine" bench --model "$here/tiny" --load-format dummy \
-        --device cuda:0 --prefill 20 --decode 1,3 --context 24 --steps 4 --rounds 1 --kv-blocks 20 --log-level warn
-    part "Kernels, small shapes" 300 "$here/engine" bench-kernels --shape tiny
-elif [ "$size" = whole ]; then
-    part plain "Correctness" 180 "$here/engine" doctor --gpu
-    without_wgmma 90
-    part plain "Qwen3-0.6B in bf16, made-up weights" 60 "$here/engine" bench --model "$here/qwen3-0.6b" \
-        --load-format dummy --device cuda:0 --decode 1,64,256 --prefill 2048,16384 --max-num-batched-tokens 8192 \
-        --log-level warn
-    part "Kernels, qwen3-0.6b" 60 "$here/engine" bench-kernels --shape qwen3-0.6b
-fi
-# Importing them takes many seconds; whether they are there does not.
-modules='import importlib.util as u, sys; sys.exit(not all(map(u.find_spec, ("torch", "transformers"))))'
-if ! timeout 20 "$python" -c "$modules" 2>>"$log"; then
-    say "" "## Beside PyTorch" ""
-    not_run "$python has no PyTorch and transformers (PYTHON names one that has)"
-elif [ "$size" = tiny ]; then
-    part "Beside PyTorch, on the CPU" 600 "$python" "$here/torch_qwen3.py" --engine "$here/engine" \
-        --tokenizer "$here/tokenizer" --shape tiny --device cpu --prefill 64 --decode 1,2 --context 32 \
-        --steps 4 --rounds 1 --requests 4 --answer 8
-else
-    part "Beside PyTorch" 240 "$python" "$here/torch_qwen3.py" --engine "$here/engine" --tokenizer "$here/tokenizer"
-fi
-if [ "$size" != tiny ]; then
+# Two processes move pages from one's device memory to the other's, and compare that with a copy within the device.
+# shellcheck disable=SC2016 # The other shell's.
+transfers='
+engine=$1
+shift
+: >"$0"
+"$engine" transfer-bench --serve --device cuda:0 --port 0 >"$0" &
+trap "kill $!" EXIT
+until grep -q -- --connect "$0"; do kill -0 $! 2>/dev/null || exit 1; sleep 0.2; done
+"$engine" transfer-bench --connect "$(sed -n "s/.*--connect //p" "$0")" --device cuda:0 "$@"'
+
+pages_between() { # pages_between <seconds> <arguments>
+    local seconds=$1
+    shift
+    part plain "Pages between two processes" "$seconds" bash -c "$transfers" "$log.serve" "$here/engine" "$@"
+}
+
+# A decode and a prefill worker, and one process to compare with. etcd and NATS are those that were carried.
+pair() { # pair <seconds> <shape> <arguments>
+    local seconds=$1 shape=$2
+    shift 2
+    part "A decode worker and a prefill worker on one device" "$seconds" env PATH="$here:$PATH" \
+        "$here/disaggregation" --engine "$here/engine" --device cuda:0 --model "$here/$shape" \
+        --tokenizer "$here/tokenizer" "$@"
+}
+
+beside_pytorch() { # beside_pytorch <title> <seconds> <arguments>
+    local title=$1 seconds=$2
+    shift 2
+    # Importing them takes many seconds; whether they are there does not.
+    local modules='import importlib.util as u, sys; sys.exit(not all(map(u.find_spec, ("torch", "transformers"))))'
+    if timeout 20 "$python" -c "$modules" 2>>"$log"; then
+        part "$title" "$seconds" "$python" "$here/torch_qwen3.py" --engine "$here/engine" \
+            --tokenizer "$here/tokenizer" "$@"
+    else
+        say "" "## $title" ""
+        not_run "$python has no PyTorch and transformers (PYTHON names one that has)"
+    fi
+}
+
+the_rest() {
+    local shape topic tool
+    beside_pytorch "Beside PyTorch" 240
     for shape in qwen3-8b llama-3-8b; do
         part "Kernels, $shape" 60 "$here/engine" bench-kernels --shape $shape
     done
@@ -148,8 +166,36 @@ if [ "$size" != tiny ]; then
             fi
         done
     done
-fi
-rm -f "$log.part" "$log.out"
+}
+
+case $size in
+whole)
+    part plain "Correctness" 180 "$here/engine" doctor --gpu
+    without_wgmma 90
+    part plain "Qwen3-0.6B in bf16, made-up weights" 60 "$here/engine" bench --model "$here/qwen3-0.6b" \
+        --load-format dummy --device cuda:0 --decode 1,64,256 --prefill 2048,16384 --max-num-batched-tokens 8192 \
+        --log-level warn
+    part "Kernels, qwen3-0.6b" 60 "$here/engine" bench-kernels --shape qwen3-0.6b
+    the_rest
+    ;;
+pair)
+    pages_between 60 --page-size 256KiB,1MiB --pages 1024 --rounds 30
+    pair 180 qwen3-0.6b --flags "--kv-cache-memory 12GiB --max-model-len 12288 --max-num-seqs 16" --handoffs 40
+    ;;
+rest) the_rest ;;
+tiny)
+    part plain "Correctness" 1200 "$here/engine" doctor --gpu
+    without_wgmma 600
+    part plain "A model of a small shape" 300 "$here/engine" bench --model "$here/tiny" --load-format dummy \
+        --device cuda:0 --prefill 20 --decode 1,3 --context 24 --steps 4 --rounds 1 --kv-blocks 20 --log-level warn
+    part "Kernels, small shapes" 300 "$here/engine" bench-kernels --shape tiny
+    pages_between 60 --page-size 64KiB --pages 8 --rounds 3
+    pair 300 tiny --flags "--kv-blocks 64" --prompt-tokens 300 --handoffs 1 --rounds 1 --prompts 1
+    beside_pytorch "Beside PyTorch, on the CPU" 600 --shape tiny --device cpu --prefill 64 --decode 1,2 --context 32 \
+        --steps 4 --rounds 1 --requests 4 --answer 8
+    ;;
+esac
+rm -f "$log.part" "$log.out" "$log.serve"
 if [ $failed != 0 ]; then
     say "" "**failed**: see above"
     [ -z "${ENGINE_CUDA_WITHOUT_WGMMA:-}" ] || echo "what is left, without wgmma: ENGINE_CUDA_WITHOUT_WGMMA=1 $0 rest"

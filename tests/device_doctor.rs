@@ -1,7 +1,8 @@
 //! `engine doctor --gpu` and `engine bench-kernels`, the engine built with CUDA, on the stand-in for libcuda that
 //! `scripts/check-device-pages.sh` builds, which can be told to break a kernel or to be of another version.
 
-use std::process::{Command, Output};
+use std::io::{BufRead, BufReader};
+use std::process::{Child, Command, Output, Stdio};
 
 use serde_json::Value;
 
@@ -122,4 +123,49 @@ fn steps_and_operations_are_measured_one_row_each() {
     }
     // All else was recorded.
     assert_eq!(table.lines().filter(|line| line.contains(" † |")).count(), 1, "{table}");
+}
+
+/// A process that ends with its test.
+struct Killed(Child);
+
+impl Drop for Killed {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+#[test]
+#[ignore = "needs a stand-in for libcuda: make device-pages"]
+fn two_processes_measure_pages_from_device_to_device_beside_a_copy() {
+    let mut serving = engine(&["transfer-bench", "--serve", "--port", "0", "--device", "cuda:0", "--log-level", "off"]);
+    let mut serving = Killed(serving.stdout(Stdio::piped()).spawn().unwrap());
+    let mut line = String::new();
+    BufReader::new(serving.0.stdout.take().unwrap()).read_line(&mut line).unwrap();
+    let address = line.trim().rsplit(' ').next().unwrap();
+    let measured = |refused: &str, flags: &[&str]| {
+        let few = ["--page-size", "64KiB", "--pages", "4", "--rounds", "2", "--json"];
+        let mut command = engine(&[&["transfer-bench", "--connect", address], &few[..], flags].concat());
+        command.env("STANDIN_REFUSES", refused).output().unwrap()
+    };
+    // Copies in one call, or one after the other where a driver does not take them so.
+    for refused in ["nothing", "batch"] {
+        let Output { status, stdout, stderr } = measured(refused, &["--device", "cuda:0"]);
+        let said = String::from_utf8_lossy(&stderr);
+        assert!(status.success(), "{said}");
+        assert_eq!(said.matches("one by one from now on").count(), usize::from(refused == "batch"), "{said}");
+        let row: Value = serde_json::from_slice(&stdout).unwrap();
+        assert_eq!(row["transport"], "cuda-ipc");
+        assert!(row["gigabytes_per_second"].as_f64().unwrap() > 0.0, "{row}");
+        assert!(row["copy_gigabytes_per_second"].as_f64().unwrap() > 0.0, "{row}");
+    }
+    // Out of host memory no way leads there, and the other ways are not measured out of a device's.
+    for (flags, why) in [
+        (&["--device", "cpu"][..], "takes no pages over shm"),
+        (&["--device", "cuda:0", "--transport", "shm"], "cuda-ipc"),
+    ] {
+        let Output { status, stderr, .. } = measured("nothing", flags);
+        let said = String::from_utf8_lossy(&stderr);
+        assert!(!status.success() && said.contains(why), "{flags:?} {said}");
+    }
 }

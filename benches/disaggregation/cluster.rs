@@ -1,6 +1,7 @@
-//! Workers as processes, each on cores of its own.
+//! Workers as processes, each on cores of its own, or all on one device.
 
 use std::io::{BufRead, BufReader, Read};
+use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -14,6 +15,43 @@ use crate::services::{self, Service};
 /// How long a worker may take to be of use to others.
 const PATIENCE: Duration = Duration::from_secs(60);
 const POLL_PAUSE: Duration = Duration::from_millis(2);
+
+/// The program, and what its workers compute on.
+pub(crate) struct Engine {
+    pub(crate) program: PathBuf,
+    /// The device of all workers; without one each is held to cores.
+    pub(crate) device: Option<String>,
+    /// Further flags of all workers.
+    pub(crate) flags: Vec<String>,
+}
+
+impl Engine {
+    /// Transports that are compared.
+    pub(crate) fn transports(&self) -> &'static [&'static str] {
+        if self.device.is_some() { &["cuda-ipc"] } else { &["shm", "tcp"] }
+    }
+
+    /// What workers on a device are told, so that no other way is measured in secret.
+    pub(crate) fn way(&self) -> &'static [&'static str] {
+        if self.device.is_some() { &["--transport", "cuda-ipc"] } else { &[] }
+    }
+
+    /// A worker of these cores or the device, with further flags.
+    fn worker(&self, cores: &[usize], flags: Vec<String>) -> Result<Worker> {
+        let mut command = if let Some(device) = &self.device {
+            let mut command = Command::new(&self.program);
+            command.args(["--device", device]);
+            command
+        } else {
+            let list: Vec<String> = cores.iter().map(ToString::to_string).collect();
+            let mut command = Command::new("taskset");
+            command.args(["-c", &list.join(",")]).arg(&self.program).args(["--threads", &cores.len().to_string()]);
+            command
+        };
+        command.args(flags).args(&self.flags).args(["--port", "0", "--log-level", "error"]);
+        Worker::start(command)
+    }
+}
 
 /// etcd and NATS.
 pub(crate) struct Services {
@@ -40,20 +78,16 @@ pub(crate) struct Worker {
 }
 
 impl Worker {
-    /// One that serves alone, on these cores, with a thread on each.
-    pub(crate) fn alone(model: &Model, cores: &[usize]) -> Result<Self> {
+    /// One that serves alone, on these cores, with a thread on each; or on the device.
+    pub(crate) fn alone(engine: &Engine, model: &Model, cores: &[usize]) -> Result<Self> {
         let mut flags = model.flags();
         flags.push("--standalone".into());
-        Self::start(cores, flags)
+        engine.worker(cores, flags)
     }
 
-    fn start(cores: &[usize], flags: Vec<String>) -> Result<Self> {
-        let list: Vec<String> = cores.iter().map(ToString::to_string).collect();
-        let mut command = Command::new("taskset");
-        command.args(["-c", &list.join(","), env!("CARGO_BIN_EXE_engine")]).args(flags);
-        command.args(["--port", "0", "--log-level", "error", "--threads", &cores.len().to_string()]);
+    fn start(mut command: Command) -> Result<Self> {
         command.env_remove("ETCD_ENDPOINTS").env_remove("NATS_SERVER").env_remove("ENGINE_API_KEY");
-        let mut child = command.stdout(Stdio::piped()).spawn().context("cannot start taskset")?;
+        let mut child = command.stdout(Stdio::piped()).spawn().with_context(|| format!("cannot start {command:?}"))?;
         let mut stdout = BufReader::new(child.stdout.take().context("stdout is piped")?);
         let mut line = String::new();
         stdout.read_line(&mut line)?;
@@ -93,7 +127,7 @@ impl Drop for Worker {
     }
 }
 
-/// A decode worker on core 0 and a prefill worker on core 1.
+/// A decode worker on core 0 and a prefill worker on core 1, or both on the device.
 pub(crate) struct Pair {
     pub(crate) decode: Worker,
     pub(crate) prefill: Worker,
@@ -101,11 +135,17 @@ pub(crate) struct Pair {
 
 impl Pair {
     /// Starts both; `namespace` keeps pairs apart.
-    pub(crate) fn start(services: &Services, namespace: &str, model: &Model, flags: &[&str]) -> Result<Self> {
+    pub(crate) fn start(
+        engine: &Engine,
+        services: &Services,
+        namespace: &str,
+        model: &Model,
+        flags: &[&str],
+    ) -> Result<Self> {
         let worker = |core, own: &[&str]| {
             let mut all = [model.flags(), services.flags(namespace)].concat();
             all.extend(flags.iter().chain(own).map(ToString::to_string));
-            Worker::start(&[core], all)
+            engine.worker(&[core], all)
         };
         let decode = worker(0, &["--max-local-prefill-length", "64"])?;
         let prefill = worker(1, &["--is-prefill-worker"])?;

@@ -6,12 +6,11 @@
 use anyhow::{Result, ensure};
 
 use crate::client;
-use crate::cluster::{Pair, Services, Worker};
+use crate::cluster::{Engine, Pair, Services, Worker};
 use crate::model::Model;
 
-/// Lengths of prompts: short ones, many of them, to see the handoff; and long ones.
+/// Tokens of short prompts, many of them, to see the handoff.
 const SHORT: usize = 256;
-const LONG: usize = 2000;
 /// Handoffs before those that count.
 const WARM_UP: usize = 3;
 
@@ -24,7 +23,7 @@ pub(crate) struct Row {
     pub(crate) overhead: Vec<f64>,
     /// By the names of [`PHASES`].
     pub(crate) phases: Vec<Vec<f64>>,
-    /// First tokens of one process on one core, and what being handed off added.
+    /// First tokens of one process, and what being handed off added.
     pub(crate) local: Vec<f64>,
     pub(crate) added: Vec<f64>,
 }
@@ -39,17 +38,17 @@ pub(crate) const PHASES: [(&str, &str); 6] = [
     ("remote", "from the claim until the word is found: compute, transfer, pickup and messages"),
 ];
 
-pub(crate) fn measure(model: &Model, handoffs: usize) -> Result<Vec<Row>> {
+/// `long`: tokens of long prompts.
+pub(crate) fn measure(engine: &Engine, model: &Model, long: usize, handoffs: usize) -> Result<Vec<Row>> {
     let services = Services::start();
-    let alone = Worker::alone(model, &[0])?;
-    let pairs = ["shm", "tcp"].map(|transport| {
-        Pair::start(&services, transport, model, &["--transport", transport]).map(|pair| (transport, pair))
-    });
-    let [shm, tcp] = pairs;
-    let pairs = [shm?, tcp?];
+    let alone = Worker::alone(engine, model, &[0])?;
+    let pair = |&transport| {
+        Pair::start(engine, &services, transport, model, &["--transport", transport]).map(|pair| (transport, pair))
+    };
+    let pairs = engine.transports().iter().map(pair).collect::<Result<Vec<_>>>()?;
     let mut seed = 0;
     let mut rows = Vec::new();
-    for (tokens, handoffs) in [(SHORT, handoffs), (LONG, handoffs.div_ceil(20))] {
+    for (tokens, handoffs) in [(SHORT, handoffs), (long, handoffs.div_ceil(20))] {
         let mut of_length: Vec<Row> = pairs.iter().map(|(transport, _)| Row::new(transport, tokens)).collect();
         // Sessions are open and buffers have grown after the first few.
         let warm_up = if rows.is_empty() { WARM_UP } else { 0 };

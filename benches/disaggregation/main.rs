@@ -4,7 +4,11 @@
 //! one remote prefill after the other apart into its phases; [`streams`] looks at what eight answers notice of long
 //! prompts that arrive beside them, in one process and in two. What is compared takes turns (A B C A B C …), so that
 //! all meet the same machine in the same minutes.
+//!
+//! With `--device` workers compute on that instead, all on the one, and [`answers`] looks first whether they say what
+//! one process says. `make gpu-check` has this program carried to a machine with a GPU.
 
+mod answers;
 mod client;
 mod cluster;
 mod handoffs;
@@ -26,14 +30,31 @@ use std::path::PathBuf;
 use anyhow::{Context, Result, ensure};
 use clap::Parser;
 
+use cluster::Engine;
 use model::Model;
+use report::Report;
 
 /// Measures handoffs, and what long prompts cost those who are being answered.
 #[derive(Parser)]
 struct Options {
-    /// The model file.
+    /// The model file; with --device the folder of a shape.
     #[arg(long, env = "ENGINE_DEMO_MODEL")]
     model: Option<PathBuf>,
+    /// The engine.
+    #[arg(long, default_value = env!("CARGO_BIN_EXE_engine"))]
+    engine: PathBuf,
+    /// A CUDA device that all workers compute on, as cuda:0; without one each is held to a core.
+    #[arg(long, requires = "tokenizer")]
+    device: Option<String>,
+    /// Folder of a tokenizer for the shape.
+    #[arg(long, requires = "device")]
+    tokenizer: Option<PathBuf>,
+    /// Further flags of all workers, between spaces.
+    #[arg(long, default_value = "", allow_hyphen_values = true)]
+    flags: String,
+    /// Tokens of long prompts.
+    #[arg(long, default_value_t = 2000)]
+    prompt_tokens: usize,
     /// Handoffs of each transport and prompt length.
     #[arg(long, default_value_t = 100)]
     handoffs: usize,
@@ -55,22 +76,31 @@ fn main() -> Result<()> {
     let options = Options::parse();
     let file = options.model.context("--model names no file (make bench does)")?;
     let machine = machine::describe()?;
-    ensure!(machine.cores >= 2, "two workers on a core each need two cores");
-    let demo = Model::of_file(&file)?;
-    let small = Model::made_up()?;
-    let mut report = report::Report::new(machine);
+    ensure!(options.device.is_some() || machine.cores >= 2, "two workers on a core each need two cores");
+    let models = match &options.tokenizer {
+        Some(tokenizer) => vec![Model::of_shape(&file, tokenizer)?],
+        None => vec![Model::of_file(&file)?, Model::made_up()?],
+    };
+    let flags = options.flags.split_whitespace().map(str::to_owned).collect();
+    let engine = Engine { program: options.engine, device: options.device.clone(), flags };
+    let mut report = Report::new(machine, options.device);
+    let long = options.prompt_tokens;
+    ensure!(long >= 200, "--prompt-tokens {long}: prompts so short are not handed off");
+    // If answers are wrong, how fast they come is worth knowing all the same.
+    let mut alike = Ok(());
+    if engine.device.is_some() {
+        alike = answers::compare(&engine, &models[0], long).map(|alike| report.answers(&alike));
+    }
     if options.handoffs > 0 {
-        report.handoffs(handoffs::measure(&demo, options.handoffs)?);
+        report.handoffs(&handoffs::measure(&engine, &models[0], long, options.handoffs)?);
     }
     if options.rounds > 0 {
-        for model in [&demo, &small] {
-            report.streams(streams::measure(model, options.rounds, options.prompts)?);
+        for model in &models {
+            report.streams(&streams::measure(&engine, model, options.rounds, options.prompts, long)?);
         }
     }
-    let text = report.markdown();
-    println!("\n{text}");
     if let Some(folder) = options.results {
-        println!("written to {}", report.write(&folder, &text)?.display());
+        println!("written to {}", report.write(&folder)?.display());
     }
-    Ok(())
+    alike
 }

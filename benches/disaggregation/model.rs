@@ -1,5 +1,5 @@
 //! What is served: the demo model, and one made up that is so small that a core computes a long prompt in less than a
-//! second.
+//! second; on a device, the shape of a large one.
 
 use std::path::{Path, PathBuf};
 
@@ -26,6 +26,28 @@ impl Model {
     pub(crate) fn of_file(path: &Path) -> Result<Self> {
         let name = path.file_name().context("the model has no name")?.to_string_lossy().into_owned();
         Ok(Self { name, path: path.to_owned(), flags: &[], vocabulary: 20_000, _files: None })
+    }
+
+    /// Random weights of the shape that `folder` describes, with somebody's tokenizer: no text is looked at.
+    pub(crate) fn of_shape(folder: &Path, tokenizer: &Path) -> Result<Self> {
+        let files = tempfile::tempdir()?;
+        let config = std::fs::read_to_string(folder.join("config.json")).context("--model names no shape")?;
+        let vocabulary = serde_json::from_str::<serde_json::Value>(&config)?["vocab_size"].as_u64();
+        std::fs::write(files.path().join("config.json"), config)?;
+        for file in std::fs::read_dir(tokenizer).context("--tokenizer names no folder")? {
+            let name = file?.file_name();
+            if name.to_string_lossy().starts_with("tokenizer") && name.to_string_lossy().ends_with(".json") {
+                std::fs::copy(tokenizer.join(&name), files.path().join(name))?;
+            }
+        }
+        let name = folder.file_name().context("the shape has no name")?.to_string_lossy();
+        Ok(Self {
+            name: format!("the shape of {name}, random weights"),
+            path: files.path().to_owned(),
+            flags: &["--load-format", "dummy"],
+            vocabulary: vocabulary.context("the shape has no vocabulary")? as u32,
+            _files: Some(files),
+        })
     }
 
     /// A Llama of 5 million random weights.
@@ -70,8 +92,9 @@ impl Model {
             state ^= state << 13;
             state ^= state >> 7;
             state ^= state << 17;
-            // The lowest ids are special.
-            1000 + (state >> 33) as u32 % (self.vocabulary - 1000)
+            // The lowest ids may be special.
+            let lowest = (self.vocabulary / 2).min(1000);
+            lowest + (state >> 33) as u32 % (self.vocabulary - lowest)
         };
         (0..tokens).map(|_| next()).collect()
     }

@@ -8,47 +8,70 @@ use std::time::{Duration, Instant};
 use anyhow::{Result, ensure};
 
 use crate::client;
-use crate::cluster::{Pair, Services, Worker};
+use crate::cluster::{Engine, Pair, Services, Worker};
 use crate::model::Model;
 
 /// Answers being streamed.
 pub(crate) const STREAMS: usize = 8;
-/// Tokens of a prompt that arrives.
-pub(crate) const PROMPT: usize = 2000;
 /// Tokens of the prompts of those that are being answered, which are computed where they arrive.
 const OWN_PROMPT: usize = 32;
 /// More tokens than anybody waits for.
 const ENDLESS: usize = 8000;
-/// How long streams are watched before the first prompt arrives.
+/// How long streams are watched before the first prompt arrives; on a device, whose answers grow a thousand tokens a
+/// second, not so long that the ones after it are much longer than those before.
 const QUIET: Duration = Duration::from_secs(4);
-/// Prompts arrive no more often than one a second, and leave the one core of a single process this much of its time.
+const QUIET_ON_DEVICE: Duration = Duration::from_secs(1);
+/// Prompts arrive no more often than one a second, and leave the core or device of a single process this much of its
+/// time.
 const INTERVAL_MIN: f64 = 1.0;
 const HEADROOM: f64 = 1.5;
 
-/// How the cores are used.
+/// Long prompts of a round.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Arrivals {
+    pub(crate) prompts: usize,
+    /// Of each.
+    pub(crate) tokens: usize,
+    /// Before the first, and between two.
+    quiet: Duration,
+    every: Duration,
+}
+
+/// How the cores are used, or the device.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Setup {
     OneCore,
     Disaggregated,
     TwoCores,
+    OneProcess,
+    TwoProcesses,
 }
 
 impl Setup {
-    pub(crate) const ALL: [Self; 3] = [Self::OneCore, Self::Disaggregated, Self::TwoCores];
+    const ON_CORES: [Self; 3] = [Self::OneCore, Self::Disaggregated, Self::TwoCores];
+    const ON_DEVICE: [Self; 2] = [Self::OneProcess, Self::TwoProcesses];
 
     pub(crate) const fn name(self) -> &'static str {
         match self {
             Self::OneCore => "one process, one core",
             Self::Disaggregated => "decode worker on one core, prefill worker on the other",
             Self::TwoCores => "one process, both cores",
+            Self::OneProcess => "one process",
+            Self::TwoProcesses => "decode worker and prefill worker, which share the device",
         }
+    }
+
+    const fn hands_off(self) -> bool {
+        matches!(self, Self::Disaggregated | Self::TwoProcesses)
     }
 }
 
 /// What was seen of a model.
 pub(crate) struct Seen {
     pub(crate) model: String,
-    /// Seconds for one long prompt on an idle core, and between two arrivals.
+    /// Tokens of a prompt that arrives.
+    pub(crate) prompt: usize,
+    /// Seconds for one long prompt on an idle core or device, and between two arrivals.
     pub(crate) alone: f64,
     pub(crate) interval: f64,
     pub(crate) setups: Vec<(Setup, Figures)>,
@@ -66,36 +89,40 @@ pub(crate) struct Figures {
     pub(crate) tokens_per_second: Vec<f64>,
 }
 
-pub(crate) fn measure(model: &Model, rounds: usize, prompts: usize) -> Result<Seen> {
+/// In each round so many `prompts` of so many `tokens` arrive.
+pub(crate) fn measure(engine: &Engine, model: &Model, rounds: usize, prompts: usize, tokens: usize) -> Result<Seen> {
     let services = Services::start();
-    let one = Worker::alone(model, &[0])?;
-    let two = Worker::alone(model, &[0, 1])?;
-    let pair = Pair::start(&services, "streams", model, &[])?;
+    let one = Worker::alone(engine, model, &[0])?;
+    let two = if engine.device.is_none() { Some(Worker::alone(engine, model, &[0, 1])?) } else { None };
+    let pair = Pair::start(engine, &services, "streams", model, engine.way())?;
     // The first prompt meets memory that was never touched.
-    client::first_token(&one.address, &model.prompt(PROMPT, 1))?;
-    let alone = client::first_token(&one.address, &model.prompt(PROMPT, 2))?;
-    for address in [&two.address, &pair.decode.address] {
-        client::first_token(address, &model.prompt(PROMPT, 3))?;
+    client::first_token(&one.address, &model.prompt(tokens, 1))?;
+    let alone = client::first_token(&one.address, &model.prompt(tokens, 2))?;
+    for worker in two.iter().chain([&pair.decode]) {
+        client::first_token(&worker.address, &model.prompt(tokens, 3))?;
     }
     let interval = (alone * HEADROOM).max(INTERVAL_MIN);
-    let mut setups: Vec<_> = Setup::ALL.map(|setup| (setup, Figures::default())).into();
+    let quiet = if engine.device.is_some() { QUIET_ON_DEVICE } else { QUIET };
+    let arrivals = Arrivals { prompts, tokens, quiet, every: Duration::from_secs_f64(interval) };
+    let setups = if two.is_some() { &Setup::ON_CORES[..] } else { &Setup::ON_DEVICE };
+    let mut setups: Vec<_> = setups.iter().map(|&setup| (setup, Figures::default())).collect();
     for round in 0..rounds {
         for (setup, figures) in &mut setups {
-            let address = match setup {
-                Setup::OneCore => &one.address,
-                Setup::Disaggregated => &pair.decode.address,
-                Setup::TwoCores => &two.address,
+            let worker = match setup {
+                Setup::TwoCores => two.as_ref().unwrap_or(&one),
+                Setup::OneCore | Setup::OneProcess => &one,
+                Setup::Disaggregated | Setup::TwoProcesses => &pair.decode,
             };
             let remote = "engine_prefills_total{where=\"remote\"}";
             let before = pair.decode.metric(remote)?;
-            watch(address, model, 1 + round as u64, prompts, Duration::from_secs_f64(interval), figures)?;
+            watch(&worker.address, model, 1 + round as u64, arrivals, figures)?;
             let handed_off = pair.decode.metric(remote)? - before;
-            let expected = if *setup == Setup::Disaggregated { prompts as f64 } else { 0.0 };
+            let expected = if setup.hands_off() { prompts as f64 } else { 0.0 };
             ensure!(handed_off == expected, "{handed_off} of {expected} prompts were handed off");
             eprintln!("{}, round {}: {}", model.name, round + 1, setup.name());
         }
     }
-    Ok(Seen { model: model.name.clone(), alone, interval, setups })
+    Ok(Seen { model: model.name.clone(), prompt: tokens, alone, interval, setups })
 }
 
 /// Starts the streams, watches them for a while, lets prompts arrive, and ends the streams when the last of these has
@@ -104,8 +131,7 @@ fn watch(
     address: &str,
     model: &Model,
     round: u64,
-    prompts: usize,
-    interval: Duration,
+    Arrivals { prompts, tokens: length, quiet, every }: Arrivals,
     figures: &mut Figures,
 ) -> Result<()> {
     let stop = AtomicBool::new(false);
@@ -131,24 +157,25 @@ fn watch(
             .collect();
         drop(came);
         let all_came = comes.iter().take(STREAMS).count() == STREAMS;
-        let quiet = Instant::now();
-        let started = quiet + QUIET;
+        let watched = Instant::now();
+        let started = watched + quiet;
         for prompt in 0..prompts {
-            sleep_until(started + interval * prompt as u32);
-            let tokens = model.prompt(PROMPT, 2_000_000 + round * 1000 + prompt as u64);
+            sleep_until(started + every * prompt as u32);
+            let tokens = model.prompt(length, 2_000_000 + round * 1000 + prompt as u64);
             threads.push(scope.spawn(move || client::first_token(address, &tokens)));
         }
         let first_tokens: Result<Vec<f64>> = threads.into_iter().map(|thread| joined(thread)).collect();
-        sleep_until(started + interval * prompts as u32);
+        sleep_until(started + every * prompts as u32);
         let ended = Instant::now();
         stop.store(true, Ordering::Relaxed);
         let mut tokens_seen = 0;
         for stream in streams {
             let tokens = joined(stream)?;
+            ensure!(tokens.len() < ENDLESS, "an answer ended before the prompts beside it did");
             tokens_seen += tokens.iter().filter(|&&token| token >= started && token < ended).count();
             for pair in tokens.windows(2) {
                 let gap = (pair[1] - pair[0]).as_secs_f64();
-                if pair[0] >= quiet && pair[1] < started {
+                if pair[0] >= watched && pair[1] < started {
                     figures.quiet.push(gap);
                 } else if pair[0] >= started && pair[1] < ended {
                     figures.busy.push(gap);

@@ -6,7 +6,7 @@ use std::process::{Child, ChildStdin, Command, Stdio};
 
 use anyhow::{Context, Result};
 use engine::transfer::{ClusterToken, SessionAddresses, Transport};
-use engine::transfer_bench::{Pages, Receiver};
+use engine::transfer_bench::{Pages, Place, Receiver};
 use engine::worker::Ways;
 
 use super::PAGES;
@@ -45,7 +45,7 @@ impl Drop for Decode {
 pub(crate) fn decode(page_bytes: usize) -> Result<()> {
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
     let (ways, pages) = (Ways::among(&[Transport::Shm, Transport::Tcp]), Pages::new(PAGES, page_bytes)?);
-    let receiver = Receiver::start([127, 0, 0, 1].into(), &ways, ClusterToken::default(), pages);
+    let receiver = Receiver::start([127, 0, 0, 1].into(), &ways, ClusterToken::default(), &Place::Host, pages);
     let receiver = runtime.block_on(receiver)?;
     println!("{}", serde_json::to_string(receiver.addresses())?);
     let listener = TcpListener::bind("127.0.0.1:0")?;

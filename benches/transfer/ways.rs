@@ -8,7 +8,7 @@ use std::time::Instant;
 
 use anyhow::{Context, Result};
 use engine::transfer::{ClusterToken, Transport};
-use engine::transfer_bench::{Pages, Sender};
+use engine::transfer_bench::{Pages, Place, Sender};
 use engine::worker::Ways;
 
 use super::PAGES;
@@ -60,7 +60,7 @@ pub(crate) struct Engine(Sender);
 impl Engine {
     pub(crate) fn new(decode: &Decode, page_bytes: usize, transport: Transport) -> Result<Self> {
         let (ways, pages) = (Ways::among(&[transport]), Pages::new(PAGES, page_bytes)?);
-        let connecting = Sender::connect(&ways, ClusterToken::default(), pages, &decode.addresses);
+        let connecting = Sender::connect(&ways, ClusterToken::default(), &Place::Host, pages, &decode.addresses);
         Ok(Self(tokio::runtime::Handle::current().block_on(connecting)?))
     }
 }

@@ -3,7 +3,9 @@
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
-use crate::cuda::{AdapterAccess, Address, CopyStream, DeviceId, DriverError, IpcHandle, Mark, Memory, Mover};
+use crate::cuda::{
+    AdapterAccess, Address, CopySpan, CopyStream, DeviceId, DriverError, IpcHandle, Mark, Memory, Mover,
+};
 use crate::{KvRegion, RegionShape};
 
 /// The pages of a cache: in host memory, which this process's threads read and write, and other processes too if it has
@@ -266,12 +268,21 @@ impl PageCopies {
         self.stream.download(from, to, at, count * self.pages.shape.page_bytes)
     }
 
-    /// Enqueues a copy into another process's pages.
-    pub fn copy(&self, run: PageRun, to: &PeerPages) -> Result<(), DriverError> {
-        let PageRun { layer, from, to: first, count } = run;
-        let (from, to) =
-            (self.pages.address(layer, from, count), to.start.offset(to.shape.offset(layer, first, count)));
-        self.stream.copy(from, to, count * self.pages.shape.page_bytes)
+    /// Enqueues copies into another process's pages, whose order does not matter.
+    pub fn copy(&self, runs: impl IntoIterator<Item = PageRun>, to: &PeerPages) -> Result<(), DriverError> {
+        let span = |PageRun { layer, from, to: first, count }| CopySpan {
+            from: self.pages.address(layer, from, count),
+            to: to.start.offset(to.shape.offset(layer, first, count)),
+            bytes: count * self.pages.shape.page_bytes,
+        };
+        self.stream.copy(&runs.into_iter().map(span).collect::<Vec<_>>())
+    }
+
+    /// Enqueues a copy to other pages of the same memory.
+    pub fn copy_within(&self, run: PageRun) -> Result<(), DriverError> {
+        let PageRun { layer, from, to, count } = run;
+        let [from, to] = [from, to].map(|first| self.pages.address(layer, first, count));
+        self.stream.copy(&[CopySpan { from, to, bytes: count * self.pages.shape.page_bytes }])
     }
 
     /// Waits until all copies are over. Afterwards whatever this thread does is ordered behind them for everybody.

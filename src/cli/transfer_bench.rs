@@ -2,7 +2,7 @@ use clap::{Args, builder::NonEmptyStringValueParser};
 
 use super::{
     LogArgs, TransportArgs,
-    values::{parse_size, parse_within},
+    values::{DeviceArg, parse_device, parse_size, parse_within},
 };
 
 /// Flags of `engine transfer-bench`.
@@ -23,6 +23,11 @@ pub struct TransferBenchArgs {
     /// With --serve: port to listen on; 0 for any free one
     #[arg(long, value_name = "PORT", default_value_t = 7474)]
     pub port: u16,
+
+    /// Where this side's pages lie: cpu, or cuda:N. Between devices of a host they go over cuda-ipc, and are compared
+    /// with a copy within one
+    #[arg(long, value_name = "DEVICE", value_parser = parse_device, default_value = "cpu")]
+    pub device: DeviceArg,
 
     /// Sizes of a page, each measured in turn
     #[arg(long, value_name = "SIZE", value_delimiter = ',', value_parser = parse_size, default_value = "64KiB,1MiB")]

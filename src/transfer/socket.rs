@@ -2,11 +2,16 @@
 //! encrypted, if that is wanted.
 
 use std::fs::File;
+use std::hint::spin_loop;
 use std::io::{self, IoSlice, IoSliceMut};
 use std::mem::{MaybeUninit, size_of};
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::thread::available_parallelism;
+use std::time::{Duration, Instant};
 
+use rustix::io::Errno;
 use rustix::net::sockopt;
 use rustix::net::{
     RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage, SendFlags,
@@ -22,13 +27,20 @@ use super::tls::Tls;
 /// Most elements given to one system call.
 pub(super) const VECTOR_MAX: usize = 64;
 
-/// Buffers of a TCP connection that does not leave the host, each way.
-const LOCAL_BUFFER_BYTES: usize = 512 << 10;
+/// The congestion control of a TCP connection that does not leave the host. Every kernel has it.
+const LOCAL_CONGESTION: &str = "reno";
 
-/// A connected stream socket. Each method makes one system call once the socket is ready, and is cancel safe: what was
-/// not returned did not happen.
+/// How long to look for more of what a peer on this host is sending before sleeping until it comes.
+const LOCAL_SPIN: Duration = Duration::from_micros(50);
+
+/// A connected stream socket. Each method makes one system call once the socket is ready (or some, awake, until it is),
+/// and is cancel safe: what was not returned did not happen.
 pub(super) struct Socket {
     fd: AsyncFd<OwnedFd>,
+    /// How long reading pages waits awake, unless they are encrypted.
+    spin: Duration,
+    /// The last read did.
+    spun: AtomicBool,
     /// Never locked while waiting.
     tls: Option<Mutex<Tls>>,
 }
@@ -45,7 +57,7 @@ impl Socket {
     /// Takes over a connected socket that does not block. Needs tokio's context.
     pub(super) fn new(socket: impl Into<OwnedFd>) -> io::Result<Self> {
         let fd = register(socket.into(), Interest::READABLE | Interest::WRITABLE)?;
-        Ok(Self { fd, tls: None })
+        Ok(Self { fd, spin: Duration::ZERO, spun: AtomicBool::new(false), tls: None })
     }
 
     /// Agrees on keys with the peer; from then on everything is encrypted.
@@ -64,17 +76,25 @@ impl Socket {
         }
     }
 
-    /// Takes over a TCP connection: what is written goes out at once. Between two processes of a host the kernel's
-    /// buffers are kept small enough for what one has copied into them to be in the cache when the other copies it out;
-    /// left to itself, the kernel lets them grow to megabytes, which was measured to be a quarter slower. Between hosts
-    /// they are its business.
+    /// Takes over a TCP connection: what is written goes out at once.
+    ///
+    /// Between two processes of a host nothing is congested, and whoever reads is the other half of a copy. A system
+    /// whose congestion control paces what it sends at the rate that it measures (BBR, the default of some) does so there
+    /// too, by a timer, which was measured to cost more than half of the speed. And a reader that sleeps whenever it has caught up has to be woken
+    /// on another core each time, while what was sent leaves the caches: so it stays awake for a moment, if it does not
+    /// keep the only core from the sender. Between hosts, either is the system's business.
     pub(super) fn tcp(stream: TcpStream) -> io::Result<Self> {
         stream.set_nodelay(true)?;
-        if stream.peer_addr()?.ip() == stream.local_addr()?.ip() {
-            sockopt::set_socket_send_buffer_size(&stream, LOCAL_BUFFER_BYTES)?;
-            sockopt::set_socket_recv_buffer_size(&stream, LOCAL_BUFFER_BYTES)?;
+        let local = stream.peer_addr()?.ip() == stream.local_addr()?.ip();
+        if local && let Err(error) = sockopt::set_tcp_congestion(&stream, LOCAL_CONGESTION) {
+            tracing::debug!(%error, "a connection within this host keeps the system's congestion control");
         }
-        Self::new(stream.into_std()?)
+        let spin = if local && available_parallelism().is_ok_and(|cores| cores.get() > 1) {
+            LOCAL_SPIN
+        } else {
+            Duration::ZERO
+        };
+        Ok(Self { spin, ..Self::new(stream.into_std()?)? })
     }
 
     /// Reads into the first of `buffers`, then the next; never returns 0, the end is an error.
@@ -82,8 +102,23 @@ impl Socket {
         if let Some(tls) = &self.tls {
             return self.read_encrypted(tls, buffers).await;
         }
-        let read = self.fd.async_io(Interest::READABLE, |fd| Ok(rustix::io::readv(fd, buffers)?)).await?;
-        not_the_end(read)
+        // A sender that trickles must not keep this thread from others' work: after each moment awake it is their turn.
+        if self.spun.swap(false, Ordering::Relaxed) {
+            tokio::task::yield_now().await;
+        }
+        let read = |fd: &OwnedFd| {
+            let mut caught_up: Option<Instant> = None;
+            loop {
+                match rustix::io::readv(fd, buffers) {
+                    Err(Errno::AGAIN) if caught_up.get_or_insert_with(Instant::now).elapsed() < self.spin => {
+                        self.spun.store(true, Ordering::Relaxed);
+                        spin_loop();
+                    }
+                    read => return Ok(read?),
+                }
+            }
+        };
+        not_the_end(self.fd.async_io(Interest::READABLE, read).await?)
     }
 
     /// Reads some bytes; never returns 0, the end is an error.
@@ -271,4 +306,37 @@ fn peer_pidfd(socket: &OwnedFd) -> io::Result<OwnedFd> {
     }
     // SAFETY: the system has just made this descriptor for us, and nobody else knows it.
     Ok(unsafe { OwnedFd::from_raw_fd(pidfd) })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    async fn pair() -> [Socket; 2] {
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let (connected, accepted) = tokio::join!(TcpStream::connect(listener.local_addr().unwrap()), listener.accept());
+        [connected.unwrap(), accepted.unwrap().0].map(|stream| Socket::tcp(stream).unwrap())
+    }
+
+    #[tokio::test]
+    async fn what_does_not_leave_the_host_does_without_the_system_s_congestion_control() {
+        for socket in pair().await {
+            assert_eq!(sockopt::tcp_congestion(socket.fd.get_ref()).unwrap(), LOCAL_CONGESTION);
+        }
+    }
+
+    #[tokio::test]
+    async fn a_reader_that_waits_awake_sleeps_in_the_end() {
+        let [sender, receiver] = pair().await;
+        let mut buffer = [0; 3];
+        sender.write_all(b"ab").await.unwrap();
+        assert_eq!(receiver.read_vectored(&mut [IoSliceMut::new(&mut buffer)]).await.unwrap(), 2);
+        // On this one thread nothing is sent before the reader sleeps.
+        let mut rest = [IoSliceMut::new(&mut buffer)];
+        let (read, sent) = tokio::join!(receiver.read_vectored(&mut rest), sender.write_all(b"c"));
+        assert_eq!((read.unwrap(), sent.unwrap()), (1, ()));
+        drop(sender);
+        let ended = receiver.read_vectored(&mut [IoSliceMut::new(&mut buffer)]).await;
+        assert_eq!(ended.unwrap_err().kind(), io::ErrorKind::UnexpectedEof);
+    }
 }

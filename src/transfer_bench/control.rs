@@ -5,7 +5,7 @@ use serde::{Deserialize, Serialize};
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
 use tokio::net::TcpStream;
 
-use super::{Pages, Receiver};
+use super::{Pages, Place, Receiver};
 use crate::transfer::{ClusterToken, SessionAddresses};
 use crate::worker::Ways;
 
@@ -23,12 +23,15 @@ struct Wanted {
 type Lending = Result<SessionAddresses, String>;
 
 /// Serves one that connected, until it leaves.
-pub(super) async fn serve(stream: TcpStream, ways: &Ways, token: ClusterToken) -> Result<()> {
+pub(super) async fn serve(stream: TcpStream, ways: &Ways, token: ClusterToken, place: &Place) -> Result<()> {
     // The address that led here leads to sessions too.
     let address = stream.local_addr()?.ip();
     let mut stream = BufReader::new(stream);
     let wanted: Wanted = serde_json::from_str(&line(&mut stream).await?)?;
-    let started = async { Receiver::start(address, ways, token, Pages::new(wanted.pages, wanted.page_bytes)?).await };
+    let started = async {
+        let pages = Pages::new(wanted.pages, wanted.page_bytes)?;
+        Receiver::start(address, ways, token, place, pages).await
+    };
     let (receiver, lending) = match started.await {
         Ok(receiver) => {
             let addresses = receiver.addresses().clone();

@@ -9,11 +9,13 @@
 //! The two agree on a page size over a connection of their own (`control`), because it is part of a session's handshake.
 
 mod control;
+mod memory;
 mod pages;
 mod receiver;
 mod report;
 mod sender;
 
+pub use memory::Place;
 pub use pages::Pages;
 pub use receiver::Receiver;
 pub use sender::Sender;
@@ -37,18 +39,24 @@ const ROUNDS_UNCOUNTED: usize = 2;
 
 /// Serves, or connects and prints what it measured.
 pub async fn run(args: TransferBenchArgs) -> Result<()> {
+    let place = Place::of(args.device)?;
+    let (over, on_device) = (args.transports.transport, matches!(place, Place::Device(_)));
     ensure!(
-        args.transports.transport != TransportArg::CudaIpc,
-        "--transport cuda-ipc: only ways out of host memory are measured, which are shm, rdma and tcp"
+        on_device || over != TransportArg::CudaIpc,
+        "--transport cuda-ipc moves pages that are in device memory: name the device, as with --device cuda:0"
+    );
+    ensure!(
+        !on_device || matches!(over, TransportArg::Auto | TransportArg::CudaIpc),
+        "--device: between devices only cuda-ipc is measured; the other ways, out of host memory, are with --device cpu"
     );
     match &args.connect {
-        Some(address) => connect(&args, address).await,
-        None => serve(&args).await,
+        Some(address) => connect(&args, &place, address).await,
+        None => serve(&args, place).await,
     }
 }
 
 /// Lends pages to all who come, until Ctrl-C.
-async fn serve(args: &TransferBenchArgs) -> Result<()> {
+async fn serve(args: &TransferBenchArgs, place: Place) -> Result<()> {
     let listener = TcpListener::bind((args.host.as_str(), args.port)).await;
     let listener = listener.with_context(|| format!("cannot listen on {}:{}", args.host, args.port))?;
     println!("lending pages on {0}; measure with: engine transfer-bench --connect {0}", listener.local_addr()?);
@@ -59,9 +67,9 @@ async fn serve(args: &TransferBenchArgs) -> Result<()> {
                 Ok(accepted) => accepted,
                 Err(error) => return error,
             };
-            let (ways, token) = (ways.clone(), token.clone());
+            let (ways, token, place) = (ways.clone(), token.clone(), place.clone());
             tokio::spawn(async move {
-                match control::serve(stream, &ways, token).await {
+                match control::serve(stream, &ways, token, &place).await {
                     Ok(()) => tracing::info!(%peer, "has left"),
                     Err(error) => tracing::warn!(%peer, "{error:#}"),
                 }
@@ -75,12 +83,12 @@ async fn serve(args: &TransferBenchArgs) -> Result<()> {
 }
 
 /// Measures each page size, and prints it as soon as it is known.
-async fn connect(args: &TransferBenchArgs, address: &str) -> Result<()> {
+async fn connect(args: &TransferBenchArgs, place: &Place, address: &str) -> Result<()> {
     let ways = Ways::of(&args.transports)?.open().await?;
     for (index, &page_bytes) in args.page_size.iter().enumerate() {
         let pages = Pages::new(args.pages, page_bytes)?;
         let lent = control::Lent::ask(address, pages).await?;
-        let sender = Sender::connect(&ways, token(args), pages, lent.addresses()).await?;
+        let sender = Sender::connect(&ways, token(args), place, pages, lent.addresses()).await?;
         let rounds = args.rounds;
         // On a thread that waits by itself: a task's being woken would be part of what is measured.
         let row = tokio::task::spawn_blocking(move || measure(sender, pages, rounds)).await??;
@@ -96,15 +104,23 @@ async fn connect(args: &TransferBenchArgs, address: &str) -> Result<()> {
     Ok(())
 }
 
-/// All rounds of one page size.
+/// All rounds of one page size, and on a device copies in turns with them.
 fn measure(mut sender: Sender, pages: Pages, rounds: usize) -> Result<Row> {
+    let mut copies = Vec::new();
     let mut timed = |count: usize| -> Result<Vec<f64>> {
-        let all = (0..ROUNDS_UNCOUNTED + rounds).map(|_| sender.round(count)).collect::<Result<Vec<_>>>()?;
-        Ok(all[ROUNDS_UNCOUNTED..].to_vec())
+        let mut all = Vec::with_capacity(rounds);
+        for round in 0..ROUNDS_UNCOUNTED + rounds {
+            let (seconds, copy) = (sender.round(count)?, sender.copy()?);
+            if round >= ROUNDS_UNCOUNTED {
+                all.push(seconds);
+                copies.extend(copy);
+            }
+        }
+        Ok(all)
     };
     let (bandwidth, latency) = (timed(pages.count())?, timed(1)?);
     sender.finish()?;
-    Ok(Row::new(sender.transport(), pages, &bandwidth, &latency))
+    Ok(Row::new(sender.transport(), pages, &bandwidth, &latency, &copies))
 }
 
 /// The secret, or the empty one.
@@ -121,13 +137,26 @@ mod tests {
     async fn pages_arrive_whole_over_every_way() {
         let pages = Pages::new(8, 4096).unwrap();
         let (all, token) = (Ways::among(&[Transport::Shm, Transport::Tcp]), ClusterToken::default());
-        let receiver = Receiver::start([127, 0, 0, 1].into(), &all, token.clone(), pages).await.unwrap();
+        let receiver = Receiver::start([127, 0, 0, 1].into(), &all, token.clone(), &Place::Host, pages).await.unwrap();
         for way in [Transport::Shm, Transport::Tcp] {
             let ways = Ways::among(&[way]);
-            let sender = Sender::connect(&ways, token.clone(), pages, receiver.addresses()).await.unwrap();
+            let sender =
+                Sender::connect(&ways, token.clone(), &Place::Host, pages, receiver.addresses()).await.unwrap();
             let row = tokio::task::spawn_blocking(move || measure(sender, pages, 3)).await.unwrap().unwrap();
             assert!(row.json().contains(way.name()), "{}", row.json());
         }
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn pages_on_a_device_arrive_whole_and_are_compared_with_a_copy() {
+        let pages = Pages::new(8, 4096).unwrap();
+        let (ways, token) = (Ways::among(&[]), ClusterToken::default());
+        // Which does what it is told as late as it may.
+        let place = Place::on(engine_cuda_emulated::Emulated::default());
+        let receiver = Receiver::start([127, 0, 0, 1].into(), &ways, token.clone(), &place, pages).await.unwrap();
+        let sender = Sender::connect(&ways, token, &place, pages, receiver.addresses()).await.unwrap();
+        let row = tokio::task::spawn_blocking(move || measure(sender, pages, 3)).await.unwrap().unwrap();
+        assert!(row.json().contains("cuda-ipc") && row.json().contains("copy_gigabytes"), "{}", row.json());
     }
 
     #[tokio::test(flavor = "multi_thread")]
@@ -135,8 +164,8 @@ mod tests {
         let pages = Pages::new(8, 4096).unwrap();
         let ways = Ways::among(&[Transport::Tcp]);
         let token = ClusterToken::new("secret");
-        let receiver = Receiver::start([127, 0, 0, 1].into(), &ways, token, pages).await.unwrap();
-        let connecting = Sender::connect(&ways, ClusterToken::default(), pages, receiver.addresses());
+        let receiver = Receiver::start([127, 0, 0, 1].into(), &ways, token, &Place::Host, pages).await.unwrap();
+        let connecting = Sender::connect(&ways, ClusterToken::default(), &Place::Host, pages, receiver.addresses());
         assert!(connecting.await.is_err());
     }
 }

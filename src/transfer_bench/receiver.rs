@@ -1,17 +1,17 @@
 //! The one that is written to: a decode worker without a model.
 
 use std::net::IpAddr;
-use std::os::unix::fs::FileExt;
 use std::sync::{Arc, mpsc};
 use std::thread;
 
 use anyhow::{Context, Result};
+use engine_kernels::{KvPages, KvRegion, RegionShape};
 use serde::{Deserialize, Serialize};
 
-use super::{MODEL_KEY, Pages};
+use super::{MODEL_KEY, Pages, Place, memory::Readback};
 use crate::handoff::{Epoch, SessionId, Slot};
 use crate::transfer::{
-    ClusterToken, Limits, Mailbox, Region, ServerConfig, SessionAddresses, SessionEvent, SessionServer, Target,
+    ClusterToken, Exported, Limits, Mailbox, ServerConfig, SessionAddresses, SessionEvent, SessionServer, Target,
     TransferMetrics, runtime_directory,
 };
 use crate::worker::Ways;
@@ -47,19 +47,34 @@ struct Round {
 
 impl Receiver {
     /// Starts to lend, from tasks of the tokio runtime this is called in, and a thread that checks what arrives.
-    /// Sessions are taken on `address`, and for shared memory through a unix socket; pages come over `ways`.
-    pub async fn start(address: IpAddr, ways: &Ways, token: ClusterToken, pages: Pages) -> Result<Self> {
-        let region = Region::shared(pages.shape()).context("cannot reserve pages")?;
+    /// Sessions are taken on `address`, and for processes of this host through a unix socket; pages come over `ways`,
+    /// or to a device's memory over CUDA IPC.
+    pub async fn start(address: IpAddr, ways: &Ways, token: ClusterToken, place: &Place, pages: Pages) -> Result<Self> {
+        let lent = place.lent(pages)?;
         let mailbox = Mailbox::new(1).context("cannot make a mailbox")?;
-        let (lent, words) = (region.clone(), mailbox.clone());
+        let (region, cuda) = match &lent {
+            KvPages::Host(region) => (region.clone(), None),
+            // Sessions want host memory too, for ways that are not measured here.
+            KvPages::Device(device) => {
+                (KvRegion::shared(RegionShape { pages: 1, ..device.shape() })?, Some(Exported::new(device)?))
+            }
+        };
+        let to_host = cuda.is_none();
+        let (registered, words) = (region.clone(), mailbox.clone());
         let config = ServerConfig {
             tcp: Some((address, 0).into()),
-            tcp_pages: ways.tcp,
-            shm: ways.shm,
-            cuda: None,
-            rdma: ways.register(move |adapters| Target::new(adapters, &lent, &words)).await?,
+            tcp_pages: ways.tcp && to_host,
+            shm: ways.shm && to_host,
+            rdma: match to_host {
+                true => ways.register(move |adapters| Target::new(adapters, &registered, &words)).await?,
+                false => None,
+            },
             advertise: None,
-            unix: ways.shm.then(runtime_directory).transpose().context("no folder for a unix socket")?,
+            unix: (ways.shm || cuda.is_some())
+                .then(runtime_directory)
+                .transpose()
+                .context("no folder for a unix socket")?,
+            cuda,
             tls: None,
             token,
             model_key: MODEL_KEY.to_owned(),
@@ -75,10 +90,10 @@ impl Receiver {
                 let _ = sender.send((session, ask));
             }
         };
-        let server = Arc::new(SessionServer::start(config, region.clone(), mailbox, Arc::new(sink)).await?);
+        let server = Arc::new(SessionServer::start(config, region, mailbox, Arc::new(sink)).await?);
+        let mut checker = Checker::new(&lent, pages)?;
         let answering = Arc::downgrade(&server);
         thread::Builder::new().name("transfer-bench".into()).spawn(move || {
-            let mut checker = Checker { region, pages, last: None, buffer: vec![0; pages.page_bytes()] };
             while let Ok((session, ask)) = questions.recv() {
                 let Some(server) = answering.upgrade() else { return };
                 let answer: Answer = checker.check(ask.whole);
@@ -102,13 +117,17 @@ impl Receiver {
 
 /// Looks whether what was written is what should have been.
 struct Checker {
-    region: Region,
+    lent: Readback,
     pages: Pages,
     last: Option<Round>,
     buffer: Vec<u8>,
 }
 
 impl Checker {
+    fn new(lent: &KvPages, pages: Pages) -> Result<Self> {
+        Ok(Self { lent: Readback::new(lent)?, pages, last: None, buffer: vec![0; pages.page_bytes()] })
+    }
+
     /// Whether the last round's pages arrived, and nothing beside them.
     fn check(&mut self, whole: bool) -> Answer {
         let Some(Round { epoch, pages }) = self.last.take() else { return Ok(()) };
@@ -125,25 +144,24 @@ impl Checker {
         Ok(())
     }
 
-    /// A page from a byte on. Through the file: reading memory that another process writes is nothing that safe code
-    /// can do.
+    /// A page from a byte on.
     fn read(&mut self, page: u32, from: usize) -> Result<&[u8], String> {
-        let file = self.region.file().ok_or("the pages cannot be read back")?;
-        let offset = u64::from(page) * self.buffer.len() as u64 + from as u64;
         let bytes = &mut self.buffer[from..];
-        file.read_exact_at(bytes, offset).map_err(|error| error.to_string())?;
+        self.lent.read(page, from, bytes).map_err(|error| format!("the pages cannot be read back: {error:#}"))?;
         Ok(bytes)
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::fs::FileExt;
+
     use super::*;
 
     /// Pages of a round as a sender would have left them, but for what `spoil` does.
     fn checked(whole: bool, spoil: impl FnOnce(&std::fs::File)) -> Answer {
         let pages = Pages::new(2, 64).unwrap();
-        let region = Region::shared(pages.shape()).unwrap();
+        let region = KvRegion::shared(pages.shape()).unwrap();
         let file = region.file().unwrap();
         for copy in pages.copies(2, 1) {
             let mut page = [0; 64];
@@ -152,7 +170,7 @@ mod tests {
         }
         spoil(file);
         let last = Some(Round { epoch: Epoch::FIRST, pages: 2 });
-        Checker { region, pages, last, buffer: vec![0; 64] }.check(whole)
+        Checker { last, ..Checker::new(&region.into(), pages).unwrap() }.check(whole)
     }
 
     #[test]

@@ -18,11 +18,15 @@ pub(super) struct Row {
     latency_microseconds: f64,
     latency_microseconds_min: f64,
     latency_microseconds_max: f64,
+    /// Of one copy of as many bytes within the device: with that of pages on a device alone.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    copy_gigabytes_per_second: Option<f64>,
 }
 
 impl Row {
-    /// From the seconds that rounds of all pages, and of one, have taken. There is a round of each at least.
-    pub(super) fn new(transport: Transport, pages: Pages, all: &[f64], one: &[f64]) -> Self {
+    /// From the seconds that rounds of all pages, and of one, have taken, and copies of all. There is a round of each at
+    /// least.
+    pub(super) fn new(transport: Transport, pages: Pages, all: &[f64], one: &[f64], copies: &[f64]) -> Self {
         let gigabytes = (pages.count() * pages.page_bytes()) as f64 / 1e9;
         let ([fastest, median, slowest], [least, middle, most]) = (spread(all), spread(one));
         Self {
@@ -36,6 +40,7 @@ impl Row {
             latency_microseconds: middle * 1e6,
             latency_microseconds_min: least * 1e6,
             latency_microseconds_max: most * 1e6,
+            copy_gigabytes_per_second: (!copies.is_empty()).then(|| gigabytes / spread(copies)[1]),
         }
     }
 
@@ -48,9 +53,10 @@ impl Row {
     /// The lines above a table of rows like this one.
     pub(super) fn header(&self) -> String {
         let Self { transport, pages, rounds, .. } = self;
+        let copy = self.copy_gigabytes_per_second.map_or("", |_| "  of a copy within the device");
         format!(
             "{transport}: {pages} pages a round, no two adjacent, and the word behind them; median of {rounds} rounds \
-             (least to most)\n\n{:>12}  {:>24}  {:>28}",
+             (least to most)\n\n{:>12}  {:>24}  {:>28}{copy}",
             "page", "GB/s", "one page and its word, µs"
         )
     }
@@ -70,7 +76,10 @@ impl Row {
             "{:.1} ({:.1} to {:.1})",
             self.latency_microseconds, self.latency_microseconds_min, self.latency_microseconds_max
         );
-        format!("{page:>12}  {speed:>24}  {latency:>28}")
+        let copy = self.copy_gigabytes_per_second.map_or(String::new(), |copy| {
+            format!("  {:>26}", format!("{:.0} % of {copy:.1} GB/s", 100.0 * self.gigabytes_per_second / copy))
+        });
+        format!("{page:>12}  {speed:>24}  {latency:>28}{copy}")
     }
 }
 
@@ -88,7 +97,7 @@ mod tests {
     #[test]
     fn a_row_has_the_median_and_what_is_around_it() {
         let pages = Pages::new(1000, 1_000_000).unwrap();
-        let row = Row::new(Transport::Tcp, pages, &[0.5, 0.25, 1.0], &[3e-6, 1e-6, 2e-6]);
+        let row = Row::new(Transport::Tcp, pages, &[0.5, 0.25, 1.0], &[3e-6, 1e-6, 2e-6], &[]);
         let json: serde_json::Value = serde_json::from_str(&row.json()).unwrap();
         assert_eq!(json["transport"], "tcp");
         assert_eq!((json["page_bytes"].as_u64(), json["pages"].as_u64()), (Some(1_000_000), Some(1000)));
@@ -97,6 +106,19 @@ mod tests {
         assert_eq!(number("gigabytes_per_second"), 2.0);
         assert_eq!((number("gigabytes_per_second_min"), number("gigabytes_per_second_max")), (1.0, 4.0));
         assert!((number("latency_microseconds") - 2.0).abs() < 1e-9);
-        assert!(row.text().contains("2.00 (1.00 to 4.00)"), "{}", row.text());
+        assert!(
+            row.text().ends_with("2.0 (1.0 to 3.0)") && row.text().contains("2.00 (1.00 to 4.00)"),
+            "{}",
+            row.text()
+        );
+        assert!(json["copy_gigabytes_per_second"].is_null() && !row.header().contains("a copy"), "{json}");
+    }
+
+    #[test]
+    fn pages_on_a_device_are_compared_with_a_copy_there() {
+        let pages = Pages::new(1000, 1_000_000).unwrap();
+        let row = Row::new(Transport::CudaIpc, pages, &[0.5], &[1e-6], &[0.1, 0.25, 0.4]);
+        assert!(row.header().ends_with("of a copy within the device"));
+        assert!(row.text().ends_with("50 % of 4.0 GB/s"), "{}", row.text());
     }
 }

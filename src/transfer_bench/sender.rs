@@ -1,20 +1,21 @@
 //! The one that writes: a prefill worker without a model.
 
-use std::os::unix::fs::FileExt;
 use std::sync::mpsc;
 use std::time::Instant;
 
 use anyhow::{Context, Result, anyhow, ensure};
+use engine_kernels::KvPages;
 use tokio::runtime::Handle;
 
 use super::{
-    CONNECT_TIME_MAX, MODEL_KEY, Pages, ROUNDS_UNCOUNTED,
+    CONNECT_TIME_MAX, MODEL_KEY, Pages, Place, ROUNDS_UNCOUNTED,
+    memory::Yardstick,
     receiver::{Answer, Ask, SLOT},
 };
 use crate::handoff::{Epoch, MailboxWord, Status, WorkerId};
 use crate::transfer::{
-    ClusterToken, Connector, ConnectorConfig, Region, Session, SessionAddresses, Source, TransferMetrics, Transport,
-    WriteError,
+    ClusterToken, Connector, ConnectorConfig, LocalPages, Session, SessionAddresses, Source, StagingRing,
+    TransferMetrics, Transport, WriteError,
 };
 use crate::worker::Ways;
 
@@ -24,28 +25,43 @@ pub struct Sender {
     pages: Pages,
     epoch: Epoch,
     runtime: Handle,
+    yardstick: Option<Yardstick>,
 }
 
 impl Sender {
-    /// Opens a session, over the best of `ways` that leads there.
-    pub async fn connect(ways: &Ways, token: ClusterToken, pages: Pages, addresses: &SessionAddresses) -> Result<Self> {
-        let region = filled(pages).context("cannot prepare pages")?;
-        let sent = region.clone();
+    /// Opens a session, over the best of `ways` that leads there; out of a device's memory over CUDA IPC.
+    pub async fn connect(
+        ways: &Ways,
+        token: ClusterToken,
+        place: &Place,
+        pages: Pages,
+        addresses: &SessionAddresses,
+    ) -> Result<Self> {
+        let (rdma, local) = match place.filled(pages).context("cannot prepare pages")? {
+            KvPages::Host(region) => {
+                let sent = region.clone();
+                (ways.register(move |adapters| Source::new(adapters, &sent)).await?, LocalPages::Host(region))
+            }
+            // Nothing is staged.
+            KvPages::Device(device) => (None, LocalPages::Device(StagingRing::new(device, 0)?)),
+        };
+        let to_host = matches!(local, LocalPages::Host(_));
         let config = ConnectorConfig {
             tls: None,
             token,
             model_key: MODEL_KEY.to_owned(),
             timeout: CONNECT_TIME_MAX,
-            cuda_ipc: false,
-            shm: ways.shm,
-            rdma: ways.register(move |adapters| Source::new(adapters, &sent)).await?,
-            tcp: ways.tcp,
+            cuda_ipc: !to_host,
+            shm: ways.shm && to_host,
+            rdma,
+            tcp: ways.tcp && to_host,
             metrics: TransferMetrics::default(),
         };
-        let connector = Connector::new(config, region)?;
+        let connector = Connector::new(config, local)?;
         // Its text says all that its source does.
         let session = connector.connect(addresses, WorkerId(1)).await.map_err(|error| anyhow!("{error}"))?;
-        Ok(Self { session, pages, epoch: Epoch::FIRST, runtime: Handle::current() })
+        let yardstick = place.yardstick(pages)?;
+        Ok(Self { session, pages, epoch: Epoch::FIRST, runtime: Handle::current(), yardstick })
     }
 
     /// How pages go.
@@ -71,6 +87,14 @@ impl Sender {
         Ok(started.elapsed().as_secs_f64())
     }
 
+    /// The seconds that one copy of all pages takes within the device, if they are on one.
+    pub fn copy(&self) -> Result<Option<f64>> {
+        let Some(yardstick) = &self.yardstick else { return Ok(None) };
+        let started = Instant::now();
+        yardstick.copy()?;
+        Ok(Some(started.elapsed().as_secs_f64()))
+    }
+
     /// Whether what the last round wrote has arrived.
     pub fn finish(&mut self) -> Result<()> {
         self.ask(0)
@@ -84,17 +108,4 @@ impl Sender {
         let answer: Answer = postcard::from_bytes(&answer)?;
         answer.map_err(|error| anyhow!("{error}"))
     }
-}
-
-/// Memory of this process alone, in large pages where the system has them, as a prefill worker's is.
-fn filled(pages: Pages) -> Result<Region> {
-    let region = Region::private(pages.shape())?;
-    // Through the system, as writing to an address is nothing that safe code can do.
-    let memory = std::fs::File::options().write(true).open("/proc/self/mem")?;
-    let mut page = vec![0; pages.page_bytes()];
-    for number in 0..pages.shape().pages {
-        Pages::fill(number as u32, &mut page);
-        memory.write_all_at(&page, region.base() as u64 + (number * page.len()) as u64)?;
-    }
-    Ok(region)
 }

@@ -7,7 +7,7 @@ use anyhow::Result;
 use crate::cli::DeviceArg;
 
 /// What was chosen.
-pub(super) enum Chosen {
+pub(crate) enum Chosen {
     /// The cores.
     Cpu,
     /// A CUDA device, opened.
@@ -51,7 +51,7 @@ impl Chosen {
 
 /// Opens the device that `--device` names; `auto` takes the first CUDA device if there is one.
 #[cfg(feature = "cuda")]
-pub(super) fn choose(wanted: DeviceArg) -> Result<Chosen> {
+pub(crate) fn choose(wanted: DeviceArg) -> Result<Chosen> {
     use engine_kernels::cuda::{Device, device_count};
 
     let ordinal = match wanted {
@@ -64,7 +64,7 @@ pub(super) fn choose(wanted: DeviceArg) -> Result<Chosen> {
 
 /// Opens the device that `--device` names. This build knows the CPU alone.
 #[cfg(not(feature = "cuda"))]
-pub(super) fn choose(wanted: DeviceArg) -> Result<Chosen> {
+pub(crate) fn choose(wanted: DeviceArg) -> Result<Chosen> {
     match wanted {
         DeviceArg::Cuda(ordinal) => anyhow::bail!(
             "--device cuda:{ordinal}: this engine was built without CUDA; `make cuda` builds one that has it"

@@ -36,6 +36,7 @@ mod step;
 mod ways;
 
 pub use alone::Alone;
+pub(crate) use device::{Chosen, choose};
 pub use engine::Engine;
 pub use export::{Exporter, PrefillHandle, PrefillRequest};
 pub use generation::Generation;

@@ -32,7 +32,7 @@ constexpr Result LAUNCH_FAILED = 719, NOT_SUPPORTED = 801, CAPTURE_INVALIDATED =
 std::recursive_mutex everything;
 std::string last_error = "stand-in libcuda";
 /// Whether a call is to fail, as the environment has it: a recording that cannot be begun (begin), is spoilt amid it
-/// (amid), or for which there is no room (instantiate, upload).
+/// (amid), or for which there is no room (instantiate, upload); or copies in one call (batch).
 bool is_refused(const char* what) {
     const char* refused = std::getenv("STANDIN_REFUSES");
     return refused && !std::strcmp(refused, what);
@@ -355,6 +355,19 @@ CALL(cuMemcpyDtoHAsync_v2, void* to, Pointer from, size_t bytes, Stream* stream)
 CALL(cuMemcpyDtoDAsync_v2, Pointer to, Pointer from, size_t bytes, Stream* stream) {
     ALONE;
     return copy(to, from, bytes, stream);
+}
+
+struct Location { int type, id; };
+struct CopyAttributes { unsigned order; Location from, to; unsigned flags; };
+CALL(cuMemcpyBatchAsync_v2, Pointer* to, Pointer* from, size_t* bytes, size_t count, CopyAttributes* attributes,
+     size_t* first, size_t sets, Stream* stream) {
+    ALONE;
+    if (is_refused("batch")) return NOT_SUPPORTED;
+    if (!count || sets != 1 || *first || attributes->order != 1 || attributes->flags) return INVALID_VALUE;
+    // In any order.
+    for (size_t at = count; at-- > 0;)
+        if (Result result = copy(to[at], from[at], bytes[at], stream)) return result;
+    return SUCCESS;
 }
 
 CALL(cuIpcGetMemHandle, Handle* made, Pointer memory) {

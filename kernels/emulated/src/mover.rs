@@ -4,7 +4,9 @@ use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex};
 
 use engine_kernels::KvRegion;
-use engine_kernels::cuda::{AdapterAccess, Address, CopyStream, DeviceId, DriverError, IpcHandle, Mark, Mover};
+use engine_kernels::cuda::{
+    AdapterAccess, Address, CopySpan, CopyStream, DeviceId, DriverError, IpcHandle, Mark, Mover,
+};
 
 use super::lock;
 use super::queue::{Queue, Work, failed};
@@ -154,8 +156,11 @@ impl CopyStream for Copies {
         self.push(Copy::Download { from: from.0 as usize, to: to.clone(), at, bytes })
     }
 
-    fn copy(&self, from: Address, to: Address, bytes: usize) -> Result<(), DriverError> {
-        self.push(Copy::Within { from: from.0 as usize, to: to.0 as usize, bytes })
+    fn copy(&self, spans: &[CopySpan]) -> Result<(), DriverError> {
+        // Not in the order they were given in.
+        spans.iter().rev().try_for_each(|&CopySpan { from, to, bytes }| {
+            self.push(Copy::Within { from: from.0 as usize, to: to.0 as usize, bytes })
+        })
     }
 
     fn finish(&self) -> Result<(), DriverError> {

@@ -31,5 +31,5 @@ pub use buffer::{Activations, KvCache, Linear, Rope, Vector};
 #[cfg(feature = "cuda")]
 pub use device::{Device, DeviceGraph, DeviceMemory, PinnedMemory, device_count};
 pub use driver::{Address, Arg, Boxes, Driver, DriverError, HostMemory, Launch, Memory, TensorMap};
-pub use moving::{AdapterAccess, CopyStream, DeviceId, IpcHandle, Mark, Mover};
+pub use moving::{AdapterAccess, CopySpan, CopyStream, DeviceId, IpcHandle, Mark, Mover};
 pub use weight::weight_bytes;

@@ -1,5 +1,6 @@
 //! The real driver, for those who move its memory beside the computing.
 
+use std::cell::Cell;
 use std::ffi::{c_int, c_uint};
 use std::fmt;
 use std::mem::MaybeUninit;
@@ -10,7 +11,7 @@ use cudarc::driver::{CudaContext, CudaStream, result, sys};
 
 use super::device::During;
 use super::driver::{Address, DriverError};
-use super::moving::{AdapterAccess, CopyStream, DeviceId, IpcHandle, Mark, Mover};
+use super::moving::{AdapterAccess, CopySpan, CopyStream, DeviceId, IpcHandle, Mark, Mover};
 use crate::KvRegion;
 
 /// The device of a [`Device`](super::Device), and the stream that it computes on.
@@ -127,7 +128,7 @@ impl Mover for DeviceMover {
 
     fn stream(&self) -> Result<Box<dyn CopyStream>, DriverError> {
         let stream = self.context.new_stream().during(|| "making a stream".into())?;
-        Ok(Box::new(Copies { context: self.context.clone(), stream }))
+        Ok(Box::new(Copies { context: self.context.clone(), stream, in_batches: Cell::new(true) }))
     }
 
     fn lock(&self, region: &KvRegion) -> Result<(), DriverError> {
@@ -232,15 +233,55 @@ impl Mover for DeviceMover {
     }
 }
 
+/// Most copies of one call. Drivers have been seen to fail at fifty thousand (vllm-project/vllm#49276).
+const BATCH_MAX: usize = 1024;
+
 /// A second stream. It does not wait for the first, nor the first for it.
 struct Copies {
     context: Arc<CudaContext>,
     stream: Arc<CudaStream>,
+    /// The driver takes many copies in one call, as far as is known.
+    in_batches: Cell<bool>,
 }
 
 impl fmt::Debug for Copies {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "Copies({})", self.context.ordinal())
+    }
+}
+
+impl Copies {
+    /// All in one call: pages are small for a device, and a call each would take longer than they do. (vLLM moves its
+    /// pages between device and host so.)
+    fn copy_batch(&self, spans: &[CopySpan]) -> Result<(), DriverError> {
+        let addresses = |of: fn(&CopySpan) -> Address| spans.iter().map(|span| of(span).0).collect::<Vec<_>>();
+        let (mut to, mut from) = (addresses(|span| span.to), addresses(|span| span.from));
+        let mut bytes: Vec<usize> = spans.iter().map(|span| span.bytes).collect();
+        let nowhere = sys::CUmemLocation { type_: sys::CUmemLocationType::CU_MEM_LOCATION_TYPE_INVALID, id: 0 };
+        let mut attributes = sys::CUmemcpyAttributes {
+            // Behind what the stream has been told to wait for, as single copies are.
+            srcAccessOrder: sys::CUmemcpySrcAccessOrder::CU_MEMCPY_SRC_ACCESS_ORDER_STREAM,
+            srcLocHint: nowhere,
+            dstLocHint: nowhere,
+            flags: sys::CUmemcpyFlags::CU_MEMCPY_FLAG_DEFAULT as c_uint,
+        };
+        // From which copy on the attributes, of which there is one set, are meant.
+        let mut first = 0;
+        // SAFETY: as many addresses and numbers each as there are copies, which the driver only reads; they are of the
+        // caller's memory.
+        let copied = unsafe {
+            sys::cuMemcpyBatchAsync_v2(
+                to.as_mut_ptr(),
+                from.as_mut_ptr(),
+                bytes.as_mut_ptr(),
+                spans.len(),
+                &raw mut attributes,
+                &raw mut first,
+                1,
+                self.stream.cu_stream(),
+            )
+        };
+        copied.result().during(|| format!("enqueuing {} copies in one call", spans.len()))
     }
 }
 
@@ -257,12 +298,25 @@ impl CopyStream for Copies {
         copied.during(|| format!("copying {bytes} bytes from the device"))
     }
 
-    fn copy(&self, from: Address, to: Address, bytes: usize) -> Result<(), DriverError> {
+    fn copy(&self, spans: &[CopySpan]) -> Result<(), DriverError> {
         bind(&self.context)?;
-        // SAFETY: the caller's addresses of as much memory each; with unified addresses the driver finds out which
-        // devices they are of.
-        let copied = unsafe { result::memcpy_dtod_async(to.0, from.0, bytes, self.stream.cu_stream()) };
-        copied.during(|| format!("copying {bytes} bytes on the device"))
+        let mut rest = spans;
+        while self.in_batches.get() && rest.len() > 1 {
+            let (batch, others) = rest.split_at(rest.len().min(BATCH_MAX));
+            if let Err(error) = self.copy_batch(batch) {
+                // Those that have begun all the same will write the same once more.
+                tracing::warn!(%error, "copies on the device are enqueued one by one from now on, which takes longer");
+                self.in_batches.set(false);
+            } else {
+                rest = others;
+            }
+        }
+        rest.iter().try_for_each(|&CopySpan { from, to, bytes }| {
+            // SAFETY: the caller's addresses of as much memory each; with unified addresses the driver finds out which
+            // devices they are of.
+            let copied = unsafe { result::memcpy_dtod_async(to.0, from.0, bytes, self.stream.cu_stream()) };
+            copied.during(|| format!("copying {bytes} bytes on the device"))
+        })
     }
 
     fn finish(&self) -> Result<(), DriverError> {

@@ -117,13 +117,25 @@ pub trait Mover: fmt::Debug + Send + Sync {
     fn flush(&self) -> Result<(), DriverError>;
 }
 
+/// A copy: what it reads, and where it writes that.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct CopySpan {
+    /// The first byte read.
+    pub from: Address,
+    /// Where it goes.
+    pub to: Address,
+    /// Bytes.
+    pub bytes: usize,
+}
+
 /// Copies that run in order, some time later, and in no order with what is computed.
 pub trait CopyStream: fmt::Debug + Send {
     /// Enqueues a copy to byte `at` of `to`.
     fn download(&self, from: Address, to: &KvRegion, at: usize, bytes: usize) -> Result<(), DriverError>;
 
-    /// Enqueues a copy within device memory, or into that of another device that was opened.
-    fn copy(&self, from: Address, to: Address, bytes: usize) -> Result<(), DriverError>;
+    /// Enqueues copies within device memory, or into that of another device that was opened, in any order among
+    /// themselves. After an error some of them may have been.
+    fn copy(&self, spans: &[CopySpan]) -> Result<(), DriverError>;
 
     /// Waits until all copies are over, without taking a core. Afterwards whatever this thread does is ordered behind
     /// them for everybody, on the host and on devices. After an error nobody knows whether copies are under way.

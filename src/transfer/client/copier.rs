@@ -244,7 +244,7 @@ fn write_by_device(
         to: run.remote as usize,
         count: run.count as usize,
     };
-    let enqueued = runs.iter().try_for_each(|pages| local.copy(run(pages), remote));
+    let enqueued = local.copy(runs.iter().map(run), remote);
     if let Err(error) = local.finish() {
         tracing::error!(%error, "whether copies to another process's device memory are over cannot be told");
         return Err(Unsettled);
