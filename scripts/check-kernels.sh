@@ -2,8 +2,9 @@
 # Compiles the CUDA kernels as the build does, and fails if one of them keeps local variables in memory (spills, or
 # arrays that are indexed in ways the compiler cannot see through): what should be registers would be traffic; or if
 # one that is made for tensor cores lacks their instructions, the loads that go with them, or asynchronous copies, or if
-# the compiler has products wait for each other that are made to go on by themselves; or, from compute capability 9.0
-# on, if one does not wait for the kernel before, or loads something but weights before that. Prints what each uses.
+# the compiler has products wait for each other that are made to go on by themselves, or has done afterwards what is made
+# to be done beside them; or, from compute capability 9.0 on, if one does not wait for the kernel before, or loads
+# something but weights before that. Prints what each uses.
 set -eu
 cd "$(dirname "$0")/.."
 
@@ -101,25 +102,46 @@ for target in 80 90; do
         }'
 done
 
-# HGMMA: wgmma. UTMALDG.2D: copies of boxes. SYNCS: barriers that they arrive at.
+# HGMMA: wgmma, .tnspB where the second operand lies across. UTMALDG.2D: copies of boxes. SYNCS: barriers that they arrive
+# at. USETMAXREG: registers left and taken. Attention weighs (MUFU.EX2) while values are multiplied: between the wait for
+# all groups of products but one (DEPBAR gsb0, 0x1), and that for all.
 compile 90a hopper.cu
 "$CUDA_HOME/bin/cuobjdump" -sass "$work/kernels.cubin" | awk '
     /^\t\tFunction : / { name = $3; kernels[name] = 1 }
-    / HGMMA\.64x(64|128|192)x16\.F32/ { found[name, "HGMMA"]++ }
+    / HGMMA\.64x(64|96|128|192|256)x16\.F32/ { found[name, "HGMMA"]++ }
+    / HGMMA.*tnspB/ { found[name, "HGMMA across"]++ }
     / UTMALDG\.2D / { found[name, "UTMALDG"]++ }
     / SYNCS\.PHASECHK/ { found[name, "SYNCS"]++ }
-    / ACQBULK/ { found[name, "ACQBULK"]++ }
-    / PREEXIT/ { if (found[name, "ACQBULK"]) found[name, "PREEXIT"]++ }
-    / LDG/ { if (!found[name, "ACQBULK"]) { printf "sm_90a %s: it loads before it has waited\n", name; bad = 1 } }
+    / USETMAXREG\.(TRY_ALLOC|DEALLOC)/ { found[name, "USETMAXREG"]++ }
+    / ACQBULK/ { waits[name]++; found[name, "ACQBULK"]++ }
+    / PREEXIT/ { if (waits[name]) found[name, "PREEXIT"]++ }
+    / LDG/ { if (!waits[name]) early[name]++ }
+    / (LD|ST|STG|RED|REDG|ATOM|ATOMG)\./ { if (!waits[name]) is_wrong(name, "it may write something before it has waited") }
+    / WARPGROUP\.DEPBAR/ { beside[name] = / gsb0, 0x1 / }
+    / MUFU\.EX2/ { if (beside[name]) weighed[name]++ }
+    function is_wrong(name, what) { printf "sm_90a %s: %s\n", name, what; bad = 1 }
     function need(what) {
-        if (!found[name, what]) { printf "sm_90a %s: no %s\n", name, what; bad = 1 }
+        if (!found[name, what]) is_wrong(name, "no " what)
     }
     END {
         for (name in kernels) {
             checked++
             need("UTMALDG"); need("SYNCS"); need("ACQBULK"); need("PREEXIT")
+            if (waits[name] != 1 || found[name, "PREEXIT"] != 1) {
+                is_wrong(name, "it does not wait once, and then let others start")
+            }
             if (name != "box_check") need("HGMMA")
+            if (name ~ /across|attention/) need("HGMMA across")
+            if (name ~ /attention/) {
+                attention++
+                if (found[name, "USETMAXREG"] != 2) is_wrong(name, "no registers are left and taken")
+                # Two exponentials for each row of a lane, and one for each of its scores.
+                split(name, parts, "_")
+                if (weighed[name] != 2 + (parts[3] == 256 ? 32 : 64)) is_wrong(name, "it does not weigh while it multiplies")
+                # The plan: where things lie.
+                if (!early[name] || early[name] > 16) is_wrong(name, "it loads more than the plan early")
+            } else if (early[name]) is_wrong(name, "it loads before it has waited")
         }
-        printf "sm_90a: %d kernels copy boxes and multiply them in groups of warps\n", checked
-        exit bad || checked == 0
+        printf "sm_90a: %d kernels copy boxes and multiply them in groups of warps, %d of them for attention\n", checked, attention
+        exit bad || !checked || !attention
     }'

@@ -56,7 +56,10 @@ fn a_kernel_that_does_not_is_found_and_named() {
         ("mma_check_bf16", "--gpu=fragments"),
         ("box_check", "--gpu=boxes"),
         ("wgmma_check_bf16_128", "--gpu=sums of wgmma"),
+        ("wgmma_check_stored_f16", "--gpu=stored or held"),
+        ("wgmma_check_across_bf16_128", "--gpu=stored or held"),
         ("wide_middle_f16", "--gpu=no wide tile"),
+        ("hopper_attention_128_bf16", "--gpu=no place in a tile"),
         ("sample_rows", "--gpu=mixed rows"),
     ] {
         let (passed, findings) = doctor(words, |command| {
@@ -118,6 +121,8 @@ fn steps_and_operations_are_measured_one_row_each() {
         "tiny: norm and qkv × 8",
         "tiny: down [64, 96] × 17",
         "tiny: down [64, 96] × 17 by wgmma",
+        "tiny: prompt of 20 behind 9: attention of a layer",
+        "tiny: prompt of 20 behind 9: attention of a layer by wgmma",
     ] {
         assert!(table.lines().any(|line| line.starts_with(&format!("| {row} |"))), "{row}:\n{table}");
     }

@@ -1,4 +1,5 @@
 // All kernels for compute capability 9.0 alone, as one module beside that of kernels.cu.
 
+#include "hopper_attention.cu"
 #include "hopper_check.cu"
 #include "wide.cu"

@@ -19,6 +19,7 @@
 
 #include "mma.cuh"
 #include "pages.cuh"
+#include "softmax.cuh"
 
 namespace prefill_attention {
 
@@ -51,18 +52,6 @@ struct Carried<Quarter> {
                halves_of(static_cast<uint16_t>(held.y)), halves_of(held.y >> 16)};
     }
 };
-
-/// 2 to the power of x, but for the last bit or two, and 0 where that is less than 2^-126. Of 0 it is 1, and of minus
-/// infinity 0 (PTX ISA, `ex2`).
-__device__ __forceinline__ float power_of_two(float x) {
-#ifdef __CUDACC__
-    float power;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(x));
-    return power;
-#else
-    return exp2f(x);
-#endif
-}
 
 template <class Stored, int HEAD_DIM, int KEYS>
 __device__ __forceinline__ void attention(const float* qkv, Rows rows, const int* tiles, const Stored* base, int heads,

@@ -35,12 +35,23 @@ mod cuda_emulated_hopper {
     super::of_every_device!(tests! { { device_checks, engine_cuda_emulated::EmulatedHopper } });
 
     /// Of what every backend passes, a device of compute capability 9.0 computes products in another way, and what
-    /// takes them in.
+    /// takes them in,
     #[test]
     fn products_pass_the_suite() {
+        assert!(demanded(|topic, _| ["linear", "residual"].contains(&topic)) > 10);
+    }
+
+    /// and the attention of prompts.
+    #[test]
+    fn attention_of_prompts_passes_the_suite() {
+        let decodes = |name: &str| name.starts_with("decoding_with_every") || name.starts_with("large_groups");
+        assert!(demanded(|topic, name| topic == "attention" && !decodes(name)) > 8);
+    }
+
+    fn demanded(wanted: impl Fn(&str, &str) -> bool) -> usize {
         let checks = engine_kernel_suite::backend_checks::<super::OnHopper>();
-        let others = checks.iter().filter(|check| ["linear", "residual"].contains(&check.topic));
-        assert!(others.inspect(|check| check.demand()).count() > 10);
+        let others = checks.iter().filter(|check| wanted(check.topic, check.name));
+        others.inspect(|check| check.demand()).count()
     }
 }
 

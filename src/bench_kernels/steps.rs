@@ -1,12 +1,13 @@
 //! Whole decoding steps, and attention.
 
 use anyhow::Result;
+use engine_kernels::cuda::Driver;
 use engine_kernels::{Attention, Backend, Batch, KvDType, KvLayout, Projection, QkNorm, Residual, RmsNorm};
 
 use super::Shape;
 use super::clock::{Clock, filled};
 use super::model::{Model, copies};
-use super::row::{MMA_PER_MS, Work};
+use super::row::{MMA_PER_MS, WGMMA_PER_MS, Work};
 
 /// Tokens of a page, as workers have them by default.
 const BLOCK_SIZE: usize = 64;
@@ -47,13 +48,20 @@ fn prompt(clock: &mut Clock, shape: &Shape, tokens: usize, cached: usize) -> Res
     let mut mixed = backend.activations(tokens, heads.q_width());
     backend.begin(&batch);
     let scale = 1.0 / (heads.head_dim as f32).sqrt();
-    let time = clock.time(|backend, _| backend.attention(&qkv, heads, scale, &cache, 0, &batch, &mut mixed))?;
     // Each token sees those before it, and itself.
     let pairs = tokens * cached + tokens * (tokens + 1) / 2;
     let pages = 4 * (tokens + cached) * heads.kv_heads * heads.head_dim;
-    let bytes = pages + 8 * tokens * heads.q_width();
-    let work = Work { bytes, operations: 4 * pairs * heads.heads * heads.head_dim, per_ms: MMA_PER_MS };
-    clock.print(&format!("{name}: prompt of {tokens} behind {cached}: attention of a layer"), time, work);
+    let (bytes, operations) = (pages + 8 * tokens * heads.q_width(), 4 * pairs * heads.heads * heads.head_dim);
+    // Where there are two ways, both.
+    let both: &[bool] = if clock.backend.driver().has_wgmma() { &[true, false] } else { &[false] };
+    for &wgmma in both {
+        clock.backend.use_wgmma(wgmma);
+        let time = clock.time(|backend, _| backend.attention(&qkv, heads, scale, &cache, 0, &batch, &mut mixed))?;
+        let (per_ms, by) = if wgmma { (WGMMA_PER_MS, " by wgmma") } else { (MMA_PER_MS, "") };
+        let what = format!("{name}: prompt of {tokens} behind {cached}: attention of a layer{by}");
+        clock.print(&what, time, Work { bytes, operations, per_ms });
+    }
+    clock.backend.use_wgmma(true);
     Ok(())
 }
 

@@ -2,6 +2,7 @@
 
 #include "emulate.h"
 
+#include <algorithm>
 #include <cstdarg>
 #include <cstdio>
 #include <cstdlib>
@@ -106,6 +107,8 @@ struct Fiber {
     unsigned groups;
     /// The barrier that it waits for.
     const void* barrier;
+    /// Places in shared memory where it has stored sixteen bytes that it has not shown to products yet.
+    std::vector<unsigned> stored;
     /// Whether it has waited for the kernel before.
     bool follows;
 };
@@ -135,6 +138,8 @@ struct Machine {
     /// What the launch asked for lies at the end of this, so that an access beyond it faults.
     unsigned char* shared_end;
     std::size_t shared = 0;
+    /// Shared memory as products see it, by places: what boxes brought, and what threads have shown of their stores.
+    std::vector<unsigned char> shown = std::vector<unsigned char>(SHARED_SPAN);
     std::map<const void*, BarrierState> barriers;
     std::vector<Box> boxes;
     /// What each group of four warps has asked for, which must be the same for all four.
@@ -192,6 +197,7 @@ void entry() {
     if (!m.warps[m.current / WARP].multiplier.products.empty()) {
         m.fail("a thread ends while products are under way");
     }
+    if (!m.fibers[m.current].stored.empty()) m.fail("a thread ends that has not shown what it stored to products");
     m.fibers[m.current].wait = Wait::Over;
     m.yield();
 }
@@ -236,6 +242,7 @@ bool Machine::run_block(unsigned long long order) {
         fibers[i].exchanges = 0;
         fibers[i].copies.clear();
         fibers[i].groups = 0;
+        fibers[i].stored.clear();
         fibers[i].follows = false;
     }
     for (unsigned w = 0; w < (threads + WARP - 1) / WARP; w++) {
@@ -246,6 +253,7 @@ bool Machine::run_block(unsigned long long order) {
     barriers.clear();
     boxes.clear();
     std::memset(shared_end - shared, 0xff, shared);
+    std::fill(shown.end() - static_cast<std::ptrdiff_t>(shared), shown.end(), 0xff);
     chance = order;
     // Threads go on in an order that visits each once: steps of a length that has no divisor in common with their
     // number.

@@ -89,9 +89,18 @@ void wait_for(std::uint64_t* barrier, unsigned parity, int line);
 /// Copies a box when nobody can go on without it, and not before. What was there is gone at once.
 void copy_box(void* to, const std::uint64_t (&map)[16], int row, int col, std::uint64_t* barrier);
 
+/// Stores sixteen bytes of shared memory. Products see what was there before until this thread shows it.
+void store_operand(void* to, const uint4& bytes);
+void show_operands();
+
+/// Says what of this thread's registers products will read that come after the fence to come.
+void hold(const unsigned* registers, int count);
 void begin_products(int line);
 /// Multiplies when this warp waits for it, and not before. Until then, sums are not numbers.
-void multiply_boxes(float* sums, int count, std::uint64_t a, std::uint64_t b, float (*value)(std::uint16_t), int line);
+void multiply_boxes(float* sums, int count, bool adds, std::uint64_t a, std::uint64_t b, float (*value)(std::uint16_t),
+                    int line);
+/// The same, with the first operand in registers, which are to stay as they are; the second one lies across.
+void multiply_held(float* sums, int count, const unsigned* a, std::uint64_t b, float (*value)(std::uint16_t), int line);
 void commit_products(int line);
 /// Waits for this warp's products, those of its `latest` groups excepted.
 void wait_for_products(unsigned latest, int line);

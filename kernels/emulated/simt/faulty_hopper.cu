@@ -2,6 +2,7 @@
 // `map` is of 64 rows by 64 columns, in boxes as large.
 
 #include "../../cuda/hopper.cuh"
+#include "../../cuda/mma.cuh"
 
 namespace faulty {
 
@@ -24,6 +25,12 @@ enum class Mistake {
     NoSwizzle,      // says that operands are not swizzled
     WrongStride,    // says that rows are nearer to each other than they are
     WrongPlace,     // reads from beyond the shared memory there is
+    HeldTouched,    // changes registers that products read
+    HeldLate,       // changes them between the fence and products
+    HeldUnfenced,   // has no fence before products that read them
+    NotAcross,      // says that an operand lies across that does not begin where it should
+    NotShown,       // stores an operand and does not show it
+    ShownLate,      // shows it when it has been multiplied
 };
 
 /// out[i] = the sum of the products of rows i and 0 of the matrix.
@@ -72,7 +79,58 @@ __device__ void multiply(const TensorMap& map, float* out) {
     if (MISTAKE == Mistake::WrongParity) wait_for(&barrier, 0);
 }
 
+/// out[i] = the sum of row 0's products with column 0, of a matrix that is all ones but for what a mistake makes of it.
+template <Mistake MISTAKE>
+__device__ void multiply_ones(const TensorMap& map, float* out) {
+    __shared__ Barrier barrier;
+    unsigned char* const box = aligned_shared();
+    follow();
+    if (threadIdx.x == 0) {
+        make_barrier(&barrier, 1);
+        show_barriers();
+        arrive_expecting(&barrier, GROUP_ROWS * BOX_ROW);
+        copy_box(box, map, 0, 0, &barrier);
+    }
+    __syncthreads();
+    wait_for(&barrier, 0);
+    // The first sixteen rows become ones.
+    const unsigned two = pair<Half>(1.0f, 1.0f);
+    store_operand(box, threadIdx.x / 8, threadIdx.x % 8, uint4{two, two, two, two});
+    if (MISTAKE != Mistake::NotShown && MISTAKE != Mistake::ShownLate) show_operands();
+    __syncthreads();
+    float sums[32] = {};
+    unsigned held[1][4] = {{two, two, two, two}};
+    if (MISTAKE != Mistake::HeldUnfenced) begin_products(sums, held);
+    if (MISTAKE == Mistake::HeldUnfenced) begin_products();
+    if (MISTAKE == Mistake::HeldLate) held[0][threadIdx.x % 4] = 0;
+    multiply_held<Half>(sums, held[0], operand_across(shared_place(box), 0) + (MISTAKE == Mistake::NotAcross ? 8 : 0));
+    if (MISTAKE == Mistake::HeldTouched) held[0][threadIdx.x % 4] = 0;
+    commit_products();
+    wait_for_products(sums);
+    if (MISTAKE == Mistake::ShownLate) {
+        __syncthreads();
+        show_operands();
+    }
+    for (int i = 0; i < 32; i++) {
+        if (Fragment::col(i) == 0) out[Fragment::row(i)] = sums[i];
+    }
+}
+
 }  // namespace faulty
+
+#define FAULTY_HELD(NAME, MISTAKE)                                                                          \
+    extern "C" __global__ void faulty_##NAME(const __grid_constant__ TensorMap map, float* out) {           \
+        faulty::multiply_ones<faulty::Mistake::MISTAKE>(map, out);                                          \
+    }                                                                                                       \
+    REGISTER(faulty_##NAME)
+
+FAULTY_HELD(held_nothing, None);
+FAULTY_HELD(held_touched, HeldTouched);
+FAULTY_HELD(held_late, HeldLate);
+FAULTY_HELD(held_unfenced, HeldUnfenced);
+FAULTY_HELD(not_across, NotAcross);
+FAULTY_HELD(not_shown, NotShown);
+FAULTY_HELD(shown_late, ShownLate);
 
 #define FAULTY(NAME, MISTAKE)                                                                               \
     extern "C" __global__ void faulty_##NAME(const __grid_constant__ TensorMap map, float* out) {           \

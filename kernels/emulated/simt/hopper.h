@@ -66,11 +66,27 @@ unsigned swizzled_place(unsigned place) { return place ^ (place >> 7 & 7) << 4; 
 
 /// A product that a group of warps has asked for.
 struct Asked {
+    /// The first is not there if it is held in registers.
     std::uint64_t a, b;
     int count, line;
+    /// Whether it adds to sums; whether the first operand is in registers, and the second one lies across.
+    bool adds, is_held;
 
     bool operator==(const Asked& other) const {
-        return a == other.a && b == other.b && count == other.count && line == other.line;
+        return a == other.a && b == other.b && count == other.count && line == other.line && adds == other.adds &&
+               is_held == other.is_held;
+    }
+};
+
+/// Registers of a lane that products read, and what was in them at the fence.
+struct Held {
+    const unsigned* registers;
+    std::vector<unsigned> values;
+
+    /// Whether these four are among them, and as they were.
+    bool have(const unsigned* four) const {
+        return four >= registers && four + 4 <= registers + values.size() &&
+               !std::memcmp(four, values.data() + (four - registers), 16);
     }
 };
 
@@ -81,6 +97,9 @@ struct Product {
     /// Which of the accumulators of its warp it adds to.
     const float* key;
     unsigned group;
+    /// Each lane's part of the first operand, if it is in registers: where, and what it was when it was asked for.
+    const unsigned* registers[WARP];
+    unsigned held[WARP][4];
 };
 
 /// Registers of a warp that products add to: where they are, and what is in them in truth.
@@ -107,8 +126,11 @@ struct Multiplier {
     /// Whether a fence stands between what was done with registers and what comes.
     bool fenced;
     float* sums[WARP];
+    const unsigned* registers[WARP];
+    std::vector<Held> held[WARP];
 
     void reset() {
+        for (auto& of_lane : held) of_lane.clear();
         products.clear();
         accumulators.clear();
         groups = lanes = asked = 0;
@@ -131,5 +153,17 @@ unsigned operand_place(std::uint64_t descriptor, unsigned row, unsigned k) {
     // Rows of a core matrix of eight, and what is swizzled in them: 128, 64 or 32 bytes.
     if (mode == 0) return start + row / 8 * stride + row % 8 * 16 + k / 8 * leading + k % 8 * 2;
     const unsigned width = 256 >> mode, place = start + row / 8 * stride + row % 8 * width + k * 2;
+    return place ^ (((place >> 7) - base) & (width / 16 - 1)) << 4;
+}
+
+/// The same for an operand that lies across (MN-major): its rows are columns there, of which neighbours are contiguous.
+/// Swizzled rows of 128, 64 or 32 bytes have so many of them; the next ones lie `leading` further on.
+unsigned operand_place_across(std::uint64_t descriptor, unsigned row, unsigned k) {
+    const auto field = [&](unsigned bit) { return static_cast<unsigned>(descriptor >> bit & 0x3fff) << 4; };
+    const unsigned start = field(0), leading = field(16), stride = field(32);
+    const unsigned base = descriptor >> 49 & 7, mode = descriptor >> 62;
+    if (mode == 0) return start + row / 8 * stride + row % 8 * 2 + k / 8 * leading + k % 8 * 16;
+    const unsigned width = 256 >> mode, place = start + row / (width / 2) * leading + row % (width / 2) * 2 +
+                                                k / 8 * stride + k % 8 * width;
     return place ^ (((place >> 7) - base) & (width / 16 - 1)) << 4;
 }

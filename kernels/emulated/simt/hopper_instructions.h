@@ -33,35 +33,45 @@ void arrive_box(Machine& m, const Box& box) {
                             col < static_cast<long long>(map.cols);
         std::uint16_t value = 0;
         if (inside) std::memcpy(&value, reinterpret_cast<const char*>(map.start) + row * map.row_bytes + col * 2, 2);
-        std::memcpy(shared_at(m, swizzled_place(place + 2 * i), 2), &value, 2);
+        const unsigned to = swizzled_place(place + 2 * i);
+        std::memcpy(shared_at(m, to, 2), &value, 2);
+        std::memcpy(&m.shown[to], &value, 2);
     }
 }
 
 /// One warp's part of a product: 16 rows of a, which are its lanes', and all of b.
 void multiply(Machine& m, unsigned warp, const Product& product, Accumulators& to) {
     const unsigned columns = static_cast<unsigned>(product.asked.count) * 2;
-    const auto element = [&](std::uint64_t descriptor, unsigned row, unsigned k) {
-        const unsigned char* from = shared_at(m, operand_place(descriptor, row, k), 2);
-        if (!from) {
+    const auto element = [&](unsigned place) {
+        if (!shared_at(m, place, 2)) {
             m.fail("the product of line %d reads beyond the shared memory that was asked for", product.asked.line);
         }
         std::uint16_t bits;
-        std::memcpy(&bits, from, 2);
+        std::memcpy(&bits, &m.shown[place], 2);
         return product.value(bits);
+    };
+    const Asked& asked = product.asked;
+    const auto element_of_b = [&](unsigned column, unsigned k) {
+        return element(asked.is_held ? operand_place_across(asked.b, column, k) : operand_place(asked.b, column, k));
+    };
+    const auto element_of_a = [&](unsigned row, unsigned k) {
+        if (!asked.is_held) return element(operand_place(asked.a, warp % 4 * 16 + row, k));
+        const unsigned both = product.held[row % 8 * 4 + k % 8 / 2][k / 8 * 2 + row / 8];
+        return product.value(static_cast<std::uint16_t>(both >> 16 * (k % 2)));
     };
     static thread_local float b[16][256];
     for (unsigned column = 0; column < columns; column++) {
-        for (unsigned k = 0; k < 16; k++) b[k][column] = element(product.asked.b, column, k);
+        for (unsigned k = 0; k < 16; k++) b[k][column] = element_of_b(column, k);
     }
     for (unsigned row = 0; row < 16; row++) {
         float a[16], sums[256];
-        for (unsigned k = 0; k < 16; k++) a[k] = element(product.asked.a, warp % 4 * 16 + row, k);
+        for (unsigned k = 0; k < 16; k++) a[k] = element_of_a(row, k);
         // Where the columns of this row are: "Register Fragments for wgmma.mma_async.m64nNk16".
         const auto held = [&](unsigned column) -> float& {
             const unsigned lane = row % 8 * 4 + column % 8 / 2, i = column / 8 * 4 + row / 8 * 2 + column % 2;
             return to.values[lane * static_cast<unsigned>(to.count) + i];
         };
-        for (unsigned column = 0; column < columns; column++) sums[column] = held(column);
+        for (unsigned column = 0; column < columns; column++) sums[column] = asked.adds ? held(column) : 0.0f;
         for (unsigned k = 0; k < 16; k++) {
             for (unsigned column = 0; column < columns; column++) {
                 sums[column] = std::fma(a[k], b[k][column], sums[column]);
@@ -158,8 +168,32 @@ void copy_box(void* to, const std::uint64_t (&words)[16], int row, int col, std:
     if (!barrier_of(m, barrier).shown) m.fail("a box is to arrive at a barrier that was not shown to what copies it");
     // Not a number: whoever reads too early, or still reads what was here, shall see it.
     std::memset(to, 0xff, map.bytes());
+    std::memset(&m.shown[place], 0xff, map.bytes());
     m.boxes.push_back({map, static_cast<unsigned char*>(to), row, col, barrier});
     if (m.early) m.deliver();
+}
+
+void store_operand(void* to, const uint4& bytes) {
+    Machine& m = *machine;
+    const unsigned place = shared_place(to);
+    if (place % 16 || shared_at(m, place, 16) != to) m.fail("a part of an operand goes to where it cannot be");
+    std::memcpy(to, &bytes, 16);
+    m.fibers[m.current].stored.push_back(place);
+}
+
+void show_operands() {
+    Machine& m = *machine;
+    for (unsigned place : std::exchange(m.fibers[m.current].stored, {})) {
+        std::memcpy(&m.shown[place], shared_at(m, place, 16), 16);
+    }
+}
+
+void hold(const unsigned* registers, int count) {
+    Machine& m = *machine;
+    std::vector<Held>& all = m.warps[m.current / WARP].multiplier.held[lane()];
+    const auto is_here = [&](const Held& held) { return held.registers == registers; };
+    all.erase(std::remove_if(all.begin(), all.end(), is_here), all.end());
+    all.push_back({registers, {registers, registers + count}});
 }
 
 void begin_products(int line) {
@@ -168,38 +202,61 @@ void begin_products(int line) {
     if (whole_warp(multiplier, line)) multiplier.fenced = true;
 }
 
-void multiply_boxes(float* sums, int count, std::uint64_t a, std::uint64_t b, float (*value)(std::uint16_t), int line) {
+namespace {
+
+/// Asks for a product, once all lanes of this warp have.
+void multiply_later(float* sums, const unsigned* registers, const Asked& asked, float (*value)(std::uint16_t)) {
     Machine& m = *machine;
     const unsigned warp = m.current / WARP;
     Multiplier& multiplier = m.warps[warp].multiplier;
     multiplier.sums[lane()] = sums;
-    if (!whole_warp(multiplier, line)) return;
-    if (!begins_with_pattern(a) || !begins_with_pattern(b)) {
-        m.fail("an operand of line %d does not begin where its swizzle does", line);
+    multiplier.registers[lane()] = registers;
+    if (!whole_warp(multiplier, asked.line)) return;
+    if ((!asked.is_held && !begins_with_pattern(asked.a)) || !begins_with_pattern(asked.b)) {
+        m.fail("an operand of line %d does not begin where its swizzle does", asked.line);
     }
-    const Asked asked = {a, b, count, line};
     std::vector<Asked>& others = m.asked[warp / 4];
     if (multiplier.asked == others.size()) others.push_back(asked);
     if (!(others[multiplier.asked++] == asked)) {
-        m.fail("the four warps of a group multiply different things, at line %d", line);
+        m.fail("the four warps of a group multiply different things, at line %d", asked.line);
     }
-    const float* key = multiplier.sums[0];
-    auto found = multiplier.accumulators.find(key);
+    Product product = {asked, value, multiplier.sums[0], multiplier.groups, {}, {}};
+    for (unsigned lane = 0; asked.is_held && lane < WARP; lane++) {
+        const unsigned* four = product.registers[lane] = multiplier.registers[lane];
+        bool is_known = multiplier.fenced;
+        const auto has = [&](const Held& held) { return held.have(four); };
+        is_known &= std::any_of(multiplier.held[lane].begin(), multiplier.held[lane].end(), has);
+        if (!is_known) m.fail("no fence stands between registers and the product of line %d", asked.line);
+        std::memcpy(product.held[lane], four, 16);
+    }
+    auto found = multiplier.accumulators.find(product.key);
     if (found == multiplier.accumulators.end()) {
-        if (!multiplier.fenced) m.fail("no fence stands before the product of line %d", line);
+        if (!multiplier.fenced) m.fail("no fence stands before the product of line %d", asked.line);
         Accumulators fresh = {};
-        fresh.count = count;
+        fresh.count = asked.count;
         std::memcpy(fresh.sums, multiplier.sums, sizeof fresh.sums);
         for (float* lane : fresh.sums) {
-            fresh.values.insert(fresh.values.end(), lane, lane + count);
-            std::memset(lane, 0xff, sizeof(float) * static_cast<std::size_t>(count));
+            fresh.values.insert(fresh.values.end(), lane, lane + asked.count);
+            std::memset(lane, 0xff, sizeof(float) * static_cast<std::size_t>(asked.count));
         }
-        found = multiplier.accumulators.emplace(key, std::move(fresh)).first;
-    } else if (found->second.count != count || found->second.touched()) {
-        m.fail("sums are touched, or read otherwise, while products add to them (line %d)", line);
+        found = multiplier.accumulators.emplace(product.key, std::move(fresh)).first;
+    } else if (found->second.count != asked.count || found->second.touched()) {
+        m.fail("sums are touched, or read otherwise, while products add to them (line %d)", asked.line);
     }
     found->second.under_way++;
-    multiplier.products.push_back({asked, value, key, multiplier.groups});
+    multiplier.products.push_back(product);
+}
+
+}  // namespace
+
+void multiply_boxes(float* sums, int count, bool adds, std::uint64_t a, std::uint64_t b, float (*value)(std::uint16_t),
+                    int line) {
+    multiply_later(sums, nullptr, {a, b, count, line, adds, false}, value);
+}
+
+void multiply_held(float* sums, int count, const unsigned* a, std::uint64_t b, float (*value)(std::uint16_t),
+                   int line) {
+    multiply_later(sums, a, {0, b, count, line, true, true}, value);
 }
 
 void commit_products(int line) {
@@ -217,6 +274,11 @@ void wait_for_products(unsigned latest, int line) {
     for (; over < multiplier.products.size(); over++) {
         const Product& product = multiplier.products[over];
         if (product.group + latest >= multiplier.groups) break;
+        for (unsigned lane = 0; product.asked.is_held && lane < WARP; lane++) {
+            if (std::memcmp(product.registers[lane], product.held[lane], 16)) {
+                m.fail("registers are touched while the product of line %d reads them", product.asked.line);
+            }
+        }
         Accumulators& to = multiplier.accumulators.at(product.key);
         multiply(m, warp, product, to);
         if (--to.under_way) continue;

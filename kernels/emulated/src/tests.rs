@@ -211,6 +211,14 @@ fn what_is_said_wrong_of_an_operand_gives_something_else() {
 }
 
 #[test]
+fn operands_are_held_in_registers_and_stored_by_threads() {
+    assert_eq!(run_on_hopper("held_nothing").unwrap(), [16.0; 64]);
+    // What was there before it was stored, which is the first rows of the matrix in their first column.
+    let before: f32 = (0..16).map(|row| row as f32 + 0.5).sum();
+    assert_eq!(run_on_hopper("shown_late").unwrap(), [before; 64]);
+}
+
+#[test]
 fn misuse_of_what_goes_on_by_itself_is_an_error() {
     for (mistake, said) in [
         ("endless_phase", "for a phase that does not end (128 wait, 0 have ended)"),
@@ -224,6 +232,11 @@ fn misuse_of_what_goes_on_by_itself_is_an_error() {
         ("left_products", "a thread ends while products are under way"),
         ("one_warp_less", "a block ends, and a warp has left the others to multiply alone"),
         ("wrong_place", "reads beyond the shared memory that was asked for"),
+        ("held_touched", "registers are touched while the product of line"),
+        ("held_late", "no fence stands between registers and the product of line"),
+        ("held_unfenced", "no fence stands between registers and the product of line"),
+        ("not_across", "does not begin where its swizzle does"),
+        ("not_shown", "a thread ends that has not shown what it stored to products"),
     ] {
         let error = run_on_hopper(mistake).expect_err(mistake).to_string();
         assert!(error.contains(said), "{mistake}: {error}");

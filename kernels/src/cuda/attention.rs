@@ -4,6 +4,7 @@
 use super::backend::{CudaBackend, THREADS, address_of};
 use super::buffer::{Activations, Buffer, KvCache, Rope, Vector};
 use super::driver::{Address, Arg, Driver};
+use super::hopper_attention::HopperAttention;
 use super::plan::Plan;
 use super::stream::Stream;
 use crate::{AttentionShape, Batch, KvDType, KvLayout, QkNorm};
@@ -229,21 +230,19 @@ impl<D: Driver> CudaBackend<D> {
         let items = if tiled.is_some() { planned.decode_items } else { planned.items };
         let grid = [items, kv_heads * (heads / kv_heads).div_ceil(at_a_time), 1];
         self.stream.launch(kernel, grid, ATTENTION_THREADS, &args);
-        if let Some(kernel) = tiled {
-            let args = [
-                qkv.address().into(),
-                self.planned(planned.positions()),
-                self.planned(planned.table_starts()),
-                self.planned(planned.block_tables()),
-                self.planned(planned.tiles()),
-                cache.layer(layer).into(),
-                heads.into(),
-                kv_heads.into(),
-                cache.layout.block_size.into(),
-                scale.into(),
-                out.into(),
-            ];
-            self.stream.launch(kernel, [planned.tiles * heads, 1, 1], ATTENTION_THREADS, &args);
+        let Some(kernel) = tiled.filter(|_| planned.tiles > 0) else { return };
+        let grid = [planned.tiles * heads, 1, 1];
+        let pages = cache.layer(layer);
+        let plan = [planned.positions(), planned.table_starts(), planned.block_tables(), planned.tiles()];
+        let [positions, table_starts, block_tables, tiles] = plan.map(|word| self.planned(word));
+        let [qkv, block_size, out] = [qkv.address().into(), cache.layout.block_size.into(), out.into()];
+        let [heads, kv_heads, scale] = [heads.into(), kv_heads.into(), scale.into()];
+        if let Some(hopper) = HopperAttention::of(&cache.layout).filter(|_| self.wgmma) {
+            let args = [qkv, positions, table_starts, block_tables, tiles, heads, kv_heads, block_size, scale, out];
+            return hopper.enqueue(&self.stream, pages, &cache.layout, grid, &args);
         }
+        let pages = pages.into();
+        let args = [qkv, positions, table_starts, block_tables, tiles, pages, heads, kv_heads, block_size, scale, out];
+        self.stream.launch(kernel, grid, ATTENTION_THREADS, &args);
     }
 }

@@ -38,6 +38,8 @@ pub struct CudaBackend<D: Driver> {
     selected: Staged<D>,
     pub(super) sampler: Sampler<D>,
     pub(super) products: Products<D>,
+    /// Whether prompts' attention goes by wgmma where it can; `products` knows it of itself.
+    pub(super) wgmma: bool,
     /// Made when heads are known.
     pub(super) partials: Option<Partials<D>>,
 }
@@ -45,7 +47,7 @@ pub struct CudaBackend<D: Driver> {
 impl<D: Driver> CudaBackend<D> {
     /// Works with `driver`'s device.
     pub fn new(driver: D) -> Self {
-        let products = Products::new(driver.has_wgmma());
+        let wgmma = driver.has_wgmma();
         Self {
             graphs: Graphs::new(),
             stream: Stream::new(driver),
@@ -53,7 +55,8 @@ impl<D: Driver> CudaBackend<D> {
             step: Staged::new(),
             selected: Staged::new(),
             sampler: Sampler::new(),
-            products,
+            products: Products::new(wgmma),
+            wgmma,
             partials: None,
         }
     }
@@ -64,11 +67,12 @@ impl<D: Driver> CudaBackend<D> {
         self
     }
 
-    /// Whether products of more than a few rows go by wgmma from now on, where the device has it: for whoever measures
-    /// what that is worth.
+    /// Whether products of more than a few rows, and the attention of prompts, go by wgmma from now on, where the device
+    /// has it: for whoever measures what that is worth.
     pub fn use_wgmma(&mut self, wanted: bool) {
         self.graphs.clear();
-        self.products.use_wgmma(wanted && self.driver().has_wgmma());
+        self.wgmma = wanted && self.driver().has_wgmma();
+        self.products.use_wgmma(self.wgmma);
     }
 
     /// The driver.

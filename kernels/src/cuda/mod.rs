@@ -11,6 +11,7 @@ mod buffer;
 mod device;
 mod driver;
 mod graphs;
+mod hopper_attention;
 #[cfg(feature = "cuda")]
 mod modules;
 #[cfg(feature = "cuda")]

@@ -183,6 +183,39 @@ pub(crate) fn operands_and_sums_of_wgmma_lie_where_the_ptx_isa_says<D: Start>() 
     }
 }
 
+pub(crate) fn operands_that_are_stored_or_held_or_lie_across_are_multiplied_alike<D: Start>() {
+    let driver = Watched::<D>::start();
+    if !driver.has_wgmma() {
+        return;
+    }
+    let mut random = Random::new(9);
+    // Small whole numbers: every sum is exact, in whichever order.
+    let mut numbers = |len: usize| (0..len).map(|_| (random.bits() % 33) as f32 - 16.0).collect::<Vec<_>>();
+    for columns in [64, 96, 128, 256] {
+        let (a, b) = (numbers(64 * 64), numbers(64 * columns));
+        let product = |i: usize| (0..64).map(|k| a[i / columns * 64 + k] * b[k * columns + i % columns]).sum::<f32>();
+        let want: Vec<f32> = (0..64 * columns).map(product).collect();
+        let upright: Vec<f32> = (0..columns * 64).map(|i| b[i % 64 * columns + i / 64]).collect();
+        for (suffix, dtype) in [("f16", DType::F16), ("bf16", DType::BF16)] {
+            let [a, b, upright] = [&a, &b, &upright].map(|x| holding(&driver, &bytes_of(x, dtype)));
+            let run = |kernel: &str, b: TensorMap, box_rows: usize| {
+                let out = driver.allocate(64 * columns * 4).unwrap();
+                let (shared, args) = (shared_bytes(box_rows), [a.address().into(), out.address().into()]);
+                let launch = Launch { kernel, grid: [1, 1, 1], block: 128, shared, maps: &[b], args: &args };
+                driver.launch(&launch).unwrap();
+                assert_eq!(floats(&driver, out.address(), want.len()), want, "{kernel}");
+                watched::held();
+            };
+            if columns == 64 {
+                let upright = map(&driver, upright.address(), [64, 64], 64);
+                run(&format!("wgmma_check_stored_{suffix}"), upright, 128);
+            }
+            let across = map(&driver, b.address(), [64, columns], 64);
+            run(&format!("wgmma_check_across_{suffix}_{columns}"), across, columns.div_ceil(64) * 64);
+        }
+    }
+}
+
 /// Sizes of tiles of `kernels/cuda/wide.cu`: their rows, and stages.
 const WIDE_TILES: [(&str, usize, usize); 3] = [("tall", 192, 5), ("middle", 128, 6), ("flat", 64, 4)];
 
@@ -329,42 +362,58 @@ impl Sequence {
     }
 }
 
+/// Backends for attention, and whether it is the first: another does without wgmma, where a device has it.
+fn backends<D: Start>() -> impl Iterator<Item = (OnDevice<D>, bool)> {
+    [true, false].into_iter().filter_map(|is_first| {
+        let mut backend = OnDevice::<D>::new(Watched::start());
+        let is_another = is_first || backend.driver().has_wgmma();
+        backend.use_wgmma(is_first);
+        is_another.then_some((backend, is_first))
+    })
+}
+
 pub(crate) fn no_place_in_a_tile_changes_a_bit<D: Start>() {
-    let mut backend = OnDevice::<D>::new(Watched::start());
-    let mut random = Random::new(5);
-    for (heads, kv_heads, head_dim, block_size, dtype) in [
-        (2, 1, 64, 16, KvDType::F16),
-        (3, 3, 96, 32, KvDType::BF16),
-        (7, 1, 128, 64, KvDType::BF16),
-        (2, 1, 128, 128, KvDType::F16),
-        (1, 1, 256, 16, KvDType::F16),
-        (2, 1, 256, 16, KvDType::BF16),
-        (4, 1, 64, 32, KvDType::F8),
-        (2, 2, 96, 16, KvDType::F8),
-        (3, 1, 128, 64, KvDType::F8),
-        (1, 1, 256, 32, KvDType::F8),
-    ] {
-        let shape = AttentionShape { heads, kv_heads, head_dim };
-        let qkv = (0..150 * shape.qkv_width()).map(|_| 2.0 * random.signed()).collect();
-        let sequence = Sequence { shape, dtype, block_size, qkv };
-        // The same row first in its tile, last, and anywhere; tiles of one, two and many rows of a fragment.
-        let whole = sequence.rows(&mut backend, &[150]);
-        for chunks in [&[128, 22][..], &[2; 75], &[3, 61, 64, 22], &[63, 16, 17, 2, 52], &[65, 85]] {
-            let ours = sequence.rows(&mut backend, chunks);
-            assert_same_bits(&ours, &whole, &format!("{shape:?} {dtype:?}, chunks of {chunks:?}"));
-        }
-        let want = sequence.rows(&mut ReferenceBackend, &[150]);
-        // Keys, queries and weights off by half a unit in the last place of 11 or 8 bits each, of values up to 2.
-        // (Those of 8 bits are multiplied as f16.)
-        let tolerance = if dtype == KvDType::BF16 { 2.4e-2 } else { 3e-3 };
-        for (i, (ours, want)) in whole.iter().zip(&want).enumerate() {
-            assert!((ours - want).abs() <= tolerance, "{shape:?} {dtype:?}: element {i} is {ours}, should be {want}");
+    for (mut backend, is_first) in backends::<D>() {
+        let mut random = Random::new(5);
+        for (heads, kv_heads, head_dim, block_size, dtype) in [
+            (2, 1, 64, 16, KvDType::F16),
+            (3, 3, 96, 32, KvDType::BF16),
+            (1, 1, 96, 64, KvDType::F16),
+            (7, 1, 128, 64, KvDType::BF16),
+            (2, 1, 128, 128, KvDType::F16),
+            (1, 1, 256, 16, KvDType::F16),
+            (2, 1, 256, 16, KvDType::BF16),
+            (4, 1, 64, 32, KvDType::F8),
+            (2, 2, 96, 16, KvDType::F8),
+            (3, 1, 128, 64, KvDType::F8),
+            (1, 1, 256, 32, KvDType::F8),
+        ] {
+            let shape = AttentionShape { heads, kv_heads, head_dim };
+            let qkv = (0..150 * shape.qkv_width()).map(|_| 2.0 * random.signed()).collect();
+            if !is_first && dtype == KvDType::F8 {
+                continue;
+            }
+            let sequence = Sequence { shape, dtype, block_size, qkv };
+            // The same row first in its tile, last, and anywhere; tiles of one, two and many rows of a fragment.
+            let whole = sequence.rows(&mut backend, &[150]);
+            let chunks = [&[128, 22][..], &[65, 85], &[2; 75], &[3, 61, 64, 22], &[63, 16, 17, 2, 52]];
+            for chunks in &chunks[..if is_first { 5 } else { 2 }] {
+                let ours = sequence.rows(&mut backend, chunks);
+                assert_same_bits(&ours, &whole, &format!("{shape:?} {dtype:?}, chunks of {chunks:?}"));
+            }
+            let want = sequence.rows(&mut ReferenceBackend, &[150]);
+            // Keys, queries and weights off by half a unit in the last place of 11 or 8 bits each, of values up to 2.
+            // (Those of 8 bits are multiplied as f16.)
+            let tolerance = if dtype == KvDType::BF16 { 2.4e-2 } else { 3e-3 };
+            for (i, (ours, want)) in whole.iter().zip(&want).enumerate() {
+                let is_near = (ours - want).abs() <= tolerance;
+                assert!(is_near, "{shape:?} {dtype:?}: element {i} is {ours}, should be {want}");
+            }
         }
     }
 }
 
 pub(crate) fn a_score_far_above_the_others_takes_all<D: Start>() {
-    let mut backend = OnDevice::<D>::new(Watched::start());
     let shape = AttentionShape { heads: 1, kv_heads: 1, head_dim: 64 };
     let mut random = Random::new(6);
     // Whole numbers, which both types hold. Scores far beyond what exp can hold, in both directions; that of token 70
@@ -377,12 +426,14 @@ pub(crate) fn a_score_far_above_the_others_takes_all<D: Start>() {
         row
     };
     let qkv: Vec<f32> = (0..140).flat_map(row).collect();
-    for dtype in [KvDType::F16, KvDType::BF16] {
-        let sequence = Sequence { shape, dtype, block_size: 16, qkv: qkv.clone() };
-        let out = sequence.rows(&mut backend, &[140]);
-        for token in 0..140 {
-            let winner = if token < 70 { 0 } else { 70 };
-            assert_eq!(out[token * 64..][..64], qkv[winner * 192 + 128..][..64], "{dtype:?}, token {token}");
+    for (mut backend, _) in backends::<D>() {
+        for dtype in [KvDType::F16, KvDType::BF16] {
+            let sequence = Sequence { shape, dtype, block_size: 16, qkv: qkv.clone() };
+            let out = sequence.rows(&mut backend, &[140]);
+            for token in 0..140 {
+                let winner = if token < 70 { 0 } else { 70 };
+                assert_eq!(out[token * 64..][..64], qkv[winner * 192 + 128..][..64], "{dtype:?}, token {token}");
+            }
         }
     }
 }
