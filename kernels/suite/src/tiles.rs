@@ -382,7 +382,7 @@ pub(crate) fn no_place_in_a_tile_changes_a_bit<D: Start>() {
             (7, 1, 128, 64, KvDType::BF16),
             (2, 1, 128, 128, KvDType::F16),
             (1, 1, 256, 16, KvDType::F16),
-            (2, 1, 256, 16, KvDType::BF16),
+            (2, 1, 256, 128, KvDType::BF16),
             (4, 1, 64, 32, KvDType::F8),
             (2, 2, 96, 16, KvDType::F8),
             (3, 1, 128, 64, KvDType::F8),
