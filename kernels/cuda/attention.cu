@@ -10,8 +10,13 @@
 // second case it leaves each one's result in memory, and the block of the row that is the last to do so merges them.
 // Both do the same operations in the same order, so a row's bits depend on that row alone: not on the batch, on chunks,
 // on pages, or on how the host cut the work.
+//
+// Where all rows of a step decode, this also does what rope.cu does otherwise: each block norms and rotates its queries,
+// and the one that has the row's last partition its key, which it stores with the value, and reads from shared memory.
+// (A row of a prompt reads keys of others in the same step, which have to be there first.)
 
 #include "pages.cuh"
+#include "rotation.cuh"
 #include "streamed.cuh"
 
 namespace attention {
@@ -77,8 +82,9 @@ __device__ __forceinline__ void sum_over_sides(float (&values)[8]) {
 
 /// HEADS query heads of one row over some of its partitions, LANES lanes across a head.
 template <class T, int HEADS, int LANES>
-__device__ __forceinline__ void attention(const float* qkv, Rows rows, const int* items, Pages<T> pages, int heads,
-                                          float scale, Partials partials, int* arrived, float* out) {
+__device__ __forceinline__ void attention(const float* qkv, Rows rows, const int* items, const Rotation& rotation,
+                                          Pages<T> pages, int heads, float scale, Partials partials, int* arrived,
+                                          float* out, Brain* rounded) {
     static_assert(HEADS <= WARPS && HEADS <= LANES, "a warp a head when merging, a lane when scores are added up");
     using Eight = Streamed<Floats<T>>;
     using Raw = typename Eight::Raw;
@@ -89,6 +95,8 @@ __device__ __forceinline__ void attention(const float* qkv, Rows rows, const int
     constexpr int AT_A_TIME = LOADS <= ROOM / WORDS ? LOADS : ROOM / WORDS;
     // Loads whose scores are added up over the lanes together: more at a time would take no fewer exchanges.
     constexpr int GROUP = AT_A_TIME <= 8 / HEADS ? AT_A_TIME : 8 / HEADS, SCORES = GROUP * HEADS;
+    // Whether registers for the first values are needed for heads that are turned.
+    constexpr bool VALUES_LATE = LANES == 32 || HEADS * LANES == 64;
     // Values of a head and partition that a thread merges.
     constexpr int OWN = (HEADS * WIDTH + THREADS - 1) / THREADS;
     static_assert(LOADS <= LANES && AT_A_TIME % GROUP == 0 && WIDTH % WARP == 0, "see where these are used");
@@ -98,6 +106,8 @@ __device__ __forceinline__ void attention(const float* qkv, Rows rows, const int
     alignas(16) __shared__ float weights[WARPS][SHARE][HEADS];
     alignas(16) __shared__ float warp_highest[HEADS][WARPS], warp_sums[HEADS][WARPS];
     alignas(16) __shared__ float warp_values[WARPS][HEADS][WIDTH];
+    // The row's own key and value, as the cache has them.
+    alignas(16) __shared__ T own_key[WIDTH], own_value[WIDTH];
 
     // Where there is no work: as row 0, but for what follows the plan.
     const int planned = items[4 * blockIdx.x], row = max(planned, 0);
@@ -148,15 +158,61 @@ __device__ __forceinline__ void attention(const float* qkv, Rows rows, const int
     follow();
     if (planned < 0) return;
     fetch(key_bits, places, 0, keys_of(begin));
-    fetch(value_bits, places + block_size, 0, keys_of(begin));
+    if (!VALUES_LATE) fetch(value_bits, places + block_size, 0, keys_of(begin));
 
-    const float* q = qkv + static_cast<size_t>(row) * padded((heads + 2 * kv_heads) * head_dim) + first * head_dim;
+    const float* const projected = qkv + static_cast<size_t>(row) * padded((heads + 2 * kv_heads) * head_dim);
+    const auto keep_query = [&](int h, int at, float x) { queries[h][at / 4 % 2][at / 8 * 4 + at % 4] = x; };
+    // Whether the row's own key is one of the block's. Nobody else reads it in this step.
+    const bool is_fresh = rotation.cos && end * PARTITION >= keys;
+    if (rotation.cos) {
+        // A warp a head: queries, then key and value.
+        for (int job = warp; job < count + (is_fresh ? 2 : 0); job += WARPS) {
+            float* const vector = warp_values[warp][0];
+            if (job < count) {
+                rotation.turn<WIDTH>(projected + (first + job) * head_dim, rotation.q_norm, keys - 1, head_dim, vector,
+                                     [&](int i, float x) { keep_query(job, i, x); });
+                // What pads a head.
+                for (int i = head_dim + lane; i < WIDTH; i += WARP) keep_query(job, i, 0.0f);
+                continue;
+            }
+            // Blocks of the same key and value head have the same; one stores it.
+            const bool stores = first_of_chunk == 0;
+            if (job == count) {
+                T* const key = pages.key(table, keys - 1, kv_head);
+                rotation.turn<WIDTH>(projected + (heads + kv_head) * head_dim, rotation.k_norm, keys - 1, head_dim,
+                                     vector, [&](int i, float x) {
+                                         store(own_key + i, x);
+                                         if (stores) key[i] = own_key[i];
+                                     });
+            } else {
+                T* const value = pages.value(table, keys - 1, kv_head);
+                const float* const x = projected + (heads + kv_heads + kv_head) * head_dim;
+                for (int i = lane; i < head_dim; i += WARP) {
+                    store(own_value + i, x[i]);
+                    if (stores) value[i] = own_value[i];
+                }
+            }
+        }
+        // Heads that are none, of a group of fewer than the kernel is for.
+        for (int i = thread; i < (HEADS - count) * WIDTH; i += THREADS) keep_query(count + i / WIDTH, i % WIDTH, 0.0f);
+    } else {
 #pragma unroll
-    for (int i = 0; i < OWN; i++) {
-        const int h = (thread + i * THREADS) / WIDTH, at = (thread + i * THREADS) % WIDTH;
-        const float x = h < count && at < head_dim ? q[h * head_dim + at] : 0.0f;
-        if (h < HEADS) queries[h][at / 4 % 2][at / 8 * 4 + at % 4] = x;
+        for (int i = 0; i < OWN; i++) {
+            const int h = (thread + i * THREADS) / WIDTH, at = (thread + i * THREADS) % WIDTH;
+            const float x = h < count && at < head_dim ? projected[(first + h) * head_dim + at] : 0.0f;
+            if (h < HEADS) keep_query(h, at, x);
+        }
     }
+    // The row's own key or value, in place of what was loaded where it lies, which may not have been there yet.
+    const auto take_own = [&](Raw(&bits)[AT_A_TIME], const T* own, int batch, int partition) {
+        const int key = keys - 1 - partition * PARTITION - warp * SHARE;
+        if (!is_fresh || key < 0 || key >= SHARE) return;
+        const int load = key % SIDES == side && element < head_dim ? key / SIDES : -1;
+#pragma unroll
+        for (int i = 0; i < AT_A_TIME; i++) Eight::replace(bits[i], own + element, batch + i == load);
+    };
+
+    if (VALUES_LATE) fetch(value_bits, places + block_size, 0, keys_of(begin));
 
     float highest[OWN], sum[OWN] = {}, values[OWN] = {};
 #pragma unroll
@@ -181,6 +237,7 @@ __device__ __forceinline__ void attention(const float* qkv, Rows rows, const int
 #pragma unroll
             for (int batch = 0; batch < LOADS; batch += AT_A_TIME) {
                 if (batch > 0) fetch(key_bits, places, batch, here);
+                take_own(key_bits, own_key, batch, partition);
 #pragma unroll
                 for (int group = 0; group < AT_A_TIME; group += GROUP) {
                     float scores[SCORES];
@@ -239,6 +296,7 @@ __device__ __forceinline__ void attention(const float* qkv, Rows rows, const int
 #pragma unroll
             for (int batch = 0; batch < LOADS; batch += AT_A_TIME) {
                 if (batch > 0) fetch(value_bits, places + block_size, batch, here);
+                take_own(value_bits, own_value, batch, partition);
                 if (here < SHARE) {
                     // A weight of 0 needs a number to multiply.
 #pragma unroll
@@ -383,11 +441,18 @@ __device__ __forceinline__ void attention(const float* qkv, Rows rows, const int
         }
     }
 
-    float* result = out + static_cast<size_t>(row) * padded(heads * head_dim) + first * head_dim;
+    // Heads are a multiple of eight elements wide, and nothing pads a row.
+    const size_t start = (static_cast<size_t>(row) * heads + first) * head_dim;
 #pragma unroll
     for (int i = 0; i < OWN; i++) {
         const int h = (thread + i * THREADS) / WIDTH, at = (thread + i * THREADS) % WIDTH;
-        if (h < count && at < head_dim) result[h * head_dim + at] = values[i] / sum[i];
+        if (h >= count || at >= head_dim) continue;
+        const float result = values[i] / sum[i];
+        if (rounded) {
+            store(rounded + start + h * head_dim + at, result);
+        } else {
+            store(out + start + h * head_dim + at, result);
+        }
     }
 }
 
@@ -403,8 +468,10 @@ constexpr int blocks(int heads, int lanes) {
 // the keys up to the row's position. items: [items, 4] with a row, the first of its partitions and the one after the
 // last, and the slot the first one's result goes to, the others' following (-1: none, these are all of the row's
 // partitions); row -1 is no work. arrived: zeros, and zeros again afterwards, one for each slot and block of the
-// grid's second side.
-// qkv: [rows, (heads + 2 kv_heads) * head_dim]; out: [rows, heads * head_dim].
+// grid's second side. With cos and sin, of [positions, pairs], queries and the row's key and value are as projected, and
+// are normed, rotated and stored as by rope_and_cache; no other row of the step may be of the same sequence then.
+// qkv: [rows, (heads + 2 kv_heads) * head_dim]; out: [rows, heads * head_dim], or instead of it the same as a product
+// with bf16 weights takes it, rounded.
 // Grid: (items, kv_heads * ceil(heads / kv_heads / heads a block)). Bytes: keys and values of each row's context, once
 // for the query heads a block computes, and twice 4 (head_dim + 2) for a query head and partition that goes to a slot.
 // Operations: 4 a key, query head and element, in single precision. Floor at decoding: the context's keys and values
@@ -413,12 +480,13 @@ constexpr int blocks(int heads, int lanes) {
     extern "C" __global__ void __launch_bounds__(attention::THREADS, attention::blocks<T>(HEADS, LANES))               \
         attention_##HEADS##x##LANES##_##SUFFIX(                                                                        \
         const float* qkv, const int* positions, const int* table_starts, const int* block_tables, const int* items,    \
+        const float* cos, const float* sin, int pairs, const float* q_norm, const float* k_norm, float eps,            \
         void* pages, int heads, int kv_heads, int head_dim, int block_size, float scale, float* partials,              \
-        int* arrived, float* out) {                                                                                    \
+        int* arrived, float* out, Brain* rounded) {                                                                    \
         attention::attention<T, HEADS, LANES>(                                                                         \
-            qkv, Rows{positions, table_starts, block_tables}, items,                                                   \
+            qkv, Rows{positions, table_starts, block_tables}, items, Rotation{cos, sin, pairs, q_norm, k_norm, eps},   \
             Pages<T>{static_cast<T*>(pages), kv_heads, head_dim, block_size}, heads, scale,                            \
-            attention::Partials{partials, heads, head_dim}, arrived, out);                                             \
+            attention::Partials{partials, heads, head_dim}, arrived, out, rounded);                                    \
     }                                                                                                                  \
     REGISTER(attention_##HEADS##x##LANES##_##SUFFIX);
 

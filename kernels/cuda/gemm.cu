@@ -8,16 +8,16 @@
 // multiplied here: in real models they are 1e-5 to 1e-2, and weights, up to 448 times that, amid f16's range. What
 // rounding takes is 2^-12 of a weight, which was itself rounded to 2^-4, or half of f16's smallest number, 3e-8.
 //
-// Activations are rounded to what the weights are, by a kernel of their own: a tile's rows are read by as many blocks
-// as there are tiles of features, for which converting them once, and reading half the bytes, pays. bf16 has f32's
-// range. f16 has not, and some models' activations go beyond it: each row is multiplied by a power of two that brings
-// its largest magnitude to 2^14, and its results by the inverse; both are exact.
+// Activations are rounded to what the weights are (rounding.cuh) before the product: a tile's rows are read by as many
+// blocks as there are tiles of features, for which converting them once, and reading half the bytes, pays. What makes
+// them does it, where it can (rowwise.cu, attention.cu); `round_rows` is for the rest.
 //
 // A row's bits depend on that row alone. Input features are added up in segments of 512, at fixed places, each segment
 // in order, and segments in order. Whether one block goes through all segments, or each is a block's and
 // `add_segments` adds them up, are the same operations; so are all sizes of tiles.
 
 #include "mma.cuh"
+#include "rounding.cuh"
 #include "tiles.cuh"
 #include "weights.cuh"
 
@@ -210,33 +210,6 @@ __device__ __forceinline__ void product(Matrix matrix, const uint16_t* x, const 
     }
 }
 
-/// A row in f16, times the inverse of its scale: a power of two such that its largest magnitude is less than 2^15.
-__device__ __forceinline__ void round_row(const float* x, uint16_t* out, float* scales, int cols, Half) {
-    const size_t start = static_cast<size_t>(blockIdx.x) * padded(cols);
-    float most = 0.0f;
-    follow();
-    for (int i = static_cast<int>(threadIdx.x); i < cols; i += THREADS) most = fmaxf(most, fabsf(x[start + i]));
-    most = block_max<THREADS / WARP>(most);
-    // Numbers' exponents are off by 127. A row of zeros, or one with infinities, stays as it is.
-    const int exponent = static_cast<int>(__float_as_uint(most) >> 23);
-    const int up = exponent == 0 || exponent == 255 ? 127 : min(127 + 127 + 14 - exponent, 253);
-    const float scale = __uint_as_float(static_cast<unsigned>(254 - up) << 23);
-    const float inverse = __uint_as_float(static_cast<unsigned>(up) << 23);
-    for (int i = static_cast<int>(threadIdx.x) * 2; i < padded(cols); i += THREADS * 2) {
-        *reinterpret_cast<unsigned*>(out + start + i) = pair<Half>(x[start + i] * inverse, x[start + i + 1] * inverse);
-    }
-    if (threadIdx.x == 0) scales[blockIdx.x] = scale;
-}
-
-/// A row in bf16.
-__device__ __forceinline__ void round_row(const float* x, uint16_t* out, float*, int cols, Brain) {
-    const size_t start = static_cast<size_t>(blockIdx.x) * padded(cols);
-    follow();
-    for (int i = static_cast<int>(threadIdx.x) * 2; i < padded(cols); i += THREADS * 2) {
-        *reinterpret_cast<unsigned*>(out + start + i) = pair<Brain>(x[start + i], x[start + i + 1]);
-    }
-}
-
 }  // namespace gemm
 
 // product_{size of tiles}_{matrix}: out[r][first + o] = scales[r] (weight[o] . x[r]) + bias[first + o], without scales
@@ -292,7 +265,10 @@ REGISTER(add_segments);
 #define ROUND_ROWS(SUFFIX, T)                                                                                          \
     extern "C" __global__ void __launch_bounds__(gemm::THREADS)                                                        \
         round_rows_##SUFFIX(const float* x, void* out, float* scales, int cols) {                                      \
-        gemm::round_row(x, static_cast<uint16_t*>(out), scales, cols, T{});                                            \
+        follow();                                                                                                      \
+        const float* const row = x + static_cast<size_t>(blockIdx.x) * padded(cols);                                   \
+        RoundedRows<T>(out, scales).template store<gemm::THREADS / WARP>(static_cast<int>(blockIdx.x), cols,           \
+                                                                         [&](int i) { return row[i]; });               \
     }                                                                                                                  \
     REGISTER(round_rows_##SUFFIX)
 

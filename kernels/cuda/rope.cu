@@ -1,6 +1,8 @@
-// Norms and rotates queries and keys, and stores keys and values in their pages.
+// Norms and rotates queries and keys, and stores keys and values in their pages. Steps that only decode have attention
+// do so (attention.cu).
 
 #include "pages.cuh"
+#include "rotation.cuh"
 
 namespace rope {
 
@@ -9,51 +11,26 @@ constexpr int THREADS = WARPS * WARP;
 
 /// A warp takes a head of a row: query heads stay in place, key and value heads go to the cache.
 template <class T>
-__device__ __forceinline__ void rope_and_cache(float* qkv, Rows rows, const float* cos, const float* sin,
-                                               const float* q_norm, const float* k_norm, float eps, Pages<T> pages,
-                                               int heads, int pairs) {
+__device__ __forceinline__ void rope_and_cache(float* qkv, Rows rows, const Rotation& rotation, Pages<T> pages,
+                                               int heads) {
     __shared__ float vectors[WARPS][HEAD_DIM_MAX];
-    const int row = blockIdx.x, head = blockIdx.y * WARPS + warp_id(), lane = lane_id();
+    const int row = blockIdx.x, head = blockIdx.y * WARPS + warp_id();
     const int kv_heads = pages.kv_heads, head_dim = pages.head_dim, position = rows.positions[row];
     const int* const table = rows.block_tables + rows.table_starts[row];
     follow();
     if (position < 0 || head >= heads + 2 * kv_heads) return;
     float* x = qkv + static_cast<size_t>(row) * padded((heads + 2 * kv_heads) * head_dim) + head * head_dim;
     float* vector = vectors[warp_id()];
-    const bool is_query = head < heads, is_value = head >= heads + kv_heads;
-
-    float squares = 0.0f;
-    for (int i = lane; i < head_dim; i += WARP) {
-        vector[i] = x[i];
-        squares = fmaf(vector[i], vector[i], squares);
-    }
-    const float* norm = is_query ? q_norm : k_norm;
-    if (norm && !is_value) {
-        const float scale = 1.0f / sqrtf(warp_sum(squares) / static_cast<float>(head_dim) + eps);
-        for (int i = lane; i < head_dim; i += WARP) vector[i] = vector[i] * scale * norm[i];
-    }
-    __syncwarp();
-
-    T* stored = nullptr;
-    if (is_value) {
-        stored = pages.value(table, position, head - heads - kv_heads);
-    } else if (!is_query) {
-        stored = pages.key(table, position, head - heads);
-    }
-    for (int i = lane; i < head_dim; i += WARP) {
-        float value = vector[i];
-        if (!is_value && i < 2 * pairs) {
-            // Element i turns together with element i + pairs (the half-split convention).
-            const int pair = i % pairs;
-            const float c = cos[static_cast<size_t>(position) * pairs + pair];
-            const float s = sin[static_cast<size_t>(position) * pairs + pair];
-            value = i < pairs ? value * c - vector[i + pairs] * s : value * c + vector[i - pairs] * s;
-        }
-        if (is_query) {
-            x[i] = value;
-        } else {
-            store(stored + i, value);
-        }
+    if (head < heads) {
+        rotation.turn<HEAD_DIM_MAX>(x, rotation.q_norm, position, head_dim, vector,
+                                    [&](int i, float value) { x[i] = value; });
+    } else if (head < heads + kv_heads) {
+        T* const key = pages.key(table, position, head - heads);
+        rotation.turn<HEAD_DIM_MAX>(x, rotation.k_norm, position, head_dim, vector,
+                                    [&](int i, float value) { store(key + i, value); });
+    } else {
+        T* const value = pages.value(table, position, head - heads - kv_heads);
+        for (int i = lane_id(); i < head_dim; i += WARP) store(value + i, x[i]);
     }
 }
 
@@ -67,10 +44,11 @@ __device__ __forceinline__ void rope_and_cache(float* qkv, Rows rows, const floa
 #define ROPE_AND_CACHE(SUFFIX, T)                                                                                      \
     extern "C" __global__ void __launch_bounds__(rope::THREADS) rope_and_cache_##SUFFIX(                               \
         float* qkv, const int* positions, const int* table_starts, const int* block_tables, const float* cos,          \
-        const float* sin, const float* q_norm, const float* k_norm, float eps, void* pages, int heads, int kv_heads,   \
-        int head_dim, int block_size, int pairs) {                                                                     \
-        rope::rope_and_cache(qkv, Rows{positions, table_starts, block_tables}, cos, sin, q_norm, k_norm, eps,          \
-                             Pages<T>{static_cast<T*>(pages), kv_heads, head_dim, block_size}, heads, pairs);          \
+        const float* sin, int pairs, const float* q_norm, const float* k_norm, float eps, void* pages, int heads,      \
+        int kv_heads, int head_dim, int block_size) {                                                                  \
+        rope::rope_and_cache(qkv, Rows{positions, table_starts, block_tables},                                         \
+                             Rotation{cos, sin, pairs, q_norm, k_norm, eps},                                           \
+                             Pages<T>{static_cast<T*>(pages), kv_heads, head_dim, block_size}, heads);                 \
     }                                                                                                                  \
     REGISTER(rope_and_cache_##SUFFIX)
 

@@ -50,6 +50,30 @@ __device__ __forceinline__ void clear(unsigned& word) {
 #endif
 }
 
+/// Words of shared memory in place of others, if that is wanted: in the registers where those are, one by one. (The
+/// compiler would make one store of several that exclude each other, and keep the registers in memory for it.)
+__device__ __forceinline__ void replace(uint4& words, const void* shared, bool wanted) {
+#ifdef __CUDACC__
+    asm volatile("{ .reg .pred p; setp.ne.u32 p, %4, 0; @p ld.shared.v4.u32 {%0, %1, %2, %3}, [%5]; }"
+                 : "+r"(words.x), "+r"(words.y), "+r"(words.z), "+r"(words.w)
+                 : "r"(static_cast<unsigned>(wanted)), "r"(static_cast<unsigned>(__cvta_generic_to_shared(shared)))
+                 : "memory");
+#else
+    if (wanted) words = *static_cast<const uint4*>(shared);
+#endif
+}
+
+__device__ __forceinline__ void replace(uint2& words, const void* shared, bool wanted) {
+#ifdef __CUDACC__
+    asm volatile("{ .reg .pred p; setp.ne.u32 p, %2, 0; @p ld.shared.v2.u32 {%0, %1}, [%3]; }"
+                 : "+r"(words.x), "+r"(words.y)
+                 : "r"(static_cast<unsigned>(wanted)), "r"(static_cast<unsigned>(__cvta_generic_to_shared(shared)))
+                 : "memory");
+#else
+    if (wanted) words = *static_cast<const uint2*>(shared);
+#endif
+}
+
 /// Half of eight elements whose bits are in `raw`, 16 bytes (Half or Brain) or 32 (float).
 __device__ __forceinline__ void four_of(const uint4 (&raw)[2], int half, float (&to)[4], float) {
     const uint4 bits = raw[half];
@@ -86,6 +110,13 @@ struct Streamed<Floats<T>> {
 #pragma unroll
         for (uint4& bits : raw.bits) ::clear(bits.x), ::clear(bits.y), ::clear(bits.z), ::clear(bits.w);
     }
+    /// Eight elements of shared memory in its place, if that is wanted.
+    __device__ __forceinline__ static void replace(Raw& raw, const T* shared, bool wanted) {
+#pragma unroll
+        for (int i = 0; i < static_cast<int>(sizeof(T) / 2); i++) {
+            ::replace(raw.bits[i], reinterpret_cast<const uint4*>(shared) + i, wanted);
+        }
+    }
     /// The first or second half of them.
     __device__ __forceinline__ static void unpack(const Raw& raw, int half, float (&to)[4]) {
         four_of(raw.bits, half, to, T());
@@ -101,6 +132,9 @@ struct Streamed<Floats<Quarter>> {
         return {stream8(matrix.values + start + at)};
     }
     __device__ __forceinline__ static void clear(Raw& raw) { ::clear(raw.bits.x), ::clear(raw.bits.y); }
+    __device__ __forceinline__ static void replace(Raw& raw, const Quarter* shared, bool wanted) {
+        ::replace(raw.bits, shared, wanted);
+    }
     __device__ __forceinline__ static void unpack(const Raw& raw, int half, float (&to)[4]) {
         const unsigned four = half ? raw.bits.y : raw.bits.x;
         const unsigned low = halves_of(static_cast<uint16_t>(four)), high = halves_of(four >> 16);

@@ -1,5 +1,5 @@
 // Products with f16 and bf16 weights for more than 16 rows, on devices that have wgmma (compute capability 9.0): what
-// gemm.cu is to the others. Rows are rounded to what the weights are by the same kernel, and the sums of segments that
+// gemm.cu is to the others. Rows are rounded to what the weights are by the same kernels, and the sums of segments that
 // are computed side by side added up by the same kernel.
 //
 // A block computes a tile of 128 features by 64, 128 or 192 rows: features are the rows of a product of wgmma, which

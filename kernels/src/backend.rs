@@ -1,4 +1,6 @@
-use crate::{Batch, KernelError, KvLayout, KvPages, Matrix, Residual, RmsNorm, RopeTable, SampleRow, Sampled};
+use crate::{
+    Batch, KernelError, KvLayout, KvPages, Matrix, Projection, Residual, RmsNorm, RopeTable, SampleRow, Sampled,
+};
 
 /// The heads of one attention layer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -32,6 +34,21 @@ pub struct QkNorm<'a, V> {
     pub k: &'a V,
     /// Added to the mean square.
     pub eps: f32,
+}
+
+/// Attention of a layer: what is done with queries, keys and values, and with what comes of them.
+#[derive(Debug)]
+pub struct Attention<'a, L, V, R> {
+    /// Its heads.
+    pub shape: AttentionShape,
+    /// What scores are multiplied by.
+    pub scale: f32,
+    /// Norms of heads, if there are such.
+    pub norm: Option<QkNorm<'a, V>>,
+    /// How heads are rotated.
+    pub rope: &'a R,
+    /// The product behind it.
+    pub output: Projection<'a, L, V>,
 }
 
 /// What a rehearsal ([`Backend::rehearse`]) left behind.
@@ -226,6 +243,43 @@ pub trait Backend: Send + 'static {
     ) {
         self.norm_linear(residual, norm, weight, bias, gate_up);
         self.silu_mul(gate_up, out);
+    }
+
+    /// `residual[t] += down · (silu(gate) * up) + bias`, gate and up the halves of `gate_up · rms_norm(residual[t]) +
+    /// bias`, to be followed by a norm. What `residual.normed` and the buffers, of `[tokens, 2 × ffn]` and of
+    /// `[tokens, ffn]`, hold afterwards is unspecified.
+    fn add_mlp(
+        &mut self,
+        residual: &mut Residual<Self::Activations>,
+        norm: RmsNorm<'_, Self::Vector>,
+        gate_up: Projection<'_, Self::Linear, Self::Vector>,
+        down: Projection<'_, Self::Linear, Self::Vector>,
+        [both, inner]: [&mut Self::Activations; 2],
+    ) {
+        self.norm_linear_silu_mul(residual, norm, gate_up.weight, gate_up.bias, both, inner);
+        self.add_linear(inner, down.weight, down.bias, residual);
+    }
+
+    /// [`Backend::rope_and_cache`] and [`Backend::attention`], then `residual[t] += output · attention[t] + bias`, to be
+    /// followed by a norm. Calls `stored` when keys and values are in the cache, or what stores them is enqueued. What
+    /// `qkv` and `mixed`, of `[tokens, shape.q_width()]`, hold afterwards is unspecified.
+    #[allow(clippy::too_many_arguments, reason = "one fused operation over everything attention needs")]
+    fn add_attention(
+        &mut self,
+        qkv: &mut Self::Activations,
+        attention: Attention<'_, Self::Linear, Self::Vector, Self::Rope>,
+        cache: &mut Self::KvCache,
+        layer: usize,
+        batch: &Batch,
+        mixed: &mut Self::Activations,
+        residual: &mut Residual<Self::Activations>,
+        stored: &mut dyn FnMut(&Self),
+    ) {
+        let Attention { shape, scale, norm, rope, output } = attention;
+        self.rope_and_cache(qkv, shape, norm, rope, cache, layer, batch);
+        stored(self);
+        self.attention(qkv, shape, scale, cache, layer, batch, mixed);
+        self.add_linear(mixed, output.weight, output.bias, residual);
     }
 
     /// `out[i] = x[rows[i]]`.

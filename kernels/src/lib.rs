@@ -20,7 +20,7 @@ mod residual;
 mod rope;
 mod sampling;
 
-pub use backend::{AttentionShape, Backend, DrawsAhead, QkNorm, Rehearsed};
+pub use backend::{Attention, AttentionShape, Backend, DrawsAhead, QkNorm, Rehearsed};
 pub use batch::{Batch, SequenceSpan};
 pub use dtype::{DType, Matrix};
 pub use error::KernelError;
@@ -28,6 +28,6 @@ pub use kv::{KvDType, KvLayout};
 pub use mapped::MappedFile;
 pub use pages::{DeviceRegion, DmaBuf, KvPages, LockedRegion, PageCopies, PageRun, PeerPages};
 pub use region::{KvRegion, RegionShape};
-pub use residual::{Residual, RmsNorm};
+pub use residual::{Projection, Residual, RmsNorm};
 pub use rope::RopeTable;
 pub use sampling::{MAX_TOP_LOGPROBS, RowTask, SampleRow, Sampled, SamplingParams};

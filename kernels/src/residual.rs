@@ -9,6 +9,15 @@ pub struct RmsNorm<'a, V> {
     pub eps: f32,
 }
 
+/// A product's weight, and what is added to each of its rows.
+#[derive(Debug)]
+pub struct Projection<'a, L, V> {
+    /// `[out, in]`.
+    pub weight: &'a L,
+    /// `[out]`.
+    pub bias: Option<&'a V>,
+}
+
 /// The residual stream of a decoder, `[tokens, hidden]`: a sum, and perhaps what is still to be added to it.
 ///
 /// Where the addition is cheapest differs: at the end of the product that makes the addend, if that is the only thing

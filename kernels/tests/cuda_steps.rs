@@ -5,21 +5,25 @@ use engine_cuda_emulated::{Emulated, EmulatedBackend, EmulatedHopper};
 use engine_kernel_suite::steps::{BLOCK_SIZE, BLOCKS, HIDDEN, Layer, ROWS_MAX, SHAPE, VOCABULARY, decode, numbers};
 use engine_kernels::cuda::{CudaBackend, Driver};
 use engine_kernels::{
-    AttentionShape, Backend, Batch, DType, DrawsAhead, KernelError, KvDType, KvLayout, Matrix, QkNorm, Residual,
-    RmsNorm, RopeTable, RowTask, SampleRow, Sampled, SamplingParams,
+    Attention, AttentionShape, Backend, Batch, DType, DrawsAhead, KernelError, KvDType, KvLayout, Matrix, Projection,
+    QkNorm, Residual, RmsNorm, RopeTable, RowTask, SampleRow, Sampled, SamplingParams,
 };
 
 fn device() -> Layer<EmulatedBackend> {
     Layer::new(EmulatedBackend::new(Emulated::default()))
 }
 
-#[test]
-fn a_layer_is_six_kernels_for_up_to_four_rows_that_decode_and_eight_up_to_sixteen() {
+/// Kernels that a decoding step of so many rows takes for a layer whose weights are of this type.
+fn kernels_of_a_layer(dtype: DType, rows: usize) -> u64 {
     const FFN: usize = 40;
     let mut backend = EmulatedBackend::new(Emulated::default());
     let mut weight = |rows: usize, cols: usize| {
-        let bytes: Vec<u8> = numbers(rows * cols, 9).iter().flat_map(|x| x.to_le_bytes()).collect();
-        backend.linear_weight(&[Matrix::new(DType::F32, rows, cols, &bytes).unwrap()]).unwrap()
+        let bytes: Vec<u8> = match dtype {
+            DType::F32 => numbers(rows * cols, 9).iter().flat_map(|x| x.to_le_bytes()).collect(),
+            // Halves, or something near.
+            _ => 0x3f00u16.to_le_bytes().repeat(rows * cols),
+        };
+        backend.linear_weight(&[Matrix::new(dtype, rows, cols, &bytes).unwrap()]).unwrap()
     };
     let (qkv, output) = (weight(SHAPE.qkv_width(), HIDDEN), weight(HIDDEN, SHAPE.q_width()));
     let (gate_up, down) = (weight(2 * FFN, HIDDEN), weight(HIDDEN, FFN));
@@ -32,24 +36,35 @@ fn a_layer_is_six_kernels_for_up_to_four_rows_that_decode_and_eight_up_to_sixtee
     let mut residual = Residual::new(&mut backend, ROWS_MAX, HIDDEN);
     let widths = [SHAPE.qkv_width(), SHAPE.q_width(), 2 * FFN, FFN];
     let [mut projected, mut mixed, mut both, mut inner] = widths.map(|cols| backend.activations(ROWS_MAX, cols));
-    for (rows, kernels) in [(1, 6), (4, 6), (5, 8), (16, 8)] {
-        // Two partitions of keys: they are merged without another kernel.
-        let batch = decode(&vec![200; rows], 0);
-        backend.write(&numbers(rows * HIDDEN, 7), residual.start());
-        backend.driver().synchronize().unwrap();
-        let before = backend.driver().launches();
-        backend.begin(&batch);
-        let rms_norm = || RmsNorm { weight: &norm, eps: 1e-6 };
-        backend.norm_linear(&mut residual, rms_norm(), &qkv, None, &mut projected);
-        let qk_norm = QkNorm { q: &head_norm, k: &head_norm, eps: 1e-6 };
-        backend.rope_and_cache(&mut projected, SHAPE, Some(qk_norm), &rope, &mut cache, 0, &batch);
-        backend.attention(&projected, SHAPE, 0.25, &cache, 0, &batch, &mut mixed);
-        backend.add_linear(&mixed, &output, None, &mut residual);
-        backend.norm_linear_silu_mul(&mut residual, rms_norm(), &gate_up, None, &mut both, &mut inner);
-        backend.add_linear(&inner, &down, None, &mut residual);
-        backend.driver().synchronize().unwrap();
-        assert_eq!(backend.driver().launches() - before, kernels, "{rows} rows");
-    }
+    // Two partitions of keys: they are merged without another kernel.
+    let batch = decode(&vec![200; rows], 0);
+    backend.write(&numbers(rows * HIDDEN, 7), residual.start());
+    backend.driver().synchronize().unwrap();
+    let before = backend.driver().launches();
+    backend.begin(&batch);
+    let rms_norm = || RmsNorm { weight: &norm, eps: 1e-6 };
+    backend.norm_linear(&mut residual, rms_norm(), &qkv, None, &mut projected);
+    let norm = Some(QkNorm { q: &head_norm, k: &head_norm, eps: 1e-6 });
+    let [output, gate_up, down] = [&output, &gate_up, &down].map(|weight| Projection { weight, bias: None });
+    let attention = Attention { shape: SHAPE, scale: 0.25, norm, rope: &rope, output };
+    let mut stored = 0;
+    backend.add_attention(&mut projected, attention, &mut cache, 0, &batch, &mut mixed, &mut residual, &mut |_| {
+        stored += 1
+    });
+    assert_eq!(stored, 1);
+    backend.add_mlp(&mut residual, rms_norm(), gate_up, down, [&mut both, &mut inner]);
+    backend.driver().synchronize().unwrap();
+    backend.driver().launches() - before
+}
+
+#[test]
+fn a_layer_is_five_kernels_for_up_to_four_rows_that_decode_seven_up_to_sixteen_and_eight_beyond() {
+    let of = |dtype| [1, 4, 5, 16, 17, ROWS_MAX].map(|rows| kernels_of_a_layer(dtype, rows));
+    assert_eq!(of(DType::F32), [5, 5, 7, 7, 8, 8]);
+    // Whatever makes activations rounds them,
+    assert_eq!(of(DType::BF16), [5, 5, 7, 7, 8, 8]);
+    // but attention does not see the whole row that a scale of f16 is for.
+    assert_eq!(of(DType::F16), [5, 5, 7, 7, 9, 9]);
 }
 
 #[test]

@@ -1,4 +1,4 @@
-use engine_kernels::{AttentionShape, Backend, Batch, QkNorm, Rehearsed, Residual, RmsNorm};
+use engine_kernels::{Attention, AttentionShape, Backend, Batch, Projection, QkNorm, Rehearsed, Residual, RmsNorm};
 
 use crate::weights::{Loader, WeightSource};
 use crate::{ForwardLimits, LoadReport, Model, ModelConfig, ModelError, rope};
@@ -170,19 +170,20 @@ impl<B: Backend> Decoder<B> {
                 let rms_norm = RmsNorm { weight: &layer.attention_norm, eps };
                 backend.norm_linear(&mut b.residual, rms_norm, &layer.qkv, layer.qkv_bias.as_ref(), &mut b.qkv);
                 let qk_norm = layer.q_norm.as_ref().zip(layer.k_norm.as_ref()).map(|(q, k)| QkNorm { q, k, eps });
-                backend.rope_and_cache(&mut b.qkv, shape, qk_norm, rope, cache, index, batch);
-                if !backend.is_recording() {
-                    layer_done(index);
-                    layers_done = index + 1;
-                }
-                backend.attention(&b.qkv, shape, scale, cache, index, batch, &mut b.attention);
-                backend.add_linear(&b.attention, &layer.output, layer.output_bias.as_ref(), &mut b.residual);
+                let output = Projection { weight: &layer.output, bias: layer.output_bias.as_ref() };
+                let attention = Attention { shape, scale, norm: qk_norm, rope, output };
+                let (qkv, mixed, residual) = (&mut b.qkv, &mut b.attention, &mut b.residual);
+                backend.add_attention(qkv, attention, cache, index, batch, mixed, residual, &mut |backend| {
+                    if !backend.is_recording() {
+                        layer_done(index);
+                        layers_done = index + 1;
+                    }
+                });
 
                 let rms_norm = RmsNorm { weight: &layer.mlp_norm, eps };
-                let bias = layer.gate_up_bias.as_ref();
-                let (gate_up, mlp) = (&mut b.gate_up, &mut b.mlp);
-                backend.norm_linear_silu_mul(&mut b.residual, rms_norm, &layer.gate_up, bias, gate_up, mlp);
-                backend.add_linear(&b.mlp, &layer.down, layer.down_bias.as_ref(), &mut b.residual);
+                let gate_up = Projection { weight: &layer.gate_up, bias: layer.gate_up_bias.as_ref() };
+                let down = Projection { weight: &layer.down, bias: layer.down_bias.as_ref() };
+                backend.add_mlp(&mut b.residual, rms_norm, gate_up, down, [&mut b.gate_up, &mut b.mlp]);
             }
             backend.norm(&mut b.residual, RmsNorm { weight: norm, eps });
         });

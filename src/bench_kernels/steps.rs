@@ -2,7 +2,7 @@
 
 use anyhow::Result;
 use engine_kernels::cuda::Driver;
-use engine_kernels::{Backend, Batch, KvDType, KvLayout, QkNorm, Residual, RmsNorm};
+use engine_kernels::{Attention, Backend, Batch, KvDType, KvLayout, Projection, QkNorm, Residual, RmsNorm};
 
 use super::Shape;
 use super::clock::{Clock, filled};
@@ -102,14 +102,22 @@ fn step(clock: &mut Clock, shape: &Shape, model: &Model, sequences: usize, conte
             let rms_norm = || RmsNorm { weight: &model.norm, eps: 1e-6 };
             for layer in 0..layers {
                 backend.norm_linear(&mut residual, rms_norm(), model.qkv.of(layer), None, &mut qkv);
-                let norm = QkNorm { q: &model.head_norm, k: &model.head_norm, eps: 1e-6 };
-                let pages = layer % caches;
-                backend.rope_and_cache(&mut qkv, heads, Some(norm), &model.rope, &mut cache, pages, &batch);
-                backend.attention(&qkv, heads, scale, &cache, pages, &batch, &mut mixed);
-                backend.add_linear(&mixed, model.output.of(layer), None, &mut residual);
-                let weight = model.gate_up.of(layer);
-                backend.norm_linear_silu_mul(&mut residual, rms_norm(), weight, None, &mut gate_up, &mut inner);
-                backend.add_linear(&inner, model.down.of(layer), None, &mut residual);
+                let weights = [&model.output, &model.gate_up, &model.down];
+                let [output, first, second] = weights.map(|w| Projection { weight: w.of(layer), bias: None });
+                let norm = Some(QkNorm { q: &model.head_norm, k: &model.head_norm, eps: 1e-6 });
+                let attention = Attention { shape: heads, scale, norm, rope: &model.rope, output };
+                let (pages, stored) = (layer % caches, &mut |_: &_| ());
+                backend.add_attention(
+                    &mut qkv,
+                    attention,
+                    &mut cache,
+                    pages,
+                    &batch,
+                    &mut mixed,
+                    &mut residual,
+                    stored,
+                );
+                backend.add_mlp(&mut residual, rms_norm(), first, second, [&mut gate_up, &mut inner]);
             }
             backend.norm(&mut residual, rms_norm());
             backend.linear(residual.normed(), model.head.of(0), None, &mut logits);

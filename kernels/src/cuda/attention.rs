@@ -3,8 +3,9 @@
 
 use super::backend::{CudaBackend, THREADS, address_of};
 use super::buffer::{Activations, Buffer, KvCache, Rope, Vector};
-use super::driver::{Address, Driver};
+use super::driver::{Address, Arg, Driver};
 use super::hopper_attention::HopperAttention;
+use super::plan::Plan;
 use super::stream::Stream;
 use crate::{AttentionShape, Batch, KvDType, KvLayout, QkNorm};
 
@@ -113,6 +114,17 @@ fn prefill_kernel(layout: &KvLayout) -> Option<&'static str> {
     }
 }
 
+/// What `attention` is told of queries, keys and values that are where they belong.
+const NO_ROTATION: [Arg; 6] = {
+    let none = Arg::Pointer(Address::NULL);
+    [none, none, Arg::Int(0), none, none, Arg::Float(0.0)]
+};
+
+/// Whether all rows of the step are computed as those that decode.
+pub(super) fn decodes_all(plan: &Plan, layout: &KvLayout) -> bool {
+    plan.shape().tiles == 0 || prefill_kernel(layout).is_none()
+}
+
 impl<D: Driver> CudaBackend<D> {
     #[allow(clippy::too_many_arguments, reason = "as Backend::rope_and_cache has them")]
     pub(super) fn enqueue_rope_and_cache(
@@ -127,44 +139,59 @@ impl<D: Driver> CudaBackend<D> {
     ) {
         assert_eq!(qkv.cols, shape.qkv_width(), "columns of queries, keys and values");
         self.check_plan(qkv.rows, batch);
-        assert!((self.plan.position_max() as usize) < rope.positions, "positions within the rotation table");
         let AttentionShape { heads, kv_heads, head_dim } = shape;
         let planned = self.plan.shape();
+        let [cos, sin, pairs, q_norm, k_norm, eps] = self.rotation(norm, rope);
         let args = [
             qkv.address().into(),
             self.planned(planned.positions()),
             self.planned(planned.table_starts()),
             self.planned(planned.block_tables()),
-            rope.cos.address().into(),
-            rope.sin.address().into(),
-            address_of(norm.as_ref().map(|norm| norm.q)),
-            address_of(norm.as_ref().map(|norm| norm.k)),
-            norm.map_or(0.0, |norm| norm.eps).into(),
+            cos,
+            sin,
+            pairs,
+            q_norm,
+            k_norm,
+            eps,
             cache.layer(layer).into(),
             heads.into(),
             kv_heads.into(),
             head_dim.into(),
             cache.layout.block_size.into(),
-            rope.pairs.into(),
         ];
         let kernels = ["rope_and_cache_f32", "rope_and_cache_f16", "rope_and_cache_bf16", "rope_and_cache_f8"];
         let grid = [qkv.computed_rows(), (heads + 2 * kv_heads).div_ceil(4), 1];
         self.stream.launch(of_type(kernels, cache.layout.dtype), grid, THREADS, &args);
     }
 
+    /// What kernels are told of it: `Rotation` of `kernels/cuda/rotation.cuh`.
+    pub(super) fn rotation(&self, norm: Option<QkNorm<'_, Vector<D>>>, rope: &Rope<D>) -> [Arg; 6] {
+        assert!((self.plan.position_max() as usize) < rope.positions, "positions within the rotation table");
+        [
+            rope.cos.address().into(),
+            rope.sin.address().into(),
+            rope.pairs.into(),
+            address_of(norm.as_ref().map(|norm| norm.q)),
+            address_of(norm.as_ref().map(|norm| norm.k)),
+            norm.map_or(0.0, |norm| norm.eps).into(),
+        ]
+    }
+
+    /// With a rotation, of a step that only decodes, of what `rope_and_cache` has not seen, in its stead. To f32, or
+    /// rounded to bf16, of which the other is no address; rounded if [`decodes_all`] says so.
     #[allow(clippy::too_many_arguments, reason = "as Backend::attention has them")]
     pub(super) fn enqueue_attention(
         &mut self,
         qkv: &Activations<D>,
         shape: AttentionShape,
         scale: f32,
+        rotation: Option<[Arg; 6]>,
         cache: &KvCache<D>,
         layer: usize,
         batch: &Batch,
-        out: &mut Activations<D>,
+        [out, rounded]: [Address; 2],
     ) {
-        assert!(qkv.cols == shape.qkv_width() && out.cols == shape.q_width(), "columns of queries, keys and values");
-        out.set_rows(batch.tokens.len());
+        assert_eq!(qkv.cols, shape.qkv_width(), "columns of queries, keys and values");
         self.check_plan(qkv.rows, batch);
         let AttentionShape { heads, kv_heads, head_dim } = shape;
         let slots = self.plan.slots();
@@ -174,12 +201,19 @@ impl<D: Driver> CudaBackend<D> {
         }
         let [partials, arrived] = self.partials.as_ref().map_or([Address::NULL; 2], Partials::addresses);
         let planned = self.plan.shape();
+        let [cos, sin, pairs, q_norm, k_norm, eps] = rotation.unwrap_or(NO_ROTATION);
         let args = [
             qkv.address().into(),
             self.planned(planned.positions()),
             self.planned(planned.table_starts()),
             self.planned(planned.block_tables()),
             self.planned(planned.items()),
+            cos,
+            sin,
+            pairs,
+            q_norm,
+            k_norm,
+            eps,
             cache.layer(layer).into(),
             heads.into(),
             kv_heads.into(),
@@ -188,7 +222,8 @@ impl<D: Driver> CudaBackend<D> {
             scale.into(),
             partials.into(),
             arrived.into(),
-            out.address().into(),
+            out.into(),
+            rounded.into(),
         ];
         let (kernel, at_a_time) = kernel(shape, cache.layout.dtype);
         let tiled = prefill_kernel(&cache.layout);
@@ -200,7 +235,7 @@ impl<D: Driver> CudaBackend<D> {
         let pages = cache.layer(layer);
         let plan = [planned.positions(), planned.table_starts(), planned.block_tables(), planned.tiles()];
         let [positions, table_starts, block_tables, tiles] = plan.map(|word| self.planned(word));
-        let [qkv, block_size, out] = [qkv.address().into(), cache.layout.block_size.into(), out.address().into()];
+        let [qkv, block_size, out] = [qkv.address().into(), cache.layout.block_size.into(), out.into()];
         let [heads, kv_heads, scale] = [heads.into(), kv_heads.into(), scale.into()];
         if let Some(hopper) = HopperAttention::of(&cache.layout).filter(|_| self.wgmma) {
             let args = [qkv, positions, table_starts, block_tables, tiles, heads, kv_heads, block_size, scale, out];

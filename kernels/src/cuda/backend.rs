@@ -6,16 +6,17 @@ use super::driver::{Address, Arg, Driver};
 use super::graphs::Graphs;
 use super::plan::Plan;
 use super::product::Products;
+use super::rounded::Rounding;
 use super::sample::Sampler;
 use super::skinny::{self, Skinny, Then};
 use super::stream::Stream;
 use crate::{
-    AttentionShape, Backend, Batch, DeviceRegion, DrawsAhead, KernelError, KvLayout, KvPages, Matrix, QkNorm,
-    Rehearsed, Residual, RmsNorm, RopeTable, SampleRow, Sampled,
+    Attention, AttentionShape, Backend, Batch, DeviceRegion, DrawsAhead, KernelError, KvLayout, KvPages, Matrix,
+    Projection, QkNorm, Rehearsed, Residual, RmsNorm, RopeTable, SampleRow, Sampled,
 };
 
 /// Threads of a block of the row-wise kernels (`kernels/cuda/rowwise.cu`).
-const ROWWISE_THREADS: usize = 256;
+pub(super) const ROWWISE_THREADS: usize = 256;
 /// Threads of a block of the other kernels.
 pub(super) const THREADS: usize = 128;
 /// What allocations that other processes open are a multiple of.
@@ -36,7 +37,7 @@ pub struct CudaBackend<D: Driver> {
     pub(super) step: Staged<D>,
     selected: Staged<D>,
     pub(super) sampler: Sampler<D>,
-    products: Products<D>,
+    pub(super) products: Products<D>,
     /// Whether prompts' attention goes by wgmma where it can; `products` knows it of itself.
     pub(super) wgmma: bool,
     /// Made when heads are known.
@@ -87,20 +88,6 @@ impl<D: Driver> CudaBackend<D> {
     /// Where a part of the step's plan starts on the device.
     pub(super) fn planned(&self, word: usize) -> Arg {
         self.step.address().offset(word * size_of::<i32>()).into()
-    }
-
-    /// The sum and its norm, if products take that by themselves; otherwise it is taken now.
-    fn normed<'a>(
-        &mut self,
-        residual: &'a mut Residual<Activations<D>>,
-        norm: RmsNorm<'a, Vector<D>>,
-    ) -> Option<(&'a Activations<D>, RmsNorm<'a, Vector<D>>)> {
-        if residual.is_owed || residual.sum.computed_rows() > skinny::NORMED_ROWS_MAX {
-            self.norm(residual, norm);
-            return None;
-        }
-        assert_eq!(residual.sum.cols, norm.weight.len, "columns of a norm");
-        Some((&residual.sum, norm))
     }
 
     pub(super) fn check_plan(&self, rows: usize, batch: &Batch) {
@@ -260,28 +247,30 @@ impl<D: Driver> Backend for CudaBackend<D> {
         if rows <= skinny::ROWS_MAX {
             return Skinny { x, norm: None, weight, bias, then: Then::Store }.enqueue(&self.stream, out);
         }
-        if self.products.reserve(&self.stream, x, weight) {
-            self.graphs.clear();
-        }
-        for part in &weight.parts {
-            if Products::<D>::takes(part.form) {
-                self.products.enqueue(&self.stream, x, part, address_of(bias), out);
+        self.make_room_for(rows, weight);
+        for alike in weight.parts.chunk_by(|a, b| Rounding::of(a.form) == Rounding::of(b.form)) {
+            if let Some(rounding) = Rounding::of(alike[0].form) {
+                let rounded = self.products.next(rounding, rows, x.cols);
+                rounded.round(&self.stream, x);
+                alike.iter().for_each(|part| self.products.multiply(&self.stream, &rounded, part, bias, out));
                 continue;
             }
-            let args = [
-                part.values.address().into(),
-                part.scales.address().into(),
-                x.address().into(),
-                address_of(bias),
-                out.address().into(),
-                rows.into(),
-                weight.cols.into(),
-                part.rows.into(),
-                out.cols.into(),
-                part.first.into(),
-            ];
-            let grid = [part.rows.div_ceil(64), rows.div_ceil(32), 1];
-            self.stream.launch("tiled_f32", grid, THREADS, &args);
+            for part in alike {
+                let args = [
+                    part.values.address().into(),
+                    part.scales.address().into(),
+                    x.address().into(),
+                    address_of(bias),
+                    out.address().into(),
+                    rows.into(),
+                    weight.cols.into(),
+                    part.rows.into(),
+                    out.cols.into(),
+                    part.first.into(),
+                ];
+                let grid = [part.rows.div_ceil(64), rows.div_ceil(32), 1];
+                self.stream.launch("tiled_f32", grid, THREADS, &args);
+            }
         }
     }
 
@@ -292,12 +281,7 @@ impl<D: Driver> Backend for CudaBackend<D> {
         bias: Option<&Vector<D>>,
         residual: &mut Residual<Activations<D>>,
     ) {
-        if x.computed_rows() > skinny::ROWS_MAX || residual.is_owed {
-            return self.linear(x, weight, bias, residual.delta());
-        }
-        let sum = &residual.sum;
-        assert!(x.cols == weight.cols && sum.cols == weight.rows && sum.rows == x.rows, "features of the weight");
-        Skinny { x, norm: None, weight, bias, then: Then::Add }.enqueue(&self.stream, sum);
+        self.enqueue_add_linear(x, weight, bias, residual);
     }
 
     fn norm_linear(
@@ -308,12 +292,7 @@ impl<D: Driver> Backend for CudaBackend<D> {
         bias: Option<&Vector<D>>,
         out: &mut Activations<D>,
     ) {
-        let Some((x, norm)) = self.normed(residual, norm) else {
-            return self.linear(&residual.normed, weight, bias, out);
-        };
-        assert!(x.cols == weight.cols && out.cols == weight.rows, "features of the weight");
-        out.set_rows(x.rows);
-        Skinny { x, norm: Some(norm), weight, bias, then: Then::Store }.enqueue(&self.stream, out);
+        self.enqueue_norm_linear(residual, norm, weight, bias, out);
     }
 
     fn norm_linear_silu_mul(
@@ -325,17 +304,32 @@ impl<D: Driver> Backend for CudaBackend<D> {
         gate_up: &mut Activations<D>,
         out: &mut Activations<D>,
     ) {
-        if weight.parts.len() > 1 || residual.sum.computed_rows() > skinny::ROWS_MAX {
-            self.norm_linear(residual, norm, weight, bias, gate_up);
-            return self.silu_mul(gate_up, out);
-        }
-        let (x, norm) = match self.normed(residual, norm) {
-            Some((x, norm)) => (x, Some(norm)),
-            None => (&residual.normed, None),
-        };
-        assert!(x.cols == weight.cols && 2 * out.cols == weight.rows, "features of the weight");
-        out.set_rows(x.rows);
-        Skinny { x, norm, weight, bias, then: Then::Gate }.enqueue(&self.stream, out);
+        self.enqueue_norm_linear_silu_mul(residual, norm, weight, bias, gate_up, out);
+    }
+
+    fn add_mlp(
+        &mut self,
+        residual: &mut Residual<Activations<D>>,
+        norm: RmsNorm<'_, Vector<D>>,
+        gate_up: Projection<'_, Linear<D>, Vector<D>>,
+        down: Projection<'_, Linear<D>, Vector<D>>,
+        buffers: [&mut Activations<D>; 2],
+    ) {
+        self.enqueue_add_mlp(residual, norm, gate_up, down, buffers);
+    }
+
+    fn add_attention(
+        &mut self,
+        qkv: &mut Activations<D>,
+        attention: Attention<'_, Linear<D>, Vector<D>, Rope<D>>,
+        cache: &mut KvCache<D>,
+        layer: usize,
+        batch: &Batch,
+        mixed: &mut Activations<D>,
+        residual: &mut Residual<Activations<D>>,
+        stored: &mut dyn FnMut(&Self),
+    ) {
+        self.enqueue_add_attention(qkv, attention, cache, layer, batch, mixed, residual, stored);
     }
 
     fn rope_and_cache(
@@ -361,7 +355,9 @@ impl<D: Driver> Backend for CudaBackend<D> {
         batch: &Batch,
         out: &mut Activations<D>,
     ) {
-        self.enqueue_attention(qkv, shape, scale, cache, layer, batch, out);
+        assert_eq!(out.cols, shape.q_width(), "columns of attention's output");
+        out.set_rows(batch.tokens.len());
+        self.enqueue_attention(qkv, shape, scale, None, cache, layer, batch, [out.address(), Address::NULL]);
     }
 
     fn silu_mul(&mut self, gate_up: &Activations<D>, out: &mut Activations<D>) {

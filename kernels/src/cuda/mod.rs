@@ -19,6 +19,8 @@ mod mover;
 mod moving;
 mod plan;
 mod product;
+mod residual;
+mod rounded;
 mod sample;
 mod skinny;
 mod stream;

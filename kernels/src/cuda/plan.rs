@@ -98,6 +98,11 @@ impl Plan {
         self.position_max
     }
 
+    /// Whether all sequences compute a single token, so that no row reads what another writes.
+    pub(super) fn decodes(&self) -> bool {
+        self.decodes
+    }
+
     /// Whether it pays to record such a step: the shapes of decoding come again and again.
     pub(super) fn is_recordable(&self) -> bool {
         self.decodes && (1..=RECORDED_ROWS_MAX).contains(&self.tokens)

@@ -1,8 +1,10 @@
 //! Products on tensor cores (`kernels/cuda/gemm.cu` and `wide.cu`): which tiles, what memory they need besides, and
 //! their launches.
 
-use super::buffer::{Activations, Buffer, Linear, Part};
+use super::backend::address_of;
+use super::buffer::{Activations, Buffer, Linear, Part, Vector};
 use super::driver::{Address, Arg, Driver};
+use super::rounded::{Rounded, Rounding};
 use super::stream::Stream;
 use super::weight::Form;
 use super::wide;
@@ -76,35 +78,28 @@ fn sums_bytes(smallest: Tile, rows: usize, cols: usize, features: usize) -> usiz
     }
 }
 
-/// Names of the kernels for one form of weights.
-struct Kernels {
-    round_rows: &'static str,
-    /// For each of [`TILES`].
-    products: [&'static str; 3],
-}
+/// Names of the kernels for one form of weights, for each of [`TILES`].
+type Kernels = [&'static str; 3];
 
 /// Those of a form that tensor cores take.
 const fn kernels(form: Form) -> Option<&'static Kernels> {
     macro_rules! named {
-        ($suffix:literal, $rounded:literal) => {
-            Some(&Kernels {
-                round_rows: concat!("round_rows_", $rounded),
-                products: [
-                    concat!("product_large_", $suffix),
-                    concat!("product_medium_", $suffix),
-                    concat!("product_small_", $suffix),
-                ],
-            })
+        ($suffix:literal) => {
+            Some(&[
+                concat!("product_large_", $suffix),
+                concat!("product_medium_", $suffix),
+                concat!("product_small_", $suffix),
+            ])
         };
     }
     match form {
         Form::F32 => None,
-        Form::F16 => named!("f16", "f16"),
-        Form::BF16 => named!("bf16", "bf16"),
-        Form::Nibbles => named!("nibbles", "f16"),
-        Form::Bytes => named!("bytes", "f16"),
-        Form::FineBytes => named!("fine_bytes", "f16"),
-        Form::F8 => named!("f8", "f16"),
+        Form::F16 => named!("f16"),
+        Form::BF16 => named!("bf16"),
+        Form::Nibbles => named!("nibbles"),
+        Form::Bytes => named!("bytes"),
+        Form::FineBytes => named!("fine_bytes"),
+        Form::F8 => named!("f8"),
     }
 }
 
@@ -138,7 +133,7 @@ impl<D: Driver> Scratch<D> {
 
 /// What products on tensor cores need besides their operands.
 pub(super) struct Products<D: Driver> {
-    /// Activations rounded to 16 bits, behind a scale for each row.
+    /// The activations of the next product, rounded.
     rounded: Scratch<D>,
     /// Sums of segments until they are added up.
     segments: Scratch<D>,
@@ -148,11 +143,7 @@ pub(super) struct Products<D: Driver> {
 
 /// What a product is made of.
 pub(super) struct Operands<'a, D: Driver> {
-    /// Activations as the weights are, `[rows, cols]`, and a scale for each row where there are such.
-    pub(super) rounded: Address,
-    pub(super) scales: Address,
-    pub(super) rows: usize,
-    pub(super) cols: usize,
+    pub(super) x: &'a Rounded,
     pub(super) part: &'a Part<D>,
     pub(super) bias: Arg,
     pub(super) out: &'a Activations<D>,
@@ -175,48 +166,35 @@ impl<D: Driver> Products<D> {
         self.wgmma && wide::kernels(form).is_some()
     }
 
-    /// Whether products with such weights are computed here.
-    pub(super) fn takes(form: Form) -> bool {
-        kernels(form).is_some()
-    }
-
-    /// Makes room for the product of `x` with `weight`, and for those of fewer rows. Whether something lies elsewhere
-    /// now, so that what was recorded is void.
-    pub(super) fn reserve(&mut self, stream: &Stream<D>, x: &Activations<D>, weight: &Linear<D>) -> bool {
-        let rows = x.computed_rows();
-        let parts = weight.parts.iter().filter(|part| Self::takes(part.form));
+    /// Makes room for products of so many rows, or fewer, with `weight`. Whether something lies elsewhere now, so that
+    /// what was recorded is void.
+    pub(super) fn reserve(&mut self, stream: &Stream<D>, rows: usize, weight: &Linear<D>) -> bool {
+        let parts = weight.parts.iter().filter(|part| Rounding::of(part.form).is_some());
         let smallest = |part: &Part<D>| if self.is_wide(part.form) { wide::SMALLEST } else { SMALLEST };
         let sums = parts.map(|part| sums_bytes(smallest(part), rows, weight.cols, part.rows));
         let Some(sums) = sums.max() else { return false };
-        let rounded = Self::scales_bytes(rows) + rows * x.stride() * size_of::<u16>();
         // Not short-circuited: both have to grow.
-        self.rounded.reserve(stream, rounded) | self.segments.reserve(stream, sums)
+        self.rounded.reserve(stream, Rounded::bytes(rows, weight.cols)) | self.segments.reserve(stream, sums)
     }
 
-    /// Scales come first; what follows them is aligned.
-    fn scales_bytes(rows: usize) -> usize {
-        (rows * size_of::<f32>()).next_multiple_of(16)
+    /// Where the next product's activations go. Room was made first.
+    pub(super) fn next(&self, rounding: Rounding, rows: usize, cols: usize) -> Rounded {
+        Rounded::at(self.rounded.address(), rounding, rows, cols)
     }
 
-    /// Enqueues the product with one part of a weight. Room was made first.
-    pub(super) fn enqueue(
+    /// Enqueues the product of `x` with one part of a weight that takes it. Room was made first.
+    pub(super) fn multiply(
         &self,
         stream: &Stream<D>,
-        x: &Activations<D>,
+        x: &Rounded,
         part: &Part<D>,
-        bias: Arg,
+        bias: Option<&Vector<D>>,
         out: &Activations<D>,
     ) {
         let Some(kernels) = kernels(part.form) else { return };
-        let rows = x.computed_rows();
-        let scales = self.rounded.address();
-        let rounded = scales.offset(Self::scales_bytes(rows));
-        let args = [x.address().into(), rounded.into(), scales.into(), x.cols.into()];
-        stream.launch(kernels.round_rows, [rows, 1, 1], THREADS, &args);
-        // bf16 has the range of f32.
-        let scales = if part.form == Form::BF16 { Address::NULL } else { scales };
+        assert!(Rounding::of(part.form) == Some(x.rounding), "what was rounded for these weights");
         let segments = self.segments.address();
-        let operands = Operands { rounded, scales, rows, cols: x.cols, part, bias, out, segments };
+        let operands = Operands { x, part, bias: address_of(bias), out, segments };
         let count = match wide::kernels(part.form) {
             Some(kernels) if self.wgmma => wide::multiply(stream, kernels, &operands),
             _ => multiply(stream, kernels, &operands),
@@ -224,40 +202,40 @@ impl<D: Driver> Products<D> {
         if count > 1 {
             let args = [
                 segments.into(),
-                scales.into(),
-                bias,
+                x.scales.into(),
+                operands.bias,
                 out.address().into(),
-                rows.into(),
+                x.rows.into(),
                 count.into(),
                 part.rows.into(),
                 out.cols.into(),
                 part.first.into(),
             ];
-            stream.launch("add_segments", [part.rows.div_ceil(THREADS), rows, 1], THREADS, &args);
+            stream.launch("add_segments", [part.rows.div_ceil(THREADS), x.rows, 1], THREADS, &args);
         }
     }
 }
 
 /// Enqueues a product by the kernels of `gemm.cu`. How many segments are left to be added up, if not 1.
 fn multiply<D: Driver>(stream: &Stream<D>, kernels: &Kernels, operands: &Operands<'_, D>) -> usize {
-    let Operands { rounded, scales, rows, cols, part, bias, out, segments } = *operands;
-    let cut = Cut::of(rows, cols, part.rows);
+    let Operands { x, part, bias, out, segments } = *operands;
+    let cut = Cut::of(x.rows, x.cols, part.rows);
     let args = [
         part.values.address().into(),
         part.scales.address().into(),
-        rounded.into(),
-        scales.into(),
+        x.values.into(),
+        x.scales.into(),
         bias,
         out.address().into(),
         segments.into(),
-        rows.into(),
-        cols.into(),
+        x.rows.into(),
+        x.cols.into(),
         part.rows.into(),
         out.cols.into(),
         part.first.into(),
     ];
-    let grid = [cut.tile.blocks(rows, part.rows), 1, cut.segments];
-    stream.launch(kernels.products[cut.tile.kernel], grid, cut.tile.threads, &args);
+    let grid = [cut.tile.blocks(x.rows, part.rows), 1, cut.segments];
+    stream.launch(kernels[cut.tile.kernel], grid, cut.tile.threads, &args);
     cut.segments
 }
 

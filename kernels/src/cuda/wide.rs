@@ -44,22 +44,23 @@ pub(super) fn cut(rows: usize, cols: usize, features: usize) -> Cut {
 
 /// Enqueues a product. How many segments are left to be added up, if not 1.
 pub(super) fn multiply<D: Driver>(stream: &Stream<D>, kernels: &Kernels, operands: &Operands<'_, D>) -> usize {
-    let Operands { rounded, scales, rows, cols, part, bias, out, segments } = *operands;
+    let Operands { x, part, bias, out, segments } = *operands;
+    let (rows, cols) = (x.rows, x.cols);
     let Cut { tile, segments: count } = cut(rows, cols, part.rows);
     let map = |start: Address, rows: usize, box_rows: usize| {
         let row_bytes = cols.next_multiple_of(8) * size_of::<u16>();
         stream.attempt(|driver| driver.tensor_map(&Boxes { start, rows, cols, row_bytes, box_rows }))
     };
     let weights = map(part.values.address(), part.rows, OUT);
-    let (Some(weights), Some(x)) = (weights, map(rounded, rows, tile.rows)) else { return count };
+    let (Some(weights), Some(boxes)) = (weights, map(x.values, rows, tile.rows)) else { return count };
     stream.enqueue(&Launch {
         kernel: kernels[tile.kernel],
         grid: [tile.blocks(rows, part.rows), 1, count],
         block: tile.threads,
         shared: STAGES[tile.kernel] * (OUT + tile.rows) * ROW_BYTES + ALIGNMENT_BYTES,
-        maps: &[weights, x],
+        maps: &[weights, boxes],
         args: &[
-            scales.into(),
+            x.scales.into(),
             bias,
             out.address().into(),
             segments.into(),

@@ -58,7 +58,8 @@ macro_rules! of_every_backend {
                 rows_of_zeros_give_the_bias;
             residual:
                 fused_operations_give_the_bits_of_those_they_stand_for,
-                a_row_of_a_fused_operation_does_not_see_the_others;
+                a_row_of_a_fused_operation_does_not_see_the_others,
+                attention_that_is_added_gives_the_bits_of_its_parts;
             rope:
                 queries_match_the_reference,
                 position_zero_rotates_nothing,

@@ -4,8 +4,8 @@
 use engine_kernels::cuda::{CudaBackend, Driver};
 use engine_kernels::reference::ReferenceBackend;
 use engine_kernels::{
-    AttentionShape, Backend, Batch, DType, DrawsAhead, KvDType, KvLayout, Matrix, QkNorm, Rehearsed, RopeTable,
-    RowTask, SampleRow, Sampled, SamplingParams,
+    Attention, AttentionShape, Backend, Batch, DType, DrawsAhead, KvDType, KvLayout, Matrix, Projection, QkNorm,
+    Rehearsed, Residual, RmsNorm, RopeTable, RowTask, SampleRow, Sampled, SamplingParams,
 };
 
 use crate::{OnDevice, Start, Watched, watched};
@@ -18,8 +18,9 @@ pub const HIDDEN: usize = 64;
 pub const VOCABULARY: usize = 50;
 /// Tokens of a page.
 pub const BLOCK_SIZE: usize = 16;
-/// Pages.
-pub const BLOCKS: usize = 64;
+/// Pages: those that sequences share, and one for each that writes.
+pub const BLOCKS: usize = SHARED + ROWS_MAX;
+const SHARED: usize = 64;
 /// Most rows of a step.
 pub const ROWS_MAX: usize = 24;
 /// Positions there are.
@@ -36,10 +37,10 @@ pub struct Layer<B: Backend> {
     output: B::Linear,
     rope: B::Rope,
     cache: B::KvCache,
-    hidden: B::Activations,
+    residual: Residual<B::Activations>,
+    selected: B::Activations,
     projected: B::Activations,
     mixed: B::Activations,
-    out: B::Activations,
     logits: B::Activations,
 }
 
@@ -73,10 +74,10 @@ impl<B: Backend> Layer<B> {
             q_norm: backend.vector(&numbers(SHAPE.head_dim, 5)),
             rope: backend.rope(RopeTable::new(&numbers(SHAPE.head_dim / 2, 6), 1.0, CONTEXT_MAX as usize)),
             cache: backend.kv_cache(layout).unwrap(),
-            hidden: backend.activations(ROWS_MAX, HIDDEN),
+            residual: Residual::new(&mut backend, ROWS_MAX, HIDDEN),
+            selected: backend.activations(ROWS_MAX, HIDDEN),
             projected: backend.activations(ROWS_MAX, SHAPE.qkv_width()),
             mixed: backend.activations(ROWS_MAX, SHAPE.q_width()),
-            out: backend.activations(ROWS_MAX, HIDDEN),
             logits: backend.activations(ROWS_MAX, VOCABULARY),
             backend,
         };
@@ -91,23 +92,23 @@ impl<B: Backend> Layer<B> {
     /// A step; what comes out of it, the rows of `batch` alone.
     pub fn step(&mut self, batch: &Batch) -> Vec<f32> {
         self.with_step(batch, |backend, operations| backend.step(batch, operations));
-        let Self { backend, hidden, out, .. } = self;
+        let Self { backend, residual, selected, .. } = self;
         let rows: Vec<u32> = (0..batch.tokens.len() as u32).collect();
-        backend.select_rows(out, &rows, hidden);
-        backend.read(hidden)
+        backend.select_rows(residual.normed(), &rows, selected);
+        backend.read(selected)
     }
 
     fn with_step<R>(&mut self, batch: &Batch, step: impl FnOnce(&mut B, &mut dyn FnMut(&mut B)) -> R) -> R {
-        let Self { backend, table, norm, qkv, q_norm, output, rope, cache, hidden, projected, mixed, out, .. } = self;
+        let Self { backend, table, norm, qkv, q_norm, output, rope, cache, residual, projected, mixed, .. } = self;
         step(backend, &mut |backend| {
-            backend.embed(table, batch, hidden);
-            // As wide as the hidden states here, and used for both.
-            backend.rms_norm(hidden, norm, 1e-5, mixed);
-            backend.linear(mixed, qkv, None, projected);
-            let norm = QkNorm { q: &*q_norm, k: &*q_norm, eps: 1e-6 };
-            backend.rope_and_cache(projected, SHAPE, Some(norm), rope, cache, 0, batch);
-            backend.attention(projected, SHAPE, 0.25, cache, 0, batch, mixed);
-            backend.linear(mixed, output, None, out);
+            let rms_norm = || RmsNorm { weight: &*norm, eps: 1e-5 };
+            backend.embed(table, batch, residual.start());
+            backend.norm_linear(residual, rms_norm(), qkv, None, projected);
+            let norm = Some(QkNorm { q: &*q_norm, k: &*q_norm, eps: 1e-6 });
+            let output = Projection { weight: &*output, bias: None };
+            let attention = Attention { shape: SHAPE, scale: 0.25, norm, rope: &*rope, output };
+            backend.add_attention(projected, attention, cache, 0, batch, mixed, residual, &mut |_| ());
+            backend.norm(residual, rms_norm());
         })
     }
 }
@@ -117,8 +118,8 @@ impl<D: Driver> Layer<CudaBackend<D>> {
     /// the others less likely those that are there often.
     pub fn draw(&mut self, batch: &Batch, outputs: &[Vec<u32>]) {
         self.with_step(batch, |backend, operations| backend.step(batch, operations));
-        let Self { backend, table, out, logits, .. } = self;
-        backend.linear(out, table, None, logits);
+        let Self { backend, table, residual, logits, .. } = self;
+        backend.linear(residual.normed(), table, None, logits);
         let params: Vec<_> = (0..batch.tokens.len() as u64)
             .map(|seed| SamplingParams {
                 // High enough for many tokens to have a chance, of those whose logit is not 10,000 lower.
@@ -162,11 +163,13 @@ impl<D: Driver> Layer<CudaBackend<D>> {
     }
 }
 
-/// One decoding step of sequences with these contexts, each in pages of its own.
+/// One decoding step of sequences with these contexts. Each has a last page of its own, where its token goes.
 pub fn decode(contexts: &[u32], turn: u32) -> Batch {
     let mut batch = Batch::default();
     for (i, &context) in (0..).zip(contexts) {
-        let pages: Vec<u32> = (0..context.div_ceil(BLOCK_SIZE as u32)).map(|page| (i * 3 + page) % 64).collect();
+        let shared = (context - 1) / BLOCK_SIZE as u32;
+        let pages = (0..shared).map(|page| (i * 3 + page) % SHARED as u32).chain([SHARED as u32 + i]);
+        let pages: Vec<u32> = pages.collect();
         batch.push(&[(i * 7 + turn) % VOCABULARY as u32], context - 1, &pages, 0);
     }
     batch
