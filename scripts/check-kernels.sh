@@ -27,7 +27,7 @@ compile() {
             if (value["REG"] > most) { most = value["REG"]; hungriest = name }
             # Its groups of warps share out what the three of them are launched with.
             if (name ~ /^hopper_attention/ && value["REG"] != 168) {
-                printf "sm_%s %s: %d registers a thread, and it leaves and takes as if it had 168\n", target, name, value["REG"]
+                printf "sm_%s %s: %d registers a thread, not the 168 that it shares out\n", target, name, value["REG"]
                 bad = 1
             }
             if (value["LOCAL"] > 0 || value["STACK"] > 0) {

@@ -4,9 +4,9 @@
 
 #include "weights.cuh"
 
-/// Words that are read once in a kernel and not written by it: they pass by the L1 cache, and leave it to what is read
-/// again. Not as data that nobody writes at all (`ld.global.nc`), which on sm_90 ptxas moves across `follow`, in both
-/// directions: weights would be asked for too late, and keys too early.
+/// Words that are read once in a kernel, and not written by it or not used as they were loaded: they pass by the L1
+/// cache, and leave it to what is read again. Not as data that nobody writes at all (`ld.global.nc`), which on sm_90
+/// ptxas moves across `follow`, in both directions: weights would be asked for too late, and keys too early.
 __device__ __forceinline__ uint4 stream16(const void* from) {
 #ifdef __CUDACC__
     uint4 to;

@@ -24,7 +24,8 @@ pub struct Batch {
     pub positions: Vec<u32>,
     /// The sequences, in row order; their spans tile `0..tokens`.
     pub sequences: Vec<SequenceSpan>,
-    /// The sequences' block tables one after the other: page numbers.
+    /// The sequences' block tables one after the other: page numbers. A page that a sequence writes in this step is in
+    /// no other sequence's table.
     pub block_tables: Vec<u32>,
     /// Rows whose logits are wanted, ascending.
     pub logit_rows: Vec<u32>,

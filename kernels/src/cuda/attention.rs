@@ -178,7 +178,7 @@ impl<D: Driver> CudaBackend<D> {
     }
 
     /// With a rotation, of a step that only decodes, of what `rope_and_cache` has not seen, in its stead. To f32, or
-    /// rounded to bf16, of which the other is no address; rounded if [`decodes_all`] says so.
+    /// rounded to bf16, of which the other is no address; rounded only if [`decodes_all`] says that it may be.
     #[allow(clippy::too_many_arguments, reason = "as Backend::attention has them")]
     pub(super) fn enqueue_attention(
         &mut self,
@@ -194,6 +194,11 @@ impl<D: Driver> CudaBackend<D> {
         assert_eq!(qkv.cols, shape.qkv_width(), "columns of queries, keys and values");
         self.check_plan(qkv.rows, batch);
         let AttentionShape { heads, kv_heads, head_dim } = shape;
+        assert!(
+            rounded == Address::NULL || decodes_all(&self.plan, &cache.layout),
+            "prompts' attention is not rounded"
+        );
+        assert!(rotation.is_none() || self.plan.decodes(), "where there are prompts, keys are stored before attention");
         let slots = self.plan.slots();
         if self.partials.as_ref().is_none_or(|partials| !partials.are_for(shape, slots)) {
             self.graphs.clear();

@@ -191,8 +191,8 @@ impl<D: Driver> Products<D> {
         bias: Option<&Vector<D>>,
         out: &Activations<D>,
     ) {
-        let Some(kernels) = kernels(part.form) else { return };
         assert!(Rounding::of(part.form) == Some(x.rounding), "what was rounded for these weights");
+        let Some(kernels) = kernels(part.form) else { return };
         let segments = self.segments.address();
         let operands = Operands { x, part, bias: address_of(bias), out, segments };
         let count = match wide::kernels(part.form) {

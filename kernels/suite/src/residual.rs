@@ -245,7 +245,7 @@ pub(crate) fn attention_that_is_added_gives_the_bits_of_its_parts<B: Subject>() 
         let attended = Attended::random(case, &lens, &mut random);
         let of = |sequences: usize| vec![1; sequences];
         // Each row reads what the steps before have stored. The last but one has prompts too.
-        let steps = [of(20), of(3), of(20), [of(4), vec![7, 1, 2]].concat(), of(20)];
+        let steps = [of(20), of(3), of(20), [of(14), vec![7, 1, 2]].concat(), of(20)];
         let (fused, apart) = (attended.run::<B>(&steps, true), attended.run::<B>(&steps, false));
         for (i, (fused, apart)) in fused.iter().zip(&apart).enumerate() {
             assert_same_bits(fused, apart, &format!("{case:?}, step {i}"));
