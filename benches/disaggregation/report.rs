@@ -75,6 +75,13 @@ impl Report {
              computing: HTTP, queue, messages, transfer, and the step that computes the last prompt token. *Added* is\n\
              the time to the first token less the median of one process with the same prompts.\n"
         )?;
+        if self.device.is_some() {
+            writeln!(
+                text,
+                "A prefill worker only tells its device what to compute: the time that takes is in *transfer*, not in\n\
+                 *compute*, and in *overhead*.\n"
+            )?;
+        }
         self.write_table(text, rows)
     }
 
