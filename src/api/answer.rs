@@ -7,6 +7,7 @@ use std::{
 use bytes::{BufMut, BytesMut};
 use futures::StreamExt;
 use serde::Serialize;
+use tokio::runtime::{Handle, RuntimeFlavor};
 use tokio::time::Instant;
 use uuid::Uuid;
 
@@ -19,7 +20,7 @@ use super::{
     wire::{ChatChoice, ChatChunkChoice, ChatMessage, CompletionChoice, Delta, Envelope, Usage, finish_reason},
 };
 use crate::{
-    grammar::Matcher,
+    grammar::{LostTrack, Matcher},
     worker::{FinishReason, Generation, Request},
 };
 
@@ -370,7 +371,7 @@ fn continued(mut request: Request, past: &Past, output: &mut Output) -> Result<O
     let stopped = past.tokens.last().is_some_and(|last| request.stop_token_ids.contains(last))
         && generated > request.min_tokens as usize;
     if let (false, Some(matcher)) = (stopped, &mut request.grammar) {
-        past.tokens.iter().try_for_each(|&token| matcher.take(token)).map_err(|_| progress::incompatible())?;
+        replayed(matcher, &past.tokens).map_err(|_| progress::incompatible())?;
     }
     let complete = stopped || request.grammar.as_ref().is_some_and(Matcher::is_complete);
     let end = match complete {
@@ -385,6 +386,21 @@ fn continued(mut request: Request, past: &Past, output: &mut Output) -> Result<O
     // The prompt went out with the first event.
     request.prompt_logprobs = None;
     Ok(Some(request))
+}
+
+/// Takes the tokens of an answer so far. Each is asked for first, as it was: what a token may take is counted from
+/// there. That may be long, so other tasks of this thread do not wait for it.
+fn replayed(matcher: &mut Matcher, tokens: &[u32]) -> Result<(), LostTrack> {
+    let mut replay = || {
+        tokens.iter().try_for_each(|&token| {
+            matcher.allowed()?;
+            matcher.take(token)
+        })
+    };
+    match Handle::try_current().map(|handle| handle.runtime_flavor()) {
+        Ok(RuntimeFlavor::MultiThread) => tokio::task::block_in_place(replay),
+        _ => replay(),
+    }
 }
 
 fn write_event(buffer: &mut BytesMut, event: &impl Serialize) -> Result<(), ApiError> {

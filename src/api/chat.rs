@@ -29,7 +29,6 @@ pub(crate) async fn chat_completions(
     serving.check_model(request.model.as_deref())?;
     refuse_unsupported(&request)?;
     let (mut plan, max_field) = plan(&mut request, &serving, relay.seed())?;
-    plan.grammar = serving.compile(request.response_format, request.structured_outputs).await?;
     let messages = request.messages.ok_or_else(|| missing("messages"))?.0;
     let options = ChatOptions {
         add_generation_prompt: request.add_generation_prompt,
@@ -39,6 +38,8 @@ pub(crate) async fn chat_completions(
         now: Some(relay.created()),
     };
     let tokens = serving.encode_chat(messages, options).await?;
+    // Last: it is the dearest.
+    plan.grammar = serving.compile(request.response_format, request.structured_outputs).await?;
     let prompts = vec![PreparedPrompt { tokens, echo: None }];
     let fields = ("messages", max_field);
     let answer = Answer::start(serving, in_flight, relay, Endpoint::Chat, &plan, prompts, fields)?;

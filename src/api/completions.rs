@@ -25,7 +25,6 @@ pub(crate) async fn completions(
     serving.check_model(request.model.as_deref())?;
     refuse("suffix", request.suffix)?;
     let mut plan = plan(&mut request, &serving, relay.seed())?;
-    plan.grammar = serving.compile(request.response_format, request.structured_outputs).await?;
     let prompts = request.prompt.take().ok_or_else(|| missing("prompt"))?.0;
     if prompts.is_empty() {
         return Err(ApiError::invalid("prompt", "'prompt' is an empty list"));
@@ -40,6 +39,8 @@ pub(crate) async fn completions(
     for prompt in prompts {
         prepared.push(prepare(&serving, prompt, request.add_special_tokens.unwrap_or(true), echo, &plan).await?);
     }
+    // Last: it is the dearest.
+    plan.grammar = serving.compile(request.response_format, request.structured_outputs).await?;
     let fields = ("prompt", "max_tokens");
     let answer = Answer::start(serving, in_flight, relay, Endpoint::Completion, &plan, prepared, fields)?;
     respond(answer, plan.stream).await

@@ -95,13 +95,20 @@ impl ApiError {
     /// 400: the answer broke off where its grammar took too much to follow. It would there again.
     pub(crate) fn lost_track() -> Self {
         let message = "The answer broke off: its grammar became too complex to follow (too many ways to go on, or too many \
-                       states of its regular expressions). Make it simpler.";
+                       states of its regular expressions), or left no token that the request lets be drawn. Make it \
+                       simpler.";
         Self::new(StatusCode::BAD_REQUEST, "grammar_too_complex", message)
     }
 
     /// 500: something that should not happen, wherever it is asked for.
     pub(crate) fn internal(message: &str) -> Self {
         Self::new(StatusCode::INTERNAL_SERVER_ERROR, "internal_error", message)
+    }
+
+    /// 429: others' grammars take long to compile.
+    pub(crate) fn compilers_busy() -> Self {
+        let message = "Other requests' grammars are being compiled, and take long: try again later";
+        Self::new(StatusCode::TOO_MANY_REQUESTS, "queue_full", message)
     }
 
     /// 503: the engine thread is gone.

@@ -1,8 +1,10 @@
 //! What form an answer is to have: from a request's fields to a grammar.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use serde_json::Value;
+use tokio::time::timeout;
 
 use super::{
     ApiError, Serving,
@@ -11,6 +13,8 @@ use super::{
 };
 use crate::grammar::{Grammar, GrammarError, Source, Vocabulary};
 
+/// How long a grammar may take to compile, and how long a place for that is waited for.
+const COMPILE_TIME_MAX: Duration = Duration::from_secs(10);
 /// Characters of a name in a message.
 const SHOWN_CHARS_MAX: usize = 40;
 
@@ -18,15 +22,28 @@ const SHOWN_CHARS_MAX: usize = 40;
 type Asked = (Source, &'static str);
 
 impl Serving {
-    /// Compiles what a request asks for, if it does: on a thread of its own, a few at a time, as long prompts are
-    /// encoded.
+    /// Compiles what a request asks for, if it does: on a thread of its own, a few at a time. One that takes too long is
+    /// not waited for; it keeps its place until it ends, since nobody can end it.
     pub(crate) async fn compile(
         self: &Arc<Self>,
         format: Option<ResponseFormat>,
         outputs: Option<StructuredOutputs>,
     ) -> Result<Option<Grammar>, ApiError> {
         let Some((source, field)) = asked(format, outputs)? else { return Ok(None) };
-        let compiled = self.aside(move |serving| serving.vocabulary()?.compile(source)).await?;
+        // The first time that takes long in any case.
+        let made = self.aside(|serving| serving.vocabulary().map(drop)).await?;
+        let place = timeout(COMPILE_TIME_MAX, self.compilers.clone().acquire_owned());
+        let place = place.await.map_err(|_| ApiError::compilers_busy())?.map_err(|_| ApiError::draining())?;
+        let serving = self.clone();
+        let compiling = tokio::task::spawn_blocking(move || {
+            let _place = place;
+            made.and_then(|()| serving.vocabulary()?.compile(source))
+        });
+        let Ok(compiled) = timeout(COMPILE_TIME_MAX, compiling).await else {
+            let message = format!("'{field}' cannot be used: it takes more than {COMPILE_TIME_MAX:?} to compile");
+            return Err(ApiError::invalid(field, message));
+        };
+        let compiled = compiled.map_err(|_| ApiError::internal("The grammar could not be compiled"))?;
         compiled.map(Some).map_err(|error| match error {
             GrammarError::Vocabulary(_) => ApiError::unsupported(field, &error.to_string()),
             GrammarError::TooLarge { .. } | GrammarError::Invalid(_) => {

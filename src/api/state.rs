@@ -58,6 +58,8 @@ pub(crate) struct Serving {
     pub(super) vocabulary: OnceLock<Result<Vocabulary, GrammarError>>,
     /// Threads that may tokenise or compile at a time: the engine needs the cores more.
     encoders: Arc<Semaphore>,
+    /// The same for grammars, which may take longer: prompts do not wait for them.
+    pub(super) compilers: Arc<Semaphore>,
     draining: AtomicBool,
     in_flight: watch::Sender<()>,
 }
@@ -79,6 +81,7 @@ impl Serving {
             started: unix_seconds(),
             vocabulary: OnceLock::new(),
             encoders: Arc::new(Semaphore::new(threads)),
+            compilers: Arc::new(Semaphore::new(threads)),
             draining: AtomicBool::new(false),
             in_flight: watch::Sender::new(()),
         })

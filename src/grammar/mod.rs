@@ -9,6 +9,7 @@
 //! for a mask before each draw.
 
 mod matcher;
+mod schema;
 mod source;
 #[cfg(test)]
 mod tests;

@@ -1,7 +1,10 @@
 use llguidance::api::TopLevelGrammar;
 use serde_json::{Value, json};
 
-use super::GrammarError;
+use super::{
+    GrammarError,
+    schema::{REGEX_BYTES_MAX, at_most, check},
+};
 
 /// Bytes of a grammar's text at most. A schema of this size has about a thousand properties.
 const BYTES_MAX: usize = 64 << 10;
@@ -39,20 +42,18 @@ impl Source {
             Self::Regex(text) | Self::Lark(text) => text.len(),
             Self::Choice(choices) => choices.iter().map(String::len).sum(),
         };
-        if bytes > BYTES_MAX {
-            return Err(GrammarError::TooLarge { what: format!("{bytes} bytes"), limit: BYTES_MAX });
-        }
+        at_most("bytes", bytes, BYTES_MAX)?;
         match self {
-            Self::JsonSchema(schema) => Ok(TopLevelGrammar::from_json_schema(with_whitespace(schema)?)),
-            Self::Regex(regex) => Ok(TopLevelGrammar::from_regex(without_anchors(regex))),
+            Self::JsonSchema(schema) => Ok(TopLevelGrammar::from_json_schema(with_options(schema)?)),
+            Self::Regex(regex) => {
+                at_most("bytes", regex.len(), REGEX_BYTES_MAX)?;
+                Ok(TopLevelGrammar::from_regex(without_anchors(regex)))
+            }
             Self::Choice(choices) => {
                 if choices.is_empty() {
                     return Err(GrammarError::Invalid("there is nothing to choose from".to_owned()));
                 }
-                if choices.len() > CHOICES_MAX {
-                    let what = format!("{} choices", choices.len());
-                    return Err(GrammarError::TooLarge { what, limit: CHOICES_MAX });
-                }
+                at_most("choices", choices.len(), CHOICES_MAX)?;
                 let choices: Vec<String> = choices.iter().map(|choice| escaped(choice)).collect();
                 Ok(TopLevelGrammar::from_regex(&choices.join("|")))
             }
@@ -69,16 +70,21 @@ impl Source {
     }
 }
 
-/// The schema, saying what whitespace there may be, unless it says so by itself.
-fn with_whitespace(schema: &Value) -> Result<Value, GrammarError> {
+/// The schema, saying what whitespace there may be, and that one of several is any of them where nobody can tell that
+/// they exclude each other.
+fn with_options(schema: &Value) -> Result<Value, GrammarError> {
     let mut schema = match schema {
         Value::Object(_) => schema.clone(),
         Value::Bool(true) => json!({}),
         Value::Bool(false) => return Err(GrammarError::Invalid("the schema 'false' allows nothing".to_owned())),
         _ => return Err(GrammarError::Invalid("a JSON schema is an object".to_owned())),
     };
+    check(&schema)?;
     if let Some(fields) = schema.as_object_mut() {
-        fields.entry("x-guidance").or_insert_with(|| json!({"whitespace_pattern": WHITESPACE}));
+        let options = json!({"whitespace_pattern": WHITESPACE, "coerce_one_of": true});
+        if fields.insert("x-guidance".to_owned(), options).is_some() {
+            return Err(GrammarError::Invalid("'x-guidance' is not for requests to say".to_owned()));
+        }
     }
     Ok(schema)
 }
@@ -100,6 +106,8 @@ fn escaped(text: &str) -> String {
         match c {
             '\n' => out.push_str("\\n"),
             '\r' => out.push_str("\\r"),
+            // Behind a backslash, these two are borders of words.
+            '<' | '>' => out.push(c),
             c if c.is_ascii_punctuation() => out.extend(['\\', c]),
             c => out.push(c),
         }

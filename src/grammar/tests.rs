@@ -237,6 +237,8 @@ fn what_makes_no_grammar_is_refused_with_a_reason() {
         (lark("start: <|im_end|>"), "special tokens"),
         (lark(&format!("start: <[{SPECIAL}]>")), "no answer fits"),
         (lark(""), ""),
+        (schema(json!({"type": "integer", "multipleOf": 4_294_967_291_u64})), "multipleOf"),
+        (schema(json!({"type": "object", "x-guidance": {"lenient": true}})), "x-guidance"),
     ] {
         let said = refusal(source.clone());
         assert!(said.contains(reason) && !said.is_empty(), "{source:?}: {said}");
@@ -251,7 +253,59 @@ fn what_is_too_large_is_refused() {
     assert!(refusal(Source::Lark(format!("start: \"{long}\""))).contains("too large"));
     assert!(refusal(Source::JsonSchema(json!({"const": long}))).contains("too large"));
     assert!(refusal(Source::Choice((0..2000).map(|i| i.to_string()).collect())).contains("too large"));
+    // What would take minutes of a thread, or more memory than an answer is worth.
+    let patterns: serde_json::Map<_, _> = (0..100).map(|i| (format!("^a{i}"), json!({}))).collect();
+    let members: Vec<_> = (0..300).map(|i| json!({"const": i})).collect();
+    for (schema, limit) in [
+        (json!({"type": "object", "patternProperties": patterns}), "32"),
+        (json!({"items": {"oneOf": members}}), "256"),
+        (json!({"type": "string", "pattern": "a?".repeat(3000)}), "4096"),
+        (json!({"properties": {"text": {"type": "string", "maxLength": 10_001}}}), "10000"),
+    ] {
+        let said = refusal(Source::JsonSchema(schema));
+        assert!(said.contains("too large") && said.contains(limit), "{said}");
+    }
+    assert!(refusal(regex(&"a?".repeat(3000))).contains("4096"));
+    // Names of properties are no keywords.
+    let named =
+        json!({"type": "object", "properties": {"maxLength": {"type": "integer"}, "pattern": {"type": "null"}}});
+    vocabulary().compile(Source::JsonSchema(named)).unwrap();
     assert!(refusal(Source::Lark(format!("start: {}\"a\"{}", "(".repeat(100), ")".repeat(100)))).contains("too large"));
+}
+
+#[test]
+fn every_punctuation_mark_can_be_chosen() {
+    let marks: Vec<String> =
+        (b'!'..=b'~').filter(u8::is_ascii_punctuation).map(|mark| char::from(mark).to_string()).collect();
+    let grammar = vocabulary().compile(Source::Choice(marks.clone())).unwrap();
+    for mark in marks {
+        let mut matcher = grammar.matcher();
+        matcher.allowed().unwrap();
+        matcher.take(u32::from(mark.as_bytes()[0])).unwrap();
+        assert!(matcher.is_complete(), "{mark}");
+    }
+}
+
+#[test]
+fn one_of_several_that_nobody_can_tell_apart_is_any_of_them() {
+    let union = json!({
+        "oneOf": [{"$ref": "#/$defs/a"}, {"$ref": "#/$defs/b"}],
+        "$defs": {"a": {"type": "integer"}, "b": {"type": "number"}},
+    });
+    let mut matcher = vocabulary().compile(Source::JsonSchema(union)).unwrap().matcher();
+    matcher.allowed().unwrap();
+    matcher.take(u32::from(b'7')).unwrap();
+}
+
+#[test]
+fn the_longest_text_that_is_counted_can_be_followed_to_its_end() {
+    let long = json!({"type": "string", "maxLength": 10_000});
+    let mut matcher = vocabulary().compile(Source::JsonSchema(long)).unwrap().matcher();
+    for byte in b"\"".iter().chain(&[b'a'; 10_000]).chain(b"\"") {
+        matcher.allowed().unwrap();
+        matcher.take(u32::from(*byte)).unwrap();
+    }
+    assert!(matcher.is_complete());
 }
 
 #[test]

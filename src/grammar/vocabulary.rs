@@ -2,8 +2,8 @@ use std::{fmt, sync::Arc, thread};
 
 use engine_models::Tokenizer;
 use llguidance::{
-    ParserFactory,
-    api::ParserLimits,
+    Logger, ParserFactory,
+    api::{GrammarInit, ParserLimits},
     toktrie::{ApproximateTokEnv, INVALID_TOKEN, TokEnv, TokRxInfo, TokTrie},
 };
 
@@ -19,18 +19,21 @@ const STACK_BYTES: usize = 256 << 20;
 /// Work and memory that a grammar may take.
 const LIMITS: ParserLimits = ParserLimits {
     max_items_in_row: 2000,
-    // 20 ms.
     initial_lexer_fuel: 1_000_000,
-    // 14 ms of a step in which others wait.
+    // Some ten milliseconds of a step in which others wait.
     step_lexer_fuel: 200_000,
     step_max_items: 50_000,
-    // One or two kilobytes each.
-    max_lexer_states: 20_000,
+    // About half a kilobyte each. The longest text that is counted takes two thirds of them.
+    max_lexer_states: 100_000,
     max_grammar_size: 100_000,
     precompute_large_lexemes: true,
     // What they say of a grammar's insides is for whoever works on llguidance.
     verbose_errors: false,
 };
+
+/// The same of a grammar in its own words, which may be ambiguous: then an item of the parser takes the longer the more
+/// there are. These bound a mask by ten milliseconds, where the others would by half a second.
+const AMBIGUOUS: ParserLimits = ParserLimits { max_items_in_row: 200, step_max_items: 5_000, ..LIMITS };
 
 /// Why a grammar cannot be used.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -96,12 +99,19 @@ impl Vocabulary {
         self
     }
 
-    /// Makes a grammar of what a request asks for, and works out how an answer may begin. Takes from a millisecond to a
-    /// second.
+    fn limits(&self, source: &Source) -> ParserLimits {
+        let limits = if matches!(source, Source::Lark(_)) { AMBIGUOUS } else { LIMITS };
+        ParserLimits { max_lexer_states: self.factory.limits().max_lexer_states, ..limits }
+    }
+
+    /// Makes a grammar of what a request asks for, and works out how an answer may begin. Takes milliseconds, or as long
+    /// as somebody has found out how to make it take.
     pub fn compile(&self, source: Source) -> Result<Grammar, GrammarError> {
         let grammar = source.for_compiler()?;
+        let limits = self.limits(&source);
         let compile = || {
-            let parser = self.factory.create_parser(grammar);
+            let (init, says_nothing) = (GrammarInit::Serialized(grammar), Logger::new(0, 0));
+            let parser = self.factory.create_parser_from_init_ext(init, says_nothing, Default::default(), limits);
             let start =
                 Matcher::new(parser, self.known.clone()).map_err(|error| GrammarError::Invalid(brief(&error)))?;
             // Matchers of one grammar have a lexer together: what it learns here, none has to while others wait.

@@ -8,7 +8,9 @@ pub(super) struct Constraint {
     /// Whoever samples the row works the mask out, a thread of the sampler or the engine thread: a lock, so that any
     /// may. No two want it at a time.
     matcher: Mutex<Matcher>,
-    /// Tokens that the grammar would end with, and the request does not: they are never drawn.
+    /// Tokens that the grammar ends with.
+    ends: Vec<u32>,
+    /// Those of them that the request does not end with: they are never drawn.
     ignored: Vec<u32>,
     /// Since the last token, if somebody has asked.
     next: OnceLock<Next>,
@@ -18,18 +20,18 @@ pub(super) struct Constraint {
 enum Next {
     /// One of these: a bit a token.
     Among(Vec<u32>),
-    /// No token.
+    /// No token, and what there is fits.
     Nothing,
-    /// Nobody can tell.
+    /// Nobody can tell, or nothing, and what there is does not fit.
     Lost,
 }
 
 impl Constraint {
     /// `matcher` is where the answer is. `stop_token_ids` end it.
     pub(super) fn new(matcher: Matcher, stop_token_ids: &[u32]) -> Self {
-        let mut ignored = matcher.eos_token_ids();
-        ignored.retain(|token| !stop_token_ids.contains(token));
-        Self { matcher: Mutex::new(matcher), ignored, next: OnceLock::new() }
+        let ends = matcher.eos_token_ids();
+        let ignored = ends.iter().copied().filter(|token| !stop_token_ids.contains(token)).collect();
+        Self { matcher: Mutex::new(matcher), ends, ignored, next: OnceLock::new() }
     }
 
     /// The tokens that may be drawn, `suppressed` ones not; none if whatever is drawn will mean nothing. Worked out
@@ -43,20 +45,28 @@ impl Constraint {
 
     fn look(&self, suppressed: &[u32]) -> Next {
         // A matcher that panicked says so itself.
-        let allowed = self.matcher.lock().unwrap_or_else(PoisonError::into_inner).allowed();
-        let mut mask = match allowed {
+        let mut matcher = self.matcher.lock().unwrap_or_else(PoisonError::into_inner);
+        let is_complete = matcher.is_complete();
+        let mut mask = match matcher.allowed() {
             Ok(mask) => mask,
             Err(error) => {
                 tracing::warn!(%error, "a grammar became too much to follow: its request is aborted");
                 return Next::Lost;
             }
         };
+        let has =
+            |mask: &[u32], token: u32| mask.get(token as usize / 32).is_some_and(|word| word >> (token % 32) & 1 == 1);
+        let may_end = is_complete || self.ends.iter().any(|&token| has(&mask, token));
         for &token in self.ignored.iter().chain(suppressed) {
             if let Some(word) = mask.get_mut(token as usize / 32) {
                 *word &= !(1 << (token % 32));
             }
         }
         if mask.iter().all(|&word| word == 0) {
+            if !may_end {
+                tracing::warn!("nothing that may be drawn goes on in a request's grammar: it is aborted");
+                return Next::Lost;
+            }
             tracing::info!("nothing that may be drawn fits a request's grammar any more: its answer ends");
             return Next::Nothing;
         }
@@ -83,5 +93,35 @@ impl Constraint {
                 Some(FinishReason::LostTrack)
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::grammar::{Source, Vocabulary};
+
+    /// Letters, and a token that ends answers.
+    const END: u32 = 128;
+
+    fn constraint(grammar: &str, stop_token_ids: &[u32]) -> Constraint {
+        let bytes = (0..END).map(|id| vec![id as u8]).chain([Vec::new()]).collect();
+        let vocabulary = Vocabulary::of_tokens(bytes, &[END]).unwrap();
+        Constraint::new(vocabulary.compile(Source::Regex(grammar.to_owned())).unwrap().matcher(), stop_token_ids)
+    }
+
+    #[test]
+    fn where_nothing_may_be_drawn_an_answer_ends_well_only_if_it_fits() {
+        let [a, b] = [u32::from(b'a'), u32::from(b'b')];
+        // It may end, or go on with what the request suppresses.
+        let mut fits = constraint("ab*", &[END]);
+        assert_eq!(fits.take(a), None);
+        assert!(fits.mask(&[b, END]).is_none());
+        assert_eq!(fits.end(), Some(FinishReason::Stop));
+        // It has to go on, and cannot.
+        let mut stuck = constraint("ab", &[END]);
+        assert_eq!(stuck.take(a), None);
+        assert!(stuck.mask(&[b]).is_none());
+        assert_eq!(stuck.end(), Some(FinishReason::LostTrack));
     }
 }

@@ -1,0 +1,65 @@
+//! What of a JSON schema would take its compiler, or whoever follows it, too long. Its own limits do not hold for
+//! these.
+
+use serde_json::Value;
+
+use super::GrammarError;
+
+/// Patterns for the names of properties, in the whole schema: each is compared with each, which takes milliseconds for
+/// these and half a minute for four hundred.
+const PATTERN_PROPERTIES_MAX: usize = 32;
+/// Members of all `oneOf` and `allOf` together, which are compared too.
+const MEMBERS_MAX: usize = 256;
+/// Bytes of a `pattern`, as of a regular expression.
+pub(super) const REGEX_BYTES_MAX: usize = 4096;
+/// The longest text that is counted: six states of the lexer a character.
+const LENGTH_MAX: u64 = 10_000;
+/// A `multipleOf` as a whole number of its last decimals: what ten times it fits into is 32 bits wide.
+const MULTIPLE_MAX: f64 = 4e8;
+const MULTIPLE_DECIMALS_MAX: i32 = 8;
+
+/// Refuses a schema with too much of that. Names of properties are taken for keywords, but not what stands under them.
+pub(super) fn check(schema: &Value) -> Result<(), GrammarError> {
+    let (mut patterns, mut members) = (0, 0);
+    let mut rest = vec![schema];
+    while let Some(value) = rest.pop() {
+        let Value::Object(fields) = value else {
+            rest.extend(value.as_array().into_iter().flatten());
+            continue;
+        };
+        for (keyword, value) in fields {
+            match (&**keyword, value) {
+                ("patternProperties", Value::Object(all)) => patterns += all.len(),
+                ("oneOf" | "allOf", Value::Array(all)) => members += all.len(),
+                ("pattern", Value::String(pattern)) => at_most("bytes in 'pattern'", pattern.len(), REGEX_BYTES_MAX)?,
+                ("minLength" | "maxLength", Value::Number(length)) if length.as_u64() > Some(LENGTH_MAX) => {
+                    return Err(too_large(format!("'{keyword}' {length}"), LENGTH_MAX as usize));
+                }
+                ("multipleOf", Value::Number(number)) if !is_small_multiple(number.as_f64()) => {
+                    let what = "'multipleOf' with more than eight digits is not supported";
+                    return Err(GrammarError::Invalid(what.to_owned()));
+                }
+                _ => {}
+            }
+            rest.push(value);
+        }
+    }
+    at_most("'patternProperties'", patterns, PATTERN_PROPERTIES_MAX)?;
+    at_most("members of 'oneOf' and 'allOf'", members, MEMBERS_MAX)
+}
+
+/// Refuses more of `what` than there may be.
+pub(super) fn at_most(what: &str, count: usize, limit: usize) -> Result<(), GrammarError> {
+    if count > limit { Err(too_large(format!("{count} {what}"), limit)) } else { Ok(()) }
+}
+
+fn too_large(what: String, limit: usize) -> GrammarError {
+    GrammarError::TooLarge { what, limit }
+}
+
+fn is_small_multiple(number: Option<f64>) -> bool {
+    let whole = |decimals| number.map(|number| number.abs() * 10f64.powi(decimals));
+    (0..=MULTIPLE_DECIMALS_MAX)
+        .filter_map(whole)
+        .any(|whole| (whole - whole.round()).abs() < 1e-6 && whole.round() <= MULTIPLE_MAX)
+}
