@@ -15,6 +15,8 @@ namespace sample {
 
 /// Up to so many likeliest tokens are set apart: each will be compared with each.
 constexpr int SET_APART_MAX = 256;
+/// No logit that is possible is lower.
+constexpr float LOWEST = -3.402823466e38f;
 constexpr int TOP_MAX = 20;
 
 /// What to do with a row; src/cuda/sample.rs has the same.
@@ -165,7 +167,9 @@ __device__ int draw(const float* logits, int vocab, const Row& row, const Peak& 
     if (are_few || row.top_p < 1.0f) {
         // Without top_k, what top_p wants may be among as many. With it, nobody asks what all tokens weigh.
         const bool may_be_few = are_few || top_k == 0;
-        const Cut cut = may_be_few ? reached_by(are_few ? top_k : SET_APART_MAX, peak.mine) : Cut{INFINITY};
+        Cut cut = may_be_few ? reached_by(are_few ? top_k : SET_APART_MAX, peak.mine) : Cut{INFINITY};
+        // A mask may leave fewer than that. What it forbids is not to be drawn, nor to be set apart.
+        if (cut.logit == -INFINITY) cut.logit = LOWEST;
         const u64 all = set_apart(logits, vocab, cut, are_few ? top_k : 0, are_few ? mass.of_none() : mass, few);
         if (may_be_few && few.found <= FEW) {
             const int token = draw_from_few(few, row, mass, top_k, all);
