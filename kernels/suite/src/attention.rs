@@ -196,7 +196,7 @@ fn ragged(lens: &[usize], least: usize, random: &mut Random) -> Plan {
     plan
 }
 
-const DTYPES: [KvDType; 4] = [KvDType::F32, KvDType::F16, KvDType::BF16, KvDType::F8];
+pub(crate) const DTYPES: [KvDType; 4] = [KvDType::F32, KvDType::F16, KvDType::BF16, KvDType::F8];
 
 /// Every head count with every head size; page sizes and types of the cache take turns.
 fn cases() -> Vec<Case> {

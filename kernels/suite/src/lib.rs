@@ -59,7 +59,8 @@ macro_rules! of_every_backend {
             residual:
                 fused_operations_give_the_bits_of_those_they_stand_for,
                 a_row_of_a_fused_operation_does_not_see_the_others,
-                attention_that_is_added_gives_the_bits_of_its_parts;
+                attention_that_is_added_gives_the_bits_of_its_parts,
+                decoding_with_every_group_head_and_type_rotates_where_it_attends;
             rope:
                 queries_match_the_reference,
                 position_zero_rotates_nothing,

@@ -4,6 +4,7 @@ use engine_kernels::{
     Attention, AttentionShape, Batch, DType, KvDType, KvLayout, Matrix, Projection, QkNorm, Residual, RmsNorm,
 };
 
+use crate::attention::DTYPES;
 use crate::rope::table;
 use crate::support::{FLOATS, QUANTIZED, Random, Subject, Weight, assert_same_bits};
 
@@ -249,6 +250,23 @@ pub(crate) fn attention_that_is_added_gives_the_bits_of_its_parts<B: Subject>() 
         let (fused, apart) = (attended.run::<B>(&steps, true), attended.run::<B>(&steps, false));
         for (i, (fused, apart)) in fused.iter().zip(&apart).enumerate() {
             assert_same_bits(fused, apart, &format!("{case:?}, step {i}"));
+        }
+    }
+}
+
+pub(crate) fn decoding_with_every_group_head_and_type_rotates_where_it_attends<B: Subject>() {
+    let mut random = Random::new(94);
+    for heads in [1, 2, 4, 8] {
+        for width in [64, 128, 256] {
+            for dtype in DTYPES {
+                let case = (heads, 1, width, 16, dtype, width, DType::BF16);
+                let attended = Attended::random(case, &[33, 2], &mut random);
+                let steps = [vec![1, 1], vec![1, 1]];
+                let (fused, apart) = (attended.run::<B>(&steps, true), attended.run::<B>(&steps, false));
+                for (fused, apart) in fused.iter().zip(&apart) {
+                    assert_same_bits(fused, apart, &format!("{case:?}"));
+                }
+            }
         }
     }
 }
