@@ -26,6 +26,17 @@ pub const ROWS_MAX: usize = 24;
 /// Positions there are.
 const CONTEXT_MAX: u32 = 512;
 
+/// What a layer has behind its attention.
+struct Mlp<B: Backend> {
+    gate_up: B::Linear,
+    down: B::Linear,
+    both: B::Activations,
+    inner: B::Activations,
+}
+
+/// Width of its gated activation.
+const INNER: usize = 96;
+
 /// A layer of a model, in any backend.
 pub struct Layer<B: Backend> {
     /// What computes it.
@@ -35,6 +46,7 @@ pub struct Layer<B: Backend> {
     qkv: B::Linear,
     q_norm: B::Vector,
     output: B::Linear,
+    mlp: Option<Mlp<B>>,
     rope: B::Rope,
     cache: B::KvCache,
     residual: Residual<B::Activations>,
@@ -50,14 +62,33 @@ pub fn numbers(len: usize, seed: u32) -> Vec<f32> {
 }
 
 impl<B: Backend> Layer<B> {
-    /// One with something in every page.
-    pub fn new(mut backend: B) -> Self {
+    /// One with something in every page; its weights are f32, and attention is all it has.
+    pub fn new(backend: B) -> Self {
+        Self::of(backend, DType::F32, false)
+    }
+
+    /// One with weights of another type of floats, and whole.
+    pub fn whole(backend: B, dtype: DType) -> Self {
+        Self::of(backend, dtype, true)
+    }
+
+    fn of(mut backend: B, dtype: DType, is_whole: bool) -> Self {
         let mut weight = |rows: usize, cols: usize, seed: u32| {
-            let bytes: Vec<u8> = numbers(rows * cols, seed).iter().flat_map(|x| x.to_le_bytes()).collect();
-            backend.linear_weight(&[Matrix::new(DType::F32, rows, cols, &bytes).unwrap()]).unwrap()
+            let values = numbers(rows * cols, seed).into_iter();
+            let bytes: Vec<u8> = match dtype {
+                DType::F16 => values.flat_map(|x| half::f16::from_f32(x).to_le_bytes()).collect(),
+                DType::BF16 => values.flat_map(|x| half::bf16::from_f32(x).to_le_bytes()).collect(),
+                _ => values.flat_map(f32::to_le_bytes).collect(),
+            };
+            backend.linear_weight(&[Matrix::new(dtype, rows, cols, &bytes).unwrap()]).unwrap()
         };
         let (table, qkv) = (weight(VOCABULARY, HIDDEN, 1), weight(SHAPE.qkv_width(), HIDDEN, 2));
         let output = weight(HIDDEN, SHAPE.q_width(), 3);
+        let mlp = is_whole.then(|| (weight(2 * INNER, HIDDEN, 7), weight(HIDDEN, INNER, 8)));
+        let mlp = mlp.map(|(gate_up, down)| {
+            let [both, inner] = [2 * INNER, INNER].map(|width| backend.activations(ROWS_MAX, width));
+            Mlp { gate_up, down, both, inner }
+        });
         let layout = KvLayout {
             layers: 1,
             kv_heads: SHAPE.kv_heads,
@@ -70,6 +101,7 @@ impl<B: Backend> Layer<B> {
             table,
             qkv,
             output,
+            mlp,
             norm: backend.vector(&numbers(HIDDEN, 4)),
             q_norm: backend.vector(&numbers(SHAPE.head_dim, 5)),
             rope: backend.rope(RopeTable::new(&numbers(SHAPE.head_dim / 2, 6), 1.0, CONTEXT_MAX as usize)),
@@ -99,7 +131,7 @@ impl<B: Backend> Layer<B> {
     }
 
     fn with_step<R>(&mut self, batch: &Batch, step: impl FnOnce(&mut B, &mut dyn FnMut(&mut B)) -> R) -> R {
-        let Self { backend, table, norm, qkv, q_norm, output, rope, cache, residual, projected, mixed, .. } = self;
+        let Self { backend, table, norm, qkv, q_norm, output, mlp, rope, cache, residual, projected, mixed, .. } = self;
         step(backend, &mut |backend| {
             let rms_norm = || RmsNorm { weight: &*norm, eps: 1e-5 };
             backend.embed(table, batch, residual.start());
@@ -108,6 +140,10 @@ impl<B: Backend> Layer<B> {
             let output = Projection { weight: &*output, bias: None };
             let attention = Attention { shape: SHAPE, scale: 0.25, norm, rope: &*rope, output };
             backend.add_attention(projected, attention, cache, 0, batch, mixed, residual, &mut |_| ());
+            if let Some(Mlp { gate_up, down, both, inner }) = mlp {
+                let [gate_up, down] = [&*gate_up, &*down].map(|weight| Projection { weight, bias: None });
+                backend.add_mlp(residual, rms_norm(), gate_up, down, [both, inner]);
+            }
             backend.norm(residual, rms_norm());
         })
     }
@@ -241,6 +277,23 @@ pub(crate) fn steps_that_were_rehearsed_compute_what_others_do<D: Start>() {
         assert_near(&ours, &reference.step(&batch));
     }
     assert_eq!(rehearsed.backend.graphs(), recorded, "nothing was recorded in vain");
+}
+
+/// With what rounds activations for the products behind it among what is recorded.
+pub(crate) fn rehearsed_steps_of_whole_layers_compute_what_others_do<D: Start>() {
+    for dtype in [DType::BF16, DType::F16] {
+        let mut rehearsed = Layer::whole(OnDevice::<D>::new(Watched::start()), dtype);
+        let mut eager = Layer::whole(OnDevice::<D>::new(Watched::start()).with_graphs_max(0), dtype);
+        let mut reference = Layer::whole(ReferenceBackend, dtype);
+        let recorded = rehearsed.rehearse();
+        for batch in all_kinds() {
+            let ours = rehearsed.step(&batch);
+            let bits = |values: &[f32]| values.iter().map(|x| x.to_bits()).collect::<Vec<_>>();
+            assert_eq!(bits(&ours), bits(&eager.step(&batch)), "{dtype:?}, {:?}", batch.sequences);
+            assert_near(&ours, &reference.step(&batch));
+        }
+        assert_eq!(rehearsed.backend.graphs(), recorded, "nothing was recorded in vain");
+    }
 }
 
 pub(crate) fn tokens_drawn_ahead_are_what_the_next_step_reads<D: Start>() {
