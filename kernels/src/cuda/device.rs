@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use cudarc::driver::{CudaContext, CudaEvent, CudaGraph, CudaStream, result, sys};
 
-use super::driver::{Address, Arg, Boxes, Driver, DriverError, HostMemory, Launch, Memory, TensorMap};
+use super::driver::{ARGS_MAX, Address, Arg, Boxes, Driver, DriverError, HostMemory, Launch, Memory, TensorMap};
 use super::modules::Modules;
 use super::mover::{DeviceMover, id_of};
 use super::moving::{DeviceId, Mover};
@@ -22,8 +22,6 @@ const CAPABILITY_MIN: (i32, i32) = (8, 0);
 const CAPABILITY_TO_START_EARLY: (i32, i32) = (9, 0);
 /// Columns of a box of a matrix.
 const BOX_COLS: u32 = 64;
-/// Most arguments a kernel takes.
-const ARGS_MAX: usize = 16;
 
 /// A CUDA device, and the stream everything runs on.
 pub struct Device {
@@ -339,7 +337,6 @@ impl Driver for Device {
         let function = self.modules.function(launch.kernel, launch.shared);
         let function = function.during(|| format!("finding kernel {}", launch.kernel))?;
         let operation = || format!("launching {} on {:?} blocks of {}", launch.kernel, launch.grid, launch.block);
-        assert!(launch.maps.len() + launch.args.len() <= ARGS_MAX, "room for a kernel's arguments");
         // Little-endian: a cell starts with its low word.
         let mut cells = [0u64; ARGS_MAX];
         let mut pointers = [std::ptr::null_mut::<c_void>(); ARGS_MAX];

@@ -2,7 +2,7 @@
 
 use std::cell::RefCell;
 
-use super::driver::{Arg, Driver, DriverError, Launch};
+use super::driver::{ARGS_MAX, Arg, Driver, DriverError, Launch};
 
 /// A driver's stream whose operations return nothing: as on the device itself, a failure comes up later, when somebody
 /// asks. After it nothing more is done.
@@ -46,6 +46,8 @@ impl<D: Driver> Stream<D> {
 
     /// The same, for kernels that take more than arguments.
     pub(super) fn enqueue(&self, launch: &Launch<'_>) {
+        // Here, so that devices that are emulated demand it too.
+        assert!(launch.maps.len() + launch.args.len() <= ARGS_MAX, "{} has too many arguments", launch.kernel);
         if !launch.grid.contains(&0) {
             self.attempt(|driver| driver.launch(launch));
         }
