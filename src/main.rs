@@ -12,8 +12,8 @@ use engine::{
 };
 use tokio::runtime::{Builder, Runtime};
 
-/// A runtime for HTTP and the cluster: few threads beside an engine, which needs the cores; all of them where there is
-/// no model to speak of; and the frontend's connections have their own.
+/// The runtime for HTTP and the cluster. Few threads beside an engine, which needs the cores; one a core where there is
+/// no model to speak of; one for a frontend, whose connections have their own.
 fn runtime(role: &Role) -> io::Result<Runtime> {
     let cores = std::thread::available_parallelism().map_or(2, |cores| cores.get());
     let shared = |threads| Builder::new_multi_thread().worker_threads(threads).enable_all().build();

@@ -8,6 +8,7 @@ mod support;
 
 use std::{
     net::{SocketAddr, TcpListener},
+    sync::Arc,
     thread,
     time::{Duration, Instant},
 };
@@ -31,7 +32,7 @@ struct Front {
     address: SocketAddr,
     cluster: Cluster,
     metrics: FrontendMetrics,
-    runtime: Runtime,
+    runtime: Arc<Runtime>,
     shutdown: Option<oneshot::Sender<()>>,
 }
 
@@ -41,7 +42,8 @@ impl Front {
     }
 
     fn with(change: impl FnOnce(&mut FrontendConfig)) -> Self {
-        let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
+        // One thread, as the frontend's own.
+        let runtime = Arc::new(tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap());
         let mut config = FrontendConfig {
             api_keys: Vec::new(),
             body_bytes_max: 1 << 20,
@@ -64,11 +66,12 @@ impl Front {
             threads: ConnectionThreads::start(2).unwrap(),
         };
         let (serving, counted) = (cluster.clone(), metrics.clone());
-        runtime.spawn(async move {
-            let told = async { drop(told.await) };
-            serve(listener, &serving, config, counted, server, told).await;
-        });
         drop(guard);
+        let main = runtime.clone();
+        thread::spawn(move || {
+            let told = async { drop(told.await) };
+            main.block_on(serve(listener, &serving, config, counted, server, told));
+        });
         Self { address, cluster, metrics, runtime, shutdown: Some(shutdown) }
     }
 
@@ -378,6 +381,21 @@ fn models_are_told_apart_and_listed_together() {
     assert_eq!((status, param.as_deref()), (404, Some("model")));
     let (status, param, _) = front.post(COMPLETIONS, &json!({"prompt": "a"})).error();
     assert_eq!((status, param.as_deref()), (400, Some("model")));
+}
+
+#[test]
+fn a_large_body_is_read_as_a_small_one_is() {
+    let front = Front::with(|config| config.body_memory_max = 8 << 20);
+    let (one, two) = (Worker::start(Options::default()), Worker::start(Options { model: "n/2", ..Options::default() }));
+    let _leases = [front.register(one.address, "m"), front.register(two.address, "n/2")];
+    front.wait_until_there_are(2);
+    for at in 0..16 {
+        let model = ["m", "n/2"][at % 2];
+        let body = json!({"model": model, "prompt": "a", "max_tokens": 1}).to_string() + &" ".repeat(512 << 10);
+        // Unread, it would go to any worker, which might have the other model.
+        let answer = client::post_bytes(front.address, COMPLETIONS, body.as_bytes());
+        assert_eq!((answer.status, &answer.json()["model"]), (200, &json!(model)));
+    }
 }
 
 #[test]

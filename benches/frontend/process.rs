@@ -9,7 +9,11 @@ use std::{
     time::{Duration, Instant},
 };
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, bail};
+use nix::{
+    time::{clock_getcpuclockid, clock_gettime},
+    unistd::Pid,
+};
 
 /// How long a server may take to start. Not a measurement.
 const START_TIME_MAX: Duration = Duration::from_secs(180);
@@ -61,15 +65,8 @@ impl Process {
 /// Seconds of CPU time that all threads of a process have used, those included that have ended. To the nanosecond: the
 /// ticks of `/proc` are longer than what a frontend with one client uses in a second.
 pub(crate) fn cpu(process: u32) -> Result<f64> {
-    let mut clock = libc::CLOCK_MONOTONIC;
-    let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
-    // SAFETY: each writes to the one place it is given, which lives until it returns.
-    let read = unsafe {
-        libc::clock_getcpuclockid(process as libc::pid_t, &raw mut clock) == 0
-            && libc::clock_gettime(clock, &raw mut time) == 0
-    };
-    ensure!(read, "the CPU time of process {process} cannot be read");
-    Ok(time.tv_sec as f64 + time.tv_nsec as f64 / 1e9)
+    let clock = clock_getcpuclockid(Pid::from_raw(process as i32))?;
+    Ok(Duration::from(clock_gettime(clock)?).as_secs_f64())
 }
 
 /// Bytes of memory that a process holds.

@@ -7,6 +7,7 @@ use socket2::{Domain, Protocol, Socket, Type};
 use tokio::{
     net::{TcpListener, TcpStream},
     sync::watch,
+    task::yield_now,
     time::{sleep, timeout},
 };
 use tower::ServiceExt;
@@ -33,14 +34,14 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 /// How long a connection counts as used before its first request: whoever has just come is not sent away for the next.
 const FIRST_REQUEST_TIME: Duration = Duration::from_secs(1);
 
-/// What a server has to serve with.
+/// A server's limits and threads.
 #[derive(Debug)]
 pub struct ServerConfig {
     /// Connections at a time; a further one gets the place of one that is idle, or waits to be accepted.
     pub connections_max: usize,
     /// How long running answers may take to end once the server is told to leave.
     pub drain_timeout: Duration,
-    /// Threads that serve connections.
+    /// Threads that serve connections; without any, the runtime that accepts them does.
     pub threads: ConnectionThreads,
 }
 
@@ -182,6 +183,13 @@ async fn connection(stream: TcpStream, place: Place, router: Router, mut closing
     if let Err(error) = stream.set_nodelay(true) {
         tracing::debug!(%error, "cannot set TCP_NODELAY");
     }
+    // What the poller has not told of yet is heard first.
+    let leaving = async move {
+        // Nobody takes it back: it changes, or whoever would change it is gone.
+        let _ = closing.changed().await;
+        yield_now().await;
+    };
+    tokio::pin!(leaving);
     let place = Arc::new(place);
     let working = place.clone();
     let service = service_fn(move |request: Request<Incoming>| {
@@ -209,7 +217,7 @@ async fn connection(stream: TcpStream, place: Place, router: Router, mut closing
                 }
                 return;
             }
-            _ = closing.changed(), if !told => {
+            () = &mut leaving, if !told => {
                 told = true;
                 connection.as_mut().graceful_shutdown();
             }
@@ -264,6 +272,23 @@ mod tests {
         for _ in 0..3 {
             asks(&mut TcpStream::connect(address).await.unwrap()).await;
         }
+    }
+
+    #[tokio::test]
+    async fn what_has_come_before_the_server_leaves_is_answered() {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let mut near = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
+        let far = listener.accept().await.unwrap().0.into_std().unwrap();
+        near.write_all(b"GET / HTTP/1.1\r\nHost: a\r\n\r\n").await.unwrap();
+        let (close, place) = (watch::Sender::new(()), Places::new(1).take().await);
+        let closing = close.subscribe();
+        close.send_replace(());
+        let router = Router::new().route("/", get(|| async { "hello" }));
+        // The poller has not said that there is something to read.
+        connection(TcpStream::from_std(far).unwrap(), place, router, closing).await;
+        let mut answer = Vec::new();
+        near.read_to_end(&mut answer).await.unwrap();
+        assert!(answer.ends_with(b"hello"));
     }
 
     #[tokio::test]

@@ -6,6 +6,9 @@ use tokio::{
     sync::oneshot,
 };
 
+/// Threads beside each for work that would keep its connections waiting.
+const BLOCKING_THREADS: usize = 2;
+
 /// Threads that serve connections, each with a runtime of its own. A connection stays on its thread, with all that its
 /// answers wait for: a token wakes one thread, and tokens that come together share that. A runtime that shares out its
 /// tasks wakes a second thread for nearly every token, to find that there is nothing to share.
@@ -24,25 +27,25 @@ struct ConnectionThread {
 }
 
 impl ConnectionThreads {
-    /// Starts `number` threads, which end with this. Fails if the system has none to give.
+    /// Starts `number` threads, which end with this. Fails if the system has no thread or no poller to give.
     pub fn start(number: usize) -> io::Result<Self> {
-        (0..number).map(|_| ConnectionThread::start()).collect::<io::Result<_>>().map(Self)
+        (0..number).map(ConnectionThread::start).collect::<io::Result<_>>().map(Self)
     }
 
-    /// Gives a connection to the thread that has the fewest.
+    /// Gives a connection to the thread that has the fewest, idle ones included: it stays there.
     pub(super) fn serve<F: Future<Output = ()> + Send>(
         &self,
         stream: TcpStream,
-        serve: impl FnOnce(TcpStream) -> F + Send + 'static,
+        work: impl FnOnce(TcpStream) -> F + Send + 'static,
     ) -> io::Result<()> {
         let Some(thread) = self.0.iter().min_by_key(|thread| Arc::strong_count(&thread.connections)) else {
-            tokio::spawn(async move { serve(stream).await });
+            tokio::spawn(async move { work(stream).await });
             return Ok(());
         };
         let (stream, connected) = (stream.into_std()?, thread.connections.clone());
         thread.runtime.spawn(async move {
             match TcpStream::from_std(stream) {
-                Ok(stream) => serve(stream).await,
+                Ok(stream) => work(stream).await,
                 Err(error) => tracing::warn!(%error, "cannot serve a connection"),
             }
             drop(connected);
@@ -52,11 +55,12 @@ impl ConnectionThreads {
 }
 
 impl ConnectionThread {
-    fn start() -> io::Result<Self> {
-        let runtime = Builder::new_current_thread().enable_all().build()?;
+    fn start(number: usize) -> io::Result<Self> {
+        let mut builder = Builder::new_current_thread();
+        let runtime = builder.max_blocking_threads(BLOCKING_THREADS).enable_all().build()?;
         let (running, ended) = oneshot::channel::<()>();
         let this = Self { runtime: runtime.handle().clone(), connections: Arc::new(()), _running: running };
-        thread::Builder::new().name("connections".into()).spawn(move || {
+        thread::Builder::new().name(format!("connections-{number}")).spawn(move || {
             // Nobody sends: it resolves when that is dropped.
             let _ = runtime.block_on(ended);
             // Work on its blocking threads is left behind.

@@ -4,7 +4,7 @@ use clap::{Args, builder::NonEmptyStringValueParser};
 
 use super::{
     ClusterArgs, LogArgs,
-    values::{parse_seconds, parse_size},
+    values::{parse_seconds, parse_size, parse_within},
     worker::DEFAULT_PORT,
 };
 
@@ -47,6 +47,10 @@ pub struct FrontendArgs {
     /// Connections at a time; a further one gets the place of one that is idle, or waits
     #[arg(long, value_name = "N", default_value_t = 4096, help_heading = "Server")]
     pub max_connections: usize,
+
+    /// Threads that serve connections; by default one for every four processors
+    #[arg(long, value_name = "N", value_parser = parse_within::<1, 1024>, help_heading = "Server")]
+    pub connection_threads: Option<usize>,
 
     /// Seconds an answer may take, waiting and moving to another worker included
     #[arg(long, value_name = "SECONDS", value_parser = parse_seconds, default_value = "3600", help_heading = "Server")]

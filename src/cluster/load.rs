@@ -25,8 +25,8 @@ pub struct LoadReport {
 }
 
 impl LoadReport {
-    /// Whether requests would be placed as they were before. The cache fills a little with every token: that alone is
-    /// no news.
+    /// Whether there is as much to do as before. The cache, which fills a little with every token, is told along with
+    /// that, up to a second late.
     fn is_like(&self, before: &Self) -> bool {
         let work = |report: &Self| (report.running, report.waiting, report.prompt_tokens);
         work(self) == work(before)
@@ -60,7 +60,7 @@ pub async fn report_load(
     let mut ticks = tokio::time::interval(REPORT_PERIOD);
     ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     let mut last = None;
-    let mut unchanged = 0;
+    let mut untold = 0;
     loop {
         ticks.tick().await;
         let Some(id) = *lease.borrow_and_update() else {
@@ -73,12 +73,12 @@ pub async fn report_load(
             return;
         }
         let report = sample();
-        unchanged += 1;
+        untold += 1;
         let known = last.is_some_and(|(to, before)| to == id && report.is_like(&before));
-        if !known || unchanged >= REPEAT_PERIODS {
+        if !known || untold >= REPEAT_PERIODS {
             loads.report(id, &report);
             last = Some((id, report));
-            unchanged = 0;
+            untold = 0;
         }
     }
 }

@@ -28,6 +28,8 @@ use crate::{
     cluster::{LeaseId, ModelKey},
 };
 
+/// Bytes of a body that are read where it came in; more would keep others' tokens there waiting.
+const PEEKED_HERE_MAX: usize = 256 << 10;
 /// Workers that may be lost over a request without its getting any further. A request that kills whoever takes it must
 /// not go through the whole cluster.
 const LOSSES_MAX: usize = 3;
@@ -54,17 +56,24 @@ pub(super) struct Asked {
 }
 
 impl Asked {
-    pub(super) fn new(path: PathAndQuery, given: &HeaderMap, received: Received, timeout: Duration) -> Self {
+    pub(super) async fn new(path: PathAndQuery, given: &HeaderMap, received: Received, timeout: Duration) -> Self {
+        let arrived = Instant::now();
         let Received { bytes, memory } = received;
+        let body = Bytes::from(bytes);
         let mut headers = HeaderMap::with_capacity(PASSED_ON.len());
         for name in PASSED_ON {
             if let Some(value) = given.get(name) {
                 headers.insert(name, value.clone());
             }
         }
-        let arrived = Instant::now();
-        let peek = Peek::read(&bytes);
-        Self { path, headers, body: bytes.into(), _memory: memory, peek, arrived, deadline: arrived + timeout }
+        let peek = if body.len() <= PEEKED_HERE_MAX {
+            Peek::read(&body)
+        } else {
+            let body = body.clone();
+            // It fails only when the process ends.
+            tokio::task::spawn_blocking(move || Peek::read(&body)).await.ok().flatten()
+        };
+        Self { path, headers, body, _memory: memory, peek, arrived, deadline: arrived + timeout }
     }
 
     pub(super) fn streams(&self) -> bool {

@@ -1,7 +1,7 @@
 use std::mem;
 
 use bytes::{Bytes, BytesMut};
-use memchr::memchr;
+use memchr::{memchr, memmem};
 
 use crate::api::progress::{JOURNAL_BYTES_MAX, PROGRESS_PREFIX};
 
@@ -35,7 +35,13 @@ impl Splitter {
         if self.partial.is_empty() {
             return self.split(data);
         }
+        // An event ends with an empty line. Until there is one, what was searched is not searched again: large events
+        // come in many pieces.
+        let searched = self.partial.len() - 1;
         self.partial.extend_from_slice(&data);
+        if self.partial.len() <= EVENT_BYTES_MAX && memmem::find(&self.partial[searched..], b"\n\n").is_none() {
+            return Ok(Bytes::new());
+        }
         let whole = mem::take(&mut self.partial).freeze();
         self.split(whole)
     }

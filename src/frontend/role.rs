@@ -10,9 +10,9 @@ use crate::{
     worker::Signals,
 };
 
-/// Threads that serve connections. Few: each passes on tens of thousands of tokens a second, and the fewer there are,
-/// the more tokens share a wake-up. They leave the machine to the workers that stand beside them.
-fn threads() -> usize {
+/// Few, since workers may stand beside the frontend: each passes on tens of thousands of tokens a second, and the fewer
+/// there are, the more tokens share a wake-up.
+fn default_threads() -> usize {
     let cores = std::thread::available_parallelism().map_or(1, |cores| cores.get());
     (cores / 4).clamp(1, 16)
 }
@@ -35,6 +35,8 @@ pub async fn run(args: FrontendArgs) -> Result<()> {
         cluster_token: args.cluster.cluster_token,
         allowed_origins: args.allowed_origins,
     };
+    let threads = args.connection_threads.unwrap_or_else(default_threads);
+    let threads = ConnectionThreads::start(threads).context("cannot start the threads that serve connections")?;
     let listener = bound.listen()?;
     let text = format!(
         "engine {} frontend of the cluster `{}` on http://{}\n",
@@ -45,11 +47,7 @@ pub async fn run(args: FrontendArgs) -> Result<()> {
     // Nobody may be reading; the frontend serves all the same.
     let mut out = std::io::stdout();
     let _ = out.write_all(text.as_bytes()).and_then(|()| out.flush());
-    let server = ServerConfig {
-        connections_max: args.max_connections,
-        drain_timeout: args.shutdown_timeout,
-        threads: ConnectionThreads::start(threads()).context("cannot start the threads that serve connections")?,
-    };
+    let server = ServerConfig { connections_max: args.max_connections, drain_timeout: args.shutdown_timeout, threads };
     let shutdown = async move {
         signals.next().await;
         // Whoever asks twice does not want to wait.

@@ -72,7 +72,7 @@ async fn ask(
     let body = read_body(&headers, body, frontend.config.body_bytes_max, &frontend.bodies).await?;
     let in_flight = frontend.enter()?;
     let path = uri.path_and_query().cloned().unwrap_or(PathAndQuery::from_static("/"));
-    let asked = Asked::new(path, &headers, body, frontend.config.request_timeout);
+    let asked = Asked::new(path, &headers, body, frontend.config.request_timeout).await;
     let mut attempts = Attempts::default();
     loop {
         let placed = frontend.place(&asked, &Bytes::new(), None, &mut attempts).await;

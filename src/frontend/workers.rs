@@ -1,6 +1,6 @@
 use std::{
     collections::{BTreeMap, HashMap},
-    io,
+    io, mem,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError, Weak,
         atomic::{AtomicBool, AtomicU64, Ordering},
@@ -52,7 +52,8 @@ pub(super) struct Worker {
     idle: Mutex<Vec<Idle>>,
 }
 
-/// A connection that nobody uses. It is for its own thread: bytes for it would wake that one first.
+/// A connection that nobody uses. It is for requests of its `thread`, whose runtime polls it: used on another, each
+/// token would wake both.
 struct Idle {
     since: Instant,
     thread: ThreadId,
@@ -133,11 +134,13 @@ impl Worker {
 
     /// Sends a request, on a connection that is there or on a new one, and waits for the head of the answer.
     pub(super) async fn send(&self, request: &impl Fn() -> Request<Payload>) -> Result<Exchange, LostError> {
-        let kept = {
+        let (_old, kept) = {
             let mut idle = self.idle();
-            idle.retain(|kept| kept.since.elapsed() < IDLE_TIME_MAX);
+            // They are in the order of time. Connections are closed when others may have the list.
+            let old = idle.iter().take_while(|kept| kept.since.elapsed() >= IDLE_TIME_MAX).count();
+            let old: Vec<Idle> = idle.drain(..old).collect();
             let here = thread::current().id();
-            idle.iter().rposition(|kept| kept.thread == here).map(|at| idle.remove(at))
+            (old, idle.iter().rposition(|kept| kept.thread == here).map(|at| idle.remove(at)))
         };
         if let Some(kept) = kept {
             match kept.connection.send(request()).await {
@@ -146,7 +149,7 @@ impl Worker {
                 // shows.
                 Err(error) => {
                     tracing::debug!(worker = %self.lease, %error, "a kept connection was of no use");
-                    self.idle().clear();
+                    drop(mem::take(&mut *self.idle()));
                 }
             }
         }
@@ -156,10 +159,12 @@ impl Worker {
     /// Keeps a connection whose answer was read to its end.
     pub(super) fn keep(&self, exchange: Exchange) {
         if let Some(connection) = exchange.into_connection() {
+            let kept = Idle { since: Instant::now(), thread: thread::current().id(), connection };
             let mut idle = self.idle();
-            if idle.len() < IDLE_CONNECTIONS_MAX {
-                idle.push(Idle { since: Instant::now(), thread: thread::current().id(), connection });
-            }
+            // The oldest leaves: it may be of a thread that has no use for it any more.
+            let oldest = (idle.len() == IDLE_CONNECTIONS_MAX).then(|| idle.remove(0));
+            idle.push(kept);
+            drop((idle, oldest));
         }
     }
 
@@ -343,4 +348,54 @@ pub(super) fn follow(
         }
     });
     receiver
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::AtomicUsize;
+
+    use tokio::{
+        io::{AsyncReadExt, AsyncWriteExt},
+        net::TcpListener,
+    };
+
+    use super::*;
+    use crate::cluster::{ModelKey, tests::card};
+
+    #[tokio::test]
+    async fn a_connection_is_kept_for_its_own_thread() {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let card = card(Role::Decode, ModelKey::of(b"model"), &listener.local_addr().unwrap().to_string());
+        let worker = Worker::new(LeaseId(1), Arc::new(card));
+        let connections = Arc::new(AtomicUsize::new(0));
+        let accepted = connections.clone();
+        tokio::spawn(async move {
+            loop {
+                let (mut stream, _) = listener.accept().await.unwrap();
+                accepted.fetch_add(1, Ordering::Relaxed);
+                tokio::spawn(async move {
+                    let mut asked = Vec::new();
+                    while stream.read_buf(&mut asked).await.unwrap_or(0) > 0 {
+                        if asked.ends_with(b"\r\n\r\n") {
+                            asked.clear();
+                            stream.write_all(b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok").await.unwrap();
+                        }
+                    }
+                });
+            }
+        });
+        worker.probe().await;
+        worker.probe().await;
+        assert_eq!(connections.load(Ordering::Relaxed), 1, "the second went where the first had been");
+        let elsewhere = worker.clone();
+        let probe = move || {
+            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+            runtime.block_on(elsewhere.probe());
+        };
+        tokio::task::spawn_blocking(probe).await.unwrap();
+        assert_eq!(connections.load(Ordering::Relaxed), 2);
+        worker.probe().await;
+        assert_eq!(connections.load(Ordering::Relaxed), 2, "this thread's is still there");
+        assert!(!worker.is_silent());
+    }
 }
