@@ -8,6 +8,8 @@
 //! Requests compile on threads that may take their time; the engine thread has a matcher for each sequence and asks it
 //! for a mask before each draw.
 
+#[cfg(test)]
+mod costs;
 mod matcher;
 mod schema;
 mod source;
