@@ -29,6 +29,12 @@ impl Serving {
         outputs: Option<StructuredOutputs>,
     ) -> Result<Option<Grammar>, ApiError> {
         let Some((source, field)) = asked(format, outputs)? else { return Ok(None) };
+        // Most requests ask for what another has asked for before.
+        if let Some(Ok(vocabulary)) = self.vocabulary.get()
+            && let Some(grammar) = vocabulary.compiled_lately(&source)
+        {
+            return Ok(Some(grammar));
+        }
         // The first time that takes long in any case.
         let made = self.aside(|serving| serving.vocabulary().map(drop)).await?;
         let serving = self.clone();

@@ -11,6 +11,7 @@
 #[cfg(test)]
 mod costs;
 mod matcher;
+mod recent;
 mod schema;
 mod source;
 #[cfg(test)]
