@@ -240,6 +240,15 @@ fn tokens_that_have_no_place_in_a_trie_never_come() {
 }
 
 #[test]
+fn where_no_token_says_what_has_to_follow_none_may_come() {
+    let mut tokens: Vec<Vec<u8>> = (0..=u8::MAX).map(|byte| vec![byte]).collect();
+    tokens[usize::from(b'b')].clear();
+    let mut matcher = Vocabulary::of_tokens(tokens, &[]).unwrap().compile(regex("ab")).unwrap().matcher();
+    matcher.take(b'a'.into()).unwrap();
+    assert!(allowed(&mut matcher).is_empty());
+}
+
+#[test]
 fn what_makes_no_grammar_is_refused_with_a_reason() {
     let schema = Source::JsonSchema;
     let lark = |text: &str| Source::Lark(text.to_owned());

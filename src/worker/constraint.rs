@@ -161,8 +161,11 @@ mod tests {
         assert_eq!(constraint("a", &[END]).take(a), Some(FinishReason::Stop));
         assert_eq!(constraint("a", &[END]).take(b), Some(FinishReason::LostTrack));
         // Where the whole is there already, nothing is drawn.
-        let empty = constraint("", &[]);
-        assert!(empty.mask(&[]).is_none());
-        assert_eq!(empty.end(), Some(FinishReason::Stop));
+        let mut whole = constraint("a", &[END]).matcher.into_inner().unwrap();
+        whole.take(a).unwrap();
+        for nothing_left in [constraint("", &[]), Constraint::new(whole, &[END])] {
+            assert!(nothing_left.mask(&[]).is_none());
+            assert_eq!(nothing_left.end(), Some(FinishReason::Stop));
+        }
     }
 }
