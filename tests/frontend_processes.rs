@@ -1,14 +1,18 @@
 //! A frontend and its workers as processes, over real etcd and NATS, with workers killed and stopped under an answer.
 
+#[path = "served/answer.rs"]
+mod answer;
 mod cell;
 mod program;
 mod services;
 mod support;
 
+use answer::Answer;
 use cell::Cell;
 use program::{Server, client::Events};
 use serde_json::{Value, json};
 
+const CHAT: &str = "/v1/chat/completions";
 const COMPLETIONS: &str = "/v1/completions";
 
 fn frontend(cell: &Cell) -> Server {
@@ -69,6 +73,79 @@ fn an_answer_outlives_a_worker_that_is_killed_and_one_that_is_stopped() {
     let whole = json!({"model": "demo", "prompt": "Once upon a time", "max_tokens": 8, "temperature": 0});
     let response = frontend.post(COMPLETIONS, &whole);
     assert_eq!(response.status, 200, "{}", response.text());
+}
+
+const DRINKS: [&str; 3] = ["tea", "coffee", "water"];
+
+/// Asks for several people as JSON, twice: some hundred tokens, of which every one is drawn.
+fn people() -> Value {
+    let person = json!({
+        "type": "object",
+        "properties": {
+            "name": {"type": "string", "minLength": 1, "maxLength": 10},
+            "age": {"type": "integer", "minimum": 0, "maximum": 120},
+            "drinks": {"type": "array", "items": {"enum": DRINKS}, "minItems": 2, "maxItems": 2},
+        },
+        "required": ["name", "age", "drinks"],
+        "additionalProperties": false,
+    });
+    let schema = json!({
+        "type": "object",
+        "properties": {"people": {"type": "array", "items": person, "minItems": 4, "maxItems": 6}},
+        "required": ["people"],
+        "additionalProperties": false,
+    });
+    json!({
+        "model": "demo", "messages": [{"role": "user", "content": "Name some people, as JSON."}],
+        "max_tokens": 900, "temperature": 1, "seed": 11, "n": 2, "logprobs": true,
+        "response_format": {"type": "json_schema", "json_schema": {"name": "people", "schema": schema}},
+        "stream": true, "stream_options": {"include_usage": true},
+    })
+}
+
+fn assert_are_people(text: &str) {
+    let all: Value = serde_json::from_str(text).unwrap_or_else(|error| panic!("{error}: {text}"));
+    let people = all["people"].as_array().unwrap();
+    assert!(all.as_object().unwrap().len() == 1 && (4..=6).contains(&people.len()), "{text}");
+    for person in people {
+        assert_eq!(person.as_object().unwrap().len(), 3, "{text}");
+        assert!((1..=10).contains(&person["name"].as_str().unwrap().chars().count()), "{text}");
+        assert!(person["age"].as_u64().unwrap() <= 120, "{text}");
+        let drinks = person["drinks"].as_array().unwrap();
+        assert!(drinks.len() == 2 && drinks.iter().all(|drink| DRINKS.contains(&drink.as_str().unwrap())), "{text}");
+    }
+}
+
+/// What a client has of a streamed answer, however it was cut into events.
+fn whole(events: &[Value]) -> Answer {
+    let mut answer = Answer::default();
+    events.iter().for_each(|event| answer.take(&event.to_string()));
+    answer.anonymous()
+}
+
+#[test]
+fn an_answer_of_a_given_form_outlives_workers_that_are_killed() {
+    let cell = Cell::start();
+    let mut workers: Vec<_> = (0..3).map(|_| cell.decode(&["--threads", "1"])).collect();
+    let frontend = frontend(&cell);
+    know(&frontend, 3);
+    let expected = whole(&frontend.stream(CHAT, &people()).finish());
+    for choice in &expected.choices {
+        assert_are_people(&choice.text);
+        assert_eq!((choice.roles, &choice.finishes[..]), (1, &[json!("stop")][..]));
+        assert!(choice.logprobs.len() > 40, "too short to be cut twice: {}", choice.text);
+    }
+    assert_ne!(expected.choices[0].text, expected.choices[1].text);
+
+    let mut events: Events = frontend.stream(CHAT, &people());
+    for more in [5, 20] {
+        (0..more).for_each(|_| drop(events.next().expect("it goes on")));
+        busy(&mut workers).signal("KILL");
+    }
+    assert_eq!(whole(&events.finish()), expected, "{}", frontend.log());
+    assert_eq!(frontend.metric("engine_frontend_migrations_total"), 2.0);
+    assert_eq!(frontend.metric("engine_frontend_broken_total"), 0.0);
+    workers.iter().for_each(cell::wait_until_idle);
 }
 
 /// Mocks in the cell's cluster, or in another of these services.

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use serde_json::Value;
-use tokio::time::timeout;
+use tokio::{sync::Semaphore, time::timeout};
 
 use super::{
     ApiError, Serving,
@@ -22,28 +22,24 @@ const SHOWN_CHARS_MAX: usize = 40;
 type Asked = (Source, &'static str);
 
 impl Serving {
-    /// Compiles what a request asks for, if it does: on a thread of its own, a few at a time. One that takes too long is
-    /// not waited for; it keeps its place until it ends, since nobody can end it.
+    /// Compiles what a request asks for, if it does.
     pub(crate) async fn compile(
         self: &Arc<Self>,
         format: Option<ResponseFormat>,
         outputs: Option<StructuredOutputs>,
     ) -> Result<Option<Grammar>, ApiError> {
         let Some((source, field)) = asked(format, outputs)? else { return Ok(None) };
+        // Most requests ask for what another has asked for before.
+        if let Some(Ok(vocabulary)) = self.vocabulary.get()
+            && let Some(grammar) = vocabulary.compiled_lately(&source)
+        {
+            return Ok(Some(grammar));
+        }
         // The first time that takes long in any case.
         let made = self.aside(|serving| serving.vocabulary().map(drop)).await?;
-        let place = timeout(COMPILE_TIME_MAX, self.compilers.clone().acquire_owned());
-        let place = place.await.map_err(|_| ApiError::compilers_busy())?.map_err(|_| ApiError::draining())?;
         let serving = self.clone();
-        let compiling = tokio::task::spawn_blocking(move || {
-            let _place = place;
-            made.and_then(|()| serving.vocabulary()?.compile(source))
-        });
-        let Ok(compiled) = timeout(COMPILE_TIME_MAX, compiling).await else {
-            let message = format!("'{field}' cannot be used: it takes more than {COMPILE_TIME_MAX:?} to compile");
-            return Err(ApiError::invalid(field, message));
-        };
-        let compiled = compiled.map_err(|_| ApiError::internal("The grammar could not be compiled"))?;
+        let compile = move || made.and_then(|()| serving.vocabulary()?.compile(source));
+        let compiled = in_a_place(&self.compilers, field, compile).await?;
         compiled.map(Some).map_err(|error| match error {
             GrammarError::Vocabulary(_) => ApiError::unsupported(field, &error.to_string()),
             GrammarError::TooLarge { .. } | GrammarError::Invalid(_) => {
@@ -59,6 +55,26 @@ impl Serving {
         });
         made.as_ref().map_err(GrammarError::clone)
     }
+}
+
+/// Compiles on a thread of its own, a few at a time. What takes too long is not waited for; it keeps its place until it
+/// ends, since nobody can end it.
+async fn in_a_place<T: Send + 'static>(
+    places: &Arc<Semaphore>,
+    field: &'static str,
+    compile: impl FnOnce() -> T + Send + 'static,
+) -> Result<T, ApiError> {
+    let place = timeout(COMPILE_TIME_MAX, places.clone().acquire_owned());
+    let place = place.await.map_err(|_| ApiError::compilers_busy())?.map_err(|_| ApiError::draining())?;
+    let compiling = tokio::task::spawn_blocking(move || {
+        let _place = place;
+        compile()
+    });
+    let Ok(compiled) = timeout(COMPILE_TIME_MAX, compiling).await else {
+        let message = format!("'{field}' cannot be used: it takes more than {COMPILE_TIME_MAX:?} to compile");
+        return Err(ApiError::invalid(field, message));
+    };
+    compiled.map_err(|_| ApiError::internal("The grammar could not be compiled"))
 }
 
 /// What the two fields ask for together.
@@ -136,7 +152,10 @@ fn schema(json: Value) -> Result<Value, ApiError> {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::mpsc;
+
     use serde_json::json;
+    use tokio::{sync::oneshot, time::advance};
 
     use super::*;
     use crate::api::{extract::parse_json, types::CompletionRequest};
@@ -205,5 +224,31 @@ mod tests {
         ] {
             assert_eq!(ask(body.clone()).unwrap_err().param(), Some(param), "{body}");
         }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn what_compiles_for_too_long_is_refused_and_keeps_its_place_until_it_ends() {
+        let places = Arc::new(Semaphore::new(1));
+        let ask = |compile: Box<dyn FnOnce() -> u32 + Send>| {
+            let places = places.clone();
+            tokio::spawn(async move { in_a_place(&places, "the field", compile).await })
+        };
+        let ((begin, begun), (end, ended)) = (oneshot::channel(), mpsc::channel());
+        let endless = ask(Box::new(move || {
+            begin.send(()).unwrap();
+            ended.recv().unwrap();
+            1
+        }));
+        begun.await.unwrap();
+        // Whoever waits for the place is told to come again.
+        let waiting = ask(Box::new(|| 2));
+        tokio::task::yield_now().await;
+        advance(COMPILE_TIME_MAX + Duration::from_millis(1)).await;
+        let refused = endless.await.unwrap().unwrap_err();
+        assert!(refused.param() == Some("the field") && refused.to_json().contains("takes more than"), "{refused:?}");
+        assert_eq!(waiting.await.unwrap(), Err(ApiError::compilers_busy()));
+        assert_eq!(places.available_permits(), 0);
+        end.send(()).unwrap();
+        assert_eq!(ask(Box::new(|| 3)).await.unwrap(), Ok(3));
     }
 }

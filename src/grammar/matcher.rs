@@ -27,6 +27,11 @@ impl Matcher {
         }
     }
 
+    /// Where this one is, with a lexer of its own.
+    pub(super) fn copied(&self) -> Self {
+        Self { inner: self.inner.deep_clone(), known: self.known.clone() }
+    }
+
     /// Takes the next token of the answer.
     pub fn take(&mut self, token: u32) -> Result<(), LostTrack> {
         self.inner.consume_token(token).map_err(|error| LostTrack(brief(&error.to_string())))

@@ -35,14 +35,18 @@ impl Source {
         Self::JsonSchema(json!({"type": "object"}))
     }
 
-    /// As llguidance takes it. What is too large to be looked at is refused.
-    pub(super) fn for_compiler(&self) -> Result<TopLevelGrammar, GrammarError> {
-        let bytes = match self {
+    /// How long its text is.
+    pub(super) fn bytes(&self) -> usize {
+        match self {
             Self::JsonSchema(schema) => schema.to_string().len(),
             Self::Regex(text) | Self::Lark(text) => text.len(),
             Self::Choice(choices) => choices.iter().map(String::len).sum(),
-        };
-        at_most("bytes", bytes, BYTES_MAX)?;
+        }
+    }
+
+    /// As llguidance takes it. What is too large to be looked at is refused.
+    pub(super) fn for_compiler(&self) -> Result<TopLevelGrammar, GrammarError> {
+        at_most("bytes", self.bytes(), BYTES_MAX)?;
         match self {
             Self::JsonSchema(schema) => Ok(TopLevelGrammar::from_json_schema(with_options(schema)?)),
             Self::Regex(regex) => {

@@ -7,7 +7,7 @@ use llguidance::{
     toktrie::{ApproximateTokEnv, INVALID_TOKEN, TokEnv, TokRxInfo, TokTrie},
 };
 
-use super::{Matcher, Source};
+use super::{Matcher, Source, recent::Recent};
 
 /// Longer tokens have no place in the trie: runs of spaces, in vocabularies that exist.
 const TOKEN_BYTES_MAX: usize = 512;
@@ -59,6 +59,7 @@ pub struct Vocabulary {
     factory: ParserFactory,
     /// Tokens that are text, or end an answer: a bit a token.
     known: Arc<[u32]>,
+    recent: Recent,
 }
 
 impl Vocabulary {
@@ -89,7 +90,7 @@ impl Vocabulary {
         let unusable = |error: anyhow::Error| GrammarError::Vocabulary(brief(&error.to_string()));
         let mut factory = ParserFactory::new_simple(&tokens).map_err(unusable)?;
         *factory.quiet().limits_mut() = LIMITS;
-        Ok(Self { factory, known: known.into() })
+        Ok(Self { factory, known: known.into(), recent: Recent::default() })
     }
 
     /// The same with another limit to the states of a lexer.
@@ -104,9 +105,18 @@ impl Vocabulary {
         ParserLimits { max_lexer_states: self.factory.limits().max_lexer_states, ..limits }
     }
 
+    /// What was made of the same text for another request, if that was lately. Takes a fraction of a millisecond.
+    pub fn compiled_lately(&self, source: &Source) -> Option<Grammar> {
+        self.recent.find(source)
+    }
+
     /// Makes a grammar of what a request asks for, and works out how an answer may begin. Takes milliseconds, or as long
     /// as somebody has found out how to make it take.
     pub fn compile(&self, source: Source) -> Result<Grammar, GrammarError> {
+        // While this request waited to be let in, another may have had the same compiled.
+        if let Some(grammar) = self.compiled_lately(&source) {
+            return Ok(grammar);
+        }
         let grammar = source.for_compiler()?;
         let limits = self.limits(&source);
         let compile = || {
@@ -129,7 +139,9 @@ impl Vocabulary {
                 |thread| thread.join().unwrap_or_else(|_| Err(GrammarError::Invalid(brief("panic")))),
             )
         })?;
-        Ok(Grammar { source, start })
+        let grammar = Grammar { source, start };
+        self.recent.keep(&grammar);
+        Ok(grammar)
     }
 }
 
@@ -144,6 +156,16 @@ impl Grammar {
     /// For an answer from its beginning.
     pub fn matcher(&self) -> Matcher {
         self.start.clone()
+    }
+
+    /// The same for another request, whose answers have a lexer of their own.
+    pub(super) fn copied(&self) -> Self {
+        Self { source: self.source.clone(), start: self.start.copied() }
+    }
+
+    /// What it was made of.
+    pub(super) fn source(&self) -> &Source {
+        &self.source
     }
 }
 

@@ -339,4 +339,40 @@ mod tests {
         let ended = receiver.read_vectored(&mut [IoSliceMut::new(&mut buffer)]).await;
         assert_eq!(ended.unwrap_err().kind(), io::ErrorKind::UnexpectedEof);
     }
+
+    #[tokio::test]
+    async fn what_may_leave_the_host_is_the_system_s_business() {
+        // As far as addresses tell.
+        let [here, there] = ["127.0.0.1:0", "127.0.0.2:0"].map(|address| address.parse().unwrap());
+        let listener = tokio::net::TcpListener::bind::<std::net::SocketAddr>(there).await.unwrap();
+        let socket = tokio::net::TcpSocket::new_v4().unwrap();
+        socket.bind(here).unwrap();
+        let stream = socket.connect(listener.local_addr().unwrap()).await.unwrap();
+        let of_the_system = sockopt::tcp_congestion(&stream).unwrap();
+        let socket = Socket::tcp(stream).unwrap();
+        assert_eq!(sockopt::tcp_congestion(socket.fd.get_ref()).unwrap(), of_the_system);
+        assert_eq!(socket.spin, Duration::ZERO);
+    }
+
+    #[tokio::test]
+    async fn whoever_has_waited_awake_lets_others_go_first() {
+        let [sender, mut receiver] = pair().await;
+        // Whatever cores there are.
+        receiver.spin = LOCAL_SPIN;
+        let mut buffer = [0; 3];
+        let mut buffer = [IoSliceMut::new(&mut buffer)];
+        for has_waited in [false, true] {
+            sender.write_all(b"a").await.unwrap();
+            drop(receiver.fd.readable().await.unwrap());
+            {
+                let mut reading = std::pin::pin!(receiver.read_vectored(&mut buffer));
+                assert_eq!(futures::poll!(&mut reading).is_pending(), has_waited);
+                if has_waited {
+                    assert_eq!(reading.await.unwrap(), 1);
+                }
+            }
+            let (read, sent) = tokio::join!(receiver.read_vectored(&mut buffer), sender.write_all(b"b"));
+            assert_eq!((read.unwrap(), sent.unwrap()), (1, ()));
+        }
+    }
 }

@@ -124,4 +124,48 @@ mod tests {
         assert!(stuck.mask(&[b]).is_none());
         assert_eq!(stuck.end(), Some(FinishReason::LostTrack));
     }
+
+    /// Those of `a`, `b` and the token that ends answers that may be drawn.
+    fn drawable(constraint: &Constraint, suppressed: &[u32]) -> String {
+        let mask = constraint.mask(suppressed).unwrap();
+        let is_allowed = |token: u32| mask[token as usize / 32] >> (token % 32) & 1 == 1;
+        [('a', u32::from(b'a')), ('b', u32::from(b'b')), ('.', END)]
+            .into_iter()
+            .filter_map(|(name, token)| is_allowed(token).then_some(name))
+            .collect()
+    }
+
+    #[test]
+    fn an_end_is_drawn_only_where_the_request_ends_with_it() {
+        let [a, b] = [u32::from(b'a'), u32::from(b'b')];
+        let after_a = |stop_token_ids: &[u32]| {
+            let mut constraint = constraint("ab*", stop_token_ids);
+            assert_eq!(drawable(&constraint, &[]), "a");
+            assert_eq!(constraint.take(a), None);
+            constraint
+        };
+        assert_eq!(drawable(&after_a(&[END]), &[]), "b.");
+        assert_eq!(drawable(&after_a(&[]), &[]), "b");
+        let mut suppressing = after_a(&[END]);
+        assert_eq!(drawable(&suppressing, &[END]), "b");
+        // What may be drawn is worked out anew for each token.
+        assert_eq!(suppressing.take(b), None);
+        assert_eq!(drawable(&suppressing, &[]), "b.");
+        assert_eq!(suppressing.end(), None);
+        assert_eq!(suppressing.take(END), Some(FinishReason::Stop));
+    }
+
+    #[test]
+    fn the_last_token_ends_an_answer_and_one_that_does_not_fit_breaks_it_off() {
+        let [a, b] = [u32::from(b'a'), u32::from(b'b')];
+        assert_eq!(constraint("a", &[END]).take(a), Some(FinishReason::Stop));
+        assert_eq!(constraint("a", &[END]).take(b), Some(FinishReason::LostTrack));
+        // Where the whole is there already, nothing is drawn.
+        let mut whole = constraint("a", &[END]).matcher.into_inner().unwrap();
+        whole.take(a).unwrap();
+        for nothing_left in [constraint("", &[]), Constraint::new(whole, &[END])] {
+            assert!(nothing_left.mask(&[]).is_none());
+            assert_eq!(nothing_left.end(), Some(FinishReason::Stop));
+        }
+    }
 }

@@ -1,11 +1,11 @@
 //! TLS on TCP sessions.
 
 use std::{
-    io::{self, IoSlice, IoSliceMut},
+    io::{self, IoSlice, IoSliceMut, Write},
     process::Command,
 };
 
-use tokio::net::TcpStream;
+use tokio::net::{TcpListener, TcpStream};
 
 use super::support::*;
 use crate::handoff::{MailboxWord, Slot, Status, WorkerId};
@@ -170,6 +170,61 @@ fn what_was_damaged_on_the_way_ends_both_directions_with_the_same_error_and_the_
     carry(&mut server, &mut client, false);
     let heard = receive(&mut client).unwrap_err().to_string();
     assert!(heard.contains("BadRecordMac"), "{heard}");
+}
+
+/// Either end of a TCP connection that has not agreed on keys yet.
+async fn connection() -> [TcpStream; 2] {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let (connected, accepted) = tokio::join!(TcpStream::connect(listener.local_addr().unwrap()), listener.accept());
+    [connected.unwrap(), accepted.unwrap().0]
+}
+
+/// Agrees on keys: what came of it for the prefill worker, and for the decode worker.
+async fn agree([ours, theirs]: [TcpStream; 2], client: &SessionTls, server: &SessionTls) -> [io::Result<Socket>; 2] {
+    let client = Tls::client(&client.client().unwrap().unwrap(), "127.0.0.1").unwrap();
+    let server = Tls::server(&server.server().unwrap().unwrap()).unwrap();
+    let (ours, theirs) = (Socket::tcp(ours).unwrap(), Socket::tcp(theirs).unwrap());
+    let (client, server) = soon(async { tokio::join!(ours.encrypted(client), theirs.encrypted(server)) }).await;
+    [client, server]
+}
+
+#[tokio::test]
+async fn a_peer_learns_what_was_wrong_with_it_before_there_are_keys_and_after() {
+    let (ours, theirs) = (Certificates::new(), Certificates::new());
+    let [client, server] = agree(connection().await, &ours.tls(true, false), &theirs.tls(false, true)).await;
+    assert!(client.is_err());
+    let heard = server.err().unwrap().to_string();
+    assert!(heard.contains("fatal alert"), "{heard}");
+
+    let [client, server] = connection().await;
+    let wire = client.into_std().unwrap();
+    let other = TcpStream::from_std(wire.try_clone().unwrap()).unwrap();
+    let [client, server] = agree([other, server], &ours.tls(true, false), &ours.tls(false, true)).await;
+    let (client, server) = (client.unwrap(), server.unwrap());
+    // A record of nothing that was ever encrypted.
+    (&wire).write_all(&[&[0x17, 3, 3, 0, 40][..], &[7; 40]].concat()).unwrap();
+    let mut buffer = [0; 8];
+    assert_eq!(soon(server.read(&mut buffer)).await.unwrap_err().kind(), io::ErrorKind::InvalidData);
+    let heard = soon(client.read(&mut buffer)).await.unwrap_err().to_string();
+    assert!(heard.contains("BadRecordMac"), "{heard}");
+}
+
+#[tokio::test]
+async fn whoever_reads_sends_what_was_encrypted_before() {
+    let certificates = Certificates::new();
+    let both = connection().await;
+    // So that the system takes little at a time.
+    rustix::net::sockopt::set_socket_send_buffer_size(&both[0], 4096).unwrap();
+    let agreed = agree(both, &certificates.tls(true, false), &certificates.tls(false, true)).await;
+    let [client, server] = agreed.map(io::Result::unwrap);
+    let sent = vec![5; 200 << 10];
+    let taken = soon(client.write_vectored(&[IoSlice::new(&sent)])).await.unwrap();
+    let (mut received, mut nothing) = (vec![0; taken], [0; 8]);
+    tokio::select! {
+        read = soon(server.read_exact(&mut received)) => read.unwrap(),
+        read = client.read(&mut nothing) => panic!("nobody wrote: {read:?}"),
+    }
+    assert_eq!(received, sent[..taken]);
 }
 
 #[test]

@@ -1,0 +1,178 @@
+use std::{
+    collections::VecDeque,
+    sync::{Mutex, MutexGuard, PoisonError},
+};
+
+use blake3::{Hash, Hasher};
+
+use super::{Grammar, Source};
+
+/// Grammars that are kept at most.
+pub(super) const KEPT_MAX: usize = 64;
+/// Bytes of text of a grammar that is kept: a long one takes megabytes, and few clients send one.
+const KEPT_BYTES_MAX: usize = 16 << 10;
+
+/// Grammars that were compiled lately: most requests ask for what another has asked for before.
+///
+/// What is kept is never followed, and whoever asks for it gets a copy with a lexer of its own. So a copy is as new as
+/// what has just been compiled, and neither its tables nor its errors are those of others' answers.
+#[derive(Default)]
+pub(super) struct Recent {
+    /// The one that nobody has asked for for longest comes first.
+    kept: Mutex<VecDeque<(Hash, Grammar)>>,
+}
+
+impl Recent {
+    /// A copy of what was made of the same text, if that is kept.
+    pub(super) fn find(&self, source: &Source) -> Option<Grammar> {
+        let wanted = key(source)?;
+        let mut kept = self.kept();
+        let at = kept.iter().position(|(key, _)| *key == wanted)?;
+        let found = kept.remove(at)?;
+        let grammar = found.1.clone();
+        kept.push_back(found);
+        drop(kept);
+        Some(grammar.copied())
+    }
+
+    /// Keeps a copy, and forgets others for it.
+    pub(super) fn keep(&self, grammar: &Grammar) {
+        let Some(new) = key(grammar.source()) else { return };
+        let copy = grammar.copied();
+        let mut kept = self.kept();
+        // Two requests may have compiled the same at a time.
+        kept.retain(|(key, _)| *key != new);
+        kept.push_back((new, copy));
+        if kept.len() > KEPT_MAX {
+            kept.pop_front();
+        }
+    }
+
+    fn kept(&self) -> MutexGuard<'_, VecDeque<(Hash, Grammar)>> {
+        // Whatever panics in between leaves whole entries.
+        self.kept.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// What tells texts apart; `None` if this one is too long to be kept. Of two schemas that are equal as JSON the
+/// properties may come in another order, which is the order that they have in an answer.
+fn key(source: &Source) -> Option<Hash> {
+    if source.bytes() > KEPT_BYTES_MAX {
+        return None;
+    }
+    let mut hasher = Hasher::new();
+    match source {
+        Source::JsonSchema(schema) => hasher.update(b"schema").update(schema.to_string().as_bytes()),
+        Source::Regex(regex) => hasher.update(b"regex ").update(regex.as_bytes()),
+        Source::Lark(grammar) => hasher.update(b"lark  ").update(grammar.as_bytes()),
+        Source::Choice(choices) => choices.iter().fold(hasher.update(b"choice"), |hasher, choice| {
+            hasher.update(&choice.len().to_le_bytes()).update(choice.as_bytes())
+        }),
+    };
+    Some(hasher.finalize())
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::{super::Vocabulary, *};
+
+    fn vocabulary() -> Vocabulary {
+        Vocabulary::of_tokens((0..=u8::MAX).map(|byte| vec![byte]).collect(), &[]).unwrap()
+    }
+
+    fn regex(regex: &str) -> Source {
+        Source::Regex(regex.to_owned())
+    }
+
+    /// What may come at each place of `text`, and whether that is all of an answer; to where it becomes too much.
+    fn followed(grammar: &Grammar, text: &str) -> (Vec<Vec<u32>>, bool) {
+        let mut matcher = grammar.matcher();
+        let step = |byte| matcher.allowed().and_then(|mask| matcher.take(u32::from(byte)).map(|()| mask)).ok();
+        let masks = text.bytes().map_while(step).collect();
+        (masks, matcher.is_complete())
+    }
+
+    #[test]
+    fn what_is_asked_for_again_is_the_same_again() {
+        let schema = json!({"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]});
+        let of_rules = "start: word+\nword: \"a\" | \"b\" word \"c\"\n".to_owned();
+        for (source, text) in [
+            (Source::JsonSchema(schema), r#"{"a": 15}"#),
+            (regex("a{3}b*"), "aaabb"),
+            (Source::Choice(vec!["yes".into(), "no".into()]), "yes"),
+            (Source::Lark(of_rules), "abbacca"),
+        ] {
+            let vocabulary = vocabulary();
+            assert!(vocabulary.compiled_lately(&source).is_none());
+            let first = vocabulary.compile(source.clone()).unwrap();
+            let expected = followed(&first, text);
+            assert_eq!(expected.0.len(), text.len());
+            for _ in 0..2 {
+                let again = vocabulary.compiled_lately(&source).expect("it is kept");
+                assert_eq!(again, first);
+                assert_eq!(followed(&again, text), expected);
+            }
+            assert_eq!(followed(&vocabulary.compile(source).unwrap(), text), expected);
+        }
+    }
+
+    #[test]
+    fn what_is_not_the_same_text_is_another_grammar() {
+        let vocabulary = vocabulary();
+        let object = |first: &str, second: &str| {
+            let of_both = format!(r#"{{"{first}": {{"const": 1}}, "{second}": {{"const": 1}}}}"#);
+            let properties: serde_json::Value = serde_json::from_str(&of_both).unwrap();
+            Source::JsonSchema(json!({"type": "object", "properties": properties, "required": ["a", "b"]}))
+        };
+        let sources = [
+            object("a", "b"),
+            object("b", "a"),
+            regex("start: \"a\""),
+            Source::Lark("start: \"a\"".to_owned()),
+            Source::Choice(vec!["ab".into(), "c".into()]),
+            Source::Choice(vec!["a".into(), "bc".into()]),
+        ];
+        for source in sources {
+            assert!(vocabulary.compiled_lately(&source).is_none(), "{source:?}");
+            vocabulary.compile(source).unwrap();
+        }
+        let (text, grammar) = (r#"{"b":1,"a":1}"#, vocabulary.compiled_lately(&object("b", "a")).unwrap());
+        assert!(followed(&grammar, text).1);
+    }
+
+    #[test]
+    fn an_answer_that_becomes_too_much_to_follow_is_no_other_s_business() {
+        let vocabulary = vocabulary().with_lexer_states(60);
+        let source = regex("[ab]*a[ab]{14}c");
+        let text: String =
+            (0..200u32).map(|i| if i.wrapping_mul(0x9e37_79b9) >> 31 == 0 { 'a' } else { 'b' }).collect();
+        let first = followed(&vocabulary.compile(source.clone()).unwrap(), &text);
+        assert!(!first.0.is_empty() && first.0.len() < text.len());
+        for _ in 0..2 {
+            assert_eq!(followed(&vocabulary.compiled_lately(&source).unwrap(), &text), first);
+        }
+    }
+
+    #[test]
+    fn those_asked_for_last_are_kept_and_neither_errors_nor_long_ones() {
+        let vocabulary = vocabulary();
+        let (used, unused) = (regex("used"), regex("unused"));
+        vocabulary.compile(used.clone()).unwrap();
+        vocabulary.compile(unused.clone()).unwrap();
+        for other in 0..KEPT_MAX - 1 {
+            assert!(vocabulary.compiled_lately(&used).is_some());
+            vocabulary.compile(regex(&format!("other {other}"))).unwrap();
+        }
+        assert!(vocabulary.compiled_lately(&used).is_some());
+        assert!(vocabulary.compiled_lately(&unused).is_none());
+
+        let wrong = regex("a(");
+        assert!(vocabulary.compile(wrong.clone()).is_err());
+        assert!(vocabulary.compiled_lately(&wrong).is_none());
+        let long = Source::JsonSchema(json!({"type": "null", "description": "a".repeat(KEPT_BYTES_MAX)}));
+        vocabulary.compile(long.clone()).unwrap();
+        assert!(vocabulary.compiled_lately(&long).is_none());
+    }
+}
