@@ -1,6 +1,6 @@
 //! Parses the command line and starts a role.
 
-use std::process::ExitCode;
+use std::{io, process::ExitCode};
 
 use engine::{
     bench, bench_kernels,
@@ -10,13 +10,17 @@ use engine::{
     transfer_bench,
     worker::{Ready, decode, prefill},
 };
+use tokio::runtime::{Builder, Runtime};
 
-/// Threads for HTTP: few beside an engine, which needs the cores; all of them where there is no model to speak of.
-fn io_threads(role: &Role) -> usize {
+/// A runtime for HTTP and the cluster: few threads beside an engine, which needs the cores; all of them where there is
+/// no model to speak of; and the frontend's connections have their own.
+fn runtime(role: &Role) -> io::Result<Runtime> {
     let cores = std::thread::available_parallelism().map_or(2, |cores| cores.get());
+    let shared = |threads| Builder::new_multi_thread().worker_threads(threads).enable_all().build();
     match role {
-        Role::Decode(_) | Role::Prefill(_) | Role::Bench(_) | Role::BenchKernels(_) => (cores / 4).clamp(2, 8),
-        Role::Frontend(_) | Role::Mock(_) | Role::Doctor(_) | Role::TransferBench(_) => cores,
+        Role::Decode(_) | Role::Prefill(_) | Role::Bench(_) | Role::BenchKernels(_) => shared((cores / 4).clamp(2, 8)),
+        Role::Mock(_) | Role::Doctor(_) | Role::TransferBench(_) => shared(cores),
+        Role::Frontend(_) => Builder::new_current_thread().enable_all().build(),
     }
 }
 
@@ -47,7 +51,7 @@ fn raise_limits() {
 fn start(role: Role) -> anyhow::Result<ExitCode> {
     init_logging(&role.log().log_level, role.log().log_format.into())?;
     raise_limits();
-    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(io_threads(&role)).enable_all().build()?;
+    let runtime = runtime(&role)?;
     let result = runtime.block_on(async {
         match role {
             Role::Decode(args) => decode::run(args, Ready::print).await?,

@@ -14,7 +14,7 @@ use std::{
 
 use client::{Events, Response};
 use engine::{
-    api::{self, ServerConfig},
+    api::{self, ConnectionThreads, ServerConfig},
     cluster::{CARD_SCHEMA, Cluster, Lease, ModelCard, ModelKey, Role, WorkerCard},
     frontend::{FrontendConfig, FrontendMetrics, serve},
 };
@@ -58,7 +58,11 @@ impl Front {
         let guard = runtime.enter();
         let listener = bound.listen().unwrap();
         let address = listener.local_addr().unwrap();
-        let server = ServerConfig { connections_max: 1024, drain_timeout: PATIENCE };
+        let server = ServerConfig {
+            connections_max: 1024,
+            drain_timeout: PATIENCE,
+            threads: ConnectionThreads::start(2).unwrap(),
+        };
         let (serving, counted) = (cluster.clone(), metrics.clone());
         runtime.spawn(async move {
             let told = async { drop(told.await) };

@@ -26,6 +26,7 @@ mod status;
 mod stop;
 mod stream;
 mod template;
+mod threads;
 mod tokenize;
 mod types;
 mod validate;
@@ -43,5 +44,6 @@ pub use state::ApiConfig;
 pub(crate) use state::unix_seconds;
 pub use status::{Measure, Shown, serve_status};
 pub use template::{ChatTemplate, RenderOptions, TemplateError};
+pub use threads::ConnectionThreads;
 
 use state::{InFlight, Serving};

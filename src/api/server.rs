@@ -16,6 +16,7 @@ use super::{
     patient::Patient,
     places::{Answering, Place, Places},
     router::router,
+    threads::ConnectionThreads,
 };
 use crate::{telemetry::Metrics, worker::EngineHandle};
 
@@ -32,13 +33,15 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 /// How long a connection counts as used before its first request: whoever has just come is not sent away for the next.
 const FIRST_REQUEST_TIME: Duration = Duration::from_secs(1);
 
-/// Limits of the server itself.
-#[derive(Debug, Clone, Copy)]
+/// What a server has to serve with.
+#[derive(Debug)]
 pub struct ServerConfig {
     /// Connections at a time; a further one gets the place of one that is idle, or waits to be accepted.
     pub connections_max: usize,
     /// How long running answers may take to end once the server is told to leave.
     pub drain_timeout: Duration,
+    /// Threads that serve connections.
+    pub threads: ConnectionThreads,
 }
 
 /// Why the server could not start.
@@ -132,7 +135,7 @@ pub(crate) async fn serve_router(
     drain: impl Future<Output = ()>,
 ) {
     let close = watch::Sender::new(());
-    let accepting = accept(&listener, router, config.connections_max, &close);
+    let accepting = accept(&listener, router, &config, &close);
     let draining = async {
         shutdown.await;
         tracing::info!("draining: no new requests are taken; a second signal leaves at once");
@@ -151,14 +154,18 @@ pub(crate) async fn serve_router(
 }
 
 /// Accepts connections for ever.
-async fn accept(listener: &TcpListener, router: Router, connections_max: usize, close: &watch::Sender<()>) {
-    let places = Places::new(connections_max);
+async fn accept(listener: &TcpListener, router: Router, config: &ServerConfig, close: &watch::Sender<()>) {
+    let places = Places::new(config.connections_max);
     loop {
         // Accepted first: an idle connection need not leave before there is somebody to come.
         match listener.accept().await {
             Ok((stream, _)) => {
                 let place = places.take().await;
-                tokio::spawn(connection(stream, place, router.clone(), close.subscribe()));
+                let (router, closing) = (router.clone(), close.subscribe());
+                let serve = |stream| connection(stream, place, router, closing);
+                if let Err(error) = config.threads.serve(stream, serve) {
+                    tracing::warn!(%error, "cannot serve a connection");
+                }
             }
             Err(error) => {
                 // A connection that broke before it was accepted, or no file descriptors left: the latter passes only
@@ -238,7 +245,8 @@ mod tests {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
         let router = Router::new().route("/", get(|| async { "hello" }));
-        let config = ServerConfig { connections_max, drain_timeout: Duration::ZERO };
+        let config =
+            ServerConfig { connections_max, drain_timeout: Duration::ZERO, threads: ConnectionThreads::default() };
         tokio::spawn(serve_router(listener, router, config, std::future::pending(), std::future::ready(())));
         address
     }

@@ -24,6 +24,15 @@ pub struct LoadReport {
     pub pages: u32,
 }
 
+impl LoadReport {
+    /// Whether requests would be placed as they were before. The cache fills a little with every token: that alone is
+    /// no news.
+    fn is_like(&self, before: &Self) -> bool {
+        let work = |report: &Self| (report.running, report.waiting, report.prompt_tokens);
+        work(self) == work(before)
+    }
+}
+
 /// Reports as they come, each with whom it is about.
 pub type LoadStream = BoxStream<'static, (LeaseId, LoadReport)>;
 
@@ -38,11 +47,11 @@ pub trait Loads: Send + Sync {
 
 /// How often load is looked at.
 const REPORT_PERIOD: Duration = Duration::from_millis(100);
-/// An unchanged load is repeated after so many periods, for those who have come since.
+/// A load like the one before is told after so many periods, for those who have come since.
 const REPEAT_PERIODS: u32 = 10;
 
-/// Publishes what `sample` returns, ten times a second while it changes and once a second while it does not, until the
-/// lease's holder is gone.
+/// Publishes what `sample` returns, up to ten times a second while work comes and goes and once a second while it does
+/// not, until the lease's holder is gone.
 pub async fn report_load(
     loads: Arc<dyn Loads>,
     mut lease: watch::Receiver<Option<LeaseId>>,
@@ -65,7 +74,8 @@ pub async fn report_load(
         }
         let report = sample();
         unchanged += 1;
-        if last != Some((id, report)) || unchanged >= REPEAT_PERIODS {
+        let known = last.is_some_and(|(to, before)| to == id && report.is_like(&before));
+        if !known || unchanged >= REPEAT_PERIODS {
             loads.report(id, &report);
             last = Some((id, report));
             unchanged = 0;
@@ -75,7 +85,46 @@ pub async fn report_load(
 
 #[cfg(test)]
 mod tests {
+    use std::sync::{
+        Mutex,
+        atomic::{AtomicU32, Ordering},
+    };
+
     use super::*;
+
+    /// Keeps what is told.
+    #[derive(Default)]
+    struct Told(Mutex<Vec<LoadReport>>);
+
+    impl Loads for Told {
+        fn report(&self, _: LeaseId, report: &LoadReport) {
+            self.0.lock().unwrap().push(*report);
+        }
+
+        fn reports(&self) -> LoadStream {
+            Box::pin(futures::stream::empty())
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_cache_that_fills_is_no_news_and_a_request_is() {
+        let (told, asked, running) = (Arc::new(Told::default()), AtomicU32::new(0), Arc::new(AtomicU32::new(1)));
+        let (_lease, lease) = watch::channel(Some(LeaseId(7)));
+        let count = running.clone();
+        let sample = move || LoadReport {
+            running: count.load(Ordering::Relaxed),
+            cached_tokens: u64::from(asked.fetch_add(1, Ordering::Relaxed)),
+            ..LoadReport::default()
+        };
+        let reporting = tokio::spawn(report_load(told.clone(), lease, sample));
+        tokio::time::sleep(Duration::from_millis(3_050)).await;
+        let cached: Vec<u64> = told.0.lock().unwrap().iter().map(|report| report.cached_tokens).collect();
+        assert_eq!(cached, [0, 10, 20, 30], "once a second");
+        running.store(2, Ordering::Relaxed);
+        tokio::time::sleep(REPORT_PERIOD).await;
+        assert_eq!(told.0.lock().unwrap().last().unwrap().running, 2, "at once");
+        reporting.abort();
+    }
 
     #[test]
     fn a_report_with_fewer_or_more_fields_is_read() {

@@ -1,14 +1,21 @@
 use std::io::Write;
 
-use anyhow::{Result, bail};
+use anyhow::{Context, Result, bail};
 
 use super::{FrontendConfig, FrontendMetrics, serve};
 use crate::{
-    api::{ServerConfig, bind},
+    api::{ConnectionThreads, ServerConfig, bind},
     cli::FrontendArgs,
     cluster::{Joined, Needs, join},
     worker::Signals,
 };
+
+/// Threads that serve connections. Few: each passes on tens of thousands of tokens a second, and the fewer there are,
+/// the more tokens share a wake-up. They leave the machine to the workers that stand beside them.
+fn threads() -> usize {
+    let cores = std::thread::available_parallelism().map_or(1, |cores| cores.get());
+    (cores / 4).clamp(1, 16)
+}
 
 /// The frontend role: serves for a cluster until a signal comes.
 pub async fn run(args: FrontendArgs) -> Result<()> {
@@ -38,7 +45,11 @@ pub async fn run(args: FrontendArgs) -> Result<()> {
     // Nobody may be reading; the frontend serves all the same.
     let mut out = std::io::stdout();
     let _ = out.write_all(text.as_bytes()).and_then(|()| out.flush());
-    let server = ServerConfig { connections_max: args.max_connections, drain_timeout: args.shutdown_timeout };
+    let server = ServerConfig {
+        connections_max: args.max_connections,
+        drain_timeout: args.shutdown_timeout,
+        threads: ConnectionThreads::start(threads()).context("cannot start the threads that serve connections")?,
+    };
     let shutdown = async move {
         signals.next().await;
         // Whoever asks twice does not want to wait.

@@ -2,9 +2,10 @@ use std::{
     collections::{BTreeMap, HashMap},
     io,
     sync::{
-        Arc, Mutex, PoisonError, Weak,
+        Arc, Mutex, MutexGuard, PoisonError, Weak,
         atomic::{AtomicBool, AtomicU64, Ordering},
     },
+    thread::{self, ThreadId},
     time::Duration,
 };
 
@@ -48,7 +49,14 @@ pub(super) struct Worker {
     avoided: AtomicBool,
     /// It does not answer at all: its answers in progress are continued elsewhere.
     silent: AtomicBool,
-    idle: Mutex<Vec<(Instant, Connection)>>,
+    idle: Mutex<Vec<Idle>>,
+}
+
+/// A connection that nobody uses. It is for its own thread: bytes for it would wake that one first.
+struct Idle {
+    since: Instant,
+    thread: ThreadId,
+    connection: Connection,
 }
 
 /// Why there is no answer.
@@ -118,7 +126,7 @@ impl Worker {
         self.avoided.swap(true, Ordering::Relaxed)
     }
 
-    fn idle(&self) -> std::sync::MutexGuard<'_, Vec<(Instant, Connection)>> {
+    fn idle(&self) -> MutexGuard<'_, Vec<Idle>> {
         // Nothing panics with the lock held; the list would be whole anyway.
         self.idle.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -127,11 +135,12 @@ impl Worker {
     pub(super) async fn send(&self, request: &impl Fn() -> Request<Payload>) -> Result<Exchange, LostError> {
         let kept = {
             let mut idle = self.idle();
-            idle.retain(|(since, _)| since.elapsed() < IDLE_TIME_MAX);
-            idle.pop()
+            idle.retain(|kept| kept.since.elapsed() < IDLE_TIME_MAX);
+            let here = thread::current().id();
+            idle.iter().rposition(|kept| kept.thread == here).map(|at| idle.remove(at))
         };
-        if let Some((_, connection)) = kept {
-            match connection.send(request()).await {
+        if let Some(kept) = kept {
+            match kept.connection.send(request()).await {
                 Ok(exchange) => return Ok(exchange),
                 // Closed by the worker while nobody used it, as the others may be; or it has died, which a new one
                 // shows.
@@ -149,7 +158,7 @@ impl Worker {
         if let Some(connection) = exchange.into_connection() {
             let mut idle = self.idle();
             if idle.len() < IDLE_CONNECTIONS_MAX {
-                idle.push((Instant::now(), connection));
+                idle.push(Idle { since: Instant::now(), thread: thread::current().id(), connection });
             }
         }
     }

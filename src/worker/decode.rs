@@ -13,7 +13,7 @@ use super::{
     ways::Ways,
 };
 use crate::{
-    api::{self, ApiConfig, ChatTemplate, Defaults, ServerConfig},
+    api::{self, ApiConfig, ChatTemplate, ConnectionThreads, Defaults, ServerConfig},
     cli::{DisaggArgs, WorkerArgs},
     cluster::{Cluster, Joined, Needs, Role, join},
     handoff::Limits,
@@ -60,7 +60,11 @@ pub async fn run(cli: WorkerArgs, ready: impl FnOnce(Ready)) -> Result<()> {
         lease
     });
     ready(Ready { address, text: announcement(&config, address) });
-    let server = ServerConfig { connections_max: cli.max_connections, drain_timeout: cli.shutdown_timeout };
+    let server = ServerConfig {
+        connections_max: cli.max_connections,
+        drain_timeout: cli.shutdown_timeout,
+        threads: ConnectionThreads::default(),
+    };
     let failed = engine.clone();
     let shutdown = async move {
         tokio::select! {

@@ -22,7 +22,7 @@ use super::{
     ways::Ways,
 };
 use crate::{
-    api::{self, Measure, ServerConfig, Shown},
+    api::{self, ConnectionThreads, Measure, ServerConfig, Shown},
     cli::{KvDTypeArg, LoadFormatArg, WorkerArgs},
     cluster::{Cluster, Joined, LeaseId, ModelKey, Needs, Role, WorkerCard, WorkerFilter, WorkerSet, find_model, join},
     handoff::{Borrower, BorrowerConfig, BorrowerEvent, BorrowerTimeouts, ToPrefill, WorkerId},
@@ -142,7 +142,11 @@ pub async fn run(mut cli: WorkerArgs, ready: impl FnOnce(Ready)) -> Result<()> {
         lease.withdraw().await;
         emptied(&desk).await;
     };
-    let server = ServerConfig { connections_max: cli.max_connections, drain_timeout: cli.shutdown_timeout };
+    let server = ServerConfig {
+        connections_max: cli.max_connections,
+        drain_timeout: cli.shutdown_timeout,
+        threads: ConnectionThreads::default(),
+    };
     api::serve_status(listener, shown, server, shutdown, drain).await;
     if let EngineStatus::Failed { reason } = engine.status() {
         bail!("the engine failed: {reason}");

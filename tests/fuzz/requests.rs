@@ -67,7 +67,11 @@ impl RequestBody {
         let _guard = runtime.enter();
         let listener = bound.listen().unwrap();
         let address = listener.local_addr().unwrap();
-        let server = ServerConfig { connections_max: 4, drain_timeout: Duration::ZERO };
+        let server = ServerConfig {
+            connections_max: 4,
+            drain_timeout: Duration::ZERO,
+            threads: api::ConnectionThreads::default(),
+        };
         runtime.spawn(api::serve(listener, api, engine, metrics, server, std::future::pending()));
         Self { runtime: Rc::new(runtime), address, connection: None }
     }

@@ -202,7 +202,11 @@ impl Worker {
         let _guard = runtime.enter();
         let listener = bound.listen().unwrap();
         let address = listener.local_addr().unwrap();
-        let server = ServerConfig { connections_max: 1024, drain_timeout: Duration::ZERO };
+        let server = ServerConfig {
+            connections_max: 1024,
+            drain_timeout: Duration::ZERO,
+            threads: api::ConnectionThreads::default(),
+        };
         runtime.spawn(api::serve(listener, api, engine.clone(), metrics, server, std::future::pending()));
         drop(_guard);
         Self { address, engine, gate, runtime: Some(runtime) }
