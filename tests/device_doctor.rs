@@ -118,16 +118,22 @@ fn steps_and_operations_are_measured_one_row_each() {
     assert!(output.status.success(), "{table}{}", String::from_utf8_lossy(&output.stderr));
     for row in [
         "tiny: 1 × 200 tokens: a step †",
-        "tiny: norm and qkv × 8",
-        "tiny: down [64, 96] × 17",
-        "tiny: down [64, 96] × 17 by wgmma",
-        "tiny: prompt of 20 behind 9: attention of a layer",
-        "tiny: prompt of 20 behind 9: attention of a layer by wgmma",
+        "tiny: 1 × 200 tokens: attention, attention_2x8_bf16",
+        "tiny: 8 × 20 tokens: norm, rms_norm",
+        "tiny: 17 × 20 tokens: down, wide_flat_bf16",
+        "tiny: 17 × 20 tokens: down, product_small_bf16",
+        "tiny: 17 × 20 tokens: logits, wide_flat_bf16",
+        "tiny: 20 of a prompt behind 9: rotation, rope_and_cache_bf16",
+        "tiny: 20 of a prompt behind 9: attention, hopper_attention_64_bf16",
+        "tiny: 20 of a prompt behind 9: attention, prefill_attention_64_bf16",
     ] {
         assert!(table.lines().any(|line| line.starts_with(&format!("| {row} |"))), "{row}:\n{table}");
     }
-    // All else was recorded.
-    assert_eq!(table.lines().filter(|line| line.contains(" † |")).count(), 1, "{table}");
+    // A layer of one row is five kernels, and what follows the layers three.
+    let of_one_row = table.lines().filter(|line| line.starts_with("| tiny: 1 × ")).count();
+    assert_eq!(of_one_row, 1 + 5 + 3, "{table}");
+    // All but whole steps was recorded.
+    assert!(table.lines().all(|line| line.contains(" † |") == line.contains("a step")), "{table}");
 }
 
 /// A process that ends with its test.

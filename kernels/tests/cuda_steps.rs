@@ -13,8 +13,9 @@ fn device() -> Layer<EmulatedBackend> {
     Layer::new(EmulatedBackend::new(Emulated::default()))
 }
 
-/// Kernels that a decoding step of so many rows takes for a layer whose weights are of this type.
-fn kernels_of_a_layer(dtype: DType, rows: usize) -> u64 {
+/// Kernels that a step takes for a layer whose weights are of this type; and those that it has enqueued when it says that
+/// keys and values are stored.
+fn kernels_of_a_layer(dtype: DType, batch: &Batch) -> [u64; 2] {
     const FFN: usize = 40;
     let mut backend = EmulatedBackend::new(Emulated::default());
     let mut weight = |rows: usize, cols: usize| {
@@ -36,35 +37,71 @@ fn kernels_of_a_layer(dtype: DType, rows: usize) -> u64 {
     let mut residual = Residual::new(&mut backend, ROWS_MAX, HIDDEN);
     let widths = [SHAPE.qkv_width(), SHAPE.q_width(), 2 * FFN, FFN];
     let [mut projected, mut mixed, mut both, mut inner] = widths.map(|cols| backend.activations(ROWS_MAX, cols));
-    // Two partitions of keys: they are merged without another kernel.
-    let batch = decode(&vec![200; rows], 0);
-    backend.write(&numbers(rows * HIDDEN, 7), residual.start());
+    backend.write(&numbers(batch.tokens.len() * HIDDEN, 7), residual.start());
     backend.driver().synchronize().unwrap();
     let before = backend.driver().launches();
-    backend.begin(&batch);
+    backend.begin(batch);
     let rms_norm = || RmsNorm { weight: &norm, eps: 1e-6 };
     backend.norm_linear(&mut residual, rms_norm(), &qkv, None, &mut projected);
     let norm = Some(QkNorm { q: &head_norm, k: &head_norm, eps: 1e-6 });
     let [output, gate_up, down] = [&output, &gate_up, &down].map(|weight| Projection { weight, bias: None });
     let attention = Attention { shape: SHAPE, scale: 0.25, norm, rope: &rope, output };
-    let mut stored = 0;
-    backend.add_attention(&mut projected, attention, &mut cache, 0, &batch, &mut mixed, &mut residual, &mut |_| {
-        stored += 1
+    let launched = |backend: &EmulatedBackend| {
+        backend.driver().synchronize().unwrap();
+        backend.driver().launches() - before
+    };
+    let mut stored = Vec::new();
+    backend.add_attention(&mut projected, attention, &mut cache, 0, batch, &mut mixed, &mut residual, &mut |backend| {
+        stored.push(launched(backend));
     });
-    assert_eq!(stored, 1);
+    assert_eq!(stored.len(), 1);
     backend.add_mlp(&mut residual, rms_norm(), gate_up, down, [&mut both, &mut inner]);
-    backend.driver().synchronize().unwrap();
-    backend.driver().launches() - before
+    [launched(&backend), stored[0]]
 }
 
 #[test]
 fn a_layer_is_five_kernels_for_up_to_four_rows_that_decode_seven_up_to_sixteen_and_eight_beyond() {
-    let of = |dtype| [1, 4, 5, 16, 17, ROWS_MAX].map(|rows| kernels_of_a_layer(dtype, rows));
+    // Two partitions of keys: they are merged without another kernel.
+    let of = |dtype| [1, 4, 5, 16, 17, ROWS_MAX].map(|rows| kernels_of_a_layer(dtype, &decode(&vec![200; rows], 0))[0]);
     assert_eq!(of(DType::F32), [5, 5, 7, 7, 8, 8]);
     // Whatever makes activations rounds them,
     assert_eq!(of(DType::BF16), [5, 5, 7, 7, 8, 8]);
     // but attention does not see the whole row that a scale of f16 is for.
     assert_eq!(of(DType::F16), [5, 5, 7, 7, 9, 9]);
+}
+
+#[test]
+fn keys_and_values_are_said_to_be_stored_behind_the_kernel_that_stores_them() {
+    // The product, and attention, which rotates what it attends to.
+    assert_eq!(kernels_of_a_layer(DType::BF16, &decode(&[200; 4], 0))[1], 2);
+    // With a prompt, a norm and the product, and what stores before attention reads.
+    let mut batch = decode(&[200; 4], 0);
+    batch.push(&[3; 5], 20, &[70, 71], 5);
+    assert_eq!(kernels_of_a_layer(DType::BF16, &batch)[1], 3);
+}
+
+#[test]
+fn kernels_that_are_noted_do_nothing_until_they_are_enqueued() {
+    notes(Emulated::default(), &["round_rows_bf16", "product_small_bf16", "add_segments"]);
+    notes(EmulatedHopper::default(), &["round_rows_bf16", "wide_flat_bf16", "add_segments"]);
+}
+
+fn notes<D: Driver>(driver: D, kernels: &[&str]) {
+    let (rows, cols) = (20, 1024);
+    let mut backend = CudaBackend::new(driver);
+    let weight = 0x3f00u16.to_le_bytes().repeat(cols);
+    let weight = backend.linear_weight(&[Matrix::new(DType::BF16, 1, cols, &weight).unwrap()]).unwrap();
+    let (mut x, mut out) = (backend.activations(rows, cols), backend.activations(rows, 1));
+    backend.write(&vec![1.0; rows * cols], &mut x);
+    backend.linear(&x, &weight, None, &mut out);
+    backend.write(&vec![7.0; rows], &mut out);
+    let noted = backend.note(&mut |backend| backend.linear(&x, &weight, None, &mut out));
+    let names: Vec<&str> = noted.iter().map(|noted| noted.kernel()).collect();
+    assert_eq!(names, kernels);
+    assert_eq!(noted[1].grid()[2], 2, "segments side by side");
+    assert_eq!(backend.read(&out), vec![7.0; rows]);
+    noted.iter().for_each(|noted| backend.enqueue(noted));
+    assert_eq!(backend.read(&out), vec![512.0; rows]);
 }
 
 #[test]

@@ -6,7 +6,7 @@ use engine_kernels::cuda::{CudaBackend, Device, Driver, DriverError};
 
 use super::row::{Time, Work, heading, row};
 
-pub(super) type Cuda = CudaBackend<Device>;
+type Cuda = CudaBackend<Device>;
 
 /// Calls of what is measured that a recording holds, at most: as many as there are copies of a weight.
 const CALLS_MAX: usize = super::model::COPIES_MAX;
@@ -20,16 +20,16 @@ const ENOUGH_MS: f64 = 10.0;
 pub(super) struct Clock {
     pub(super) backend: Cuda,
     bandwidth: f64,
-    /// Whether shapes are small, to see that all works.
-    pub(super) tiny: bool,
 }
 
 impl Clock {
     /// The first device there is.
-    pub(super) fn new(tiny: bool) -> Result<Self> {
-        let mut clock = Self { backend: Cuda::new(Device::new(0)?), bandwidth: 0.0, tiny };
-        let (rows, cols) = if tiny { (4, 64) } else { (4096, 16_384) };
-        let x = filled(&mut clock.backend, rows, cols);
+    pub(super) fn new(is_small: bool) -> Result<Self> {
+        let mut clock = Self { backend: Cuda::new(Device::new(0)?), bandwidth: 0.0 };
+        let (rows, cols) = if is_small { (4, 64) } else { (4096, 16_384) };
+        // Of zeros: what they are does not change how fast they are copied.
+        let mut x = clock.backend.activations(rows, cols);
+        clock.backend.write(&vec![0.0; rows * cols], &mut x);
         let mut out = clock.backend.activations(rows, cols);
         let all: Vec<u32> = (0..rows as u32).collect();
         // Of all rows in order, of which the device is told nothing.
@@ -125,16 +125,4 @@ impl Clock {
 /// How often something of so many milliseconds is done, to be measured.
 fn often(milliseconds: f64, most: usize) -> usize {
     ((ENOUGH_MS / milliseconds).ceil() as usize).clamp(1, most)
-}
-
-/// Activations with values around 0.
-pub(super) fn filled(backend: &mut Cuda, rows: usize, cols: usize) -> <Cuda as Backend>::Activations {
-    let mut x = backend.activations(rows, cols);
-    backend.write(&values(rows * cols), &mut x);
-    x
-}
-
-/// Values around 0.
-pub(super) fn values(len: usize) -> Vec<f32> {
-    (0..len).map(|i| (i % 97) as f32 / 97.0 - 0.5).collect()
 }

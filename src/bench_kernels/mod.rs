@@ -1,17 +1,20 @@
 //! `engine bench-kernels`: how long the CUDA kernels take on the device at hand, for the shapes of real models: whole
-//! decoding steps, then each operation by itself, beside the bandwidth that a copy reaches there. It prints rows of a
-//! table, each as it is measured, for `benches/results`. Weights are made up: no model is needed.
+//! decoding steps, and each kernel that a layer launches by itself, for some numbers of rows and for prompts, beside the
+//! bandwidth that a copy reaches there. It prints rows of a table, each as it is measured, for `benches/results`. Weights
+//! are made up: no model is needed.
 
 #[cfg(feature = "cuda")]
 mod clock;
-#[cfg(feature = "cuda")]
+#[cfg(any(feature = "cuda", test))]
+mod layer;
+#[cfg(any(feature = "cuda", test))]
 mod model;
-#[cfg(feature = "cuda")]
-mod products;
 #[cfg(any(feature = "cuda", test))]
 mod row;
 #[cfg(feature = "cuda")]
 mod steps;
+#[cfg(any(feature = "cuda", test))]
+mod work;
 
 use anyhow::Result;
 use engine_kernels::AttentionShape;
@@ -23,6 +26,8 @@ use crate::cli::{BenchKernelsArgs, ShapeArg};
 #[cfg_attr(not(feature = "cuda"), expect(dead_code, reason = "nothing is measured without devices"))]
 struct Shape {
     name: &'static str,
+    /// Whether it is only there to see that all works.
+    is_small: bool,
     hidden: usize,
     ffn: usize,
     layers: usize,
@@ -30,10 +35,19 @@ struct Shape {
     heads: AttentionShape,
 }
 
+#[cfg(any(feature = "cuda", test))]
+impl Shape {
+    /// Weights of a layer.
+    fn layer_weights(&self) -> usize {
+        self.hidden * (self.heads.qkv_width() + self.heads.q_width() + 3 * self.ffn)
+    }
+}
+
 impl From<ShapeArg> for Shape {
     fn from(shape: ShapeArg) -> Self {
         let of = |name, [hidden, ffn, layers, vocabulary]: [usize; 4], [heads, kv_heads, head_dim]: [usize; 3]| Self {
             name,
+            is_small: shape == ShapeArg::Tiny,
             hidden,
             ffn,
             layers,
@@ -53,16 +67,13 @@ impl From<ShapeArg> for Shape {
 #[cfg(feature = "cuda")]
 pub fn run(args: &BenchKernelsArgs) -> Result<()> {
     for (index, &shape) in args.shape.iter().enumerate() {
-        let tiny = shape == ShapeArg::Tiny;
-        let mut clock = clock::Clock::new(tiny)?;
+        let shape = Shape::from(shape);
+        let mut clock = clock::Clock::new(shape.is_small)?;
         if index == 0 {
             print!("{}", clock.heading());
         }
-        let shape = Shape::from(shape);
-        let model = model::Model::new(&mut clock.backend, &shape, tiny)?;
-        // What matters most first: there may be no time for all.
-        steps::measure(&mut clock, &shape, &model)?;
-        products::measure(&mut clock, &shape, &model)?;
+        let model = model::Model::new(&mut clock.backend, &shape)?;
+        steps::measure(&mut clock, shape, &model)?;
     }
     Ok(())
 }
@@ -83,9 +94,8 @@ mod tests {
         for (shape, tables, millions) in
             [(ShapeArg::Qwen3Small, 1, 596), (ShapeArg::Qwen3Large, 2, 8190), (ShapeArg::Llama3, 2, 8030)]
         {
-            let Shape { hidden, ffn, layers, vocabulary, heads, .. } = Shape::from(shape);
-            let layer = hidden * (heads.qkv_width() + heads.q_width() + 3 * ffn);
-            let all = (tables * vocabulary * hidden + layers * layer) / 1_000_000;
+            let of = Shape::from(shape);
+            let all = (tables * of.vocabulary * of.hidden + of.layers * of.layer_weights()) / 1_000_000;
             assert!(all.abs_diff(millions) <= millions / 500 + 1, "{shape:?}: {all} million");
         }
     }

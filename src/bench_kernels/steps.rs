@@ -1,136 +1,82 @@
-//! Whole decoding steps, and attention.
+//! Whole decoding steps; the kernels of their layers, and of prompts', each by itself.
 
 use anyhow::Result;
-use engine_kernels::cuda::Driver;
-use engine_kernels::{Attention, Backend, Batch, KvDType, KvLayout, Projection, QkNorm, Residual, RmsNorm};
+use engine_kernels::cuda::{Device, Driver, Noted};
 
 use super::Shape;
-use super::clock::{Clock, filled};
-use super::model::{Model, copies};
-use super::row::{MMA_PER_MS, WGMMA_PER_MS, Work};
+use super::clock::Clock;
+use super::layer::{Kernels, Step};
+use super::model::Model;
+use super::row::{MMA_PER_MS, Work};
+use super::work::Purpose;
 
-/// Tokens of a page, as workers have them by default.
-const BLOCK_SIZE: usize = 64;
+/// Sequences, and tokens of each: what matters most first, as there may be no time for all.
+const DECODES: [[usize; 2]; 7] = [[1, 512], [64, 512], [16, 512], [4, 512], [256, 512], [1, 8192], [1, 65_536]];
+/// Tokens of a chunk of a prompt, and those before it.
+const PROMPTS: [[usize; 2]; 4] = [[2048, 0], [16_384, 0], [512, 0], [512, 7680]];
+/// Around where other kernels take over.
+const BETWEEN: [[usize; 2]; 5] = [[2, 512], [8, 512], [17, 512], [32, 512], [128, 512]];
 
-pub(super) fn measure(clock: &mut Clock, shape: &Shape, model: &Model) -> Result<()> {
-    let contexts = [(1, 512), (64, 512), (256, 512), (16, 512), (1, 8192), (1, 65_536)];
-    for (sequences, context) in if clock.tiny { vec![(1, 200)] } else { contexts.to_vec() } {
-        step(clock, shape, model, sequences, context)?;
+pub(super) fn measure(clock: &mut Clock, shape: Shape, model: &Model<Device>) -> Result<()> {
+    let (decodes, prompts, between) = match shape.is_small {
+        true => (&[[1, 200], [8, 20], [17, 20]][..], &[[20, 9]][..], &[][..]),
+        false => (&DECODES[..], &PROMPTS[..], &BETWEEN[..]),
+    };
+    decodes.iter().try_for_each(|&size| decode(clock, shape, model, size))?;
+    for &[tokens, cached] in prompts {
+        let mut step = Step::prompt(&mut clock.backend, shape, model, [tokens, cached])?;
+        kernels(clock, &format!("{}: {tokens} of a prompt behind {cached}", shape.name), &mut step)?;
     }
-    let prompts = [(2048, 0), (16_384, 0), (512, 0), (512, 7680)];
-    for (tokens, cached) in if clock.tiny { vec![(20, 9)] } else { prompts.to_vec() } {
-        prompt(clock, shape, tokens, cached)?;
-    }
-    Ok(())
+    between.iter().try_for_each(|&size| decode(clock, shape, model, size))
 }
 
-fn layout(shape: &Shape, layers: usize, blocks: usize) -> KvLayout {
-    let Shape { heads, .. } = *shape;
-    KvLayout {
-        layers,
-        kv_heads: heads.kv_heads,
-        head_dim: heads.head_dim,
-        block_size: BLOCK_SIZE,
-        blocks,
-        dtype: KvDType::BF16,
-    }
+/// A step that decodes, and its kernels.
+fn decode(clock: &mut Clock, shape: Shape, model: &Model<Device>, [sequences, context]: [usize; 2]) -> Result<()> {
+    let mut step = Step::decode(&mut clock.backend, shape, model, [sequences, context])?;
+    let what = format!("{}: {sequences} × {context} tokens", shape.name);
+    let time = clock.time_with_host(|backend| step.enqueue(backend))?;
+    let weights = shape.layers * shape.layer_weights() + shape.vocabulary * shape.hidden;
+    let bytes = 2 * weights + shape.layers * step.size.pages_bytes();
+    clock.print(&format!("{what}: a step"), time, Work { bytes, operations: 0, per_ms: MMA_PER_MS });
+    kernels(clock, &what, &mut step)
 }
 
-/// Attention of a layer, for a chunk of a prompt behind `cached` tokens.
-fn prompt(clock: &mut Clock, shape: &Shape, tokens: usize, cached: usize) -> Result<()> {
-    let Shape { name, heads, .. } = *shape;
-    let backend = &mut clock.backend;
-    let blocks = (tokens + cached).div_ceil(BLOCK_SIZE);
-    let mut batch = Batch::default();
-    batch.push(&vec![1; tokens], cached as u32, &(0..blocks as u32).collect::<Vec<_>>(), 0);
-    let cache = backend.kv_cache(layout(shape, 1, blocks))?;
-    let qkv = filled(backend, tokens, heads.qkv_width());
-    let mut mixed = backend.activations(tokens, heads.q_width());
-    backend.begin(&batch);
-    let scale = 1.0 / (heads.head_dim as f32).sqrt();
-    // Each token sees those before it, and itself.
-    let pairs = tokens * cached + tokens * (tokens + 1) / 2;
-    let pages = 4 * (tokens + cached) * heads.kv_heads * heads.head_dim;
-    let (bytes, operations) = (pages + 8 * tokens * heads.q_width(), 4 * pairs * heads.heads * heads.head_dim);
-    // Where there are two ways, both.
+/// The kernels of a layer, then those of the end of a step. Where there are two ways to compute it, all of one, and then
+/// what the other does differently.
+fn kernels(clock: &mut Clock, what: &str, step: &mut Step<'_, Device>) -> Result<()> {
+    let mut known = Vec::new();
     let both: &[bool] = if clock.backend.driver().has_wgmma() { &[true, false] } else { &[false] };
     for &wgmma in both {
         clock.backend.use_wgmma(wgmma);
-        let time = clock.time(|backend, _| backend.attention(&qkv, heads, scale, &cache, 0, &batch, &mut mixed))?;
-        let (per_ms, by) = if wgmma { (WGMMA_PER_MS, " by wgmma") } else { (MMA_PER_MS, "") };
-        let what = format!("{name}: prompt of {tokens} behind {cached}: attention of a layer{by}");
-        clock.print(&what, time, Work { bytes, operations, per_ms });
+        let Kernels { layers, ends } = step.kernels(&mut clock.backend);
+        let purposes = step.size.of_layer(&layers[0])?;
+        each(clock, what, &purposes, &layers, &mut known)?;
+        if let Some(end) = ends.first() {
+            let purposes = step.size.of_end(end)?;
+            each(clock, what, &purposes, &ends, &mut known)?;
+        }
     }
     clock.backend.use_wgmma(true);
     Ok(())
 }
 
-/// One decoding step of `sequences` sequences with `context` tokens each.
-fn decode(sequences: usize, context: usize) -> Batch {
-    let pages = context.div_ceil(BLOCK_SIZE);
-    let mut batch = Batch::default();
-    for sequence in 0..sequences {
-        let table: Vec<u32> = (sequence * pages..(sequence + 1) * pages).map(|page| page as u32).collect();
-        batch.push(&[1], context as u32 - 1, &table, 0);
+/// A row for each kernel, unless one that moves and computes as much is known by its name: of the same layer, it is timed
+/// once.
+fn each(
+    clock: &mut Clock,
+    what: &str,
+    purposes: &[Purpose],
+    copies: &[Vec<Noted>],
+    known: &mut Vec<(String, Work)>,
+) -> Result<()> {
+    for (index, &(purpose, work)) in purposes.iter().enumerate() {
+        let kernel = (format!("{what}: {purpose}, {}", copies[0][index].kernel()), work);
+        if known.contains(&kernel) {
+            continue;
+        }
+        let time = clock.time(|backend, call| backend.enqueue(&copies[call % copies.len()][index]))?;
+        clock.print(&kernel.0, time, work);
+        known.push(kernel);
     }
-    batch
-}
-
-/// A whole step, then its attention alone.
-fn step(clock: &mut Clock, shape: &Shape, model: &Model, sequences: usize, context: usize) -> Result<()> {
-    let Shape { name, hidden, ffn, layers, vocabulary, heads } = *shape;
-    let pages = 4 * sequences * context * heads.kv_heads * heads.head_dim;
-    let caches = copies(pages, clock.tiny);
-    let batch = decode(sequences, context);
-    let backend = &mut clock.backend;
-    let mut cache = backend.kv_cache(layout(shape, caches, batch.block_tables.len()))?;
-    let scale = 1.0 / (heads.head_dim as f32).sqrt();
-
-    let mut residual = Residual::new(backend, sequences, hidden);
-    let mut qkv = filled(backend, sequences, heads.qkv_width());
-    let mut mixed = backend.activations(sequences, heads.q_width());
-    let mut gate_up = backend.activations(sequences, 2 * ffn);
-    let mut inner = backend.activations(sequences, ffn);
-    let mut logits = backend.activations(sequences, vocabulary);
-    let sized = format!("{name}: {sequences} × {context} tokens");
-    // Operations of decoding are far from any floor, and not counted.
-    let work = |bytes| Work { bytes, operations: 0, per_ms: MMA_PER_MS };
-
-    let time = clock.time_with_host(|backend| {
-        backend.step(&batch, &mut |backend| {
-            backend.embed(model.head.of(0), &batch, residual.start());
-            let rms_norm = || RmsNorm { weight: &model.norm, eps: 1e-6 };
-            for layer in 0..layers {
-                backend.norm_linear(&mut residual, rms_norm(), model.qkv.of(layer), None, &mut qkv);
-                let weights = [&model.output, &model.gate_up, &model.down];
-                let [output, first, second] = weights.map(|w| Projection { weight: w.of(layer), bias: None });
-                let norm = Some(QkNorm { q: &model.head_norm, k: &model.head_norm, eps: 1e-6 });
-                let attention = Attention { shape: heads, scale, norm, rope: &model.rope, output };
-                let (pages, stored) = (layer % caches, &mut |_: &_| ());
-                backend.add_attention(
-                    &mut qkv,
-                    attention,
-                    &mut cache,
-                    pages,
-                    &batch,
-                    &mut mixed,
-                    &mut residual,
-                    stored,
-                );
-                backend.add_mlp(&mut residual, rms_norm(), first, second, [&mut gate_up, &mut inner]);
-            }
-            backend.norm(&mut residual, rms_norm());
-            backend.linear(residual.normed(), model.head.of(0), None, &mut logits);
-        });
-    })?;
-    let weights = [&model.qkv, &model.output, &model.gate_up, &model.down].map(|weights| weights.bytes(&clock.backend));
-    let bytes = layers * (weights.iter().sum::<usize>() + pages) + model.head.bytes(&clock.backend);
-    clock.print(&format!("{sized}: a step"), time, work(bytes));
-
-    clock.backend.begin(&batch);
-    let time = clock.time(|backend, call| {
-        backend.attention(&qkv, heads, scale, &cache, call % caches, &batch, &mut mixed);
-    })?;
-    clock.print(&format!("{sized}: attention of a layer"), time, work(pages));
     Ok(())
 }

@@ -31,7 +31,8 @@ pub enum HandoffPhase {
     Queue,
     /// From the claim to its answer, seen by the prefill worker.
     Claim,
-    /// From the answer to the last page being handed to the writer, seen by the prefill worker.
+    /// From the answer to the last page being computed, on a device too, seen by the prefill worker when the word is in
+    /// the mailbox.
     Compute,
     /// From there to the word in the mailbox: the part of the transfer that computing did not hide.
     Transfer,

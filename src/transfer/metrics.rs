@@ -6,7 +6,7 @@ use prometheus::{HistogramOpts, HistogramVec, IntCounter, IntCounterVec, Opts, R
 pub struct TransferMetrics {
     /// `engine_transfer_bytes_total{transport}`: bytes of pages written to other workers.
     pub bytes: IntCounterVec,
-    /// `engine_transfer_seconds{transport}`: from a write's submission to its end.
+    /// `engine_transfer_seconds{transport}`: of a write, from when its pages are computed to its end.
     pub seconds: HistogramVec,
     /// `engine_transfer_fallback_total`: sessions that go over TCP for want of anything faster.
     pub fallbacks: IntCounter,
@@ -20,8 +20,11 @@ impl TransferMetrics {
     /// Registers them. Panics if it is done twice with one registry.
     pub fn new(registry: &Registry) -> Self {
         let by_transport = |name, help| registered(registry, IntCounterVec::new(Opts::new(name, help), &["transport"]));
-        let seconds = HistogramOpts::new("engine_transfer_seconds", "From a write's submission to its end.")
-            .buckets(vec![1e-4, 2.5e-4, 5e-4, 1e-3, 2.5e-3, 5e-3, 1e-2, 2.5e-2, 5e-2, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0]);
+        let seconds =
+            HistogramOpts::new("engine_transfer_seconds", "Of a write, from when its pages are computed to its end.")
+                .buckets(vec![
+                    1e-4, 2.5e-4, 5e-4, 1e-3, 2.5e-3, 5e-3, 1e-2, 2.5e-2, 5e-2, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0,
+                ]);
         Self {
             bytes: by_transport("engine_transfer_bytes_total", "Bytes of KV pages written to other workers."),
             seconds: registered(registry, HistogramVec::new(seconds, &["transport"])),

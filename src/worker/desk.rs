@@ -37,8 +37,8 @@ pub(super) enum Verdict {
 /// Something for the desk that comes from where its lock must not be taken.
 #[derive(Debug)]
 pub(super) enum Note {
-    /// A write ended.
-    Wrote { handoff: HandoffId, result: Result<(), WriteError> },
+    /// A write ended; since when its pages were computed.
+    Wrote { handoff: HandoffId, result: Result<Instant, WriteError> },
     /// A mailbox word was written, or not.
     Posted { handoff: HandoffId, result: Result<(), WriteError> },
     /// The engine computes no more of a prompt.
@@ -84,7 +84,10 @@ struct Prompt {
     /// Keeps the pages.
     pages: PrefillHandle,
     granted: Instant,
-    computed: Option<Instant>,
+    /// Since when all pages are computed whose writes were answered.
+    computed: Instant,
+    /// Whether all are with the writer, and the word behind them.
+    is_passed_on: bool,
     /// Whether nothing more is to be written.
     over: bool,
     /// Writes under way.
@@ -241,8 +244,7 @@ impl Desk {
             }
             BorrowerAction::Complete { session, handoff, slot, word } => {
                 if let Some(prompt) = self.prompts.get_mut(&handoff) {
-                    prompt.computed = Some(Instant::now());
-                    self.metrics.observe(HandoffPhase::Compute, prompt.granted.elapsed());
+                    prompt.is_passed_on = true;
                 }
                 let (Some(writer), Some(epoch)) = (self.sessions.get(&session), word.epoch()) else { return };
                 let notes = self.notes.clone();
@@ -304,7 +306,9 @@ impl Desk {
         };
         match self.engine.prefill(PrefillRequest { tokens, first_page, exporter: Box::new(courier) }) {
             Ok(pages) => {
-                let prompt = Prompt { pages, granted: Instant::now(), computed: None, over: false, writing: 0 };
+                let now = Instant::now();
+                let prompt =
+                    Prompt { pages, granted: now, computed: now, is_passed_on: false, over: false, writing: 0 };
                 self.prompts.insert(handoff, prompt);
             }
             Err(SubmitError::QueueFull { .. } | SubmitError::ShuttingDown) => {
@@ -336,12 +340,13 @@ impl Desk {
         self.on(BorrowerEvent::Computed { handoff, tokens: tokens as u32 }, desk);
     }
 
-    fn wrote(&mut self, handoff: HandoffId, result: Result<(), WriteError>, desk: &SharedDesk) {
+    fn wrote(&mut self, handoff: HandoffId, result: Result<Instant, WriteError>, desk: &SharedDesk) {
         if let Some(prompt) = self.prompts.get_mut(&handoff) {
             prompt.writing -= 1;
+            prompt.computed = result.map_or(prompt.computed, |computed| prompt.computed.max(computed));
         }
         let event = match result {
-            Ok(()) => BorrowerEvent::Wrote { handoff, writes: 1 },
+            Ok(_) => BorrowerEvent::Wrote { handoff, writes: 1 },
             Err(error) => {
                 self.log(handoff, &error);
                 BorrowerEvent::WriteFailed { handoff }
@@ -352,8 +357,10 @@ impl Desk {
     }
 
     fn posted(&mut self, handoff: HandoffId, desk: &SharedDesk) {
-        if let Some(computed) = self.prompts.get(&handoff).and_then(|prompt| prompt.computed) {
-            self.metrics.observe(HandoffPhase::Transfer, computed.elapsed());
+        // All writes were answered before.
+        if let Some(prompt) = self.prompts.get(&handoff) {
+            self.metrics.observe(HandoffPhase::Compute, prompt.computed - prompt.granted);
+            self.metrics.observe(HandoffPhase::Transfer, prompt.computed.elapsed());
         }
         if let Some(held) = self.held_for(handoff) {
             held.span.in_scope(|| tracing::debug!("done"));
@@ -367,7 +374,7 @@ impl Desk {
 
     /// The engine has passed on everything, or has failed.
     fn ended(&mut self, handoff: HandoffId, desk: &SharedDesk) {
-        if self.prompts.get(&handoff).is_some_and(|prompt| prompt.computed.is_none() && !prompt.over) {
+        if self.prompts.get(&handoff).is_some_and(|prompt| !prompt.is_passed_on && !prompt.over) {
             self.on(BorrowerEvent::ComputeFailed { handoff }, desk);
         }
     }

@@ -49,6 +49,7 @@ fn two_models_in_one_cluster_keep_apart() {
     }
     for (decode, prefill) in decodes.iter().zip(&others) {
         assert_eq!((prefills(decode, "remote"), prefills(decode, "local")), (1.0, 0.0));
+        wait_until_idle(prefill);
         assert_eq!(prefill.metric("engine_handoff_seconds_count{phase=\"compute\"}"), 1.0);
     }
     let nameless = json!({"prompt": cell.prompt(1, 300), "max_tokens": 1});

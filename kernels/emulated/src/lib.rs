@@ -127,6 +127,12 @@ impl<const HOPPER: bool> EmulatedDevice<HOPPER> {
         self.queue().free = Some(bytes);
     }
 
+    /// Has marks be past no sooner than this says so again with `false`: those of a device that takes its time.
+    pub fn keep_busy(&self, is_busy: bool) {
+        let busy = self.queue().busy.clone();
+        busy.set(is_busy);
+    }
+
     /// Recordings that were asked for so far.
     pub fn recordings(&self) -> u64 {
         self.queue().recordings

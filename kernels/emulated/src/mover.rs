@@ -1,7 +1,7 @@
 //! The emulated device as those see it who move its memory.
 
 use std::os::fd::OwnedFd;
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
 
 use engine_kernels::KvRegion;
 use engine_kernels::cuda::{
@@ -25,7 +25,28 @@ impl Mark for EmulatedMark {
     }
 
     fn wait(&self) -> Result<(), DriverError> {
+        let busy = lock(&self.0).busy.clone();
+        busy.wait();
         lock(&self.0).run_until(self.1)
+    }
+}
+
+/// Whether the device is busy with something else, for as long as a test says so.
+#[derive(Debug, Default)]
+pub(crate) struct Busy {
+    is_busy: Mutex<bool>,
+    changed: Condvar,
+}
+
+impl Busy {
+    pub(crate) fn set(&self, is_busy: bool) {
+        *self.is_busy.lock().unwrap_or_else(PoisonError::into_inner) = is_busy;
+        self.changed.notify_all();
+    }
+
+    fn wait(&self) {
+        let is_busy = self.is_busy.lock().unwrap_or_else(PoisonError::into_inner);
+        drop(self.changed.wait_while(is_busy, |is_busy| *is_busy));
     }
 }
 

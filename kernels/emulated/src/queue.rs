@@ -2,8 +2,10 @@
 
 use std::collections::BTreeMap;
 use std::ffi::{CStr, CString, c_char, c_uint, c_void};
+use std::sync::Arc;
 
 use super::Refusal;
+use super::mover::Busy;
 use engine_kernels::KvRegion;
 use engine_kernels::cuda::{AdapterAccess, Arg, Boxes, DriverError, TensorMap};
 
@@ -99,6 +101,8 @@ pub(crate) struct Queue {
     pub(crate) dma_bufs: u64,
     /// How often adapters' writes were waited for.
     pub(crate) flushes: u64,
+    /// Keeps whoever waits for a mark waiting.
+    pub(crate) busy: Arc<Busy>,
 }
 
 pub(crate) fn failed(operation: impl Into<String>, reason: impl Into<String>) -> DriverError {

@@ -17,6 +17,7 @@ mod modules;
 #[cfg(feature = "cuda")]
 mod mover;
 mod moving;
+mod noted;
 mod plan;
 mod product;
 mod residual;
@@ -33,4 +34,5 @@ pub use buffer::{Activations, KvCache, Linear, Rope, Vector};
 pub use device::{Device, DeviceGraph, DeviceMemory, PinnedMemory, device_count};
 pub use driver::{Address, Arg, Boxes, Driver, DriverError, HostMemory, Launch, Memory, TensorMap};
 pub use moving::{AdapterAccess, CopySpan, CopyStream, DeviceId, IpcHandle, Mark, Mover};
+pub use noted::Noted;
 pub use weight::weight_bytes;

@@ -3,6 +3,7 @@
 use std::cell::RefCell;
 
 use super::driver::{ARGS_MAX, Arg, Driver, DriverError, Launch};
+use super::noted::Noted;
 
 /// A driver's stream whose operations return nothing: as on the device itself, a failure comes up later, when somebody
 /// asks. After it nothing more is done.
@@ -10,11 +11,13 @@ use super::driver::{ARGS_MAX, Arg, Driver, DriverError, Launch};
 pub(super) struct Stream<D> {
     driver: D,
     failure: RefCell<Option<DriverError>>,
+    /// Kernels, while they are noted and not enqueued.
+    noted: RefCell<Option<Vec<Noted>>>,
 }
 
 impl<D: Driver> Stream<D> {
     pub(super) fn new(driver: D) -> Self {
-        Self { driver, failure: RefCell::new(None) }
+        Self { driver, failure: RefCell::default(), noted: RefCell::default() }
     }
 
     pub(super) fn driver(&self) -> &D {
@@ -48,8 +51,21 @@ impl<D: Driver> Stream<D> {
     pub(super) fn enqueue(&self, launch: &Launch<'_>) {
         // Here, so that devices that are emulated demand it too.
         assert!(launch.maps.len() + launch.args.len() <= ARGS_MAX, "{} has too many arguments", launch.kernel);
-        if !launch.grid.contains(&0) {
-            self.attempt(|driver| driver.launch(launch));
+        if launch.grid.contains(&0) {
+            return;
         }
+        if let Some(noted) = &mut *self.noted.borrow_mut() {
+            return noted.push(Noted::new(launch));
+        }
+        self.attempt(|driver| driver.launch(launch));
+    }
+
+    /// From here to [`Stream::end_noting`], kernels are noted instead of being enqueued.
+    pub(super) fn begin_noting(&self) {
+        self.noted.replace(Some(Vec::new()));
+    }
+
+    pub(super) fn end_noting(&self) -> Vec<Noted> {
+        self.noted.take().unwrap_or_default()
     }
 }

@@ -55,6 +55,7 @@ macro_rules! of_every_backend {
                 the_number_of_threads_changes_no_bit,
                 the_identity_gives_its_input_back,
                 parts_of_different_widths_are_refused,
+                a_row_may_have_its_largest_element_anywhere,
                 rows_of_zeros_give_the_bias;
             residual:
                 fused_operations_give_the_bits_of_those_they_stand_for,

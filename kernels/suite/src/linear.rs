@@ -311,6 +311,23 @@ pub(crate) fn infinities_stay_in_their_rows<B: Subject>() {
     }
 }
 
+pub(crate) fn a_row_may_have_its_largest_element_anywhere<B: Subject>() {
+    let mut random = Random::new(11);
+    let (rows, cols) = (20, 72);
+    for dtype in FLOATS {
+        // The last input feature is passed on, and no other.
+        let mut values = vec![0.0; cols];
+        values[cols - 1] = 1.0;
+        let weight = Weight::of(dtype, cols, &values);
+        let mut x = random.normals(rows * cols);
+        // Beyond f16's range, and a number of each type once it is brought into it.
+        let largest = (1 << 20) as f32;
+        x.chunks_exact_mut(cols).for_each(|row| row[cols - 1] = largest);
+        let out = product(&mut B::any(), &[weight.matrix()], &x, None);
+        assert_near(&out, &vec![largest; rows], |_| 0.0, &format!("{dtype:?}"));
+    }
+}
+
 pub(crate) fn the_number_of_threads_changes_no_bit<B: Subject>() {
     let mut random = Random::new(5);
     for dtype in FLOATS.into_iter().chain(QUANTIZED) {
@@ -354,9 +371,11 @@ pub(crate) fn rows_of_zeros_give_the_bias<B: Subject>() {
     for dtype in FLOATS.into_iter().chain(QUANTIZED) {
         let weight = Weight::random(dtype, 20, 256, &mut random);
         let bias = random.normals(20);
-        for rows in [2, 20] {
-            let out = product(&mut B::any(), &[weight.matrix()], &vec![0.0; rows * 256], Some(&bias));
-            assert_near(&out, &bias.repeat(rows), |_| 0.0, &format!("{dtype:?}, {rows} rows"));
+        // And of what is too little to be brought near the upper end of f16.
+        let sizes = if dtype.is_quantized() { &[0.0][..] } else { &[0.0, 7e-35] };
+        for (rows, &size) in [2, 20].into_iter().flat_map(|rows| sizes.iter().map(move |size| (rows, size))) {
+            let out = product(&mut B::any(), &[weight.matrix()], &vec![size; rows * 256], Some(&bias));
+            assert_near(&out, &bias.repeat(rows), |_| 0.0, &format!("{dtype:?}, {rows} rows of {size:e}"));
         }
     }
 }

@@ -381,6 +381,10 @@ pub(crate) fn how_attention_is_cut_changes_no_bit<D: Start>() {
     let pages: Vec<u32> = (0..BLOCKS as u32).collect();
     let mut results = Vec::new();
     for others in [0, 1, 3, 15] {
+        // What it leaves is not what the next step finds, and is not added to.
+        let mut before = Batch::default();
+        before.push(&[9], 299, &pages[30..49], 0);
+        layer.step(&before);
         let mut batch = Batch::default();
         batch.push(&[3], 399, &pages[..25], 0);
         // All in the same pages: nobody looks at their results.

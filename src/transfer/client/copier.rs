@@ -112,9 +112,9 @@ fn copy_all(queue: &Receiver<Order>) {
     for Order { session, standing, commands, work } in queue {
         match work {
             Work::Open(memory) => drop(peers.insert(session, memory)),
-            Work::Write(loan, runs, ready, reply) => {
+            Work::Write(loan, runs, ready, mut reply) => {
                 let written = match peers.get(&session) {
-                    Some(peer) => write(&peer.pages, &runs, ready, || standing.check(loan)),
+                    Some(peer) => write(&peer.pages, &runs, ready, &mut reply, || standing.check(loan)),
                     None => Ok(Err(WriteError::Closed)),
                 };
                 match written {
@@ -185,11 +185,12 @@ fn write(
     pages: &PeerMapping,
     runs: &[RunCopy],
     ready: Option<Ready>,
+    reply: &mut Reply,
     wanted: impl Fn() -> Result<(), WriteError>,
 ) -> Result<Result<(), WriteError>, Unsettled> {
     match pages {
         PeerMapping::Host { local, remote } => Ok(write_here(local, remote, runs, wanted)),
-        PeerMapping::Device { local, remote } => write_by_device(local, remote, runs, ready, wanted),
+        PeerMapping::Device { local, remote } => write_by_device(local, remote, runs, ready, reply, wanted),
     }
 }
 
@@ -224,6 +225,7 @@ fn write_by_device(
     remote: &PeerPages,
     runs: &[RunCopy],
     ready: Option<Ready>,
+    reply: &mut Reply,
     wanted: impl Fn() -> Result<(), WriteError>,
 ) -> Result<Result<(), WriteError>, Unsettled> {
     let failed = |error: DriverError| {
@@ -232,7 +234,10 @@ fn write_by_device(
     };
     let computed = || {
         wanted()?;
-        ready.map_or(Ok(()), |ready| ready.and_then(|mark| mark.wait()).map_err(failed))?;
+        if let Some(ready) = ready {
+            ready.and_then(|mark| mark.wait()).map_err(failed)?;
+            reply.computed();
+        }
         wanted()
     };
     if let Err(error) = computed() {

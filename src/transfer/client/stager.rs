@@ -101,6 +101,7 @@ impl Stager {
         gather: &Arc<Gather>,
     ) -> Result<(), WriteError> {
         ready.and_then(|mark| mark.wait()).map_err(|error| failed(&error))?;
+        gather.computed();
         if let Some(staging) = &self.staging {
             return staging.write(session, loan, &copies, gather);
         }
@@ -148,7 +149,7 @@ impl Staging {
                 let part = gather.part();
                 let reply = Reply::new(move |result| {
                     drop(piece);
-                    part.send(result);
+                    part.send(result.map(drop));
                 });
                 match coalesce(copies, self.ring.region.shape(), session.remote) {
                     Ok(runs) => session.submit(Work::Write(loan, runs, None, reply)),
@@ -260,11 +261,16 @@ impl Gather {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// What is written is computed since now.
+    fn computed(&self) {
+        self.gathered().reply.iter_mut().for_each(Reply::computed);
+    }
+
     /// One more part: what is to be told how it went.
     fn part(self: &Arc<Self>) -> Reply {
         self.gathered().parts += 1;
         let gather = self.clone();
-        Reply::new(move |result| gather.part_done(result))
+        Reply::new(move |result| gather.part_done(result.map(drop)))
     }
 
     fn part_done(&self, result: Result<(), WriteError>) {
@@ -316,7 +322,7 @@ mod tests {
     #[test]
     fn a_write_is_answered_once_with_its_first_failure() {
         let (sender, answers) = mpsc::channel();
-        let gather = Arc::new(Gather::new(Reply::new(move |result| sender.send(result).unwrap())));
+        let gather = Arc::new(Gather::new(Reply::new(move |result| sender.send(result.map(drop)).unwrap())));
         gather.part().send(Err(WriteError::Revoked));
         assert!(answers.try_recv().is_err());
         gather.part_done(Err(WriteError::Closed));

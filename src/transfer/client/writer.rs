@@ -1,6 +1,7 @@
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::sync::mpsc::Sender;
+use std::time::Instant;
 
 use bytes::Bytes;
 use engine_kernels::DeviceRegion;
@@ -60,13 +61,14 @@ impl Writer {
     /// Writes pages under a loan. The `remote` pages must be among those lent, and each `(layer, remote)` written once
     /// under it: what goes over adapters is in no order but before the loan's last word. Until `done` is called, the
     /// `local` pages must not change; after it, they are not read any more. Pages in device memory are those that what
-    /// was enqueued by now computes.
+    /// was enqueued by now computes. `done` is told since when they are computed: from this call, or from a moment
+    /// between it and the transfer.
     pub fn write(
         &self,
         slot: Slot,
         epoch: Epoch,
         copies: Vec<PageCopy>,
-        done: impl FnOnce(Result<(), WriteError>) + Send + 'static,
+        done: impl FnOnce(Result<Instant, WriteError>) + Send + 'static,
     ) {
         let reply = Reply::new(done);
         if slot.0 >= self.inner.slots {
@@ -107,7 +109,7 @@ impl Writer {
         word: MailboxWord,
         done: impl FnOnce(Result<(), WriteError>) + Send + 'static,
     ) {
-        let reply = Reply::new(done);
+        let reply = Reply::new(|result| done(result.map(drop)));
         if slot.0 >= self.inner.slots || word.status_of(epoch).is_none() {
             return reply.send(Err(WriteError::OutOfRange));
         }

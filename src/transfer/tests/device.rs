@@ -2,6 +2,7 @@
 //! what computes a page sends what was there before.
 
 use std::sync::Arc;
+use std::time::Instant;
 
 use engine_cuda_emulated::Emulated;
 use engine_kernels::DeviceRegion;
@@ -85,7 +86,7 @@ async fn pages_are_staged_when_they_are_computed_whatever_way_they_go_and_throug
             decode.server.lend(id, slot, epoch, (0..SHAPE.pages as u32).collect());
             let writer = session.writer();
             // Not awaited: the order of the calls is enough, for messages too.
-            writer.write(slot, epoch, everything(), |result| result.unwrap());
+            writer.write(slot, epoch, everything(), |result| assert!(result.is_ok()));
             session.send("behind the pages".into());
             complete(&writer, slot, epoch, Status::Done).await.unwrap();
             assert_eq!(decode.mailbox.load(slot).status_of(epoch), Some(Status::Done));
@@ -118,7 +119,7 @@ async fn pages_go_from_device_to_device_when_they_are_computed_and_before_the_wo
     assert_eq!(driver.open_handles(), 1);
     let (slot, epoch) = (Slot(2), epoch(4));
     let writer = session.writer();
-    writer.write(slot, epoch, everything(), |result| result.unwrap());
+    writer.write(slot, epoch, everything(), |result| assert!(result.is_ok()));
     complete(&writer, slot, epoch, Status::Done).await.unwrap();
     assert_eq!(decode.mailbox.load(slot).status_of(epoch), Some(Status::Done));
     for PageCopy { layer, local, remote } in everything() {
@@ -129,6 +130,29 @@ async fn pages_go_from_device_to_device_when_they_are_computed_and_before_the_wo
     drop(session);
     decode.ended(id).await;
     assert_eq!(driver.open_handles(), 0, "fenced when it is closed, not before");
+}
+
+#[tokio::test]
+async fn who_writes_pages_is_told_when_they_were_computed_and_not_when_the_device_was_told() {
+    for transport in [Transport::CudaIpc, Transport::Shm, Transport::Tcp] {
+        let driver = Emulated::default();
+        let (_written, mut decode) = exporting(&driver).await;
+        let (_pages, connector) = prefill(transport, &driver, 4);
+        let session = soon(connector.connect(decode.server.addresses(), WorkerId(7))).await.unwrap();
+        let id = decode.opened().await;
+        let (slot, epoch) = (Slot(0), epoch(1));
+        decode.server.lend(id, slot, epoch, (0..SHAPE.pages as u32).collect());
+        driver.keep_busy(true);
+        let writer = session.writer();
+        let (done, wait) = oneshot::channel();
+        writer.write(slot, epoch, everything(), |result| done.send(result).unwrap());
+        let still_busy = Instant::now();
+        driver.keep_busy(false);
+        complete(&writer, slot, epoch, Status::Done).await.unwrap();
+        let arrived = Instant::now();
+        let computed = soon(wait).await.unwrap().unwrap();
+        assert!((still_busy..arrived).contains(&computed), "{transport:?}");
+    }
 }
 
 #[tokio::test]
@@ -159,7 +183,7 @@ async fn after_a_device_fails_nothing_of_the_loan_is_done_the_word_least_of_all(
         driver.break_down();
         let writer = session.writer();
         let (done, wait) = oneshot::channel();
-        writer.write(slot, epoch, everything(), |result| done.send(result).unwrap());
+        writer.write(slot, epoch, everything(), |result| done.send(result.map(drop)).unwrap());
         // Handed over before anybody knows.
         assert!(complete(&writer, slot, epoch, Status::Done).await.is_err(), "{transport:?}");
         assert_eq!(soon(wait).await.unwrap(), Err(WriteError::Device), "{transport:?}");
@@ -178,7 +202,7 @@ async fn copies_whose_end_nobody_can_tell_end_the_session_and_leave_the_fence_to
     decode.server.lend(id, slot, epoch, (0..SHAPE.pages as u32).collect());
     driver.lose_copies();
     let (done, mut answer) = oneshot::channel();
-    session.writer().write(slot, epoch, everything(), |result| done.send(result).unwrap());
+    session.writer().write(slot, epoch, everything(), |result| done.send(result.map(drop)).unwrap());
     assert_eq!(decode.event().await, SessionEvent::Closed { session: id });
     assert_eq!(answer.try_recv(), Err(oneshot::error::TryRecvError::Empty), "the pages may still be read and written");
     assert_eq!(driver.open_handles(), 1, "and the memory is not closed, of which the decode worker would hear");

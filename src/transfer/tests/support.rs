@@ -208,7 +208,7 @@ pub(in crate::transfer) async fn write(
     copies: Vec<PageCopy>,
 ) -> Result<(), WriteError> {
     let (done, wait) = oneshot::channel();
-    writer.write(slot, epoch, copies, |result| done.send(result).expect("the test waits"));
+    writer.write(slot, epoch, copies, |result| done.send(result.map(drop)).expect("the test waits"));
     soon(wait).await.expect("every write is reported")
 }
 

@@ -235,7 +235,7 @@ type Answers = Arc<Mutex<Vec<(usize, Result<(), WriteError>)>>>;
 
 fn reply(answers: &Answers, number: usize) -> Reply {
     let answers = answers.clone();
-    Reply::new(move |result| answers.lock().unwrap().push((number, result)))
+    Reply::new(move |result| answers.lock().unwrap().push((number, result.map(drop))))
 }
 
 fn epoch(number: u32) -> Epoch {
