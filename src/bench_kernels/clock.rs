@@ -91,7 +91,9 @@ impl Clock {
         };
         // Not counted: memory is made room in, and steps are recorded when they come again.
         self.between(2, &mut call)?;
-        self.between(1, &mut call)
+        // The host may be held up in one.
+        let looks = [self.between(1, &mut call)?, self.between(1, &mut call)?, self.between(1, &mut call)?];
+        Ok(looks.into_iter().fold(f64::INFINITY, f64::min))
     }
 
     fn launched(&mut self, about: f64, call: &mut dyn FnMut(&mut Cuda)) -> Result<Time> {

@@ -42,6 +42,11 @@ pub(super) struct Kernels {
     pub(super) ends: Vec<Vec<Noted>>,
 }
 
+/// Some token; another for most rows.
+fn token(shape: Shape, row: usize) -> u32 {
+    (row * 7919 % shape.vocabulary) as u32
+}
+
 impl<'a, D: Driver> Step<'a, D> {
     /// One that decodes a token of each of `sequences` sequences, with `context` tokens each by then.
     pub(super) fn decode(
@@ -54,7 +59,7 @@ impl<'a, D: Driver> Step<'a, D> {
         let mut batch = Batch::default();
         for sequence in 0..sequences {
             let table: Vec<u32> = (sequence * pages..(sequence + 1) * pages).map(|page| page as u32).collect();
-            batch.push(&[1], context as u32 - 1, &table, 0);
+            batch.push(&[token(shape, sequence)], context as u32 - 1, &table, 0);
         }
         let size = Size { shape, rows: sequences, tokens: sequences * context, pairs: sequences * context };
         Self::new(backend, model, batch, size)
@@ -69,7 +74,8 @@ impl<'a, D: Driver> Step<'a, D> {
     ) -> Result<Self> {
         let table: Vec<u32> = (0..(rows + cached).div_ceil(BLOCK_SIZE) as u32).collect();
         let mut batch = Batch::default();
-        batch.push(&vec![1; rows], cached as u32, &table, rows);
+        let tokens: Vec<u32> = (0..rows).map(|row| token(shape, row)).collect();
+        batch.push(&tokens, cached as u32, &table, rows);
         // Each token sees those before it, and itself.
         let pairs = rows * cached + rows * (rows + 1) / 2;
         Self::new(backend, model, batch, Size { shape, rows, tokens: rows + cached, pairs })
@@ -116,6 +122,16 @@ impl<'a, D: Driver> Step<'a, D> {
         layers.logits(backend, &batch.logit_rows, 0);
     }
 
+    /// Computes as many layers as there are copies of pages, so that there is something in them: with nothing but zeros
+    /// tensor cores take less power, and are faster for it.
+    #[cfg(feature = "cuda")]
+    pub(super) fn fill(&mut self, backend: &mut CudaBackend<D>) {
+        let Self { batch, layers, .. } = self;
+        backend.begin(batch);
+        layers.start(backend, batch);
+        (0..layers.caches).for_each(|layer| layers.layer(backend, batch, layer));
+    }
+
     /// The kernels of as many layers as there are copies of weights, and, if it decodes, of as many ends.
     pub(super) fn kernels(&mut self, backend: &mut CudaBackend<D>) -> Kernels {
         let Self { batch, layers, .. } = self;
@@ -127,15 +143,19 @@ impl<'a, D: Driver> Step<'a, D> {
                 layers.layer(backend, batch, 0);
             });
             let of_layer = |layer| backend.note(&mut |backend| layers.layer(backend, batch, layer));
-            let noted = (1..=COPIES_MAX).map(of_layer).collect();
+            let noted: Vec<_> = (1..=COPIES_MAX).map(of_layer).collect();
+            // Behind a layer, which leaves the end something to add up.
             let mut of_end = |copy| {
-                backend.note(&mut |backend| {
+                let mut with_layer = backend.note(&mut |backend| {
+                    layers.layer(backend, batch, 1);
                     layers.norm(backend);
                     layers.logits(backend, &batch.logit_rows, copy);
-                })
+                });
+                with_layer.split_off(noted[0].len())
             };
             let ends = if batch.logit_rows.is_empty() { 0 } else { COPIES_MAX };
-            Kernels { layers: noted, ends: (0..ends).map(&mut of_end).collect() }
+            let ends = (0..ends).map(&mut of_end).collect();
+            Kernels { layers: noted, ends }
         };
         // Noted once in vain: where there was no room, other things lie elsewhere afterwards.
         note();

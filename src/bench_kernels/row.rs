@@ -1,6 +1,7 @@
 //! A row of the table.
 
-/// Operations of mma in a millisecond, and of wgmma as the power of a device allows it.
+/// Operations in a millisecond: of ordinary arithmetic in f32, of mma, and of wgmma as the power of a device allows it.
+pub(super) const FMA_PER_MS: f64 = 60e9;
 pub(super) const MMA_PER_MS: f64 = 600e9;
 pub(super) const WGMMA_PER_MS: f64 = 800e9;
 
@@ -9,7 +10,7 @@ pub(super) const WGMMA_PER_MS: f64 = 800e9;
 pub(super) struct Work {
     pub(super) bytes: usize,
     pub(super) operations: usize,
-    /// How many of these tensor cores do in a millisecond, by the instructions at hand.
+    /// How many of these a device does in a millisecond, by the instructions at hand.
     pub(super) per_ms: f64,
 }
 
@@ -33,8 +34,9 @@ pub(super) fn heading(device: &str, bandwidth: f64, theoretical: Option<f64>) ->
 }
 
 /// One row: time, bytes and operations, the rates that these make; and the floor, which is the longer of the bytes at a
-/// copy's bandwidth and the operations at the rate of tensor cores on an H100 or H200 (by mma about 600 Tflop/s, by wgmma
-/// about 800), by itself and as a part of the time.
+/// copy's bandwidth and the operations at the rate of an H100 or H200 (about 60 Tflop/s without tensor cores, 600 by mma,
+/// 800 by wgmma), by itself and as a part of the time. What is small enough for a cache may be faster than its bytes are
+/// copied.
 pub(super) fn row(what: &str, time: Time, work: Work, bandwidth: f64) -> String {
     let Time { milliseconds, is_recorded } = time;
     let mark = if is_recorded { "" } else { " †" };

@@ -1,6 +1,6 @@
 //! Whole decoding steps; the kernels of their layers, and of prompts', each by itself.
 
-use anyhow::Result;
+use anyhow::{Result, ensure};
 use engine_kernels::cuda::{Device, Driver, Noted};
 
 use super::Shape;
@@ -15,7 +15,7 @@ const DECODES: [[usize; 2]; 7] = [[1, 512], [64, 512], [16, 512], [4, 512], [256
 /// Tokens of a chunk of a prompt, and those before it.
 const PROMPTS: [[usize; 2]; 4] = [[2048, 0], [16_384, 0], [512, 0], [512, 7680]];
 /// Around where other kernels take over.
-const BETWEEN: [[usize; 2]; 5] = [[2, 512], [8, 512], [17, 512], [32, 512], [128, 512]];
+const BETWEEN: [[usize; 2]; 4] = [[2, 512], [8, 512], [32, 512], [128, 512]];
 
 pub(super) fn measure(clock: &mut Clock, shape: Shape, model: &Model<Device>) -> Result<()> {
     let (decodes, prompts, between) = match shape.is_small {
@@ -25,6 +25,7 @@ pub(super) fn measure(clock: &mut Clock, shape: Shape, model: &Model<Device>) ->
     decodes.iter().try_for_each(|&size| decode(clock, shape, model, size))?;
     for &[tokens, cached] in prompts {
         let mut step = Step::prompt(&mut clock.backend, shape, model, [tokens, cached])?;
+        step.fill(&mut clock.backend);
         kernels(clock, &format!("{}: {tokens} of a prompt behind {cached}", shape.name), &mut step)?;
     }
     between.iter().try_for_each(|&size| decode(clock, shape, model, size))
@@ -69,8 +70,13 @@ fn each(
     copies: &[Vec<Noted>],
     known: &mut Vec<(String, Work)>,
 ) -> Result<()> {
-    for (index, &(purpose, work)) in purposes.iter().enumerate() {
-        let kernel = (format!("{what}: {purpose}, {}", copies[0][index].kernel()), work);
+    for (index, (purpose, work)) in purposes.iter().enumerate() {
+        let (name, work) = (copies[0][index].kernel(), *work);
+        ensure!(
+            copies.iter().all(|copy| copy[index].kernel() == name),
+            "{name} is not what every layer launches there"
+        );
+        let kernel = (format!("{what}: {purpose}, {name}"), work);
         if known.contains(&kernel) {
             continue;
         }

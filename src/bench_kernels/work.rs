@@ -5,7 +5,7 @@ use anyhow::{Result, bail};
 use engine_kernels::cuda::Noted;
 
 use super::Shape;
-use super::row::{MMA_PER_MS, WGMMA_PER_MS, Work};
+use super::row::{FMA_PER_MS, MMA_PER_MS, WGMMA_PER_MS, Work};
 
 /// Bytes of an element of activations.
 const WIDE: usize = 4;
@@ -34,7 +34,7 @@ struct Product {
 }
 
 /// A kernel's purpose and work.
-pub(super) type Purpose = (&'static str, Work);
+pub(super) type Purpose = (String, Work);
 
 fn is_tensor(kernel: &str) -> bool {
     kernel.starts_with("product_") || kernel.starts_with("wide_")
@@ -70,7 +70,7 @@ impl Size {
         let (qkv, q) = (heads.qkv_width(), heads.q_width());
         // Those to come, and the last one.
         let mut products = products.iter();
-        let (mut features, mut segments) = (0, 1);
+        let (mut last, mut features, mut segments) = ("", 0, 1);
         let mut is_rotated = false;
         let mut purposes = Vec::with_capacity(kernels.len());
         for (index, noted) in kernels.iter().enumerate() {
@@ -84,7 +84,7 @@ impl Size {
                 _ if kernel.starts_with("add_rms_norm") => ("norm", (3 * WIDE + made) * hidden, 0, 0),
                 _ if kernel.starts_with("skinny_") || is_tensor(kernel) => {
                     let Some(product) = products.next() else { bail!("{kernel} is one product too many") };
-                    (features, segments) = (product.features, noted.grid()[2]);
+                    (last, features, segments) = (product.what, product.features, noted.grid()[2]);
                     let of_row = if is_tensor(kernel) {
                         NARROW * product.cols + segments * WIDE * features
                     } else {
@@ -110,8 +110,12 @@ impl Size {
                 "select_rows" => ("rows that are asked for", 2 * WIDE * hidden, 0, 0),
                 _ => bail!("nobody knows what {kernel} does"),
             };
-            let by_wgmma = kernel.starts_with("wide_") || kernel.starts_with("hopper_");
-            let per_ms = if by_wgmma { WGMMA_PER_MS } else { MMA_PER_MS };
+            let per_ms = match kernel {
+                _ if kernel.starts_with("wide_") || kernel.starts_with("hopper_") => WGMMA_PER_MS,
+                _ if kernel.starts_with("product_") || kernel.starts_with("prefill_") => MMA_PER_MS,
+                _ => FMA_PER_MS,
+            };
+            let what = if kernel == "add_segments" { format!("{what} of {last}") } else { what.into() };
             purposes.push((what, Work { bytes: rows * of_row + of_all, operations, per_ms }));
         }
         match products.next() {
@@ -194,6 +198,7 @@ mod tests {
             let (second, rest) = rest.split_at(layer.len());
             assert_eq!(first[1..], layer[1..], "{rows} rows");
             assert_eq!(second, layer, "{rows} rows");
+            assert!(ends.iter().all(|other| names(other) == names(&ends[0])));
             if let Some(end) = ends.first() {
                 assert_eq!(rest, names(end), "{rows} rows");
                 assert_eq!(step.size.of_end(end).unwrap().len(), rest.len());
@@ -229,6 +234,15 @@ mod tests {
                 purposes.iter().map(|(_, work)| (work.bytes as f64 / 1e5).round() / 10.0).collect();
             assert_eq!(megabytes, expected, "{purposes:?}");
         }
+        // Of a prompt's 2,098,176 pairs of tokens attention multiplies 16 heads of 128 twice; wgmma does.
+        let kernels = steps[2].kernels(&mut backend).layers.remove(0);
+        let purposes = steps[2].size.of_layer(&kernels).unwrap();
+        let of = |what: &str| purposes.iter().find(|(purpose, _)| purpose == what).unwrap().1;
+        for (what, operations) in [("attention", 4 * 2_098_176 * 2048), ("q, k and v", 2 * 2048 * 1024 * 4096)] {
+            assert_eq!((of(what).operations, of(what).per_ms), (operations, WGMMA_PER_MS), "{what}");
+        }
+        let few = steps[0].kernels(&mut backend).layers.remove(0);
+        assert!(steps[0].size.of_layer(&few).unwrap().iter().all(|(_, work)| work.per_ms == FMA_PER_MS));
     }
 
     #[test]

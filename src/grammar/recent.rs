@@ -1,6 +1,7 @@
 use std::{
     collections::VecDeque,
-    sync::{Mutex, MutexGuard, PoisonError},
+    io::{self, Write},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
 use blake3::{Hash, Hasher};
@@ -8,9 +9,12 @@ use blake3::{Hash, Hasher};
 use super::{Grammar, Source};
 
 /// Grammars that are kept at most.
-pub(super) const KEPT_MAX: usize = 64;
-/// Bytes of text of a grammar that is kept: a long one takes megabytes, and few clients send one.
-const KEPT_BYTES_MAX: usize = 16 << 10;
+const KEPT_MAX: usize = 64;
+/// Bytes of a grammar's text, if it is kept: a request is not to pay for what hardly any other asks for.
+const TEXT_BYTES_MAX: usize = 16 << 10;
+/// Bytes of its lexer, about, if it is kept: of a usual schema it has some hundred thousand, and copying takes as long as
+/// there are many.
+const LEXER_BYTES_MAX: usize = 1 << 20;
 
 /// Grammars that were compiled lately: most requests ask for what another has asked for before.
 ///
@@ -19,7 +23,7 @@ const KEPT_BYTES_MAX: usize = 16 << 10;
 #[derive(Default)]
 pub(super) struct Recent {
     /// The one that nobody has asked for for longest comes first.
-    kept: Mutex<VecDeque<(Hash, Grammar)>>,
+    kept: Mutex<VecDeque<(Hash, Arc<Grammar>)>>,
 }
 
 impl Recent {
@@ -35,20 +39,23 @@ impl Recent {
         Some(grammar.copied())
     }
 
-    /// Keeps a copy, and forgets others for it.
-    pub(super) fn keep(&self, grammar: &Grammar) {
-        let Some(new) = key(grammar.source()) else { return };
-        let copy = grammar.copied();
+    /// Keeps a copy of a grammar whose lexer has so many bytes, and forgets others for it.
+    pub(super) fn keep(&self, grammar: &Grammar, lexer_bytes: usize) {
+        let Some(new) = key(grammar.source()).filter(|_| lexer_bytes <= LEXER_BYTES_MAX) else { return };
+        let copy = Arc::new(grammar.copied());
         let mut kept = self.kept();
         // Two requests may have compiled the same at a time.
-        kept.retain(|(key, _)| *key != new);
-        kept.push_back((new, copy));
-        if kept.len() > KEPT_MAX {
-            kept.pop_front();
+        if kept.iter().any(|(key, _)| *key == new) {
+            return;
         }
+        kept.push_back((new, copy));
+        let forgotten = if kept.len() > KEPT_MAX { kept.pop_front() } else { None };
+        // Others may have the list while it is taken apart.
+        drop(kept);
+        drop(forgotten);
     }
 
-    fn kept(&self) -> MutexGuard<'_, VecDeque<(Hash, Grammar)>> {
+    fn kept(&self) -> MutexGuard<'_, VecDeque<(Hash, Arc<Grammar>)>> {
         // Whatever panics in between leaves whole entries.
         self.kept.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -57,19 +64,47 @@ impl Recent {
 /// What tells texts apart; `None` if this one is too long to be kept. Of two schemas that are equal as JSON the
 /// properties may come in another order, which is the order that they have in an answer.
 fn key(source: &Source) -> Option<Hash> {
-    if source.bytes() > KEPT_BYTES_MAX {
-        return None;
-    }
-    let mut hasher = Hasher::new();
+    let mut text = Text { hasher: Hasher::new(), left: TEXT_BYTES_MAX };
     match source {
-        Source::JsonSchema(schema) => hasher.update(b"schema").update(schema.to_string().as_bytes()),
-        Source::Regex(regex) => hasher.update(b"regex ").update(regex.as_bytes()),
-        Source::Lark(grammar) => hasher.update(b"lark  ").update(grammar.as_bytes()),
-        Source::Choice(choices) => choices.iter().fold(hasher.update(b"choice"), |hasher, choice| {
-            hasher.update(&choice.len().to_le_bytes()).update(choice.as_bytes())
-        }),
-    };
-    Some(hasher.finalize())
+        Source::JsonSchema(schema) => {
+            text.hasher.update(b"schema");
+            serde_json::to_writer(&mut text, schema).ok()?;
+        }
+        Source::Regex(regex) => {
+            text.hasher.update(b"regex ");
+            text.write_all(regex.as_bytes()).ok()?;
+        }
+        Source::Lark(grammar) => {
+            text.hasher.update(b"lark  ");
+            text.write_all(grammar.as_bytes()).ok()?;
+        }
+        Source::Choice(choices) => {
+            text.hasher.update(b"choice");
+            for choice in choices {
+                text.write_all(&choice.len().to_le_bytes()).ok()?;
+                text.write_all(choice.as_bytes()).ok()?;
+            }
+        }
+    }
+    Some(text.hasher.finalize())
+}
+
+/// Takes a text in pieces, until it is too long: no more of it is looked at then.
+struct Text {
+    hasher: Hasher,
+    left: usize,
+}
+
+impl Write for Text {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.left = self.left.checked_sub(bytes.len()).ok_or(io::ErrorKind::FileTooLarge)?;
+        self.hasher.update(bytes);
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
 }
 
 #[cfg(test)]
@@ -130,6 +165,8 @@ mod tests {
             object("a", "b"),
             object("b", "a"),
             regex("start: \"a\""),
+            regex(r#"\{"type":"null"\}"#),
+            Source::JsonSchema(json!({"type": "null"})),
             Source::Lark("start: \"a\"".to_owned()),
             Source::Choice(vec!["ab".into(), "c".into()]),
             Source::Choice(vec!["a".into(), "bc".into()]),
@@ -167,12 +204,34 @@ mod tests {
         }
         assert!(vocabulary.compiled_lately(&used).is_some());
         assert!(vocabulary.compiled_lately(&unused).is_none());
+        assert!(vocabulary.compiled_lately(&regex("other 0")).is_some(), "one had to go");
 
         let wrong = regex("a(");
         assert!(vocabulary.compile(wrong.clone()).is_err());
         assert!(vocabulary.compiled_lately(&wrong).is_none());
-        let long = Source::JsonSchema(json!({"type": "null", "description": "a".repeat(KEPT_BYTES_MAX)}));
-        vocabulary.compile(long.clone()).unwrap();
-        assert!(vocabulary.compiled_lately(&long).is_none());
+        let border = r#"{"type":"null","description":""}"#.len();
+        for (more, is_kept) in [(0, true), (1, false)] {
+            let long = "a".repeat(TEXT_BYTES_MAX - border + more);
+            let long = Source::JsonSchema(json!({"type": "null", "description": long}));
+            vocabulary.compile(long.clone()).unwrap();
+            assert_eq!(vocabulary.compiled_lately(&long).is_some(), is_kept);
+        }
+    }
+
+    #[test]
+    fn what_has_a_large_lexer_is_not_kept() {
+        let (vocabulary, recent) = (vocabulary(), Recent::default());
+        let small = vocabulary.compile(regex("ab")).unwrap();
+        for (bytes, is_kept) in [(LEXER_BYTES_MAX + 1, false), (LEXER_BYTES_MAX, true)] {
+            recent.keep(&small, bytes);
+            assert_eq!(recent.find(small.source()).is_some(), is_kept);
+        }
+        // Each of the last fifteen characters may have been the one: a state for every set of them.
+        let large = regex("(?s:.*[a-e].{14})");
+        let tokens = (0..=u8::MAX).map(|byte| vec![byte]);
+        let words = (0..1u32 << 15).map(|word| (0..15).map(|bit| b'e' + (word >> bit & 1) as u8).collect());
+        let vocabulary = Vocabulary::of_tokens(tokens.chain(words).collect(), &[]).unwrap();
+        vocabulary.compile(large.clone()).unwrap();
+        assert!(vocabulary.compiled_lately(&large).is_none());
     }
 }

@@ -10,6 +10,9 @@ use super::GrammarError;
 const PATTERN_PROPERTIES_MAX: usize = 32;
 /// Members of all `oneOf` and `allOf` together, which are compared too.
 const MEMBERS_MAX: usize = 256;
+/// `pattern`s that one text may have to match at once, as members of `allOf`: each more may double the
+/// time, a tenth of a second for these and minutes for twice as many.
+const PATTERNS_AT_ONCE_MAX: usize = 16;
 /// Bytes of a `pattern`, as of a regular expression.
 pub(super) const REGEX_BYTES_MAX: usize = 4096;
 /// The longest text that is counted: six states of the lexer a character.
@@ -20,7 +23,7 @@ const MULTIPLE_DECIMALS_MAX: i32 = 8;
 
 /// Refuses a schema with too much of that. Names of properties are taken for keywords, but not what stands under them.
 pub(super) fn check(schema: &Value) -> Result<(), GrammarError> {
-    let (mut patterns, mut members) = (0, 0);
+    let (mut names, mut members, mut in_all, mut patterns) = (0, 0, 0, 0);
     let mut rest = vec![schema];
     while let Some(value) = rest.pop() {
         let Value::Object(fields) = value else {
@@ -29,9 +32,13 @@ pub(super) fn check(schema: &Value) -> Result<(), GrammarError> {
         };
         for (keyword, value) in fields {
             match (&**keyword, value) {
-                ("patternProperties", Value::Object(all)) => patterns += all.len(),
-                ("oneOf" | "allOf", Value::Array(all)) => members += all.len(),
-                ("pattern", Value::String(pattern)) => at_most("bytes in 'pattern'", pattern.len(), REGEX_BYTES_MAX)?,
+                ("patternProperties", Value::Object(all)) => names += all.len(),
+                ("oneOf", Value::Array(all)) => members += all.len(),
+                ("allOf", Value::Array(all)) => in_all += all.len(),
+                ("pattern", Value::String(pattern)) => {
+                    at_most("bytes in 'pattern'", pattern.len(), REGEX_BYTES_MAX)?;
+                    patterns += 1;
+                }
                 ("minLength" | "maxLength", Value::Number(length)) if length.as_u64() > Some(LENGTH_MAX) => {
                     return Err(too_large(format!("'{keyword}' {length}"), LENGTH_MAX as usize));
                 }
@@ -44,8 +51,10 @@ pub(super) fn check(schema: &Value) -> Result<(), GrammarError> {
             rest.push(value);
         }
     }
-    at_most("'patternProperties'", patterns, PATTERN_PROPERTIES_MAX)?;
-    at_most("members of 'oneOf' and 'allOf'", members, MEMBERS_MAX)
+    at_most("'patternProperties'", names, PATTERN_PROPERTIES_MAX)?;
+    at_most("members of 'oneOf' and 'allOf'", members + in_all, MEMBERS_MAX)?;
+    // Whichever members they come from, by reference too: no more can meet than there are of either.
+    at_most("'pattern' beside 'allOf'", patterns.min(in_all), PATTERNS_AT_ONCE_MAX)
 }
 
 /// Refuses more of `what` than there may be.

@@ -286,10 +286,12 @@ fn what_is_too_large_is_refused() {
     // What would take minutes of a thread, or more memory than an answer is worth.
     let patterns: serde_json::Map<_, _> = (0..100).map(|i| (format!("^a{i}"), json!({}))).collect();
     let members: Vec<_> = (0..300).map(|i| json!({"const": i})).collect();
+    let at_once: Vec<_> = (0..17).map(|i| json!({"pattern": format!("^(a|b)*a(a|b){{{i}}}$")})).collect();
     for (schema, limit) in [
         (json!({"type": "object", "patternProperties": patterns}), "32"),
         (json!({"items": {"oneOf": members}}), "256"),
         (json!({"allOf": members}), "256"),
+        (json!({"type": "string", "allOf": at_once}), "16"),
         (json!({"anyOf": [{"type": "null"}, {"type": "string", "minLength": 10_001}]}), "10000"),
         (json!({"type": "string", "pattern": "a?".repeat(3000)}), "4096"),
         (json!({"properties": {"text": {"type": "string", "maxLength": 10_001}}}), "10000"),

@@ -16,6 +16,9 @@ const MESSAGE_CHARS_MAX: usize = 300;
 /// The compiler follows rules into rules by calling itself; as many as fit into a grammar's text fit into this.
 const STACK_BYTES: usize = 256 << 20;
 
+/// What a state of a lexer takes beside what the lexer counts itself, about.
+const STATE_BYTES: usize = 400;
+
 /// Work and memory that a grammar may take.
 const LIMITS: ParserLimits = ParserLimits {
     max_items_in_row: 2000,
@@ -23,7 +26,7 @@ const LIMITS: ParserLimits = ParserLimits {
     // Some ten milliseconds of a step in which others wait.
     step_lexer_fuel: 200_000,
     step_max_items: 50_000,
-    // About half a kilobyte each. The longest text that is counted takes two thirds of them.
+    // The longest text that is counted takes two thirds of them.
     max_lexer_states: 100_000,
     max_grammar_size: 100_000,
     precompute_large_lexemes: true,
@@ -105,7 +108,8 @@ impl Vocabulary {
         ParserLimits { max_lexer_states: self.factory.limits().max_lexer_states, ..limits }
     }
 
-    /// What was made of the same text for another request, if that was lately. Takes a fraction of a millisecond.
+    /// What was made of the same text for another request, if that was lately. Takes a fraction of a millisecond, at most
+    /// a few.
     pub fn compiled_lately(&self, source: &Source) -> Option<Grammar> {
         self.recent.find(source)
     }
@@ -122,17 +126,22 @@ impl Vocabulary {
         let compile = || {
             let (init, says_nothing) = (GrammarInit::Serialized(grammar), Logger::new(0, 0));
             let parser = self.factory.create_parser_from_init_ext(init, says_nothing, Default::default(), limits);
+            let with_lexer = parser.as_ref().ok().map(|parser| parser.parser.clone());
             let start =
                 Matcher::new(parser, self.known.clone()).map_err(|error| GrammarError::Invalid(brief(&error)))?;
             // Matchers of one grammar have a lexer together: what it learns here, none has to while others wait.
             match start.clone().allowed() {
-                Ok(mask) if mask.iter().any(|&word| word != 0) => Ok(start),
+                Ok(mask) if mask.iter().any(|&word| word != 0) => {
+                    let stats = with_lexer.map(|parser| parser.lexer_stats());
+                    let bytes = stats.map_or(0, |stats| stats.num_bytes + stats.num_states * STATE_BYTES);
+                    Ok((start, bytes))
+                }
                 Ok(_) => Err(GrammarError::Invalid("no answer fits it".to_owned())),
                 Err(error) => Err(GrammarError::Invalid(brief(&error.to_string()))),
             }
         };
         // It panics where it has to give up: nothing that whoever waits for the answer should see more of.
-        let start = thread::scope(|scope| {
+        let (start, lexer_bytes) = thread::scope(|scope| {
             let compiling = thread::Builder::new().stack_size(STACK_BYTES).spawn_scoped(scope, compile);
             compiling.map_or_else(
                 |error| Err(GrammarError::Invalid(format!("no thread to compile it: {error}"))),
@@ -140,7 +149,7 @@ impl Vocabulary {
             )
         })?;
         let grammar = Grammar { source, start };
-        self.recent.keep(&grammar);
+        self.recent.keep(&grammar, lexer_bytes);
         Ok(grammar)
     }
 }

@@ -127,7 +127,7 @@ impl<const HOPPER: bool> EmulatedDevice<HOPPER> {
         self.queue().free = Some(bytes);
     }
 
-    /// Has marks be past no sooner than this says so again with `false`: those of a device that takes its time.
+    /// Has whoever waits for a mark wait until this is called again with `false`: for a device that takes its time.
     pub fn keep_busy(&self, is_busy: bool) {
         let busy = self.queue().busy.clone();
         busy.set(is_busy);
