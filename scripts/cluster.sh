@@ -92,10 +92,11 @@ for service in "$etcd_port" "$nats_port"; do
 done
 start frontend "$engine" frontend --port "$port" "${services[@]}"
 worker_port=$port
+worker_ports=()
 for i in $(seq "$decode_workers"); do
     worker_port=$((worker_port + 1))
     while open "$worker_port"; do worker_port=$((worker_port + 1)); done
-    first_worker_port=${first_worker_port:-$worker_port}
+    worker_ports+=("$worker_port")
     start "decode$i" "$engine" --model "$model" --port "$worker_port" --threads "$threads" \
         --max-local-prefill-length "${MAX_LOCAL_PREFILL_LENGTH:-128}" "${services[@]}" "$@"
 done
@@ -103,18 +104,24 @@ for i in $(seq "$prefill_workers"); do
     start "prefill$i" "$engine" --is-prefill-worker --threads "$threads" "${services[@]}"
 done
 
-# The status of a GET, without asking for curl.
-status() {
-    exec 3<>"/dev/tcp/127.0.0.1/$port" || return 1
-    printf 'GET %s HTTP/1.1\r\nHost: engine\r\nConnection: close\r\n\r\n' "$1" >&3
-    local line=""
-    read -r -t 5 line <&3 || true
+# The answer to a GET, without asking for curl.
+get() { # get <port> <path>
+    exec 3<>"/dev/tcp/127.0.0.1/$1" || return 1
+    printf 'GET %s HTTP/1.1\r\nHost: engine\r\nConnection: close\r\n\r\n' "$2" >&3
+    timeout 5 cat <&3 || true
     exec 3<&- 3>&-
-    set -- $line
-    [ "${2:-}" = 200 ]
 }
 
-until status /health/ready 2>/dev/null; do
+# Whether requests are answered, and long prompts can be handed off.
+ready() {
+    get "$port" /health/ready | grep -q '^HTTP/1.1 200' || return 1
+    local worker
+    for worker in "${worker_ports[@]}"; do
+        get "$worker" /metrics | grep -q "^engine_prefill_workers $prefill_workers" || return 1
+    done
+}
+
+until ready 2>/dev/null; do
     for i in "${!pids[@]}"; do
         if ! kill -0 "${pids[$i]}" 2>/dev/null; then
             say "${names[$i]} ended"
@@ -124,16 +131,22 @@ until status /health/ready 2>/dev/null; do
     sleep 0.2
 done
 say "etcd on port $etcd_port, NATS on port $nats_port"
-say "ready; try: curl -N http://127.0.0.1:$port/v1/chat/completions -H 'Content-Type: application/json' \\"
-say "  -d '{\"messages\": [{\"role\": \"user\", \"content\": \"Why is the sky blue?\"}], \"stream\": true}'"
-say "a prompt long enough for a prefill worker: curl http://127.0.0.1:$port/v1/completions \\"
-say "  -H 'Content-Type: application/json' -d '{\"prompt\": \"'\"\$(seq -s ' ' 300)\"'\", \"max_tokens\": 20}'"
-say "where prompts were computed: curl -s http://127.0.0.1:$first_worker_port/metrics | grep engine_prefills_total"
-say "Ctrl-C stops everything"
+say "ready; Ctrl-C stops everything. To try, a chat, a prompt that is long enough for a prefill worker (asked again, it"
+say "is in the decode worker's cache), and where prompts were computed:"
+cat <<TRY
+
+curl -N http://127.0.0.1:$port/v1/chat/completions -H 'Content-Type: application/json' -d '{"messages": [{"role": "user", "content": "Why is the sky blue?"}], "stream": true}'
+
+curl http://127.0.0.1:$port/v1/completions -H 'Content-Type: application/json' -d '{"prompt": "'"\$(seq -s ' ' 300)"'", "max_tokens": 20}'
+
+$(printf "curl -s http://127.0.0.1:%s/metrics | grep ^engine_prefills_total\n" "${worker_ports[@]}")
+
+TRY
 
 # One that ends by itself is said so and left: the others go on without it.
 while [ -z "$stopping" ]; do
-    wait -n -p ended || true
+    # The shell would say it too, in its own way.
+    wait -n -p ended 2>/dev/null || true
     for i in "${!pids[@]}"; do
         if [ "${pids[$i]}" = "${ended:-}" ]; then say "${names[$i]} ended"; fi
     done

@@ -29,10 +29,23 @@ fn main() -> ExitCode {
     match start(role) {
         Ok(code) => code,
         Err(error) => {
-            eprintln!("error: {error:#}");
+            eprintln!("error: {}", told(&error));
             ExitCode::FAILURE
         }
     }
+}
+
+/// An error and what it came from, unless that is in its text already.
+fn told(error: &anyhow::Error) -> String {
+    let mut text = String::new();
+    for cause in error.chain().map(|cause| cause.to_string()).filter(|cause| !cause.is_empty()) {
+        match text.contains(&cause) {
+            true => {}
+            false if text.is_empty() => text = cause,
+            false => text = format!("{text}: {cause}"),
+        }
+    }
+    text
 }
 
 /// Allows this process as many open files, and as much locked memory, as the system lets it have. The usual limit of
@@ -72,4 +85,18 @@ fn start(role: Role) -> anyhow::Result<ExitCode> {
     // Work on blocking threads (a prompt being encoded, a model being loaded) is left behind.
     runtime.shutdown_background();
     result
+}
+
+#[cfg(test)]
+mod tests {
+    use anyhow::{Context, anyhow};
+
+    use super::told;
+
+    #[test]
+    fn a_cause_that_its_error_tells_of_is_not_told_again() {
+        let twice = Err::<(), _>(anyhow!("no such file").context("cannot read a: no such file")).context("no model");
+        assert_eq!(told(&twice.unwrap_err()), "no model: cannot read a: no such file");
+        assert_eq!(told(&anyhow!("refused").context("no etcd")), "no etcd: refused");
+    }
 }

@@ -166,11 +166,18 @@ pub async fn join(mut options: ClusterOptions, needs: Needs) -> Result<Joined, C
     Cluster::connect(options).await.map(Joined::Member)
 }
 
+/// Addresses, without who one is there.
+fn shown(addresses: &[String]) -> String {
+    let bare = addresses.iter().map(|address| address.rsplit('@').next().unwrap_or_default());
+    bare.collect::<Vec<_>>().join(", ")
+}
+
 impl Cluster {
     /// A cluster over real services. Waits for them a moment; if they are away it says so and goes on, and they are
     /// found when they come. Without NATS servers, load reports are those of this process alone, and so is the queue.
     pub async fn connect(options: ClusterOptions) -> Result<Self, ClusterError> {
         let ClusterOptions { namespace, etcd, nats } = options;
+        let names = [format!("etcd ({})", shown(&etcd.endpoints)), format!("NATS ({})", shown(&nats.servers))];
         let etcd = Arc::new(Etcd::new(etcd, &namespace)?);
         let (queue, loads): (Arc<dyn Queue>, Arc<dyn Loads>);
         let named = !nats.servers.is_empty();
@@ -182,7 +189,7 @@ impl Cluster {
             }
         };
         let (etcd_answer, nats_answer) = tokio::join!(timeout(FIRST_CONTACT, etcd.reachable()), first_nats);
-        for (name, answer) in [("etcd", etcd_answer), ("NATS", nats_answer)] {
+        for (name, answer) in names.iter().zip([etcd_answer, nats_answer]) {
             let late = || Err(format!("no answer within {FIRST_CONTACT:?}"));
             if let Err(error) = answer.unwrap_or_else(|_| late()) {
                 tracing::warn!("{name} cannot be used: {error}; going on without it until it can");
@@ -202,6 +209,12 @@ impl Cluster {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn addresses_are_shown_without_secrets() {
+        let addresses = ["nats://ada:secret@a:4222", "b:4222"].map(str::to_owned);
+        assert_eq!(shown(&addresses), "a:4222, b:4222");
+    }
 
     #[test]
     fn what_is_missing_is_said_with_what_to_start() {

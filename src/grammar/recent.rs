@@ -226,10 +226,11 @@ mod tests {
             recent.keep(&small, bytes);
             assert_eq!(recent.find(small.source()).is_some(), is_kept);
         }
-        // Each of the last fifteen characters may have been the one: a state for every set of them.
-        let large = regex("(?s:.*[a-e].{14})");
+        // Each of the last twelve characters may have been the one: a state for every set of them. They are such as the
+        // compiler does not know all of at once.
+        let large = regex(r"(?s:.*\x01.{11})");
         let tokens = (0..=u8::MAX).map(|byte| vec![byte]);
-        let words = (0..1u32 << 15).map(|word| (0..15).map(|bit| b'e' + (word >> bit & 1) as u8).collect());
+        let words = (0..1u32 << 12).map(|word| (0..12).map(|bit| 1 + (word >> bit & 1) as u8).collect());
         let vocabulary = Vocabulary::of_tokens(tokens.chain(words).collect(), &[]).unwrap();
         vocabulary.compile(large.clone()).unwrap();
         assert!(vocabulary.compiled_lately(&large).is_none());

@@ -99,7 +99,12 @@ impl Keeper {
         let what = "cannot renew the registration in etcd";
         loop {
             let ended = match self.connection.client().await {
-                Ok(client) => renew_over_one_stream(client, lease, ttl / 3, || backoff.succeeded(what)).await,
+                Ok(client) => {
+                    renew_over_one_stream(client, lease, ttl / 3, || {
+                        backoff.succeeded("renewing the registration in etcd")
+                    })
+                    .await
+                }
                 Err(error) => Ended::Unreachable(error),
             };
             match ended {

@@ -342,7 +342,7 @@ impl Connector {
         let writer = Writer { inner: Arc::new(inner) };
         config.metrics.sessions.with_label_values(&[writer.transport().name()]).inc();
         let transport = writer.transport().name();
-        tracing::info!(session = id.0, worker = %own, transport, "session to a decode worker opened");
+        tracing::info!(session = id.0, own = %own, transport, "session to a decode worker opened");
         let limits = Limits {
             message_bytes: welcome.message_bytes as usize,
             queued_bytes: usize::try_from(welcome.queued_bytes).unwrap_or(usize::MAX),
