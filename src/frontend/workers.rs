@@ -134,14 +134,16 @@ impl Worker {
 
     /// Sends a request, on a connection that is there or on a new one, and waits for the head of the answer.
     pub(super) async fn send(&self, request: &impl Fn() -> Request<Payload>) -> Result<Exchange, LostError> {
-        let (_old, kept) = {
+        let (old, kept) = {
             let mut idle = self.idle();
-            // They are in the order of time. Connections are closed when others may have the list.
+            // They are in the order of time.
             let old = idle.iter().take_while(|kept| kept.since.elapsed() >= IDLE_TIME_MAX).count();
             let old: Vec<Idle> = idle.drain(..old).collect();
             let here = thread::current().id();
             (old, idle.iter().rposition(|kept| kept.thread == here).map(|at| idle.remove(at)))
         };
+        // Closed when others may have the list.
+        drop(old);
         if let Some(kept) = kept {
             match kept.connection.send(request()).await {
                 Ok(exchange) => return Ok(exchange),
