@@ -125,6 +125,7 @@ struct Queues {
 struct JobQueue {
     waiting: VecDeque<Job>,
     delivered: u64,
+    asking: u64,
 }
 
 #[derive(Clone)]
@@ -175,8 +176,14 @@ impl Queues {
         tracing::warn!(job = job.id, attempt = job.attempt, reason, "gave up a prefill job");
     }
 
+    fn asks(&self, key: ModelKey) -> Asking<'_> {
+        lock(&self.jobs).entry(key).or_default().asking += 1;
+        Asking { queues: self, key }
+    }
+
     async fn supply(self: Arc<Self>, key: ModelKey, mut supplier: Supplier) {
         while supplier.demand.recv().await.is_some() {
+            let asking = self.asks(key);
             let job = loop {
                 let arrived = self.arrived.notified();
                 tokio::pin!(arrived);
@@ -190,11 +197,26 @@ impl Queues {
                     () = supplier.jobs.closed() => return,
                 }
             };
+            drop(asking);
             let settle = LocalSettle { queues: self.clone(), key, job: job.clone() };
             let delivery = Delivery::new(job.payload, job.attempt, Box::new(settle));
             if supplier.jobs.send(delivery).await.is_err() {
                 return;
             }
+        }
+    }
+}
+
+/// A consumer waits for a job, until this is dropped.
+struct Asking<'a> {
+    queues: &'a Queues,
+    key: ModelKey,
+}
+
+impl Drop for Asking<'_> {
+    fn drop(&mut self) {
+        if let Some(queue) = lock(&self.queues.jobs).get_mut(&self.key) {
+            queue.asking -= 1;
         }
     }
 }
@@ -214,7 +236,10 @@ impl Queue for Local {
     fn depth(&self, key: ModelKey) -> BoxFuture<'_, Result<QueueDepth, QueueError>> {
         let depth = lock(&self.queues.jobs)
             .get(&key)
-            .map(|queue| QueueDepth { waiting: queue.waiting.len() as u64, delivered: queue.delivered })
+            .map(|queue| {
+                let JobQueue { waiting, delivered, asking } = queue;
+                QueueDepth { waiting: waiting.len() as u64, delivered: *delivered, asking: *asking }
+            })
             .unwrap_or_default();
         async move { Ok(depth) }.boxed()
     }

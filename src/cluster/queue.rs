@@ -30,6 +30,16 @@ pub struct QueueDepth {
     pub waiting: u64,
     /// Jobs delivered and not acknowledged.
     pub delivered: u64,
+    /// Workers that wait for a job.
+    pub asking: u64,
+}
+
+impl QueueDepth {
+    /// Whether nobody works on the queue: none does a job and none waits for one. True for a moment now and then, since
+    /// workers ask again after each job, and whenever they have waited for some seconds.
+    pub fn is_deserted(&self) -> bool {
+        self.delivered == 0 && self.asking == 0
+    }
 }
 
 /// Why the queue did not do what it was asked. None of them is a reason to stop: the decode worker prefills itself.

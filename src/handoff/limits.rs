@@ -1,4 +1,4 @@
-use std::time::Duration;
+use std::{fmt, time::Duration};
 
 use serde::{Deserialize, Serialize};
 
@@ -65,6 +65,13 @@ impl Default for Limits {
             // Five tokens a second at the slowest, as fast as most people read.
             itl_target_ms: 200.0,
         }
+    }
+}
+
+/// As they would be put into etcd.
+impl fmt::Display for Limits {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&serde_json::to_string(self).map_err(|_| fmt::Error)?)
     }
 }
 

@@ -14,7 +14,7 @@ const BUCKETS: &[f64] = &[
 /// What becomes of handoffs, and how long their parts take. Each worker sees its own part.
 #[derive(Debug, Clone)]
 pub struct HandoffMetrics {
-    /// `engine_prefill_workers`: live prefill workers that a decode worker knows.
+    /// `engine_prefill_workers`: live prefill workers that a decode worker knows; 0 while none takes jobs.
     pub workers: IntGauge,
     /// `engine_prefill_queue_depth`: jobs that wait for one; -1 while the queue cannot be reached.
     pub queue_depth: IntGauge,

@@ -14,7 +14,7 @@ use super::{
     Engine, EngineHandle, LendingConfig, Post, inbox, membership,
     model::Loaded,
     notice::OnDevice,
-    port::{ClusterPort, NewJob, View, follow_depth, follow_limits, follow_workers, publish_jobs, sink},
+    port::{ClusterPort, NewJob, View, follow_limits, follow_queue, follow_workers, publish_jobs, sink},
     staging::Staging,
     ways::Ways,
 };
@@ -187,7 +187,7 @@ impl Lender {
     pub(super) fn follow(self, cluster: &Cluster, lease: watch::Receiver<Option<LeaseId>>) {
         let Self { key, limits, view, jobs, post, addresses, .. } = self;
         tokio::spawn(follow_workers(cluster.clone(), key, view.clone(), post.clone()));
-        tokio::spawn(follow_depth(cluster.clone(), key, view.clone()));
+        tokio::spawn(follow_queue(cluster.clone(), key, view.clone(), post.clone()));
         tokio::spawn(follow_limits(cluster.clone(), key, view, limits, post.clone()));
         tokio::spawn(publish_jobs(cluster.clone(), key, jobs, lease, addresses, post));
     }

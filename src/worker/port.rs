@@ -31,6 +31,9 @@ const DEPTH_PERIOD: Duration = Duration::from_millis(250);
 /// As many periods pass between two looks while it does not matter: each look of each decode worker is a question to
 /// NATS.
 const IDLE_DEPTH_PERIODS: u32 = 8;
+/// As many looks in a row, [`DEPTH_PERIOD`] apart, find nobody at the queue when nobody is: a worker that is killed, or
+/// cannot reach the queue, stays registered until its lease runs out, if it does.
+const DESERTED_LOOKS: u32 = 3;
 /// Jobs on the way to the queue at a time.
 const PUBLISHING_MAX: usize = 64;
 /// In place of a depth: the queue cannot be reached.
@@ -38,7 +41,10 @@ const UNREACHABLE: u64 = u64::MAX;
 
 /// What a decode worker knows of its cluster, kept up to date by tasks and read by the engine thread.
 pub(super) struct View {
-    prefill_workers: AtomicU32,
+    /// Those that are registered.
+    registered: AtomicU32,
+    /// None of them takes jobs.
+    deserted: AtomicBool,
     queue_depth: AtomicU64,
     /// A decision has been made by it since it was last looked at.
     depth_mattered: AtomicBool,
@@ -48,14 +54,35 @@ pub(super) struct View {
 
 impl View {
     pub(super) fn new(limits: Limits, metrics: HandoffMetrics) -> Arc<Self> {
-        let (prefill_workers, queue_depth) = (AtomicU32::new(0), AtomicU64::new(UNREACHABLE));
-        let depth_mattered = AtomicBool::new(false);
-        Arc::new(Self { prefill_workers, queue_depth, depth_mattered, limits: RwLock::new(limits), metrics })
+        Arc::new(Self {
+            registered: AtomicU32::new(0),
+            deserted: AtomicBool::new(false),
+            queue_depth: AtomicU64::new(UNREACHABLE),
+            depth_mattered: AtomicBool::new(false),
+            limits: RwLock::new(limits),
+            metrics,
+        })
     }
 
-    fn set_workers(&self, workers: usize) {
-        self.prefill_workers.store(workers as u32, Ordering::Relaxed);
-        self.metrics.workers.set(workers as i64);
+    fn set_registered(&self, workers: usize) {
+        self.registered.store(workers as u32, Ordering::Relaxed);
+        self.metrics.workers.set(i64::from(self.prefill_workers()));
+    }
+
+    /// Returns whether that is news.
+    fn set_deserted(&self, deserted: bool) -> bool {
+        let changed = self.deserted.swap(deserted, Ordering::Relaxed) != deserted;
+        self.metrics.workers.set(i64::from(self.prefill_workers()));
+        changed
+    }
+
+    fn registered(&self) -> u32 {
+        self.registered.load(Ordering::Relaxed)
+    }
+
+    /// Prefill workers that are taken to be alive.
+    fn prefill_workers(&self) -> u32 {
+        if self.deserted.load(Ordering::Relaxed) { 0 } else { self.registered() }
     }
 
     fn set_depth(&self, depth: Option<u64>) {
@@ -97,7 +124,7 @@ pub(super) struct NewJob {
 
 impl LendingPort for ClusterPort {
     fn is_open(&self) -> bool {
-        self.view.prefill_workers.load(Ordering::Relaxed) > 0 && self.view.depth().is_some()
+        self.view.prefill_workers() > 0 && self.view.depth().is_some()
     }
 
     fn planning(&mut self) {
@@ -107,7 +134,7 @@ impl LendingPort for ClusterPort {
     fn decide(&mut self, candidate: Candidate, local: Option<Forecast>) -> Route {
         let situation = Situation {
             uncached_tokens: (candidate.tokens - candidate.cached) as u32,
-            prefill_workers: self.view.prefill_workers.load(Ordering::Relaxed),
+            prefill_workers: self.view.prefill_workers(),
             queue_depth: self.view.depth().map(|depth| depth + self.leaving),
             lost_handoffs: candidate.lost,
             local,
@@ -125,7 +152,7 @@ impl LendingPort for ClusterPort {
     }
 
     fn jobs_ahead(&self) -> u64 {
-        let workers = self.view.prefill_workers.load(Ordering::Relaxed).max(1);
+        let workers = self.view.prefill_workers().max(1);
         self.view.depth().unwrap_or(0) / u64::from(workers)
     }
 
@@ -258,8 +285,10 @@ pub(super) async fn follow_workers(cluster: Cluster, key: ModelKey, view: Arc<Vi
         }
         for new in alive.iter().filter(|&lease| !known.contains(lease)) {
             tracing::info!(worker = %new, "a prefill worker is there");
+            // Where nobody was at the queue it may be.
+            view.depth_mattered.store(true, Ordering::Relaxed);
         }
-        view.set_workers(alive.len());
+        view.set_registered(alive.len());
         if alive.is_empty() && !known.is_empty() {
             post.alone();
         }
@@ -270,25 +299,29 @@ pub(super) async fn follow_workers(cluster: Cluster, key: ModelKey, view: Arc<Vi
     }
 }
 
-/// Follows how long the queue is, while there is somebody who works on it.
-pub(super) async fn follow_depth(cluster: Cluster, key: ModelKey, view: Arc<View>) {
+/// Follows how long the queue is and whether anybody works on it, while somebody should.
+pub(super) async fn follow_queue(cluster: Cluster, key: ModelKey, view: Arc<View>, post: Post) {
     let mut ticks = tokio::time::interval(DEPTH_PERIOD);
     ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     let mut idle_periods = 0;
+    let mut deserted_looks = 0;
     loop {
         ticks.tick().await;
-        if view.prefill_workers.load(Ordering::Relaxed) == 0 {
+        if view.registered() == 0 {
+            deserted_looks = 0;
+            view.set_deserted(false);
             continue;
         }
         idle_periods += 1;
         let mattered = view.depth_mattered.swap(false, Ordering::Relaxed);
+        let in_doubt = (1..DESERTED_LOOKS).contains(&deserted_looks);
         // A queue that has run empty unseen would keep the next prompt here.
-        if !mattered && view.depth() == Some(0) && idle_periods < IDLE_DEPTH_PERIODS {
+        if !mattered && !in_doubt && view.depth() == Some(0) && idle_periods < IDLE_DEPTH_PERIODS {
             continue;
         }
         idle_periods = 0;
         let depth = match cluster.queue.depth(key).await {
-            Ok(depth) => Some(depth.waiting),
+            Ok(depth) => Some(depth),
             Err(error) => {
                 if view.depth().is_some() {
                     tracing::warn!(%error, "prompts are prefilled here until the queue is back");
@@ -296,7 +329,20 @@ pub(super) async fn follow_depth(cluster: Cluster, key: ModelKey, view: Arc<View
                 None
             }
         };
-        view.set_depth(depth);
+        view.set_depth(depth.map(|depth| depth.waiting));
+        let deserted = depth.is_some_and(|depth| depth.is_deserted());
+        deserted_looks = if deserted { DESERTED_LOOKS.min(deserted_looks + 1) } else { 0 };
+        let deserted = deserted_looks == DESERTED_LOOKS;
+        match view.set_deserted(deserted) {
+            true if deserted => {
+                tracing::warn!(
+                    "no prefill worker asks for jobs, though some are registered: prompts are prefilled here"
+                );
+                post.alone();
+            }
+            true => tracing::info!("prefill workers ask for jobs again"),
+            false => {}
+        }
     }
 }
 
@@ -309,12 +355,14 @@ pub(super) async fn follow_limits(cluster: Cluster, key: ModelKey, view: Arc<Vie
             Ok(limits) => {
                 let mut current = view.limits.write().unwrap_or_else(PoisonError::into_inner);
                 if *current != limits {
-                    tracing::info!(?limits, "the limits of disaggregation have changed");
+                    tracing::info!(%limits, model_key = %key, "the limits of disaggregation have changed");
                     post.itl_target(limits.itl_target());
                 }
                 *current = limits;
             }
-            Err(error) => tracing::warn!(%error, "the cluster's limits cannot be used; the last good ones stay"),
+            Err(error) => {
+                tracing::warn!(%error, model_key = %key, "the cluster's limits cannot be used; the last good ones stay");
+            }
         }
         if config.changed().await.is_err() {
             return;
@@ -363,30 +411,97 @@ pub(super) async fn publish_jobs(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::telemetry::Metrics;
+    use crate::{
+        telemetry::Metrics,
+        worker::{
+            inbox,
+            post::{Inbox, Message},
+        },
+    };
+
+    /// A decode worker's view of a cluster in this process, which has a prefill worker.
+    struct Bench {
+        cluster: Cluster,
+        key: ModelKey,
+        view: Arc<View>,
+        inbox: Inbox,
+    }
+
+    impl Bench {
+        /// The queue is about to be looked at for the first time, and was found as deep as this before.
+        fn start(depth: u64) -> Self {
+            let view = View::new(Limits::default(), Metrics::new().engine.handoffs.clone());
+            view.set_registered(1);
+            view.set_depth(Some(depth));
+            let (cluster, key) = (Cluster::local(), ModelKey::of(b"a model"));
+            let (post, inbox) = inbox();
+            tokio::spawn(follow_queue(cluster.clone(), key, view.clone(), post));
+            Self { cluster, key, view, inbox }
+        }
+
+        async fn publish(&self) {
+            self.cluster.queue.publish(self.key, "a job".to_owned(), "{}".into()).await.unwrap();
+        }
+
+        /// Lets so many looks come.
+        async fn pass(&self, looks: u32) {
+            tokio::time::sleep(DEPTH_PERIOD * looks - Duration::from_millis(1)).await;
+        }
+
+        fn is_alone(&self) -> bool {
+            matches!(self.inbox.0.try_recv(), Ok(Message::Alone))
+        }
+    }
 
     #[tokio::test(start_paused = true)]
     async fn a_queue_that_has_run_empty_unseen_is_soon_looked_at() {
-        let view = View::new(Limits::default(), Metrics::new().engine.handoffs.clone());
-        view.set_workers(1);
-        view.set_depth(Some(5));
-        let follow = follow_depth(Cluster::local(), ModelKey::of(b"a model"), view.clone());
-        tokio::time::timeout(DEPTH_PERIOD, follow).await.expect_err("it never ends");
-        assert_eq!(view.depth(), Some(0));
+        let bench = Bench::start(5);
+        bench.pass(1).await;
+        assert_eq!(bench.view.depth(), Some(0));
     }
 
     #[tokio::test(start_paused = true)]
     async fn an_empty_queue_that_nobody_decides_by_is_seldom_looked_at() {
-        let view = View::new(Limits::default(), Metrics::new().engine.handoffs.clone());
-        view.set_workers(1);
-        view.set_depth(Some(0));
-        let (cluster, key) = (Cluster::local(), ModelKey::of(b"a model"));
-        cluster.queue.publish(key, "a job".to_owned(), "{}".into()).await.unwrap();
-        let follow = follow_depth(cluster.clone(), key, view.clone());
-        tokio::time::timeout(DEPTH_PERIOD * (IDLE_DEPTH_PERIODS - 2), follow).await.expect_err("it never ends");
-        assert_eq!(view.depth(), Some(0));
-        let follow = follow_depth(cluster, key, view.clone());
-        tokio::time::timeout(DEPTH_PERIOD * IDLE_DEPTH_PERIODS, follow).await.expect_err("it never ends");
-        assert_eq!(view.depth(), Some(1));
+        let bench = Bench::start(0);
+        bench.publish().await;
+        bench.pass(IDLE_DEPTH_PERIODS - 1).await;
+        assert_eq!(bench.view.depth(), Some(0));
+        bench.pass(2).await;
+        assert_eq!(bench.view.depth(), Some(1));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_queue_that_nobody_works_on_is_left_until_somebody_does() {
+        let bench = Bench::start(1);
+        bench.publish().await;
+        bench.pass(DESERTED_LOOKS - 1).await;
+        assert!(bench.view.prefill_workers() == 1 && !bench.is_alone(), "workers ask again in a moment");
+        bench.pass(2).await;
+        assert!(bench.view.prefill_workers() == 0 && bench.is_alone());
+        let mut consumer = bench.cluster.queue.consume(bench.key);
+        let job = consumer.next().await.unwrap();
+        bench.pass(2).await;
+        assert_eq!(bench.view.prefill_workers(), 1, "somebody has a job");
+        job.ack().await.unwrap();
+        let asking = tokio::spawn(async move { consumer.next().await.is_some() });
+        bench.pass(3 * IDLE_DEPTH_PERIODS).await;
+        assert!(bench.view.prefill_workers() == 1 && !bench.is_alone(), "somebody waits for one");
+        asking.abort();
+        bench.pass(IDLE_DEPTH_PERIODS + DESERTED_LOOKS).await;
+        assert!(bench.view.prefill_workers() == 0 && bench.is_alone());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn an_idle_queue_that_seems_deserted_is_soon_looked_at_again() {
+        let bench = Bench::start(0);
+        bench.pass(IDLE_DEPTH_PERIODS + DESERTED_LOOKS - 2).await;
+        assert_eq!(bench.view.prefill_workers(), 1);
+        bench.pass(2).await;
+        assert!(bench.view.prefill_workers() == 0 && bench.is_alone());
+        // Whoever was registered has gone; whoever comes is taken to be alive.
+        bench.view.set_registered(0);
+        bench.pass(2).await;
+        bench.view.set_registered(1);
+        assert_eq!(bench.view.prefill_workers(), 1);
     }
 }

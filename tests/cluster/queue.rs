@@ -42,7 +42,7 @@ async fn a_job_reaches_one_worker_of_its_model_and_namespace() {
     publish(&decode, key("m"), "1").await;
     let job = next(&mut consumer).await;
     assert_eq!((&job.payload()[..], job.attempt()), (&b"1"[..], 1));
-    wait_for_depth(&decode, key("m"), QueueDepth { waiting: 0, delivered: 1 }).await;
+    wait_for_depth(&decode, key("m"), QueueDepth { delivered: 1, ..QueueDepth::default() }).await;
     job.ack().await.unwrap();
     wait_for_depth(&decode, key("m"), QueueDepth::default()).await;
     // Whatever went astray would come before what is meant for them.
@@ -60,7 +60,7 @@ async fn jobs_wait_for_a_worker_and_are_counted() {
     for id in ["1", "2", "2", "3"] {
         publish(&nats, key("m"), id).await;
     }
-    wait_for_depth(&nats, key("m"), QueueDepth { waiting: 3, delivered: 0 }).await;
+    wait_for_depth(&nats, key("m"), QueueDepth { waiting: 3, ..QueueDepth::default() }).await;
     let mut consumer = nats.consume(key("m"));
     for id in ["1", "2", "3"] {
         let job = next(&mut consumer).await;
@@ -68,6 +68,23 @@ async fn jobs_wait_for_a_worker_and_are_counted() {
         job.ack().await.unwrap();
     }
     wait_for_depth(&nats, key("m"), QueueDepth::default()).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn workers_that_wait_for_a_job_are_counted_until_they_die() {
+    let service = services::nats();
+    let nats = nats_at(&service.url(), "a").await;
+    let asking = |asking| QueueDepth { asking, ..QueueDepth::default() };
+    let workers = [(); 2].map(|()| {
+        let (runtime, url) = (tokio::runtime::Runtime::new().unwrap(), service.url());
+        runtime.spawn(async move { nats_at(&url, "a").await.consume(key("m")).next().await });
+        runtime
+    });
+    wait_for_depth(&nats, key("m"), asking(2)).await;
+    for (worker, left) in workers.into_iter().zip([1, 0]) {
+        worker.shutdown_background();
+        wait_for_depth(&nats, key("m"), asking(left)).await;
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]

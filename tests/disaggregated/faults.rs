@@ -71,6 +71,26 @@ fn a_prefill_worker_that_dies_while_it_sends_pages_costs_a_pause() {
 }
 
 #[test]
+fn a_prefill_worker_that_died_while_it_had_nothing_to_do_costs_less_than_its_lease() {
+    let cell = Cell::start();
+    let decode = cell.decode(&THRESHOLD);
+    let prefill = cell.prefill(&[]);
+    cell.wait_for_prefill_worker(&decode);
+    // It has never opened a session: all that is known of it is its lease, and who asks for jobs.
+    prefill.signal("KILL");
+    is_answered_as(&alone(), &decode, VERY_LONG);
+    assert_eq!((prefills(&decode, "local"), prefills(&decode, "remote")), (1.0, 0.0));
+    assert!(decode.log().contains("no prefill worker asks for jobs"), "{}", decode.log());
+    assert!(!decode.log().contains("a prefill worker has gone"), "its lease has run out");
+    // Another one is used as soon as it is there.
+    let _another = cell.prefill(&[]);
+    cell.wait_for_prefill_worker(&decode);
+    is_answered_as(&alone(), &decode, 200);
+    assert_eq!(prefills(&decode, "remote"), 1.0, "{}", decode.log());
+    wait_until_idle(&decode);
+}
+
+#[test]
 fn a_prefill_worker_that_hangs_keeps_its_pages_until_it_wakes_and_its_late_writes_change_nothing() {
     let cell = Cell::start();
     let decode = cell.decode(&THRESHOLD);
@@ -316,7 +336,9 @@ fn limits_in_etcd_hold_at_once_and_bad_ones_are_refused() {
     ask(&decode, &prompt(150));
     assert_eq!(prefills(&decode, "remote"), 1.0);
     put(r#"{"policy": "never"}"#);
-    decode.wait_until("it has heard", |decode| decode.log().contains("policy: Never"));
+    decode.wait_until("it has heard", |decode| {
+        decode.log().contains(r#"{"policy":"never","max_local_prefill_length":64,"#)
+    });
     ask(&decode, &prompt(160));
     put(r#"{"policy": "sometimes"}"#);
     decode.wait_until("it has heard", |decode| decode.log().contains("the last good ones stay"));

@@ -52,10 +52,31 @@ async fn a_job_goes_to_one_consumer_and_is_gone_when_acknowledged() {
     local.publish(key("a"), "1".into(), Bytes::from_static(b"job")).await.unwrap();
     let job = first.next().await.unwrap();
     assert_eq!((&job.payload()[..], job.attempt()), (&b"job"[..], 1));
-    assert_eq!(local.depth(key("a")).await.unwrap(), QueueDepth { waiting: 0, delivered: 1 });
+    assert_eq!(local.depth(key("a")).await.unwrap(), QueueDepth { waiting: 0, delivered: 1, asking: 0 });
     job.ack().await.unwrap();
     assert_eq!(local.depth(key("a")).await.unwrap(), QueueDepth::default());
     assert!(other_model.next().now_or_never().is_none());
+}
+
+#[tokio::test]
+async fn consumers_that_wait_for_a_job_are_counted() {
+    let local = Local::new();
+    let mut consumer = local.consume(key("a"));
+    assert!(local.depth(key("a")).await.unwrap().is_deserted(), "it has not asked");
+    let asking = tokio::spawn(async move { (consumer.next().await, consumer) });
+    tokio::task::yield_now().await;
+    tokio::task::yield_now().await;
+    assert_eq!(local.depth(key("a")).await.unwrap(), QueueDepth { waiting: 0, delivered: 0, asking: 1 });
+    local.publish(key("a"), "1".into(), Bytes::new()).await.unwrap();
+    let (job, consumer) = asking.await.unwrap();
+    assert_eq!(local.depth(key("a")).await.unwrap(), QueueDepth { waiting: 0, delivered: 1, asking: 0 });
+    job.unwrap().ack().await.unwrap();
+    let mut leaving = consumer;
+    assert!(leaving.next().now_or_never().is_none());
+    tokio::task::yield_now().await;
+    drop(leaving);
+    tokio::task::yield_now().await;
+    assert!(local.depth(key("a")).await.unwrap().is_deserted());
 }
 
 #[tokio::test]

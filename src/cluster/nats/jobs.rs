@@ -146,7 +146,9 @@ impl Jobs {
             Err(_) => return Err(QueueError::Timeout(REQUEST_TIMEOUT)),
         };
         let info = consumer.cached_info();
-        Ok(QueueDepth { waiting: info.num_pending, delivered: info.num_ack_pending as u64 })
+        // The server forgets who asked when the connection breaks.
+        let asking = info.num_waiting as u64;
+        Ok(QueueDepth { waiting: info.num_pending, delivered: info.num_ack_pending as u64, asking })
     }
 }
 
