@@ -315,6 +315,23 @@ fn a_request_that_comes_just_after_the_last_worker_went_waits_for_it_to_come_bac
 }
 
 #[test]
+fn a_request_that_finds_the_last_worker_dead_waits_for_another_before_its_lease_has_run_out() {
+    let front = Front::with(|config| config.patience = PATIENCE);
+    let mut first = Worker::start(Options::default());
+    let _dead = front.register(first.address, "m");
+    front.wait_until_there_are(1);
+    first.kill();
+    let response = thread::scope(|scope| {
+        let asked = scope.spawn(|| front.post(COMPLETIONS, &json!({"model": "m", "prompt": "a", "max_tokens": 1})));
+        wait_until("it has come", || front.counts("engine_frontend_requests_in_flight") == 1.0);
+        let second = Worker::start(Options::default());
+        let _lease = front.register(second.address, "m");
+        asked.join().unwrap()
+    });
+    assert_eq!(response.status, 200, "{}", response.text());
+}
+
+#[test]
 fn a_worker_that_cannot_be_reached_is_avoided() {
     let (front, _workers, _leases) = with_workers(1, Options::default);
     // An address that refuses.

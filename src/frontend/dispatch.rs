@@ -159,7 +159,7 @@ pub(super) fn no_workers() -> ApiError {
 impl Frontend {
     /// Gets a request to a worker that answers it, until its head. With `key` it continues the answer of `journal`, on
     /// a worker of that model. A request that some worker has taken already waits a while for another to come, and so
-    /// does any while the last worker has been gone for no longer than that.
+    /// does any while those who would answer it, or all there were, have been lost for no longer than that.
     pub(super) async fn place(
         &self,
         asked: &Asked,
@@ -171,17 +171,22 @@ impl Frontend {
         let mut table = self.table.clone();
         loop {
             let current = table.borrow_and_update().clone();
-            let Some(worker) = self.pick(asked, key, &current, attempts)? else {
-                let taken = key.is_some() || attempts.losses > 0;
-                let expected = taken || current.was_emptied_within(self.config.patience);
-                let hopeless = attempts.refused.as_ref().is_some_and(|(_, may_pass)| !may_pass);
-                if expected && !hopeless && Instant::now() < patience_ends.min(asked.deadline) {
-                    wait_for_change(&mut table).await;
-                    attempts.tried.clear();
-                    continue;
+            let worker = match self.pick(asked, key, &current, attempts)? {
+                Pick::Worker(worker) => worker,
+                Pick::Nobody { lost_lately } => {
+                    let taken = key.is_some() || attempts.losses > 0;
+                    // Those who are there and refused say more than those who are not.
+                    let lost_lately = lost_lately && attempts.refused.is_none();
+                    let expected = taken || lost_lately || current.was_emptied_within(self.config.patience);
+                    let hopeless = attempts.refused.as_ref().is_some_and(|(_, may_pass)| !may_pass);
+                    if expected && !hopeless && Instant::now() < patience_ends.min(asked.deadline) {
+                        wait_for_change(&mut table).await;
+                        attempts.tried.clear();
+                        continue;
+                    }
+                    let ours = || if taken { workers_lost() } else { no_workers() }.into();
+                    return Err(attempts.refused.take().map_or_else(ours, |(refused, _)| refused));
                 }
-                let ours = || if taken { workers_lost() } else { no_workers() }.into();
-                return Err(attempts.refused.take().map_or_else(ours, |(refused, _)| refused));
             };
             if !attempts.tried.is_empty() {
                 self.metrics.retries.inc();
@@ -243,14 +248,8 @@ impl Frontend {
         }
     }
 
-    /// The worker to try next; `None` if all that could answer were tried.
-    fn pick(
-        &self,
-        asked: &Asked,
-        key: Option<ModelKey>,
-        table: &Table,
-        attempts: &Attempts,
-    ) -> Result<Option<Arc<Worker>>, ApiError> {
+    /// The worker to try next.
+    fn pick(&self, asked: &Asked, key: Option<ModelKey>, table: &Table, attempts: &Attempts) -> Result<Pick, ApiError> {
         let anybody;
         let workers = match &asked.peek {
             Some(peek) => match table.serving(peek.model.as_deref()) {
@@ -286,8 +285,22 @@ impl Frontend {
         let loads: Vec<_> =
             candidates.iter().map(|worker| Candidate { id: worker.lease.0, load: worker.load() }).collect();
         let affinity = asked.peek.as_ref().and_then(|peek| peek.affinity);
-        Ok(choose(&loads, affinity, rand::random()).map(|index| candidates[index].clone()))
+        Ok(match choose(&loads, affinity, rand::random()) {
+            Some(index) => Pick::Worker(candidates[index].clone()),
+            None => {
+                let patience = self.config.patience;
+                Pick::Nobody { lost_lately: workers.iter().any(|worker| worker.was_lost_within(patience)) }
+            }
+        })
     }
+}
+
+/// Who to try next.
+enum Pick {
+    /// This one.
+    Worker(Arc<Worker>),
+    /// All that could answer were tried; one of them may have been lost a moment ago.
+    Nobody { lost_lately: bool },
 }
 
 /// Whether another worker may answer what one has answered so: too busy, leaving, failed, or not reached by something

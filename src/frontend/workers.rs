@@ -45,8 +45,9 @@ pub(super) struct Worker {
     reported: AtomicU64,
     reported_ms: AtomicU64,
     started: Instant,
-    /// A connection to it failed, and it has not answered since: others are preferred.
-    avoided: AtomicBool,
+    /// Since when others are preferred, in milliseconds since `started`: a connection to it failed, and it has not
+    /// answered since. 0: they are not.
+    avoided_ms: AtomicU64,
     /// It does not answer at all: its answers in progress are continued elsewhere.
     silent: AtomicBool,
     idle: Mutex<Vec<Idle>>,
@@ -83,7 +84,7 @@ impl Worker {
             reported: AtomicU64::new(0),
             reported_ms: AtomicU64::new(0),
             started: Instant::now(),
-            avoided: AtomicBool::new(false),
+            avoided_ms: AtomicU64::new(0),
             silent: AtomicBool::new(false),
             idle: Mutex::default(),
         })
@@ -115,7 +116,7 @@ impl Worker {
     }
 
     pub(super) fn is_avoided(&self) -> bool {
-        self.avoided.load(Ordering::Relaxed)
+        self.avoided_ms.load(Ordering::Relaxed) > 0
     }
 
     pub(super) fn is_silent(&self) -> bool {
@@ -124,7 +125,15 @@ impl Worker {
 
     /// Prefers others until it has answered again. Returns whether they are preferred already.
     pub(super) fn avoid(&self) -> bool {
-        self.avoided.swap(true, Ordering::Relaxed)
+        let now = self.now_ms().max(1);
+        self.avoided_ms.compare_exchange(0, now, Ordering::Relaxed, Ordering::Relaxed).is_err()
+    }
+
+    /// Whether it has failed no longer ago than this, and not answered since: it, or another in its place, may be back
+    /// in a moment.
+    pub(super) fn was_lost_within(&self, time: Duration) -> bool {
+        let since = self.avoided_ms.load(Ordering::Relaxed);
+        since > 0 && u128::from(self.now_ms().saturating_sub(since)) < time.as_millis()
     }
 
     fn idle(&self) -> MutexGuard<'_, Vec<Idle>> {
@@ -184,7 +193,11 @@ impl Worker {
             Ok::<_, LostError>(())
         };
         let answered = matches!(timeout(PROBE_TIME_MAX, ask).await, Ok(Ok(())));
-        self.avoided.store(!answered, Ordering::Relaxed);
+        if answered {
+            self.avoided_ms.store(0, Ordering::Relaxed);
+        } else {
+            self.avoid();
+        }
         if self.silent.swap(!answered, Ordering::Relaxed) == answered {
             let state = if answered { "answers again" } else { "does not answer" };
             tracing::info!(worker = %self.lease, address = self.card.address, "a worker {state}");
