@@ -15,7 +15,7 @@ use std::{
 
 use client::{Events, Response};
 use engine::{
-    api::{self, ConnectionThreads, ServerConfig},
+    api::{self, ConnectionThreads, HttpToken, ServerConfig},
     cluster::{CARD_SCHEMA, Cluster, Lease, ModelCard, ModelKey, Role, WorkerCard},
     frontend::{FrontendConfig, FrontendMetrics, serve},
 };
@@ -464,10 +464,10 @@ fn a_prompt_finds_the_worker_that_has_its_beginning() {
 fn the_edge_guards_what_is_behind_it() {
     let front = Front::with(|config| {
         config.api_keys = vec!["key".into()];
-        config.cluster_token = Some("token".into());
+        config.cluster_token = Some(HttpToken::of("token"));
         config.body_bytes_max = 1000;
     });
-    let worker = Worker::start(Options { cluster_token: Some("token".into()), ..Options::default() });
+    let worker = Worker::start(Options { cluster_token: Some(HttpToken::of("token")), ..Options::default() });
     let _lease = front.register(worker.address, "m");
     front.wait_until_there_are(1);
     let body = json!({"model": "m", "prompt": "a", "max_tokens": 2, "stream": true}).to_string();
@@ -516,7 +516,8 @@ fn large_bodies_share_a_bounded_memory_until_they_are_answered() {
 
 #[test]
 fn without_the_clusters_token_an_answer_is_not_continued_but_ends_clearly() {
-    let (front, mut workers, _leases) = with_workers(2, || Options { cluster_token: Some("other".into()), ..slow() });
+    let (front, mut workers, _leases) =
+        with_workers(2, || Options { cluster_token: Some(HttpToken::of("other")), ..slow() });
     let mut events = Events::open(front.address, COMPLETIONS, &streaming(COMPLETIONS));
     (0..3).for_each(|_| drop(events.next().unwrap()));
     let at = workers.iter().position(busy).unwrap();

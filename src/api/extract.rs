@@ -114,7 +114,7 @@ pub(crate) async fn read_relayed<T: DeserializeOwned + Send + 'static>(
     serving: &Arc<Serving>,
 ) -> Result<(T, Relay), ApiError> {
     let limit = serving.config.body_bytes_max;
-    let (progress, journal_bytes) = Relay::from_headers(headers, serving.config.cluster_token.as_deref())?;
+    let (progress, journal_bytes) = Relay::from_headers(headers, serving.config.cluster_token.as_ref())?;
     // One that cannot be read is ignored, as the standard says.
     let trace = headers.get(TraceContext::HEADER).and_then(|value| value.to_str().ok()?.parse().ok());
     let Some(journal_bytes) = journal_bytes else {

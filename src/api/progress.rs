@@ -17,29 +17,17 @@ use std::{collections::BTreeMap, fmt::Write};
 use axum::http::{HeaderMap, HeaderName, StatusCode};
 use bytes::BytesMut;
 use serde::{Deserialize, Serialize};
-use subtle::ConstantTimeEq;
 use uuid::Uuid;
 
-use super::{ApiError, answer::PreparedPrompt, output::Output, state::unix_seconds, validate::CHOICES_MAX};
+use super::{ApiError, HttpToken, answer::PreparedPrompt, output::Output, state::unix_seconds, validate::CHOICES_MAX};
 use crate::telemetry::TraceContext;
 
 /// Header of a request whose stream shall carry progress.
 pub const PROGRESS_HEADER: HeaderName = HeaderName::from_static("x-engine-progress");
 /// Header of a request that continues an answer: how many bytes of its body are the journal.
 pub const RESUME_HEADER: HeaderName = HeaderName::from_static("x-engine-resume");
-/// Header with the cluster's token, without which the other two mean nothing where there is one.
-pub const CLUSTER_TOKEN_HEADER: HeaderName = HeaderName::from_static("x-engine-cluster-token");
 /// How a line of progress begins. Other comments begin otherwise.
 pub const PROGRESS_PREFIX: &[u8] = b": {";
-
-/// Whether a request comes from within the cluster, for all that its token says.
-pub(super) fn is_of_cluster(headers: &HeaderMap, token: Option<&str>) -> bool {
-    token.is_none_or(|token| {
-        let given = headers.get(CLUSTER_TOKEN_HEADER).map_or(&b""[..], |given| given.as_bytes());
-        let (given, token) = (blake3::hash(given), blake3::hash(token.as_bytes()));
-        given.as_bytes().ct_eq(token.as_bytes()).into()
-    })
-}
 
 /// Bytes of a journal at most: more than a million tokens' lines.
 pub const JOURNAL_BYTES_MAX: usize = 64 << 20;
@@ -56,10 +44,14 @@ pub(crate) struct Relay {
 }
 
 impl Relay {
-    /// Reads the headers. Returns also how many bytes of the body are the journal.
-    pub(crate) fn from_headers(headers: &HeaderMap, token: Option<&str>) -> Result<(bool, Option<usize>), ApiError> {
+    /// Reads the headers, which mean nothing without `token`, if there is one. Returns also how many bytes of the body
+    /// are the journal.
+    pub(crate) fn from_headers(
+        headers: &HeaderMap,
+        token: Option<&HttpToken>,
+    ) -> Result<(bool, Option<usize>), ApiError> {
         let (progress, resume) = (headers.contains_key(PROGRESS_HEADER), headers.get(RESUME_HEADER));
-        let trusted = is_of_cluster(headers, token);
+        let trusted = token.is_none_or(|token| token.is_in(headers));
         if !trusted && resume.is_some() {
             let message = "Only this cluster's frontends can continue an answer";
             return Err(ApiError::new(StatusCode::FORBIDDEN, "not_in_cluster", message));
@@ -272,7 +264,10 @@ impl std::fmt::Display for Optional {
 
 #[cfg(test)]
 mod tests {
+    use axum::http::HeaderValue;
+
     use super::*;
+    use crate::api::http_token::CLUSTER_TOKEN_HEADER;
 
     const HEAD: &str = r#"{"id":"a","created":5,"seed":18446744073709551615,"digest":"d"}"#;
 
@@ -302,16 +297,18 @@ mod tests {
 
     #[test]
     fn where_there_is_a_token_the_headers_mean_nothing_without_it() {
-        let headers = |pairs: &[(HeaderName, &'static str)]| {
-            pairs.iter().map(|(name, value)| (name.clone(), value.parse().unwrap())).collect::<HeaderMap>()
+        let value = HeaderValue::from_static;
+        let read = |pairs: &[(HeaderName, HeaderValue)], token: Option<&HttpToken>| {
+            Relay::from_headers(&pairs.iter().cloned().collect(), token).ok()
         };
-        let read = |pairs: &[_], token| Relay::from_headers(&headers(pairs), token).ok();
-        let (progress, resume) = ((PROGRESS_HEADER, "1"), (RESUME_HEADER, "12"));
+        let (progress, resume) = ((PROGRESS_HEADER, value("1")), (RESUME_HEADER, value("12")));
         assert_eq!(read(&[], None), Some((false, None)));
         assert_eq!(read(&[progress.clone(), resume.clone()], None), Some((true, Some(12))));
-        assert_eq!(read(&[(RESUME_HEADER, "many")], None), None);
-        assert_eq!(read(std::slice::from_ref(&progress), Some("s")), Some((false, None)));
-        assert_eq!(read(&[resume.clone(), (CLUSTER_TOKEN_HEADER, "t")], Some("s")), None);
-        assert_eq!(read(&[progress, resume, (CLUSTER_TOKEN_HEADER, "s")], Some("s")), Some((true, Some(12))));
+        assert_eq!(read(&[(RESUME_HEADER, value("many"))], None), None);
+        let [token, other] = ["s", "t"].map(HttpToken::of);
+        let (own, others) = ((CLUSTER_TOKEN_HEADER, token.header()), (CLUSTER_TOKEN_HEADER, other.header()));
+        assert_eq!(read(std::slice::from_ref(&progress), Some(&token)), Some((false, None)));
+        assert_eq!(read(&[resume.clone(), others], Some(&token)), None);
+        assert_eq!(read(&[progress, resume, own], Some(&token)), Some((true, Some(12))));
     }
 }

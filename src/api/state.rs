@@ -9,7 +9,7 @@ use std::{
 use engine_models::Tokenizer;
 use tokio::sync::{Semaphore, watch};
 
-use super::{ApiError, ChatTemplate, Defaults, extract::BodyMemory, validate::Bounds};
+use super::{ApiError, ChatTemplate, Defaults, HttpToken, extract::BodyMemory, validate::Bounds};
 use crate::{
     grammar::{GrammarError, Vocabulary},
     telemetry::Metrics,
@@ -40,7 +40,7 @@ pub struct ApiConfig {
     /// How long an answer may take from its request.
     pub request_timeout: Duration,
     /// What frontends have to send before the worker lets them continue answers; none: anyone may.
-    pub cluster_token: Option<String>,
+    pub cluster_token: Option<HttpToken>,
     /// Browsers' pages from these origins may ask; `*` allows all.
     pub allowed_origins: Vec<String>,
 }

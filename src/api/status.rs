@@ -13,7 +13,7 @@ use tokio::{
     sync::{Mutex, watch},
 };
 
-use super::{ServerConfig, progress::is_of_cluster, server::serve_router};
+use super::{HttpToken, ServerConfig, server::serve_router};
 use crate::{
     cluster::LeaseId,
     telemetry::Metrics,
@@ -32,7 +32,7 @@ pub struct Shown {
     /// It is unhealthy once this is true.
     pub leaving: watch::Receiver<bool>,
     /// Who does not know it has nothing measured.
-    pub cluster_token: Option<String>,
+    pub cluster_token: Option<HttpToken>,
     /// How it measures.
     pub measure: Measure,
 }
@@ -75,7 +75,7 @@ async fn render(State(status): State<Arc<Status>>) -> Response {
 }
 
 async fn measure_one(State(status): State<Arc<Status>>, Path(lease): Path<String>, headers: HeaderMap) -> Response {
-    if !is_of_cluster(&headers, status.shown.cluster_token.as_deref()) {
+    if !status.shown.cluster_token.as_ref().is_none_or(|token| token.is_in(&headers)) {
         return (StatusCode::FORBIDDEN, "the cluster tokens differ\n").into_response();
     }
     let Ok(lease) = lease.parse() else {

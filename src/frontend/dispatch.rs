@@ -22,8 +22,8 @@ use super::{
 };
 use crate::{
     api::{
-        ApiError, Received,
-        progress::{CLUSTER_TOKEN_HEADER, PROGRESS_HEADER, RESUME_HEADER},
+        ApiError, CLUSTER_TOKEN_HEADER, Received,
+        progress::{PROGRESS_HEADER, RESUME_HEADER},
     },
     cluster::{LeaseId, ModelKey},
 };

@@ -29,7 +29,7 @@ use hyper::header::HeaderValue;
 use tokio::sync::watch;
 
 use crate::{
-    api::BodyMemory,
+    api::{BodyMemory, HttpToken},
     cluster::{Cluster, Role, WorkerFilter},
 };
 
@@ -47,7 +47,7 @@ pub struct FrontendConfig {
     /// How long an answer whose worker was lost waits for one to continue it, where there is none.
     pub patience: Duration,
     /// What workers want to hear before they let answers be continued.
-    pub cluster_token: Option<String>,
+    pub cluster_token: Option<HttpToken>,
     /// Browsers' pages from these origins may ask; `*` allows all.
     pub allowed_origins: Vec<String>,
 }
@@ -80,7 +80,7 @@ impl Drop for InFlight {
 impl Frontend {
     fn new(cluster: &Cluster, config: FrontendConfig, metrics: FrontendMetrics) -> Arc<Self> {
         let live = cluster.discovery.workers(WorkerFilter::role(Role::Decode));
-        let token = config.cluster_token.as_deref().and_then(|token| HeaderValue::from_str(token).ok());
+        let token = config.cluster_token.as_ref().map(HttpToken::header);
         Arc::new(Self {
             table: workers::follow(live, cluster.loads.reports(), metrics.clone()),
             token,

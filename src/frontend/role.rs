@@ -4,7 +4,7 @@ use anyhow::{Context, Result, bail};
 
 use super::{FrontendConfig, FrontendMetrics, serve};
 use crate::{
-    api::{ConnectionThreads, ServerConfig, bind},
+    api::{ConnectionThreads, HttpToken, ServerConfig, bind},
     cli::FrontendArgs,
     cluster::{Joined, Needs, join},
     worker::Signals,
@@ -32,7 +32,7 @@ pub async fn run(args: FrontendArgs) -> Result<()> {
         body_memory_max: args.max_body_memory.max(args.max_body_size),
         request_timeout: args.request_timeout,
         patience: args.worker_patience,
-        cluster_token: args.cluster.cluster_token,
+        cluster_token: args.cluster.cluster_token.as_deref().map(HttpToken::of),
         allowed_origins: args.allowed_origins,
     };
     let threads = args.connection_threads.unwrap_or_else(default_threads);

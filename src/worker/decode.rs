@@ -13,7 +13,7 @@ use super::{
     ways::Ways,
 };
 use crate::{
-    api::{self, ApiConfig, ChatTemplate, ConnectionThreads, Defaults, ServerConfig},
+    api::{self, ApiConfig, ChatTemplate, ConnectionThreads, Defaults, HttpToken, ServerConfig},
     cli::{DisaggArgs, WorkerArgs},
     cluster::{Cluster, Joined, Needs, Role, join},
     handoff::Limits,
@@ -146,7 +146,7 @@ fn api_config(
         api_keys: cli.api_key.clone(),
         body_bytes_max: cli.max_body_size,
         request_timeout: cli.request_timeout,
-        cluster_token: cli.cluster.cluster_token.clone(),
+        cluster_token: cli.cluster.cluster_token.as_deref().map(HttpToken::of),
         allowed_origins: cli.allowed_origins.clone(),
     }
 }

@@ -22,7 +22,7 @@ use super::{
     ways::Ways,
 };
 use crate::{
-    api::{self, ConnectionThreads, Measure, ServerConfig, Shown},
+    api::{self, ConnectionThreads, HttpToken, Measure, ServerConfig, Shown},
     cli::{KvDTypeArg, LoadFormatArg, WorkerArgs},
     cluster::{Cluster, Joined, LeaseId, ModelKey, Needs, Role, WorkerCard, WorkerFilter, WorkerSet, find_model, join},
     handoff::{Borrower, BorrowerConfig, BorrowerEvent, BorrowerTimeouts, ToPrefill, WorkerId},
@@ -126,7 +126,7 @@ pub async fn run(mut cli: WorkerArgs, ready: impl FnOnce(Ready)) -> Result<()> {
         engine: engine.clone(),
         metrics,
         leaving: leaving.subscribe(),
-        cluster_token: cli.cluster.cluster_token.clone(),
+        cluster_token: cli.cluster.cluster_token.as_deref().map(HttpToken::of),
         measure: measuring(&shop, &cli, ways)?,
     };
     let failed = engine.clone();

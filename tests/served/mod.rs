@@ -17,7 +17,7 @@ use std::{
 };
 
 use engine::{
-    api::{self, ApiConfig, ChatTemplate, Defaults, ServerConfig},
+    api::{self, ApiConfig, ChatTemplate, Defaults, HttpToken, ServerConfig},
     telemetry::Metrics,
     worker::{Engine, EngineConfig, EngineHandle, Runner, RunnerError},
 };
@@ -133,7 +133,7 @@ impl Runner for Digests {
 /// How a worker differs from others.
 pub(crate) struct Options {
     pub(crate) model: &'static str,
-    pub(crate) cluster_token: Option<String>,
+    pub(crate) cluster_token: Option<HttpToken>,
     pub(crate) max_model_len: usize,
     pub(crate) max_num_seqs: usize,
     pub(crate) max_waiting_requests: usize,

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use super::{Worker, http};
 use crate::{
-    api::progress::CLUSTER_TOKEN_HEADER,
+    api::{CLUSTER_TOKEN_HEADER, HttpToken},
     cluster::{LeaseId, Role, WorkerCard},
     handoff::WorkerId,
     transfer::SessionAddresses,
@@ -52,7 +52,8 @@ pub(in crate::doctor) async fn measure_pairs(workers: &[Worker], token: Option<&
 
 /// Has a prefill worker measure.
 async fn ask(prefill: &WorkerCard, decode: LeaseId, token: Option<&str>) -> Result<Measured, String> {
-    let header = token.map(|token| format!("{CLUSTER_TOKEN_HEADER}: {token}\r\n")).unwrap_or_default();
+    let shown = |token| format!("{CLUSTER_TOKEN_HEADER}: {}\r\n", HttpToken::of(token));
+    let header = token.map(shown).unwrap_or_default();
     let answer = http::post(&prefill.address, &format!("/measure/{decode}"), &header, TIME_MAX).await?;
     match answer.status {
         200 => serde_json::from_str(&answer.body).map_err(|error| format!("an answer that cannot be read: {error}")),
