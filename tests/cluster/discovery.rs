@@ -193,6 +193,30 @@ async fn an_etcd_that_lost_its_data_takes_away_nobody_and_everybody_registers_ag
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn an_etcd_that_lost_its_data_is_noticed_though_it_has_counted_as_far_again() {
+    let mut service = services::etcd();
+    let proxy = Proxy::to(service.address).await;
+    let direct = etcd_at(&service.url(), "a");
+    let mut workers = forgetful_etcd_at(&format!("http://{}", proxy.address), "a").workers(WorkerFilter::default());
+    let lease = direct.register(card(Role::Decode, "m", "h:1"));
+    let old = granted(&lease, None).await;
+    // One that will not come back.
+    let gone = LeaseId(7);
+    let path = format!("/engine/a/workers/{}/decode/{gone}", key("m"));
+    client(&service.url()).await.put(path, card(Role::Decode, "m", "h:2").to_json(), None).await.unwrap();
+    wait_for(&mut workers, &[gone, old]).await;
+    proxy.cut();
+    service.restart_empty();
+    let new = granted(&lease, Some(old)).await;
+    let mut admin = client(&service.url()).await;
+    for _ in 0..20 {
+        admin.put("x", "", None).await.unwrap();
+    }
+    proxy.mend();
+    wait_for(&mut workers, &[new]).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn configuration_is_followed_and_survives_the_loss_of_etcds_data() {
     let mut service = services::etcd();
     let etcd = etcd_at(&service.url(), "a");

@@ -23,7 +23,8 @@ pub(super) enum Change {
     /// These are all there are.
     All {
         entries: Vec<(String, Bytes)>,
-        /// Whether whatever is missing was deleted. If not, the store has lost its data, or is another.
+        /// Whether whatever is missing was deleted. If not, the store may have lost its data, or be another; what was
+        /// deleted in one that has not is yet to come, as [`Change::Delete`].
         continuous: bool,
     },
     /// A key was put.
@@ -32,14 +33,17 @@ pub(super) enum Change {
     Delete { key: String },
 }
 
-/// A range of keys as the server has them, followed for ever: listed once, then watched; after a loss of the connection
-/// the watch goes on where it ended, and if the server no longer knows what happened since, or is not the one it was,
-/// the range is listed again.
+/// A range of keys as the server has them, followed for ever: listed once, then watched. After a loss of the connection
+/// the range is listed again and the watch goes on where it ended: the one alone would not tell what was deleted, the
+/// other not that the server has lost its data, if its count of revisions has caught up meanwhile. If the server no
+/// longer knows what happened since, or is not the one it was, all begins anew.
 pub(super) struct Mirror {
     connection: Connection,
     range: Range,
     stream: Option<WatchStream>,
     position: Option<Position>,
+    /// Whether the range was listed since the connection was lost.
+    listed: bool,
     /// Whether `position` was given up because the store is not the one it was.
     lost_data: bool,
     pending: VecDeque<Change>,
@@ -53,10 +57,18 @@ struct Position {
     revision: i64,
 }
 
+impl Position {
+    /// Whether a store that says so of itself can be the one that was followed up to here.
+    fn is_before(self, cluster: u64, revision: i64) -> bool {
+        cluster == self.cluster && revision >= self.revision
+    }
+}
+
 impl Mirror {
     pub(super) fn new(connection: Connection, range: Range) -> Self {
         let (stream, position, pending) = (None, None, VecDeque::new());
-        Self { connection, range, stream, position, lost_data: false, pending, backoff: Backoff::new() }
+        let (listed, lost_data, backoff) = (false, false, Backoff::new());
+        Self { connection, range, stream, position, listed, lost_data, pending, backoff }
     }
 
     /// The next change, whenever there is one. The first is always [`Change::All`]. Cancel-safe.
@@ -66,7 +78,7 @@ impl Mirror {
                 return change;
             }
             if let Err(error) = self.advance().await {
-                self.stream = None;
+                (self.stream, self.listed) = (None, false);
                 self.backoff.failed("cannot watch etcd", &error).await;
             }
         }
@@ -74,7 +86,7 @@ impl Mirror {
 
     /// Lists, opens the watch, or waits for its next message: whatever is next.
     async fn advance(&mut self) -> Result<(), String> {
-        let Some(position) = self.position else {
+        let Some(position) = self.position.filter(|_| self.listed) else {
             return self.list().await;
         };
         let Some(stream) = &mut self.stream else {
@@ -93,8 +105,7 @@ impl Mirror {
         let message = stream.message().await.map_err(|error| describe(&error))?;
         let message = message.ok_or("the server closed the watch")?;
         let (cluster, revision) = message.header().map_or((0, 0), |header| (header.cluster_id(), header.revision()));
-        if cluster != position.cluster || revision < position.revision {
-            tracing::warn!("etcd has lost its data or is another one; reading all of it again");
+        if !position.is_before(cluster, revision) {
             self.start_over(true);
             return Ok(());
         }
@@ -130,14 +141,23 @@ impl Mirror {
         };
         let answer = self.connection.call(async |mut client| client.get(key, Some(options)).await).await?;
         let header = answer.header().ok_or("an answer without header")?;
-        self.position = Some(Position { cluster: header.cluster_id(), revision: header.revision() });
+        let (cluster, revision) = (header.cluster_id(), header.revision());
+        if self.position.is_some_and(|position| !position.is_before(cluster, revision)) {
+            self.start_over(true);
+        }
         let entries = answer.kvs().iter().map(|kv| (key_of(kv), value_of(kv))).collect();
-        self.pending.push_back(Change::All { entries, continuous: !self.lost_data });
-        self.lost_data = false;
+        let continuous = self.position.is_none() && !self.lost_data;
+        self.pending.push_back(Change::All { entries, continuous });
+        // The watch goes on where it ended.
+        self.position.get_or_insert(Position { cluster, revision });
+        (self.listed, self.lost_data) = (true, false);
         Ok(())
     }
 
     fn start_over(&mut self, lost_data: bool) {
+        if lost_data {
+            tracing::warn!("etcd has lost its data or is another one; reading all of it again");
+        }
         self.stream = None;
         self.position = None;
         // The changes not looked at yet came before.
