@@ -244,6 +244,10 @@ impl Queue for Local {
         async move { Ok(depth) }.boxed()
     }
 
+    fn flush(&self) -> BoxFuture<'_, ()> {
+        async {}.boxed()
+    }
+
     fn dead_jobs(&self) -> u64 {
         self.queues.dead.load(Ordering::Relaxed)
     }

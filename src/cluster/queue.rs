@@ -19,6 +19,10 @@ pub trait Queue: Send + Sync {
     /// How much is on a model's queue.
     fn depth(&self, key: ModelKey) -> BoxFuture<'_, Result<QueueDepth, QueueError>>;
 
+    /// Returns when whatever was said of jobs is on its way, or cannot be within a few seconds: what a process waits for
+    /// before it ends.
+    fn flush(&self) -> BoxFuture<'_, ()>;
+
     /// Jobs given up so far by consumers of this process: delivered too often, or refused by [`Delivery::bury`].
     fn dead_jobs(&self) -> u64;
 }
@@ -113,7 +117,7 @@ pub trait Settle: Send + Sync {
 }
 
 /// A job taken from the queue. It stays there until it is acknowledged; if it is dropped instead, or no
-/// [`Delivery::in_progress`] comes for the queue's acknowledgement time (30 s), another worker gets it.
+/// [`Delivery::in_progress`] comes for the queue's acknowledgement time (8 s), another worker gets it.
 pub struct Delivery {
     payload: Bytes,
     attempt: u32,

@@ -121,6 +121,11 @@ impl Borrower {
         self.jobs.len()
     }
 
+    /// Whether it holds a job of this decode worker.
+    pub fn holds_of(&self, decode: WorkerId) -> bool {
+        self.jobs.values().any(|held| held.decode == decode)
+    }
+
     /// Takes in a job from the queue, delivered for the `attempt`th time, counted from 1.
     pub fn deliver(
         &mut self,

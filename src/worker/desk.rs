@@ -10,7 +10,10 @@ use std::{
 };
 
 use bytes::Bytes;
-use tokio::sync::{Notify, mpsc};
+use tokio::{
+    sync::{Notify, mpsc},
+    task::JoinSet,
+};
 use tracing::{Instrument, Span, field::Empty};
 
 use super::{EngineHandle, PrefillHandle, PrefillRequest, SubmitError, courier::Courier};
@@ -55,6 +58,8 @@ pub(super) struct Desk {
     /// Events that follow from actions.
     follow_ups: VecDeque<BorrowerEvent>,
     deliveries: HashMap<DeliveryId, Held>,
+    /// Tell the queue what becomes of them.
+    settling: JoinSet<()>,
     next_delivery: u64,
     sessions: HashMap<SessionId, Writer>,
     prompts: HashMap<HandoffId, Prompt>,
@@ -117,6 +122,7 @@ impl Desk {
             actions: Vec::new(),
             follow_ups: VecDeque::new(),
             deliveries: HashMap::new(),
+            settling: JoinSet::new(),
             next_delivery: 0,
             sessions: HashMap::new(),
             prompts: HashMap::new(),
@@ -141,6 +147,11 @@ impl Desk {
         self.borrower.room() > 0 && tokens < self.engine.limits().max_num_batched_tokens
     }
 
+    /// Whether it holds a job of this decode worker.
+    pub(super) fn holds_of(&self, decode: WorkerId) -> bool {
+        self.borrower.holds_of(decode)
+    }
+
     /// Jobs held.
     pub(super) fn held(&self) -> usize {
         self.borrower.held()
@@ -157,7 +168,8 @@ pub(super) fn deliver(desk: &SharedDesk, delivery: Delivery) {
     let span = job.as_ref().map_or_else(Span::none, span);
     let (handoff, tokens) = job.map_or((None, 0), |job| (Some(job.handoff), job.prompt_tokens as usize));
     let (verdicts, received) = mpsc::unbounded_channel();
-    tokio::spawn(settle(delivery, received).instrument(span.clone()));
+    while this.settling.try_join_next().is_some() {}
+    this.settling.spawn(settle(delivery, received).instrument(span.clone()));
     let now = this.started.elapsed();
     let _entered = span.clone().entered();
     tracing::debug!(attempt, "a job");
@@ -175,6 +187,12 @@ fn span(job: &Job) -> Span {
         span.record("traceparent", tracing::field::display(trace));
     }
     span
+}
+
+/// Returns when the queue has been told what became of all jobs. None is held any more.
+pub(super) async fn settled(desk: &SharedDesk) {
+    let mut settling = std::mem::take(&mut lock(desk).settling);
+    while settling.join_next().await.is_some() {}
 }
 
 /// Takes in what happened.

@@ -8,7 +8,7 @@ use engine_kernels::KvPages;
 use prometheus::IntCounter;
 use tokio::{
     sync::{mpsc, watch},
-    time::timeout,
+    time::{sleep, timeout},
 };
 
 use super::{
@@ -141,6 +141,9 @@ pub async fn run(mut cli: WorkerArgs, ready: impl FnOnce(Ready)) -> Result<()> {
         desk::on(&desk, BorrowerEvent::Drain);
         lease.withdraw().await;
         emptied(&desk).await;
+        // Or jobs that are done, or handed back, would come to others only after a while.
+        desk::settled(&desk).await;
+        cluster.queue.flush().await;
     };
     let server = ServerConfig {
         connections_max: cli.max_connections,
@@ -307,7 +310,17 @@ impl Shop {
         };
         let id = session.id();
         desk::connected(&self.desk, decode, &session);
-        while let Some(message) = session.receive().await {
+        let outlived = self.outlived(decode);
+        tokio::pin!(outlived);
+        loop {
+            let message = tokio::select! {
+                message = session.receive() => message,
+                () = &mut outlived => {
+                    tracing::info!(worker = %decode, "its lease has gone: its session is of no more use");
+                    break;
+                }
+            };
+            let Some(message) = message else { break };
             match ToPrefill::decode(&message) {
                 Ok(message) => desk::on(&self.desk, BorrowerEvent::Message { session: id, message }),
                 Err(error) => {
@@ -320,6 +333,27 @@ impl Shop {
         // The writer stops first: what is said to be over must be.
         drop(session);
         desk::disconnected(&self.desk, id);
+    }
+}
+
+impl Shop {
+    /// Returns when a decode worker's lease has gone and no job of it is left. If it lives on it does so under another
+    /// lease, and later jobs open a session by that name.
+    async fn outlived(&self, decode: WorkerId) {
+        let lease = LeaseId(decode.0);
+        let mut alive = self.decode_workers.clone();
+        // One that is not known yet may be soon.
+        let known = async {
+            alive.wait_for(|alive| alive.contains_key(&lease)).await?;
+            alive.wait_for(|alive| !alive.contains_key(&lease)).await.map(drop)
+        };
+        if known.await.is_err() {
+            // Nobody looks any more.
+            return std::future::pending().await;
+        }
+        while desk::lock(&self.desk).holds_of(decode) {
+            sleep(TICK).await;
+        }
     }
 }
 

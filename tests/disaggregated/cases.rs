@@ -234,6 +234,8 @@ fn a_lost_lease_costs_a_pause_and_its_worker_comes_back_under_another() {
     // The decode worker's: the frontend sees it go and come, and jobs carry its new name.
     let old = revoke(Role::Decode);
     prefill.wait_until("it is back", |_| lease(Role::Decode) != old);
+    // Nothing will be said under the old name again.
+    prefill.wait_until("its session is closed", |prefill| prefill.log().contains("its lease has gone"));
     frontend.wait_until("it knows the new lease", |frontend| frontend.log().matches("a decode worker ").count() >= 2);
     wait_for_decode_workers(&frontend, 1);
     cell.wait_for_prefill_worker(&decode);

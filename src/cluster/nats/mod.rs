@@ -92,6 +92,12 @@ impl Queue for Nats {
         self.jobs.depth(key).boxed()
     }
 
+    fn flush(&self) -> BoxFuture<'_, ()> {
+        let flushed = tokio::time::timeout(connection::REQUEST_TIMEOUT, self.connection.client.flush());
+        // If it cannot be reached, the jobs go to others after the acknowledgement time.
+        async { drop(flushed.await) }.boxed()
+    }
+
     fn dead_jobs(&self) -> u64 {
         self.jobs.dead.load(Ordering::Relaxed)
     }
