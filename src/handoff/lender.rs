@@ -231,15 +231,26 @@ impl<R: Copy, P> Lender<R, P> {
                 }
             }
             ToDecode::Released { handoff, epoch } => {
-                if let Some(slot) = self.granted(handoff, epoch, from) {
-                    self.resolve(slot, Outcome::Released, actions);
-                }
+                self.given_back(from, handoff, epoch, Outcome::Released, actions);
             }
             ToDecode::Failed { handoff, epoch, .. } => {
-                if let Some(slot) = self.granted(handoff, epoch, from) {
-                    self.resolve(slot, Outcome::Failed, actions);
-                }
+                self.given_back(from, handoff, epoch, Outcome::Failed, actions);
             }
+        }
+    }
+
+    /// The holder says that it writes no more. A transport that writes for it has not heard that, and is told.
+    fn given_back(
+        &mut self,
+        from: Holder,
+        handoff: HandoffId,
+        epoch: Epoch,
+        outcome: Outcome,
+        actions: &mut Vec<LenderAction<R, P>>,
+    ) {
+        if let Some(slot) = self.granted(handoff, epoch, from) {
+            actions.push(LenderAction::Forget { session: from.session, slot, epoch });
+            self.resolve(slot, outcome, actions);
         }
     }
 

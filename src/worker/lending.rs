@@ -77,6 +77,9 @@ pub trait LendingPort: Send {
     /// Takes such a permission back, if the transport can do that by itself.
     fn revoke(&mut self, session: SessionId, slot: Slot, epoch: Epoch);
 
+    /// The session has given up such a permission by itself.
+    fn forget(&mut self, session: SessionId, slot: Slot, epoch: Epoch);
+
     /// Ends a session so that nothing more is written on it.
     fn fence(&mut self, session: SessionId);
 
@@ -408,6 +411,7 @@ impl Lending {
                     self.port.send(session, ToPrefill::Release { handoff, epoch });
                     self.port.revoke(session, slot, epoch);
                 }
+                LenderAction::Forget { session, slot, epoch } => self.port.forget(session, slot, epoch),
                 LenderAction::Fence { session } => self.port.fence(session),
                 LenderAction::Resume { request, pages } => {
                     let own = pages.own_numbers();

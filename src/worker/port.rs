@@ -211,6 +211,10 @@ impl LendingPort for ClusterPort {
         self.with_sessions(|sessions| sessions.revoke(session, slot, epoch));
     }
 
+    fn forget(&mut self, session: SessionId, slot: Slot, epoch: Epoch) {
+        self.with_sessions(|sessions| sessions.forget(session, slot, epoch));
+    }
+
     fn fence(&mut self, session: SessionId) {
         self.with_sessions(|sessions| sessions.fence(session));
     }

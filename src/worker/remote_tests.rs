@@ -124,6 +124,11 @@ impl LendingPort for Port {
 
     fn revoke(&mut self, _: SessionId, _: Slot, _: Epoch) {}
 
+    fn forget(&mut self, session: SessionId, slot: Slot, epoch: Epoch) {
+        assert_eq!(session, SESSION);
+        self.wires.permitted.lock().unwrap().retain(|permit| (permit.0, permit.1) != (slot, epoch));
+    }
+
     fn fence(&mut self, _: SessionId) {
         self.wires.fenced.store(true, Ordering::Relaxed);
     }
@@ -407,9 +412,11 @@ fn one_that_leaves_while_its_prompt_is_elsewhere_frees_its_pages_when_they_are_r
     let ToPrefill::Release { handoff: released, .. } = decode.hears() else { panic!() };
     assert_eq!(released, handoff);
     decode.wait_until(|snapshot| snapshot.pages_quarantined == pages.len());
+    assert!(!decode.wires.permitted.lock().unwrap().is_empty());
     decode.says(ToDecode::Released { handoff, epoch });
     decode.wait_until(|snapshot| snapshot.pages_quarantined == 0);
     assert_eq!(decode.handle.snapshot().pages_free, 64);
+    assert!(decode.wires.permitted.lock().unwrap().is_empty(), "pages are free that the transport would write to");
 }
 
 #[test]

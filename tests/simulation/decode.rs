@@ -10,7 +10,7 @@ use engine::handoff::{
 use crate::{
     model::{Content, LAYERS, PAGE_TOKENS},
     mutation::Mutation,
-    wire::{Word, Write},
+    wire::{Transport, Word, Write},
     world::{Ending, Event, Life, LinkId, MS, Process, World, note},
 };
 
@@ -249,6 +249,11 @@ impl World {
                 self.say_to_prefill(session, ToPrefill::Release { handoff, epoch });
                 self.revoke(session, slot, epoch);
             }
+            LenderAction::Forget { session, slot, epoch } => {
+                if self.mutation != Some(Mutation::GivenBackAndKept) {
+                    self.decodes[decode].revoke(session.0 as LinkId, slot, epoch);
+                }
+            }
             LenderAction::Fence { session } => self.hang_up_decode(session.0 as LinkId),
             LenderAction::Resume { request, pages } => {
                 self.unlend(decode, &pages);
@@ -401,6 +406,20 @@ impl World {
         }
         if seen != (1 << PAGES) - 1 || twice != 0 {
             self.fail(format!("decode {decode}: pages seen {seen:b}, and twice {twice:b}"));
+        }
+        self.check_record(decode);
+    }
+
+    /// Where the receiver writes, its record of what may be written is the fence: no loan is in it that is over.
+    fn check_record(&mut self, decode: usize) {
+        let Decode { lends, ledger, .. } = &self.decodes[decode];
+        let over = lends.iter().find(|(loan, pages)| {
+            self.links[loan.link].transport == Transport::Tcp
+                && pages.iter().any(|&page| ledger[page as usize] != Some(*loan))
+        });
+        if let Some((loan, _)) = over {
+            let what = format!("decode {decode} would let {loan:?} be written under, which is over");
+            self.fail(what);
         }
     }
 

@@ -122,6 +122,11 @@ fn a_release_while_writes_are_under_way_is_noticed() {
 }
 
 #[test]
+fn a_loan_that_was_given_back_and_can_be_written_under_is_noticed() {
+    is_noticed(Mutation::GivenBackAndKept);
+}
+
+#[test]
 fn a_closed_session_taken_for_a_fenced_one_is_noticed() {
     is_noticed(Mutation::ClosedIsFenced);
 }

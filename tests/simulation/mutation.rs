@@ -14,6 +14,8 @@ pub(crate) enum Mutation {
     EarlyAck,
     /// A prefill worker says "released" while its writer is still at it.
     ReleasedWhileWriting,
+    /// A loan that its holder has given back stays in the receiver's record.
+    GivenBackAndKept,
     /// A closed session is taken for a fenced one.
     ClosedIsFenced,
     /// Over RDMA, the word is posted while its data is under way.

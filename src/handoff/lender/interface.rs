@@ -102,6 +102,16 @@ pub enum LenderAction<R, P> {
         /// The loan's.
         epoch: Epoch,
     },
+    /// The holder has given the pages back by itself, and writes no more: have the transport strike the grant off its
+    /// record, so that nothing is accepted under it from now on. Comes before whoever gets the pages.
+    Forget {
+        /// The holder's.
+        session: SessionId,
+        /// The loan's.
+        slot: Slot,
+        /// The loan's.
+        epoch: Epoch,
+    },
     /// Have the transport end this session and make sure that nothing more is written on it. Possibly repeated.
     Fence {
         /// Which.

@@ -92,6 +92,13 @@ fn freed(outcome: Outcome) -> Actions {
     vec![LenderAction::Free { pages: "pages" }, LenderAction::Count(outcome)]
 }
 
+/// What follows when Alice gives them back herself: the transport hears of it first.
+fn given_back((slot, epoch): (Slot, Epoch), then: Actions) -> Actions {
+    let mut actions = vec![LenderAction::Forget { session: ALICE.0, slot, epoch }];
+    actions.extend(then);
+    actions
+}
+
 #[test]
 fn a_completed_handoff_resumes_its_request_with_its_pages() {
     let (mut bench, slot, epoch) = Bench::granted();
@@ -202,8 +209,9 @@ fn signs_of_life_keep_a_loan_for_as_long_as_it_takes() {
 
 #[test]
 fn quarantine_ends_by_release_revocation_completion_or_fence() {
-    let (mut bench, _, epoch) = Bench::quarantined();
-    assert_eq!(bench.says(ALICE, ToDecode::Released { handoff: H, epoch }), freed(Outcome::Released));
+    let (mut bench, slot, epoch) = Bench::quarantined();
+    let actions = bench.says(ALICE, ToDecode::Released { handoff: H, epoch });
+    assert_eq!(actions, given_back((slot, epoch), freed(Outcome::Released)));
     let (mut bench, slot, epoch) = Bench::quarantined();
     assert_eq!(bench.on(LenderEvent::Revoked { session: ALICE.0, slot, epoch }), freed(Outcome::Released));
     let (mut bench, slot, epoch) = Bench::quarantined();
@@ -222,7 +230,20 @@ fn only_the_holder_can_give_pages_back() {
     assert_eq!(bench.on(LenderEvent::Revoked { session: BOB.0, slot, epoch }), []);
     assert_eq!(bench.on(LenderEvent::Revoked { session: ALICE.0, slot: Slot(1_000), epoch }), []);
     assert_eq!(bench.on(LenderEvent::SessionFenced { session: BOB.0 }), []);
-    assert_eq!(bench.says(ALICE, released), back(Outcome::Released));
+    assert_eq!(bench.says(ALICE, released), given_back((slot, epoch), back(Outcome::Released)));
+}
+
+#[test]
+fn pages_that_their_holder_gives_back_are_out_of_the_transport_s_record_before_anybody_has_them() {
+    let messages: [(fn(Epoch) -> ToDecode, Outcome); 2] = [
+        (|epoch| ToDecode::Released { handoff: H, epoch }, Outcome::Released),
+        (|epoch| ToDecode::Failed { handoff: H, epoch, reason: "too long".into() }, Outcome::Failed),
+    ];
+    for (message, outcome) in messages {
+        let (mut bench, slot, epoch) = Bench::granted();
+        assert_eq!(bench.says(ALICE, message(epoch)), given_back((slot, epoch), back(outcome)));
+        assert_eq!(bench.says(ALICE, message(epoch)), [], "once");
+    }
 }
 
 #[test]

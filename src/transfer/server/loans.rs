@@ -45,6 +45,13 @@ impl Loans {
         }
     }
 
+    /// The peer has given it back by itself. If it was taken back at the same time, its answer to that is still to come.
+    pub(super) fn forget(&mut self, loan: Loan) {
+        if let Some(State::Lent(_)) = self.0.get(&loan) {
+            self.0.remove(&loan);
+        }
+    }
+
     /// The peer said that nothing more comes under a loan that was taken back.
     pub(super) fn stopped(&mut self, loan: Loan) -> Result<(), Violation> {
         match self.0.remove(&loan) {
@@ -162,6 +169,21 @@ mod tests {
         assert_eq!(loans.complete(LOAN), Ok(false));
         assert_eq!(loans.stopped(LOAN), Ok(()));
         assert_eq!(admit(&loans, LOAN, &[run(0, 9, 1)]), Err(Violation::NoSuchLoan));
+    }
+
+    #[test]
+    fn a_loan_that_the_peer_gave_back_is_over() {
+        let mut loans = lent();
+        loans.forget(LOAN);
+        assert!(loans.0.is_empty());
+        assert_eq!(admit(&loans, LOAN, &[run(0, 9, 1)]), Err(Violation::NoSuchLoan));
+        assert!(!loans.revoke(LOAN));
+        // It crossed with taking it back, which the peer answers too.
+        let mut loans = lent();
+        loans.revoke(LOAN);
+        loans.forget(LOAN);
+        assert_eq!(loans.stopped(LOAN), Ok(()));
+        assert!(loans.0.is_empty());
     }
 
     #[test]

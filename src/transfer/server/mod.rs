@@ -74,6 +74,7 @@ enum Command {
     Send(Bytes),
     Lend(Loan, Arc<[u32]>),
     Revoke(Loan),
+    Forget(Loan),
     Fence,
 }
 
@@ -175,6 +176,12 @@ impl SessionServer {
     /// Takes a loan back. [`SessionEvent::Revoked`] or [`SessionEvent::Fenced`] follows.
     pub fn revoke(&self, session: SessionId, slot: Slot, epoch: Epoch) {
         self.command(session, Command::Revoke((slot, epoch)));
+    }
+
+    /// Strikes a loan off the record that its peer has given back by itself. Nothing follows; if the peer writes under
+    /// it after all, over tcp its session ends.
+    pub fn forget(&self, session: SessionId, slot: Slot, epoch: Epoch) {
+        self.command(session, Command::Forget((slot, epoch)));
     }
 
     /// Closes a session. [`SessionEvent::Fenced`] follows at once over tcp and RDMA, and otherwise when the peer has

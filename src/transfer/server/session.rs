@@ -182,6 +182,15 @@ impl ServerSession {
                 }
             }
             Command::Revoke(loan) => self.revoke(loan),
+            Command::Forget(loan) => {
+                if let Reach::Tcp(loans) = &mut self.reach {
+                    // Whoever has given a loan back begins no frame of it any more, or breaks the protocol.
+                    if let Some(landing) = &mut self.landing {
+                        landing.revoke(loan);
+                    }
+                    loans.forget(loan);
+                }
+            }
             Command::Fence => return Err(LinkError::Closed.into()),
         }
         Ok(())

@@ -273,6 +273,19 @@ async fn a_loan_revoked_in_the_middle_of_a_frame_gets_not_a_byte_more() {
 }
 
 #[tokio::test]
+async fn a_loan_that_was_given_back_lets_nobody_write() {
+    let mut decode = Decode::start().await;
+    let (id, socket) = raw(&mut decode).await;
+    let loan = (Slot(0), epoch(1));
+    decode.server.lend(id, loan.0, loan.1, Arc::from([20]));
+    decode.server.forget(id, loan.0, loan.1);
+    // A peer that keeps its word writes nothing more; this one does.
+    socket.write_all(&data(loan, 1, 20, 1)).await.unwrap();
+    decode.ended(id).await;
+    assert!(decode.page(1, 20).iter().all(|&byte| byte == 0));
+}
+
+#[tokio::test]
 async fn a_peer_that_hangs_is_noticed_by_either_side() {
     // The decode worker notices: this peer opens a session and then says nothing.
     let mut decode = Decode::start_with(|config| {
