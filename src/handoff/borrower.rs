@@ -332,7 +332,8 @@ impl Borrower {
                 _ if now < held.alive_due => {}
                 stage => {
                     actions.push(BorrowerAction::InProgress { delivery: held.delivery });
-                    if let Stage::Granted(Work { session, epoch, computed, end: None, .. }) = *stage {
+                    // Whoever stops says so when the last write has ended; until then there is nothing to wait for.
+                    if let Stage::Granted(Work { session, epoch, computed, end: None | Some(End::Posting), .. }) = *stage {
                         let message = ToDecode::Progress { handoff, epoch, tokens: computed };
                         actions.push(BorrowerAction::Send { session, message });
                     }

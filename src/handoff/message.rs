@@ -143,6 +143,15 @@ impl Grant {
 }
 
 impl ToDecode {
+    /// Whether the decode worker may use pages again upon this: then it must not overtake any write. Other messages may,
+    /// and should, as somebody waits for them while what is written takes as long as it takes.
+    pub fn lets_go(&self) -> bool {
+        match self {
+            Self::Released { .. } | Self::Failed { .. } => true,
+            Self::Claim { .. } | Self::Progress { .. } | Self::Measure { .. } => false,
+        }
+    }
+
     /// postcard.
     pub fn encode(&self) -> Vec<u8> {
         encode(self)

@@ -71,6 +71,17 @@ impl<P: Payload> Outbound<P> {
         self.push_encoded(frame.encode(), None);
     }
 
+    /// Queues a frame that lets go of nothing before all pages that are not begun, and behind whatever else waits before
+    /// these. Pages and the words behind them keep their order.
+    pub(super) fn push_ahead(&mut self, frame: &Frame) {
+        let head = frame.encode();
+        self.bytes += head.len();
+        let begun = usize::from(self.sent > 0).min(self.queue.len());
+        let waiting = self.queue.iter().skip(begun).position(|queued| queued.payload.is_some());
+        let place = waiting.map_or(self.queue.len(), |waiting| begun + waiting);
+        self.queue.insert(place, Queued { head, payload: None });
+    }
+
     /// Queues a data frame with its pages.
     pub(super) fn push_data(&mut self, loan: Loan, runs: Vec<super::frame::Run>, payload: P) {
         self.push_encoded(Frame::Data(loan, runs).encode(), Some((loan, payload)));
@@ -140,5 +151,99 @@ impl<P: Payload> Outbound<P> {
         }
         self.sent = written;
         Ok(done)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::net::UnixStream;
+
+    use super::super::frame::Run;
+    use super::super::link::FrameReader;
+    use super::*;
+    use crate::handoff::{Epoch, MailboxWord, Slot, Status};
+
+    /// More than a socket takes at once.
+    const PAGES_BYTES: usize = 4 << 20;
+    const LOAN: Loan = (Slot(3), Epoch::FIRST);
+
+    struct Pages([(*const u8, usize); 1]);
+
+    // SAFETY: the memory is never freed.
+    unsafe impl Send for Pages {}
+
+    // SAFETY: the memory is never freed nor written to.
+    unsafe impl Payload for Pages {
+        fn parts(&self) -> &[(*const u8, usize)] {
+            &self.0
+        }
+    }
+
+    fn pages() -> Pages {
+        static BYTES: [u8; PAGES_BYTES] = [7; PAGES_BYTES];
+        Pages([(BYTES.as_ptr(), PAGES_BYTES)])
+    }
+
+    fn socket(stream: UnixStream) -> Socket {
+        stream.set_nonblocking(true).unwrap();
+        Socket::new(stream).unwrap()
+    }
+
+    /// All frames that are sent, in order; the bytes of data frames are read past.
+    async fn received(socket: &Socket, frames: usize) -> Vec<Frame> {
+        let mut reader = FrameReader::new(100);
+        let mut received = Vec::new();
+        while received.len() < frames {
+            let Some(frame) = reader.step(socket).await.unwrap() else { continue };
+            if let Frame::Data(..) = frame {
+                let mut bytes = vec![0; PAGES_BYTES];
+                socket.read_exact(&mut bytes).await.unwrap();
+                assert!(bytes.iter().all(|&byte| byte == 7), "something was sent amid pages");
+            }
+            received.push(frame);
+        }
+        received
+    }
+
+    #[tokio::test]
+    async fn what_lets_go_of_nothing_goes_before_pages_that_are_not_begun_and_the_word_stays_behind_them() {
+        let (here, there) = UnixStream::pair().unwrap();
+        let (here, there) = (socket(here), socket(there));
+        let message = |text: &'static str| Frame::Message(Bytes::from_static(text.as_bytes()));
+        let word = Frame::Complete(LOAN, MailboxWord::new(LOAN.1, Status::Done));
+        let data = |page| Frame::Data(LOAN, vec![Run { layer: 0, page, count: 1 }]);
+        let mut outbound = Outbound::new();
+        outbound.push(&message("first"));
+        for page in [1, 2] {
+            outbound.push_data(LOAN, vec![Run { layer: 0, page, count: 1 }], pages());
+        }
+        outbound.push(&word);
+        outbound.push(&message("released"));
+        outbound.push_ahead(&message("claim"));
+        // So much that the first pages are begun.
+        assert!(outbound.write_some(&here).await.unwrap().is_empty());
+        assert_eq!(outbound.queue.len(), 4, "the messages before them are sent");
+        outbound.push_ahead(&message("alive"));
+        outbound.push_ahead(&message("alive still"));
+        let frames = [
+            message("first"),
+            message("claim"),
+            data(1),
+            message("alive"),
+            message("alive still"),
+            data(2),
+            word,
+            message("released"),
+        ];
+        let sending = async {
+            let mut sent = 0;
+            while !outbound.is_empty() {
+                sent += outbound.write_some(&here).await.unwrap().len();
+            }
+            sent
+        };
+        let (sent, received) = tokio::join!(sending, received(&there, frames.len()));
+        assert_eq!(received, frames);
+        assert_eq!((sent, outbound.bytes()), (2, 0));
     }
 }

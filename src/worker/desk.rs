@@ -295,8 +295,9 @@ impl Desk {
             held.claimed = Some(Instant::now());
         }
         if let Some(writer) = self.sessions.get(&session) {
+            let bytes = Bytes::from(message.encode());
             // If the session has ended, that is reported by itself.
-            writer.send(Bytes::from(message.encode()));
+            let _ = if message.lets_go() { writer.send(bytes) } else { writer.send_ahead(bytes) };
         }
     }
 

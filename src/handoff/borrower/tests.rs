@@ -262,6 +262,20 @@ fn signs_of_life_go_to_the_queue_and_to_the_decode_worker() {
 }
 
 #[test]
+fn signs_of_life_go_on_until_the_word_is_posted_but_not_for_what_is_given_up() {
+    let mut bench = Bench::writing(1);
+    bench.computed(9);
+    // Over a slow link that takes longer than anybody waits for a silent worker.
+    for _ in 0..10 {
+        assert_eq!(bench.pass(2), ["in progress 1", "progress 9"]);
+    }
+    assert_eq!(bench.on(BorrowerEvent::Posted { handoff: H }), ["ack 1"]);
+    let mut bench = Bench::writing(1);
+    bench.ask_release();
+    assert_eq!(bench.pass(2), ["in progress 1"]);
+}
+
+#[test]
 fn draining_hands_back_what_is_not_begun_and_finishes_the_rest() {
     let mut bench = Bench::granted();
     bench.deliver(2, HandoffId(8));

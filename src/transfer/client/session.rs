@@ -46,7 +46,7 @@ impl Session {
         self.writer.clone()
     }
 
-    /// Sends a message, in the order that [`Writer::send`] says.
+    /// Sends a message, in the order that [`Writer::send`] says; [`Writer::send_ahead`] keeps none.
     pub fn send(&self, message: Bytes) -> bool {
         self.writer.send(message)
     }
@@ -66,7 +66,7 @@ impl Drop for Session {
 
 /// What a session's task is told.
 pub(super) enum Command {
-    /// Send a frame.
+    /// Send a frame, before pages that are not begun.
     Send(Frame),
     /// Where there is no copier: write, complete or send.
     Work(Work),
@@ -165,7 +165,10 @@ impl ClientSession {
             tokio::select! {
                 biased;
                 command = commands.recv() => match command {
-                    Some(Command::Send(frame)) => self.send(&frame)?,
+                    Some(Command::Send(frame)) => {
+                        self.check_backlog()?;
+                        self.outbound.push_ahead(&frame);
+                    }
                     Some(Command::Work(work)) => self.work(work)?,
                     Some(Command::Close) | None => return Err(LinkError::Closed),
                 },
@@ -195,11 +198,13 @@ impl ClientSession {
     }
 
     fn send(&mut self, frame: &Frame) -> Result<(), LinkError> {
-        if self.outbound.bytes() > self.limits.queued_bytes {
-            return Err(LinkError::Backlog);
-        }
+        self.check_backlog()?;
         self.outbound.push(frame);
         Ok(())
+    }
+
+    fn check_backlog(&self) -> Result<(), LinkError> {
+        if self.outbound.bytes() > self.limits.queued_bytes { Err(LinkError::Backlog) } else { Ok(()) }
     }
 
     /// Over RDMA, posts what there is room for, and sends what its turn has come for.

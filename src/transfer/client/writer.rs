@@ -122,16 +122,15 @@ impl Writer {
     }
 
     /// Sends a message, after everything written before but for pages in device memory that are yet to be computed or
-    /// staged: who says of a loan that nothing more is written under it waits for the answers of its writes. (Signs of
-    /// life do not wait for others' pages.) False if it is larger than the decode worker takes, or the session has
-    /// ended.
+    /// staged: who says of a loan that nothing more is written under it waits for the answers of its writes. False if it
+    /// is larger than the decode worker takes, or the session has ended.
     pub fn send(&self, message: Bytes) -> bool {
-        if message.len() > self.inner.message_bytes_max || self.inner.commands.is_closed() {
+        if !self.takes(&message) {
             return false;
         }
         let frame = Frame::Message(message);
         match &self.inner.copier {
-            // Acquired, so that what the copier sent for this session is before it.
+            // Acquired, so that what the copier sent for this session is before it. No pages go through the socket then.
             Some((_, standing)) if standing.queued.load(Ordering::Acquire) == 0 => {
                 self.inner.commands.send(Command::Send(frame)).is_ok()
             }
@@ -140,6 +139,17 @@ impl Writer {
                 true
             }
         }
+    }
+
+    /// Sends a message that says nothing of what was written, as signs of life and claims do: past whatever pages and
+    /// words are still to go, which may be many seconds' worth. Those sent so keep their order among each other. False
+    /// as from [`Writer::send`].
+    pub fn send_ahead(&self, message: Bytes) -> bool {
+        self.takes(&message) && self.inner.commands.send(Command::Send(Frame::Message(message))).is_ok()
+    }
+
+    fn takes(&self, message: &Bytes) -> bool {
+        message.len() <= self.inner.message_bytes_max && !self.inner.commands.is_closed()
     }
 
     fn task(&self, task: Task) {

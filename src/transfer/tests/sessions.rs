@@ -52,7 +52,8 @@ async fn messages_go_both_ways_in_order_up_to_their_limit() {
             decode.server.send(id, message.clone());
             assert_eq!(soon(session.receive()).await, Some(message));
         }
-        assert!(!session.send(vec![0; (16 << 20) + 1].into()), "larger than the limit");
+        let too_long = Bytes::from(vec![0; (16 << 20) + 1]);
+        assert!(!session.send(too_long.clone()) && !session.writer().send_ahead(too_long), "larger than the limit");
         assert!(session.send(Bytes::from_static(b"still there")));
         decode.message().await;
     }
@@ -75,6 +76,21 @@ async fn a_message_does_not_overtake_the_pages_written_before_it() {
             unsafe { decode.region.pages(2, 63, 1).write_bytes(0, SHAPE.page_bytes) };
         }
     }
+}
+
+#[tokio::test]
+async fn a_sign_of_life_overtakes_pages_that_are_still_to_be_sent() {
+    let (mut decode, prefill) = (Decode::start().await, Prefill::new(Transport::Tcp));
+    let (id, session) = decode.session(&prefill).await;
+    let (slot, epoch, writer) = (Slot(0), epoch(1), session.writer());
+    let pages: Vec<_> = (0..64).map(|page| (page, page)).collect();
+    decode.server.lend(id, slot, epoch, (0..64).collect());
+    // In one go: the session's task has not looked in between.
+    writer.write(slot, epoch, all_layers(&pages), |result| assert!(result.is_ok()));
+    writer.send("released".into());
+    assert!(writer.send_ahead("alive".into()));
+    assert_eq!([decode.message().await, decode.message().await], ["alive", "released"]);
+    assert!(holds(&decode.page(2, 63), 2, 63));
 }
 
 #[tokio::test]
@@ -113,7 +129,7 @@ async fn a_fenced_session_ends_on_both_sides() {
         let writer = session.writer();
         assert_eq!(write(&writer, Slot(0), epoch(1), all_layers(&[(0, 0)])).await, Err(WriteError::Closed));
         assert_eq!(complete(&writer, Slot(0), epoch(1), Status::Done).await, Err(WriteError::Closed));
-        assert!(!writer.send(Bytes::new()));
+        assert!(!writer.send(Bytes::new()) && !writer.send_ahead(Bytes::new()));
         // A new one is a new one.
         let (again, _session) = decode.session(&prefill).await;
         assert_ne!(again, id);
