@@ -1,4 +1,4 @@
-use std::{convert::Infallible, future::Future, io, net::SocketAddr, sync::Arc, time::Duration};
+use std::{convert::Infallible, future::Future, io, mem, net::SocketAddr, sync::Arc, time::Duration};
 
 use axum::{Router, body::Body, extract::Request, response::Response};
 use hyper::{body::Incoming, server::conn::http1, service::service_fn};
@@ -157,9 +157,12 @@ pub(crate) async fn serve_router(
 /// Accepts connections for ever.
 async fn accept(listener: &TcpListener, router: Router, config: &ServerConfig, close: &watch::Sender<()>) {
     let places = Places::new(config.connections_max);
+    let mut refusals = Refusals::default();
     loop {
         // Accepted first: an idle connection need not leave before there is somebody to come.
-        match listener.accept().await {
+        let accepted = listener.accept().await;
+        let is_news = refusals.is_news(accepted.is_err());
+        match accepted {
             Ok((stream, _)) => {
                 let place = places.take().await;
                 let (router, closing) = (router.clone(), close.subscribe());
@@ -171,10 +174,26 @@ async fn accept(listener: &TcpListener, router: Router, config: &ServerConfig, c
             Err(error) => {
                 // A connection that broke before it was accepted, or no file descriptors left: the latter passes only
                 // when others close.
-                tracing::warn!(%error, "cannot accept a connection");
+                if is_news {
+                    tracing::warn!(%error, "cannot accept connections; trying again until it works");
+                }
                 sleep(ACCEPT_PAUSE).await;
             }
         }
+    }
+}
+
+/// The system's refusals to accept connections. They come ten times a second while it lacks something, and are told
+/// once, until it accepts again.
+#[derive(Debug, Default)]
+struct Refusals {
+    last: bool,
+}
+
+impl Refusals {
+    /// Takes what became of a connection, and returns whether it is a refusal to tell of.
+    fn is_news(&mut self, refused: bool) -> bool {
+        !mem::replace(&mut self.last, refused) && refused
     }
 }
 
@@ -257,6 +276,13 @@ mod tests {
             ServerConfig { connections_max, drain_timeout: Duration::ZERO, threads: ConnectionThreads::default() };
         tokio::spawn(serve_router(listener, router, config, std::future::pending(), std::future::ready(())));
         address
+    }
+
+    #[test]
+    fn refusals_are_told_once_until_a_connection_is_accepted() {
+        let mut refusals = Refusals::default();
+        let told = [true, true, true, false, false, true, true].map(|refused| refusals.is_news(refused));
+        assert_eq!(told, [true, false, false, false, false, true, false]);
     }
 
     #[tokio::test]
