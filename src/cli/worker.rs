@@ -10,6 +10,10 @@ use super::{
 /// Port of a decode worker, and of a frontend.
 pub(super) const DEFAULT_PORT: u16 = 8000;
 
+/// Connections beyond the places for requests, unless a flag says how many there are in all: requests that are being
+/// read or refused need one too, and so does whoever asks whether the worker is there.
+const CONNECTIONS_BESIDE_REQUESTS: usize = 512;
+
 /// Flags of a worker: decode, or with `--is-prefill-worker` prefill.
 #[derive(Debug, Args)]
 pub struct WorkerArgs {
@@ -64,9 +68,10 @@ pub struct WorkerArgs {
     #[arg(long, value_name = "SIZE", value_parser = parse_size, default_value = "16MiB", conflicts_with = "is_prefill_worker", help_heading = "Server")]
     pub max_body_size: usize,
 
-    /// Connections at a time; a further one gets the place of one that is idle, or waits
-    #[arg(long, value_name = "N", default_value_t = 1024, help_heading = "Server")]
-    pub max_connections: usize,
+    /// Connections at a time; a further one gets the place of one that is idle, or waits [default: 512 more than
+    /// --max-num-seqs and --max-waiting-requests together]
+    #[arg(long, value_name = "N", help_heading = "Server")]
+    pub max_connections: Option<usize>,
 
     /// Seconds an answer may take, waiting included
     #[arg(long, value_name = "SECONDS", value_parser = parse_seconds, default_value = "3600", conflicts_with = "is_prefill_worker", help_heading = "Server")]
@@ -145,6 +150,21 @@ impl WorkerArgs {
     /// The port to listen on: two workers of one host must not collide by default.
     pub fn port(&self) -> u16 {
         self.port.unwrap_or(if self.disagg.is_prefill_worker { 0 } else { DEFAULT_PORT })
+    }
+
+    /// Connections at a time.
+    pub fn connections_max(&self) -> usize {
+        self.max_connections.unwrap_or_else(|| self.request_places().saturating_add(CONNECTIONS_BESIDE_REQUESTS))
+    }
+
+    /// Whether requests that have places may leave no connection to refuse others on, or to ask for its health.
+    pub fn lacks_connections(&self) -> bool {
+        self.connections_max() <= self.request_places()
+    }
+
+    /// Requests that run or wait, at most.
+    fn request_places(&self) -> usize {
+        self.engine.max_num_seqs.saturating_add(self.max_waiting_requests)
     }
 
     /// Where prefill workers' sessions are accepted.

@@ -25,6 +25,13 @@ pub async fn run(cli: WorkerArgs, ready: impl FnOnce(Ready)) -> Result<()> {
     // An address that cannot be had is said now, not after minutes of loading.
     let bound = api::bind(&cli.host, cli.port()).await?;
     let limits = limits(&cli.disagg)?;
+    if cli.lacks_connections() {
+        tracing::warn!(
+            "--max-connections {} is no more than --max-num-seqs and --max-waiting-requests together: with that many \
+             requests, others wait for a connection instead of hearing 429, and so do probes of /health",
+            cli.connections_max()
+        );
+    }
     let cluster = cluster(&cli).await?;
     let ways = match &cluster {
         Some(_) => Some(Ways::of(&cli.disagg.transports)?.open().await?),
@@ -61,7 +68,7 @@ pub async fn run(cli: WorkerArgs, ready: impl FnOnce(Ready)) -> Result<()> {
     });
     ready(Ready { address, text: announcement(&config, address) });
     let server = ServerConfig {
-        connections_max: cli.max_connections,
+        connections_max: cli.connections_max(),
         drain_timeout: cli.shutdown_timeout,
         threads: ConnectionThreads::default(),
     };

@@ -146,7 +146,7 @@ pub async fn run(mut cli: WorkerArgs, ready: impl FnOnce(Ready)) -> Result<()> {
         cluster.queue.flush().await;
     };
     let server = ServerConfig {
-        connections_max: cli.max_connections,
+        connections_max: cli.connections_max(),
         drain_timeout: cli.shutdown_timeout,
         threads: ConnectionThreads::default(),
     };
