@@ -27,8 +27,10 @@ pub(super) fn choose(candidates: &[Candidate], affinity: Option<u64>, random: u6
         return (!candidates.is_empty()).then_some(0);
     }
     if let Some(affinity) = affinity {
-        let total: u64 = candidates.iter().map(|candidate| candidate.load).sum();
-        let bound = total / candidates.len() as u64 * 5 / 4 + SLACK_TOKENS;
+        // Loads are what others say they are, so no sum may be too much.
+        let total = candidates.iter().fold(0, |total: u64, candidate| total.saturating_add(candidate.load));
+        let average = total / candidates.len() as u64;
+        let bound = average.saturating_add(average / 4).saturating_add(SLACK_TOKENS);
         let (first, second) = top_two(candidates, affinity);
         if let Some(&favourite) = [first, second].iter().find(|&&index| candidates[index].load <= bound) {
             return Some(favourite);
@@ -105,6 +107,13 @@ mod tests {
         all[next].load = 60_000;
         let third = choose(&all, Some(5), 4 << 32).unwrap();
         assert!(all[third].load <= 50_000);
+    }
+
+    #[test]
+    fn any_load_may_be_told() {
+        let all = candidates(&[u64::MAX, u64::MAX, 0]);
+        assert!((0..100).all(|affinity| choose(&all, Some(affinity), affinity).is_some()));
+        assert_eq!(choose(&candidates(&[u64::MAX, 0]), None, 0), Some(1));
     }
 
     #[test]
