@@ -112,6 +112,28 @@ fn the_best_way_between_devices_of_a_host_is_chosen_and_what_is_staged_is_said()
     }
 }
 
+/// Has a prompt handed off to a prefill worker under these variables, which is returned.
+fn handed_off_under(variables: &[&str], over: &str) -> Server {
+    let mut cell = cell();
+    let decode = decode(&cell, &[]);
+    cell.set_environment(variables);
+    let prefill = prefill(&cell, &[]);
+    cell.wait_for_prefill_worker(&decode);
+    let answer = ask(&decode, &cell.prompt(1, 200));
+    assert_eq!(prefills(&decode, "remote"), 1.0, "{}", prefill.log());
+    let written = format!("engine_transfer_bytes_total{{transport=\"{over}\"}}");
+    assert!(prefill.metric(&written) > 0.0, "{}", prefill.log());
+    assert!(is_alike(&answer, &ask(&cell.alone(), &cell.prompt(1, 200))));
+    wait_until_idle(&decode);
+    prefill
+}
+
+#[test]
+#[ignore = "needs the stand-in for libcuda: make device-pages"]
+fn what_cannot_be_given_back_fails_nobody_s_call() {
+    handed_off_under(&["STANDIN_REFUSES=destroy"], "cuda-ipc");
+}
+
 #[test]
 #[ignore = "needs a CUDA device or a stand-in: make device-pages"]
 fn a_prompt_whose_pages_find_no_room_to_be_staged_in_is_prefilled_here() {

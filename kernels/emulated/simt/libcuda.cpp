@@ -26,13 +26,15 @@ namespace {
 
 using Result = int;
 using Pointer = unsigned long long;
-constexpr Result SUCCESS = 0, INVALID_VALUE = 1, OUT_OF_MEMORY = 2, NOT_FOUND = 500, NOT_READY = 600;
+constexpr Result SUCCESS = 0, INVALID_VALUE = 1, OUT_OF_MEMORY = 2, INVALID_CONTEXT = 201, NOT_FOUND = 500;
+constexpr Result NOT_READY = 600;
 constexpr Result LAUNCH_FAILED = 719, NOT_SUPPORTED = 801, CAPTURE_INVALIDATED = 901;
 
 std::recursive_mutex everything;
 std::string last_error = "stand-in libcuda";
 /// Whether a call is to fail, as the environment has it: a recording that cannot be begun (begin), is spoilt amid it
-/// (amid), or for which there is no room (instantiate, upload); or copies in one call (batch).
+/// (amid), or for which there is no room (instantiate, upload); copies in one call (batch); or events that are given
+/// back (destroy).
 bool is_refused(const char* what) {
     const char* refused = std::getenv("STANDIN_REFUSES");
     return refused && !std::strcmp(refused, what);
@@ -259,7 +261,7 @@ CALL(cuEventQuery, Event* event) {
 }
 CALL(cuEventElapsedTime, float* milliseconds, Event*, Event*) { return *milliseconds = 1.0f, SUCCESS; }
 CALL(cuEventElapsedTime_v2, float* milliseconds, Event*, Event*) { return *milliseconds = 1.0f, SUCCESS; }
-CALL(cuEventDestroy_v2, Event* event) { return delete event, SUCCESS; }
+CALL(cuEventDestroy_v2, Event* event) { return delete event, is_refused("destroy") ? INVALID_VALUE : SUCCESS; }
 
 CALL(cuStreamBeginCapture_v2, Stream* stream, int mode) {
     ALONE;
@@ -495,6 +497,7 @@ struct LaunchAttribute {
     int id;
     char padding[4];
     union {
+    if (!current) return INVALID_CONTEXT;
         int allowed;
         char size[64];
     };

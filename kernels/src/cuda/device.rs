@@ -76,6 +76,16 @@ impl<T> During<T> for Result<T, result::DriverError> {
     }
 }
 
+/// Makes the context the thread's current one. What cudarc could not give back, on whatever thread (an event, say, that
+/// the driver did not destroy), it keeps for whoever calls it next: that call has not failed. What is the matter with
+/// the device itself, the driver says to every call.
+pub(super) fn bind(context: &CudaContext) -> Result<(), DriverError> {
+    if let Err(error) = context.check_err() {
+        tracing::debug!(%error, "something on the device could not be given back");
+    }
+    context.bind_to_thread().during(|| "choosing the device".into())
+}
+
 /// Devices that can be used: none without a driver, or with `CUDA_VISIBLE_DEVICES` empty.
 pub fn device_count() -> usize {
     count().unwrap_or(0)
@@ -166,21 +176,18 @@ impl Device {
 
     /// Milliseconds from one event to another, both of which have been waited for.
     pub fn milliseconds(&self, from: &CudaEvent, to: &CudaEvent) -> Result<f32, DriverError> {
+        self.bind()?;
         from.elapsed_ms(to).during(|| "measuring time".into())
     }
 
     fn bind(&self) -> Result<(), DriverError> {
-        self.context.bind_to_thread().during(|| "choosing the device".into())
-    }
-
-    /// The same, whatever others have left: binding tells of an error in the context once, and does nothing then.
-    fn bind_anyway(&self) -> Result<(), DriverError> {
-        self.bind().or_else(|_| self.bind())
+        bind(&self.context)
     }
 }
 
 impl Drop for Device {
     fn drop(&mut self) {
+        let _ = self.bind();
         let _ = self.stream.synchronize();
         self.modules.unload();
     }
@@ -194,7 +201,7 @@ impl Memory for DeviceMemory {
 
 impl Drop for DeviceMemory {
     fn drop(&mut self) {
-        let _ = self.context.bind_to_thread();
+        let _ = bind(&self.context);
         // SAFETY: our own allocation; the driver waits for what uses it. A failure leaks it.
         let _ = unsafe { result::free_sync(self.start) };
     }
@@ -210,6 +217,7 @@ impl Drop for PinnedMemory {
     fn drop(&mut self) {
         // Copies from or to it may be under way. (Of this stream alone: whoever waits for all of a context spoils what
         // is recorded on any of its streams.) A failure leaks the memory.
+        let _ = bind(self.stream.context());
         if self.stream.synchronize().is_ok() {
             // SAFETY: our own allocation, which nothing uses any more.
             let _ = unsafe { result::free_host(self.start.cast()) };
@@ -236,6 +244,8 @@ impl Driver for Device {
     }
 
     fn tensor_map(&self, boxes: &Boxes) -> Result<TensorMap, DriverError> {
+        // It writes to the host's memory alone, and takes a context all the same.
+        self.bind()?;
         let Boxes { start, rows, cols, row_bytes, box_rows } = *boxes;
         let mut map = sys::CUtensorMap { opaque: [0; 16] };
         // The innermost dimension first. Elements are moved, whatever their bits mean.
@@ -265,6 +275,7 @@ impl Driver for Device {
     }
 
     fn memory(&self) -> Result<(usize, usize), DriverError> {
+        self.bind()?;
         self.context.mem_get_info().during(|| "asking for free memory".into())
     }
 
@@ -380,14 +391,17 @@ impl Driver for Device {
     fn record(&self) -> Result<CudaEvent, DriverError> {
         // With times, for whoever measures; the default is without.
         let flags = Some(sys::CUevent_flags::CU_EVENT_DEFAULT);
+        self.bind()?;
         self.stream.record_event(flags).during(|| "recording an event".into())
     }
 
     fn wait(&self, event: &CudaEvent) -> Result<(), DriverError> {
+        self.bind()?;
         event.synchronize().during(|| "waiting for the device".into())
     }
 
     fn synchronize(&self) -> Result<(), DriverError> {
+        self.bind()?;
         self.stream.synchronize().during(|| "waiting for the device".into())
     }
 
@@ -398,15 +412,14 @@ impl Driver for Device {
         // memory. With a global recording these calls would fail, and sessions with them. Waiting for all of the
         // context spoils a recording in any mode: that is left to `DeviceMover::unlock`, at a worker's end.
         let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
-        self.bind_anyway()?;
+        self.bind()?;
         self.stream.begin_capture(mode).during(|| "beginning to record".into())
     }
 
     fn end_capture(&self) -> Result<DeviceGraph, DriverError> {
         let flags = sys::CUgraphInstantiate_flags(0);
-        // The stream is itself again even where the last of these fails. But before it tries, it would tell of an error
-        // that somebody else has left in the context, and not end anything.
-        self.bind_anyway()?;
+        // The stream is itself again even where the last of these fails.
+        self.bind()?;
         let graph = self.stream.end_capture(flags).during(|| "recording a step".into())?;
         let Some(graph) = graph else {
             let (operation, reason) = ("recording a step".into(), "nothing was recorded".into());
@@ -423,6 +436,7 @@ impl Driver for Device {
     }
 
     fn replay(&self, graph: &DeviceGraph) -> Result<(), DriverError> {
+        self.bind()?;
         graph.0.launch().during(|| "replaying a step".into())
     }
 }

@@ -9,7 +9,7 @@ use std::sync::Arc;
 
 use cudarc::driver::{CudaContext, CudaStream, result, sys};
 
-use super::device::During;
+use super::device::{During, bind};
 use super::driver::{Address, DriverError};
 use super::moving::{AdapterAccess, CopySpan, CopyStream, DeviceId, IpcHandle, Mark, Mover};
 use crate::KvRegion;
@@ -79,10 +79,6 @@ impl Drop for Event {
     }
 }
 
-fn bind(context: &CudaContext) -> Result<(), DriverError> {
-    context.bind_to_thread().during(|| "choosing the device".into())
-}
-
 impl DeviceMover {
     fn bind(&self) -> Result<(), DriverError> {
         bind(&self.context)
@@ -142,6 +138,7 @@ impl Mover for DeviceMover {
 
     fn unlock(&self, region: &KvRegion) {
         let _ = self.bind();
+        self.bind()?;
         // Copies from or to it may be under way, on any stream. A failure leaves it locked; and if the computing thread
         // records at the time, which is when this fails, that step is enqueued without.
         if result::ctx::synchronize().is_ok() {
@@ -201,6 +198,7 @@ impl Mover for DeviceMover {
         // SAFETY: the driver reads a number of this type, and checks the address.
         let set = unsafe { sys::cuPointerSetAttribute((&raw const on).cast(), attribute, start.0) };
         set.result().during(|| "preparing device memory for adapters".into())
+            self.bind()?;
     }
 
     fn dma_buf(&self, start: Address, bytes: usize) -> Result<OwnedFd, DriverError> {
@@ -320,11 +318,12 @@ impl CopyStream for Copies {
     }
 
     fn finish(&self) -> Result<(), DriverError> {
-        // Binding tells of an error that somebody else has left in the context, once, and does nothing then.
-        bind(&self.context).or_else(|_| bind(&self.context))?;
         let waited = Event::record(&self.context, &self.stream).and_then(|event| event.wait());
         // That takes a core, and needs nothing that could be missing.
-        waited.or_else(|_| self.stream.synchronize().during(|| "waiting for copies".into()))
+        waited.or_else(|_| {
+            bind(&self.context)?;
+            self.stream.synchronize().during(|| "waiting for copies".into())
+        })
     }
 }
 
