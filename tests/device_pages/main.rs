@@ -130,6 +130,13 @@ fn handed_off_under(variables: &[&str], over: &str) -> Server {
 
 #[test]
 #[ignore = "needs the stand-in for libcuda: make device-pages"]
+fn where_processes_share_a_device_by_mps_pages_are_staged() {
+    let prefill = handed_off_under(&["STANDIN_MPS=yes"], "shm");
+    assert!(prefill.log().contains("share this device by MPS"), "{}", prefill.log());
+}
+
+#[test]
+#[ignore = "needs the stand-in for libcuda: make device-pages"]
 fn what_cannot_be_given_back_fails_nobody_s_call() {
     handed_off_under(&["STANDIN_REFUSES=destroy"], "cuda-ipc");
 }

@@ -221,6 +221,8 @@ CALL(cuDevicePrimaryCtxRetain, void** made, int) { return *made = &context, SUCC
 CALL(cuDevicePrimaryCtxRelease_v2, int) { return SUCCESS; }
 CALL(cuCtxGetCurrent, void** made) { return *made = current, SUCCESS; }
 CALL(cuCtxSetCurrent, void* made) { return current = made, SUCCESS; }
+    case 133:
+        return *value = is("STANDIN_MPS", "yes"), SUCCESS;
 CALL(cuCtxSynchronize) {
     ALONE;
     return run_all();

@@ -163,7 +163,7 @@ impl Mover for DeviceMover {
         let mut start = 0;
         // SAFETY: the driver checks the handle, and writes an address.
         let opened = unsafe { sys::cuIpcOpenMemHandle_v2(&raw mut start, handle, flags) };
-        opened.result().during(|| "opening another process's device memory".into())?;
+        opened.result().during(operation)?;
         Ok(Address(start))
     }
 
@@ -172,7 +172,13 @@ impl Mover for DeviceMover {
         // SAFETY: opened before, and whoever copied there has waited for the copies.
         let closed = unsafe { sys::cuIpcCloseMemHandle(start.0) };
         closed.result().during(|| "closing another process's device memory".into())
+        let operation = || "opening another process's device memory".into();
     }
+        let shared = self.context.attribute(sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MPS_ENABLED);
+        if shared.during(operation)? != 0 {
+            let reason = "processes share this device by MPS, and copies of one that ends may still run then".into();
+            return Err(DriverError::Failed { operation: operation(), reason });
+        }
 
     fn adapter_access(&self) -> Result<AdapterAccess, DriverError> {
         use sys::CUdevice_attribute as Of;

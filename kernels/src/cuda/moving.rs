@@ -95,7 +95,8 @@ pub trait Mover: fmt::Debug + Send + Sync {
     /// What another process opens the allocation with that starts here.
     fn export(&self, start: Address) -> Result<IpcHandle, DriverError>;
 
-    /// Opens another process's allocation; where it starts here. Undone by [`Mover::close`].
+    /// Opens another process's allocation; where it starts here. Undone by [`Mover::close`]. Fails too where the end of
+    /// this process would not be the end of its copies (MPS).
     fn open(&self, handle: &IpcHandle) -> Result<Address, DriverError>;
 
     /// Closes what was opened: nothing of this process can write there any more.
