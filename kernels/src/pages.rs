@@ -105,7 +105,7 @@ impl DeviceRegion {
         self.mover.id()
     }
 
-    /// Whether this device can write to the memory of that one.
+    /// Whether this device can write to the memory of that one, as far as this process can tell.
     pub fn reaches(&self, other: DeviceId) -> bool {
         self.mover.reaches(other)
     }

@@ -137,6 +137,12 @@ fn where_processes_share_a_device_by_mps_pages_are_staged() {
 
 #[test]
 #[ignore = "needs the stand-in for libcuda: make device-pages"]
+fn pages_go_to_a_device_that_the_prefill_worker_does_not_see() {
+    handed_off_under(&["STANDIN_DEVICE=other"], "cuda-ipc");
+}
+
+#[test]
+#[ignore = "needs the stand-in for libcuda: make device-pages"]
 fn what_cannot_be_given_back_fails_nobody_s_call() {
     handed_off_under(&["STANDIN_REFUSES=destroy"], "cuda-ipc");
 }

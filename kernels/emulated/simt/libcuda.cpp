@@ -197,7 +197,9 @@ CALL(cuGetErrorName, Result, const char** text) { return *text = "error", SUCCES
 CALL(cuDeviceGetCount, int* count) { return *count = 1, SUCCESS; }
 CALL(cuDeviceGet, int* device, int ordinal) { return *device = ordinal, ordinal ? INVALID_VALUE : SUCCESS; }
 CALL(cuDeviceGetName, char* name, int length, int) { return std::snprintf(name, length, "stand-in"), SUCCESS; }
-CALL(cuDeviceGetUuid_v2, char* id, int) { return std::memcpy(id, "the stand-in one", 16), SUCCESS; }
+CALL(cuDeviceGetUuid_v2, char* id, int) {
+    return std::memcpy(id, is("STANDIN_DEVICE", "other") ? "the other device" : "the stand-in one", 16), SUCCESS;
+}
 CALL(cuDeviceCanAccessPeer, int* can, int, int) { return *can = 0, SUCCESS; }
 CALL(cuDeviceGetAttribute, int* value, int attribute, int) {
     const int adapters = !is("STANDIN_ADAPTERS", "no");

@@ -95,10 +95,11 @@ impl Mover for DeviceMover {
             return true;
         }
         let count = result::device::get_count().unwrap_or(0);
-        let device = (0..count).filter_map(|ordinal| result::device::get(ordinal).ok());
-        // One that this process does not see cannot be reached by it.
-        let Some(device) = device.into_iter().find(|&device| id_of(device).is_ok_and(|id| id == other)) else {
-            return false;
+        let mut devices = (0..count).filter_map(|ordinal| result::device::get(ordinal).ok());
+        // Memory of one that this process does not see (CUDA_VISIBLE_DEVICES) can be opened all the same; whether that
+        // goes nobody says before it is tried.
+        let Some(device) = devices.find(|&device| id_of(device).is_ok_and(|id| id == other)) else {
+            return true;
         };
         let mut can = 0;
         // SAFETY: the driver writes a number there.

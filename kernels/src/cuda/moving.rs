@@ -72,7 +72,8 @@ pub trait Mover: fmt::Debug + Send + Sync {
     /// Which device.
     fn id(&self) -> DeviceId;
 
-    /// Whether this device can write to the memory of that one, which may be itself.
+    /// Whether this device can write to the memory of that one, which may be itself. If this process does not see that
+    /// one, it can as far as anybody knows: opening the memory ([`Mover::open`]) will tell.
     fn reaches(&self, other: DeviceId) -> bool;
 
     /// Marks the end of what was enqueued to be computed so far. Never waits. Not while the computing thread records

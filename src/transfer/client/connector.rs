@@ -213,7 +213,7 @@ impl Connector {
         let device = to.cuda.as_ref().ok_or_else(|| no("it lets nobody open any"))?;
         let device = device.parse().map_err(|()| no("it has no device that could be told"))?;
         if !pages.reaches(device) {
-            return Err(no("this worker's device cannot write to that one, or does not see it"));
+            return Err(no("this worker's device cannot write to that one"));
         }
         let socket = Socket::new(UnixStream::connect(path).await?.into_std()?)?;
         let hello = self.hello(to, own, Transport::CudaIpc);
