@@ -72,7 +72,7 @@ fn answers(backend: EmulatedBackend, rehearsed: bool) -> (Vec<Answer>, [u64; 2])
     let driver = backend.driver().clone();
     let mut runner = load(backend);
     if rehearsed {
-        runner.rehearse(&config()).unwrap();
+        runner.rehearse(&config(), true).unwrap();
     }
     let before = driver.recordings();
     (answers_of(runner, requests()), [before, driver.recordings()])

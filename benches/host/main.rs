@@ -125,7 +125,7 @@ fn measure(sequences: usize, ahead: bool) -> Result<Vec<f64>> {
         blocks,
         model_key: Vec::new(),
     };
-    runner.rehearse(&config)?;
+    runner.rehearse(&config, true)?;
     let runner: Box<dyn Runner> = if ahead { Box::new(runner) } else { Box::new(Waits(runner)) };
     let engine = Engine::start(runner, config, Metrics::new().engine)?;
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;

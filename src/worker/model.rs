@@ -40,7 +40,7 @@ const CUDA_BLOCK_SIZE: usize = 64;
 pub(super) struct Purpose {
     /// Prefill workers of this host are to map the memory of its pages.
     pub(super) shared: bool,
-    /// It generates: steps that decode are prepared for, so that the first requests do not wait for that.
+    /// It generates: steps that decode are prepared for too, so that the first requests do not wait for that.
     pub(super) decodes: bool,
     /// As [`EngineConfig`] has it.
     pub(super) itl_target: Duration,
@@ -160,7 +160,6 @@ pub(super) fn load(cli: &EngineArgs, source: &ModelSource, purpose: &Purpose) ->
             fingerprint,
         });
     }
-    let rehearsal = purpose.decodes.then_some(&config);
     let name = device.to_string();
     let (runner, pages, step_bytes) = match device {
         Chosen::Cpu => {
@@ -171,15 +170,16 @@ pub(super) fn load(cli: &EngineArgs, source: &ModelSource, purpose: &Purpose) ->
             if purpose.shared {
                 backend.share_kv_cache();
             }
-            load_into(backend, source, limits, layout, rehearsal)?
+            load_into(backend, source, limits, layout, &config, purpose.decodes)?
         }
         #[cfg(feature = "cuda")]
         Chosen::Cuda { device, .. } => {
+            device.load_kernels()?;
             let mut backend = engine_kernels::cuda::CudaBackend::new(device);
             if cli.enforce_eager {
                 backend = backend.with_graphs_max(0);
             }
-            load_into(backend, source, limits, layout, rehearsal)?
+            load_into(backend, source, limits, layout, &config, purpose.decodes)?
         }
     };
     Ok(Loaded { runner, config, device: name, step_bytes, pages, key, layout, page_order, fingerprint })
@@ -190,13 +190,12 @@ fn load_into<B: Backend>(
     source: &ModelSource,
     limits: ForwardLimits,
     layout: KvLayout,
-    rehearsal: Option<&EngineConfig>,
+    config: &EngineConfig,
+    decodes: bool,
 ) -> Result<(Box<dyn Runner>, Option<KvPages>, u64)> {
     let loaded = source.load(&mut backend, limits)?;
     let mut runner = ModelRunner::new(backend, loaded.model, layout, limits)?;
-    if let Some(config) = rehearsal {
-        runner.rehearse(config)?;
-    }
+    runner.rehearse(config, decodes)?;
     let pages = runner.pages();
     Ok((Box::new(runner), pages, loaded.report.step_bytes))
 }

@@ -11,18 +11,26 @@ const PROGRESS_PAUSE: Duration = Duration::from_secs(2);
 
 impl<B: Backend> ModelRunner<B> {
     /// Prepares for all steps within `config`, if the backend gains by it: on CUDA devices, memory is made for the
-    /// largest there can be, and those that decode are recorded as graphs. Says in the log how far it is and what it
-    /// took. No page is touched.
-    pub fn rehearse(&mut self, config: &EngineConfig) -> Result<Rehearsed, RunnerError> {
+    /// largest there can be, and, for whoever `decodes`, steps in which sequences do are recorded as graphs. Says in
+    /// the log how far it is and what it took. No page is touched.
+    pub fn rehearse(&mut self, config: &EngineConfig, decodes: bool) -> Result<Rehearsed, RunnerError> {
         let sizes = self.backend.sizes_to_rehearse(config.max_num_seqs);
         let Some(&largest) = sizes.last() else { return Ok(Rehearsed::default()) };
-        tracing::info!("recording steps in which 1 to {largest} sequences decode; --enforce-eager does without");
         let started = Instant::now();
         let mut batch = Batch::default();
         // The largest step first: what room is made for it then lies where it will ever be, as recordings rely on.
         let pages = config.max_num_seqs * config.max_model_len.div_ceil(config.block_size);
         batch.push(&vec![0; config.max_num_batched_tokens], 0, &vec![0; pages], 0);
         let mut all = self.rehearse_step(&batch, config.vocab_size)?;
+        if !decodes {
+            tracing::info!(
+                "made room for steps of {} tokens: {} MiB of the device's memory",
+                config.max_num_batched_tokens,
+                all.device_bytes >> 20
+            );
+            return Ok(all);
+        }
+        tracing::info!("recording steps in which 1 to {largest} sequences decode; --enforce-eager does without");
         let mut said = started;
         for size in sizes {
             batch.clear();

@@ -112,6 +112,28 @@ fn the_best_way_between_devices_of_a_host_is_chosen_and_what_is_staged_is_said()
     }
 }
 
+#[test]
+#[ignore = "needs the stand-in for libcuda: make device-pages"]
+fn a_prefill_worker_has_its_memory_and_its_kernels_before_a_job_comes() {
+    let mut cell = cell();
+    let folder = tempfile::tempdir().unwrap();
+    let log = folder.path().join("calls");
+    let calls = || std::fs::read_to_string(&log).unwrap_or_default();
+    let decode = decode(&cell, &[]);
+    cell.set_environment(&[&format!("STANDIN_LOG={}", log.display())]);
+    let prefill = prefill(&cell, &["--max-num-batched-tokens", "128"]);
+    cell.wait_for_prefill_worker(&decode);
+    assert!(prefill.log().contains("made room for steps of 128 tokens"), "{}", prefill.log());
+    let before = calls();
+    assert!(before.contains("allocated"), "{before}");
+    for (number, length) in (0..).zip(LENGTHS) {
+        ask(&decode, &cell.prompt(number, length));
+    }
+    assert!(prefills(&decode, "remote") > 0.0);
+    assert_eq!(&calls()[before.len()..], "");
+    assert!(!before.contains("loaded late"), "{before}");
+}
+
 /// Has a prompt handed off to a prefill worker under these variables, which is returned.
 fn handed_off_under(variables: &[&str], over: &str) -> Server {
     let mut cell = cell();

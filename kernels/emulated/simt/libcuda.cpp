@@ -9,6 +9,10 @@
 // nvidia-peermem; of the file that stands for it no adapter's driver wants to know. STANDIN_LOG names a file to which
 // calls that concern adapters are written, STANDIN_ADAPTERS=no has the device deny them its memory, and with
 // STANDIN_DMA_BUF=no that file is not to be had.
+//
+// Into that file goes too what a worker should have done before it takes requests: memory that is allocated, and
+// kernels that are launched without having been loaded. STANDIN_MPS=yes has processes share the device by MPS, and with
+// STANDIN_DEVICE=other it is another one than that of processes without.
 
 #include "emulate.cpp"
 
@@ -64,6 +68,8 @@ struct Call {
 
 /// Shared memory that kernels may be launched with, where somebody has asked for more than all get.
 std::map<const simt::Kernel*, int> shared_max;
+/// Kernels that are on the device.
+std::set<const simt::Kernel*> loaded;
 
 struct Stream {
     bool capturing = false;
@@ -215,6 +221,8 @@ CALL(cuDeviceGetAttribute, int* value, int attribute, int) {
         return *value = adapters, SUCCESS;
     case 118:  // whether it orders what they write: no, but (117) it can be made to wait
         return *value = 0, SUCCESS;
+    case 133:
+        return *value = is("STANDIN_MPS", "yes"), SUCCESS;
     default:
         return *value = 1, SUCCESS;
     }
@@ -223,8 +231,6 @@ CALL(cuDevicePrimaryCtxRetain, void** made, int) { return *made = &context, SUCC
 CALL(cuDevicePrimaryCtxRelease_v2, int) { return SUCCESS; }
 CALL(cuCtxGetCurrent, void** made) { return *made = current, SUCCESS; }
 CALL(cuCtxSetCurrent, void* made) { return current = made, SUCCESS; }
-    case 133:
-        return *value = is("STANDIN_MPS", "yes"), SUCCESS;
 CALL(cuCtxSynchronize) {
     ALONE;
     return run_all();
@@ -319,7 +325,7 @@ CALL(cuMemAlloc_v2, Pointer* made, size_t bytes) {
     // Not zeroed: whoever relies on that says so.
     std::memset(memory, 0xff, bytes);
     *made = reinterpret_cast<Pointer>(memory);
-    return allocations[*made] = {file, bytes}, SUCCESS;
+    return allocations[*made] = {file, bytes}, noted("allocated");
 }
 CALL(cuMemFree_v2, Pointer memory) {
     ALONE;
@@ -335,7 +341,7 @@ CALL(cuMemFree_v2, Pointer memory) {
     return allocations.erase(found), SUCCESS;
 }
 CALL(cuMemHostAlloc, void** made, size_t bytes, unsigned flags) {
-    return *made = std::malloc(bytes), *made && !flags ? SUCCESS : INVALID_VALUE;
+    return *made = std::malloc(bytes), *made && !flags ? noted("allocated") : INVALID_VALUE;
 }
 CALL(cuMemFreeHost, void* memory) {
     ALONE;
@@ -479,6 +485,10 @@ CALL(cuModuleEnumerateFunctions, Function** made, unsigned count, Module* module
 CALL(cuFuncGetName, const char** name, const Function* function) {
     return *name = function->kernel->name, SUCCESS;
 }
+CALL(cuFuncLoad, const Function* function) {
+    ALONE;
+    return loaded.insert(function->kernel), SUCCESS;
+}
 CALL(cuFuncSetAttribute, const Function* function, int attribute, int value) {
     ALONE;
     if (attribute != 8 || value < 0 || value > static_cast<int>(simt::SHARED_MAX)) return INVALID_VALUE;
@@ -487,6 +497,7 @@ CALL(cuFuncSetAttribute, const Function* function, int attribute, int value) {
 CALL(cuTensorMapEncodeTiled, TensorMap* made, int type, unsigned rank, void* start, const unsigned long long* sides,
      const unsigned long long* strides, const unsigned* box_sides, const unsigned* steps, int interleave, int swizzle,
      int, int fill) {
+    if (!current) return INVALID_CONTEXT;
     // Matrices of 16-bit words in boxes whose rows are swizzled within 128 bytes, and zeros beyond them.
     if (type != 1 || rank != 2 || steps[0] != 1 || steps[1] != 1 || interleave || swizzle != 3 || fill) {
         return INVALID_VALUE;
@@ -501,7 +512,6 @@ struct LaunchAttribute {
     int id;
     char padding[4];
     union {
-    if (!current) return INVALID_CONTEXT;
         int allowed;
         char size[64];
     };
@@ -522,6 +532,7 @@ CALL(cuLaunchKernelEx, const LaunchConfig* config, const Function* function, voi
     }
     // It may start while the one before it still runs (6: programmatic stream serialization).
     if (count != 1 || attributes->id != 6 || attributes->allowed != 1) return INVALID_VALUE;
+    if (loaded.insert(kernel).second) noted("loaded late");
     Call call{kernel, function->module, {grid[0], grid[1], grid[2]}, block[0], shared, {}, {}};
     for (size_t i = 0; kernel->kinds[i]; i++) {
         if (kernel->kinds[i] == 'm') {

@@ -180,6 +180,13 @@ impl Device {
         from.elapsed_ms(to).during(|| "measuring time".into())
     }
 
+    /// Loads all kernels, a few megabytes, which are otherwise loaded when each is launched for the first time: for
+    /// whoever would rather wait now than in the midst of a request.
+    pub fn load_kernels(&self) -> Result<(), DriverError> {
+        self.bind()?;
+        self.modules.load_functions().during(|| format!("loading the kernels on {}", self.name))
+    }
+
     fn bind(&self) -> Result<(), DriverError> {
         bind(&self.context)
     }

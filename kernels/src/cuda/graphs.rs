@@ -14,8 +14,9 @@ use crate::{Batch, Rehearsed};
 /// device's memory together, so there has to be an end.
 pub(super) const GRAPHS_MAX: usize = 128;
 
-/// What recordings leave free of the device's memory. Requests want some too, for copies, events, and kernels that are
-/// loaded when they are first needed; and while a step does without its recording, it does not without those.
+/// What recordings leave free of the device's memory. Requests want some too, for copies, events, and where nobody has
+/// loaded all kernels, for those that come first; and while a step does without its recording, it does not without
+/// those.
 const SPARE_BYTES: usize = 256 << 20;
 
 /// What is known of steps, by their shape.

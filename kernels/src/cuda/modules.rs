@@ -77,9 +77,9 @@ impl Modules {
         Ok(function)
     }
 
-    /// Names of all kernels.
-    pub(super) fn kernels(&self) -> Result<Vec<String>, DriverError> {
-        let mut names = Vec::new();
+    /// All kernels.
+    fn functions(&self) -> Result<Vec<sys::CUfunction>, DriverError> {
+        let mut all = Vec::new();
         for module in self.all() {
             let mut count = 0;
             // SAFETY: the module is loaded; the driver writes a number, or fails.
@@ -87,15 +87,27 @@ impl Modules {
             let mut functions: Vec<sys::CUfunction> = vec![std::ptr::null_mut(); count as usize];
             // SAFETY: there is room for so many.
             unsafe { sys::cuModuleEnumerateFunctions(functions.as_mut_ptr(), count, module) }.result()?;
-            for function in functions {
-                let mut name = std::ptr::null();
-                // SAFETY: a function of the module; the driver points to a string that lives as long as that, or fails.
-                unsafe { sys::cuFuncGetName(&mut name, function) }.result()?;
-                // SAFETY: as above.
-                names.push(unsafe { CStr::from_ptr(name) }.to_string_lossy().into_owned());
-            }
+            all.append(&mut functions);
         }
-        Ok(names)
+        Ok(all)
+    }
+
+    /// Names of all kernels.
+    pub(super) fn kernels(&self) -> Result<Vec<String>, DriverError> {
+        let name = |function| {
+            let mut name = std::ptr::null();
+            // SAFETY: a function of a module; the driver points to a string that lives as long as that, or fails.
+            unsafe { sys::cuFuncGetName(&mut name, function) }.result()?;
+            // SAFETY: as above.
+            Ok(unsafe { CStr::from_ptr(name) }.to_string_lossy().into_owned())
+        };
+        self.functions()?.into_iter().map(name).collect()
+    }
+
+    /// Brings all kernels to the device, those that were not launched yet too.
+    pub(super) fn load_functions(&self) -> Result<(), DriverError> {
+        // SAFETY: functions of the modules.
+        self.functions()?.into_iter().try_for_each(|function| unsafe { sys::cuFuncLoad(function) }.result())
     }
 
     /// Gives them back. Nothing is launched afterwards.
