@@ -6,6 +6,7 @@ use std::fmt;
 use std::mem::MaybeUninit;
 use std::os::fd::{FromRawFd, OwnedFd};
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use cudarc::driver::{CudaContext, CudaStream, result, sys};
 
@@ -27,7 +28,13 @@ impl fmt::Debug for DeviceMover {
     }
 }
 
-/// A point in a stream, which is waited for without taking a core.
+/// For so long an event is looked at again and again before it is waited for: copies of a layer's pages take a few
+/// microseconds, and whoever sleeps is woken tens of microseconds later.
+const LOOK_TIME: Duration = Duration::from_micros(100);
+/// Pauses of the processor between two looks, each of which takes a lock of the driver's.
+const LOOK_PAUSES: usize = 32;
+
+/// A point in a stream, which is waited for without taking a core for long.
 struct Event {
     context: Arc<CudaContext>,
     event: sys::CUevent,
@@ -65,6 +72,13 @@ impl Mark for Event {
     }
 
     fn wait(&self) -> Result<(), DriverError> {
+        let started = Instant::now();
+        while started.elapsed() < LOOK_TIME {
+            if self.is_past()? {
+                return Ok(());
+            }
+            (0..LOOK_PAUSES).for_each(|_| std::hint::spin_loop());
+        }
         bind(&self.context)?;
         // SAFETY: our own event.
         unsafe { result::event::synchronize(self.event) }.during(|| "waiting for the device".into())
@@ -124,6 +138,7 @@ impl Mover for DeviceMover {
     }
 
     fn stream(&self) -> Result<Box<dyn CopyStream>, DriverError> {
+        self.bind()?;
         let stream = self.context.new_stream().during(|| "making a stream".into())?;
         Ok(Box::new(Copies { context: self.context.clone(), stream, in_batches: Cell::new(true) }))
     }
@@ -139,7 +154,6 @@ impl Mover for DeviceMover {
 
     fn unlock(&self, region: &KvRegion) {
         let _ = self.bind();
-        self.bind()?;
         // Copies from or to it may be under way, on any stream. A failure leaves it locked; and if the computing thread
         // records at the time, which is when this fails, that step is enqueued without.
         if result::ctx::synchronize().is_ok() {
@@ -158,7 +172,13 @@ impl Mover for DeviceMover {
     }
 
     fn open(&self, handle: &IpcHandle) -> Result<Address, DriverError> {
+        let operation = || "opening another process's device memory".into();
         self.bind()?;
+        let shared = self.context.attribute(sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MPS_ENABLED);
+        if shared.during(operation)? != 0 {
+            let reason = "processes share this device by MPS, and copies of one that ends may still run then".into();
+            return Err(DriverError::Failed { operation: operation(), reason });
+        }
         let handle = sys::CUipcMemHandle { reserved: handle.0.map(|byte| byte as _) };
         let flags = sys::CUipcMem_flags::CU_IPC_MEM_LAZY_ENABLE_PEER_ACCESS as c_uint;
         let mut start = 0;
@@ -173,17 +193,12 @@ impl Mover for DeviceMover {
         // SAFETY: opened before, and whoever copied there has waited for the copies.
         let closed = unsafe { sys::cuIpcCloseMemHandle(start.0) };
         closed.result().during(|| "closing another process's device memory".into())
-        let operation = || "opening another process's device memory".into();
     }
-        let shared = self.context.attribute(sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MPS_ENABLED);
-        if shared.during(operation)? != 0 {
-            let reason = "processes share this device by MPS, and copies of one that ends may still run then".into();
-            return Err(DriverError::Failed { operation: operation(), reason });
-        }
 
     fn adapter_access(&self) -> Result<AdapterAccess, DriverError> {
         use sys::CUdevice_attribute as Of;
         let ask = |attribute| {
+            self.bind()?;
             let asked = self.context.attribute(attribute);
             asked.during(|| "asking what adapters may do with device memory".into())
         };
@@ -205,7 +220,6 @@ impl Mover for DeviceMover {
         // SAFETY: the driver reads a number of this type, and checks the address.
         let set = unsafe { sys::cuPointerSetAttribute((&raw const on).cast(), attribute, start.0) };
         set.result().during(|| "preparing device memory for adapters".into())
-            self.bind()?;
     }
 
     fn dma_buf(&self, start: Address, bytes: usize) -> Result<OwnedFd, DriverError> {

@@ -60,10 +60,10 @@ pub struct AdapterAccess {
 
 /// A point in what a device computes.
 pub trait Mark: Send {
-    /// Whether everything before it has run.
+    /// Whether everything before it has run. Returns at once.
     fn is_past(&self) -> Result<bool, DriverError>;
 
-    /// Waits until it has, without taking a core.
+    /// Waits until it has, without taking a core for long.
     fn wait(&self) -> Result<(), DriverError>;
 }
 
@@ -139,8 +139,8 @@ pub trait CopyStream: fmt::Debug + Send {
     /// themselves. After an error some of them may have been.
     fn copy(&self, spans: &[CopySpan]) -> Result<(), DriverError>;
 
-    /// Waits until all copies are over, without taking a core. Afterwards whatever this thread does is ordered behind
-    /// them for everybody, on the host and on devices. After an error nobody knows whether copies are under way.
+    /// Waits until all copies are over, without taking a core for long. Afterwards whatever this thread does is ordered
+    /// behind them for everybody, on the host and on devices. After an error nobody knows whether copies are under way.
     fn finish(&self) -> Result<(), DriverError>;
 }
 
