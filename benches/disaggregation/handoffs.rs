@@ -13,6 +13,9 @@ use crate::model::Model;
 const SHORT: usize = 256;
 /// Handoffs before those that count.
 const WARM_UP: usize = 3;
+/// Handoffs of long prompts that count on a device, if as many were asked for. There are fewer on a core, which takes
+/// seconds for each.
+const LONG_MIN: usize = 8;
 
 /// The handoffs of one transport and prompt length. Seconds, one value a handoff.
 pub(crate) struct Row {
@@ -48,10 +51,13 @@ pub(crate) fn measure(engine: &Engine, model: &Model, long: usize, handoffs: usi
     let pairs = engine.transports().iter().map(pair).collect::<Result<Vec<_>>>()?;
     let mut seed = 0;
     let mut rows = Vec::new();
-    for (tokens, handoffs) in [(SHORT, handoffs), (long, handoffs.div_ceil(20))] {
+    let on_device = engine.device.is_some();
+    let of_long = handoffs.div_ceil(20).max(if on_device { LONG_MIN.min(handoffs) } else { 0 });
+    for (tokens, handoffs) in [(SHORT, handoffs), (long, of_long)] {
         let mut of_length: Vec<Row> = pairs.iter().map(|(transport, _)| Row::new(transport, tokens)).collect();
-        // Sessions are open and buffers have grown after the first few.
-        let warm_up = if rows.is_empty() { WARM_UP } else { 0 };
+        // Sessions are open and buffers have grown after the first few; on a device, clocks are up and longer prompts
+        // have met their own kernels.
+        let warm_up = if rows.is_empty() || on_device { WARM_UP } else { 0 };
         for turn in 0..warm_up + handoffs {
             for ((_, pair), row) in pairs.iter().zip(&mut of_length) {
                 seed += 1;
