@@ -23,3 +23,4 @@ cp scripts/gpu-check.sh "$folder/run"
 XZ_OPT=-T0 tar -C target/cuda -cJf "$folder.tar.xz" gpu-check
 du -sh "$folder" "$folder.tar.xz"
 echo "carry $folder.tar.xz to a machine with a GPU, and there: tar xf gpu-check.tar.xz && gpu-check/run"
+echo "(benches/results/README.md says what else it runs)"

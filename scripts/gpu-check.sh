@@ -4,26 +4,28 @@
 # it needs a driver of release 580 or later, for the comparison with PyTorch also that and transformers (PYTHON names
 # the python3 that has them), and no network.
 #
-#   run         everything, what matters most first, within LIMIT seconds (240); what there is no time for, it says
+#   run         whether the kernels are right and how fast they are, what matters most first, within LIMIT seconds
+#               (200); what there is no time for, it says
 #   run pair    a decode and a prefill worker, two processes on the GPU: how fast pages move between them, whether they
-#               answer as one process does, and what long prompts cost those who are being answered (240)
-#   run rest    what stands behind the engine's own checks and speed: beside PyTorch, larger models, the sanitizer (360)
+#               answer as one process does, and what long prompts cost those who are being answered (160)
+#   run rest    what stands behind the engine's own checks and speed: beside PyTorch, the sanitizer, larger models (210)
 #   run tiny    small shapes, for a machine with a stand-in for libcuda (1800)
 #
-# So a first run ends in four minutes, of a machine whose time may be short, and shows whether the kernels are right and
-# how fast they are. All is written as it comes, to the page and to where it is started: whoever is cut off has what was
-# seen until then.
+# The first three, one after the other, fit into ten minutes, of a machine whose time may be short; each writes a page
+# of its own, and none repeats what another does. All is written as it comes, to the page and to where it is started:
+# whoever is cut off has what was seen until then.
 set -u
 here=$(cd "$(dirname "$0")" && pwd)
 size=${1:-whole}
 python=${PYTHON:-python3}
 case $size in
-whole | pair) limit=${LIMIT:-240} ;;
-rest) limit=${LIMIT:-360} ;;
+whole) limit=${LIMIT:-200} ;;
+pair) limit=${LIMIT:-160} ;;
+rest) limit=${LIMIT:-210} ;;
 tiny) limit=${LIMIT:-1800} ;;
 *) echo "usage: run [pair | rest | tiny]" >&2 && exit 2 ;;
 esac
-# Kernels are loaded when they are first launched, as they are by default: what users will see.
+# The driver's default: what users will see.
 unset CUDA_MODULE_LOADING
 sanitizer=$(command -v compute-sanitizer || ls /usr/local/cuda*/bin/compute-sanitizer 2>/dev/null | tail -n 1)
 gpu=$(nvidia-smi --query-gpu=name,driver_version --format=csv,noheader 2>/dev/null | head -n 1)
@@ -32,7 +34,9 @@ name=$(printf '%s' "$gpu" | sed 's/,.*//; s/[^A-Za-z0-9][^A-Za-z0-9]*/-/g' | tr 
 case $size in pair | rest) name=$name-$size ;; esac
 page=${OUT:-$here}/$(date -u +%Y-%m-%d)-$name.md
 log=${OUT:-$here}/gpu-check-$size.log
-failed=0 missing=0
+# The first run leaves this where the kernels with wgmma err.
+erring=${OUT:-$here}/without-wgmma
+failed=0 missing=0 code=0
 SECONDS=0
 : >"$log"
 : >"$page"
@@ -52,7 +56,8 @@ said() {
 # A program whose output is a part of the page, as it comes. It has so many seconds, if so many are left. Output that is
 # no Markdown stands between fences.
 part() { # part [plain] <title> <seconds> <program> <arguments>
-    local fence='' left=$((limit - SECONDS)) code started=$SECONDS
+    local fence='' left=$((limit - SECONDS)) started=$SECONDS
+    code=0
     [ "$1" = plain ] && fence='```' && shift
     local title=$1 seconds=$2 whole=$2
     shift 2
@@ -83,6 +88,10 @@ part() { # part [plain] <title> <seconds> <program> <arguments>
         elif [ "$1" = "$sanitizer" ] && ! grep -q '^========= [^C]' "$log.out"; then
             not_run "to its end in $seconds seconds; until then the sanitizer had found nothing"
             return
+        elif [ "$1" = "$python" ]; then
+            # It is PyTorch that takes long, to compile its kernels.
+            not_run "to its end in $seconds seconds; the rows above stand"
+            return
         fi
         failed=1
         say "**cut off** after $seconds seconds; the end of what it said:"
@@ -101,12 +110,34 @@ part() { # part [plain] <title> <seconds> <program> <arguments>
 }
 
 say "# The CUDA backend on $gpu" "" "$("$here/engine" --version), $(date -u +'%Y-%m-%d %H:%M') UTC"
-# Without the kernels for compute capability 9.0 alone, if something is wrong with them: then there is still something
-# to be seen of the others.
-without_wgmma() { # without_wgmma <seconds>
-    [ $failed != 0 ] && grep -q 'used with wgmma' "$page" || return
+case $size in
+whole | tiny) rm -f "$erring" ;;
+*)
+    if [ -e "$erring" ]; then
+        export ENGINE_CUDA_WITHOUT_WGMMA=1
+        say "" "All of it without wgmma, with which the first run found something wrong."
+    fi
+    ;;
+esac
+
+# Every kernel beside the reference; all of it once more without the kernels for compute capability 9.0 alone if one of
+# them is suspected, or if the program has crashed or hangs, of which anything may be the cause: then there is still
+# something to be seen of the others, in the other runs too. That a check ran out of time, or that another kernel errs,
+# is no reason.
+correctness() { # correctness <seconds> <seconds without>
+    local silent
+    part plain "Correctness" "$1" "$here/engine" doctor --gpu
+    # For a minute, which no check takes on a GPU.
+    silent=$(($(date +%s) - $(stat -c %Y "$log.out")))
+    case $code in
+    0) return ;;
+    1) grep -qE '(wide|hopper|wgmma|box)_[a-z]' "$log.out" || return ;;
+    124 | 137) [ "$size" != tiny ] && [ $silent -ge 60 ] || return ;;
+    esac
+    grep -q 'used with wgmma' "$log.out" || return
+    touch "$erring"
     export ENGINE_CUDA_WITHOUT_WGMMA=1
-    part plain "Correctness without wgmma, as all that follows" "$1" "$here/engine" doctor --gpu
+    part plain "Correctness without wgmma, as all that follows" "$2" "$here/engine" doctor --gpu
 }
 
 # Two processes move pages from one's device memory to the other's, and compare that with a copy within the device.
@@ -138,9 +169,11 @@ pair() { # pair <seconds> <shape> <arguments>
 beside_pytorch() { # beside_pytorch <title> <seconds> <arguments>
     local title=$1 seconds=$2
     shift 2
+    local left=$((limit - SECONDS))
+    [ $left -lt 20 ] || left=20
     # Importing them takes many seconds; whether they are there does not.
     local modules='import importlib.util as u, sys; sys.exit(not all(map(u.find_spec, ("torch", "transformers"))))'
-    if timeout 20 "$python" -c "$modules" 2>>"$log"; then
+    if [ $left -gt 0 ] && timeout $left "$python" -c "$modules" 2>>"$log"; then
         part "$title" "$seconds" "$python" "$here/torch_qwen3.py" --engine "$here/engine" \
             --tokenizer "$here/tokenizer" "$@"
     else
@@ -149,43 +182,44 @@ beside_pytorch() { # beside_pytorch <title> <seconds> <arguments>
     fi
 }
 
-the_rest() {
-    local shape topic tool
-    beside_pytorch "Beside PyTorch" 240
-    for shape in qwen3-8b llama-3-8b; do
-        part "Kernels, $shape" 60 "$here/engine" bench-kernels --shape $shape
-    done
-    for topic in steps tiles; do
-        for tool in memcheck racecheck; do
-            if [ -n "$sanitizer" ]; then
-                part plain "$tool of $topic" 90 "$sanitizer" --tool $tool --error-exitcode 1 \
-                    "$here/engine" doctor --gpu=$topic:
-            else
-                say "" "## $tool of $topic" ""
-                not_run "compute-sanitizer is not there"
-            fi
-        done
+# Single checks: each takes many times as long as without. Products by wgmma, a whole step that is replayed, and
+# prompts' attention.
+sanitized() { # sanitized <tool>
+    local check
+    for check in 'operands and sums' 'steps that are replayed' 'no place in a tile'; do
+        if [ -n "$sanitizer" ]; then
+            part plain "$1 of '$check'" 25 "$sanitizer" --tool "$1" --error-exitcode 1 \
+                "$here/engine" doctor "--gpu=$check"
+        else
+            say "" "## $1 of '$check'" ""
+            not_run "compute-sanitizer is not there"
+        fi
     done
 }
 
 case $size in
 whole)
-    part plain "Correctness" 180 "$here/engine" doctor --gpu
-    without_wgmma 90
+    correctness 140 60
     part plain "Qwen3-0.6B in bf16, made-up weights" 60 "$here/engine" bench --model "$here/qwen3-0.6b" \
         --load-format dummy --device cuda:0 --decode 1,64,256 --prefill 2048,16384 --max-num-batched-tokens 8192 \
         --log-level warn
     part "Kernels, qwen3-0.6b" 60 "$here/engine" bench-kernels --shape qwen3-0.6b
-    the_rest
     ;;
 pair)
     pages_between 60 --page-size 256KiB,1MiB --pages 1024 --rounds 30
-    pair 180 qwen3-0.6b --flags "--kv-cache-memory 12GiB --max-model-len 12288 --max-num-seqs 16" --handoffs 40
+    pair 140 qwen3-0.6b --flags "--kv-cache-memory 12GiB --max-model-len 12288 --max-num-seqs 16" --handoffs 40
     ;;
-rest) the_rest ;;
+rest)
+    # PyTorch compiles for each number of sequences.
+    beside_pytorch "Beside PyTorch" 110 --decode 1,64
+    sanitized memcheck
+    for shape in qwen3-8b llama-3-8b; do
+        part "Kernels, $shape" 30 "$here/engine" bench-kernels --shape $shape
+    done
+    sanitized racecheck
+    ;;
 tiny)
-    part plain "Correctness" 1200 "$here/engine" doctor --gpu
-    without_wgmma 600
+    correctness 1200 600
     part plain "A model of a small shape" 300 "$here/engine" bench --model "$here/tiny" --load-format dummy \
         --device cuda:0 --prefill 20 --decode 1,3 --context 24 --steps 4 --rounds 1 --kv-blocks 20 --log-level warn
     part "Kernels, small shapes" 300 "$here/engine" bench-kernels --shape tiny
@@ -198,7 +232,6 @@ esac
 rm -f "$log.part" "$log.out" "$log.serve"
 if [ $failed != 0 ]; then
     say "" "**failed**: see above"
-    [ -z "${ENGINE_CUDA_WITHOUT_WGMMA:-}" ] || echo "what is left, without wgmma: ENGINE_CUDA_WITHOUT_WGMMA=1 $0 rest"
 elif [ $missing != 0 ]; then
     say "" "passed, but for $missing parts that were not run"
 else
