@@ -51,6 +51,9 @@ SHAPES = {
 }
 PROMPT = 100
 GREEDY = 64
+# Of the engine's pages on a GPU, if it has three times as much. They are not sized by what is free: PyTorch has some of
+# that, and gives it back when it likes.
+PAGES_GIB = 40
 
 
 def make_model(folder, shape, device):
@@ -64,6 +67,14 @@ def make_model(folder, shape, device):
     return model
 
 
+def pages(device):
+    """Flags for the engine."""
+    if device == "cpu":
+        return []
+    total = torch.cuda.mem_get_info()[1] >> 30
+    return ["--kv-cache-memory", f"{min(PAGES_GIB, max(total // 3, 1))}GiB"]
+
+
 class Server:
     """The engine, serving the model."""
 
@@ -71,17 +82,17 @@ class Server:
         self.url = "http://127.0.0.1:8765"
         line = [options.engine, "--model", folder, "--device", device, "--port", "8765", "--standalone",
                 "--max-num-batched-tokens", str(options.max_num_batched_tokens), "--max-num-seqs", "256",
-                "--max-model-len", "1024", "--log-level", "warn"]
+                "--max-model-len", "1024", "--log-level", "warn", *pages(device)]
         self.process = subprocess.Popen(line, stdout=subprocess.DEVNULL)
         for _ in range(600):
             try:
                 return CONNECTION.open(self.url + "/health", timeout=10).close()
             except OSError:
                 if self.process.poll() is not None:
-                    sys.exit("the engine has ended")
+                    raise RuntimeError("it has ended")
                 time.sleep(0.1)
         self.process.kill()
-        sys.exit("the engine does not start")
+        raise RuntimeError("it does not start")
 
     def complete(self, **body):
         request = urllib.request.Request(self.url + "/v1/completions", json.dumps(body | {"temperature": 0}).encode(),
@@ -266,15 +277,16 @@ def torch_attention(config, tokens, device, rounds):
 
 
 def engine_bench(options, folder, device, prefill, decode):
+    """What it measured, by what and of how many, and why there is no more of it, if there should be."""
     line = [options.engine, "bench", "--model", folder, "--device", device, "--json", "--log-level", "warn",
             "--prefill", ",".join(map(str, prefill)), "--decode", ",".join(map(str, decode)),
             "--context", str(options.context), "--steps", str(options.steps), "--rounds", str(options.rounds),
-            "--max-num-batched-tokens", str(options.max_num_batched_tokens)]
-    rows = map(json.loads, subprocess.run(line, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines())
+            "--max-num-batched-tokens", str(options.max_num_batched_tokens), *pages(device)]
+    ran = subprocess.run(line, stdout=subprocess.PIPE, text=True)
     rates = {}
-    for row in rows:
+    for row in map(json.loads, filter(None, ran.stdout.splitlines())):
         rates[row["measured"], row.get("tokens") or row["sequences"]] = row
-    return rates
+    return rates, f"the engine's bench failed with exit code {ran.returncode}" if ran.returncode else ""
 
 
 def main():
@@ -308,12 +320,6 @@ def main():
     name = torch.cuda.get_device_name() if options.device == "cuda" else f"{os.cpu_count()} CPUs"
     versions = f"PyTorch {torch.__version__} and transformers {transformers.__version__}"
     say(f"{options.shape} in bf16 beside {versions} on {name}\n")
-    with Server(options, str(folder), ours) as server:
-        lines, agree = agreement(model, server)
-        say("\n".join(lines))
-        served = engine_serving(server, model, options)
-    first = engine_bench(options, str(folder), ours, prefill, decode)
-
     notes = []
 
     def note(text):
@@ -321,17 +327,29 @@ def main():
         print(text, file=sys.stderr, flush=True)
         notes.append(text)
 
+    agree, served = True, math.nan
+    try:
+        with Server(options, str(folder), ours) as server:
+            lines, agree = agreement(model, server)
+            say("\n".join(lines))
+            served = engine_serving(server, model, options)
+    except Exception as error:  # Of whatever kind: there are other rows.
+        note(f"asking the engine's server failed: {type(error).__name__}: {error}")
+    first, failure = engine_bench(options, str(folder), ours, prefill, decode)
+    if failure:
+        note(failure)
+
     say("\n| | engine, tokens/s | PyTorch, tokens/s | ratio | engine, GB/s read |\n| --- | --- | --- | --- | --- |")
 
     def say_row(kind, size, measure):
-        row = first[kind, size]
+        row = first.get((kind, size), {})
         try:
             theirs = measure()
         except Exception as error:  # Of whatever kind: there are other rows.
             note(f"PyTorch's {kind} of {size:,} failed: {type(error).__name__}: {error}")
             theirs = math.nan
         what = f"prefill of {size:,} tokens" if kind == "prefill" else f"decode, {size} at {options.context} tokens"
-        rate, read = row["tokens_per_second"], row.get("gigabytes_read_per_second")
+        rate, read = row.get("tokens_per_second", math.nan), row.get("gigabytes_read_per_second")
         say(f"| {what} | {rate:,.0f} | {theirs:,.0f} | {rate / theirs:.2f}× | {f'{read:,.0f}' if read else '–'} |")
 
     def say_decode(sequences):
@@ -364,7 +382,10 @@ def main():
     gc.collect()
     if options.device == "cuda":
         torch.cuda.empty_cache()
-    second = engine_bench(options, str(folder), ours, prefill, decode)
+    second, failure = engine_bench(options, str(folder), ours, prefill, decode)
+    if failure:
+        note(failure)
+        say(f"- {failure}")
     say("- the engine once more, after PyTorch's turn, in tokens/s: " + ", ".join(
         f"{kind} {size:,}: {row['tokens_per_second']:,.0f}" for (kind, size), row in second.items()))
     sys.exit(0 if agree and not any("failed" in note for note in notes) else 1)
