@@ -105,7 +105,8 @@ impl Worker {
 
     fn note(&self, report: &LoadReport) {
         let requests = u64::from(report.running) + u64::from(report.waiting);
-        self.reported.store(report.prompt_tokens + requests * TOKENS_PER_REQUEST, Ordering::Relaxed);
+        let tokens = report.prompt_tokens.saturating_add(requests.saturating_mul(TOKENS_PER_REQUEST));
+        self.reported.store(tokens, Ordering::Relaxed);
         self.reported_ms.store(self.now_ms(), Ordering::Relaxed);
     }
 
@@ -367,38 +368,67 @@ pub(super) fn follow(
 
 #[cfg(test)]
 mod tests {
-    use std::sync::atomic::AtomicUsize;
+    use std::sync::atomic::{AtomicBool, AtomicUsize};
 
     use tokio::{
         io::{AsyncReadExt, AsyncWriteExt},
-        net::TcpListener,
+        net::{TcpListener, TcpStream},
     };
 
     use super::*;
     use crate::cluster::{ModelKey, tests::card};
 
-    #[tokio::test]
-    async fn a_connection_is_kept_for_its_own_thread() {
+    /// Where a worker is to be, and that worker.
+    async fn bound() -> (TcpListener, Arc<Worker>) {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let card = card(Role::Decode, ModelKey::of(b"model"), &listener.local_addr().unwrap().to_string());
-        let worker = Worker::new(LeaseId(1), Arc::new(card));
-        let connections = Arc::new(AtomicUsize::new(0));
-        let accepted = connections.clone();
+        (listener, Worker::new(LeaseId(1), Arc::new(card)))
+    }
+
+    /// Reads a request without a body. Returns whether one came.
+    async fn is_asked(stream: &mut TcpStream) -> bool {
+        let mut asked = Vec::new();
+        while !asked.ends_with(b"\r\n\r\n") {
+            if stream.read_buf(&mut asked).await.unwrap_or(0) == 0 {
+                return false;
+            }
+        }
+        true
+    }
+
+    async fn say_ok(stream: &mut TcpStream) {
+        stream.write_all(b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok").await.unwrap();
+    }
+
+    /// What is known of a worker that serves connections side by side.
+    #[derive(Clone, Default)]
+    struct Served {
+        connections: Arc<AtomicUsize>,
+        /// It breaks a connection off over its next request.
+        fails: Arc<AtomicBool>,
+    }
+
+    async fn served() -> (Arc<Worker>, Served) {
+        let ((listener, worker), served) = (bound().await, Served::default());
+        let serving = served.clone();
         tokio::spawn(async move {
             loop {
                 let (mut stream, _) = listener.accept().await.unwrap();
-                accepted.fetch_add(1, Ordering::Relaxed);
+                serving.connections.fetch_add(1, Ordering::Relaxed);
+                let fails = serving.fails.clone();
                 tokio::spawn(async move {
-                    let mut asked = Vec::new();
-                    while stream.read_buf(&mut asked).await.unwrap_or(0) > 0 {
-                        if asked.ends_with(b"\r\n\r\n") {
-                            asked.clear();
-                            stream.write_all(b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok").await.unwrap();
-                        }
+                    while is_asked(&mut stream).await && !fails.load(Ordering::Relaxed) {
+                        say_ok(&mut stream).await;
                     }
                 });
             }
         });
+        (worker, served)
+    }
+
+    #[tokio::test]
+    async fn a_connection_is_kept_for_its_own_thread() {
+        let (worker, Served { connections, .. }) = served().await;
         worker.probe().await;
         worker.probe().await;
         assert_eq!(connections.load(Ordering::Relaxed), 1, "the second went where the first had been");
@@ -412,5 +442,14 @@ mod tests {
         worker.probe().await;
         assert_eq!(connections.load(Ordering::Relaxed), 2, "this thread's is still there");
         assert!(!worker.is_silent());
+    }
+
+    #[tokio::test]
+    async fn any_load_may_be_told() {
+        let (_, worker) = bound().await;
+        let report =
+            LoadReport { running: u32::MAX, waiting: u32::MAX, prompt_tokens: u64::MAX, ..LoadReport::default() };
+        worker.note(&report);
+        assert_eq!(worker.load(), u64::MAX);
     }
 }
