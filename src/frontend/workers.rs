@@ -3,7 +3,7 @@ use std::{
     io, mem,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError, Weak,
-        atomic::{AtomicBool, AtomicU64, Ordering},
+        atomic::{AtomicU32, AtomicU64, Ordering},
     },
     thread::{self, ThreadId},
     time::Duration,
@@ -34,6 +34,9 @@ const TOKENS_PER_REQUEST: u64 = 256;
 const PROBE_PERIOD: Duration = Duration::from_secs(2);
 /// How long it may take to say so. Its answers need none of the threads that compute.
 const PROBE_TIME_MAX: Duration = Duration::from_secs(5);
+/// Probes in a row that a silent worker has failed. All its answers in progress go elsewhere then, and one probe may be
+/// answered late for no worse a reason than a crowd at the door.
+const PROBES_FAILED_MIN: u32 = 2;
 
 /// A decode worker in one incarnation. Requests hold on to it while they use it, even after its lease has gone.
 pub(super) struct Worker {
@@ -48,8 +51,9 @@ pub(super) struct Worker {
     /// Since when others are preferred, in milliseconds since `started`: a connection to it failed, and it has not
     /// answered since. 0: they are not.
     avoided_ms: AtomicU64,
-    /// It does not answer at all: its answers in progress are continued elsewhere.
-    silent: AtomicBool,
+    /// Probes that it has failed in a row. From [`PROBES_FAILED_MIN`] on it does not answer at all: its answers in
+    /// progress are continued elsewhere.
+    probes_failed: AtomicU32,
     idle: Mutex<Vec<Idle>>,
 }
 
@@ -85,7 +89,7 @@ impl Worker {
             reported_ms: AtomicU64::new(0),
             started: Instant::now(),
             avoided_ms: AtomicU64::new(0),
-            silent: AtomicBool::new(false),
+            probes_failed: AtomicU32::new(0),
             idle: Mutex::default(),
         })
     }
@@ -121,7 +125,7 @@ impl Worker {
     }
 
     pub(super) fn is_silent(&self) -> bool {
-        self.silent.load(Ordering::Relaxed)
+        self.probes_failed.load(Ordering::Relaxed) >= PROBES_FAILED_MIN
     }
 
     /// Prefers others until it has answered again. Returns whether they are preferred already.
@@ -193,14 +197,16 @@ impl Worker {
             self.keep(exchange);
             Ok::<_, LostError>(())
         };
-        let answered = matches!(timeout(PROBE_TIME_MAX, ask).await, Ok(Ok(())));
-        if answered {
+        let was_silent = self.is_silent();
+        if matches!(timeout(PROBE_TIME_MAX, ask).await, Ok(Ok(()))) {
             self.avoided_ms.store(0, Ordering::Relaxed);
+            self.probes_failed.store(0, Ordering::Relaxed);
         } else {
             self.avoid();
+            self.probes_failed.fetch_add(1, Ordering::Relaxed);
         }
-        if self.silent.swap(!answered, Ordering::Relaxed) == answered {
-            let state = if answered { "answers again" } else { "does not answer" };
+        if self.is_silent() != was_silent {
+            let state = if was_silent { "answers again" } else { "does not answer" };
             tracing::info!(worker = %self.lease, address = self.card.address, "a worker {state}");
         }
     }
@@ -442,6 +448,23 @@ mod tests {
         worker.probe().await;
         assert_eq!(connections.load(Ordering::Relaxed), 2, "this thread's is still there");
         assert!(!worker.is_silent());
+    }
+
+    #[tokio::test]
+    async fn a_worker_is_avoided_after_one_failed_probe_and_silent_after_two_in_a_row() {
+        let (worker, Served { fails, .. }) = served().await;
+        for (answers, avoided, silent) in [
+            (false, true, false),
+            (true, false, false),
+            (false, true, false),
+            (false, true, true),
+            (false, true, true),
+            (true, false, false),
+        ] {
+            fails.store(!answers, Ordering::Relaxed);
+            worker.probe().await;
+            assert_eq!((worker.is_avoided(), worker.is_silent()), (avoided, silent));
+        }
     }
 
     #[tokio::test]
