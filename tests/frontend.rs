@@ -7,8 +7,12 @@ mod served;
 mod support;
 
 use std::{
-    net::{SocketAddr, TcpListener},
-    sync::Arc,
+    io::{self, BufRead, BufReader, Read, Write},
+    net::{SocketAddr, TcpListener, TcpStream},
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
     thread,
     time::{Duration, Instant},
 };
@@ -133,6 +137,71 @@ fn card(address: SocketAddr, model: &str) -> WorkerCard {
         },
         model_key: ModelKey::of(model.as_bytes()),
     }
+}
+
+/// What is said to whoever asks a worker whether it is there.
+const HEALTHY: &str = "HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: 3\r\n\r\nok\n";
+/// The beginning of a stream whose worker ends before it has computed anything.
+const ALIVE: &str = "HTTP/1.1 200 OK\r\nContent-Type: text/event-stream; charset=utf-8\r\n\
+                     Transfer-Encoding: chunked\r\n\r\ne\r\n: keep-alive\n\n\r\n";
+
+/// A worker of which there is no more than the door: it is healthy, and says the same to every request. With that the
+/// connection ends.
+struct Door {
+    address: SocketAddr,
+    /// How many requests there have been.
+    asked: Arc<AtomicUsize>,
+}
+
+impl Door {
+    fn start(says: impl Fn() -> &'static str + Send + Sync + 'static) -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = listener.local_addr().unwrap();
+        let (says, asked) = (Arc::new(says), Arc::new(AtomicUsize::new(0)));
+        let count = asked.clone();
+        thread::spawn(move || {
+            for stream in listener.incoming() {
+                let (says, count) = (says.clone(), count.clone());
+                thread::spawn(move || {
+                    let mut stream = stream.unwrap();
+                    let Ok(line) = read_request(&stream) else { return };
+                    let answer = if line.starts_with("GET /health ") {
+                        HEALTHY
+                    } else {
+                        count.fetch_add(1, Ordering::SeqCst);
+                        says()
+                    };
+                    // Whoever asked may not have waited for it.
+                    let _ = stream.write_all(answer.as_bytes());
+                });
+            }
+        });
+        Self { address, asked }
+    }
+
+    fn asked(&self) -> usize {
+        self.asked.load(Ordering::SeqCst)
+    }
+}
+
+/// Takes a request whole, and returns its first line.
+fn read_request(stream: &TcpStream) -> io::Result<String> {
+    let mut reader = BufReader::new(stream);
+    let (mut first, mut line, mut length) = (String::new(), String::new(), 0);
+    reader.read_line(&mut first)?;
+    while line != "\r\n" {
+        line.clear();
+        if reader.read_line(&mut line)? == 0 {
+            return Err(io::ErrorKind::UnexpectedEof.into());
+        }
+        if let Some((name, value)) = line.split_once(':')
+            && name.eq_ignore_ascii_case("content-length")
+        {
+            length = value.trim().parse().unwrap();
+        }
+    }
+    reader.read_exact(&mut vec![0; length])?;
+    Ok(first)
 }
 
 fn wait_until(what: &str, holds: impl Fn() -> bool) {
@@ -329,6 +398,17 @@ fn a_request_that_finds_the_last_worker_dead_waits_for_another_before_its_lease_
         asked.join().unwrap()
     });
     assert_eq!(response.status, 200, "{}", response.text());
+}
+
+#[test]
+fn a_prompt_that_kills_its_workers_does_not_go_through_the_cluster_for_their_signs_of_life() {
+    let front = Front::with(|config| config.request_timeout = Duration::from_secs(20));
+    let workers: Vec<_> = (0..5).map(|_| Door::start(|| ALIVE)).collect();
+    let _leases: Vec<_> = workers.iter().map(|worker| front.register(worker.address, "m")).collect();
+    front.wait_until_there_are(5);
+    let events = Events::open(front.address, COMPLETIONS, &streaming(COMPLETIONS)).finish();
+    assert_eq!(events.last().unwrap()["error"]["code"], "workers_lost", "{events:?}");
+    assert_eq!(workers.iter().map(Door::asked).sum::<usize>(), 3);
 }
 
 #[test]
@@ -551,7 +631,7 @@ fn a_drain_ends_what_runs_and_refuses_what_comes() {
     workers[0].gate.open();
     assert_eq!(answer(&events.finish()).usage[0]["completion_tokens"], 120);
     let address = front.address;
-    wait_until("it is gone", || std::net::TcpStream::connect(address).is_err());
+    wait_until("it is gone", || TcpStream::connect(address).is_err());
 }
 
 #[test]

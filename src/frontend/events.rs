@@ -79,6 +79,11 @@ impl Splitter {
         }
     }
 
+    /// How far the answer has got: another value whenever it gets further.
+    pub(super) fn progress(&self) -> (bool, usize) {
+        (self.started, self.journal.len())
+    }
+
     /// What another worker needs to go on: `None` if it cannot.
     pub(super) fn journal(&self) -> Option<Bytes> {
         let known = !self.journal.is_empty() || !self.started;
@@ -202,6 +207,21 @@ mod tests {
         assert_eq!(splitter.journal(), Some(Bytes::new()));
         push(&mut splitter, b"data: x\n\n");
         assert_eq!(splitter.journal(), None);
+    }
+
+    #[test]
+    fn a_comment_is_no_progress_and_an_event_is() {
+        let mut splitter = Splitter::default();
+        let mut goes_on = |bytes: &[u8]| {
+            let before = splitter.progress();
+            push(&mut splitter, bytes);
+            splitter.progress() != before
+        };
+        assert!(!goes_on(b": keep-alive\n\n"));
+        assert!(!goes_on(b": {\"id\":\"a\"}\ndata:"), "it is not whole");
+        assert!(goes_on(b" x\n\n"));
+        assert!(!goes_on(b": keep-alive\n\n"));
+        assert!(goes_on(b": {\"i\":0,\"t\":[1]}\ndata: y\n\n"));
     }
 
     proptest! {

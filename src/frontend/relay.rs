@@ -62,7 +62,7 @@ impl Relay {
 
     /// Takes what a worker sent.
     fn take(&mut self, data: Bytes) -> Option<Bytes> {
-        let started = self.splitter.started;
+        let (started, progress) = (self.splitter.started, self.splitter.progress());
         let out = match self.splitter.push(data) {
             Ok(out) => out,
             Err(_) => return Some(self.give_up(&workers_lost())),
@@ -73,12 +73,12 @@ impl Relay {
                 placed.booking.reduce(peek.answer_tokens);
             }
         }
-        if out.is_empty() {
-            return None;
+        if self.splitter.progress() != progress {
+            // It got further: what was tried before counts no more. A sign of life is no progress: a prompt that kills
+            // its workers may take them long enough for some.
+            self.attempts = Attempts::default();
         }
-        // It got further: what was tried before counts no more.
-        self.attempts = Attempts::default();
-        Some(out)
+        (!out.is_empty()).then_some(out)
     }
 
     /// The worker is gone, or has nothing more to say. Returns last words if that is the end.

@@ -158,6 +158,7 @@ impl Worker {
         };
         // Closed when others may have the list.
         drop(old);
+        let mut broken = None;
         if let Some(kept) = kept {
             match kept.connection.send(request()).await {
                 Ok(exchange) => return Ok(exchange),
@@ -166,10 +167,15 @@ impl Worker {
                 Err(error) => {
                     tracing::debug!(worker = %self.lease, %error, "a kept connection was of no use");
                     drop(mem::take(&mut *self.idle()));
+                    let never_sent = error.is_canceled() || error.is_closed();
+                    broken = (!never_sent).then_some(error);
                 }
             }
         }
-        Ok(Connection::open(&self.card.address).await?.send(request()).await?)
+        let opened = Connection::open(&self.card.address).await;
+        // A worker that had the request and is there no more may have died of it.
+        let connection = opened.map_err(|error| broken.map_or(LostError::Connect(error), LostError::Broken))?;
+        Ok(connection.send(request()).await?)
     }
 
     /// Keeps a connection whose answer was read to its end.
@@ -379,6 +385,7 @@ mod tests {
     use tokio::{
         io::{AsyncReadExt, AsyncWriteExt},
         net::{TcpListener, TcpStream},
+        task::yield_now,
     };
 
     use super::*;
@@ -432,6 +439,10 @@ mod tests {
         (worker, served)
     }
 
+    fn request() -> Request<Payload> {
+        Request::builder().uri("/").header(header::HOST, "a").body(Payload::default()).unwrap()
+    }
+
     #[tokio::test]
     async fn a_connection_is_kept_for_its_own_thread() {
         let (worker, Served { connections, .. }) = served().await;
@@ -465,6 +476,50 @@ mod tests {
             worker.probe().await;
             assert_eq!((worker.is_avoided(), worker.is_silent()), (avoided, silent));
         }
+    }
+
+    #[tokio::test]
+    async fn a_worker_that_dies_over_a_request_is_told_from_one_that_was_gone_before_it() {
+        for dies_over_it in [true, false] {
+            let (listener, worker) = bound().await;
+            let serving = tokio::spawn(async move {
+                let (mut stream, _) = listener.accept().await.unwrap();
+                assert!(is_asked(&mut stream).await);
+                // From now on nobody gets a new connection.
+                drop(listener);
+                say_ok(&mut stream).await;
+                if dies_over_it {
+                    assert!(is_asked(&mut stream).await);
+                }
+            });
+            worker.probe().await;
+            if !dies_over_it {
+                serving.await.unwrap();
+                // The poller hears of it.
+                yield_now().await;
+            }
+            let error = worker.send(&request).await.err().unwrap();
+            assert_eq!(matches!(error, LostError::Broken(_)), dies_over_it, "{error}");
+            assert_eq!(matches!(error, LostError::Connect(_)), !dies_over_it, "{error}");
+        }
+    }
+
+    #[tokio::test]
+    async fn a_kept_connection_that_its_worker_has_closed_is_replaced() {
+        let (listener, worker) = bound().await;
+        let serving = tokio::spawn(async move {
+            for _ in 0..2 {
+                let (mut stream, _) = listener.accept().await.unwrap();
+                assert!(is_asked(&mut stream).await);
+                say_ok(&mut stream).await;
+            }
+        });
+        for _ in 0..2 {
+            let mut exchange = worker.send(&request).await.unwrap();
+            assert_eq!(exchange.collect().await.unwrap(), "ok");
+            worker.keep(exchange);
+        }
+        serving.await.unwrap();
     }
 
     #[tokio::test]
