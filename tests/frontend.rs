@@ -10,8 +10,9 @@ use std::{
     io::{self, BufRead, BufReader, Read, Write},
     net::{SocketAddr, TcpListener, TcpStream},
     sync::{
-        Arc,
+        Arc, Mutex,
         atomic::{AtomicUsize, Ordering},
+        mpsc,
     },
     thread,
     time::{Duration, Instant},
@@ -144,6 +145,8 @@ const HEALTHY: &str = "HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: 3
 /// The beginning of a stream whose worker ends before it has computed anything.
 const ALIVE: &str = "HTTP/1.1 200 OK\r\nContent-Type: text/event-stream; charset=utf-8\r\n\
                      Transfer-Encoding: chunked\r\n\r\ne\r\n: keep-alive\n\n\r\n";
+const FULL: &str = "HTTP/1.1 429 Too Many Requests\r\nRetry-After: 1\r\nConnection: close\r\n\
+                    Content-Length: 2\r\n\r\n{}";
 
 /// A worker of which there is no more than the door: it is healthy, and says the same to every request. With that the
 /// connection ends.
@@ -398,6 +401,61 @@ fn a_request_that_finds_the_last_worker_dead_waits_for_another_before_its_lease_
         asked.join().unwrap()
     });
     assert_eq!(response.status, 200, "{}", response.text());
+}
+
+#[test]
+fn a_model_whose_last_worker_went_is_waited_for_while_others_are_served() {
+    let front = Front::with(|config| config.patience = PATIENCE);
+    let (one, two) = (Worker::start(Options::default()), Worker::start(Options { model: "n/2", ..Options::default() }));
+    let lease = front.register(one.address, "m");
+    let _other = front.register(two.address, "n/2");
+    front.wait_until_there_are(2);
+    drop(lease);
+    front.wait_until_there_are(1);
+    let ask = |model: &str| front.post(COMPLETIONS, &json!({"model": model, "prompt": "a", "max_tokens": 1}));
+    assert_eq!((ask("n/2").status, ask("x").status), (200, 404));
+    let response = thread::scope(|scope| {
+        let asked = scope.spawn(|| ask("m"));
+        wait_until("it has come", || front.counts("engine_frontend_requests_in_flight") == 1.0);
+        let _lease = front.register(one.address, "m");
+        asked.join().unwrap()
+    });
+    assert_eq!(response.status, 200, "{}", response.text());
+}
+
+#[test]
+fn a_model_that_does_not_come_back_in_time_is_not_one_that_does_not_exist() {
+    // It went a moment ago, and the request has no time to wait for it.
+    let front = Front::with(|config| {
+        config.patience = PATIENCE;
+        config.request_timeout = Duration::from_millis(200);
+    });
+    let other = Worker::start(Options { model: "n/2", ..Options::default() });
+    let _other = front.register(other.address, "n/2");
+    let lease = front.register(Door::start(|| FULL).address, "m");
+    front.wait_until_there_are(2);
+    drop(lease);
+    front.wait_until_there_are(1);
+    let request = json!({"model": "m", "prompt": "a"});
+    let response = front.post(COMPLETIONS, &request);
+    assert_eq!((response.status, &response.json()["error"]["code"]), (503, &json!("no_workers")));
+    // Its worker dies over the request, after longer than anybody would have waited.
+    let front = Front::with(|config| config.patience = Duration::from_millis(1));
+    let (end, ended) = mpsc::channel::<()>();
+    let ended = Mutex::new(ended);
+    let worker = Door::start(move || ended.lock().unwrap().recv().map_or("", |()| ""));
+    let _other = front.register(other.address, "n/2");
+    let lease = front.register(worker.address, "m");
+    front.wait_until_there_are(2);
+    let response = thread::scope(|scope| {
+        let asked = scope.spawn(|| front.post(COMPLETIONS, &request));
+        wait_until("the worker has it", || worker.asked() == 1);
+        drop(lease);
+        front.wait_until_there_are(1);
+        drop(end);
+        asked.join().unwrap()
+    });
+    assert_eq!((response.status, &response.json()["error"]["code"]), (502, &json!("workers_lost")));
 }
 
 #[test]

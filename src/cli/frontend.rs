@@ -56,7 +56,8 @@ pub struct FrontendArgs {
     #[arg(long, value_name = "SECONDS", value_parser = parse_seconds, default_value = "3600", help_heading = "Server")]
     pub request_timeout: Duration,
 
-    /// Seconds that an answer whose worker was lost waits for another one, if there is none
+    /// Seconds that an answer whose worker was lost, or a request whose model's last worker has just gone, waits for
+    /// another one
     #[arg(long, value_name = "SECONDS", value_parser = parse_seconds, default_value = "15", help_heading = "Server")]
     pub worker_patience: Duration,
 

@@ -76,6 +76,10 @@ impl Asked {
         Self { path, headers, body, _memory: memory, peek, arrived, deadline: arrived + timeout }
     }
 
+    fn model(&self) -> Option<&str> {
+        self.peek.as_ref()?.model.as_deref()
+    }
+
     pub(super) fn streams(&self) -> bool {
         self.peek.as_ref().is_some_and(|peek| peek.stream)
     }
@@ -129,6 +133,8 @@ pub(super) struct Attempts {
     tried: Vec<LeaseId>,
     losses: usize,
     refusals: usize,
+    /// Its model was served when the request came or a moment before, whether or not it is now.
+    known: bool,
     /// The last refusal, and whether asking again later could help.
     refused: Option<(Failure, bool)>,
 }
@@ -159,7 +165,7 @@ pub(super) fn no_workers() -> ApiError {
 impl Frontend {
     /// Gets a request to a worker that answers it, until its head. With `key` it continues the answer of `journal`, on
     /// a worker of that model. A request that some worker has taken already waits a while for another to come, and so
-    /// does any while those who would answer it, or all there were, have been lost for no longer than that.
+    /// does any while those who would answer it have been lost for no longer than that.
     pub(super) async fn place(
         &self,
         asked: &Asked,
@@ -177,7 +183,7 @@ impl Frontend {
                     let taken = key.is_some() || attempts.losses > 0;
                     // Those who are there and refused say more than those who are not.
                     let lost_lately = lost_lately && attempts.refused.is_none();
-                    let expected = taken || lost_lately || current.was_emptied_within(self.config.patience);
+                    let expected = taken || lost_lately || current.misses(asked.model());
                     let hopeless = attempts.refused.as_ref().is_some_and(|(_, may_pass)| !may_pass);
                     if expected && !hopeless && Instant::now() < patience_ends.min(asked.deadline) {
                         wait_for_change(&mut table).await;
@@ -249,18 +255,29 @@ impl Frontend {
     }
 
     /// The worker to try next.
-    fn pick(&self, asked: &Asked, key: Option<ModelKey>, table: &Table, attempts: &Attempts) -> Result<Pick, ApiError> {
+    fn pick(
+        &self,
+        asked: &Asked,
+        key: Option<ModelKey>,
+        table: &Table,
+        attempts: &mut Attempts,
+    ) -> Result<Pick, ApiError> {
         let anybody;
         let workers = match &asked.peek {
-            Some(peek) => match table.serving(peek.model.as_deref()) {
-                Serving::By(workers) => workers,
-                Serving::Nobody => &[],
-                // Those that served it may be back in a moment.
-                Serving::Unknown if key.is_some() => &[],
+            Some(_) => match table.serving(asked.model()) {
+                Serving::By(workers) => {
+                    attempts.known = true;
+                    workers
+                }
+                Serving::Nobody => {
+                    attempts.known = true;
+                    &[]
+                }
+                // There was such a model, and may be again.
+                Serving::Unknown if attempts.known || key.is_some() => &[],
                 Serving::Unknown => {
                     let served: Vec<String> = table.models().into_keys().map(str::to_owned).collect();
-                    let model = peek.model.as_deref().unwrap_or_default();
-                    return Err(ApiError::unknown_model(model, &served));
+                    return Err(ApiError::unknown_model(asked.model().unwrap_or_default(), &served));
                 }
                 Serving::Ambiguous => {
                     let message = "Several models are served: name one in 'model'";

@@ -44,7 +44,8 @@ pub struct FrontendConfig {
     pub body_memory_max: usize,
     /// How long an answer may take from its request, moves to other workers included.
     pub request_timeout: Duration,
-    /// How long an answer whose worker was lost waits for one to continue it, where there is none.
+    /// How long an answer whose worker was lost waits for one to continue it, where there is none, and how long after
+    /// the last worker of a model went requests wait for one to come back.
     pub patience: Duration,
     /// What workers want to hear before they let answers be continued.
     pub cluster_token: Option<HttpToken>,
@@ -82,7 +83,7 @@ impl Frontend {
         let live = cluster.discovery.workers(WorkerFilter::role(Role::Decode));
         let token = config.cluster_token.as_ref().map(HttpToken::header);
         Arc::new(Self {
-            table: workers::follow(live, cluster.loads.reports(), metrics.clone()),
+            table: workers::follow(live, cluster.loads.reports(), config.patience, metrics.clone()),
             token,
             bodies: BodyMemory::of(config.body_memory_max),
             config,

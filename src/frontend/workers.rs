@@ -251,19 +251,25 @@ impl Drop for Booking {
 }
 
 /// The decode workers that are alive.
-#[derive(Default)]
 pub(super) struct Table {
     workers: BTreeMap<LeaseId, Arc<Worker>>,
     by_name: HashMap<String, Vec<Arc<Worker>>>,
-    /// Since when nobody is there who was there before. An etcd that stood still for longer than a lease lets go of all
-    /// workers when it goes on, and they register again a moment later.
-    emptied: Option<Instant>,
+    /// Models that nobody serves any more, and since when. They may be back in a moment: a worker is started anew, or an
+    /// etcd that stood still for longer than a lease goes on, lets go of all workers, and they register again. Those
+    /// that went longer ago than `patience` are forgotten.
+    gone: HashMap<String, Instant>,
+    /// How long requests wait for a model to come back.
+    patience: Duration,
 }
 
 impl Table {
+    pub(super) fn new(patience: Duration) -> Self {
+        Self { workers: BTreeMap::new(), by_name: HashMap::new(), gone: HashMap::new(), patience }
+    }
+
     /// The table for `live`, with the workers that were known before.
     fn next(&self, live: &WorkerSet) -> Self {
-        let mut table = Self::default();
+        let mut table = Self::new(self.patience);
         for (&lease, card) in live.iter().filter(|(_, card)| card.role == Role::Decode) {
             let known = self.workers.get(&lease).filter(|worker| worker.card == *card).cloned();
             let worker = known.unwrap_or_else(|| {
@@ -280,15 +286,25 @@ impl Table {
         for (lease, _) in self.workers.iter().filter(|(lease, _)| !table.workers.contains_key(lease)) {
             tracing::info!(worker = %lease, "a decode worker has gone");
         }
-        if table.workers.is_empty() {
-            table.emptied = if self.workers.is_empty() { self.emptied } else { Some(Instant::now()) };
-        }
+        let now = Instant::now();
+        let before = self.gone.iter().map(|(name, &since)| (name, since));
+        let gone = before.chain(self.by_name.keys().map(|name| (name, now)));
+        let missed = gone.filter(|(name, since)| !table.by_name.contains_key(*name) && self.is_expected(*since));
+        table.gone = missed.map(|(name, since)| (name.clone(), since)).collect();
         table
     }
 
-    /// Whether the last worker went no longer ago than this, and none has come since.
-    pub(super) fn was_emptied_within(&self, time: Duration) -> bool {
-        self.emptied.is_some_and(|emptied| emptied.elapsed() < time)
+    /// Whether those who went then may be back in a moment.
+    fn is_expected(&self, since: Instant) -> bool {
+        since.elapsed() < self.patience
+    }
+
+    /// Whether the last worker of `model` went a moment ago and none has come since; without a name, the last of all.
+    pub(super) fn misses(&self, model: Option<&str>) -> bool {
+        match model {
+            Some(model) => self.gone.get(model).is_some_and(|&since| self.is_expected(since)),
+            None => self.workers.is_empty() && self.gone.values().any(|&since| self.is_expected(since)),
+        }
     }
 
     /// The workers that serve `model`, or, without a name, the only model there is.
@@ -299,6 +315,7 @@ impl Table {
         match model {
             Some(model) => match self.by_name.get(model) {
                 Some(workers) => Serving::By(workers),
+                None if self.misses(Some(model)) => Serving::Nobody,
                 None => Serving::Unknown,
             },
             None => {
@@ -338,7 +355,7 @@ pub(super) enum Serving<'a> {
     Unknown,
     /// The request names no model, and there are several.
     Ambiguous,
-    /// There is no worker at all.
+    /// There is no worker at all, or those of this model went a moment ago.
     Nobody,
 }
 
@@ -346,9 +363,10 @@ pub(super) enum Serving<'a> {
 pub(super) fn follow(
     mut live: watch::Receiver<Arc<WorkerSet>>,
     mut loads: LoadStream,
+    patience: Duration,
     metrics: FrontendMetrics,
 ) -> watch::Receiver<Arc<Table>> {
-    let first = Arc::new(Table::default().next(&live.borrow_and_update()));
+    let first = Arc::new(Table::new(patience).next(&live.borrow_and_update()));
     metrics.workers.set(first.len() as i64);
     let (sender, receiver) = watch::channel(first);
     tokio::spawn(async move {
@@ -529,5 +547,33 @@ mod tests {
             LoadReport { running: u32::MAX, waiting: u32::MAX, prompt_tokens: u64::MAX, ..LoadReport::default() };
         worker.note(&report);
         assert_eq!(worker.load(), u64::MAX);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_model_is_missed_for_a_while_after_its_last_worker_went() {
+        const PATIENCE: Duration = Duration::from_secs(10);
+        let live = |workers: &[(u64, &str)]| -> WorkerSet {
+            let card = |model: &str| {
+                let mut card = card(Role::Decode, ModelKey::of(model.as_bytes()), "127.0.0.1:1");
+                card.model.names = vec![model.into()];
+                Arc::new(card)
+            };
+            workers.iter().map(|&(lease, model)| (LeaseId(lease), card(model))).collect()
+        };
+        let table = Table::new(PATIENCE).next(&live(&[(1, "a"), (2, "a"), (3, "b")]));
+        let table = table.next(&live(&[(2, "a"), (3, "b")]));
+        assert!(!table.misses(Some("a")), "one is left");
+        let table = table.next(&live(&[(3, "b")]));
+        assert!(table.misses(Some("a")) && !table.misses(Some("x")) && !table.misses(None));
+        assert!(matches!(table.serving(Some("a")), Serving::Nobody));
+        assert!(matches!(table.serving(Some("x")), Serving::Unknown));
+        tokio::time::advance(PATIENCE / 2).await;
+        let table = table.next(&live(&[]));
+        assert!(table.misses(Some("a")) && table.misses(Some("b")) && table.misses(None));
+        tokio::time::advance(PATIENCE / 2).await;
+        assert!(!table.misses(Some("a")) && table.misses(Some("b")) && table.misses(None));
+        let table = table.next(&live(&[(4, "b")]));
+        assert!(matches!(table.serving(Some("a")), Serving::Unknown));
+        assert!(table.gone.is_empty(), "one is back, the other forgotten");
     }
 }
