@@ -470,6 +470,24 @@ fn a_prompt_that_kills_its_workers_does_not_go_through_the_cluster_for_their_sig
 }
 
 #[test]
+fn full_workers_are_asked_to_continue_an_answer_ever_less_often() {
+    // Rounds at 0, 0.19, 0.56, 1.31 and 2.81 s at the earliest, and one as patience ends.
+    const ROUNDS_MAX: usize = 6;
+    let front = Front::with(|config| config.patience = Duration::from_secs(3));
+    let mut first = Worker::start(slow());
+    let _lease = front.register(first.address, "m");
+    front.wait_until_there_are(1);
+    let mut events = Events::open(front.address, COMPLETIONS, &streaming(COMPLETIONS));
+    (0..3).for_each(|_| drop(events.next().unwrap()));
+    let full = Door::start(|| FULL);
+    let _lease_of_full = front.register(full.address, "m");
+    front.wait_until_there_are(2);
+    first.kill();
+    assert_eq!(events.finish().pop().unwrap()["error"]["code"], "workers_lost");
+    assert!((1..=ROUNDS_MAX).contains(&full.asked()), "{} times", full.asked());
+}
+
+#[test]
 fn a_worker_that_cannot_be_reached_is_avoided() {
     let (front, _workers, _leases) = with_workers(1, Options::default);
     // An address that refuses.

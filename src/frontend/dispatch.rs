@@ -10,7 +10,7 @@ use hyper::{
 };
 use tokio::{
     sync::{OwnedSemaphorePermit, watch},
-    time::{Instant, sleep, sleep_until},
+    time::{Instant, sleep_until},
 };
 
 use super::{
@@ -37,8 +37,10 @@ const LOSSES_MAX: usize = 3;
 const REFUSALS_MAX: usize = 3;
 /// How often it is looked whether the worker one waits for is still there.
 pub(super) const PULSE: Duration = Duration::from_secs(1);
-/// How often workers that were given up are tried again, while an answer waits for one to continue it.
-const RETRY_PERIOD: Duration = Duration::from_millis(250);
+/// How long it takes until workers that were given up are tried again, while a request waits for one of them: at first,
+/// and at most.
+const RETRY_PAUSE_FIRST: Duration = Duration::from_millis(250);
+const RETRY_PAUSE_MAX: Duration = Duration::from_secs(2);
 /// What of a client's headers workers get to see.
 const PASSED_ON: [&str; 6] =
     ["content-type", "authorization", "traceparent", "tracestate", "x-request-id", "user-agent"];
@@ -173,8 +175,9 @@ impl Frontend {
         key: Option<ModelKey>,
         attempts: &mut Attempts,
     ) -> Result<Placed, Failure> {
-        let patience_ends = Instant::now() + self.config.patience;
+        let patience_ends = (Instant::now() + self.config.patience).min(asked.deadline);
         let mut table = self.table.clone();
+        let mut rounds = Rounds::default();
         loop {
             let current = table.borrow_and_update().clone();
             let worker = match self.pick(asked, key, &current, attempts)? {
@@ -185,9 +188,10 @@ impl Frontend {
                     let lost_lately = lost_lately && attempts.refused.is_none();
                     let expected = taken || lost_lately || current.misses(asked.model());
                     let hopeless = attempts.refused.as_ref().is_some_and(|(_, may_pass)| !may_pass);
-                    if expected && !hopeless && Instant::now() < patience_ends.min(asked.deadline) {
-                        wait_for_change(&mut table).await;
-                        attempts.tried.clear();
+                    if expected && !hopeless && Instant::now() < patience_ends {
+                        if rounds.next(&mut table, patience_ends).await {
+                            attempts.tried.clear();
+                        }
                         continue;
                     }
                     let ours = || if taken { workers_lost() } else { no_workers() }.into();
@@ -326,13 +330,67 @@ fn may_pass(status: StatusCode) -> bool {
     matches!(status, StatusCode::TOO_MANY_REQUESTS | StatusCode::SERVICE_UNAVAILABLE | StatusCode::BAD_GATEWAY)
 }
 
-async fn wait_for_change(table: &mut watch::Receiver<Arc<Table>>) {
-    tokio::select! {
-        changed = table.changed() => {
-            if changed.is_err() {
-                sleep(RETRY_PERIOD).await;
-            }
+/// When those that were tried in vain are tried again. Each time costs them the request's body and what there is of its
+/// answer, and all who wait would come at once: so pauses grow, and no two are alike.
+struct Rounds {
+    pause: Duration,
+    /// When the pause under way ends.
+    due: Option<Instant>,
+}
+
+impl Default for Rounds {
+    fn default() -> Self {
+        Self { pause: RETRY_PAUSE_FIRST, due: None }
+    }
+}
+
+impl Rounds {
+    /// Waits for the next round, but no longer than until `latest`. Returns earlier, and false, if other workers are
+    /// there: they need not wait for it.
+    async fn next(&mut self, table: &mut watch::Receiver<Arc<Table>>, latest: Instant) -> bool {
+        let pause = self.pause.mul_f64(rand::random_range(0.75..1.25));
+        let due = *self.due.get_or_insert_with(|| Instant::now() + pause);
+        tokio::select! {
+            // It fails once nobody follows the workers any more.
+            Ok(()) = table.changed() => return false,
+            () = sleep_until(due.min(latest)) => {}
         }
-        () = sleep(RETRY_PERIOD) => {}
+        *self = Self { pause: (self.pause * 2).min(RETRY_PAUSE_MAX), due: None };
+        true
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn rounds_in_vain_grow_apart() {
+        let (_following, mut table) = watch::channel(Arc::new(Table::new(Duration::ZERO)));
+        let (mut rounds, patience_ends) = (Rounds::default(), Instant::now() + Duration::from_secs(60));
+        for pause_ms in [250, 500, 1000, 2000, 2000] {
+            let before = Instant::now();
+            assert!(rounds.next(&mut table, patience_ends).await);
+            let pause = before.elapsed().as_millis();
+            assert!((pause_ms * 3 / 4..=pause_ms * 5 / 4 + 1).contains(&pause), "{pause} for {pause_ms}");
+        }
+        let patience_ends = Instant::now() + Duration::from_millis(10);
+        assert!(rounds.next(&mut table, patience_ends).await, "the last round comes as patience ends");
+        assert!(Instant::now() < patience_ends + Duration::from_millis(10));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn other_workers_need_not_wait_for_the_next_round() {
+        let (following, mut table) = watch::channel(Arc::new(Table::new(Duration::ZERO)));
+        let (mut rounds, start) = (Rounds::default(), Instant::now());
+        let patience_ends = start + Duration::from_secs(60);
+        for _ in 0..5 {
+            following.send_replace(Arc::new(Table::new(Duration::ZERO)));
+            assert!(!rounds.next(&mut table, patience_ends).await);
+        }
+        assert_eq!(start.elapsed(), Duration::ZERO);
+        // Nor do those that were tried wait for longer, however often others come and go.
+        assert!(rounds.next(&mut table, patience_ends).await);
+        assert!(start.elapsed() <= RETRY_PAUSE_FIRST * 2);
     }
 }
