@@ -36,6 +36,10 @@ pub struct Borrower {
     jobs: BTreeMap<HandoffId, Held>,
     peers: BTreeMap<WorkerId, Peer>,
     draining: bool,
+    /// Chunks computed so far, of all prompts; begins again at 0.
+    chunks: u32,
+    /// Writes that ended so far, likewise.
+    writes: u32,
     /// Jobs that something happens to; kept to be filled again.
     scratch: Vec<HandoffId>,
 }
@@ -68,7 +72,6 @@ struct Work {
     epoch: Epoch,
     /// Tokens to compute, from 0.
     wanted: u32,
-    computed: u32,
     /// Writes given to the writer, the word included, of which it has not said that they ended.
     writing: u64,
     end: Option<End>,
@@ -101,6 +104,8 @@ impl Borrower {
             jobs: BTreeMap::new(),
             peers: BTreeMap::new(),
             draining: false,
+            chunks: 0,
+            writes: 0,
             scratch: Vec::with_capacity(config.jobs_max),
             config,
         }
@@ -190,6 +195,7 @@ impl Borrower {
                 }
             }
             BorrowerEvent::Wrote { handoff, writes } => {
+                self.writes = self.writes.wrapping_add(writes as u32);
                 if let Some(work) = self.work(handoff) {
                     work.writing = work.writing.saturating_sub(writes);
                     self.finish_stopping(handoff, actions);
@@ -264,7 +270,7 @@ impl Borrower {
                     return;
                 }
                 let wanted = grant.tokens.len() as u32;
-                let work = Work { session, slot: grant.slot, epoch, wanted, computed: 0, writing: 0, end: None };
+                let work = Work { session, slot: grant.slot, epoch, wanted, writing: 0, end: None };
                 held.stage = Stage::Granted(work);
                 held.alive_due = alive_due;
                 actions.push(BorrowerAction::Prefill { session, grant });
@@ -277,18 +283,25 @@ impl Borrower {
     }
 
     fn computed(&mut self, handoff: HandoffId, tokens: u32, actions: &mut Vec<BorrowerAction>) {
+        self.chunks = self.chunks.wrapping_add(1);
+        let moved = self.moved(false);
         let Some(work @ Work { end: None, .. }) = self.work(handoff) else { return };
         let &mut Work { session, slot, epoch, wanted, .. } = work;
-        work.computed = tokens.min(wanted);
-        let message = ToDecode::Progress { handoff, epoch, tokens: work.computed };
-        actions.push(BorrowerAction::Send { session, message });
-        if work.computed == wanted {
+        actions.push(BorrowerAction::Send { session, message: ToDecode::Progress { handoff, epoch, moved } });
+        if tokens >= wanted {
             work.end = Some(End::Posting);
             // Until it is answered, the word too is a write that could be under way.
             work.writing += 1;
             let word = MailboxWord::new(epoch, Status::Done);
             actions.push(BorrowerAction::Complete { session, handoff, slot, word });
         }
+    }
+
+    /// What a sign of life says of how far this worker is. It counts all prompts: one that waits its turn, or for the
+    /// pages of those before it, or for theirs to be written, is none that hangs. But what is computed is nothing that
+    /// one waits for whose pages are all with the writer.
+    fn moved(&self, posting: bool) -> u32 {
+        if posting { self.writes } else { self.writes.wrapping_add(self.chunks) }
     }
 
     /// Begins to stop, unless the end is settled. A word that is with the writer already says the same as a release.
@@ -326,6 +339,7 @@ impl Borrower {
     }
 
     fn tick(&mut self, now: Duration, actions: &mut Vec<BorrowerAction>) {
+        let (computing, posting) = (self.moved(false), self.moved(true));
         for (&handoff, held) in &mut self.jobs {
             match &held.stage {
                 Stage::Claimed { deadline, .. } if now >= *deadline => self.scratch.push(handoff),
@@ -333,9 +347,10 @@ impl Borrower {
                 stage => {
                     actions.push(BorrowerAction::InProgress { delivery: held.delivery });
                     // Whoever stops says so when the last write has ended; until then there is nothing to wait for.
-                    if let Stage::Granted(Work { session, epoch, computed, end: None | Some(End::Posting), .. }) = *stage {
-                        let message = ToDecode::Progress { handoff, epoch, tokens: computed };
-                        actions.push(BorrowerAction::Send { session, message });
+                    if let Stage::Granted(Work { session, epoch, end: end @ (None | Some(End::Posting)), .. }) = stage {
+                        let moved = if end.is_some() { posting } else { computing };
+                        let message = ToDecode::Progress { handoff, epoch: *epoch, moved };
+                        actions.push(BorrowerAction::Send { session: *session, message });
                     }
                     held.alive_due = now + self.config.timeouts.keep_alive;
                 }

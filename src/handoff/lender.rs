@@ -17,7 +17,7 @@ pub use interface::{LenderAction, LenderEvent, LenderTimeouts, Outcome};
 ///            lend                       claimed                      resolved
 ///  pages ─────────▶ Queued ────────────────────────▶ Granted ───────────────────────▶ Resume or Restart, with the pages
 ///                     │                                 │
-///                     │ withdrawn, not claimed          │ withdrawn, silent, session closed, lease lost
+///                     │ withdrawn, not claimed          │ withdrawn, silent, stalled, session closed, lease lost
 ///                     ▼                                 ▼                       resolved
 ///         pages back at once:               Quarantined ────────────────────────────▶ Free, with the pages
 ///         nobody ever could write           (the request itself goes on without)
@@ -63,11 +63,18 @@ enum State<R> {
     /// The job is on the queue. Nobody may write.
     Queued { request: R },
     /// The holder may write, and the request waits for it.
-    Granted { request: R, holder: Holder },
+    Granted { request: R, holder: Holder, moved: Moved },
     /// The holder may write, or may be about to, and nobody waits for it.
     Quarantined { holder: Holder },
     /// The holder may write, and nobody ever waited for it: it measures.
     Scratch { holder: Holder },
+}
+
+/// How far things were where the holder is, and when they must be further, in steady time.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Moved {
+    mark: u32,
+    due: Duration,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -79,10 +86,10 @@ struct Holder {
 impl<R: Copy, P> Lender<R, P> {
     /// A lender with a mailbox of `slots` words: so many loans can be open, those in quarantine included.
     pub fn new(slots: u32, timeouts: LenderTimeouts) -> Self {
-        let LenderTimeouts { unclaimed, silent, release } = timeouts;
+        let LenderTimeouts { unclaimed, silent, release, stalled } = timeouts;
         Self {
             timeouts,
-            clock: SteadyClock::new(unclaimed.min(silent).min(release) / 4),
+            clock: SteadyClock::new(unclaimed.min(silent).min(release).min(stalled) / 4),
             seats: (0..slots).map(|_| Seat { epoch: Epoch::FIRST, loan: None }).collect(),
             free: (0..slots).rev().map(Slot).collect(),
             open: Vec::with_capacity(slots as usize),
@@ -224,11 +231,16 @@ impl<R: Copy, P> Lender<R, P> {
             ToDecode::Claim { handoff } => self.claim(from, handoff, now, actions),
             // The pages would have to come from somewhere: see `lend_scratch`.
             ToDecode::Measure { .. } => {}
-            ToDecode::Progress { handoff, epoch, .. } => {
+            ToDecode::Progress { handoff, epoch, moved: mark } => {
                 let Some(slot) = self.granted(handoff, epoch, from) else { return };
-                if let Some(Loan { state: State::Granted { .. }, .. }) = self.seat(slot).loan {
-                    self.set_deadline(slot, now + self.timeouts.silent);
+                let LenderTimeouts { silent, stalled, .. } = self.timeouts;
+                let Some(Loan { state: State::Granted { moved, .. }, deadline, .. }) = &mut self.seat(slot).loan else {
+                    return;
+                };
+                if mark != moved.mark {
+                    *moved = Moved { mark, due: now + stalled };
                 }
+                *deadline = moved.due.min(now + silent);
             }
             ToDecode::Released { handoff, epoch } => {
                 self.given_back(from, handoff, epoch, Outcome::Released, actions);
@@ -261,14 +273,14 @@ impl<R: Copy, P> Lender<R, P> {
             actions.push(LenderAction::Gone { session, handoff, why: Gone::Unknown });
             return;
         };
-        let deadline = now + self.timeouts.silent;
+        let LenderTimeouts { silent, stalled, .. } = self.timeouts;
         let Seat { epoch, loan: Some(loan) } = &mut self.seats[slot.0 as usize] else { return };
         let State::Queued { request } = loan.state else {
             actions.push(LenderAction::Gone { session, handoff, why: Gone::Claimed });
             return;
         };
-        loan.state = State::Granted { request, holder };
-        loan.deadline = deadline;
+        loan.state = State::Granted { request, holder, moved: Moved { mark: 0, due: now + stalled } };
+        loan.deadline = now + silent.min(stalled);
         actions.push(LenderAction::Grant { session, handoff, slot, epoch: *epoch, request });
     }
 
@@ -329,7 +341,7 @@ impl<R: Copy, P> Lender<R, P> {
     /// Parts a granted loan from its request: the latter restarts, the pages stay. `None` if that was done before.
     fn quarantine(&mut self, slot: Slot, actions: &mut Vec<LenderAction<R, P>>) -> Option<Holder> {
         let loan = self.seat(slot).loan.as_mut()?;
-        let State::Granted { request, holder } = loan.state else { return None };
+        let State::Granted { request, holder, .. } = loan.state else { return None };
         loan.state = State::Quarantined { holder };
         actions.push(LenderAction::Restart { request, pages: None, again: true });
         Some(holder)

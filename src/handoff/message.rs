@@ -10,14 +10,15 @@ pub enum ToDecode {
         /// Named by the job.
         handoff: HandoffId,
     },
-    /// "I am at it." Also sent when nothing moved, as a sign of life.
+    /// "I am alive." Sent now and then, also when nothing moved.
     Progress {
         /// Which.
         handoff: HandoffId,
         /// The grant's.
         epoch: Epoch,
-        /// Of the grant's tokens, those whose pages are written or queued to be.
-        tokens: u32,
+        /// Another number than the last if anything moved since that the handoff may have waited for, be it of another
+        /// prompt. (Earlier builds count the grant's tokens that are computed, which does as well.)
+        moved: u32,
     },
     /// "I shall write nothing more under this grant." Sent after the last write has ended.
     Released {

@@ -1,7 +1,5 @@
 //! From the engine thread to the writer of a session.
 
-use std::ops::Range;
-
 use tokio::sync::mpsc;
 
 use super::{
@@ -31,13 +29,10 @@ pub(super) struct Courier {
 }
 
 impl Courier {
-    fn write(&self, layers: Range<usize>, first: usize, pages: &[u32]) {
+    fn write(&self, layer: usize, first: usize, pages: &[u32]) {
         let remote = &self.pages[first - self.first_page..];
-        let mut copies = Vec::with_capacity(layers.len() * pages.len());
-        for layer in layers {
-            let copy = |(&local, &remote): (&u32, &u32)| PageCopy { layer: layer as u32, local, remote };
-            copies.extend(pages.iter().zip(remote).map(copy));
-        }
+        let copy = |(&local, &remote): (&u32, &u32)| PageCopy { layer: layer as u32, local, remote };
+        let copies = pages.iter().zip(remote).map(copy).collect();
         let handoff = self.handoff;
         let mut desk = lock(&self.desk);
         if !desk.begin_write(handoff, &self.desk) {
@@ -52,11 +47,12 @@ impl Courier {
 
 impl Exporter for Courier {
     fn layer(&mut self, layer: usize, first: usize, pages: &[u32]) {
-        self.write(layer..layer + 1, first, pages);
+        self.write(layer, first, pages);
     }
 
     fn found(&mut self, first: usize, pages: &[u32]) {
-        self.write(0..self.layers, first, pages);
+        // Not all in one: each write that ends says that they move.
+        (0..self.layers).for_each(|layer| self.write(layer, first, pages));
     }
 
     fn computed(&mut self, tokens: usize) {

@@ -155,7 +155,7 @@ fn decode(config: EngineConfig, threshold: usize) -> Decode {
 
 const PATIENT: LendingConfig = LendingConfig {
     mailbox_slots: 16,
-    timeouts: LenderTimeouts { unclaimed: MINUTE, silent: MINUTE, release: MINUTE },
+    timeouts: LenderTimeouts { unclaimed: MINUTE, silent: MINUTE, stalled: MINUTE, release: MINUTE },
 };
 
 const MINUTE: std::time::Duration = std::time::Duration::from_secs(60);
@@ -328,7 +328,7 @@ fn a_prompt_prefilled_elsewhere_gets_the_same_answer() {
 fn a_full_prefix_hit_is_not_handed_off() {
     // Nothing is too short for this port, and a job for nothing would be taken back for want of somebody who claims it.
     let soon = std::time::Duration::from_millis(1);
-    let timeouts = LenderTimeouts { unclaimed: soon, silent: soon, release: soon };
+    let timeouts = LenderTimeouts { unclaimed: soon, silent: soon, stalled: MINUTE, release: soon };
     let decode = decode_with(config(), 0, LendingConfig { mailbox_slots: 1, timeouts });
     decode.wires.open.store(false, Ordering::Relaxed);
     block_on(collect(&mut decode.handle.submit(request(0..69, 1)).unwrap()));
@@ -422,7 +422,7 @@ fn one_that_leaves_while_its_prompt_is_elsewhere_frees_its_pages_when_they_are_r
 #[test]
 fn a_job_that_nobody_takes_is_done_here() {
     let soon = std::time::Duration::from_millis(1);
-    let timeouts = LenderTimeouts { unclaimed: soon, silent: soon, release: soon };
+    let timeouts = LenderTimeouts { unclaimed: soon, silent: soon, stalled: MINUTE, release: soon };
     let decode = decode_with(config(), 16, LendingConfig { mailbox_slots: 1, timeouts });
     let asked = [request(0..70, 9), request(200..260, 9)];
     let mut generations: Vec<_> = asked.iter().map(|asked| decode.handle.submit(asked.clone()).unwrap()).collect();
@@ -449,7 +449,7 @@ fn a_job_that_nobody_is_left_to_take_is_done_here_at_once() {
 #[test]
 fn a_silent_worker_is_asked_then_fenced() {
     let soon = std::time::Duration::from_millis(1);
-    let timeouts = LenderTimeouts { unclaimed: MINUTE, silent: soon, release: soon };
+    let timeouts = LenderTimeouts { unclaimed: MINUTE, silent: soon, stalled: MINUTE, release: soon };
     let decode = decode_with(config(), 16, LendingConfig { mailbox_slots: 4, timeouts });
     let asked = request(0..70, 9);
     let mut generation = decode.handle.submit(asked.clone()).unwrap();

@@ -20,6 +20,7 @@ const SLOTS: usize = 4;
 const TIMEOUTS: LenderTimeouts = LenderTimeouts {
     unclaimed: std::time::Duration::from_millis(300),
     silent: std::time::Duration::from_millis(120),
+    stalled: std::time::Duration::from_millis(250),
     release: std::time::Duration::from_millis(60),
 };
 

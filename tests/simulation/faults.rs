@@ -8,6 +8,8 @@ pub(crate) enum Fault {
     Kill(Process),
     /// `kill -STOP`, and `-CONT` later. Its clock may have been set, or not, in between.
     Stall(Process),
+    /// A prefill worker's engine computes nothing for a while, or never again, and the rest of it lives on.
+    Hang(usize),
     /// A prefill worker is told to leave, and another comes.
     Drain(usize),
     /// A prefill worker that is well loses its lease and gets another.
@@ -50,7 +52,7 @@ impl World {
         } else {
             Process::Decode(self.rng.index(self.decodes.len()))
         };
-        match self.rng.below(16) {
+        match self.rng.below(17) {
             0..=2 => Fault::Kill(process),
             3..=6 => Fault::Stall(process),
             7 => Fault::Drain(prefill),
@@ -61,6 +63,7 @@ impl World {
             12 => Fault::QueueDown,
             13 => Fault::QueueFull,
             14 => Fault::Duplicate,
+            15 => Fault::Hang(prefill),
             _ if self.rng.per_mille(500) => Fault::Poison,
             _ => Fault::Stale,
         }
@@ -71,6 +74,11 @@ impl World {
         match fault {
             Fault::Kill(process) => self.kill(process),
             Fault::Stall(process) => self.stall(process),
+            Fault::Hang(prefill) => {
+                let forever = self.rng.per_mille(500);
+                let until = if forever { u64::MAX } else { self.now + self.rng.within(50 * MS, 1_000 * MS) };
+                self.prefills[prefill].hung_until = until;
+            }
             Fault::Drain(prefill) => {
                 if self.is_well(Process::Prefill(prefill)) {
                     self.drain_prefill(prefill);

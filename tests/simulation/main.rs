@@ -127,6 +127,11 @@ fn a_loan_that_was_given_back_and_can_be_written_under_is_noticed() {
 }
 
 #[test]
+fn a_worker_that_hangs_and_says_that_it_moves_is_noticed() {
+    is_noticed(Mutation::AlwaysMoving);
+}
+
+#[test]
 fn a_closed_session_taken_for_a_fenced_one_is_noticed() {
     is_noticed(Mutation::ClosedIsFenced);
 }

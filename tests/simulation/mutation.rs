@@ -16,6 +16,8 @@ pub(crate) enum Mutation {
     ReleasedWhileWriting,
     /// A loan that its holder has given back stays in the receiver's record.
     GivenBackAndKept,
+    /// A prefill worker says that it moves, whether it does or not.
+    AlwaysMoving,
     /// A closed session is taken for a fenced one.
     ClosedIsFenced,
     /// Over RDMA, the word is posted while its data is under way.

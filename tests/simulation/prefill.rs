@@ -5,7 +5,7 @@ use std::{collections::VecDeque, rc::Rc, time::Duration};
 
 use engine::handoff::{
     Borrower, BorrowerAction, BorrowerConfig, BorrowerEvent, BorrowerTimeouts, DeliveryId, Grant, HandoffId, SessionId,
-    ToPrefill, WorkerId,
+    ToDecode, ToPrefill, WorkerId,
 };
 
 use crate::{
@@ -21,6 +21,8 @@ pub(crate) struct Prefill {
     pub(crate) life: Life,
     pub(crate) borrower: Borrower,
     computing: Vec<Computing>,
+    /// Nothing is computed before this.
+    pub(crate) hung_until: u64,
     inbox: VecDeque<Heard>,
     draining: bool,
     actions: Vec<BorrowerAction>,
@@ -59,6 +61,7 @@ impl Prefill {
             life: Life::new(world.new_worker()),
             borrower: Borrower::new(config),
             computing: vec![],
+            hung_until: 0,
             inbox: VecDeque::new(),
             draining: false,
             actions: vec![],
@@ -161,7 +164,14 @@ impl World {
                 let after = self.rng.within(200, 5 * MS);
                 self.at(self.now + after, Event::Connect { prefill, life, place, decode });
             }
-            BorrowerAction::Send { session, message } => self.say_to_decode(session, message),
+            BorrowerAction::Send { session, mut message } => {
+                if let ToDecode::Progress { moved, .. } = &mut message
+                    && self.mutation == Some(Mutation::AlwaysMoving)
+                {
+                    *moved = self.now as u32;
+                }
+                self.say_to_decode(session, message);
+            }
             BorrowerAction::Prefill { session, grant } => {
                 let hashes = page_hashes(&grant.tokens);
                 self.prefills[prefill].computing.push(Computing { session, grant, hashes, pages: 0 });
@@ -223,6 +233,9 @@ impl World {
 
     /// A step: the next chunk of some of the prompts.
     fn compute(&mut self, prefill: usize) {
+        if self.now < self.prefills[prefill].hung_until {
+            return;
+        }
         let handoffs: Vec<_> =
             self.prefills[prefill].computing.iter().map(|computing| computing.grant.handoff).collect();
         for handoff in handoffs {

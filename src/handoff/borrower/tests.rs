@@ -103,7 +103,7 @@ fn tell(action: &BorrowerAction) -> String {
         BorrowerAction::Connect { .. } => "connect".into(),
         BorrowerAction::Send { message, .. } => match message {
             ToDecode::Claim { .. } => "claim".into(),
-            ToDecode::Progress { tokens, .. } => format!("progress {tokens}"),
+            ToDecode::Progress { moved, .. } => format!("progress {moved}"),
             ToDecode::Released { .. } => "released".into(),
             ToDecode::Failed { reason, .. } => format!("failed: {reason}"),
             ToDecode::Measure { .. } => "measure".into(),
@@ -125,9 +125,9 @@ fn tell(action: &BorrowerAction) -> String {
 #[test]
 fn a_job_is_acked_when_its_word_is_posted_and_not_before() {
     let mut bench = Bench::writing(4);
-    assert_eq!(bench.computed(8), ["progress 8"]);
+    assert_eq!(bench.computed(8), ["progress 1"]);
     assert_eq!(bench.on(BorrowerEvent::Writing { handoff: H, writes: 2 }), [""; 0]);
-    assert_eq!(bench.computed(9), ["progress 9", "complete"]);
+    assert_eq!(bench.computed(9), ["progress 2", "complete"]);
     assert_eq!(bench.on(BorrowerEvent::Wrote { handoff: H, writes: 6 }), [""; 0]);
     assert_eq!(bench.on(BorrowerEvent::Posted { handoff: H }), ["ack 1"]);
     assert_eq!(bench.borrower.held(), 0);
@@ -258,7 +258,7 @@ fn signs_of_life_go_to_the_queue_and_to_the_decode_worker() {
     assert_eq!(bench.pass(1), [""; 0]);
     assert_eq!(bench.pass(1), ["in progress 1", "progress 0"]);
     bench.computed(4);
-    assert_eq!(bench.pass(2), ["in progress 1", "progress 4"]);
+    assert_eq!(bench.pass(2), ["in progress 1", "progress 1"]);
 }
 
 #[test]
@@ -267,12 +267,37 @@ fn signs_of_life_go_on_until_the_word_is_posted_but_not_for_what_is_given_up() {
     bench.computed(9);
     // Over a slow link that takes longer than anybody waits for a silent worker.
     for _ in 0..10 {
-        assert_eq!(bench.pass(2), ["in progress 1", "progress 9"]);
+        assert_eq!(bench.pass(2), ["in progress 1", "progress 0"]);
     }
     assert_eq!(bench.on(BorrowerEvent::Posted { handoff: H }), ["ack 1"]);
     let mut bench = Bench::writing(1);
     bench.ask_release();
     assert_eq!(bench.pass(2), ["in progress 1"]);
+}
+
+#[test]
+fn signs_of_life_tell_whether_anything_moves_that_a_prompt_may_wait_for() {
+    let mut bench = Bench::writing(3);
+    let other = HandoffId(8);
+    bench.deliver(2, other);
+    assert_eq!(bench.grant(S, Grant { handoff: other, ..grant() }), ["prefill"]);
+    let alive = |bench: &mut Bench| {
+        let said = bench.pass(2);
+        said.into_iter().filter(|said| said.starts_with("progress")).collect::<Vec<_>>()
+    };
+    assert_eq!(alive(&mut bench), ["progress 0", "progress 0"]);
+    assert_eq!(alive(&mut bench), ["progress 0", "progress 0"]);
+    // The other waits its turn, and that it comes nearer is enough.
+    bench.computed(8);
+    bench.on(BorrowerEvent::Wrote { handoff: H, writes: 1 });
+    assert_eq!(alive(&mut bench), ["progress 2", "progress 2"]);
+    // What is all with the writer waits for nothing that is computed.
+    bench.computed(9);
+    assert_eq!(alive(&mut bench), ["progress 1", "progress 3"]);
+    bench.on(BorrowerEvent::Computed { handoff: other, tokens: 4 });
+    assert_eq!(alive(&mut bench), ["progress 1", "progress 4"]);
+    bench.on(BorrowerEvent::Wrote { handoff: H, writes: 1 });
+    assert_eq!(alive(&mut bench), ["progress 2", "progress 5"]);
 }
 
 #[test]

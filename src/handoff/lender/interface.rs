@@ -10,6 +10,9 @@ pub struct LenderTimeouts {
     /// A holder that gives no sign of life: start the request again and ask for the pages back. Several times the
     /// [`keep_alive`](crate::handoff::BorrowerTimeouts::keep_alive) of the prefill workers.
     pub silent: Duration,
+    /// One that gives signs of life, but says in all of them that nothing moves where it is, as its device hangs: the same.
+    /// Longer than anything takes there that is computed or written in one go.
+    pub stalled: Duration,
     /// A holder that does not answer when asked for the pages: fence its session.
     pub release: Duration,
 }
@@ -177,6 +180,6 @@ impl Outcome {
 impl Default for LenderTimeouts {
     fn default() -> Self {
         let seconds = Duration::from_secs;
-        Self { unclaimed: seconds(30), silent: seconds(10), release: seconds(5) }
+        Self { unclaimed: seconds(30), silent: seconds(10), stalled: seconds(60), release: seconds(5) }
     }
 }

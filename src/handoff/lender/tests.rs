@@ -197,14 +197,39 @@ fn a_silent_holder_costs_the_request_time_and_the_pages_patience() {
 #[test]
 fn signs_of_life_keep_a_loan_for_as_long_as_it_takes() {
     let (mut bench, _, epoch) = Bench::granted();
-    for tokens in 0..100 {
+    for moved in 1..100 {
         assert_eq!(bench.pass(9), []);
-        assert_eq!(bench.says(ALICE, ToDecode::Progress { handoff: H, epoch, tokens }), []);
+        assert_eq!(bench.says(ALICE, ToDecode::Progress { handoff: H, epoch, moved }), []);
     }
     // Those of others do not.
-    bench.says(BOB, ToDecode::Progress { handoff: H, epoch, tokens: 100 });
-    bench.says(ALICE, ToDecode::Progress { handoff: H, epoch: epoch.next(), tokens: 100 });
+    bench.says(BOB, ToDecode::Progress { handoff: H, epoch, moved: 100 });
+    bench.says(ALICE, ToDecode::Progress { handoff: H, epoch: epoch.next(), moved: 100 });
     assert_eq!(bench.pass(10).len(), 2);
+}
+
+#[test]
+fn a_holder_that_lives_but_does_not_move_is_given_up_as_a_silent_one_is() {
+    let (mut bench, slot, epoch) = Bench::granted();
+    let alive = |bench: &mut Bench, moved| {
+        assert_eq!(bench.pass(2), []);
+        assert_eq!(bench.says(ALICE, ToDecode::Progress { handoff: H, epoch, moved }), []);
+    };
+    // For so long nothing may move, and as long again after it has; that the count begins again is movement.
+    for moved in [1, 7, u32::MAX, 3] {
+        (0..29).for_each(|_| alive(&mut bench, moved));
+    }
+    assert_eq!(bench.pass(1), []);
+    let (session, handoff) = (ALICE.0, H);
+    assert_eq!(
+        bench.pass(3),
+        [
+            LenderAction::Restart { request: 1, pages: None, again: true },
+            LenderAction::Reclaim { session, handoff, slot, epoch }
+        ]
+    );
+    // What it says then comes too late.
+    bench.says(ALICE, ToDecode::Progress { handoff: H, epoch, moved: 4 });
+    assert_eq!(bench.pass(5), [LenderAction::Fence { session }]);
 }
 
 #[test]
