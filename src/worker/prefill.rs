@@ -139,8 +139,9 @@ pub async fn run(mut cli: WorkerArgs, ready: impl FnOnce(Ready)) -> Result<()> {
     let drain = async {
         leaving.send_replace(true);
         desk::on(&desk, BorrowerEvent::Drain);
-        lease.withdraw().await;
+        // Who loses its lease is not waited for.
         emptied(&desk).await;
+        lease.withdraw().await;
         // Or jobs that are done, or handed back, would come to others only after a while.
         desk::settled(&desk).await;
         cluster.queue.flush().await;

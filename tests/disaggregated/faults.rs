@@ -79,6 +79,8 @@ fn a_prefill_worker_that_died_while_it_had_nothing_to_do_costs_less_than_its_lea
     let alone = alone();
     // It has never opened a session: all that is known of it is its lease, and who asks for jobs.
     prefill.signal("KILL");
+    // A job could still go to its connections before they are closed.
+    prefill.wait();
     is_answered_as(&alone, &decode, 150);
     assert_eq!((prefills(&decode, "local"), prefills(&decode, "remote")), (1.0, 0.0));
     let log = decode.log();
