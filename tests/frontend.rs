@@ -475,13 +475,18 @@ fn full_workers_are_asked_to_continue_an_answer_ever_less_often() {
     const ROUNDS_MAX: usize = 6;
     let front = Front::with(|config| config.patience = Duration::from_secs(3));
     let mut first = Worker::start(slow());
-    let _lease = front.register(first.address, "m");
+    let lease = front.register(first.address, "m");
     front.wait_until_there_are(1);
+    // Its answer is not at its end when it dies.
+    first.gate.only(10);
     let mut events = Events::open(front.address, COMPLETIONS, &streaming(COMPLETIONS));
     (0..3).for_each(|_| drop(events.next().unwrap()));
     let full = Door::start(|| FULL);
     let _lease_of_full = front.register(full.address, "m");
     front.wait_until_there_are(2);
+    // Nobody else is asked: a worker that is about to be gone may be lost once more, which would end the answer.
+    drop(lease);
+    front.wait_until_there_are(1);
     first.kill();
     assert_eq!(events.finish().pop().unwrap()["error"]["code"], "workers_lost");
     assert!((1..=ROUNDS_MAX).contains(&full.asked()), "{} times", full.asked());
