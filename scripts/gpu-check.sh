@@ -134,7 +134,8 @@ correctness() { # correctness <seconds> <seconds without>
     1) grep -qE '(wide|hopper|wgmma|box)_[a-z]' "$log.out" || return ;;
     124 | 137) [ "$size" != tiny ] && [ $silent -ge 60 ] || return ;;
     esac
-    grep -q 'used with wgmma' "$log.out" || return
+    # Wherever the line is broken.
+    tr -s '\n ' ' ' <"$log.out" | grep -q 'used with wgmma' || return
     touch "$erring"
     export ENGINE_CUDA_WITHOUT_WGMMA=1
     part plain "Correctness without wgmma, as all that follows" "$2" "$here/engine" doctor --gpu
