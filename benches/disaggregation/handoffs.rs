@@ -57,13 +57,15 @@ pub(crate) fn measure(engine: &Engine, model: &Model, long: usize, handoffs: usi
         let mut of_length: Vec<Row> = pairs.iter().map(|(transport, _)| Row::new(transport, tokens)).collect();
         // Sessions are open and buffers have grown after the first few; on a device, clocks are up and longer prompts
         // have met their own kernels.
-        let warm_up = if rows.is_empty() || on_device { WARM_UP } else { 0 };
+        let warm_up = if rows.is_empty() || on_device { WARM_UP.min(handoffs) } else { 0 };
         for turn in 0..warm_up + handoffs {
             for ((_, pair), row) in pairs.iter().zip(&mut of_length) {
                 seed += 1;
                 let prompt = model.prompt(tokens, seed);
-                // The same prompt in one process, whose core is idle now; a baseline needs no as many.
-                let local = (turn % 4 == 0).then(|| client::first_token(&alone.address, &prompt)).transpose()?;
+                // The same prompt in one process, whose core is idle now: once to warm up, and then with each fourth
+                // that counts; a baseline needs no as many.
+                let is_local = turn == 0 || (turn >= warm_up && (turn - warm_up).is_multiple_of(4));
+                let local = is_local.then(|| client::first_token(&alone.address, &prompt)).transpose()?;
                 let handoff = handoff(pair, &prompt)?;
                 if turn >= warm_up {
                     row.push(handoff, local);
