@@ -260,14 +260,14 @@ fn only_the_holder_can_give_pages_back() {
 
 #[test]
 fn pages_that_their_holder_gives_back_are_out_of_the_transport_s_record_before_anybody_has_them() {
-    let messages: [(fn(Epoch) -> ToDecode, Outcome); 2] = [
-        (|epoch| ToDecode::Released { handoff: H, epoch }, Outcome::Released),
-        (|epoch| ToDecode::Failed { handoff: H, epoch, reason: "too long".into() }, Outcome::Failed),
-    ];
-    for (message, outcome) in messages {
+    for outcome in [Outcome::Released, Outcome::Failed] {
         let (mut bench, slot, epoch) = Bench::granted();
-        assert_eq!(bench.says(ALICE, message(epoch)), given_back((slot, epoch), back(outcome)));
-        assert_eq!(bench.says(ALICE, message(epoch)), [], "once");
+        let message = match outcome {
+            Outcome::Failed => ToDecode::Failed { handoff: H, epoch, reason: "too long".into() },
+            _ => ToDecode::Released { handoff: H, epoch },
+        };
+        assert_eq!(bench.says(ALICE, message.clone()), given_back((slot, epoch), back(outcome)));
+        assert_eq!(bench.says(ALICE, message), [], "once");
     }
 }
 
