@@ -7,7 +7,7 @@ use std::{
     time::Duration,
 };
 
-use engine::cluster::{Cluster, ModelKey, Role, WorkerFilter, WorkerSet};
+use engine::cluster::{Cluster, ModelKey, QueueDepth, Role, WorkerFilter, WorkerSet};
 use tokio::sync::watch;
 
 use crate::{
@@ -26,7 +26,7 @@ const SETTLING_TIME: Duration = Duration::from_secs(8);
 /// Where the jobs are.
 const STREAM: &str = "engine-prefill";
 /// How long the queue waits for a worker's sign of life before it delivers a job again.
-const ACK_WAIT: Duration = Duration::from_secs(30);
+const ACK_WAIT: Duration = Duration::from_secs(8);
 /// Longer than jobs are kept for a worker that is gone.
 const PATIENCE: Duration = Duration::from_secs(120);
 
@@ -95,7 +95,9 @@ impl Guard {
             let jetstream = async_nats::jetstream::new(async_nats::connect(nats).await.unwrap());
             loop {
                 let stored = jetstream.get_stream(STREAM).await.map(|stream| stream.cached_info().state.messages).ok();
-                let depth = self.cluster.queue.depth(self.key).await.ok();
+                // Who asks for jobs says nothing about them.
+                let depth =
+                    self.cluster.queue.depth(self.key).await.ok().map(|depth| QueueDepth { asking: 0, ..depth });
                 let now = self.clock.now();
                 if seen != Some((stored, depth)) {
                     (seen, since) = (Some((stored, depth)), now);
