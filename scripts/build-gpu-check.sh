@@ -1,8 +1,9 @@
 #!/bin/sh
-# Makes target/cuda/gpu-check, a folder that needs nothing but a GPU and its driver: the engine, which carries the checks
-# and benchmarks of its kernels, what compares it with PyTorch, what measures two workers and the services that they take,
-# and `run`, which runs them all (scripts/gpu-check.sh). target/cuda/engine is there (`make cuda`), and so are nvcc
-# (CUDA_HOME) and the services (`make setup-services`). The same as an archive is what to carry where bytes are counted.
+# Makes target/cuda/gpu-check, a folder that needs nothing but a GPU and its driver: the engine, which carries the
+# checks and benchmarks of its kernels, what compares it with PyTorch, what measures two workers and the services that
+# they take, and `run`, which runs them all, in three goes (scripts/gpu-check.sh). target/cuda/engine is there (`make
+# cuda`), and so are nvcc (CUDA_HOME) and the services (`make setup-services`). The same as an archive is what to carry
+# where bytes are counted.
 set -eu
 cd "$(dirname "$0")/.."
 

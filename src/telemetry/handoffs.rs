@@ -68,7 +68,11 @@ impl HandoffMetrics {
         );
         queue_depth.set(-1);
         Self {
-            workers: gauge(registry, "engine_prefill_workers", "Live prefill workers of this model."),
+            workers: gauge(
+                registry,
+                "engine_prefill_workers",
+                "Live prefill workers of this model; 0 while none takes jobs.",
+            ),
             queue_depth,
             dead_jobs: counter(
                 registry,

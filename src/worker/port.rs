@@ -334,7 +334,8 @@ pub(super) async fn follow_queue(cluster: Cluster, key: ModelKey, view: Arc<View
             }
         };
         view.set_depth(depth.map(|depth| depth.waiting));
-        let deserted = depth.is_some_and(|depth| depth.is_deserted());
+        // Whoever cannot be asked says nothing of who asks it.
+        let Some(deserted) = depth.map(|depth| depth.is_deserted()) else { continue };
         deserted_looks = if deserted { DESERTED_LOOKS.min(deserted_looks + 1) } else { 0 };
         let deserted = deserted_looks == DESERTED_LOOKS;
         match view.set_deserted(deserted) {

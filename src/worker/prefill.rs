@@ -335,20 +335,17 @@ impl Shop {
         drop(session);
         desk::disconnected(&self.desk, id);
     }
-}
 
-impl Shop {
     /// Returns when a decode worker's lease has gone and no job of it is left. If it lives on it does so under another
     /// lease, and later jobs open a session by that name.
     async fn outlived(&self, decode: WorkerId) {
         let lease = LeaseId(decode.0);
         let mut alive = self.decode_workers.clone();
         // One that is not known yet may be soon.
-        let known = async {
-            alive.wait_for(|alive| alive.contains_key(&lease)).await?;
-            alive.wait_for(|alive| !alive.contains_key(&lease)).await.map(drop)
-        };
-        if known.await.is_err() {
+        let _ = timeout(CONNECT_TIME_MAX, alive.wait_for(|alive| alive.contains_key(&lease))).await;
+        // While nobody is known, that says nothing of any.
+        let gone = alive.wait_for(|alive| !alive.is_empty() && !alive.contains_key(&lease)).await.is_ok();
+        if !gone {
             // Nobody looks any more.
             return std::future::pending().await;
         }

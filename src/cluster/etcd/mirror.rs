@@ -84,6 +84,12 @@ impl Mirror {
         }
     }
 
+    /// Whether more has come than was told. Between a list and what the watch tells from where it ended, keys go back to
+    /// what they were for a moment: only what is left in the end is worth telling.
+    pub(super) fn has_more(&self) -> bool {
+        !self.pending.is_empty()
+    }
+
     /// Lists, opens the watch, or waits for its next message: whatever is next.
     async fn advance(&mut self) -> Result<(), String> {
         let Some(position) = self.position.filter(|_| self.listed) else {

@@ -100,6 +100,9 @@ impl Discovery for Etcd {
                         None => continue,
                     },
                 };
+                if mirror.has_more() {
+                    continue;
+                }
                 sender.send_if_modified(|known| {
                     let changed = *known != config;
                     *known = config;

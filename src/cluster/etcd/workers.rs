@@ -31,6 +31,9 @@ pub(super) async fn watch(
             () = forget => workers.forget(Instant::now()),
             () = told.closed() => return,
         }
+        if mirror.has_more() {
+            continue;
+        }
         told.send_if_modified(|known| {
             let changed = **known != workers.live;
             if changed {
