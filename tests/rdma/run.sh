@@ -56,5 +56,5 @@ steps=("$@")
 [ $# -gt 0 ] || steps=(transport cluster device)
 plan=$(for step in "${steps[@]}"; do plan "$step"; done)
 
-LIMIT=450 tests/rdma/guest.sh "$some" "$transport" "$engine" "$cluster" "$device" "$standin/libcuda.so" \
+LIMIT=600 tests/rdma/guest.sh "$some" "$transport" "$engine" "$cluster" "$device" "$standin/libcuda.so" \
     "$tokenizer"/tokenizer{,_config}.json "$(command -v etcd)" "$(command -v nats-server)" <<<"$plan"
