@@ -5,9 +5,7 @@
 set -eu
 cd "$(dirname "$0")/.."
 
-work=$(mktemp -d)
-trap 'rm -rf "$work"' EXIT
-scripts/build-libcuda.sh "$work"
+standin=$(scripts/build-libcuda.sh)
 # As `cargo test --workspace` builds it: another selection means other features, and compiling everything again.
-LD_LIBRARY_PATH="$work${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}" \
+LD_LIBRARY_PATH="$standin${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}" \
     cargo test --workspace --features cuda --locked --test device_pages --test device_doctor -- --ignored --skip rdma::

@@ -8,7 +8,7 @@ cd "$(dirname "$0")/.."
 
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
-scripts/build-libcuda.sh "$work"
+standin=$(scripts/build-libcuda.sh)
 cp -r target/cuda/gpu-check "$work/carried"
 cd "$work"
-env -i PATH=/usr/bin:/bin HOME="$work" OUT="$work" LD_LIBRARY_PATH="$work" PYTHON="${PYTHON:-python3}" carried/run tiny
+env -i PATH=/usr/bin:/bin HOME="$work" OUT="$work" LD_LIBRARY_PATH="$standin" PYTHON="${PYTHON:-python3}" carried/run tiny

@@ -151,7 +151,7 @@ pub(crate) async fn card(cluster: &Cluster, role: Role) -> Arc<WorkerCard> {
 }
 
 /// Those flags that are not there.
-fn unless_in<'a>(flags: &[&str], defaults: &[(&'a str, &'a str)]) -> Vec<&'a str> {
+pub(crate) fn unless_in<'a>(flags: &[&str], defaults: &[(&'a str, &'a str)]) -> Vec<&'a str> {
     let missing = defaults.iter().filter(|(flag, _)| !flags.contains(flag));
     missing.flat_map(|&(flag, value)| [flag, value]).collect()
 }

@@ -51,10 +51,15 @@ impl Model {
 
     /// A server in one process.
     pub(crate) fn alone(&self) -> Server {
+        self.alone_with(&[])
+    }
+
+    /// A server in one process with further flags.
+    pub(crate) fn alone_with(&self, flags: &[&str]) -> Server {
         let (context, pages) = (self.context.to_string(), self.pages.to_string());
         let limits = ["--max-model-len", &context, "--kv-blocks", &pages];
         let name = ["--served-model-name", "demo", "--standalone"];
-        Server::start_as(&[&self.flags()[..], &limits, &name].concat())
+        Server::start_as(&[&self.flags()[..], &limits, &name, flags].concat())
     }
 
     /// A prompt of so many tokens. No two of different numbers begin alike.

@@ -15,7 +15,7 @@ mod support;
 
 use std::thread;
 
-use cell::{Cell, Model, SLOWLY, answer_to, granted, handoffs, pages, prefills, wait_until_idle};
+use cell::{Cell, Model, SLOWLY, answer_to, granted, handoffs, pages, prefills, unless_in, wait_until_idle};
 use program::Server;
 use serde_json::{Value, json};
 
@@ -25,7 +25,9 @@ const LENGTHS: [usize; 8] = [20, 64, 65, 66, 80, 81, 211, 420];
 /// How far log-probabilities may be from each other. Rows of large steps and of small ones are added up in different
 /// orders, and who prefills decides which a row is in; the rest is the same, so this is less than a wrong page makes.
 const TOLERANCE: f64 = 1e-4;
-const DEVICE: [&str; 2] = ["--device", "cuda:0"];
+/// On the device, unless they are given otherwise. Workers rehearse their largest steps before they take requests, and an
+/// emulated device takes long for those of the default size.
+const FLAGS: [(&str, &str); 3] = [("--device", "cuda:0"), ("--max-num-seqs", "8"), ("--max-num-batched-tokens", "256")];
 
 /// A model that an emulated device is fast enough for.
 fn cell() -> Cell {
@@ -34,11 +36,16 @@ fn cell() -> Cell {
 
 fn decode(cell: &Cell, flags: &[&str]) -> Server {
     let threshold = THRESHOLD.to_string();
-    cell.decode(&[&DEVICE[..], &["--max-local-prefill-length", &threshold], flags].concat())
+    cell.decode(&[&unless_in(flags, &FLAGS)[..], &["--max-local-prefill-length", &threshold], flags].concat())
 }
 
 fn prefill(cell: &Cell, flags: &[&str]) -> Server {
-    cell.prefill(&[&DEVICE[..], flags].concat())
+    cell.prefill(&[&unless_in(flags, &FLAGS)[..], flags].concat())
+}
+
+/// A server in one process, on the device too.
+fn alone(cell: &Cell) -> Server {
+    cell.model.alone_with(&unless_in(&[], &FLAGS))
 }
 
 fn ask(server: &Server, prompt: &[u32]) -> Value {
@@ -82,10 +89,10 @@ fn answers_over(cell: &Cell, transport: &str, flags: [&[&str]; 2]) -> Vec<Value>
 #[ignore = "needs a CUDA device or a stand-in: make device-pages"]
 fn answers_equal_those_of_one_process_however_pages_leave_a_device_and_reach_another() {
     let cell = cell();
-    let alone = cell.alone();
+    let one = alone(&cell);
     let expected: Vec<Value> =
-        (0..).zip(LENGTHS).map(|(number, length)| ask(&alone, &cell.prompt(number, length))).collect();
-    drop(alone);
+        (0..).zip(LENGTHS).map(|(number, length)| ask(&one, &cell.prompt(number, length))).collect();
+    drop(one);
     let direct = answers_over(&cell, "cuda-ipc", [&[], &[]]);
     for (answer, expected) in direct.iter().zip(&expected) {
         assert!(is_alike(answer, expected), "{answer:#} is not {expected:#}");
@@ -145,7 +152,7 @@ fn handed_off_under(variables: &[&str], over: &str) -> Server {
     assert_eq!(prefills(&decode, "remote"), 1.0, "{}", prefill.log());
     let written = format!("engine_transfer_bytes_total{{transport=\"{over}\"}}");
     assert!(prefill.metric(&written) > 0.0, "{}", prefill.log());
-    assert!(is_alike(&answer, &ask(&cell.alone(), &cell.prompt(1, 200))));
+    assert!(is_alike(&answer, &ask(&alone(&cell), &cell.prompt(1, 200))));
     wait_until_idle(&decode);
     prefill
 }
@@ -217,7 +224,7 @@ fn a_prefill_worker_is_stopped_and_killed(transport: &str) {
     prefill.signal("KILL");
     wait_until_idle(&decode);
     assert_eq!(handoffs(&decode, "fenced"), 1.0);
-    assert!(is_alike(&answer, &ask(&cell.alone(), &prompt)));
+    assert!(is_alike(&answer, &ask(&alone(&cell), &prompt)));
     // What it leaves behind is as good as new.
     drop(prefill);
     let next = self::prefill(&cell, &over);
@@ -256,7 +263,7 @@ fn a_prefill_worker_that_is_killed_while_its_device_writes_costs_a_pause() {
         prefill.signal("KILL");
         answer.join().unwrap()
     });
-    assert!(is_alike(&answer, &ask(&cell.alone(), &prompt)));
+    assert!(is_alike(&answer, &ask(&alone(&cell), &prompt)));
     assert_eq!((prefills(&decode, "local"), prefills(&decode, "remote")), (1.0, 0.0));
     assert_eq!(handoffs(&decode, "fenced"), 1.0);
     wait_until_idle(&decode);
@@ -278,7 +285,7 @@ fn the_same_prompt_again_is_found_in_the_cache_that_pages_were_brought_to() {
         // Found up to a page's border on both sides, which the rest does not begin at.
         let answer = ask(&decode, &longer);
         assert_eq!(prefills(&decode, "remote"), 2.0);
-        assert!(is_alike(&answer, &ask(&cell.alone(), &longer)), "{transport}");
+        assert!(is_alike(&answer, &ask(&alone(&cell), &longer)), "{transport}");
         wait_until_idle(&decode);
         wait_until_idle(&prefill);
     }
@@ -289,7 +296,7 @@ fn the_same_prompt_again_is_found_in_the_cache_that_pages_were_brought_to() {
 fn a_worker_whose_device_cannot_record_steps_says_so_once_and_answers_all_the_same() {
     let model = Model::made_up(2, 2, 512);
     let limits = ["--served-model-name", "demo", "--standalone", "--kv-blocks", "64"];
-    let flags = [&model.flags()[..], &limits, &DEVICE].concat();
+    let flags = [&model.flags()[..], &limits, &unless_in(&[], &FLAGS)].concat();
     let mut answers = Vec::new();
     for refused in ["nothing", "begin", "amid", "instantiate", "upload"] {
         let server = Server::start_under(&["env", &format!("STANDIN_REFUSES={refused}")], &flags);

@@ -7,6 +7,8 @@ use super::*;
 /// A prompt that stays, one that goes, to a page's border, and another should the emulated machine be so slow that the
 /// worker it goes to is taken for dead.
 const LENGTHS: [usize; 3] = [20, 129, 133];
+/// In short steps, so that a prefill worker on an emulated device of an emulated machine is not taken for dead.
+const SHORTLY: [&str; 2] = ["--max-num-batched-tokens", "32"];
 /// Over devices of the workers' choice.
 const RDMA: [&str; 3] = ["--transport", "rdma", "--require-rdma"];
 const THERE: &str = "adapters reach pages on the device themselves (nvidia-peermem";
@@ -25,16 +27,15 @@ fn prompts(cell: &Cell) -> Vec<Vec<u32>> {
 fn adapters_move_pages_from_device_to_device_or_else_staged_ones_with_the_same_answers() {
     let mut cell = cell();
     let expected: Vec<Value> = {
-        let alone = cell.alone();
-        prompts(&cell).iter().map(|prompt| ask(&alone, prompt)).collect()
+        let one = alone(&cell);
+        prompts(&cell).iter().map(|prompt| ask(&one, prompt)).collect()
     };
     let folder = tempfile::tempdir().unwrap();
     let log = folder.path().join("calls");
     let noted = format!("STANDIN_LOG={}", log.display());
     for (variables, reached) in [(&[][..], true), (&["STANDIN_ADAPTERS=no"], false)] {
         cell.set_environment(&[&[noted.as_str()], variables].concat());
-        // In short steps, so that a prefill worker on an emulated device of an emulated machine is not taken for dead.
-        let (decode, prefill) = (decode(&cell, &RDMA), prefill(&cell, &[&RDMA[..], &SLOWLY].concat()));
+        let (decode, prefill) = (decode(&cell, &RDMA), prefill(&cell, &[&RDMA[..], &SHORTLY].concat()));
         cell.wait_for_prefill_worker(&decode);
         for worker in [&decode, &prefill] {
             let log = worker.log();
@@ -88,5 +89,5 @@ fn a_prefill_worker_that_dies_while_its_adapter_writes_to_a_device_costs_a_pause
     wait_until_idle(&decode);
     // Before the pages were used again.
     assert_eq!(calls(&log, "flush") - flushed, 1);
-    assert!(is_alike(&answer, &ask(&cell.alone(), &prompt)));
+    assert!(is_alike(&answer, &ask(&alone(&cell), &prompt)));
 }

@@ -29,10 +29,7 @@ programs=$(executables --lib --bin engine --test rdma)
 CUDA_HOME=$(scripts/fetch-nvcc.sh)
 export CUDA_HOME
 programs+=$'\n'$(executables --features cuda --test device_pages)
-standin=$(mktemp -d)
-trap 'rm -rf "$standin"' EXIT
-trap 'exit 130' INT TERM
-scripts/build-libcuda.sh "$standin"
+standin=$(scripts/build-libcuda.sh)
 program() {
     awk -v name="$1" '$1 == name && !found++ { print substr($0, length(name) + 2) } END { exit !found }' <<<"$programs" ||
         { echo "cargo built no program for: $1" >&2; exit 1; }
@@ -43,10 +40,10 @@ tokenizer=$PWD/tests/reference/models/qwen3
 
 plan() { # plan <step>
     case $1 in
-    transport) printf '240 transport %q %q transfer::rdma --ignored --test-threads 1 --nocapture\n' "$some" "$transport" ;;
-    cluster) printf '240 cluster %q %q --ignored --test-threads 1 --nocapture\n' "$some" "$cluster" ;;
+    transport) printf '400 transport %q %q transfer::rdma --ignored --test-threads 1 --nocapture\n' "$some" "$transport" ;;
+    cluster) printf '400 cluster %q %q --ignored --test-threads 1 --nocapture\n' "$some" "$cluster" ;;
     device)
-        printf '240 device LD_LIBRARY_PATH=%q %q %q rdma:: --ignored --test-threads 1 --nocapture\n' \
+        printf '400 device LD_LIBRARY_PATH=%q %q %q rdma:: --ignored --test-threads 1 --nocapture\n' \
             "$standin" "$some" "$device"
         ;;
     *) echo "there is no step '$1', only transport, cluster and device" >&2; exit 2 ;;
@@ -56,5 +53,5 @@ steps=("$@")
 [ $# -gt 0 ] || steps=(transport cluster device)
 plan=$(for step in "${steps[@]}"; do plan "$step"; done)
 
-LIMIT=600 tests/rdma/guest.sh "$some" "$transport" "$engine" "$cluster" "$device" "$standin/libcuda.so" \
+LIMIT=900 tests/rdma/guest.sh "$some" "$transport" "$engine" "$cluster" "$device" "$standin/libcuda.so" \
     "$tokenizer"/tokenizer{,_config}.json "$(command -v etcd)" "$(command -v nats-server)" <<<"$plan"
