@@ -10,6 +10,7 @@ use super::{
     membership::{self, Particulars},
     model::{self, Loaded, Purpose},
     signals::Signals,
+    watchdog,
     ways::Ways,
 };
 use crate::{
@@ -50,12 +51,14 @@ pub async fn run(cli: WorkerArgs, ready: impl FnOnce(Ready)) -> Result<()> {
         }
     };
     let (model, key) = (loaded.card(&cli.engine, config.model_names.clone()), loaded.key);
+    let step_time_max = cli.engine.step_time_max(loaded.is_on_device());
     let (engine, lender) = if let Some(ways) = &ways {
         let (engine, lender) = lender::start(&cli, limits, loaded, ways, &metrics).await?;
         (engine, Some(lender))
     } else {
         (Engine::start(loaded.runner, loaded.config, metrics.engine.clone())?, None)
     };
+    watchdog::watch(&engine, step_time_max);
     let listener = bound.listen()?;
     let address = listener.local_addr()?;
     let lease = cluster.zip(lender).map(|(cluster, lender)| {

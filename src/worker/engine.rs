@@ -64,6 +64,8 @@ pub struct Engine<R> {
     cancellations: usize,
     /// Whether the last plan computed nothing, although somebody is here.
     held_up: bool,
+    /// Steps begun.
+    steps: u64,
 }
 
 /// What a turn that took what arrived goes on with.
@@ -126,6 +128,7 @@ impl<R: Runner> Engine<R> {
             constrained: 0,
             cancellations: 0,
             held_up: false,
+            steps: 0,
         };
         engine.scheduler.cut_chunks_beside_decodes(engine.pace.chunk());
         engine.publish_gauges();
@@ -232,6 +235,7 @@ impl<R: Runner> Engine<R> {
         }
         if (self.scheduler.is_empty() || self.held_up) && !self.is_under_way {
             self.held_up = false;
+            self.shared.step.store(0, Ordering::Relaxed);
             self.publish_gauges();
             // With nothing lent any more, what the others waited for has just come back.
             if self.lending.as_ref().is_some_and(Lending::is_open) {
@@ -314,6 +318,8 @@ impl<R: Runner> Engine<R> {
     }
 
     fn compute(&mut self) -> Result<(), RunnerError> {
+        self.steps += 1;
+        self.shared.step.store(self.steps, Ordering::Relaxed);
         let Self { runner, scheduler, terms, exports, step: Step { plan, batch, rows, out, times }, .. } = self;
         let (scheduler, terms, rows, plan) = (&*scheduler, &**terms, &*rows, &*plan);
         let launched = Instant::now();
@@ -424,6 +430,7 @@ fn serve<R: Runner>(mut engine: Engine<R>, shared: &Shared) {
         Ok(Err(error)) => Some(error.to_string()),
         Err(panic) => Some(format!("the engine thread panicked: {}", panic_message(&*panic))),
     };
+    shared.step.store(0, Ordering::Relaxed);
     if let Some(reason) = failure {
         tracing::error!(%reason, "the engine failed; all requests are aborted");
         // First, so that whoever is aborted below finds it said already.

@@ -1,4 +1,5 @@
 use std::{
+    num::NonZeroU64,
     sync::{
         Arc,
         atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering},
@@ -156,6 +157,8 @@ pub(super) struct Shared {
     /// Counts generations that were dropped; the engine looks for them when it changes.
     pub(super) cancellations: Arc<AtomicUsize>,
     pub(super) stopping: AtomicBool,
+    /// The number of the step that is being computed, of all so far; 0 while the engine waits for work.
+    pub(super) step: AtomicU64,
     /// As of the latest step.
     pub(super) pending_tokens: AtomicUsize,
     pub(super) computed_tokens: AtomicUsize,
@@ -175,6 +178,7 @@ impl Shared {
             metrics,
             cancellations: Arc::default(),
             stopping: AtomicBool::new(false),
+            step: AtomicU64::new(0),
             pending_tokens: AtomicUsize::new(0),
             computed_tokens: AtomicUsize::new(0),
             status: watch::Sender::new(EngineStatus::Running),
@@ -293,6 +297,11 @@ impl EngineHandle {
             pending_tokens: self.shared.pending_tokens.load(Ordering::Relaxed),
             computed_tokens: self.shared.computed_tokens.load(Ordering::Relaxed),
         }
+    }
+
+    /// The number of the step that is being computed, if one is.
+    pub(super) fn step_under_way(&self) -> Option<NonZeroU64> {
+        NonZeroU64::new(self.shared.step.load(Ordering::Relaxed))
     }
 
     /// Refuses new requests from now on, for good, and returns when the last one has finished.

@@ -34,6 +34,7 @@ mod signals;
 mod sizing;
 mod staging;
 mod step;
+mod watchdog;
 mod ways;
 
 pub use alone::Alone;

@@ -19,6 +19,7 @@ use super::{
     model,
     notice::OnDevice,
     signals::Signals,
+    watchdog,
     ways::Ways,
 };
 use crate::{
@@ -101,6 +102,7 @@ pub async fn run(mut cli: WorkerArgs, ready: impl FnOnce(Ready)) -> Result<()> {
         timeouts: BorrowerTimeouts::default(),
     };
     let engine = Engine::start(loaded.runner, loaded.config, metrics.engine.clone())?;
+    watchdog::watch(&engine, cli.engine.step_time_max(on_device));
     let (desk, notes) = Desk::new(Borrower::new(config), engine.clone(), layers, metrics.engine.handoffs.clone());
 
     let listener = bound.listen()?;

@@ -540,3 +540,23 @@ proptest! {
         prop_assert_eq!(handle.snapshot().pages_owned, 0);
     }
 }
+
+#[test]
+fn the_step_under_way_is_known_and_while_there_is_nothing_to_compute_none_is() {
+    for start in STARTS {
+        let (handle, control) = start(config());
+        assert_eq!(handle.step_under_way(), None);
+        control.close();
+        let mut generation = handle.submit(request([1, 2, 3], 3)).unwrap();
+        control.wait_until_held();
+        let first = handle.step_under_way().expect("one is held back");
+        control.let_one();
+        control.wait_until_held();
+        assert!(handle.step_under_way().expect("another is") > first);
+        control.open();
+        block_on(collect(&mut generation));
+        while handle.step_under_way().is_some() {
+            std::thread::yield_now();
+        }
+    }
+}

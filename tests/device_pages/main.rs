@@ -15,7 +15,10 @@ mod support;
 
 use std::thread;
 
-use cell::{Cell, Model, SLOWLY, answer_to, granted, handoffs, pages, prefills, unless_in, wait_until_idle};
+use cell::{
+    Cell, Model, SLOWLY, answer_to, granted, handoffs, pages, prefills, streamed, unless_in, wait_for_decode_workers,
+    wait_until_idle,
+};
 use program::Server;
 use serde_json::{Value, json};
 
@@ -309,4 +312,30 @@ fn a_worker_whose_device_cannot_record_steps_says_so_once_and_answers_all_the_sa
     let eager = Server::start_as(&[&flags[..], &["--enforce-eager"]].concat());
     assert!(!eager.log().contains("recorded"), "{}", eager.log());
     assert_eq!((1..4).map(|number| ask(&eager, &model.prompt(number, 30))).collect::<Vec<_>>(), answers[0]);
+}
+
+#[test]
+#[ignore = "needs the stand-in for libcuda: make device-pages"]
+fn a_worker_whose_device_hangs_ends_and_its_answer_goes_on_elsewhere() {
+    let mut cell = cell();
+    let folder = tempfile::tempdir().unwrap();
+    let hangs = folder.path().join("hangs");
+    cell.set_environment(&[&format!("STANDIN_HANGS={}", hangs.display())]);
+    let hanging = decode(&cell, &["--step-timeout", "2"]);
+    let frontend = cell.frontend(&[]);
+    wait_for_decode_workers(&frontend, 1);
+    let request = streamed(&cell.prompt(1, 30), 60);
+    let mut events = frontend.stream("/v1/completions", &request);
+    (0..3).for_each(|_| drop(events.next().expect("it begins")));
+    std::fs::write(&hangs, "").unwrap();
+    cell.set_environment(&[]);
+    let other = decode(&cell, &[]);
+    assert_eq!(hanging.wait().code(), Some(1), "{}", hanging.log());
+    assert!(hanging.log().contains("the device must hang"), "{}", hanging.log());
+    let text = |events: &[Value]| -> String {
+        events.iter().filter_map(|event| event["choices"][0]["text"].as_str()).collect()
+    };
+    let whole = text(&other.stream("/v1/completions", &request).finish());
+    assert_eq!(text(&events.finish()), whole);
+    assert_eq!(frontend.metric("engine_frontend_migrations_total"), 1.0, "{}", frontend.log());
 }

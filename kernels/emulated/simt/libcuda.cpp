@@ -12,7 +12,8 @@
 //
 // Into that file goes too what a worker should have done before it takes requests: memory that is allocated, and
 // kernels that are launched without having been loaded. STANDIN_MPS=yes has processes share the device by MPS, and with
-// STANDIN_DEVICE=other it is another one than that of processes without.
+// STANDIN_DEVICE=other it is another one than that of processes without. STANDIN_HANGS names a file for as long as which
+// exists the device hangs.
 
 #include "emulate.cpp"
 
@@ -25,6 +26,7 @@
 #include <utility>
 
 #include <fcntl.h>
+#include <unistd.h>
 
 namespace {
 
@@ -42,6 +44,15 @@ std::string last_error = "stand-in libcuda";
 bool is_refused(const char* what) {
     const char* refused = std::getenv("STANDIN_REFUSES");
     return refused && !std::strcmp(refused, what);
+}
+
+/// Whether nothing is computed, however long one waits.
+bool hangs() {
+    const char* file = std::getenv("STANDIN_HANGS");
+    return file && !access(file, F_OK);
+}
+void wait_while_it_hangs() {
+    while (hangs()) usleep(10'000);
 }
 
 /// The first failure of what was enqueued: it stays.
@@ -232,6 +243,7 @@ CALL(cuDevicePrimaryCtxRelease_v2, int) { return SUCCESS; }
 CALL(cuCtxGetCurrent, void** made) { return *made = current, SUCCESS; }
 CALL(cuCtxSetCurrent, void* made) { return current = made, SUCCESS; }
 CALL(cuCtxSynchronize) {
+    wait_while_it_hangs();
     ALONE;
     return run_all();
 }
@@ -248,6 +260,7 @@ CALL(cuStreamDestroy_v2, Stream* stream) {
     return delete stream, SUCCESS;
 }
 CALL(cuStreamSynchronize, Stream* stream) {
+    wait_while_it_hangs();
     ALONE;
     return stream->capturing ? INVALID_VALUE : stream->run_until(stream->end());
 }
@@ -258,10 +271,12 @@ CALL(cuEventRecord, Event* event, Stream* stream) {
     return *event = {stream, stream->end()}, broken;
 }
 CALL(cuEventSynchronize, Event* event) {
+    wait_while_it_hangs();
     ALONE;
     return streams.count(event->stream) ? event->stream->run_until(event->number) : broken;
 }
 CALL(cuEventQuery, Event* event) {
+    if (hangs()) return NOT_READY;
     ALONE;
     Stream* stream = event->stream;
     if (!streams.count(stream) || stream->run >= event->number) return broken;
