@@ -1,19 +1,18 @@
 //! The frontend before workers in this process, over real sockets.
 
 #[allow(dead_code, reason = "of the client, a part is used here")]
-#[path = "program/client.rs"]
+#[path = "../program/client.rs"]
 mod client;
+mod door;
+mod losses;
+#[path = "../served/mod.rs"]
 mod served;
+#[path = "../support/mod.rs"]
 mod support;
 
 use std::{
-    io::{self, BufRead, BufReader, Read, Write},
-    net::{SocketAddr, TcpListener, TcpStream},
-    sync::{
-        Arc, Mutex,
-        atomic::{AtomicUsize, Ordering},
-        mpsc,
-    },
+    net::{SocketAddr, TcpStream},
+    sync::Arc,
     thread,
     time::{Duration, Instant},
 };
@@ -25,7 +24,7 @@ use engine::{
     frontend::{FrontendConfig, FrontendMetrics, serve},
 };
 use serde_json::{Value, json};
-use served::{Answer, NOTHING_FOLLOWS, Options, Worker};
+use served::{Answer, Options, Worker};
 use tokio::{runtime::Runtime, sync::oneshot};
 
 const CHAT: &str = "/v1/chat/completions";
@@ -140,73 +139,6 @@ fn card(address: SocketAddr, model: &str) -> WorkerCard {
     }
 }
 
-/// What is said to whoever asks a worker whether it is there.
-const HEALTHY: &str = "HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: 3\r\n\r\nok\n";
-/// The beginning of a stream whose worker ends before it has computed anything.
-const ALIVE: &str = "HTTP/1.1 200 OK\r\nContent-Type: text/event-stream; charset=utf-8\r\n\
-                     Transfer-Encoding: chunked\r\n\r\ne\r\n: keep-alive\n\n\r\n";
-const FULL: &str = "HTTP/1.1 429 Too Many Requests\r\nRetry-After: 1\r\nConnection: close\r\n\
-                    Content-Length: 2\r\n\r\n{}";
-
-/// A worker of which there is no more than the door: it is healthy, and says the same to every request. With that the
-/// connection ends.
-struct Door {
-    address: SocketAddr,
-    /// How many requests there have been.
-    asked: Arc<AtomicUsize>,
-}
-
-impl Door {
-    fn start(says: impl Fn() -> &'static str + Send + Sync + 'static) -> Self {
-        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-        let address = listener.local_addr().unwrap();
-        let (says, asked) = (Arc::new(says), Arc::new(AtomicUsize::new(0)));
-        let count = asked.clone();
-        thread::spawn(move || {
-            for stream in listener.incoming() {
-                let (says, count) = (says.clone(), count.clone());
-                thread::spawn(move || {
-                    let mut stream = stream.unwrap();
-                    let Ok(line) = read_request(&stream) else { return };
-                    let answer = if line.starts_with("GET /health ") {
-                        HEALTHY
-                    } else {
-                        count.fetch_add(1, Ordering::SeqCst);
-                        says()
-                    };
-                    // Whoever asked may not have waited for it.
-                    let _ = stream.write_all(answer.as_bytes());
-                });
-            }
-        });
-        Self { address, asked }
-    }
-
-    fn asked(&self) -> usize {
-        self.asked.load(Ordering::SeqCst)
-    }
-}
-
-/// Takes a request whole, and returns its first line.
-fn read_request(stream: &TcpStream) -> io::Result<String> {
-    let mut reader = BufReader::new(stream);
-    let (mut first, mut line, mut length) = (String::new(), String::new(), 0);
-    reader.read_line(&mut first)?;
-    while line != "\r\n" {
-        line.clear();
-        if reader.read_line(&mut line)? == 0 {
-            return Err(io::ErrorKind::UnexpectedEof.into());
-        }
-        if let Some((name, value)) = line.split_once(':')
-            && name.eq_ignore_ascii_case("content-length")
-        {
-            length = value.trim().parse().unwrap();
-        }
-    }
-    reader.read_exact(&mut vec![0; length])?;
-    Ok(first)
-}
-
 fn wait_until(what: &str, holds: impl Fn() -> bool) {
     let started = Instant::now();
     while !holds() {
@@ -259,263 +191,6 @@ fn answer(events: &[Value]) -> Answer {
 fn undisturbed(path: &str, request: &Value) -> Answer {
     let worker = Worker::start(Options::default());
     answer(&Events::open(worker.address, path, request).finish())
-}
-
-#[test]
-fn a_worker_killed_mid_answer_shows_as_a_pause() {
-    // The time is in a chat's prompt here, so only one kind can be compared between different answers.
-    let request = streaming(COMPLETIONS);
-    let expected = undisturbed(COMPLETIONS, &request);
-    for kill_after in [1, 7, 40] {
-        let (front, mut workers, _leases) = with_workers(3, slow);
-        let mut events = Events::open(front.address, COMPLETIONS, &request);
-        for _ in 0..kill_after {
-            events.next().unwrap();
-        }
-        // The one that answers, and then the next.
-        for _ in 0..2 {
-            let Some(at) = workers.iter().position(busy) else { break };
-            workers.remove(at).kill();
-        }
-        assert_eq!(answer(&events.finish()), expected, "killed after {kill_after} events");
-    }
-    let (front, mut workers, _leases) = with_workers(2, slow);
-    let mut events = Events::open(front.address, CHAT, &streaming(CHAT));
-    (0..5).for_each(|_| drop(events.next().unwrap()));
-    let at = workers.iter().position(busy).unwrap();
-    workers.remove(at).kill();
-    let chat = answer(&events.finish());
-    assert_eq!((chat.choices[0].roles, chat.done, &chat.choices[0].finishes[..]), (1, 1, &[json!("length")][..]));
-    assert_eq!(chat.usage[0]["completion_tokens"], 60);
-    assert_eq!(front.counts("engine_frontend_migrations_total"), 1.0);
-}
-
-#[test]
-fn a_worker_killed_before_it_said_anything_costs_nothing() {
-    for stream in [true, false] {
-        let (front, mut workers, _leases) = with_workers(2, Options::default);
-        workers.iter().for_each(|worker| worker.gate.only(0));
-        let mut request = streaming(COMPLETIONS);
-        if !stream {
-            request["stream"] = false.into();
-            request.as_object_mut().unwrap().remove("stream_options");
-        }
-        let address = front.address;
-        let asked = request.clone();
-        let client = thread::spawn(move || client::post_bytes(address, COMPLETIONS, asked.to_string().as_bytes()));
-        wait_until("one of them has it", || workers.iter().any(busy));
-        let at = workers.iter().position(busy).unwrap();
-        workers.remove(at).kill();
-        workers[0].gate.open();
-        let response = client.join().unwrap();
-        assert_eq!(response.status, 200, "{}", response.text());
-        let text = response.text();
-        assert_eq!(text.contains("data: [DONE]"), stream);
-        assert!(!text.contains("error"), "{text}");
-        if !stream {
-            assert_eq!(response.json()["usage"]["completion_tokens"], 120);
-        }
-    }
-}
-
-#[test]
-fn with_all_workers_dead_the_client_hears_of_it() {
-    let (front, mut workers, leases) = with_workers(2, slow);
-    let mut events = Events::open(front.address, COMPLETIONS, &streaming(COMPLETIONS));
-    (0..3).for_each(|_| drop(events.next().unwrap()));
-    workers.iter_mut().for_each(Worker::kill);
-    let last = events.finish().pop().unwrap();
-    assert_eq!(last["error"]["code"], "workers_lost", "{last}");
-    assert_eq!(front.counts("engine_frontend_broken_total"), 1.0);
-    // While their leases last they are tried in vain, then nobody is there.
-    let (status, _, message) = front.post(COMPLETIONS, &json!({"model": "m", "prompt": "a"})).error();
-    assert_eq!(status, 503, "{message}");
-    drop(leases);
-    front.wait_until_there_are(0);
-    let response = front.post(COMPLETIONS, &json!({"model": "m", "prompt": "a"}));
-    assert_eq!((response.status, response.header("retry-after")), (503, Some("1")));
-}
-
-#[test]
-fn what_no_worker_can_answer_is_asked_of_one() {
-    let (front, _workers, _leases) = with_workers(2, slow);
-    let request = json!({"model": "m", "prompt": "a", "seed": NOTHING_FOLLOWS, "max_tokens": 9, "ignore_eos": true});
-    let response = front.post(COMPLETIONS, &request);
-    assert_eq!((response.status, &response.json()["error"]["code"]), (500, &json!("no_possible_token")));
-    let mut streamed = request;
-    streamed["stream"] = true.into();
-    let events = Events::open(front.address, COMPLETIONS, &streamed).finish();
-    assert_eq!(events.last().unwrap()["error"]["code"], "no_possible_token", "{events:?}");
-    for metric in ["engine_frontend_retries_total", "engine_frontend_migrations_total"] {
-        assert_eq!(front.counts(metric), 0.0, "{metric}");
-    }
-}
-
-#[test]
-fn an_answer_waits_a_while_for_a_worker_to_come() {
-    let front = Front::with(|config| config.patience = PATIENCE);
-    let mut first = Worker::start(slow());
-    let lease = front.register(first.address, "m");
-    front.wait_until_there_are(1);
-    let request = streaming(COMPLETIONS);
-    let mut events = Events::open(front.address, COMPLETIONS, &request);
-    (0..3).for_each(|_| drop(events.next().unwrap()));
-    first.kill();
-    drop(lease);
-    front.wait_until_there_are(0);
-    let second = Worker::start(Options::default());
-    let _lease = front.register(second.address, "m");
-    assert_eq!(answer(&events.finish()), undisturbed(COMPLETIONS, &request));
-}
-
-#[test]
-fn a_request_that_comes_just_after_the_last_worker_went_waits_for_it_to_come_back() {
-    let front = Front::with(|config| config.patience = PATIENCE);
-    let worker = Worker::start(Options::default());
-    let lease = front.register(worker.address, "m");
-    front.wait_until_there_are(1);
-    // As when etcd stood still for longer than a lease.
-    drop(lease);
-    front.wait_until_there_are(0);
-    let response = thread::scope(|scope| {
-        let asked = scope.spawn(|| front.post(COMPLETIONS, &json!({"model": "m", "prompt": "a", "max_tokens": 1})));
-        wait_until("it has come", || front.counts("engine_frontend_requests_in_flight") == 1.0);
-        let _lease = front.register(worker.address, "m");
-        asked.join().unwrap()
-    });
-    assert_eq!(response.status, 200, "{}", response.text());
-}
-
-#[test]
-fn a_request_that_finds_the_last_worker_dead_waits_for_another_before_its_lease_has_run_out() {
-    let front = Front::with(|config| config.patience = PATIENCE);
-    let mut first = Worker::start(Options::default());
-    let _dead = front.register(first.address, "m");
-    front.wait_until_there_are(1);
-    first.kill();
-    let response = thread::scope(|scope| {
-        let asked = scope.spawn(|| front.post(COMPLETIONS, &json!({"model": "m", "prompt": "a", "max_tokens": 1})));
-        wait_until("it has come", || front.counts("engine_frontend_requests_in_flight") == 1.0);
-        let second = Worker::start(Options::default());
-        let _lease = front.register(second.address, "m");
-        asked.join().unwrap()
-    });
-    assert_eq!(response.status, 200, "{}", response.text());
-}
-
-#[test]
-fn a_model_whose_last_worker_went_is_waited_for_while_others_are_served() {
-    let front = Front::with(|config| config.patience = PATIENCE);
-    let (one, two) = (Worker::start(Options::default()), Worker::start(Options { model: "n/2", ..Options::default() }));
-    let lease = front.register(one.address, "m");
-    let _other = front.register(two.address, "n/2");
-    front.wait_until_there_are(2);
-    drop(lease);
-    front.wait_until_there_are(1);
-    let ask = |model: &str| front.post(COMPLETIONS, &json!({"model": model, "prompt": "a", "max_tokens": 1}));
-    assert_eq!((ask("n/2").status, ask("x").status), (200, 404));
-    let response = thread::scope(|scope| {
-        let asked = scope.spawn(|| ask("m"));
-        wait_until("it has come", || front.counts("engine_frontend_requests_in_flight") == 1.0);
-        let _lease = front.register(one.address, "m");
-        asked.join().unwrap()
-    });
-    assert_eq!(response.status, 200, "{}", response.text());
-}
-
-#[test]
-fn a_model_that_does_not_come_back_in_time_is_not_one_that_does_not_exist() {
-    // It went a moment ago, and the request has no time to wait for it.
-    let front = Front::with(|config| {
-        config.patience = PATIENCE;
-        config.request_timeout = Duration::from_millis(200);
-    });
-    let other = Worker::start(Options { model: "n/2", ..Options::default() });
-    let _other = front.register(other.address, "n/2");
-    let lease = front.register(Door::start(|| FULL).address, "m");
-    front.wait_until_there_are(2);
-    drop(lease);
-    front.wait_until_there_are(1);
-    let request = json!({"model": "m", "prompt": "a"});
-    let response = front.post(COMPLETIONS, &request);
-    assert_eq!((response.status, &response.json()["error"]["code"]), (503, &json!("no_workers")));
-    // Its worker dies over the request, after longer than anybody would have waited.
-    let front = Front::with(|config| config.patience = Duration::from_millis(1));
-    let (end, ended) = mpsc::channel::<()>();
-    let ended = Mutex::new(ended);
-    let worker = Door::start(move || ended.lock().unwrap().recv().map_or("", |()| ""));
-    let _other = front.register(other.address, "n/2");
-    let lease = front.register(worker.address, "m");
-    front.wait_until_there_are(2);
-    let response = thread::scope(|scope| {
-        let asked = scope.spawn(|| front.post(COMPLETIONS, &request));
-        wait_until("the worker has it", || worker.asked() == 1);
-        drop(lease);
-        front.wait_until_there_are(1);
-        drop(end);
-        asked.join().unwrap()
-    });
-    assert_eq!((response.status, &response.json()["error"]["code"]), (502, &json!("workers_lost")));
-}
-
-#[test]
-fn a_prompt_that_kills_its_workers_does_not_go_through_the_cluster_for_their_signs_of_life() {
-    let front = Front::with(|config| config.request_timeout = Duration::from_secs(20));
-    let workers: Vec<_> = (0..5).map(|_| Door::start(|| ALIVE)).collect();
-    let _leases: Vec<_> = workers.iter().map(|worker| front.register(worker.address, "m")).collect();
-    front.wait_until_there_are(5);
-    let events = Events::open(front.address, COMPLETIONS, &streaming(COMPLETIONS)).finish();
-    assert_eq!(events.last().unwrap()["error"]["code"], "workers_lost", "{events:?}");
-    assert_eq!(workers.iter().map(Door::asked).sum::<usize>(), 3);
-}
-
-#[test]
-fn full_workers_are_asked_to_continue_an_answer_ever_less_often() {
-    // Rounds at 0, 0.19, 0.56, 1.31 and 2.81 s at the earliest, and one as patience ends.
-    const ROUNDS_MAX: usize = 6;
-    let front = Front::with(|config| config.patience = Duration::from_secs(3));
-    let mut first = Worker::start(slow());
-    let lease = front.register(first.address, "m");
-    front.wait_until_there_are(1);
-    // Its answer is not at its end when it dies.
-    first.gate.only(10);
-    let mut events = Events::open(front.address, COMPLETIONS, &streaming(COMPLETIONS));
-    (0..3).for_each(|_| drop(events.next().unwrap()));
-    let full = Door::start(|| FULL);
-    let _lease_of_full = front.register(full.address, "m");
-    front.wait_until_there_are(2);
-    // Nobody else is asked: a worker that is about to be gone may be lost once more, which would end the answer.
-    drop(lease);
-    front.wait_until_there_are(1);
-    first.kill();
-    assert_eq!(events.finish().pop().unwrap()["error"]["code"], "workers_lost");
-    assert!((1..=ROUNDS_MAX).contains(&full.asked()), "{} times", full.asked());
-}
-
-#[test]
-fn a_worker_that_cannot_be_reached_is_avoided() {
-    let (front, _workers, _leases) = with_workers(1, Options::default);
-    // An address that refuses.
-    let nobody = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
-    let _lease = front.register(nobody, "m");
-    front.wait_until_there_are(2);
-    for _ in 0..20 {
-        assert_eq!(front.post(COMPLETIONS, &json!({"model": "m", "prompt": "a", "max_tokens": 1})).status, 200);
-    }
-    assert!(front.counts("engine_frontend_retries_total") <= 2.0, "it was tried again and again");
-}
-
-#[test]
-fn a_worker_that_falls_silent_is_left() {
-    let (front, _workers, _leases) = with_workers(1, Options::default);
-    // Takes connections and never answers, as a stopped process does.
-    let silent = TcpListener::bind("127.0.0.1:0").unwrap();
-    let _lease = front.register(silent.local_addr().unwrap(), "m");
-    front.wait_until_there_are(2);
-    wait_until("one came back from the silent one", || {
-        assert_eq!(front.post(COMPLETIONS, &json!({"model": "m", "prompt": "a", "max_tokens": 2})).status, 200);
-        front.counts("engine_frontend_retries_total") >= 1.0
-    });
 }
 
 #[test]
