@@ -4,7 +4,7 @@ use engine_kernels::KvLayout;
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
 
 /// A digest of everything two workers must agree on before they exchange pages: the weights, the model's shape, element
-/// types, the layout of a KV page and its size in tokens. Workers that disagree on any of it never meet, because etcd's
+/// types, the layout of a KV page and its size in tokens, and the language of their sessions. Workers that disagree on any of it never meet, because etcd's
 /// keys and the queue's subjects begin with it. Written as 32 hexadecimal digits.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct ModelKey([u8; 16]);
@@ -12,12 +12,12 @@ pub struct ModelKey([u8; 16]);
 impl ModelKey {
     /// The key of a model whose weights and shape have this `fingerprint`
     /// ([`ModelSource::fingerprint`](engine_models::ModelSource::fingerprint)), for a cache of this `layout`, whose
-    /// pages are ordered as `page_order` names it. The number of pages is each worker's own business and not part of
+    /// pages are ordered as `page_order` names it, and go over sessions of version `sessions`. The number of pages is each worker's own business and not part of
     /// the key.
-    pub fn new(fingerprint: &[u8; 32], layout: &KvLayout, page_order: &str) -> Self {
+    pub fn new(fingerprint: &[u8; 32], layout: &KvLayout, page_order: &str, sessions: u32) -> Self {
         let KvLayout { layers, kv_heads, head_dim, block_size, blocks: _, dtype } = layout;
         let mut text = format!(
-            "engine model key 1\nlayers {layers}\nkv_heads {kv_heads}\nhead_dim {head_dim}\n\
+            "engine model key 2\nsessions {sessions}\nlayers {layers}\nkv_heads {kv_heads}\nhead_dim {head_dim}\n\
              block_size {block_size}\ndtype {dtype:?}\npage_order {page_order}\nweights "
         )
         .into_bytes();
@@ -97,7 +97,7 @@ mod tests {
 
     #[test]
     fn whatever_pages_depend_on_changes_the_key() {
-        let key = |fingerprint: u8, layout: KvLayout, order| ModelKey::new(&[fingerprint; 32], &layout, order);
+        let key = |fingerprint: u8, layout: KvLayout, order| ModelKey::new(&[fingerprint; 32], &layout, order, 1);
         let base = key(1, LAYOUT, "a");
         assert_eq!(base, key(1, LAYOUT, "a"));
         assert_ne!(base, key(2, LAYOUT, "a"), "other weights");
@@ -105,11 +105,12 @@ mod tests {
         assert_ne!(base, key(1, KvLayout { dtype: KvDType::BF16, ..LAYOUT }, "a"), "another element type");
         assert_ne!(base, key(1, KvLayout { block_size: 32, ..LAYOUT }, "a"), "another page size");
         assert_ne!(base, key(1, KvLayout { layers: 29, ..LAYOUT }, "a"), "another depth");
+        assert_ne!(base, ModelKey::new(&[1; 32], &LAYOUT, "a", 2), "another language");
     }
 
     #[test]
     fn workers_with_more_or_fewer_pages_have_the_same_key() {
         let more = KvLayout { blocks: 200, ..LAYOUT };
-        assert_eq!(ModelKey::new(&[1; 32], &LAYOUT, "a"), ModelKey::new(&[1; 32], &more, "a"));
+        assert_eq!(ModelKey::new(&[1; 32], &LAYOUT, "a", 1), ModelKey::new(&[1; 32], &more, "a", 1));
     }
 }

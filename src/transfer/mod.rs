@@ -50,6 +50,7 @@ pub use config::{Limits, ServerConfig};
 pub(crate) use device::lock_for_device;
 pub use device::{Exported, LocalPages, StagingRing};
 pub use error::{ConnectError, Refusal, ServerError, WriteError};
+pub(crate) use handshake::VERSION as SESSION_VERSION;
 pub use mailbox::Mailbox;
 pub use metrics::TransferMetrics;
 pub use rdma::{Adapters, RdmaError, RdmaPort, Reached, Source, Target, Unreached};

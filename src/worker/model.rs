@@ -18,6 +18,7 @@ use super::{
 use crate::{
     cli::{DeviceArg, EngineArgs, KvDTypeArg},
     cluster::{ModelCard, ModelKey},
+    transfer::SESSION_VERSION,
 };
 
 /// Rows of logits held at a time. A vocabulary of 150,000 takes 0.6 MB a row.
@@ -102,7 +103,7 @@ pub(super) fn load(cli: &EngineArgs, source: &ModelSource, purpose: &Purpose) ->
         dtype: cli.kv_cache_dtype.or(source.kv_dtype()),
     };
     let fingerprint = source.fingerprint()?;
-    let key = ModelKey::new(&fingerprint, &layout, page_order);
+    let key = ModelKey::new(&fingerprint, &layout, page_order, SESSION_VERSION);
     // Before loading: what cannot be is said at once, and the model's tables are no longer than what is served.
     let weights = match device {
         Chosen::Cpu => source.weight_bytes(),
@@ -246,7 +247,7 @@ mod tests {
     #[test]
     fn workers_on_cpus_and_on_devices_never_share_a_key() {
         let layout = KvLayout { layers: 2, kv_heads: 2, head_dim: 64, block_size: 16, blocks: 9, dtype: KvDType::F16 };
-        let key = |order| ModelKey::new(&[7; 32], &layout, order);
+        let key = |order| ModelKey::new(&[7; 32], &layout, order, 1);
         assert_ne!(key(CPU_PAGE_ORDER), key(CUDA_PAGE_ORDER));
     }
 }
