@@ -13,7 +13,7 @@ PEERS  ?= llama.cpp nixl dynamo
 FUZZ_SECONDS ?= 600
 SOAK_SECONDS ?= 120
 
-.PHONY: help setup setup-services setup-rdma run cluster demo-model test-assets test test-rdma fmt lint doc client bench bench-frontend bench-host bench-scale bench-rdma fuzz soak avx512 goldens cuda cuda-check gpu-check device-pages
+.PHONY: help setup setup-services setup-rdma run cluster demo-model test-assets test test-rdma fmt lint doc client bench bench-frontend bench-host bench-scale bench-rdma fuzz soak soak-round avx512 goldens cuda cuda-check gpu-check device-pages
 
 help: ## Print this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -86,7 +86,10 @@ bench-rdma: setup-rdma ## Measure RDMA transfers beside ib_write_bw, in the mach
 fuzz: setup ## Fuzz each parser for FUZZ_SECONDS (600)
 	FUZZ_SECONDS=$(FUZZ_SECONDS) $(CARGO) test --workspace --locked --test fuzz -- --nocapture
 
-soak: setup-services demo-model ## The handoff's simulation on fresh seeds, 64 streaming clients, chaos: SOAK_SECONDS (120) each; then long outages
+soak: ## Rounds of make soak-round, until it is stopped or one fails
+	@while $(MAKE) --no-print-directory soak-round; do :; done; exit 1
+
+soak-round: setup-services demo-model ## The handoff's simulation on fresh seeds, 64 streaming clients, chaos: SOAK_SECONDS (120) each; then long outages
 	SOAK_SECONDS=$(SOAK_SECONDS) $(CARGO) test --release --locked --test simulation soak -- --ignored --nocapture
 	SOAK_SECONDS=$(SOAK_SECONDS) $(CARGO) test --release --locked --test soak -- --ignored --nocapture
 	SOAK_SECONDS=$(SOAK_SECONDS) $(CARGO) test --release --locked --test chaos -- --ignored --nocapture
