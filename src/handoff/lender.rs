@@ -134,7 +134,7 @@ impl<R: Copy, P> Lender<R, P> {
     }
 
     /// Whether pages are lent to somebody who measures.
-    fn measures(&self) -> bool {
+    pub fn measures(&self) -> bool {
         let loans = self.open.iter().filter_map(|slot| self.seats[slot.0 as usize].loan.as_ref());
         loans.into_iter().any(|loan| matches!(loan.state, State::Scratch { .. }))
     }

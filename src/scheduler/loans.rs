@@ -36,10 +36,10 @@ impl Scheduler {
         self.come_back(slot);
     }
 
-    /// Takes pages that nobody needs now, at most `wished` and an eighth of those that are to be had, for somebody who
+    /// Takes pages that nobody needs, at most `wished` and an eighth of those that are to be had, for somebody who
     /// measures. They are in quarantine until [`Scheduler::free_lent`].
     pub fn lend_scratch(&mut self, wished: usize) -> Box<[LentPage]> {
-        let count = wished.min(self.pool.available() / 8);
+        let count = wished.min(self.pool.available().saturating_sub(self.spoken_for()) / 8);
         let Self { pool, .. } = self;
         let pages: Box<[_]> = (0..count).filter_map(|_| pool.allocate().map(|page| pool.lend(page))).collect();
         for page in &pages {

@@ -61,13 +61,14 @@ impl Scheduler {
     fn plan_waiting(&mut self, plan: &mut StepPlan, router: &mut dyn Router) {
         while self.running.len() + self.away.len() < self.limits.max_num_seqs && plan.preempted() == 0 {
             let in_budget = plan.tokens() < self.budget;
-            let Some(&slot) = self.waiting.front() else { return };
+            let Some(first) = self.first_that_could_enter() else { return };
+            let slot = self.waiting[first];
             // One that was preempted while its last token was on its way is let in when it is known, at the next plan.
             debug_assert!(!self.sequence(slot).is_drawn_ahead() && !self.sequence(slot).awaits_outcome());
             if !in_budget && !router.is_open() || !self.enters(slot) {
                 return;
             }
-            self.waiting.pop_front();
+            self.waiting.remove(first);
             self.running.push(slot);
             let at = self.settle_in(slot);
             self.plan_one(at, Pass::Prefills, plan, router);
@@ -80,16 +81,27 @@ impl Scheduler {
         }
     }
 
-    /// Whether there are pages for all of a waiting sequence's prompt, or nobody who could give any back.
-    fn enters(&self, slot: SlotId) -> bool {
-        let owed = |slot: &SlotId| self.missing_pages(*slot);
-        let reserved: usize = self.running.iter().chain(&self.away).map(owed).sum();
-        // One page beside for each running sequence: it may need it for its very next token.
-        let spoken_for = reserved + self.running.len() + self.away.len();
-        let fits = |needed| spoken_for + needed <= self.pool.available();
-        if self.running.is_empty() && self.away.is_empty() {
-            return true;
+    /// The first who waits and is not too long for the pages there are when all that runs is gone. Those in quarantine
+    /// are not among them: how long they stay there is up to somebody else.
+    fn first_that_could_enter(&self) -> Option<usize> {
+        let PageCounts { free, cached, owned, lent, quarantined } = self.pages();
+        if quarantined == 0 {
+            return (!self.waiting.is_empty()).then_some(0);
         }
+        let pages = free + cached + owned + lent;
+        self.waiting.iter().position(|&slot| self.missing_pages(slot) <= pages)
+    }
+
+    /// Pages that those who run or are away still need, and one beside for each: it may need it for its very next token.
+    pub(super) fn spoken_for(&self) -> usize {
+        let all = self.running.iter().chain(&self.away);
+        all.map(|&slot| self.missing_pages(slot) + 1).sum()
+    }
+
+    /// Whether there are pages for all of a waiting sequence's prompt.
+    fn enters(&self, slot: SlotId) -> bool {
+        let spoken_for = self.spoken_for();
+        let fits = |needed| spoken_for + needed <= self.pool.available();
         // Hits are looked up only if there is any room at all.
         let missing = self.missing_pages(slot);
         fits(missing) || fits(1) && !self.sequence(slot).prefill_only && fits(missing - self.shared_hits(slot))
@@ -110,7 +122,8 @@ impl Scheduler {
     fn plan_one(&mut self, at: usize, pass: Pass, plan: &mut StepPlan, router: &mut dyn Router) {
         let slot = self.running[at];
         if pass == Pass::Prefills {
-            if self.take_hits(at) == Next::IsBeingComputed {
+            let next = self.take_hits(at);
+            if next == Next::IsBeingComputed {
                 return;
             }
             if self.sequence(slot).remaining() == 0 {
@@ -118,7 +131,9 @@ impl Scheduler {
                 self.hold(slot);
                 return;
             }
-            if self.sequence(slot).place == Place::Undecided && self.send_away(at, plan, router) {
+            // One that would be sent away itself waits for the page that comes from there; one that is computed here is
+            // done sooner, and may be short.
+            if self.leaves(at, router) && (next == Next::IsElsewhere || self.send_away(at, plan, router)) {
                 return;
             }
         }
@@ -146,13 +161,13 @@ impl Scheduler {
         });
     }
 
-    /// Asks whether another worker computes the prompt of the sequence at `at`, of which nothing is computed yet, and
-    /// if so lends it the pages. Without pages to lend it stays, and takes them one by one.
-    fn send_away(&mut self, at: usize, plan: &mut StepPlan, router: &mut dyn Router) -> bool {
+    /// Asks whether another worker is to compute the prompt of the sequence at `at`: not if some of it is computed here.
+    fn leaves(&self, at: usize, router: &mut dyn Router) -> bool {
         let slot = self.running[at];
         let sequence = self.sequence(slot);
         let all_but_last = sequence.tokens().len() - 1;
-        if !router.is_open() || sequence.cacheable_tokens() < all_but_last || self.pages_to_lend(slot) == 0 {
+        let may_leave = sequence.place == Place::Undecided && router.is_open();
+        if !may_leave || sequence.cacheable_tokens() < all_but_last || self.pages_to_lend(slot) == 0 {
             return false;
         }
         let unfinished = |&&other: &&SlotId| !self.sequence(other).decodes();
@@ -163,10 +178,15 @@ impl Scheduler {
             queued: self.running[..at].iter().filter(unfinished).map(|&other| self.sequence(other).remaining()).sum(),
             lost: sequence.lost,
         };
-        if router.route(candidate) == Route::Local {
-            return false;
-        }
+        router.route(candidate) == Route::Remote
+    }
+
+    /// Lends the pages of the sequence at `at` to another worker. Without pages to lend it stays, and takes them one by
+    /// one.
+    fn send_away(&mut self, at: usize, plan: &mut StepPlan, router: &mut dyn Router) -> bool {
+        let slot = self.running[at];
         let Some(loan) = self.lend(at) else { return false };
+        router.left();
         let sequence = self.sequence_mut(slot);
         sequence.cached.get_or_insert(sequence.num_computed);
         plan.loans.push(loan);
@@ -197,12 +217,18 @@ impl Scheduler {
             // older sequences are waited for, so the waiting has an end: the oldest waits for none, and those away come
             // back.
             let arrival = sequence.arrival;
-            let promised = self.running[..at].iter().chain(&self.away).any(|&other| {
+            let promises = |&other: &SlotId| {
                 let other = self.sequence(other);
                 let due = other.num_computed < (page + 1) * block_size;
                 other.arrival < arrival && due && other.hashes.get(page) == Some(&hash)
-            });
-            return if promised { Next::IsBeingComputed } else { Next::IsOurs };
+            };
+            return if self.running[..at].iter().any(promises) {
+                Next::IsBeingComputed
+            } else if self.away.iter().any(promises) {
+                Next::IsElsewhere
+            } else {
+                Next::IsOurs
+            };
         }
     }
 
@@ -273,6 +299,8 @@ impl Scheduler {
 enum Next {
     /// An older sequence is computing the same page: wait for it.
     IsBeingComputed,
+    /// Another worker is, for an older sequence, and all of its prompt comes at once.
+    IsElsewhere,
     /// Nobody else is.
     IsOurs,
 }

@@ -130,6 +130,21 @@ impl Scheduler {
         })
     }
 
+    /// Whether pages may run out with the next tokens of those that run.
+    pub fn is_short(&self) -> bool {
+        self.pool.available() < self.running.len()
+    }
+
+    /// When the oldest of those that run arrived.
+    pub fn oldest(&self) -> Option<u64> {
+        self.running.first().map(|&slot| self.sequence(slot).arrival)
+    }
+
+    /// Whether some of those that run still owe log-probabilities of their prompts.
+    pub fn owes_scores(&self) -> bool {
+        self.running.iter().any(|&slot| self.sequence(slot).owes_scores())
+    }
+
     /// Whether there is nothing to compute.
     pub fn is_empty(&self) -> bool {
         self.running.is_empty() && self.waiting.is_empty()

@@ -31,6 +31,9 @@ pub trait Router {
 
     /// Where this one goes.
     fn route(&mut self, candidate: Candidate) -> Route;
+
+    /// One that goes to another worker has left.
+    fn left(&mut self) {}
 }
 
 /// Computes everything here.

@@ -167,12 +167,22 @@ impl Sequence {
         }
     }
 
+    /// Where it stands in the order of arrivals.
+    pub fn arrival(&self) -> u64 {
+        self.arrival
+    }
+
+    /// Whether log-probabilities of its prompt are still owed.
+    pub(super) fn owes_scores(&self) -> bool {
+        self.scored < self.prompt_len
+    }
+
     /// How many leading tokens may come from the cache: not the last, whose logits are wanted, and no position that a
     /// prompt log-probability is still owed for.
     pub(super) fn cacheable_tokens(&self) -> usize {
         if self.prefill_only {
             self.tokens.len()
-        } else if self.scored < self.prompt_len {
+        } else if self.owes_scores() {
             self.scored - 1
         } else {
             self.tokens.len() - 1

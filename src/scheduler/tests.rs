@@ -295,6 +295,43 @@ fn equal_prompts_are_lent_once() {
 }
 
 #[test]
+fn a_short_prompt_does_not_wait_for_a_page_of_one_that_is_away() {
+    let mut fixture = Fixture::new(4, 100, 100);
+    let long = fixture.add((0..4).chain(100..117));
+    let short = fixture.add((0..4).chain([77]));
+    let (entries, mut loans) = fixture.step_with_worker();
+    assert_eq!((loans[0].slot, entries), (long, vec![(short, 0, 5)]));
+    // And what comes back has a page that is there already.
+    fixture.scheduler.resume(long, loans.pop().unwrap().pages);
+    assert_eq!(fixture.step_with_worker().0, [(long, 20, 1), (short, 5, 1)]);
+}
+
+#[test]
+fn a_prompt_too_long_beside_pages_in_quarantine_keeps_nobody_out() {
+    let mut fixture = Fixture::new(4, 100, 10);
+    let lost = fixture.add(0..17);
+    let loan = fixture.step_with_worker().1.pop().unwrap();
+    fixture.scheduler.remove(lost);
+    let long = fixture.add(100..130);
+    let short = fixture.add(200..205);
+    assert_eq!(fixture.step(), [(short, 0, 5)]);
+    fixture.scheduler.remove(short);
+    assert_eq!(fixture.step(), []);
+    fixture.scheduler.free_lent(loan.pages);
+    assert_eq!(fixture.step(), [(long, 0, 30)]);
+}
+
+#[test]
+fn whoever_measures_gets_no_page_that_a_prompt_still_needs() {
+    let mut fixture = Fixture::new(4, 4, 32);
+    fixture.add(0..100);
+    fixture.step();
+    // 24 are spoken for, and one for the token after.
+    assert_eq!(fixture.scheduler.pages().free, 31);
+    assert!(fixture.scheduler.lend_scratch(100).is_empty());
+}
+
+#[test]
 fn one_that_leaves_while_away_leaves_its_pages_in_quarantine() {
     let mut fixture = Fixture::new(4, 100, 100);
     let a = fixture.add(0..17);

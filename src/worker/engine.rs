@@ -152,7 +152,7 @@ impl<R: Runner> Engine<R> {
             }
             // Launching one in which a prompt is scored may take as long as computing it. And what a grammar lets be drawn
             // hangs on the token before.
-            if self.scoring > 0 || self.awaits_token() {
+            if self.scoring > 0 && self.scheduler.owes_scores() || self.awaits_token() {
                 self.finish_under_way()?;
             }
             self.plan();
@@ -215,6 +215,7 @@ impl<R: Runner> Engine<R> {
         match lending {
             None => scheduler.plan(plan, &mut AllLocal),
             Some(lending) => {
+                lending.make_room(scheduler);
                 lending.planning();
                 scheduler.plan(plan, &mut Routing { lending, pace });
                 lending.lend(&mut plan.loans, scheduler, trace);

@@ -30,6 +30,9 @@ pub trait LendingPort: Send {
     /// Where a prompt is prefilled; `local` is what it would take here, if that is known.
     fn decide(&mut self, candidate: Candidate, local: Option<Forecast>) -> Route;
 
+    /// One that is prefilled elsewhere has left: the next ones come behind it.
+    fn left(&mut self) {}
+
     /// Jobs that wait before one put on the queue now, for each prefill worker.
     fn jobs_ahead(&self) -> u64;
 
@@ -154,6 +157,7 @@ impl Pages {
 /// A sequence that is away.
 #[derive(Debug, Clone, Copy)]
 struct Away {
+    slot: SlotId,
     handoff: HandoffId,
     ahead: u64,
     since: Instant,
@@ -265,6 +269,9 @@ impl Lending {
         scheduler: &mut Scheduler,
         now: Instant,
     ) {
+        if self.lender.measures() {
+            return self.port.send(session, ToPrefill::NoScratch);
+        }
         let mut lent = scheduler.lend_scratch(wished.min(SCRATCH_PAGES_MAX)).into_vec();
         let written = loop {
             match self.port.stage(session, lent.len()) {
@@ -329,7 +336,7 @@ impl Lending {
             match self.lender.lend(handoff, slot, pages, now - self.started) {
                 Ok(_) => {
                     let ahead = self.port.jobs_ahead();
-                    self.away[slot.index()] = Some(Away { handoff, ahead, since: now, granted: None });
+                    self.away[slot.index()] = Some(Away { slot, handoff, ahead, since: now, granted: None });
                     self.port.enqueue(handoff, scheduler.sequence(slot).tokens().len(), trace(slot));
                 }
                 // The router knew that there was a slot, and lent several.
@@ -343,6 +350,20 @@ impl Lending {
         let queued: Vec<HandoffId> =
             self.away.iter().flatten().filter(|away| away.granted.is_none()).map(|away| away.handoff).collect();
         for handoff in queued {
+            self.on(LenderEvent::EnqueueFailed { handoff }, scheduler);
+        }
+    }
+
+    /// Takes back the pages of the youngest prompt that nobody has claimed yet, if those before it run out of pages:
+    /// nothing is lost with it, as there is with one that runs.
+    pub(super) fn make_room(&mut self, scheduler: &mut Scheduler) {
+        if !self.is_open() || !scheduler.is_short() {
+            return;
+        }
+        let arrival = |away: &&Away| scheduler.sequence(away.slot).arrival();
+        let queued = self.away.iter().flatten().filter(|away| away.granted.is_none());
+        let youngest = queued.filter(|away| scheduler.oldest().is_some_and(|oldest| oldest < arrival(away)));
+        if let Some(&Away { handoff, .. }) = youngest.max_by_key(arrival) {
             self.on(LenderEvent::EnqueueFailed { handoff }, scheduler);
         }
     }
@@ -506,5 +527,9 @@ impl Router for Routing<'_> {
 
     fn route(&mut self, candidate: Candidate) -> Route {
         self.lending.port.decide(candidate, self.pace.forecast(candidate))
+    }
+
+    fn left(&mut self) {
+        self.lending.port.left();
     }
 }

@@ -109,8 +109,7 @@ pub(super) struct ClusterPort {
     pub(super) staging: Option<Staging>,
     pub(super) costs: HandoffCosts,
     pub(super) started: Instant,
-    /// Prompts of the step that is being planned which are to leave. Their jobs go to the queue when it is planned, but
-    /// for those that there are no pages for.
+    /// Prompts of the step that is being planned which have left. Their jobs go to the queue when it is planned.
     pub(super) leaving: u64,
 }
 
@@ -144,11 +143,14 @@ impl LendingPort for ClusterPort {
             Decision::Remote => (Route::Remote, true),
             Decision::Local(reason) => (Route::Local, matches!(reason, Reason::Busy | Reason::Sooner)),
         };
-        self.leaving += u64::from(route == Route::Remote);
         if depth_mattered {
             self.view.depth_mattered.store(true, Ordering::Relaxed);
         }
         route
+    }
+
+    fn left(&mut self) {
+        self.leaving += 1;
     }
 
     fn jobs_ahead(&self) -> u64 {

@@ -209,13 +209,18 @@ impl Decode {
 
     /// Claims a job and returns the grant.
     fn claim(&self, handoff: HandoffId) -> Grant {
+        self.claim_if_there(handoff).expect("the claim is not refused")
+    }
+
+    /// Claims a job that may have been taken back. Returns the grant, if it was not.
+    fn claim_if_there(&self, handoff: HandoffId) -> Option<Grant> {
         self.says(ToDecode::Claim { handoff });
-        let ToPrefill::Grant(grant) = self.hears() else { panic!("the claim was refused") };
+        let ToPrefill::Grant(grant) = self.hears() else { return None };
         let permitted = self.wires.permitted.lock().unwrap();
         let (slot, epoch, pages) = permitted.last().unwrap();
         assert_eq!((*slot, *epoch, &pages[..]), (grant.slot, grant.epoch, &grant.pages[..]));
         grant.check(self.handle.limits().block_size as u32).unwrap();
-        grant
+        Some(grant)
     }
 
     fn ends(&self, grant: &Grant, status: Status) {
@@ -272,20 +277,17 @@ impl Exporter for Copier {
 
 /// Does one of the decode worker's jobs with another engine.
 fn serve(decode: &Decode, handoff: HandoffId, prefill: &EngineHandle, control: &Arc<Control>) {
-    let grant = compute(decode, handoff, prefill, control, &decode.control);
+    serve_granted(decode, decode.claim(handoff), prefill, control);
+}
+
+fn serve_granted(decode: &Decode, grant: Grant, prefill: &EngineHandle, control: &Arc<Control>) {
+    let grant = compute(grant, prefill, control, &decode.control);
     decode.ends(&grant, Status::Done);
 }
 
 /// The same, but for the last word, with pages for `to`.
-fn compute(
-    decode: &Decode,
-    handoff: HandoffId,
-    prefill: &EngineHandle,
-    control: &Arc<Control>,
-    to: &Arc<Control>,
-) -> Grant {
+fn compute(grant: Grant, prefill: &EngineHandle, control: &Arc<Control>, to: &Arc<Control>) -> Grant {
     let (done, finished) = channel();
-    let grant = decode.claim(handoff);
     let block_size = prefill.limits().block_size;
     let first_page = grant.first as usize / block_size;
     let (from, to) = (control.clone(), to.clone());
@@ -293,6 +295,24 @@ fn compute(
     let request = PrefillRequest { tokens: grant.tokens.clone(), first_page, exporter: Box::new(exporter) };
     let _handle = prefill.prefill(request).unwrap();
     finished.recv().unwrap()
+}
+
+#[test]
+fn pages_of_a_prompt_that_nobody_has_claimed_go_to_those_that_came_before() {
+    let lending =
+        LendingConfig { timeouts: LenderTimeouts { unclaimed: 1000 * MINUTE, ..PATIENT.timeouts }, ..PATIENT };
+    let decode = decode_with(EngineConfig { blocks: 12, max_model_len: 48, ..config() }, 8, lending);
+    let (older, younger) = (request(0..5, 43), request(100..120, 3));
+    let expected = [model_answer(&older, 48), model_answer(&younger, 48)];
+    let [mut older, mut younger] = [older, younger].map(|request| decode.handle.submit(request).unwrap());
+    let handoff = decode.next_job();
+    // The older one needs all of the pages in the end.
+    let (events, reason, _) = block_on(collect(&mut older));
+    assert_eq!((events, reason), expected[0]);
+    let (events, reason, _) = block_on(collect(&mut younger));
+    assert_eq!((events, reason), expected[1]);
+    decode.says(ToDecode::Claim { handoff });
+    assert!(matches!(decode.hears(), ToPrefill::Gone { .. }));
 }
 
 #[test]
@@ -543,7 +563,12 @@ proptest! {
             scope.spawn(|| {
                 while !finished.load(Ordering::Relaxed) {
                     match decode.jobs.lock().unwrap().try_recv() {
-                        Ok(handoff) => serve(&decode, handoff, &prefill, &control),
+                        // Pages that others need first are taken back.
+                        Ok(handoff) => {
+                            if let Some(grant) = decode.claim_if_there(handoff) {
+                                serve_granted(&decode, grant, &prefill, &control);
+                            }
+                        }
                         Err(_) => std::thread::yield_now(),
                     }
                 }

@@ -278,6 +278,19 @@ fn a_step_that_runs_ahead_is_not_waited_for_and_one_more_is_for_nobody() {
     assert_eq!(handle.snapshot().pages_owned, 0);
 }
 
+#[test]
+fn steps_run_ahead_again_once_a_prompt_is_scored() {
+    let (handle, control) = start_ahead(config());
+    let mut scored = Request { prompt_logprobs: Some(0), ..request(0..5, 6) };
+    let answer = model_answer(&scored, 128).0;
+    let Event::Token(third) = &answer[5 + 2] else { panic!() };
+    scored.stop_token_ids.push(third.token);
+    assert_answers(&handle, &[scored]);
+    block_on(handle.drain());
+    // As without, one step more than its tokens take.
+    assert_eq!(control.computed.load(Ordering::Relaxed), 5 + 2 + 1);
+}
+
 /// Submits a request, on the engine thread, as soon as the reader of another is woken.
 struct Follower {
     handle: EngineHandle,

@@ -6,7 +6,7 @@ use super::*;
 fn serve_by_adapter(decode: &Decode, prefill: &EngineHandle, control: &Arc<Control>) {
     let there = Arc::new(Control::default());
     *there.cache.lock().unwrap() = decode.control.cache.lock().unwrap().clone();
-    let grant = compute(decode, decode.next_job(), prefill, control, &there);
+    let grant = compute(decode.claim(decode.next_job()), prefill, control, &there);
     let cache = there.cache.lock().unwrap();
     let written = |&page: &u32| (page, cache[page as usize * BLOCK..][..BLOCK].try_into().unwrap());
     decode.wires.on_the_way.lock().unwrap().extend(grant.pages.iter().map(written));
