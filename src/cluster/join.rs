@@ -31,8 +31,12 @@ pub struct ClusterOptions {
 impl ClusterOptions {
     /// Names the services at their usual ports of this machine.
     pub fn use_this_machine(&mut self) {
-        self.etcd.endpoints = vec![format!("http://{LOCAL_ETCD}")];
-        self.nats.servers = vec![format!("nats://{LOCAL_NATS}")];
+        self.use_services_at(LOCAL_ETCD, LOCAL_NATS);
+    }
+
+    fn use_services_at(&mut self, etcd: &str, nats: &str) {
+        self.etcd.endpoints = vec![format!("http://{etcd}")];
+        self.nats.servers = vec![format!("nats://{nats}")];
     }
 }
 
@@ -59,6 +63,16 @@ pub enum Joined {
     Member(Cluster),
     /// None was named and there is none on this machine.
     Alone(LocalServices),
+}
+
+impl Joined {
+    /// The cluster, for `who` can do nothing without one: the error says what to start.
+    pub fn needed_by(self, who: &str) -> Result<Cluster, ClusterError> {
+        match self {
+            Self::Member(cluster) => Ok(cluster),
+            Self::Alone(found) => Err(ClusterError::Option(format!("{who} needs a cluster: {found}"))),
+        }
+    }
 }
 
 /// What was found at the well-known addresses of this machine.
@@ -145,13 +159,27 @@ pub enum Needs {
 
 /// Joins the cluster `options` names; if they name none, that of this machine, if there is one.
 pub async fn join(mut options: ClusterOptions, needs: Needs) -> Result<Joined, ClusterError> {
+    match name_services(&mut options, needs, LOCAL_ETCD, LOCAL_NATS).await? {
+        None => Cluster::connect(options).await.map(Joined::Member),
+        Some(too_little) => Ok(Joined::Alone(too_little)),
+    }
+}
+
+/// Sees to it that `options` name services: if they name none, those at `etcd` and `nats`, if both are there. Otherwise
+/// returns what is.
+async fn name_services(
+    options: &mut ClusterOptions,
+    needs: Needs,
+    etcd: &str,
+    nats: &str,
+) -> Result<Option<LocalServices>, ClusterError> {
     match (options.etcd.endpoints.is_empty(), options.nats.servers.is_empty()) {
         (true, true) => {
-            let found = LocalServices::of_this_machine().await;
+            let found = LocalServices::probe(etcd, nats).await;
             if !found.is_cluster() {
-                return Ok(Joined::Alone(found));
+                return Ok(Some(found));
             }
-            options.use_this_machine();
+            options.use_services_at(etcd, nats);
             tracing::info!(
                 "found etcd and NATS on this machine: joining the cluster `{}` (--standalone serves alone)",
                 options.namespace
@@ -163,7 +191,7 @@ pub async fn join(mut options: ClusterOptions, needs: Needs) -> Result<Joined, C
         }
         (false, _) => {}
     }
-    Cluster::connect(options).await.map(Joined::Member)
+    Ok(None)
 }
 
 /// Addresses, without who one is there.
@@ -208,7 +236,62 @@ impl Cluster {
 
 #[cfg(test)]
 mod tests {
+    use tokio::net::TcpListener;
+
     use super::*;
+
+    fn options(etcd: &[&str], nats: &[&str]) -> ClusterOptions {
+        ClusterOptions {
+            namespace: "n".into(),
+            etcd: EtcdOptions::new(etcd.iter().map(ToString::to_string).collect()),
+            nats: NatsOptions::new(nats.iter().map(ToString::to_string).collect()),
+        }
+    }
+
+    /// Where something says these words to whoever comes.
+    async fn saying(words: &'static str) -> String {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap().to_string();
+        tokio::spawn(async move {
+            while let Ok((mut stream, _)) = listener.accept().await {
+                stream.write_all(words.as_bytes()).await.unwrap();
+                stream.shutdown().await.unwrap();
+                // Closed with something unread in it, a connection would be reset.
+                let _ = stream.read_to_end(&mut Vec::new()).await;
+            }
+        });
+        address
+    }
+
+    #[tokio::test]
+    async fn services_of_this_machine_are_joined_if_none_are_named_and_both_are_there() {
+        let etcd = saying("HTTP/1.1 200 OK\r\n\r\n{\"etcdserver\":\"3.5.0\",\"etcdcluster\":\"3.5.0\"}").await;
+        let nats = saying("INFO {\"version\":\"2.10.0\",\"jetstream\":true}\r\n").await;
+        for needs in [Needs::EtcdAndNats, Needs::Etcd] {
+            let mut named = options(&[], &[]);
+            assert_eq!(name_services(&mut named, needs, &etcd, &nats).await.unwrap(), None);
+            assert_eq!(named.etcd.endpoints, [format!("http://{etcd}")]);
+            assert_eq!(named.nats.servers, [format!("nats://{nats}")]);
+        }
+        // Whoever names services means those.
+        let mut named = options(&["http://a:1"], &["nats://b:2"]);
+        assert_eq!(name_services(&mut named, Needs::EtcdAndNats, &etcd, &nats).await.unwrap(), None);
+        assert_eq!([&named.etcd.endpoints[0], &named.nats.servers[0]], ["http://a:1", "nats://b:2"]);
+        let no_streams = saying("INFO {\"version\":\"2.10.0\"}\r\n").await;
+        for (etcd, nats) in [(&etcd, &no_streams), (&nats, &nats), (&etcd, &etcd)] {
+            let mut named = options(&[], &[]);
+            let found = name_services(&mut named, Needs::EtcdAndNats, etcd, nats).await.unwrap();
+            assert!(found.is_some() && named.etcd.endpoints.is_empty(), "{found:?}");
+        }
+    }
+
+    #[test]
+    fn who_needs_a_cluster_and_finds_none_says_what_to_start() {
+        let alone = Joined::Alone(LocalServices { etcd: true, nats: false, jetstream: false });
+        let error = alone.needed_by("a frontend").unwrap_err().to_string();
+        assert!(error.starts_with("a frontend needs a cluster: no NATS on 127.0.0.1:4222"), "{error}");
+        assert!(Joined::Member(Cluster::local()).needed_by("a frontend").is_ok());
+    }
 
     #[test]
     fn addresses_are_shown_without_secrets() {
@@ -227,11 +310,6 @@ mod tests {
 
     #[tokio::test]
     async fn one_service_without_the_other_is_an_error_of_the_command_line() {
-        let options = |etcd: &[&str], nats: &[&str]| ClusterOptions {
-            namespace: "n".into(),
-            etcd: EtcdOptions::new(etcd.iter().map(ToString::to_string).collect()),
-            nats: NatsOptions::new(nats.iter().map(ToString::to_string).collect()),
-        };
         for (etcd, nats) in [(&["http://127.0.0.1:1"][..], &[][..]), (&[][..], &["nats://127.0.0.1:1"][..])] {
             let error = join(options(etcd, nats), Needs::EtcdAndNats).await.unwrap_err();
             assert!(matches!(error, ClusterError::Option(_)), "{error}");

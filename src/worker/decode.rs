@@ -102,11 +102,16 @@ async fn cluster(cli: &WorkerArgs) -> Result<Option<Cluster>> {
     if cli.disagg.standalone {
         return Ok(None);
     }
-    match join(cli.cluster.options(), Needs::EtcdAndNats).await? {
-        Joined::Member(cluster) => Ok(Some(cluster)),
+    Ok(member(join(cli.cluster.options(), Needs::EtcdAndNats).await?))
+}
+
+/// None is as good: what there is to gain is said.
+fn member(joined: Joined) -> Option<Cluster> {
+    match joined {
+        Joined::Member(cluster) => Some(cluster),
         Joined::Alone(found) => {
             tracing::info!("serving alone. To share prefills with other processes, join a cluster: {found}");
-            Ok(None)
+            None
         }
     }
 }
@@ -207,4 +212,16 @@ fn announcement(config: &ApiConfig, address: SocketAddr) -> String {
          Try it:\n  curl -N http://{address}/v1/{path} -H 'Content-Type: application/json'{key} -d '{body}'\n",
         env!("CARGO_PKG_VERSION"),
     )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cluster::LocalServices;
+
+    #[test]
+    fn without_a_cluster_a_decode_worker_serves_alone() {
+        assert!(member(Joined::Alone(LocalServices { etcd: true, nats: true, jetstream: false })).is_none());
+        assert!(member(Joined::Member(Cluster::local())).is_some());
+    }
 }

@@ -25,7 +25,7 @@ use super::{
 use crate::{
     api::{self, ConnectionThreads, HttpToken, Measure, ServerConfig, Shown},
     cli::{KvDTypeArg, LoadFormatArg, WorkerArgs},
-    cluster::{Cluster, Joined, LeaseId, ModelKey, Needs, Role, WorkerCard, WorkerFilter, WorkerSet, find_model, join},
+    cluster::{Cluster, LeaseId, ModelKey, Needs, Role, WorkerCard, WorkerFilter, WorkerSet, find_model, join},
     handoff::{Borrower, BorrowerConfig, BorrowerEvent, BorrowerTimeouts, ToPrefill, WorkerId},
     telemetry::Metrics,
     transfer::{Connector, ConnectorConfig, LocalPages, SessionAddresses, Source, StagingRing},
@@ -42,10 +42,7 @@ const TICK: Duration = Duration::from_millis(100);
 /// begins to.
 pub async fn run(mut cli: WorkerArgs, ready: impl FnOnce(Ready)) -> Result<()> {
     let bound = api::bind(&cli.host, cli.port()).await?;
-    let cluster = match join(cli.cluster.options(), Needs::EtcdAndNats).await? {
-        Joined::Member(cluster) => cluster,
-        Joined::Alone(found) => bail!("a prefill worker needs a cluster: {found}"),
-    };
+    let cluster = join(cli.cluster.options(), Needs::EtcdAndNats).await?.needed_by("a prefill worker")?;
     let ways = Ways::of(&cli.disagg.transports)?.open().await?;
     let mut signals = Signals::new()?;
     let mut expected = None;
