@@ -32,6 +32,12 @@ impl ConnectionThreads {
         (0..number).map(ConnectionThread::start).collect::<io::Result<_>>().map(Self)
     }
 
+    /// How many there are.
+    #[cfg(test)]
+    pub(crate) fn count(&self) -> usize {
+        self.0.len()
+    }
+
     /// Gives a connection to the thread that has the fewest, idle ones included: it stays there.
     pub(super) fn serve<F: Future<Output = ()> + Send>(
         &self,

@@ -232,3 +232,25 @@ async fn server_config(
         metrics: metrics.transfer.clone(),
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::worker::membership::tests::worker;
+
+    #[tokio::test]
+    async fn sessions_are_taken_where_the_flags_say() {
+        let config = async |flags: &[&str]| {
+            let cli = worker(&[&["--transport", "tcp", "--host", "127.0.0.2"], flags].concat());
+            let ways = Ways::of(&cli.disagg.transports).unwrap();
+            server_config(&cli, &ways, None, ModelKey::of(b"m"), &Metrics::new()).await.unwrap()
+        };
+        let told =
+            config(&["--session-host", "127.0.0.3", "--session-port", "7", "--advertise-host", "worker-7"]).await;
+        assert_eq!(told.tcp, Some("127.0.0.3:7".parse().unwrap()));
+        assert_eq!(told.advertise.as_deref(), Some("worker-7"));
+        let untold = config(&[]).await;
+        assert_eq!(untold.tcp, Some("127.0.0.2:0".parse().unwrap()), "beside the requests");
+        assert_eq!(untold.advertise.as_deref(), Some("127.0.0.2"));
+    }
+}

@@ -78,3 +78,24 @@ async fn report(cluster: Cluster, lease: watch::Receiver<Option<LeaseId>>, engin
     };
     report_load(cluster.loads, lease, sample).await;
 }
+
+#[cfg(test)]
+pub(super) mod tests {
+    use super::*;
+    use crate::cli::Role;
+
+    /// A worker's command line.
+    pub(in crate::worker) fn worker(flags: &[&str]) -> WorkerArgs {
+        match Role::try_parse_from([&["engine", "--model", "m"], flags].concat()) {
+            Ok(Role::Decode(worker) | Role::Prefill(worker)) => worker,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[test]
+    fn a_worker_is_reached_where_it_says_or_else_where_it_listens() {
+        let here = "10.1.2.3:7".parse().unwrap();
+        assert_eq!(host(&worker(&["--advertise-host", "worker-7"]), here), "worker-7");
+        assert_eq!(host(&worker(&[]), here), "10.1.2.3");
+    }
+}
