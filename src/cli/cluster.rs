@@ -104,3 +104,65 @@ impl ClusterArgs {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser;
+
+    use super::*;
+
+    #[derive(Parser)]
+    struct Line {
+        #[command(flatten)]
+        cluster: ClusterArgs,
+    }
+
+    fn options(line: &str) -> Result<ClusterOptions, String> {
+        let line = Line::try_parse_from(["engine"].into_iter().chain(line.split_whitespace()));
+        line.map(|line| line.cluster.options()).map_err(|error| error.to_string())
+    }
+
+    #[test]
+    fn services_are_those_that_are_named() {
+        let options =
+            options("--namespace n --etcd http://a:1,http://b:2 --nats nats://c:3 --nats nats://d:4").unwrap();
+        assert_eq!(options.namespace, "n");
+        assert_eq!(options.etcd.endpoints, ["http://a:1", "http://b:2"]);
+        assert_eq!(options.nats.servers, ["nats://c:3", "nats://d:4"]);
+    }
+
+    #[test]
+    fn each_service_gets_the_files_and_the_name_that_are_meant_for_it() {
+        let path = |name: &str| PathBuf::from(name);
+        let etcd = "--etcd-ca a --etcd-cert b --etcd-key c --etcd-user ada --etcd-password secret";
+        let etcd = options(etcd).unwrap().etcd;
+        assert_eq!((etcd.ca, etcd.identity), (Some(path("a")), Some((path("b"), path("c")))));
+        assert_eq!(etcd.user, Some(("ada".into(), "secret".into())));
+        let nats = options("--nats-ca d --nats-cert e --nats-key f").unwrap().nats;
+        assert_eq!((nats.ca, nats.identity), (Some(path("d")), Some((path("e"), path("f")))));
+        assert_eq!(nats.auth, NatsAuth::None);
+        let nothing = options("").unwrap();
+        assert_eq!((nothing.etcd.ca, nothing.etcd.identity, nothing.etcd.user), (None, None, None));
+        assert_eq!((nothing.nats.ca, nothing.nats.identity), (None, None));
+    }
+
+    #[test]
+    fn there_are_three_ways_to_be_somebody_at_nats_and_one_at_a_time() {
+        let auth = |line| options(line).map(|options| options.nats.auth);
+        let password = NatsAuth::Password { user: "ada".into(), password: "secret".into() };
+        assert_eq!(auth("--nats-user ada --nats-password secret"), Ok(password));
+        assert_eq!(auth("--nats-creds file"), Ok(NatsAuth::Credentials("file".into())));
+        assert_eq!(auth("--nats-nkey file"), Ok(NatsAuth::Nkey("file".into())));
+        for wrong in [
+            "--nats-creds a --nats-nkey b",
+            "--nats-user ada --nats-password secret --nats-nkey b",
+            "--nats-user ada --nats-password secret --nats-creds a",
+            "--nats-user ada",
+            "--nats-cert a",
+            "--etcd-cert a",
+            "--etcd-user ada",
+        ] {
+            assert!(auth(wrong).is_err(), "{wrong}");
+        }
+    }
+}

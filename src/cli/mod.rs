@@ -182,6 +182,40 @@ mod tests {
     }
 
     #[test]
+    fn flags_can_be_given_by_environment() {
+        let of_a_server = ["api-key ENGINE_API_KEY", "log-level RUST_LOG"];
+        let of_a_cluster = [
+            "etcd ETCD_ENDPOINTS",
+            "nats NATS_SERVER",
+            "cluster-token ENGINE_CLUSTER_TOKEN",
+            "etcd-user ETCD_USER",
+            "etcd-password ETCD_PASSWORD",
+            "nats-ca NATS_CA",
+            "nats-cert NATS_CERT",
+            "nats-key NATS_KEY",
+            "nats-user NATS_USER",
+            "nats-password NATS_PASSWORD",
+            "nats-creds NATS_CREDS",
+            "nats-nkey NATS_NKEY",
+        ];
+        let engine = Cli::command();
+        let part = |name| engine.find_subcommand(name).unwrap();
+        for (command, flags) in [
+            (&engine, [&of_a_server[..], &of_a_cluster].concat()),
+            (part("frontend"), [&of_a_server[..], &of_a_cluster].concat()),
+            (part("doctor"), of_a_cluster.to_vec()),
+            (part("mock"), of_a_cluster.to_vec()),
+        ] {
+            for flag in flags {
+                let (flag, variable) = flag.split_once(' ').unwrap();
+                let argument = command.get_arguments().find(|argument| argument.get_long() == Some(flag)).unwrap();
+                let known = argument.get_env().and_then(|name| name.to_str());
+                assert_eq!(known, Some(variable), "{flag} of {}", command.get_name());
+            }
+        }
+    }
+
+    #[test]
     fn flags_that_are_not_given_are_the_limits_that_hold_without_any() {
         let (flags, limits) = (worker(&["--model", "m"]).disagg, Limits::default());
         assert_eq!(Policy::from(flags.disagg_policy), limits.policy);

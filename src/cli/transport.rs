@@ -58,3 +58,39 @@ impl TransportArgs {
         SessionTls { ca: self.session_ca.clone(), identity: self.session_cert.clone().zip(self.session_key.clone()) }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser;
+
+    use super::*;
+
+    #[derive(Parser)]
+    struct Line {
+        #[command(flatten)]
+        transport: TransportArgs,
+    }
+
+    fn args(line: &str) -> TransportArgs {
+        Line::try_parse_from(line.split(' ')).map_err(|error| error.to_string()).unwrap().transport
+    }
+
+    #[test]
+    fn sessions_are_encrypted_with_the_files_that_are_named() {
+        let identity = Some(("cert".into(), "key".into()));
+        let named = args("engine --session-ca ca --session-cert cert --session-key key").session_tls();
+        assert_eq!(named, SessionTls { ca: Some("ca".into()), identity: identity.clone() });
+        assert_eq!(
+            args("engine --session-cert cert --session-key key").session_tls(),
+            SessionTls { ca: None, identity }
+        );
+        assert_eq!(args("engine").session_tls(), SessionTls::default());
+        assert!(Line::try_parse_from(["engine", "--session-cert", "cert"]).is_err(), "a certificate without its key");
+    }
+
+    #[test]
+    fn adapters_are_those_that_are_named() {
+        let wish = args("engine --rdma-device a,b:2 --rdma-gid-index 3").rdma_wish();
+        assert_eq!((&wish.devices[..], wish.gid_index), (&["a".into(), "b:2".into()][..], Some(3)));
+    }
+}
