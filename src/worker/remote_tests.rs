@@ -32,6 +32,8 @@ use crate::{
 
 const SESSION: SessionId = SessionId(1);
 const WORKER: WorkerId = WorkerId(7);
+/// What the port says of the queue.
+const JOBS_AHEAD: u64 = 3;
 
 type Permit = (Slot, Epoch, Arc<[u32]>);
 
@@ -42,6 +44,10 @@ struct Wires {
     handoffs_max: AtomicU32,
     /// What the latest job is part of.
     traced: Mutex<Option<TraceContext>>,
+    /// What the latest prompt would take here, as the port was told.
+    forecast: Mutex<Option<Forecast>>,
+    /// Jobs before each handoff that came to its end, and its tokens.
+    handed_off: Mutex<Vec<(u64, usize)>>,
     words: Vec<AtomicU64>,
     /// Looks into the mailbox that come too early for what is there.
     early_looks: AtomicUsize,
@@ -67,7 +73,8 @@ impl LendingPort for Port {
         self.wires.open.load(Ordering::Relaxed)
     }
 
-    fn decide(&mut self, candidate: Candidate, _: Option<Forecast>) -> Route {
+    fn decide(&mut self, candidate: Candidate, local: Option<Forecast>) -> Route {
+        *self.wires.forecast.lock().unwrap() = local;
         let long = candidate.tokens - candidate.cached > self.wires.threshold;
         if long && candidate.lost < self.wires.handoffs_max.load(Ordering::Relaxed) {
             Route::Remote
@@ -77,7 +84,7 @@ impl LendingPort for Port {
     }
 
     fn jobs_ahead(&self) -> u64 {
-        0
+        JOBS_AHEAD
     }
 
     fn enqueue(&mut self, handoff: HandoffId, _: usize, trace: Option<TraceContext>) {
@@ -133,8 +140,8 @@ impl LendingPort for Port {
         self.wires.fenced.store(true, Ordering::Relaxed);
     }
 
-    fn handed_off(&mut self, _: u64, _: std::time::Duration, tokens: usize, _: std::time::Duration) {
-        assert!(tokens > 0);
+    fn handed_off(&mut self, ahead: u64, _: std::time::Duration, tokens: usize, _: std::time::Duration) {
+        self.wires.handed_off.lock().unwrap().push((ahead, tokens));
     }
 }
 
@@ -175,6 +182,8 @@ fn decode_by(
         threshold,
         handoffs_max: AtomicU32::new(1),
         traced: Mutex::default(),
+        forecast: Mutex::default(),
+        handed_off: Mutex::default(),
         words: (0..lending.mailbox_slots).map(|_| AtomicU64::new(0)).collect(),
         early_looks: AtomicUsize::new(0),
         fenced: AtomicBool::new(false),
@@ -342,6 +351,28 @@ fn a_prompt_prefilled_elsewhere_gets_the_same_answer() {
     while prefill.snapshot().pages_owned > 0 {
         std::thread::yield_now();
     }
+}
+
+#[test]
+fn who_decides_hears_what_prompts_take_here_and_what_handoffs_took() {
+    let decode = decode(config(), 16);
+    let (prefill, control) = start(config());
+    // Too short to leave, and before anything was measured.
+    block_on(collect(&mut decode.handle.submit(request(200..216, 1)).unwrap()));
+    assert_eq!(*decode.wires.forecast.lock().unwrap(), None);
+    let mut generation = decode.handle.submit(request(0..70, 1)).unwrap();
+    let handoff = decode.next_job();
+    let forecast = decode.wires.forecast.lock().unwrap().expect("a prompt was computed here before");
+    assert_eq!(forecast.gap, None, "nobody generates");
+    serve(&decode, handoff, &prefill, &control);
+    block_on(collect(&mut generation));
+    assert_eq!(*decode.wires.handed_off.lock().unwrap(), [(JOBS_AHEAD, 69)], "all but the last token");
+    // Of one that is lost nothing was learned.
+    let mut generation = decode.handle.submit(request(300..370, 1)).unwrap();
+    let grant = decode.claim(decode.next_job());
+    decode.ends(&grant, Status::Failed);
+    block_on(collect(&mut generation));
+    assert_eq!(decode.wires.handed_off.lock().unwrap().len(), 1);
 }
 
 #[test]

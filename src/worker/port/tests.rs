@@ -1,0 +1,160 @@
+use super::*;
+use crate::{
+    cluster::Local,
+    handoff::Policy,
+    telemetry::Metrics,
+    worker::{
+        inbox,
+        post::{Inbox, Message},
+    },
+};
+
+/// A decode worker's view of a cluster in this process, which has a prefill worker.
+struct Bench {
+    cluster: Cluster,
+    key: ModelKey,
+    view: Arc<View>,
+    inbox: Inbox,
+}
+
+impl Bench {
+    /// The queue is about to be looked at for the first time, and was found as deep as this before.
+    fn start(depth: u64) -> Self {
+        let view = view(Limits::default());
+        view.set_registered(1);
+        view.set_depth(Some(depth));
+        let (cluster, key) = (Cluster::local(), ModelKey::of(b"a model"));
+        let (post, inbox) = inbox();
+        tokio::spawn(follow_queue(cluster.clone(), key, view.clone(), post));
+        Self { cluster, key, view, inbox }
+    }
+
+    async fn publish(&self) {
+        self.cluster.queue.publish(self.key, "a job".to_owned(), "{}".into()).await.unwrap();
+    }
+
+    /// Lets so many looks come.
+    async fn pass(&self, looks: u32) {
+        tokio::time::sleep(DEPTH_PERIOD * looks - Duration::from_millis(1)).await;
+    }
+
+    fn is_alone(&self) -> bool {
+        matches!(self.inbox.0.try_recv(), Ok(Message::Alone))
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_queue_that_has_run_empty_unseen_is_soon_looked_at() {
+    let bench = Bench::start(5);
+    bench.pass(1).await;
+    assert_eq!(bench.view.depth(), Some(0));
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_empty_queue_that_nobody_decides_by_is_seldom_looked_at() {
+    let bench = Bench::start(0);
+    bench.publish().await;
+    bench.pass(IDLE_DEPTH_PERIODS - 1).await;
+    assert_eq!(bench.view.depth(), Some(0));
+    bench.pass(2).await;
+    assert_eq!(bench.view.depth(), Some(1));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_queue_that_nobody_works_on_is_left_until_somebody_does() {
+    let bench = Bench::start(1);
+    bench.publish().await;
+    bench.pass(DESERTED_LOOKS - 1).await;
+    assert!(bench.view.prefill_workers() == 1 && !bench.is_alone(), "workers ask again in a moment");
+    bench.pass(2).await;
+    assert!(bench.view.prefill_workers() == 0 && bench.is_alone());
+    let mut consumer = bench.cluster.queue.consume(bench.key);
+    let job = consumer.next().await.unwrap();
+    bench.pass(2).await;
+    assert_eq!(bench.view.prefill_workers(), 1, "somebody has a job");
+    job.ack().await.unwrap();
+    let asking = tokio::spawn(async move { consumer.next().await.is_some() });
+    bench.pass(3 * IDLE_DEPTH_PERIODS).await;
+    assert!(bench.view.prefill_workers() == 1 && !bench.is_alone(), "somebody waits for one");
+    asking.abort();
+    bench.pass(IDLE_DEPTH_PERIODS + DESERTED_LOOKS).await;
+    assert!(bench.view.prefill_workers() == 0 && bench.is_alone());
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_idle_queue_that_seems_deserted_is_soon_looked_at_again() {
+    let bench = Bench::start(0);
+    bench.pass(IDLE_DEPTH_PERIODS + DESERTED_LOOKS - 2).await;
+    assert_eq!(bench.view.prefill_workers(), 1);
+    bench.pass(2).await;
+    assert!(bench.view.prefill_workers() == 0 && bench.is_alone());
+    // Whoever was registered has gone; whoever comes is taken to be alive.
+    bench.view.set_registered(0);
+    bench.pass(2).await;
+    bench.view.set_registered(1);
+    assert_eq!(bench.view.prefill_workers(), 1);
+}
+
+fn view(limits: Limits) -> Arc<View> {
+    View::new(limits, Metrics::new().engine.handoffs.clone())
+}
+
+/// A port to nobody, over this view.
+fn port(view: Arc<View>) -> ClusterPort {
+    ClusterPort {
+        sessions: Arc::default(),
+        mailbox: Mailbox::new(1).unwrap(),
+        view,
+        jobs: mpsc::unbounded_channel().0,
+        staging: None,
+        costs: HandoffCosts::default(),
+        started: Instant::now(),
+        leaving: 0,
+    }
+}
+
+#[test]
+fn auto_weighs_what_handoffs_took_against_what_a_prompt_takes_here() {
+    let view = view(Limits { policy: Policy::Auto, max_local_prefill_length: 512, ..Limits::default() });
+    view.set_registered(1);
+    view.set_depth(Some(0));
+    let mut port = port(view);
+    let candidate = Candidate { tokens: 400, cached: 100, decoding: 0, queued: 0, lost: 0 };
+    let takes = |seconds| Some(Forecast { first_token: Duration::from_secs(seconds), gap: None });
+    assert_eq!(port.decide(candidate, takes(100)), Route::Local, "it is short, and nothing was measured there");
+    // A second in the queue, and one for each hundred tokens.
+    port.handed_off(0, Duration::from_secs(1), 200, Duration::from_secs(2));
+    assert_eq!(port.decide(candidate, takes(5)), Route::Remote);
+    assert_eq!(port.decide(candidate, takes(3)), Route::Local);
+    assert_eq!(port.decide(candidate, None), Route::Local, "it is short, and nothing was measured here");
+}
+
+#[tokio::test]
+async fn limits_from_the_cluster_reach_those_who_decide_and_those_who_cut_prompts() {
+    let (local, key) = (Arc::new(Local::new()), ModelKey::of(b"a model"));
+    let cluster = Cluster { discovery: local.clone(), queue: local.clone(), loads: local.clone() };
+    let view = view(Limits::default());
+    let (post, Inbox(inbox, _)) = inbox();
+    tokio::spawn(follow_limits(cluster, key, view.clone(), Limits::default(), post));
+    let set = |config: &'static str| local.set_config(key, Some(Bytes::from_static(config.as_bytes())));
+    let told = async || loop {
+        match inbox.try_recv() {
+            Ok(Message::ItlTarget(target)) => return target,
+            Ok(_) => panic!("nothing else is said"),
+            Err(_) => tokio::task::yield_now().await,
+        }
+    };
+    set(r#"{"itl_target_ms": 50, "max_local_prefill_length": 7}"#);
+    assert_eq!(told().await, Duration::from_millis(50));
+    assert_eq!(view.limits().itl_target(), Duration::from_millis(50));
+    assert_eq!(view.limits().max_local_prefill_length, 7);
+    // What makes no sense changes nothing, and what it says no more is as the flags say.
+    set(r#"{"itl_target_ms": -1}"#);
+    for _ in 0..10 {
+        tokio::task::yield_now().await;
+    }
+    assert_eq!(view.limits().itl_target(), Duration::from_millis(50));
+    set(r#"{"itl_target_ms": 60}"#);
+    assert_eq!(told().await, Duration::from_millis(60));
+    assert_eq!(view.limits(), Limits { itl_target_ms: 60.0, ..Limits::default() });
+}
