@@ -445,3 +445,6 @@ async fn settle(delivery: Delivery, mut verdicts: mpsc::UnboundedReceiver<Verdic
         return;
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,111 @@
+use futures::{FutureExt, future::BoxFuture};
+
+use super::*;
+use crate::{
+    cluster::{QueueError, Settle},
+    handoff::{BorrowerConfig, BorrowerTimeouts},
+    telemetry::Metrics,
+    worker::tests::{BLOCK, config, start},
+};
+
+const DAVE: WorkerId = WorkerId(4);
+
+/// A desk, what it asks of its worker, and what the queue is told of its jobs.
+struct Bench {
+    desk: SharedDesk,
+    _notes: mpsc::UnboundedReceiver<Note>,
+    say: mpsc::UnboundedSender<&'static str>,
+    told: mpsc::UnboundedReceiver<&'static str>,
+}
+
+impl Bench {
+    fn new() -> Self {
+        let timeouts = BorrowerTimeouts { keep_alive: Duration::ZERO, ..BorrowerTimeouts::default() };
+        let borrower = BorrowerConfig { model_key: "m".into(), block_size: BLOCK as u32, jobs_max: 8, timeouts };
+        let (engine, metrics) = (start(config()).0, Metrics::new().engine.handoffs.clone());
+        let (desk, notes) = Desk::new(Borrower::new(borrower), engine, 1, metrics);
+        let (say, told) = mpsc::unbounded_channel();
+        Self { desk, _notes: notes, say, told }
+    }
+
+    /// The queue delivers the job of a prompt of so many tokens.
+    fn deliver(&self, handoff: u128, prompt_tokens: u32) {
+        let job = Job {
+            handoff: HandoffId(handoff),
+            decode: DAVE,
+            model_key: "m".into(),
+            addresses: serde_json::Value::Null,
+            prompt_tokens,
+            traceparent: None,
+        };
+        let settle = Box::new(Told(self.say.clone()));
+        deliver(&self.desk, Delivery::new(job.encode().into(), 1, settle));
+    }
+
+    fn has_room(&self) -> bool {
+        lock(&self.desk).has_room()
+    }
+}
+
+/// Tells what the queue is told of a job.
+struct Told(mpsc::UnboundedSender<&'static str>);
+
+impl Told {
+    fn say(&self, what: &'static str) -> BoxFuture<'_, Result<(), QueueError>> {
+        let _ = self.0.send(what);
+        async { Ok(()) }.boxed()
+    }
+}
+
+impl Settle for Told {
+    fn ack(&self) -> BoxFuture<'_, Result<(), QueueError>> {
+        self.say("done")
+    }
+
+    fn in_progress(&self) -> BoxFuture<'_, Result<(), QueueError>> {
+        self.say("in progress")
+    }
+
+    fn nak(&self, _: Duration) -> BoxFuture<'_, Result<(), QueueError>> {
+        self.say("for another")
+    }
+
+    fn bury(&self, _: &str) -> BoxFuture<'_, Result<(), QueueError>> {
+        self.say("dead")
+    }
+
+    fn abandon(&self) {
+        let _ = self.0.send("dropped");
+    }
+}
+
+#[tokio::test]
+async fn jobs_are_taken_one_at_a_time_unless_several_fit_one_step() {
+    let bench = Bench::new();
+    let step = config().max_num_batched_tokens as u32;
+    assert!(bench.has_room());
+    for short in 1..=2 {
+        bench.deliver(short, step / 4);
+        assert!(bench.has_room(), "{short} short ones");
+    }
+    bench.deliver(3, step / 2);
+    assert!(!bench.has_room(), "they fill a step");
+    // What is computed makes room.
+    let half = step as usize / 2;
+    lock(&bench.desk).computed(HandoffId(3), half / 2, half, &bench.desk);
+    assert!(bench.has_room());
+    let bench = Bench::new();
+    bench.deliver(1, 1000);
+    assert!(!bench.has_room(), "a long one is enough");
+}
+
+#[tokio::test]
+async fn the_queue_hears_that_a_job_is_worked_on_before_what_became_of_it() {
+    let mut bench = Bench::new();
+    bench.deliver(1, 10);
+    on(&bench.desk, BorrowerEvent::Tick);
+    on(&bench.desk, BorrowerEvent::ConnectFailed { decode: DAVE, gone: true });
+    settled(&bench.desk).await;
+    assert_eq!([bench.told.recv().await, bench.told.recv().await], [Some("in progress"), Some("done")]);
+    assert_eq!(lock(&bench.desk).held(), 0);
+}
