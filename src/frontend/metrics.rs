@@ -78,3 +78,28 @@ fn registered<C: Collector + Clone + 'static>(registry: &Registry, metric: prome
     registry.register(Box::new(metric.clone())).expect("metric names are distinct constants");
     metric
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_metric_is_rendered_under_its_documented_name() {
+        let metrics = FrontendMetrics::new();
+        metrics.requests.with_label_values(&["/v1/completions", "200"]).inc();
+        metrics.first_data.observe(0.001);
+        let text = metrics.render();
+        for expected in [
+            "engine_requests_total{endpoint=\"/v1/completions\",status=\"200\"} 1",
+            "engine_frontend_workers 0",
+            "engine_frontend_requests_in_flight 0",
+            "engine_frontend_retries_total 0",
+            "engine_frontend_migrations_total 0",
+            "engine_frontend_broken_total 0",
+            "engine_frontend_body_bytes 0",
+            "engine_frontend_time_to_first_data_seconds_count 1",
+        ] {
+            assert!(text.contains(expected), "{expected} not in\n{text}");
+        }
+    }
+}

@@ -230,6 +230,9 @@ mod tests {
         let metrics = Metrics::new();
         metrics.requests.with_label_values(&["/v1/completions", "200"]).inc();
         metrics.engine.observe_step(StepKind::Mixed, Duration::from_millis(3));
+        metrics.transfer.bytes.with_label_values(&["tcp"]).inc_by(7);
+        metrics.transfer.seconds.with_label_values(&["tcp"]).observe(0.001);
+        metrics.transfer.sessions.with_label_values(&["tcp"]).inc();
         let text = metrics.render();
         for expected in [
             "engine_requests_total{endpoint=\"/v1/completions\",status=\"200\"} 1",
@@ -252,6 +255,14 @@ mod tests {
             "engine_handoffs_total{outcome=\"completed\"} 0",
             "engine_handoff_seconds_count{phase=\"pickup\"} 0",
             "engine_step_seconds_count{kind=\"mixed\"} 1",
+            "engine_prefill_workers 0",
+            "engine_prefill_queue_depth -1",
+            "engine_dead_jobs_total 0",
+            "engine_transfer_bytes_total{transport=\"tcp\"} 7",
+            "engine_transfer_seconds_count{transport=\"tcp\"} 1",
+            "engine_transfer_fallback_total 0",
+            "engine_transfer_sessions_total{transport=\"tcp\"} 1",
+            "engine_transfer_refused_total 0",
         ] {
             assert!(text.contains(expected), "{expected} not in\n{text}");
         }

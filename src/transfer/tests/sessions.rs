@@ -33,6 +33,7 @@ async fn pages_arrive_before_the_word_that_says_so() {
         }
         let bytes = (pages.len() * SHAPE.layers * SHAPE.page_bytes) as u64;
         assert_eq!(prefill.metrics.bytes.with_label_values(&[transport.name()]).get(), bytes);
+        assert_eq!(prefill.metrics.seconds.with_label_values(&[transport.name()]).get_sample_count(), 1);
         assert_eq!(prefill.metrics.fallbacks.get(), u64::from(transport == Transport::Tcp));
         drop(session);
         decode.ended(id).await;
