@@ -186,6 +186,16 @@ mod tests {
     }
 
     #[test]
+    fn who_cannot_answer_at_the_moment_says_when_to_come_back() {
+        for error in [ApiError::draining(), ApiError::aborted(), ApiError::engine_failed()] {
+            let response = error.into_response();
+            assert_eq!(response.status(), StatusCode::SERVICE_UNAVAILABLE);
+            assert_eq!(response.headers()[header::RETRY_AFTER], "1");
+        }
+        assert!(!ApiError::impossible().into_response().headers().contains_key(header::RETRY_AFTER));
+    }
+
+    #[test]
     fn a_full_queue_says_when_to_come_back() {
         let response = ApiError::from(SubmitError::QueueFull { waiting: 3 }).into_response();
         assert_eq!(response.status(), StatusCode::TOO_MANY_REQUESTS);
