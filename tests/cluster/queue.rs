@@ -201,6 +201,24 @@ async fn a_job_that_cannot_be_read_is_buried_and_the_next_one_comes() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_job_that_cannot_be_buried_now_is_counted_when_it_is() {
+    let mut service = services::nats();
+    let nats = nats_at(&service.url(), "a").await;
+    let mut consumer = nats.consume(key("m"));
+    publish(&nats, key("m"), "schema 99").await;
+    let job = next(&mut consumer).await;
+    service.kill();
+    // Before it is noticed, the client would keep what it is given, and say it later.
+    let unnoticed = async { while !matches!(nats.depth(key("m")).await, Err(QueueError::Unavailable(_))) {} };
+    soon("the connection to be missed", unnoticed).await;
+    job.bury("it has schema 99").await.unwrap_err();
+    assert_eq!(nats.dead_jobs(), 0, "it will come again");
+    service.restart();
+    next(&mut consumer).await.bury("it has schema 99").await.unwrap();
+    assert_eq!(nats.dead_jobs(), 1);
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn what_a_consumer_had_asked_for_goes_back_when_it_is_dropped() {
     let service = services::nats();
     let nats = nats_at(&service.url(), "a").await;

@@ -139,9 +139,15 @@ impl Settle for NatsSettle {
     }
 
     fn bury(&self, reason: &str) -> BoxFuture<'_, Result<(), QueueError>> {
-        self.jobs.dead.fetch_add(1, Ordering::Relaxed);
-        tracing::warn!(job = self.id, attempt = self.attempt, reason, "gave up a prefill job");
-        Self::say(&self.jobs, &self.acker, AckKind::Term).boxed()
+        let reason = reason.to_owned();
+        let buried = async move {
+            // If this fails the job comes again, and is counted then.
+            Self::say(&self.jobs, &self.acker, AckKind::Term).await?;
+            self.jobs.dead.fetch_add(1, Ordering::Relaxed);
+            tracing::warn!(job = self.id, attempt = self.attempt, reason, "gave up a prefill job");
+            Ok(())
+        };
+        buried.boxed()
     }
 
     fn abandon(&self) {
