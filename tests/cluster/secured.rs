@@ -1,25 +1,109 @@
-use std::{path::PathBuf, process::Command, time::Duration};
+use std::{fs, path::PathBuf, time::Duration};
 
 use bytes::Bytes;
 use engine::cluster::{Discovery, Etcd, EtcdOptions, Nats, NatsAuth, NatsOptions, Queue, Role};
 use etcd_client::{Client, Permission, PermissionType};
-use tempfile::TempDir;
+use nkeys::KeyPair;
+use serde_json::{Value, json};
 
-use crate::{card, granted, key, services, soon};
+use crate::{
+    card, granted, key,
+    services::{self, Certificates, Service},
+    soon,
+};
+
+/// A NATS that takes the jobs of `known`, and of nobody else.
+async fn takes_jobs_of(service: &Service, known: NatsAuth, strangers: &[NatsAuth]) {
+    let with =
+        async |auth| Nats::new(NatsOptions { auth, ..NatsOptions::new(vec![service.url()]) }, "a").await.unwrap();
+    let known = with(known).await;
+    soon("the server", known.reachable()).await.unwrap();
+    known.publish(key("m"), "1".into(), Bytes::new()).await.unwrap();
+    for auth in strangers {
+        let stranger = with(auth.clone()).await;
+        assert!(stranger.publish(key("m"), "2".into(), Bytes::new()).await.is_err(), "{auth:?}");
+    }
+    assert_eq!(known.depth(key("m")).await.unwrap().waiting, 1);
+}
 
 #[tokio::test(flavor = "multi_thread")]
 async fn nats_with_a_user_takes_jobs_of_that_user_alone() {
     let service = services::nats_with(&["--user", "engine", "--pass", "secret"]);
-    let with =
-        async |auth| Nats::new(NatsOptions { auth, ..NatsOptions::new(vec![service.url()]) }, "a").await.unwrap();
-    let known = with(NatsAuth::Password { user: "engine".into(), password: "secret".into() }).await;
-    soon("the server", known.reachable()).await.unwrap();
-    known.publish(key("m"), "1".into(), Bytes::new()).await.unwrap();
-    for auth in [NatsAuth::None, NatsAuth::Password { user: "engine".into(), password: "wrong".into() }] {
-        let stranger = with(auth).await;
-        assert!(stranger.publish(key("m"), "2".into(), Bytes::new()).await.is_err());
-    }
-    assert_eq!(known.depth(key("m")).await.unwrap().waiting, 1);
+    let password = |password: &str| NatsAuth::Password { user: "engine".into(), password: password.into() };
+    takes_jobs_of(&service, password("secret"), &[NatsAuth::None, password("wrong")]).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn nats_with_an_nkey_takes_jobs_of_whoever_has_its_seed() {
+    let (known, stranger) = (KeyPair::new_user(), KeyPair::new_user());
+    let config = format!("authorization {{ users: [{{ nkey: {} }}] }}", known.public_key());
+    let service = services::nats_with_config(&config);
+    let folder = tempfile::tempdir().unwrap();
+    let file = |name: &str, pair: &KeyPair| {
+        let path = folder.path().join(name);
+        fs::write(&path, pair.seed().unwrap() + "\n").unwrap();
+        NatsAuth::Nkey(path)
+    };
+    takes_jobs_of(&service, file("known", &known), &[NatsAuth::None, file("stranger", &stranger)]).await;
+}
+
+/// What `issuer` says of `subject`, as NATS reads it: a JSON web token signed with an nkey.
+fn token(issuer: &KeyPair, subject: &KeyPair, claims: Value) -> String {
+    let issued = json!({"jti": "x", "iat": 1, "iss": issuer.public_key(), "sub": subject.public_key(), "nats": claims});
+    let said =
+        [json!({"typ": "JWT", "alg": "ed25519-nkey"}), issued].map(|part| base64url(part.to_string().as_bytes()));
+    let said = said.join(".");
+    let signature = issuer.sign(said.as_bytes()).unwrap();
+    format!("{said}.{}", base64url(&signature))
+}
+
+/// Without padding.
+fn base64url(bytes: &[u8]) -> String {
+    const DIGITS: &[u8; 64] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_";
+    let digits = bytes.chunks(3).flat_map(|three| {
+        let bits = (0..3).fold(0, |bits, at| bits << 8 | u32::from(*three.get(at).unwrap_or(&0)));
+        (0..=three.len()).map(move |digit| char::from(DIGITS[(bits >> (18 - 6 * digit)) as usize % 64]))
+    });
+    digits.collect()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn nats_with_an_operator_takes_jobs_of_whoever_has_credentials() {
+    let (operator, account, system) = (KeyPair::new_operator(), KeyPair::new_account(), KeyPair::new_account());
+    let limits = json!({
+        "subs": -1, "data": -1, "payload": -1, "imports": -1, "exports": -1, "wildcards": true, "conn": -1, "leaf": -1,
+        "mem_storage": -1, "disk_storage": -1, "streams": -1, "consumer": -1,
+    });
+    let of_system = json!({"type": "account", "version": 2, "limits": {
+        "subs": -1, "data": -1, "payload": -1, "imports": -1, "exports": -1, "wildcards": true, "conn": -1, "leaf": -1,
+    }});
+    let of_account = json!({"type": "account", "version": 2, "limits": limits});
+    let config = format!(
+        "operator: {}\nresolver: MEMORY\nsystem_account: {system}\nresolver_preload: {{ {system}: {}, {account}: {} }}",
+        token(&operator, &operator, json!({"type": "operator", "version": 2})),
+        token(&operator, &system, of_system),
+        token(&operator, &account, of_account),
+        system = system.public_key(),
+        account = account.public_key(),
+    );
+    let service = services::nats_with_config(&config);
+    let folder = tempfile::tempdir().unwrap();
+    let credentials = |name: &str, account: &KeyPair| {
+        let user = KeyPair::new_user();
+        let claims = json!({"type": "user", "version": 2, "subs": -1, "data": -1, "payload": -1});
+        let path = folder.path().join(name);
+        let text = format!(
+            "-----BEGIN NATS USER JWT-----\n{}\n------END NATS USER JWT------\n\n\
+             -----BEGIN USER NKEY SEED-----\n{}\n------END USER NKEY SEED------\n",
+            token(account, &user, claims),
+            user.seed().unwrap(),
+        );
+        fs::write(&path, text).unwrap();
+        NatsAuth::Credentials(path)
+    };
+    // The stranger's are of an account that the operator does not know.
+    let strangers = [NatsAuth::None, credentials("stranger", &KeyPair::new_account())];
+    takes_jobs_of(&service, credentials("known", &account), &strangers).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -56,43 +140,6 @@ async fn etcd_with_users_takes_registrations_of_those_it_knows_and_logs_them_in_
         .await
         .unwrap();
     assert!(stranger.register(card(Role::Decode, "m", "h:3")).id().borrow().is_none());
-}
-
-/// An authority, and a certificate for 127.0.0.1 by it, for servers and clients.
-struct Certificates(TempDir);
-
-impl Certificates {
-    fn new() -> Self {
-        let this = Self(tempfile::tempdir().unwrap());
-        this.make("ca", &[]);
-        let extensions =
-            ["basicConstraints=CA:FALSE", "subjectAltName=IP:127.0.0.1", "extendedKeyUsage=serverAuth,clientAuth"];
-        let mut by_authority = vec!["-CA".to_owned(), this.path("ca.pem"), "-CAkey".to_owned(), this.path("ca.key")];
-        by_authority.extend(extensions.iter().flat_map(|extension| ["-addext".to_owned(), extension.to_string()]));
-        this.make("leaf", &by_authority);
-        this
-    }
-
-    fn make(&self, name: &str, arguments: &[String]) {
-        let mut command = Command::new("openssl");
-        command.args(["req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-days", "30"]);
-        command.args(["-subj", &format!("/CN={name}"), "-keyout", &self.path(&format!("{name}.key"))]);
-        command.args(["-out", &self.path(&format!("{name}.pem"))]).args(arguments);
-        let output = command.output().expect("openssl runs (make setup)");
-        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-    }
-
-    fn path(&self, name: &str) -> String {
-        self.0.path().join(name).to_str().unwrap().to_owned()
-    }
-
-    fn ca(&self) -> Option<PathBuf> {
-        Some(self.path("ca.pem").into())
-    }
-
-    fn identity(&self) -> Option<(PathBuf, PathBuf)> {
-        Some((self.path("leaf.pem").into(), self.path("leaf.key").into()))
-    }
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -133,5 +180,9 @@ async fn files_that_are_not_there_are_named_at_start() {
     let nats = NatsOptions { ca: Some(missing), ..NatsOptions::new(vec!["nats://127.0.0.1:1".into()]) };
     for error in [Etcd::new(etcd, "a").err(), Nats::new(nats, "a").await.err()] {
         assert!(error.unwrap().to_string().contains("/nowhere/ca.pem"));
+    }
+    for auth in [NatsAuth::Credentials("/nowhere/creds".into()), NatsAuth::Nkey("/nowhere/seed".into())] {
+        let options = NatsOptions { auth, ..NatsOptions::new(vec!["nats://127.0.0.1:1".into()]) };
+        assert!(Nats::new(options, "a").await.err().unwrap().to_string().contains("/nowhere/"));
     }
 }

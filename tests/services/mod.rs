@@ -1,11 +1,13 @@
 //! Real etcd and nats-server processes, each on free ports with a directory of its own, to be killed and started again.
 #![allow(dead_code, unused_imports, reason = "each test uses some of it")]
 
+mod certificates;
 mod proxy;
 #[allow(clippy::duplicate_mod, reason = "some tests have no program, others have both")]
 #[path = "../program/signal.rs"]
 mod signal;
 
+pub(crate) use certificates::Certificates;
 pub(crate) use proxy::Proxy;
 
 use std::{
