@@ -14,7 +14,8 @@ use crate::{
         Cell, Model, answer_to, ask, card, granted, handoffs, join, leave_behind, prefills, sum,
         wait_for_decode_workers, wait_until_idle,
     },
-    services,
+    program::Server,
+    services::{self, Certificates},
 };
 
 /// How long anything may take before a test gives up.
@@ -71,6 +72,43 @@ fn a_worker_that_is_to_use_a_device_that_is_not_there_says_so_before_it_loads_a_
         assert!(text.contains("RDMA was asked for: ") && text.contains("no RDMA device"), "{text}");
         assert!(!format!("{text}{log}").contains("parameters"), "a model was loaded before");
     }
+}
+
+#[test]
+fn pages_go_to_whoever_has_the_cluster_s_token_and_a_certificate_and_to_no_stranger() {
+    let certificates = Certificates::new();
+    let cell = Cell::of(small());
+    let [ca, cert, key] = ["ca.pem", "leaf.pem", "leaf.key"].map(|name| certificates.path(name));
+    let shown = ["--session-ca", &ca, "--session-cert", &cert, "--session-key", &key];
+    // What is encrypted.
+    let tcp = ["--transport", "tcp"];
+    let (token, other) = (["--cluster-token", "tea"], ["--cluster-token", "coffee"]);
+    // However many jobs the strangers leave behind.
+    let always = ["--disagg-policy", "always"];
+    let decode = cell.decode(&[&always[..], &tcp, &shown, &token].concat());
+    // One without the token, and one that knows the authority and shows nothing.
+    for (number, flags) in [[&shown[..], &other].concat(), [&shown[..2], &token].concat()].iter().enumerate() {
+        let stranger = cell.prefill(&[&tcp[..], flags].concat());
+        cell.wait_for_prefill_worker(&decode);
+        let answered = thread::scope(|scope| {
+            let asking = scope.spawn(|| ask(&decode, &cell.prompt(number, 300)));
+            stranger.wait_until("it is turned away", |it| it.log().contains("no session to a decode worker"));
+            stranger.signal("TERM");
+            asking.join().is_ok()
+        });
+        assert!(answered && stranger.wait().success(), "{}", stranger.log());
+        assert_eq!((prefills(&decode, "remote"), prefills(&decode, "local")), (0.0, number as f64 + 1.0));
+        decode.wait_until("it has gone", |decode| decode.metric("engine_prefill_workers") == 0.0);
+    }
+    // And one that was told everything by its environment.
+    let [etcd, nats] = cell.services();
+    let variables = [format!("ETCD_ENDPOINTS={etcd}"), format!("NATS_SERVER={nats}")];
+    let environment = ["env", &variables[0], &variables[1], "ENGINE_CLUSTER_TOKEN=tea"];
+    let friend =
+        Server::start_under(&environment, &[&["--is-prefill-worker", "--kv-blocks", "256"], &tcp[..], &shown].concat());
+    cell.wait_for_prefill_worker(&decode);
+    ask(&decode, &cell.prompt(9, 300));
+    assert_eq!(prefills(&decode, "remote"), 1.0, "{}", friend.log());
 }
 
 /// A prompt whose tokens would not fit a message of the queue.
