@@ -152,10 +152,9 @@ fn an_answer_of_a_given_form_outlives_workers_that_are_killed() {
 /// Mocks in the cell's cluster, or in another of these services.
 fn mock(cell: &Cell, flags: &[&str]) -> Server {
     let (etcd, nats) = (cell.etcd.url(), cell.nats.url());
-    let pace = ["mock", "--step-time", "1", "--prompt-token-time", "1", "--max-model-len", "2048"];
-    Server::start_as(
-        &[&pace[..], &["--max-local-prefill-length", "64", "--etcd", &etcd, "--nats", &nats], flags].concat(),
-    )
+    let pace = cell::unless_in(flags, &[("--step-time", "1"), ("--prompt-token-time", "1")]);
+    let fixed = ["--max-model-len", "2048", "--max-local-prefill-length", "64", "--etcd", &etcd, "--nats", &nats];
+    Server::start_as(&[&["mock"], &pace[..], &fixed, flags].concat())
 }
 
 fn text(server: &Server, prompt: &str) -> String {
@@ -170,20 +169,29 @@ fn a_frontend_follows_its_cluster_and_leaves_when_told() {
     let cell = Cell::start();
     let frontend = frontend(&cell);
     assert_eq!((frontend.get("/health").status, frontend.get("/health/ready").status), (200, 503));
-    let mock = mock(&cell, &["--decode-workers", "3"]);
+    let refused = frontend.post(COMPLETIONS, &request());
+    assert_eq!((refused.status, refused.header("retry-after")), (503, Some("1")), "nobody is there to answer");
+    let mock = mock(&cell, &["--decode-workers", "3", "--step-time", "20"]);
     know(&frontend, 3);
     assert_eq!(frontend.get("/v1/models").json()["data"][0]["id"], "mock");
-    let stream = frontend.stream(
-        COMPLETIONS,
-        &json!({
-            "model": "mock", "prompt": "a", "max_tokens": 1500, "ignore_eos": true, "stream": true,
+    let asked = |tokens: usize| {
+        json!({
+            "model": "mock", "prompt": "a", "max_tokens": tokens, "ignore_eos": true, "stream": true,
             "stream_options": {"include_usage": true},
-        }),
-    );
-    frontend.signal("TERM");
-    assert_eq!(stream.finish().last().unwrap()["usage"]["completion_tokens"], 1500);
-    assert!(frontend.wait().success(), "{}", frontend.log());
+        })
+    };
+    let stream = frontend.stream(COMPLETIONS, &asked(100));
+    // Half a minute's worth, so that a worker is busy while it leaves.
+    let mut long = mock.stream(COMPLETIONS, &asked(1500));
+    long.next().expect("it has begun");
+    mock.wait_until("it is seen to be busy", |mock| mock.metric("engine_running_requests") >= 1.0);
     mock.signal("TERM");
+    know(&frontend, 0);
+    assert!(mock.metric("engine_running_requests") >= 1.0, "whoever leaves is out of sight before it is done");
+    frontend.signal("TERM");
+    assert_eq!(stream.finish().last().unwrap()["usage"]["completion_tokens"], 100);
+    assert!(frontend.wait().success(), "{}", frontend.log());
+    drop(long);
     assert!(mock.wait().success(), "{}", mock.log());
 }
 
