@@ -30,6 +30,15 @@ pub(crate) enum Fault {
     Duplicate,
 }
 
+/// The one thing that goes wrong in a schedule, as soon as it can.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Strike {
+    /// A prefill worker dies when the last of a prompt's pages is written, and the word is not.
+    DeathBeforeTheWord,
+    /// A write of a prompt fails to post after others of it went through.
+    FailureAmongWrites,
+}
+
 impl World {
     /// Everything that will go wrong; all of it in the first half second.
     pub(crate) fn plan_faults(&mut self) {
@@ -135,7 +144,7 @@ impl World {
         }
     }
 
-    fn kill(&mut self, process: Process) {
+    pub(crate) fn kill(&mut self, process: Process) {
         if !self.life(process).alive {
             return;
         }

@@ -30,11 +30,14 @@ use std::{
     time::{Duration, Instant},
 };
 
+use faults::Strike;
 use mutation::Mutation;
 use world::{Tally, World};
 
 /// Schedules that `make test` plays.
 const SEEDS: u64 = 5_000;
+/// Schedules in which one thing goes wrong that has a test of its own.
+const SEEDS_OF_A_STRIKE: u64 = 1_000;
 /// Schedules within which a mistake in the protocol must show.
 const SEEDS_TO_NOTICE: u64 = 3_000;
 
@@ -149,6 +152,31 @@ fn an_adapter_that_goes_on_writing_after_the_fence_is_noticed() {
 #[test]
 fn a_lost_lease_taken_for_death_is_noticed() {
     is_noticed(Mutation::LeaseLossIsDeath);
+}
+
+/// In many schedules, whatever else is under way: everybody is answered.
+fn is_survived(strike: Strike) {
+    let mut sum = Tally::default();
+    for seed in 0..SEEDS_OF_A_STRIKE {
+        let played = World::play_with(seed, strike, None);
+        sum.add(played.unwrap_or_else(|violation| panic!("{strike:?}, seed {seed}: {violation}")));
+    }
+    assert_eq!(sum.errors, 0, "no decode worker died");
+    assert!(sum.struck * 2 > SEEDS_OF_A_STRIKE, "it hardly ever came to that: {sum:?}");
+}
+
+#[test]
+fn a_prefill_worker_that_dies_after_its_data_and_before_the_word_costs_a_pause() {
+    is_survived(Strike::DeathBeforeTheWord);
+}
+
+#[test]
+fn a_write_that_fails_to_post_after_others_were_posted_costs_a_pause() {
+    is_survived(Strike::FailureAmongWrites);
+    // What was posted before lands when it likes, and must not be forgotten.
+    let mut seeds = 0..SEEDS_TO_NOTICE;
+    let (strike, mutation) = (Strike::FailureAmongWrites, Some(Mutation::NotRefused));
+    assert!(seeds.any(|seed| World::play_with(seed, strike, mutation).is_err()), "late writes went unnoticed");
 }
 
 /// `make soak`: fresh seeds on every core, for `SOAK_SECONDS`.

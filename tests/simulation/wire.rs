@@ -9,10 +9,11 @@ use engine::handoff::{Epoch, HandoffId, MailboxWord, SessionId, Slot, ToDecode, 
 
 use crate::{
     decode::Heard,
+    faults::Strike,
     model::Content,
     mutation::Mutation,
     prefill,
-    world::{Cargo, Event, LinkId, MS, World, note},
+    world::{Cargo, Event, LinkId, MS, Process, World, note},
 };
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -47,6 +48,8 @@ pub(crate) struct Link {
     to_memory: u64,
     /// The decode worker's adapter refuses what still comes.
     refused: bool,
+    /// Whose page it wrote, or posted, last.
+    wrote: Option<HandoffId>,
     /// Loans taken back: the writer does nothing more for them.
     revoked: Vec<(Slot, Epoch)>,
     stepping: bool,
@@ -144,6 +147,7 @@ impl World {
                 posted: 0,
                 to_memory: self.now,
                 refused: false,
+                wrote: None,
                 revoked: vec![],
                 stepping: false,
             });
@@ -238,11 +242,16 @@ impl World {
         }
         let Some(task) = self.links[link].writer.pop_front() else { return };
         let prefill = self.links[link].prefill;
-        if matches!(task, Task::Write(_)) && self.rng.per_mille(2) {
+        let (write, transport) = (task.of_write(), self.links[link].transport);
+        let among_others = write.is_some() && self.links[link].wrote == write;
+        if write.is_some() && self.rng.per_mille(2) || among_others && self.strikes(Strike::FailureAmongWrites) {
             note!(self, "a write on session {link} fails to post");
             return self.hang_up_prefill(link);
         }
-        let transport = self.links[link].transport;
+        if write.is_none() && !self.must_wait(link, &task) && self.strikes(Strike::DeathBeforeTheWord) {
+            return self.kill(Process::Prefill(prefill));
+        }
+        self.links[link].wrote = write.or(self.links[link].wrote);
         if self.links[link].revoked.contains(&task.loan()) {
             self.tell_prefill(prefill, prefill::Heard::WriteFailed { handoff: task.handoff() });
             return self.step_later(link);

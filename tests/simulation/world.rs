@@ -11,7 +11,7 @@ use engine::handoff::{DeliveryId, Epoch, HandoffId, Slot, ToDecode, ToPrefill, W
 
 use crate::{
     decode::Decode,
-    faults::Fault,
+    faults::{Fault, Strike},
     model::{ANSWER_TOKENS, Content, reference},
     mutation::Mutation,
     prefill::Prefill,
@@ -157,6 +157,7 @@ pub(crate) struct Tally {
     pub(crate) writes: u64,
     /// Writes that the transport kept from memory.
     pub(crate) sunk: u64,
+    pub(crate) struck: u64,
     pub(crate) events: u64,
 }
 
@@ -172,6 +173,7 @@ pub(crate) struct World {
     pub(crate) queue: Queue,
     pub(crate) clients: Vec<Client>,
     pub(crate) mutation: Option<Mutation>,
+    pub(crate) strike: Option<Strike>,
     pub(crate) tally: Tally,
     pub(crate) violation: Option<String>,
     workers: u64,
@@ -217,6 +219,7 @@ impl Tally {
         self.expired += other.expired;
         self.writes += other.writes;
         self.sunk += other.sunk;
+        self.struck += other.struck;
         self.events += other.events;
     }
 }
@@ -224,7 +227,22 @@ impl Tally {
 impl World {
     /// Plays one schedule through, until nothing is left to happen or something is wrong.
     pub(crate) fn play(seed: u64, mutation: Option<Mutation>, trace: bool) -> Result<Tally, String> {
-        let mut world = Self {
+        let mut world = Self::new(seed, mutation, trace);
+        world.populate();
+        world.plan_faults();
+        world.finish()
+    }
+
+    /// Plays one in which nothing goes wrong but this.
+    pub(crate) fn play_with(seed: u64, strike: Strike, mutation: Option<Mutation>) -> Result<Tally, String> {
+        let mut world = Self::new(seed, mutation, false);
+        world.strike = Some(strike);
+        world.populate();
+        world.finish()
+    }
+
+    fn new(seed: u64, mutation: Option<Mutation>, trace: bool) -> Self {
+        Self {
             rng: Rng::new(seed),
             now: 0,
             heap: BinaryHeap::with_capacity(256),
@@ -235,19 +253,31 @@ impl World {
             queue: Queue::default(),
             clients: vec![],
             mutation,
+            strike: None,
             tally: Tally::default(),
             violation: None,
             workers: 0,
             handoffs: 0,
             trace,
-        };
-        world.populate();
-        world.plan_faults();
-        world.run();
-        match world.violation {
-            Some(violation) => Err(violation),
-            None => Ok(world.tally),
         }
+    }
+
+    fn finish(mut self) -> Result<Tally, String> {
+        self.run();
+        match self.violation {
+            Some(violation) => Err(violation),
+            None => Ok(self.tally),
+        }
+    }
+
+    /// Whether it is time for `strike`, which comes once.
+    pub(crate) fn strikes(&mut self, strike: Strike) -> bool {
+        let due = self.strike == Some(strike);
+        if due {
+            self.strike = None;
+            self.tally.struck += 1;
+        }
+        due
     }
 
     fn populate(&mut self) {
