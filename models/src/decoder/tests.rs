@@ -3,13 +3,15 @@
 use std::borrow::Cow;
 use std::cell::RefCell;
 use std::collections::{HashMap, HashSet};
+use std::os::unix::fs::FileExt;
 use std::path::Path;
 
 use candle_core::{Device, Tensor as CandleTensor};
 use candle_nn::VarBuilder;
 use candle_transformers::models::{llama, qwen2, qwen3};
+use engine_kernels::cpu::{CpuBackend, CpuOptions};
 use engine_kernels::reference::ReferenceBackend;
-use engine_kernels::{DType, KvDType, KvLayout};
+use engine_kernels::{DType, KvDType, KvLayout, KvPages};
 use serde_json::{Value, json};
 
 use super::*;
@@ -71,6 +73,18 @@ fn configuration(class: &str, changes: Value) -> Value {
     value
 }
 
+/// Twelve pages of four tokens.
+fn layout(config: &ModelConfig) -> KvLayout {
+    KvLayout {
+        layers: config.layers,
+        kv_heads: config.kv_heads,
+        head_dim: config.head_dim,
+        block_size: 4,
+        blocks: 12,
+        dtype: KvDType::F32,
+    }
+}
+
 /// Logits of every position, the tokens computed in chunks of these sizes beside a sequence of other tokens.
 fn logits_of_every_position(config: &Value, source: &Lively, chunks: &[usize]) -> Vec<Vec<f32>> {
     let config = hf::parse(&Fields::new(Path::new("config.json"), config).unwrap()).unwrap();
@@ -78,15 +92,7 @@ fn logits_of_every_position(config: &Value, source: &Lively, chunks: &[usize]) -
     let limits = ForwardLimits { max_tokens: 16, max_logit_rows: 16, max_positions: 32 };
     let (mut model, report) = Decoder::load(source, &mut backend, &config, limits, false).unwrap();
     assert_eq!(report.parameters, config.parameters());
-    let layout = KvLayout {
-        layers: config.layers,
-        kv_heads: config.kv_heads,
-        head_dim: config.head_dim,
-        block_size: 4,
-        blocks: 12,
-        dtype: KvDType::F32,
-    };
-    let mut cache = backend.kv_cache(layout).unwrap();
+    let mut cache = backend.kv_cache(layout(&config)).unwrap();
     let mut all = Vec::new();
     let mut done = 0;
     for &len in chunks {
@@ -179,4 +185,33 @@ fn llama_biases_are_all_applied() {
     assert_ne!(plain, logits_of_every_position(&biased, &source, &[11]));
     let names: HashSet<_> = source.given.take().into_keys().filter(|name| name.ends_with(".bias")).collect();
     assert_eq!(names.len(), 3 * 7);
+}
+
+#[test]
+fn a_layer_is_told_of_when_its_pages_are_there_and_the_next_is_not_begun() {
+    let config = configuration("Qwen3ForCausalLM", json!({}));
+    let config = hf::parse(&Fields::new(Path::new("config.json"), &config).unwrap()).unwrap();
+    let mut backend = CpuBackend::new(CpuOptions { threads: 1, level: None });
+    // What others find there while the model computes.
+    backend.share_kv_cache();
+    let limits = ForwardLimits { max_tokens: 16, max_logit_rows: 16, max_positions: 32 };
+    let (mut model, _) = Decoder::load(&Lively::new(1), &mut backend, &config, limits, false).unwrap();
+    let mut cache = backend.kv_cache(layout(&config)).unwrap();
+    let Some(KvPages::Host(region)) = backend.kv_pages(&cache) else { panic!("pages are in host memory") };
+    let (file, shape) = (region.file().unwrap(), region.shape());
+    let is_written = |layer, page| {
+        let mut bytes = vec![0; shape.page_bytes];
+        file.read_exact_at(&mut bytes, shape.offset(layer, page, 1) as u64).unwrap();
+        bytes.iter().any(|&byte| byte != 0)
+    };
+    let mut batch = Batch::default();
+    batch.push(&TOKENS, 0, &[5, 2, 7], 0);
+    let mut told = Vec::new();
+    model.forward(&mut backend, &mut cache, &batch, &mut |done| {
+        told.push(done);
+        for layer in 0..config.layers {
+            assert_eq!([5, 2, 7].map(|page| is_written(layer, page)), [layer <= done; 3], "layer {layer} at {done}");
+        }
+    });
+    assert_eq!(told, [0, 1, 2]);
 }
