@@ -80,6 +80,11 @@ fn values_out_of_range_are_refused_by_name() {
             ("messages", chat(json!({"messages": []}))),
             ("messages[0].role", chat(json!({"messages": [{"role": "wizard", "content": "Hi"}]}))),
             ("messages[1].content", chat(json!({"messages": [{"role": "user", "content": "Hi"}, {"role": "user"}]}))),
+            (
+                "messages[0].tool_calls[0].function.arguments",
+                chat(json!({"messages": [{"role": "assistant", "tool_calls": [
+                    {"function": {"name": "f", "arguments": [1]}}]}]})),
+            ),
         ],
     );
     check(

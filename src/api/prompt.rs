@@ -122,9 +122,10 @@ impl Message {
             Some(Content::Text(text)) => text.len(),
             Some(Content::Parts(parts)) => parts.iter().map(|part| PIECE_BYTES + text(&part.text)).sum(),
         };
-        let call = |call: &ToolCall| PIECE_BYTES + call.function.name.len() + call.function.arguments.len();
-        let calls: usize = self.tool_calls.iter().flatten().map(call).sum();
-        PIECE_BYTES + content + calls + text(&self.name) + text(&self.tool_call_id) + text(&self.reasoning_content)
+        let call = |call: &ToolCall| call.function.name.len() + call.function.arguments.as_ref().map_or(0, bytes_of);
+        let calls: usize = self.tool_calls.iter().flatten().map(|each| PIECE_BYTES + call(each)).sum();
+        let thoughts = text(&self.reasoning_content) + text(&self.reasoning);
+        PIECE_BYTES + content + calls + thoughts + text(&self.name) + text(&self.tool_call_id)
     }
 
     /// Its parts and calls.
@@ -177,8 +178,8 @@ impl Message {
                 let content = if parts { list.into_iter().map(as_part).collect() } else { joined(&list).into() };
                 message.insert("content".into(), content)
             }
-            // As OpenAI has it, an assistant that calls tools may say nothing.
-            None if !calls.is_empty() => message.insert("content".into(), "".into()),
+            // As OpenAI has it, an assistant that calls tools may say nothing; and some have answered with nothing.
+            None if role == "assistant" => message.insert("content".into(), "".into()),
             None => {
                 return Err(ApiError::invalid(
                     at("content"),
@@ -187,17 +188,17 @@ impl Message {
             }
         };
         if !calls.is_empty() {
-            let calls = calls.into_iter().map(|call| {
-                // Templates want the arguments as an object; clients send them as JSON in a string.
-                let arguments = serde_json::from_str::<Map<_, _>>(&call.function.arguments)
-                    .map_or(Value::String(call.function.arguments), Value::Object);
+            let calls = calls.into_iter().enumerate().map(|(call_index, call)| {
+                let field = || at(&format!("tool_calls[{call_index}].function.arguments"));
+                let arguments = as_arguments(call.function.arguments, field)?;
                 let function = json!({ "name": call.function.name, "arguments": arguments });
-                json!({ "id": call.id, "type": call.kind.unwrap_or_else(|| "function".into()), "function": function })
+                let kind = call.kind.unwrap_or_else(|| "function".into());
+                Ok(json!({ "id": call.id, "type": kind, "function": function }))
             });
-            message.insert("tool_calls".into(), calls.collect());
+            message.insert("tool_calls".into(), calls.collect::<Result<_, ApiError>>()?);
         }
-        let optional =
-            [("name", self.name), ("tool_call_id", self.tool_call_id), ("reasoning_content", self.reasoning_content)];
+        let thoughts = self.reasoning_content.or(self.reasoning);
+        let optional = [("name", self.name), ("tool_call_id", self.tool_call_id), ("reasoning_content", thoughts)];
         message.extend(optional.into_iter().filter_map(|(field, value)| Some((field.to_owned(), value?.into()))));
         Ok(Value::Object(message))
     }
@@ -227,6 +228,21 @@ fn check_part(part: &ContentPart, at: impl Fn() -> String) -> Result<(), ApiErro
     }
 }
 
+/// A call's arguments as templates want them, an object. Clients send JSON in a string, mostly, and nothing or an empty
+/// string where there are none.
+fn as_arguments(given: Option<Value>, field: impl Fn() -> String) -> Result<Value, ApiError> {
+    match given {
+        None => Ok(json!({})),
+        Some(Value::String(text)) if text.trim_ascii().is_empty() => Ok(json!({})),
+        Some(Value::String(text)) => Ok(serde_json::from_str(&text).map_or(Value::String(text), Value::Object)),
+        Some(object @ Value::Object(_)) => Ok(object),
+        Some(_) => {
+            let message = format!("'{}' has to be an object, or JSON of one in a string", field());
+            Err(ApiError::invalid(field(), message))
+        }
+    }
+}
+
 /// Appends [`END_MARK`] to a message's content, a text or a list of parts.
 fn mark_end(content: &mut Value) {
     match content {
@@ -247,4 +263,82 @@ fn as_part(part: ContentPart) -> Value {
 fn joined(parts: &[ContentPart]) -> String {
     let texts: Vec<&str> = parts.iter().filter_map(|part| part.text.as_deref()).collect();
     texts.join("\n")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::api::{extract::parse_json, types::ChatRequest};
+
+    fn rendered(messages: Value) -> Result<Vec<Value>, ApiError> {
+        let request: ChatRequest = parse_json(json!({ "messages": messages }).to_string().as_bytes())?;
+        let messages = request.messages.unwrap().0.into_iter().enumerate();
+        messages.map(|(index, message)| message.for_template(index, false)).collect()
+    }
+
+    #[test]
+    fn what_client_libraries_add_to_an_answer_changes_nothing() {
+        let plain = json!({"role": "assistant", "content": "{\"a\": 1}"});
+        for added in [
+            // OpenAI's, after `parse()` and `stream()`.
+            json!({"parsed": {"a": 1}, "refusal": null, "annotations": null, "audio": null, "function_call": null,
+                   "tool_calls": null}),
+            json!({"parsed": null}),
+            // LiteLLM's, and OpenRouter's.
+            json!({"provider_specific_fields": {"refusal": null}, "thinking_blocks": null, "function_call": null,
+                   "tool_calls": null, "reasoning_content": null}),
+            json!({"thinking_blocks": [{"type": "thinking", "thinking": "…", "signature": "s"}]}),
+            json!({"reasoning": null, "reasoning_details": [{"type": "reasoning.text", "text": "…"}]}),
+        ] {
+            let mut message = plain.clone();
+            message.as_object_mut().unwrap().extend(added.as_object().unwrap().clone());
+            assert_eq!(rendered(json!([message])), Ok(vec![plain.clone()]), "{added}");
+        }
+    }
+
+    #[test]
+    fn thoughts_have_two_names_of_which_one_may_be_null() {
+        for (older, newer) in [(json!("hm"), Value::Null), (Value::Null, json!("hm")), (json!("hm"), json!("hm"))] {
+            let message = json!({"role": "assistant", "content": "a", "reasoning_content": older, "reasoning": newer});
+            assert_eq!(rendered(json!([message])).unwrap()[0]["reasoning_content"], "hm");
+        }
+    }
+
+    #[test]
+    fn an_assistant_may_have_said_nothing() {
+        for message in [json!({"role": "assistant", "content": null}), json!({"role": "assistant"})] {
+            assert_eq!(rendered(json!([message])).unwrap()[0]["content"], "");
+        }
+        let refused = rendered(json!([{"role": "user", "content": null}])).unwrap_err();
+        assert_eq!(refused.param(), Some("messages[0].content"));
+    }
+
+    #[test]
+    fn arguments_of_a_call_are_an_object_however_they_are_sent() {
+        let call = |function: Value| {
+            json!([{"role": "assistant", "tool_calls": [{
+                "id": "c", "type": "function", "index": 0, "function": function, "provider_specific_fields": null,
+            }]}])
+        };
+        let shown = |function: Value| {
+            rendered(call(function)).map(|messages| messages[0]["tool_calls"][0]["function"]["arguments"].clone())
+        };
+        for (arguments, expected) in [
+            (json!("{\"b\": 1, \"a\": {}}"), json!({"b": 1, "a": {}})),
+            (json!({"b": 1, "a": {}}), json!({"b": 1, "a": {}})),
+            (json!(""), json!({})),
+            (json!(" "), json!({})),
+            (Value::Null, json!({})),
+            // What a model wrote and did not finish is shown as it is.
+            (json!("{\"b\": "), json!("{\"b\": ")),
+        ] {
+            let function = json!({"name": "f", "arguments": arguments, "parsed_arguments": null});
+            assert_eq!(shown(function), Ok(expected), "{arguments}");
+        }
+        assert_eq!(shown(json!({"name": "f"})), Ok(json!({})));
+        for arguments in [json!(7), json!([1]), json!(true)] {
+            let refused = shown(json!({"name": "f", "arguments": arguments})).unwrap_err();
+            assert_eq!(refused.param(), Some("messages[0].tool_calls[0].function.arguments"));
+        }
+    }
 }

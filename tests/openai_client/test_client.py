@@ -62,6 +62,25 @@ class Chat(unittest.TestCase):
         self.assertGreater(second.usage.prompt_tokens, first.usage.total_tokens)
         self.assertGreater(second.usage.prompt_tokens_details.cached_tokens, 0)
 
+    def test_an_answer_of_the_clients_own_types_can_be_sent_back(self):
+        class City(pydantic.BaseModel):
+            capital: bool
+
+        arguments = dict(model="demo", messages=QUESTION, temperature=0, max_tokens=32)
+        parsed = client.chat.completions.parse(**arguments | {"max_tokens": 200}, response_format=City)
+        free = client.chat.completions.create(**arguments).choices[0].message.content
+        # It takes nothing but an answer that ended by itself.
+        with client.chat.completions.stream(**arguments, stop=[free[12:15]]) as stream:
+            streamed = stream.get_final_completion()
+        for completion in [parsed, streamed]:
+            message = completion.choices[0].message
+            plain = {"role": "assistant", "content": message.content}
+            ends = []
+            for answer in [plain, message, message.model_dump()]:
+                messages = QUESTION + [answer, {"role": "user", "content": "And of Spain?"}]
+                ends.append(client.chat.completions.create(**arguments | {"messages": messages}).usage.prompt_tokens)
+            self.assertEqual(ends, ends[:1] * 3)
+
     def test_a_stream_says_the_same(self):
         arguments = dict(model="demo", messages=QUESTION, temperature=0, max_completion_tokens=32)
         whole = client.chat.completions.create(**arguments)

@@ -94,7 +94,8 @@ fn at_most<'de, T: Deserialize<'de>, A: SeqAccess<'de>>(
     Ok(list)
 }
 
-/// One message of a conversation.
+/// One message of a conversation. Those of the assistant are mostly answers of ours, which client libraries have put
+/// into types of their own and send back with what these types have beside.
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(crate) struct Message {
@@ -105,10 +106,22 @@ pub(crate) struct Message {
     pub(crate) tool_call_id: Option<String>,
     /// Thoughts of an earlier answer, which some templates show again.
     pub(crate) reasoning_content: Option<String>,
+    /// vLLM's newer name for them. No alias: clients send both, one of them null.
+    pub(crate) reasoning: Option<String>,
     pub(crate) refusal: Option<Refused>,
     pub(crate) audio: Option<Refused>,
     pub(crate) function_call: Option<Refused>,
     pub(crate) annotations: Option<Refused>,
+    /// The content again, as an object of the client's: OpenAI's libraries.
+    #[serde(rename = "parsed")]
+    _parsed: Option<IgnoredAny>,
+    /// Whatever else the answer had, and thoughts in other forms: LiteLLM, OpenRouter.
+    #[serde(rename = "provider_specific_fields")]
+    _provider_specific_fields: Option<IgnoredAny>,
+    #[serde(rename = "thinking_blocks")]
+    _thinking_blocks: Option<IgnoredAny>,
+    #[serde(rename = "reasoning_details")]
+    _reasoning_details: Option<IgnoredAny>,
 }
 
 /// A call that an earlier assistant message made; templates show it.
@@ -121,6 +134,8 @@ pub(crate) struct ToolCall {
     pub(crate) function: FunctionCall,
     #[serde(rename = "index")]
     _index: Option<IgnoredAny>,
+    #[serde(rename = "provider_specific_fields")]
+    _provider_specific_fields: Option<IgnoredAny>,
 }
 
 /// Name and arguments of such a call.
@@ -128,7 +143,13 @@ pub(crate) struct ToolCall {
 #[serde(deny_unknown_fields)]
 pub(crate) struct FunctionCall {
     pub(crate) name: String,
-    pub(crate) arguments: String,
+    /// JSON in a string; some clients send the object.
+    pub(crate) arguments: Option<Value>,
+    /// The arguments again, as an object of the client's.
+    #[serde(rename = "parsed_arguments")]
+    _parsed_arguments: Option<IgnoredAny>,
+    #[serde(rename = "provider_specific_fields")]
+    _provider_specific_fields: Option<IgnoredAny>,
 }
 
 /// A message's content: a string or parts.
