@@ -158,6 +158,18 @@ fn what_is_not_supported_is_refused_by_name() {
             ("modalities", chat(json!({"modalities": ["text", "audio"]}))),
             ("prediction", chat(json!({"prediction": {"type": "content", "content": "x"}}))),
             ("reasoning_effort", chat(json!({"reasoning_effort": "high"}))),
+            ("reasoning_effort", chat(json!({"reasoning_effort": "utmost"}))),
+            ("verbosity", chat(json!({"verbosity": "low"}))),
+            ("web_search_options", chat(json!({"web_search_options": {"search_context_size": "low"}}))),
+            ("include_reasoning", chat(json!({"include_reasoning": false}))),
+            ("echo", chat(json!({"echo": true}))),
+            ("documents", chat(json!({"documents": [{"text": "x"}]}))),
+            ("chat_template", chat(json!({"chat_template": "{{ messages }}"}))),
+            ("chat_template_kwargs.tools", chat(json!({"chat_template_kwargs": {"tools": []}}))),
+            (
+                "chat_template_kwargs.add_generation_prompt",
+                chat(json!({"chat_template_kwargs": {"a": 1, "add_generation_prompt": false}})),
+            ),
             ("messages[0].content[0].type", chat(json!({"messages": image}))),
         ],
     );

@@ -6,10 +6,10 @@ use axum::{
     http::{HeaderMap, HeaderValue, header},
     response::{IntoResponse, Response},
 };
-use serde_json::Value;
+use serde_json::{Map, Value};
 
 use super::{
-    ApiError, Serving,
+    ApiError, ChatTemplate, Serving,
     answer::{Answer, Endpoint, PreparedPrompt},
     extract::read_relayed,
     prompt::ChatOptions,
@@ -17,6 +17,9 @@ use super::{
     types::ChatRequest,
     validate::{Plan, chat_logprobs, max_tokens, refuse},
 };
+
+/// What `reasoning_effort` may be: OpenAI's words, and vLLM's last.
+const EFFORTS: [&str; 7] = ["none", "minimal", "low", "medium", "high", "xhigh", "max"];
 
 /// `POST /v1/chat/completions`.
 pub(crate) async fn chat_completions(
@@ -30,11 +33,15 @@ pub(crate) async fn chat_completions(
     refuse_unsupported(&request)?;
     let (mut plan, max_field) = plan(&mut request, &serving, relay.seed())?;
     let messages = request.messages.ok_or_else(|| missing("messages"))?.0;
+    let mut kwargs = request.chat_template_kwargs;
+    if let Some(effort) = &request.reasoning_effort {
+        set_effort(effort, kwargs.get_or_insert_default(), serving.config.template.as_ref())?;
+    }
     let options = ChatOptions {
         add_generation_prompt: request.add_generation_prompt,
         continue_final_message: request.continue_final_message.unwrap_or(false),
         add_special_tokens: request.add_special_tokens.unwrap_or(false),
-        kwargs: request.chat_template_kwargs,
+        kwargs,
         now: Some(relay.created()),
     };
     let tokens = serving.encode_chat(messages, options).await?;
@@ -70,17 +77,41 @@ fn plan(request: &mut ChatRequest, serving: &Serving, seed: u64) -> Result<(Plan
     Ok((plan, if newer.is_some() { "max_completion_tokens" } else { "max_tokens" }))
 }
 
+/// Tells the template how long the model is to think, in its own words and in those of templates that know but whether:
+/// as vLLM has it, unless the request says that itself.
+fn set_effort(effort: &str, kwargs: &mut Map<String, Value>, template: Option<&ChatTemplate>) -> Result<(), ApiError> {
+    const FIELD: &str = "reasoning_effort";
+    if !EFFORTS.contains(&effort) {
+        let shown: String = effort.chars().take(40).collect();
+        let message = format!("'{FIELD}' is '{shown}', but has to be one of '{}'", EFFORTS.join("', '"));
+        return Err(ApiError::invalid(FIELD, message));
+    }
+    if !template.is_some_and(ChatTemplate::reads_effort) {
+        return Err(ApiError::unsupported(FIELD, "this model's chat template does not read it; leave it out"));
+    }
+    kwargs.insert(FIELD.into(), effort.into());
+    kwargs.entry("enable_thinking").or_insert((effort != "none").into());
+    Ok(())
+}
+
 fn refuse_unsupported(request: &ChatRequest) -> Result<(), ApiError> {
     for (field, value) in [
         ("tools", request.tools),
         ("functions", request.functions),
         ("audio", request.audio),
         ("prediction", request.prediction),
-        ("reasoning_effort", request.reasoning_effort),
         ("verbosity", request.verbosity),
         ("web_search_options", request.web_search_options),
+        ("echo", request.echo),
+        ("documents", request.documents),
+        ("chat_template", request.chat_template),
+        ("mm_processor_kwargs", request.mm_processor_kwargs),
+        ("thinking_token_budget", request.thinking_token_budget),
     ] {
         refuse(field, value)?;
+    }
+    if request.include_reasoning == Some(false) {
+        return Err(ApiError::unsupported("include_reasoning", "thoughts stand in the content; leave it out"));
     }
     // Without tools, these two change nothing.
     for (field, value) in [("tool_choice", &request.tool_choice), ("function_call", &request.function_call)] {
@@ -93,4 +124,38 @@ fn refuse_unsupported(request: &ChatRequest) -> Result<(), ApiError> {
         return Err(ApiError::unsupported("modalities", "only [\"text\"] is"));
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    /// The template's variables for an effort and what else the request says.
+    fn told(effort: &str, source: &str, kwargs: Value) -> Result<Value, ApiError> {
+        let template = ChatTemplate::new(source, "", "").unwrap();
+        let mut kwargs = kwargs.as_object().unwrap().clone();
+        set_effort(effort, &mut kwargs, Some(&template))?;
+        Ok(kwargs.into())
+    }
+
+    #[test]
+    fn an_effort_reaches_templates_in_both_of_their_words() {
+        let both = |effort: &str, thinking: bool| json!({"reasoning_effort": effort, "enable_thinking": thinking});
+        for source in ["{{ reasoning_effort }}", "{% if enable_thinking %}<think>{% endif %}"] {
+            assert_eq!(told("high", source, json!({})), Ok(both("high", true)));
+            assert_eq!(told("none", source, json!({})), Ok(both("none", false)));
+            assert_eq!(told("low", source, json!({"enable_thinking": false})), Ok(both("low", false)));
+        }
+    }
+
+    #[test]
+    fn an_effort_that_changes_nothing_is_refused_by_name() {
+        let refused = told("high", "{{ messages }}", json!({})).unwrap_err();
+        assert!(refused.param() == Some("reasoning_effort") && refused.to_json().contains("template"), "{refused:?}");
+        let refused = told("utmost", "{{ reasoning_effort }}", json!({})).unwrap_err();
+        assert!(refused.param() == Some("reasoning_effort") && refused.to_json().contains("xhigh"), "{refused:?}");
+        assert!(set_effort("none", &mut Map::new(), None).is_err(), "there is no template");
+    }
 }

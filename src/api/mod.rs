@@ -45,7 +45,7 @@ pub use server::{Bound, ServerConfig, ServerError, bind, serve};
 pub use state::ApiConfig;
 pub(crate) use state::unix_seconds;
 pub use status::{Measure, Shown, serve_status};
-pub use template::{ChatTemplate, RenderOptions, TemplateError};
+pub use template::{ChatTemplate, RESERVED_NAMES, RenderOptions, TemplateError};
 pub use threads::ConnectionThreads;
 
 use state::{InFlight, Serving};

@@ -4,7 +4,7 @@ use engine_models::EncodeError;
 use serde_json::{Map, Value, json};
 
 use super::{
-    ApiError, RenderOptions, Serving, TemplateError,
+    ApiError, RESERVED_NAMES, RenderOptions, Serving, TemplateError,
     types::{Content, ContentPart, MESSAGES_MAX, Message, ToolCall},
     validate::too_long,
 };
@@ -55,6 +55,12 @@ impl Serving {
         if pieces > 2 * MESSAGES_MAX {
             let message = format!("'messages' has {pieces} messages, parts and calls; at most {}", 2 * MESSAGES_MAX);
             return Err(ApiError::invalid("messages", message));
+        }
+        let mut given = options.kwargs.iter().flatten();
+        if let Some((name, _)) = given.find(|(name, value)| RESERVED_NAMES.contains(&name.as_str()) && !value.is_null())
+        {
+            let field = format!("chat_template_kwargs.{name}");
+            return Err(ApiError::unsupported(field, "the server sets it itself"));
         }
         let variables = options.kwargs.iter().flatten().map(|(name, value)| name.len() + bytes_of(value));
         let bytes = messages.iter().map(Message::bytes).chain(variables).sum();

@@ -31,6 +31,21 @@ const OUTPUT_PER_INPUT_BYTE: usize = 8;
 /// Name of the one template in its environment; it appears in error messages.
 const NAME: &str = "chat_template";
 
+/// What a request's variables must not be called: names that mean something else already, most of them to the server,
+/// the last two to transformers, where requests like this come from.
+pub const RESERVED_NAMES: [&str; 10] = [
+    "messages",
+    "tools",
+    "documents",
+    "add_generation_prompt",
+    "bos_token",
+    "eos_token",
+    "raise_exception",
+    "strftime_now",
+    "continue_final_message",
+    "chat_template",
+];
+
 /// Why a template could not be compiled or a prompt not be rendered.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum TemplateError {
@@ -54,7 +69,7 @@ pub struct RenderOptions<'a> {
     /// End the prompt with the opening of the assistant's answer.
     pub add_generation_prompt: bool,
     /// Further variables (`chat_template_kwargs` of vLLM), such as Qwen3's `enable_thinking`. They cannot replace
-    /// `messages` and the other variables above.
+    /// `messages` and the other variables of [`RESERVED_NAMES`].
     pub kwargs: Option<&'a serde_json::Map<String, serde_json::Value>>,
     /// What time it is, in seconds since 1970, so that a prompt can be rendered again later. `None`: now.
     pub now: Option<u64>,
@@ -69,6 +84,7 @@ pub struct ChatTemplate {
     takes_content_parts: bool,
     /// Whether the template may ask for the time.
     tells_time: bool,
+    reads_effort: bool,
 }
 
 impl ChatTemplate {
@@ -92,6 +108,7 @@ impl ChatTemplate {
             eos_token: eos_token.into(),
             takes_content_parts: false,
             tells_time: source.contains("strftime_now"),
+            reads_effort: source.contains("reasoning_effort") || source.contains("enable_thinking"),
         };
         template.takes_content_parts = template.probe_content_parts();
         Ok(template)
@@ -101,6 +118,12 @@ impl ChatTemplate {
     /// before rendering: such a template would print the list, or nothing.
     pub fn takes_content_parts(&self) -> bool {
         self.takes_content_parts
+    }
+
+    /// Whether how long the model is to think makes a difference to the template: by `reasoning_effort`, or by
+    /// `enable_thinking`.
+    pub fn reads_effort(&self) -> bool {
+        self.reads_effort
     }
 
     /// Renders `messages`, an array of objects as the OpenAI API has them.

@@ -93,6 +93,15 @@ fn request_variables_do_not_replace_the_messages() {
 }
 
 #[test]
+fn templates_that_read_an_effort_are_recognised() {
+    let reads = |source: &str| ChatTemplate::new(source, "", "").unwrap().reads_effort();
+    let goldens = goldens();
+    let named = |name: &str| reads(goldens["templates"][name].as_str().unwrap());
+    assert!(reads("{{ reasoning_effort }}") && named("qwen3"), "by the one name or the other");
+    assert!(!named("smollm2"));
+}
+
+#[test]
 fn templates_that_read_parts_are_recognised() {
     let parts = "{% for m in messages %}{% if m.content is string %}{{ m.content }}{% else %}{% for p in m.content %}\
         {% if p.type == 'text' %}{{ p.text }}{% endif %}{% endfor %}{% endif %}{% endfor %}";

@@ -32,9 +32,17 @@ generating_request! {
         function_call: Option<Value>,
         audio: Option<Refused>,
         prediction: Option<Refused>,
-        reasoning_effort: Option<Refused>,
+        /// How long the model is to think; a matter of its template.
+        reasoning_effort: Option<String>,
         verbosity: Option<Refused>,
         web_search_options: Option<Refused>,
+        /// vLLM's, of which there is nothing here.
+        echo: Option<Refused>,
+        documents: Option<Refused>,
+        chat_template: Option<Refused>,
+        mm_processor_kwargs: Option<Refused>,
+        thinking_token_budget: Option<Refused>,
+        include_reasoning: Option<bool>,
         /// Chooses among OpenAI's price classes.
         #[serde(rename = "service_tier")]
         _service_tier: Option<IgnoredAny>,
