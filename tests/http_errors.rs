@@ -92,7 +92,7 @@ fn values_out_of_range_are_refused_by_name() {
         COMPLETIONS,
         400,
         [
-            ("logprobs", completion(json!({"logprobs": 6}))),
+            ("logprobs", completion(json!({"logprobs": 21}))),
             ("prompt", completion(json!({"prompt": []}))),
             ("prompt", completion(json!({"prompt": ""}))),
             ("prompt", completion(json!({"prompt": [[]]}))),
@@ -179,6 +179,33 @@ fn what_is_not_supported_is_refused_by_name() {
         400,
         [("suffix", completion(json!({"suffix": "end"}))), ("best_of", completion(json!({"best_of": 3})))],
     );
+    let hi = json!([{"role": "user", "content": "Hi"}]);
+    let tokenize = json!({"messages": hi, "chat_template_kwargs": {"bos_token": "x"}});
+    check(&server, "/tokenize", 400, [("chat_template_kwargs.bos_token", tokenize)]);
+}
+
+#[test]
+fn what_only_vllm_has_is_refused_by_name_where_it_asks_for_something() {
+    let server = Server::shared();
+    for (path, request) in [(CHAT, chat as fn(Value) -> Value), (COMPLETIONS, completion)] {
+        let cases = [
+            ("use_beam_search", json!({"use_beam_search": true})),
+            ("length_penalty", json!({"length_penalty": 0.8})),
+            ("spaces_between_special_tokens", json!({"spaces_between_special_tokens": false})),
+            ("bad_words", json!({"bad_words": ["x"]})),
+            ("allowed_token_ids", json!({"allowed_token_ids": [1]})),
+            ("truncate_prompt_tokens", json!({"truncate_prompt_tokens": 5})),
+            ("prompt_logprobs", json!({"prompt_logprobs": 0})),
+            ("return_tokens_as_token_ids", json!({"return_tokens_as_token_ids": true})),
+            ("priority", json!({"priority": 1})),
+            ("kv_transfer_params", json!({"kv_transfer_params": {"do_remote_decode": true}})),
+            ("guided_json", json!({"guided_json": {"type": "object"}})),
+            ("guided_choice", json!({"guided_choice": ["a", "b"]})),
+        ];
+        check(&server, path, 400, cases.map(|(param, fields)| (param, request(fields))));
+        let (_, _, message) = server.post(path, &request(json!({"guided_regex": "a+"}))).error();
+        assert!(message.contains("use 'structured_outputs'"), "{message}");
+    }
 }
 
 #[test]
@@ -192,6 +219,28 @@ fn harmless_fields_of_openai_are_accepted() {
     assert_eq!(server.post(CHAT, &chat(fields)).status, 200);
     let fields = json!({"user": "me", "suffix": null, "best_of": 1, "echo": false, "logprobs": null});
     assert_eq!(server.post(COMPLETIONS, &completion(fields)).status, 200);
+}
+
+#[test]
+fn fields_of_vllm_that_ask_for_nothing_are_accepted() {
+    let server = Server::shared();
+    let neutral = json!({
+        "use_beam_search": false, "length_penalty": 1.0, "spaces_between_special_tokens": true, "bad_words": [],
+        "allowed_token_ids": null, "truncate_prompt_tokens": null, "prompt_logprobs": null, "priority": 0,
+        "return_tokens_as_token_ids": null, "return_token_ids": false, "logits_processors": null, "cache_salt": null,
+        "kv_transfer_params": null, "vllm_xargs": {}, "guided_json": null, "guided_regex": null, "guided_choice": null,
+        "guided_grammar": null, "guided_decoding_backend": null, "guided_whitespace_pattern": null,
+        "structured_outputs": null, "seed": -1, "top_k": 40.0, "max_tokens": 4.0,
+    });
+    let response = server.post(COMPLETIONS, &completion(neutral.clone()));
+    assert_eq!(response.status, 200, "{}", response.text());
+    let of_chats = json!({
+        "include_reasoning": true, "echo": false, "documents": null, "chat_template": null,
+        "mm_processor_kwargs": null, "thinking_token_budget": null, "reasoning_effort": null,
+        "chat_template_kwargs": {"enable_thinking": false, "tools": null},
+    });
+    let response = server.post(CHAT, &with(chat(neutral), of_chats));
+    assert_eq!(response.status, 200, "{}", response.text());
 }
 
 #[test]

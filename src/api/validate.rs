@@ -19,8 +19,8 @@ const STOP_BYTES_MAX: usize = 512;
 const STOP_TOKENS_MAX: usize = 256;
 /// Single tokens with a bias at most (OpenAI's limit is 300 too).
 const BIASES_MAX: usize = 300;
-/// Alternatives in a completion's log-probabilities at most, as in OpenAI's API.
-const COMPLETION_LOGPROBS_MAX: i64 = 5;
+/// A seed that stands for none, as in vLLM and llama.cpp.
+const NO_SEED: i64 = -1;
 
 /// What does not depend on the request: the model's own defaults and bounds.
 #[derive(Debug, Clone, Copy)]
@@ -63,6 +63,11 @@ impl Plan {
         }
         let options = fields.stream_options.unwrap_or_default();
         refuse("stream_options.include_obfuscation", options.include_obfuscation)?;
+        if let Some(field) = fields.foreign {
+            let instead = if field.starts_with("guided_") { "use 'structured_outputs'" } else { "leave it out" };
+            return Err(ApiError::unsupported(field, instead));
+        }
+        let own_seed = fields.seed.filter(|&seed| seed != NO_SEED);
         let mut stop_token_ids = tokens("stop_token_ids", fields.stop_token_ids.unwrap_or_default(), vocab_size)?;
         if !fields.ignore_eos.unwrap_or(false) {
             stop_token_ids.extend(bounds.eos_token_ids);
@@ -70,7 +75,7 @@ impl Plan {
         stop_token_ids.sort_unstable();
         stop_token_ids.dedup();
         Ok(Self {
-            seeded: fields.seed.is_some(),
+            seeded: own_seed.is_some(),
             sampling: SamplingParams {
                 temperature: float("temperature", fields.temperature, TEMPERATURE, defaults.temperature)?,
                 top_k: integer("top_k", fields.top_k, -1..=i64::from(u32::MAX), i64::from(defaults.top_k))?.max(0)
@@ -86,7 +91,7 @@ impl Plan {
                 presence_penalty: float("presence_penalty", fields.presence_penalty, -2.0..=2.0, 0.0)?,
                 frequency_penalty: float("frequency_penalty", fields.frequency_penalty, -2.0..=2.0, 0.0)?,
                 logit_bias: logit_bias(fields.logit_bias.unwrap_or_default().0, vocab_size)?,
-                seed: fields.seed.map_or(seed, |seed| seed as u64),
+                seed: own_seed.map_or(seed, |seed| seed as u64),
             },
             n: integer("n", fields.n, 1..=CHOICES_MAX as i64, 1)? as usize,
             max_tokens: None,
@@ -173,7 +178,7 @@ pub(crate) fn max_tokens(field: &'static str, value: Option<i64>, min: i64) -> R
 
 /// `logprobs` of a completion.
 pub(crate) fn completion_logprobs(value: Option<i64>) -> Result<Option<u32>, ApiError> {
-    value.map(|value| Ok(integer("logprobs", Some(value), 0..=COMPLETION_LOGPROBS_MAX, 0)? as u32)).transpose()
+    value.map(|value| Ok(integer("logprobs", Some(value), 0..=MAX_TOP_LOGPROBS as i64, 0)? as u32)).transpose()
 }
 
 /// `logprobs` and `top_logprobs` of a chat.
@@ -304,7 +309,7 @@ mod tests {
         assert_eq!(named(SamplingFields { stream_options: options, ..fields() }), "stream_options");
         assert_eq!(chat_logprobs(None, Some(3)).unwrap_err().param(), Some("top_logprobs"));
         assert_eq!(chat_logprobs(Some(true), Some(21)).unwrap_err().param(), Some("top_logprobs"));
-        assert_eq!(completion_logprobs(Some(6)).unwrap_err().param(), Some("logprobs"));
+        assert_eq!(completion_logprobs(Some(21)).unwrap_err().param(), Some("logprobs"));
         assert_eq!(max_tokens("max_tokens", Some(0), 1).unwrap_err().param(), Some("max_tokens"));
     }
 
@@ -331,7 +336,7 @@ mod tests {
 
     #[test]
     fn each_choice_has_a_seed_of_its_own() {
-        let plan = plan(SamplingFields { seed: Some(-1), ..SamplingFields::default() }).unwrap();
+        let plan = plan(SamplingFields { seed: Some(-2), ..SamplingFields::default() }).unwrap();
         let seed =
             |choice, index| plan.request(vec![1], (choice, index), 50, ("prompt", "max_tokens")).unwrap().sampling.seed;
         // A prompt's choices are the same whatever prompts stand before it.

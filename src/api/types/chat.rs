@@ -12,10 +12,13 @@ generating_request! {
     /// Body of `POST /v1/chat/completions`.
     ChatRequest {
         messages: Option<Messages>,
+        #[serde(deserialize_with = "super::whole")]
         max_tokens: Option<i64>,
         /// OpenAI's newer name of `max_tokens`.
+        #[serde(deserialize_with = "super::whole")]
         max_completion_tokens: Option<i64>,
         logprobs: Option<bool>,
+        #[serde(deserialize_with = "super::whole")]
         top_logprobs: Option<i64>,
         /// vLLM's: whether the template opens an assistant message at the end.
         add_generation_prompt: Option<bool>,

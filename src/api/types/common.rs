@@ -5,8 +5,8 @@ use serde::{
     de::{self, IgnoredAny, MapAccess, SeqAccess, Visitor},
 };
 
-/// A field of OpenAI's API that this server does not have. It is read only to tell whether it asks for anything: null,
-/// `false`, an empty string, list or object do not.
+/// A field of OpenAI's API, or vLLM's, that this server does not have. It is read only to tell whether it asks for
+/// anything: null, `false`, an empty string, list or object do not.
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
 pub(crate) struct Refused {
     pub(crate) asks: bool,
@@ -141,6 +141,8 @@ pub(crate) struct SamplingFields {
     pub(crate) skip_special_tokens: Option<bool>,
     pub(crate) stream: Option<bool>,
     pub(crate) stream_options: Option<StreamOptions>,
+    /// A parameter that asks for something of vLLM's that is not here.
+    pub(crate) foreign: Option<&'static str>,
 }
 
 /// Declares a request's struct: the given fields, those of [`SamplingFields`], and the fields every endpoint accepts
@@ -156,16 +158,21 @@ macro_rules! generating_request {
             pub(crate) model: Option<String>,
             temperature: Option<f64>,
             top_p: Option<f64>,
+            #[serde(deserialize_with = "crate::api::types::whole")]
             top_k: Option<i64>,
             min_p: Option<f64>,
             repetition_penalty: Option<f64>,
             presence_penalty: Option<f64>,
             frequency_penalty: Option<f64>,
             logit_bias: Option<crate::api::types::LogitBias>,
+            #[serde(deserialize_with = "crate::api::types::whole")]
             seed: Option<i64>,
+            #[serde(deserialize_with = "crate::api::types::whole")]
             n: Option<i64>,
+            #[serde(deserialize_with = "crate::api::types::whole")]
             min_tokens: Option<i64>,
             stop: Option<crate::api::types::Strings>,
+            #[serde(deserialize_with = "crate::api::types::wholes")]
             stop_token_ids: Option<Vec<i64>>,
             ignore_eos: Option<bool>,
             include_stop_str_in_output: Option<bool>,
@@ -175,6 +182,28 @@ macro_rules! generating_request {
             /// What form answers have; the second is vLLM's.
             pub(crate) response_format: Option<crate::api::types::ResponseFormat>,
             pub(crate) structured_outputs: Option<crate::api::types::StructuredOutputs>,
+            /// vLLM's, of which there is nothing here: clients that know vLLM send them with values that ask for nothing.
+            use_beam_search: Option<crate::api::types::Refused>,
+            length_penalty: Option<f64>,
+            spaces_between_special_tokens: Option<bool>,
+            bad_words: Option<crate::api::types::Refused>,
+            allowed_token_ids: Option<crate::api::types::Refused>,
+            truncate_prompt_tokens: Option<crate::api::types::Refused>,
+            prompt_logprobs: Option<crate::api::types::Refused>,
+            return_tokens_as_token_ids: Option<crate::api::types::Refused>,
+            return_token_ids: Option<crate::api::types::Refused>,
+            logits_processors: Option<crate::api::types::Refused>,
+            cache_salt: Option<crate::api::types::Refused>,
+            priority: Option<f64>,
+            kv_transfer_params: Option<crate::api::types::Refused>,
+            vllm_xargs: Option<crate::api::types::Refused>,
+            /// Older names of what is in `structured_outputs`.
+            guided_json: Option<crate::api::types::Refused>,
+            guided_regex: Option<crate::api::types::Refused>,
+            guided_choice: Option<crate::api::types::Refused>,
+            guided_grammar: Option<crate::api::types::Refused>,
+            guided_decoding_backend: Option<crate::api::types::Refused>,
+            guided_whitespace_pattern: Option<crate::api::types::Refused>,
             /// Whose request this is: nothing here depends on it.
             #[serde(rename = "user")]
             _user: Option<serde::de::IgnoredAny>,
@@ -205,7 +234,36 @@ macro_rules! generating_request {
                     skip_special_tokens: self.skip_special_tokens,
                     stream: self.stream,
                     stream_options: self.stream_options,
+                    foreign: self.foreign(),
                 }
+            }
+
+            /// The first of vLLM's parameters that asks for something.
+            fn foreign(&self) -> Option<&'static str> {
+                let asks = |field: Option<crate::api::types::Refused>| field.is_some_and(|field| field.asks);
+                let fields = [
+                    ("use_beam_search", asks(self.use_beam_search)),
+                    ("length_penalty", self.length_penalty.is_some_and(|penalty| penalty != 1.0)),
+                    ("spaces_between_special_tokens", self.spaces_between_special_tokens == Some(false)),
+                    ("bad_words", asks(self.bad_words)),
+                    ("allowed_token_ids", asks(self.allowed_token_ids)),
+                    ("truncate_prompt_tokens", asks(self.truncate_prompt_tokens)),
+                    ("prompt_logprobs", asks(self.prompt_logprobs)),
+                    ("return_tokens_as_token_ids", asks(self.return_tokens_as_token_ids)),
+                    ("return_token_ids", asks(self.return_token_ids)),
+                    ("logits_processors", asks(self.logits_processors)),
+                    ("cache_salt", asks(self.cache_salt)),
+                    ("priority", self.priority.is_some_and(|priority| priority != 0.0)),
+                    ("kv_transfer_params", asks(self.kv_transfer_params)),
+                    ("vllm_xargs", asks(self.vllm_xargs)),
+                    ("guided_json", asks(self.guided_json)),
+                    ("guided_regex", asks(self.guided_regex)),
+                    ("guided_choice", asks(self.guided_choice)),
+                    ("guided_grammar", asks(self.guided_grammar)),
+                    ("guided_decoding_backend", asks(self.guided_decoding_backend)),
+                    ("guided_whitespace_pattern", asks(self.guided_whitespace_pattern)),
+                ];
+                fields.into_iter().find_map(|(name, asks)| asks.then_some(name))
             }
         }
     };

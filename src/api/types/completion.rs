@@ -12,12 +12,15 @@ generating_request! {
     CompletionRequest {
         /// Texts or token ids to continue.
         prompt: Option<Prompts>,
+        #[serde(deserialize_with = "super::whole")]
         max_tokens: Option<i64>,
         /// Whether the prompt precedes the answer.
         echo: Option<bool>,
+        #[serde(deserialize_with = "super::whole")]
         logprobs: Option<i64>,
         /// vLLM's: whether the tokenizer adds its begin-of-sequence token to texts.
         add_special_tokens: Option<bool>,
+        #[serde(deserialize_with = "super::whole")]
         best_of: Option<i64>,
         suffix: Option<Refused>,
     }

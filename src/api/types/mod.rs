@@ -5,9 +5,11 @@ mod common;
 mod completion;
 mod form;
 mod tokenize;
+mod whole;
 
 pub(crate) use chat::{ChatRequest, Content, ContentPart, MESSAGES_MAX, Message, Messages, ToolCall};
 pub(crate) use common::{LogitBias, Refused, SamplingFields, StreamOptions, Strings, generating_request};
 pub(crate) use completion::{CompletionRequest, Prompt};
 pub(crate) use form::{ResponseFormat, StructuredOutputs};
 pub(crate) use tokenize::{DetokenizeRequest, TokenizeRequest};
+pub(crate) use whole::{whole, wholes};
