@@ -64,6 +64,60 @@ fn a_chat_is_answered_whole_and_streamed_alike() {
 }
 
 #[test]
+fn every_chunk_tells_its_choices_token_counts_if_asked_to() {
+    let server = Server::shared();
+    let options = json!({"include_usage": true, "continuous_usage_stats": true});
+    let chat = json!({"messages": [{"role": "user", "content": "Name three rivers."}]});
+    let completion = json!({"prompt": ["One", "Two and"]});
+    for (path, mut request) in [(CHAT, chat), (COMPLETIONS, completion)] {
+        for (name, value) in [("n", json!(2)), ("max_tokens", json!(6)), ("ignore_eos", json!(true))] {
+            request[name] = value;
+        }
+        request["stream_options"] = options.clone();
+        let chunks = streamed(&server, path, &request);
+        let (total, chunks) = chunks.split_last().unwrap();
+        let choices = if path == CHAT { 2 } else { 4 };
+        assert_eq!(total["usage"]["completion_tokens"], 6 * choices);
+        let mut prompts = 0;
+        for index in 0..choices {
+            let mine = chunks.iter().filter(|chunk| chunk["choices"][0]["index"] == index);
+            let counts: Vec<[u64; 3]> = mine
+                .map(|chunk| {
+                    let field = |name: &str| chunk["usage"][name].as_u64().unwrap();
+                    [field("prompt_tokens"), field("completion_tokens"), field("total_tokens")]
+                })
+                .collect();
+            let prompt = counts[0][0];
+            assert!(counts.iter().all(|&[tokens, answer, all]| tokens == prompt && all == prompt + answer));
+            assert!(counts.is_sorted(), "{counts:?}");
+            // A chat's first chunk tells who speaks, and nothing of what was said.
+            assert_eq!((counts[0][1] == 0, counts.last().unwrap()[1]), (path == CHAT, 6), "{counts:?}");
+            prompts += if index % 2 == 0 { prompt } else { 0 };
+        }
+        assert_eq!(total["usage"]["prompt_tokens"], prompts);
+    }
+}
+
+#[test]
+fn an_answer_is_understood_as_clients_send_it_back() {
+    let server = Server::shared();
+    let tokens = |answer: Value| {
+        let messages = json!([{"role": "user", "content": "Hi"}, answer, {"role": "user", "content": "And?"}]);
+        ok(&server, "/tokenize", &json!({ "messages": messages }))["tokens"].clone()
+    };
+    let plain = tokens(json!({"role": "assistant", "content": "Hello."}));
+    // As LiteLLM makes it of an answer of this server, and as OpenAI's library for JavaScript does.
+    let litellm = json!({
+        "content": "Hello.", "role": "assistant", "tool_calls": null, "function_call": null,
+        "provider_specific_fields": {"refusal": null},
+    });
+    assert_eq!(tokens(litellm), plain);
+    assert_eq!(tokens(json!({"role": "assistant", "content": "Hello.", "refusal": null, "parsed": null})), plain);
+    let nothing = tokens(json!({"role": "assistant", "content": null, "reasoning": null}));
+    assert_eq!(nothing, tokens(json!({"role": "assistant", "content": ""})));
+}
+
+#[test]
 fn content_parts_and_all_roles_are_read() {
     let server = Server::shared();
     let plain = json!([{"role": "system", "content": "Be\nbrief."}, {"role": "user", "content": "Hi"}]);

@@ -60,6 +60,7 @@ pub(crate) struct Answer {
     /// For a frontend, which alone hears of it.
     progress: Option<ProgressWriter>,
     pub(crate) include_usage: bool,
+    continuous_usage: bool,
     pub(crate) deadline: Instant,
     _in_flight: InFlight,
 }
@@ -141,6 +142,7 @@ impl Answer {
             with_logprobs: plan.logprobs.is_some(),
             progress,
             include_usage: plan.include_usage && !usage_told,
+            continuous_usage: plan.continuous_usage,
             deadline: Instant::now() + serving.config.request_timeout,
             _in_flight: in_flight,
             serving,
@@ -294,41 +296,57 @@ impl Answer {
         }
         let delta = Delta { role: Some("assistant"), content: Some("") };
         let choice = ChatChunkChoice { index, delta, logprobs: None::<()>, finish_reason: None };
-        self.write_chunk(buffer, [choice])
+        // Nothing of the answer is told yet.
+        self.write_chunk(buffer, choice, self.chunk_usage(index, 0))
     }
 
     fn write_piece(&self, buffer: &mut BytesMut, index: usize) -> Result<(), ApiError> {
-        let (text, tokens) = self.choices[index].output.pending();
+        let output = &self.choices[index].output;
+        let (text, tokens) = output.pending();
         let names = &*self.serving.config.tokenizer;
+        let usage = self.chunk_usage(index, output.completion_tokens);
         match self.endpoint {
             Endpoint::Chat => {
                 let delta = Delta { role: None, content: Some(text) };
                 let logprobs = self.with_logprobs.then_some(ChatLogprobs(tokens, names));
-                self.write_chunk(buffer, [ChatChunkChoice { index, delta, logprobs, finish_reason: None }])
+                self.write_chunk(buffer, ChatChunkChoice { index, delta, logprobs, finish_reason: None }, usage)
             }
             Endpoint::Completion => {
                 let logprobs = self.with_logprobs.then_some(CompletionLogprobs(tokens, names));
-                self.write_chunk(buffer, [CompletionChoice { index, text, logprobs, finish_reason: None }])
+                self.write_chunk(buffer, CompletionChoice { index, text, logprobs, finish_reason: None }, usage)
             }
         }
     }
 
     fn write_ending(&self, buffer: &mut BytesMut, index: usize, finish: Finish) -> Result<(), ApiError> {
         let (finish_reason, logprobs) = (Some(finish.as_str()), None::<()>);
+        let usage = self.chunk_usage(index, self.choices[index].output.completion_tokens);
         match self.endpoint {
             Endpoint::Chat => {
                 let delta = Delta::default();
-                self.write_chunk(buffer, [ChatChunkChoice { index, delta, logprobs, finish_reason }])
+                self.write_chunk(buffer, ChatChunkChoice { index, delta, logprobs, finish_reason }, usage)
             }
             Endpoint::Completion => {
-                self.write_chunk(buffer, [CompletionChoice { index, text: "", logprobs, finish_reason }])
+                self.write_chunk(buffer, CompletionChoice { index, text: "", logprobs, finish_reason }, usage)
             }
         }
     }
 
-    fn write_chunk<C: Serialize>(&self, buffer: &mut BytesMut, choices: [C; 1]) -> Result<(), ApiError> {
-        let usage = self.include_usage.then_some(None);
-        write_event(buffer, &self.envelope(self.chunk_object(), choices, usage))
+    fn write_chunk<C: Serialize>(
+        &self,
+        buffer: &mut BytesMut,
+        choice: C,
+        usage: Option<Usage>,
+    ) -> Result<(), ApiError> {
+        let usage = self.include_usage.then_some(usage);
+        write_event(buffer, &self.envelope(self.chunk_object(), [choice], usage))
+    }
+
+    /// Token counts so far, if each chunk tells them: as vLLM has it, those of the chunk's own choice.
+    fn chunk_usage(&self, index: usize, completion_tokens: u32) -> Option<Usage> {
+        let cached = self.choices[index].output.cached_tokens.unwrap_or(0);
+        let prompt = self.prompt_tokens[index / self.n];
+        self.continuous_usage.then(|| Usage::of_choice(prompt, cached, completion_tokens))
     }
 
     fn chunk_object(&self) -> &'static str {

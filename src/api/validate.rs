@@ -51,6 +51,8 @@ pub(crate) struct Plan {
     pub(crate) prompt_logprobs: Option<u32>,
     pub(crate) stream: bool,
     pub(crate) include_usage: bool,
+    /// Whether every chunk tells token counts.
+    pub(crate) continuous_usage: bool,
 }
 
 impl Plan {
@@ -104,7 +106,9 @@ impl Plan {
             logprobs: None,
             prompt_logprobs: None,
             stream,
-            include_usage: options.include_usage.unwrap_or(false),
+            include_usage: options.include_usage == Some(true),
+            // As vLLM has it, only with the other.
+            continuous_usage: options.include_usage == Some(true) && options.continuous_usage_stats == Some(true),
         })
     }
 
@@ -340,7 +344,29 @@ mod tests {
         let seed =
             |choice, index| plan.request(vec![1], (choice, index), 50, ("prompt", "max_tokens")).unwrap().sampling.seed;
         // A prompt's choices are the same whatever prompts stand before it.
-        assert_eq!((seed(0, 0), seed(1, 1), seed(0, 2)), (u64::MAX, 0, u64::MAX));
+        assert_eq!((seed(0, 0), seed(1, 1), seed(2, 2), seed(0, 3)), (u64::MAX - 1, u64::MAX, 0, u64::MAX - 1));
+    }
+
+    #[test]
+    fn a_seed_of_minus_one_is_none() {
+        let without = plan(SamplingFields::default()).unwrap();
+        assert_eq!(plan(SamplingFields { seed: Some(-1), ..SamplingFields::default() }).unwrap(), without);
+        assert!(!without.seeded);
+    }
+
+    #[test]
+    fn chunks_tell_token_counts_only_where_the_last_one_does() {
+        for (include_usage, continuous_usage_stats, told) in [
+            (Some(true), Some(true), (true, true)),
+            (Some(true), None, (true, false)),
+            (None, Some(true), (false, false)),
+        ] {
+            let stream_options =
+                Some(StreamOptions { include_usage, continuous_usage_stats, ..StreamOptions::default() });
+            let plan =
+                plan(SamplingFields { stream: Some(true), stream_options, ..SamplingFields::default() }).unwrap();
+            assert_eq!((plan.include_usage, plan.continuous_usage), told);
+        }
     }
 
     #[test]

@@ -18,6 +18,13 @@ struct PromptDetails {
 }
 
 impl Usage {
+    /// Of a single choice, so far.
+    pub(crate) fn of_choice(prompt_tokens: u32, cached_tokens: u32, completion_tokens: u32) -> Self {
+        let prompt_tokens_details = PromptDetails { cached_tokens };
+        let total_tokens = prompt_tokens + completion_tokens;
+        Self { prompt_tokens, completion_tokens, total_tokens, prompt_tokens_details }
+    }
+
     /// Counts a prompt once and all of its choices' tokens. The first choice tells what was cached: the others find
     /// what it computed.
     pub(crate) fn add_prompt<'a>(&mut self, prompt_tokens: u32, choices: impl Iterator<Item = &'a Output>) {

@@ -115,6 +115,9 @@ pub(crate) struct StreamOptions {
     /// Whether a last chunk tells the token counts.
     #[serde(default)]
     pub(crate) include_usage: Option<bool>,
+    /// vLLM's: whether, with that, every chunk tells them so far.
+    #[serde(default)]
+    pub(crate) continuous_usage_stats: Option<bool>,
     /// Padding against traffic analysis: not done here.
     #[serde(default)]
     pub(crate) include_obfuscation: Option<Refused>,
