@@ -35,13 +35,15 @@ impl Peek {
     pub(super) fn read(body: &[u8]) -> Option<Self> {
         let fields: Fields = serde_json::from_slice(body).ok()?;
         let text = fields.prompt.or(fields.messages).unwrap_or_default();
-        let wanted = fields.max_completion_tokens.or(fields.max_tokens).unwrap_or(ANSWER_TOKENS);
+        // Out of range is for the worker to say: here a cast cuts it.
+        let wanted = fields.max_completion_tokens.or(fields.max_tokens).map_or(ANSWER_TOKENS, |tokens| tokens as u64);
+        let choices = fields.n.map_or(1, |n| n as u64).clamp(1, 128);
         Some(Self {
             model: fields.model,
             stream: fields.stream.unwrap_or(false),
             affinity: text.affinity(),
             prompt_tokens: text.bytes / BYTES_PER_TOKEN + text.numbers,
-            answer_tokens: wanted.min(ANSWER_TOKENS).saturating_mul(fields.n.unwrap_or(1).clamp(1, 128)),
+            answer_tokens: wanted.min(ANSWER_TOKENS) * choices,
         })
     }
 }
@@ -52,9 +54,10 @@ struct Fields {
     stream: Option<bool>,
     prompt: Option<Text>,
     messages: Option<Text>,
-    max_tokens: Option<u64>,
-    max_completion_tokens: Option<u64>,
-    n: Option<u64>,
+    /// Numbers of any kind: a request must not go to workers of another model for one that is none here.
+    max_tokens: Option<f64>,
+    max_completion_tokens: Option<f64>,
+    n: Option<f64>,
 }
 
 /// The strings and numbers of a JSON value in order: their beginning, and how many there are.
@@ -176,6 +179,19 @@ mod tests {
         assert_eq!(peek("{}").answer_tokens, ANSWER_TOKENS);
         for wrong in ["", "[]", "{\"stream\": 1}", "{\"model\": {}}", "{\"prompt\": [1,", "nul"] {
             assert_eq!(Peek::read(wrong.as_bytes()), None, "{wrong}");
+        }
+    }
+
+    #[test]
+    fn a_number_that_makes_no_sense_does_not_hide_the_model() {
+        for (numbers, answer_tokens) in [
+            (r#""max_tokens": -1"#, 0),
+            (r#""max_tokens": 100.0, "n": 2.0"#, 200),
+            (r#""max_completion_tokens": 1e300, "n": 1e300"#, ANSWER_TOKENS * 128),
+            (r#""n": -3, "max_tokens": 1.5"#, 1),
+        ] {
+            let read = peek(&format!(r#"{{"model": "m", "stream": true, {numbers}}}"#));
+            assert_eq!((read.model.as_deref(), read.stream, read.answer_tokens), (Some("m"), true, answer_tokens));
         }
     }
 
