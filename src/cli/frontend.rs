@@ -4,7 +4,7 @@ use clap::{Args, builder::NonEmptyStringValueParser};
 
 use super::{
     ClusterArgs, LogArgs,
-    values::{parse_seconds, parse_size, parse_within},
+    values::{parse_origin, parse_seconds, parse_size, parse_within},
     worker::DEFAULT_PORT,
 };
 
@@ -31,9 +31,8 @@ pub struct FrontendArgs {
     )]
     pub api_key: Vec<String>,
 
-    /// Origins whose pages may ask from a browser (as their Origin header names them, or * for all); may be given
-    /// several times
-    #[arg(long, value_name = "ORIGIN", help_heading = "Server")]
+    /// Origins whose pages may ask from a browser, as https://app.example, or * for all; may be given several times
+    #[arg(long, value_name = "ORIGIN", value_parser = parse_origin, help_heading = "Server")]
     pub allowed_origins: Vec<String>,
 
     /// Largest body of a request

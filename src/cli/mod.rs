@@ -277,6 +277,16 @@ mod tests {
     }
 
     #[test]
+    fn origins_that_no_browser_names_are_refused() {
+        let asked = ["--allowed-origins", "https://a.example", "--allowed-origins", "*"];
+        assert_eq!(worker(&[&["--model", "m"], &asked[..]].concat()).allowed_origins, ["https://a.example", "*"]);
+        for role in [&["--model", "m"][..], &["frontend"]] {
+            let refused = parse(&[role, &["--allowed-origins", "[\"*\"]"]].concat()).unwrap_err();
+            assert!(refused.contains("expected * or scheme://host"), "{refused}");
+        }
+    }
+
+    #[test]
     fn an_empty_key_is_no_key() {
         assert!(parse(&["--model", "m", "--api-key", ""]).is_err());
     }

@@ -268,6 +268,42 @@ pub(super) fn parse_namespace(text: &str) -> Result<String, String> {
     Ok(text.to_owned())
 }
 
+/// An origin as browsers name it, or what stands for all of them. Of anything else browsers would never speak.
+pub(super) fn parse_origin(text: &str) -> Result<String, String> {
+    // `null` is how they call pages without an origin, files among them.
+    if matches!(text, "*" | "null") {
+        return Ok(text.to_owned());
+    }
+    let expected = || {
+        format!(
+            "'{text}' is no origin; expected * or scheme://host[:port], as https://app.example or \
+             http://localhost:3000, and the flag again for each further one"
+        )
+    };
+    let lower = text.to_ascii_lowercase();
+    let (scheme, authority) = lower.split_once("://").ok_or_else(expected)?;
+    let (host, port) = match authority.rsplit_once(':') {
+        Some((host, port)) if !port.ends_with(']') => (host, Some(port)),
+        _ => (authority, None),
+    };
+    let address = host.strip_prefix('[').and_then(|host| host.strip_suffix(']'));
+    let host_is_one = match address {
+        Some(address) => address.parse::<std::net::Ipv6Addr>().is_ok(),
+        None => !host.is_empty() && host.chars().all(|c| c.is_ascii_alphanumeric() || matches!(c, '-' | '.' | '_')),
+    };
+    let scheme_is_one = scheme.starts_with(|c: char| c.is_ascii_alphabetic())
+        && scheme.chars().all(|c| c.is_ascii_alphanumeric() || matches!(c, '+' | '-' | '.'));
+    let port_is_one = port.is_none_or(|port| port.parse::<u16>().is_ok());
+    if !(scheme_is_one && host_is_one && port_is_one) {
+        return Err(expected());
+    }
+    match (scheme, port) {
+        // Browsers leave these out.
+        ("http", Some("80")) | ("https", Some("443")) => Ok(format!("{scheme}://{host}")),
+        _ => Ok(lower),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -312,6 +348,39 @@ mod tests {
         assert_eq!(parse_within::<1, 4096>("4096"), Ok(4096));
         for bad in ["0", "4097", "-1", "x", "99999999999999999999"] {
             assert!(parse_within::<1, 4096>(bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn an_origin_is_what_browsers_call_it() {
+        for (text, origin) in [
+            ("*", "*"),
+            ("null", "null"),
+            ("https://a.example", "https://a.example"),
+            ("HTTPS://A.example", "https://a.example"),
+            ("http://localhost:3000", "http://localhost:3000"),
+            ("https://a.example:443", "https://a.example"),
+            ("http://[::1]", "http://[::1]"),
+            ("http://[::1]:8080", "http://[::1]:8080"),
+            ("chrome-extension://abcdef", "chrome-extension://abcdef"),
+        ] {
+            assert_eq!(parse_origin(text).as_deref(), Ok(origin));
+        }
+        for bad in [
+            "[\"*\"]",
+            "https://a.example/",
+            "https://a.example/page",
+            "https://a.example,https://b.example",
+            "https://*.example",
+            "https://a.example:x",
+            "https://me@a.example",
+            "https://",
+            "a.example",
+            "://a.example",
+            "http://[::1",
+            "",
+        ] {
+            assert!(parse_origin(bad).unwrap_err().contains("https://app.example"), "{bad}");
         }
     }
 

@@ -4,7 +4,7 @@ use clap::{Args, builder::NonEmptyStringValueParser};
 
 use super::{
     ClusterArgs, EngineArgs, LogArgs, TransportArgs,
-    values::{DisaggPolicyArg, parse_millis, parse_seconds, parse_size},
+    values::{DisaggPolicyArg, parse_millis, parse_origin, parse_seconds, parse_size},
 };
 
 /// Port of a decode worker, and of a frontend.
@@ -59,9 +59,8 @@ pub struct WorkerArgs {
     )]
     pub api_key: Vec<String>,
 
-    /// Origins whose pages may ask from a browser (as their Origin header names them, or * for all); may be given
-    /// several times
-    #[arg(long, value_name = "ORIGIN", conflicts_with = "is_prefill_worker", help_heading = "Server")]
+    /// Origins whose pages may ask from a browser, as https://app.example, or * for all; may be given several times
+    #[arg(long, value_name = "ORIGIN", value_parser = parse_origin, conflicts_with = "is_prefill_worker", help_heading = "Server")]
     pub allowed_origins: Vec<String>,
 
     /// Largest body of a request
