@@ -127,7 +127,8 @@ impl Answer {
                 if progress.is_some() {
                     output.keep_unreported();
                 }
-                let generation = request.map(|request| serving.engine.submit(request)).transpose()?;
+                let generation = request.map(|request| serving.engine.submit(request)).transpose();
+                let generation = generation.map_err(|error| ApiError::not_taken(error, fields.0))?;
                 choices.push(Choice { generation, output, opened: past.is_some() });
             }
         }

@@ -1,7 +1,7 @@
 use std::borrow::Cow;
 
 use axum::{
-    http::{HeaderValue, StatusCode, header},
+    http::{HeaderName, HeaderValue, StatusCode, header},
     response::{IntoResponse, Response},
 };
 use serde::Serialize;
@@ -16,6 +16,9 @@ pub struct ApiError {
     param: Option<String>,
     code: Option<&'static str>,
 }
+
+/// Header by which OpenAI's clients are told whether to try again; without it they do after any 5xx.
+const SHOULD_RETRY: HeaderName = HeaderName::from_static("x-should-retry");
 
 #[derive(Serialize)]
 struct ErrorBody<'a> {
@@ -123,6 +126,18 @@ impl ApiError {
         Self::new(StatusCode::GATEWAY_TIMEOUT, "timeout", message)
     }
 
+    /// The engine would not take it. `prompt_field` is how the client calls the prompt.
+    pub(crate) fn not_taken(error: SubmitError, prompt_field: &'static str) -> Self {
+        let message = error.to_string();
+        match error {
+            SubmitError::EmptyPrompt | SubmitError::UnknownToken { .. } => Self::invalid(prompt_field, message),
+            SubmitError::NothingLeft { .. } => Self::new(StatusCode::BAD_REQUEST, "invalid_journal", message),
+            SubmitError::PromptTooLong { .. } => Self::context_length(prompt_field, message),
+            SubmitError::QueueFull { .. } => Self::new(StatusCode::TOO_MANY_REQUESTS, "queue_full", message),
+            SubmitError::ShuttingDown => Self::draining(),
+        }
+    }
+
     /// The code, for tests and logs.
     #[cfg(test)]
     pub(crate) fn param(&self) -> Option<&str> {
@@ -144,19 +159,6 @@ impl ApiError {
     }
 }
 
-impl From<SubmitError> for ApiError {
-    fn from(error: SubmitError) -> Self {
-        let message = error.to_string();
-        match error {
-            SubmitError::EmptyPrompt | SubmitError::UnknownToken { .. } => Self::invalid("prompt", message),
-            SubmitError::NothingLeft { .. } => Self::new(StatusCode::BAD_REQUEST, "invalid_journal", message),
-            SubmitError::PromptTooLong { .. } => Self::context_length("prompt", message),
-            SubmitError::QueueFull { .. } => Self::new(StatusCode::TOO_MANY_REQUESTS, "queue_full", message),
-            SubmitError::ShuttingDown => Self::draining(),
-        }
-    }
-}
-
 impl IntoResponse for ApiError {
     fn into_response(self) -> Response {
         let mut response = (self.status, self.to_json()).into_response();
@@ -164,6 +166,10 @@ impl IntoResponse for ApiError {
         headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
         if matches!(self.status, StatusCode::TOO_MANY_REQUESTS | StatusCode::SERVICE_UNAVAILABLE) {
             headers.insert(header::RETRY_AFTER, HeaderValue::from_static("1"));
+        }
+        // It would end there again, and as late.
+        if matches!(self.code, Some("no_possible_token" | "timeout")) {
+            headers.insert(SHOULD_RETRY, HeaderValue::from_static("false"));
         }
         if self.status == StatusCode::UNAUTHORIZED {
             headers.insert(header::WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
@@ -197,8 +203,27 @@ mod tests {
 
     #[test]
     fn a_full_queue_says_when_to_come_back() {
-        let response = ApiError::from(SubmitError::QueueFull { waiting: 3 }).into_response();
+        let response = ApiError::not_taken(SubmitError::QueueFull { waiting: 3 }, "prompt").into_response();
         assert_eq!(response.status(), StatusCode::TOO_MANY_REQUESTS);
         assert_eq!(response.headers()[header::RETRY_AFTER], "1");
+        assert!(!response.headers().contains_key(SHOULD_RETRY), "it should");
+    }
+
+    #[test]
+    fn what_would_fail_again_says_so() {
+        for error in [ApiError::impossible(), ApiError::timeout()] {
+            let response = error.into_response();
+            assert!(response.status().is_server_error());
+            assert_eq!(response.headers()[SHOULD_RETRY], "false");
+        }
+    }
+
+    #[test]
+    fn what_the_engine_refuses_is_named_as_the_client_calls_it() {
+        for field in ["messages", "prompt"] {
+            let refused = ApiError::not_taken(SubmitError::PromptTooLong { prompt: 9, limit: 8 }, field);
+            assert_eq!((refused.param(), refused.code), (Some(field), Some("context_length_exceeded")));
+            assert_eq!(ApiError::not_taken(SubmitError::EmptyPrompt, field).param(), Some(field));
+        }
     }
 }

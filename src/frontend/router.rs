@@ -183,3 +183,16 @@ async fn observe(State(frontend): State<Arc<Frontend>>, mut request: Request, ne
     }
     response
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_a_worker_says_of_trying_again_reaches_the_client() {
+        let worker = ApiError::timeout().into_response();
+        let passed = passed_back(worker.status(), worker.headers(), Body::empty());
+        assert_eq!(passed.status(), worker.status());
+        assert_eq!(passed.headers()["x-should-retry"], "false");
+    }
+}
