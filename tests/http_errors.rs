@@ -263,6 +263,9 @@ fn bodies_that_are_no_json_are_refused() {
     assert_eq!(post_bytes(server.address, CHAT, b"{\"model\": \"\xff\"}").error().0, 400);
     let form = [("Content-Type", "application/x-www-form-urlencoded")];
     assert_eq!(server.request("POST", CHAT, &form, b"{}").error().0, 415);
+    let gzip = [("Content-Type", "application/json"), ("Content-Encoding", "gzip")];
+    let (status, _, message) = server.request("POST", CHAT, &gzip, b"\x1f\x8b\x08\0").error();
+    assert_eq!((status, message.contains("uncompressed")), (415, true), "{message}");
     let charset = [("Content-Type", "application/json; charset=utf-8")];
     assert_eq!(server.request("POST", CHAT, &charset, chat(json!({})).to_string().as_bytes()).status, 200);
 }

@@ -150,8 +150,21 @@ pub(crate) async fn read_body(
     receive(headers, body, &BodyLimits::new(limit, memory)).await
 }
 
+/// How the body is compressed, if it is: nothing here reads such a one.
+fn encoding(headers: &HeaderMap) -> Option<&str> {
+    let values = headers.get_all(header::CONTENT_ENCODING).iter();
+    let mut values = values.map(|value| value.to_str().unwrap_or("?").trim());
+    values.find(|value| !value.is_empty() && !value.eq_ignore_ascii_case("identity"))
+}
+
 async fn receive(headers: &HeaderMap, body: Body, limits: &BodyLimits<'_>) -> Result<Received, ApiError> {
     let limit = limits.bytes;
+    if let Some(encoding) = encoding(headers) {
+        discard(headers, body).await;
+        let shown: String = encoding.chars().take(40).collect();
+        let message = format!("Send the request body uncompressed, without the header 'Content-Encoding: {shown}'");
+        return Err(ApiError::new(StatusCode::UNSUPPORTED_MEDIA_TYPE, "unsupported_media_type", message));
+    }
     let declared = headers.get(header::CONTENT_LENGTH).and_then(|value| value.to_str().ok()?.parse::<u64>().ok());
     if declared.is_some_and(|bytes| bytes > limit as u64) {
         discard(headers, body).await;
@@ -278,6 +291,7 @@ fn describe(path: &str, error: &serde_json::Error) -> ApiError {
 
 #[cfg(test)]
 mod tests {
+    use axum::http::HeaderValue;
     use serde::Deserialize;
 
     use super::*;
@@ -352,6 +366,20 @@ mod tests {
         let trickle = || tokio::time::sleep(Duration::from_millis(1));
         let time = BodyLimits { time: Duration::from_millis(20), ..limits(&memory) };
         assert_eq!(refused(body(usize::MAX, 1, trickle), time).await, StatusCode::REQUEST_TIMEOUT);
+    }
+
+    #[tokio::test]
+    async fn a_compressed_body_is_not_taken_for_json() {
+        let memory = BodyMemory::new(1 << 20);
+        for (encoding, status) in
+            [("gzip", 415), ("identity, br", 415), ("\u{fc}", 415), ("Identity", 200), ("", 200), (" identity ", 200)]
+        {
+            let encoding = HeaderValue::from_bytes(encoding.as_bytes()).unwrap();
+            let headers = HeaderMap::from_iter([(header::CONTENT_ENCODING, encoding.clone())]);
+            let received = receive(&headers, Body::from("{}"), &limits(&memory)).await;
+            let refused = received.err().map(axum::response::IntoResponse::into_response);
+            assert_eq!(refused.map_or(200, |refused| refused.status().as_u16()), status, "{encoding:?}");
+        }
     }
 
     #[tokio::test]
