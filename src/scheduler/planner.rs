@@ -123,7 +123,7 @@ impl Scheduler {
         let slot = self.running[at];
         if pass == Pass::Prefills {
             let next = self.take_hits(at);
-            if next == Next::IsBeingComputed {
+            if next == Next::BeingComputed {
                 return;
             }
             if self.sequence(slot).remaining() == 0 {
@@ -133,7 +133,7 @@ impl Scheduler {
             }
             // One that would be sent away itself waits for the page that comes from there; one that is computed here is
             // done sooner, and may be short.
-            if self.leaves(at, router) && (next == Next::IsElsewhere || self.send_away(at, plan, router)) {
+            if self.leaves(at, router) && (next == Next::Elsewhere || self.send_away(at, plan, router)) {
                 return;
             }
         }
@@ -205,9 +205,9 @@ impl Scheduler {
             // A page of ours that could not be published is followed by none from the index.
             let in_line = aligned && sequence.table.published() == page;
             if !in_line || (page + 1) * block_size > sequence.cacheable_tokens() {
-                return Next::IsOurs;
+                return Next::Ours;
             }
-            let Some(&hash) = sequence.hashes.get(page) else { return Next::IsOurs };
+            let Some(&hash) = sequence.hashes.get(page) else { return Next::Ours };
             if let Some(hit) = self.pool.find(hash) {
                 sequence.table.push_shared(hit);
                 sequence.num_computed += block_size;
@@ -223,11 +223,11 @@ impl Scheduler {
                 other.arrival < arrival && due && other.hashes.get(page) == Some(&hash)
             };
             return if self.running[..at].iter().any(promises) {
-                Next::IsBeingComputed
+                Next::BeingComputed
             } else if self.away.iter().any(promises) {
-                Next::IsElsewhere
+                Next::Elsewhere
             } else {
-                Next::IsOurs
+                Next::Ours
             };
         }
     }
@@ -298,9 +298,9 @@ impl Scheduler {
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Next {
     /// An older sequence is computing the same page: wait for it.
-    IsBeingComputed,
+    BeingComputed,
     /// Another worker is, for an older sequence, and all of its prompt comes at once.
-    IsElsewhere,
+    Elsewhere,
     /// Nobody else is.
-    IsOurs,
+    Ours,
 }
