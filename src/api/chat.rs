@@ -34,7 +34,7 @@ pub(crate) async fn chat_completions(
     let (mut plan, max_field) = plan(&mut request, &serving, relay.seed())?;
     let messages = request.messages.ok_or_else(|| missing("messages"))?.0;
     let mut kwargs = request.chat_template_kwargs;
-    if let Some(effort) = &request.reasoning_effort {
+    if let Some(effort) = request.reasoning_effort.as_ref().filter(|effort| !effort.is_empty()) {
         set_effort(effort, kwargs.get_or_insert_default(), serving.config.template.as_ref())?;
     }
     let options = ChatOptions {

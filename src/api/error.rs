@@ -18,7 +18,7 @@ pub struct ApiError {
 }
 
 /// Header by which OpenAI's clients are told whether to try again; without it they do after any 5xx.
-const SHOULD_RETRY: HeaderName = HeaderName::from_static("x-should-retry");
+pub(super) const SHOULD_RETRY: HeaderName = HeaderName::from_static("x-should-retry");
 
 #[derive(Serialize)]
 struct ErrorBody<'a> {

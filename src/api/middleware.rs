@@ -12,7 +12,7 @@ use uuid::Uuid;
 use super::{ApiError, Serving, extract::discard_body};
 use crate::telemetry::TraceContext;
 
-static REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
+pub(super) static REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 /// Longest request id that is taken over from a client.
 const REQUEST_ID_BYTES_MAX: usize = 128;
 

@@ -203,7 +203,7 @@ impl Message {
             });
             message.insert("tool_calls".into(), calls.collect::<Result<_, ApiError>>()?);
         }
-        let thoughts = self.reasoning_content.or(self.reasoning);
+        let thoughts = self.reasoning.or(self.reasoning_content);
         let optional = [("name", self.name), ("tool_call_id", self.tool_call_id), ("reasoning_content", thoughts)];
         message.extend(optional.into_iter().filter_map(|(field, value)| Some((field.to_owned(), value?.into()))));
         Ok(Value::Object(message))

@@ -3,7 +3,7 @@ use std::sync::Arc;
 use axum::{
     Router,
     extract::Request,
-    http::{HeaderValue, StatusCode},
+    http::{HeaderValue, StatusCode, header},
     middleware::from_fn_with_state,
     routing::{get, post},
 };
@@ -13,9 +13,10 @@ use super::{
     ApiError, Serving,
     chat::chat_completions,
     completions::completions,
+    error::SHOULD_RETRY,
     extract::discard_body,
     info::{health, metrics, model, models, version},
-    middleware::{observe, require_key},
+    middleware::{REQUEST_ID, observe, require_key},
     tokenize::{detokenize, tokenize},
 };
 
@@ -67,5 +68,27 @@ pub(crate) fn cors(origins: &[String]) -> CorsLayer {
     };
     // Whatever it asks for: OpenAI's own client sends a dozen headers (`x-stainless-…`), and none of them opens
     // anything.
-    CorsLayer::new().allow_origin(origin).allow_methods(Any).allow_headers(AllowHeaders::mirror_request())
+    let cors = CorsLayer::new().allow_origin(origin).allow_methods(Any).allow_headers(AllowHeaders::mirror_request());
+    // Pages see no others but the most usual; by the first two that client decides whether to ask again.
+    cors.expose_headers([SHOULD_RETRY, header::RETRY_AFTER, REQUEST_ID.clone()])
+}
+
+#[cfg(test)]
+mod tests {
+    use axum::body::Body;
+    use tower::ServiceExt;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn pages_of_an_origin_that_may_ask_see_what_clients_go_by() {
+        let router = Router::new().route("/", get(|| async { "hello" })).layer(cors(&["https://a.example".to_owned()]));
+        let ask = |origin: &str| Request::get("/").header(header::ORIGIN, origin).body(Body::empty()).unwrap();
+        let answer = router.clone().oneshot(ask("https://a.example")).await.unwrap();
+        assert_eq!(answer.headers()[header::ACCESS_CONTROL_ALLOW_ORIGIN], "https://a.example");
+        let shown = answer.headers()[header::ACCESS_CONTROL_EXPOSE_HEADERS].to_str().unwrap();
+        assert_eq!(shown, "x-should-retry,retry-after,x-request-id");
+        let other = router.oneshot(ask("https://b.example")).await.unwrap();
+        assert!(!other.headers().contains_key(header::ACCESS_CONTROL_ALLOW_ORIGIN));
+    }
 }

@@ -1,14 +1,7 @@
-use std::time::Duration;
-
 use clap::Args;
 
-use super::values::{
-    DeviceArg, KvDTypeArg, LoadFormatArg, parse_device, parse_seconds, parse_share, parse_size, parse_within,
-};
+use super::values::{DeviceArg, KvDTypeArg, LoadFormatArg, parse_device, parse_share, parse_size, parse_within};
 use crate::worker::MockModel;
-
-/// How long a step on a device may take, unless a flag says it. The largest take a second or two.
-const DEVICE_STEP_TIME_MAX: Duration = Duration::from_secs(300);
 
 /// Flags of whoever computes a model: which, on what, and within which limits.
 #[derive(Debug, Args)]
@@ -46,11 +39,6 @@ pub struct EngineArgs {
     #[arg(long, help_heading = "Engine")]
     pub enforce_eager: bool,
 
-    /// Seconds that a step may take before its device is taken to hang, and the process ends; 0: as long as it likes
-    /// [default: 300 on a CUDA device, 0 on a CPU]
-    #[arg(long, value_name = "SECONDS", value_parser = parse_seconds, help_heading = "Engine")]
-    pub step_timeout: Option<Duration>,
-
     /// Threads that compute on a CPU [default: one a core]
     #[arg(long, value_name = "N", help_heading = "Engine")]
     pub threads: Option<usize>,
@@ -78,11 +66,4 @@ pub struct EngineArgs {
     /// In place of a model, for workers of a mock.
     #[arg(skip)]
     pub mock: Option<MockModel>,
-}
-
-impl EngineArgs {
-    /// How long a step may take. A processor takes its time, and does not hang.
-    pub fn step_time_max(&self, on_device: bool) -> Option<Duration> {
-        self.step_timeout.or(on_device.then_some(DEVICE_STEP_TIME_MAX))
-    }
 }

@@ -1,6 +1,6 @@
 //! Values of flags.
 
-use std::time::Duration;
+use std::{net::Ipv6Addr, time::Duration};
 
 use clap::ValueEnum;
 use engine_kernels::KvDType;
@@ -268,10 +268,10 @@ pub(super) fn parse_namespace(text: &str) -> Result<String, String> {
     Ok(text.to_owned())
 }
 
-/// An origin as browsers name it, or what stands for all of them. Of anything else browsers would never speak.
+/// An origin as browsers name it, or what stands for all of them. What is refused would never match one.
 pub(super) fn parse_origin(text: &str) -> Result<String, String> {
-    // `null` is how they call pages without an origin, files among them.
-    if matches!(text, "*" | "null") {
+    // `null` is how they call pages without an origin, files among them, which in Electron and Cordova are `file://`.
+    if matches!(text, "*" | "null" | "file://") {
         return Ok(text.to_owned());
     }
     let expected = || {
@@ -288,20 +288,26 @@ pub(super) fn parse_origin(text: &str) -> Result<String, String> {
     };
     let address = host.strip_prefix('[').and_then(|host| host.strip_suffix(']'));
     let host_is_one = match address {
-        Some(address) => address.parse::<std::net::Ipv6Addr>().is_ok(),
+        Some(address) => address.parse::<Ipv6Addr>().is_ok(),
         None => !host.is_empty() && host.chars().all(|c| c.is_ascii_alphanumeric() || matches!(c, '-' | '.' | '_')),
     };
     let scheme_is_one = scheme.starts_with(|c: char| c.is_ascii_alphabetic())
         && scheme.chars().all(|c| c.is_ascii_alphanumeric() || matches!(c, '+' | '-' | '.'));
-    let port_is_one = port.is_none_or(|port| port.parse::<u16>().is_ok());
-    if !(scheme_is_one && host_is_one && port_is_one) {
+    // To parse it alone would let a sign pass.
+    let digits = |port: &str| port.bytes().all(|byte| byte.is_ascii_digit());
+    let number = port.filter(|port| digits(port)).and_then(|port| port.parse::<u16>().ok());
+    if !(scheme_is_one && host_is_one && number.is_some() == port.is_some()) {
         return Err(expected());
     }
-    match (scheme, port) {
-        // Browsers leave these out.
-        ("http", Some("80")) | ("https", Some("443")) => Ok(format!("{scheme}://{host}")),
-        _ => Ok(lower),
-    }
+    // In their words: the shortest of an address, and no port that goes without saying.
+    let host = match address.and_then(|address| address.parse::<Ipv6Addr>().ok()) {
+        Some(address) => format!("[{address}]"),
+        None => host.to_owned(),
+    };
+    Ok(match (scheme, number) {
+        ("http", Some(80)) | ("https", Some(443)) | (_, None) => format!("{scheme}://{host}"),
+        (_, Some(port)) => format!("{scheme}://{host}:{port}"),
+    })
 }
 
 #[cfg(test)]
@@ -356,12 +362,15 @@ mod tests {
         for (text, origin) in [
             ("*", "*"),
             ("null", "null"),
+            ("file://", "file://"),
             ("https://a.example", "https://a.example"),
             ("HTTPS://A.example", "https://a.example"),
             ("http://localhost:3000", "http://localhost:3000"),
             ("https://a.example:443", "https://a.example"),
             ("http://[::1]", "http://[::1]"),
             ("http://[::1]:8080", "http://[::1]:8080"),
+            ("http://[0:0::1]:080", "http://[::1]"),
+            ("http://a:08080", "http://a:8080"),
             ("chrome-extension://abcdef", "chrome-extension://abcdef"),
         ] {
             assert_eq!(parse_origin(text).as_deref(), Ok(origin));
@@ -373,6 +382,8 @@ mod tests {
             "https://a.example,https://b.example",
             "https://*.example",
             "https://a.example:x",
+            "https://a.example:+80",
+            "https://a.example:",
             "https://me@a.example",
             "https://",
             "a.example",

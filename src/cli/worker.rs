@@ -14,6 +14,9 @@ pub(super) const DEFAULT_PORT: u16 = 8000;
 /// read or refused need one too, and so does whoever asks whether the worker is there.
 const CONNECTIONS_BESIDE_REQUESTS: usize = 512;
 
+/// How long a step on a device may take, unless a flag says it. The largest take a second or two.
+const DEVICE_STEP_TIME_MAX: Duration = Duration::from_secs(300);
+
 /// Flags of a worker: decode, or with `--is-prefill-worker` prefill.
 #[derive(Debug, Args)]
 pub struct WorkerArgs {
@@ -28,6 +31,11 @@ pub struct WorkerArgs {
     /// A Jinja chat template to use instead of the model's own
     #[arg(long, value_name = "FILE", conflicts_with = "is_prefill_worker", help_heading = "Model")]
     pub chat_template: Option<PathBuf>,
+
+    /// Seconds that a step may take before its device is taken to hang, and the process ends; 0: as long as it likes
+    /// [default: 300 on a CUDA device, 0 on a CPU]
+    #[arg(long, value_name = "SECONDS", value_parser = parse_seconds, help_heading = "Engine")]
+    pub step_timeout: Option<Duration>,
 
     /// Requests that may wait for a place among the running ones; beyond that, 429
     #[arg(
@@ -149,6 +157,11 @@ impl WorkerArgs {
     /// The port to listen on: two workers of one host must not collide by default.
     pub fn port(&self) -> u16 {
         self.port.unwrap_or(if self.disagg.is_prefill_worker { 0 } else { DEFAULT_PORT })
+    }
+
+    /// How long a step may take. A processor takes its time, and does not hang.
+    pub fn step_time_max(&self, on_device: bool) -> Option<Duration> {
+        self.step_timeout.or(on_device.then_some(DEVICE_STEP_TIME_MAX))
     }
 
     /// Connections at a time.

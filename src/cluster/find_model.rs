@@ -4,7 +4,7 @@ use super::{Discovery, ModelKey, Role, WorkerCard, WorkerFilter};
 
 /// Why a prefill worker cannot take its model from the cluster.
 #[derive(Debug, thiserror::Error)]
-#[error("the cluster serves several models; say which with --model: {0}")]
+#[error("the cluster serves several models, or one by builds that differ; say which with --model: {0}")]
 pub struct SeveralModels(String);
 
 /// The card of a decode worker of the cluster's one model, for a prefill worker that was given none. Waits for a worker

@@ -55,7 +55,7 @@ impl Scheduler {
         }
     }
 
-    /// Lets sequences in, in order, while there are places, tokens in the budget and pages for all of the prompt: were
+    /// Lets sequences in, in order but for those too long for the pages beside those in quarantine, while there are places, tokens in the budget and pages for all of the prompt: were
     /// it let in with less, it would take what older prompts still need, and lose it again. A prompt that another
     /// worker computes needs no budget.
     fn plan_waiting(&mut self, plan: &mut StepPlan, router: &mut dyn Router) {
@@ -123,6 +123,7 @@ impl Scheduler {
         let slot = self.running[at];
         if pass == Pass::Prefills {
             let next = self.take_hits(at);
+            self.sequence_mut(slot).awaits_away = false;
             if next == Next::BeingComputed {
                 return;
             }
@@ -131,10 +132,12 @@ impl Scheduler {
                 self.hold(slot);
                 return;
             }
-            // One that would be sent away itself waits for the page that comes from there; one that is computed here is
-            // done sooner, and may be short.
-            if self.leaves(at, router) && (next == Next::Elsewhere || self.send_away(at, plan, router)) {
-                return;
+            if self.leaves(at, router) {
+                // It waits for the page that comes from there. One that is computed here is done sooner, and may be short.
+                self.sequence_mut(slot).awaits_away = next == Next::Elsewhere;
+                if next == Next::Elsewhere || self.send_away(at, plan, router) {
+                    return;
+                }
             }
         }
         let budget = self.budget - plan.tokens();
@@ -219,7 +222,7 @@ impl Scheduler {
             let arrival = sequence.arrival;
             let promises = |&other: &SlotId| {
                 let other = self.sequence(other);
-                let due = other.num_computed < (page + 1) * block_size;
+                let due = other.num_computed < (page + 1) * block_size && !other.awaits_away;
                 other.arrival < arrival && due && other.hashes.get(page) == Some(&hash)
             };
             return if self.running[..at].iter().any(promises) {
@@ -267,6 +270,12 @@ impl Scheduler {
     fn preempt(&mut self, at: usize, plan: &mut StepPlan) {
         let slot = self.running.remove(at);
         plan.preempt(slot);
+        self.wait_again(slot);
+    }
+
+    /// Has one that runs, and holds no pages yet, wait until there are pages for all of it.
+    pub fn step_back(&mut self, slot: SlotId) {
+        self.running.retain(|&other| other != slot);
         self.wait_again(slot);
     }
 

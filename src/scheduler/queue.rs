@@ -28,9 +28,9 @@ pub struct SchedulerLimits {
     pub max_sequences: usize,
 }
 
-/// Who runs and who waits. First come, first served: who waits enters in order of arrival, and the oldest that runs
-/// progresses in every step, because pages are taken from the youngest when they run out and the pool holds the longest
-/// sequence. Only pages that are lent or in quarantine can make it wait, and those come back.
+/// Who runs and who waits. First come, first served: who waits enters in order of arrival, but for one too long for the
+/// pages beside those in quarantine, and the oldest that runs progresses in every step, because pages are taken from the
+/// youngest when they run out and the pool holds the longest sequence. Only pages that are lent or in quarantine can make it wait, and those come back.
 ///
 /// A sequence whose prompt another worker computes is *away*: neither running nor waiting. It keeps its slot, its
 /// prefix hits and its place among the running ones, to which it returns.
@@ -140,9 +140,9 @@ impl Scheduler {
         self.running.first().map(|&slot| self.sequence(slot).arrival)
     }
 
-    /// Whether some of those that run still owe log-probabilities of their prompts.
+    /// Whether some of those that run, or the next to run, still owe log-probabilities of their prompts.
     pub fn owes_scores(&self) -> bool {
-        self.running.iter().any(|&slot| self.sequence(slot).owes_scores())
+        self.running.iter().chain(self.waiting.front()).any(|&slot| self.sequence(slot).owes_scores())
     }
 
     /// Whether there is nothing to compute.

@@ -307,6 +307,17 @@ fn a_short_prompt_does_not_wait_for_a_page_of_one_that_is_away() {
 }
 
 #[test]
+fn nor_for_one_that_waits_for_it() {
+    let mut fixture = Fixture::new(4, 100, 100);
+    let away = fixture.add((0..4).chain(100..117));
+    // It would be sent away as well, once it is known what it finds.
+    fixture.add((0..4).chain(200..217));
+    let short = fixture.add((0..4).chain([77]));
+    let (entries, loans) = fixture.step_with_worker();
+    assert_eq!((loans.len(), loans[0].slot, entries), (1, away, vec![(short, 0, 5)]));
+}
+
+#[test]
 fn a_prompt_too_long_beside_pages_in_quarantine_keeps_nobody_out() {
     let mut fixture = Fixture::new(4, 100, 10);
     let lost = fixture.add(0..17);

@@ -64,8 +64,8 @@ pub struct Engine<R> {
     cancellations: usize,
     /// Whether the last plan computed nothing, although somebody is here.
     held_up: bool,
-    /// Steps begun.
-    steps: u64,
+    /// Steps begun, and turns on which somebody was heard.
+    begun: u64,
 }
 
 /// What a turn that took what arrived goes on with.
@@ -128,7 +128,7 @@ impl<R: Runner> Engine<R> {
             constrained: 0,
             cancellations: 0,
             held_up: false,
-            steps: 0,
+            begun: 0,
         };
         engine.scheduler.cut_chunks_beside_decodes(engine.pace.chunk());
         engine.publish_gauges();
@@ -240,14 +240,18 @@ impl<R: Runner> Engine<R> {
             self.publish_gauges();
             // With nothing lent any more, what the others waited for has just come back.
             if self.lending.as_ref().is_some_and(Lending::is_open) {
-                match self.messages.recv_timeout(MAILBOX_PAUSE) {
+                let received = self.messages.recv_timeout(MAILBOX_PAUSE);
+                self.begin();
+                match received {
                     Ok(message) => self.take(message),
                     Err(RecvTimeoutError::Timeout) => {}
                     Err(RecvTimeoutError::Disconnected) => return Turn::Stop,
                 }
             } else if self.scheduler.is_empty() || self.lending.is_none() {
                 self.check_integrity();
-                match self.messages.recv() {
+                let received = self.messages.recv();
+                self.begin();
+                match received {
                     Ok(message) => self.take(message),
                     Err(_) => return Turn::Stop,
                 }
@@ -318,9 +322,14 @@ impl<R: Runner> Engine<R> {
         }
     }
 
+    /// Tells that there is something to do, other than what was to do before.
+    fn begin(&mut self) {
+        self.begun += 1;
+        self.shared.step.store(self.begun, Ordering::Relaxed);
+    }
+
     fn compute(&mut self) -> Result<(), RunnerError> {
-        self.steps += 1;
-        self.shared.step.store(self.steps, Ordering::Relaxed);
+        self.begin();
         let Self { runner, scheduler, terms, exports, step: Step { plan, batch, rows, out, times }, .. } = self;
         let (scheduler, terms, rows, plan) = (&*scheduler, &**terms, &*rows, &*plan);
         let launched = Instant::now();

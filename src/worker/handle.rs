@@ -157,7 +157,8 @@ pub(super) struct Shared {
     /// Counts generations that were dropped; the engine looks for them when it changes.
     pub(super) cancellations: Arc<AtomicUsize>,
     pub(super) stopping: AtomicBool,
-    /// The number of the step that is being computed, of all so far; 0 while the engine waits for work.
+    /// Another number whenever the engine goes on with something else, a step or what somebody said; 0 while it waits
+    /// for work.
     pub(super) step: AtomicU64,
     /// As of the latest step.
     pub(super) pending_tokens: AtomicUsize,
@@ -299,7 +300,7 @@ impl EngineHandle {
         }
     }
 
-    /// The number of the step that is being computed, if one is.
+    /// What the engine is at, a step or what somebody said, if anything: another number each time.
     pub(super) fn step_under_way(&self) -> Option<NonZeroU64> {
         NonZeroU64::new(self.shared.step.load(Ordering::Relaxed))
     }

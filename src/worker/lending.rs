@@ -355,7 +355,8 @@ impl Lending {
     }
 
     /// Takes back the pages of the youngest prompt that nobody has claimed yet, if those before it run out of pages:
-    /// nothing is lost with it, as there is with one that runs.
+    /// nothing is lost with it, as there is with one that runs. It waits until there are enough for all of them. The
+    /// mailbox is not looked into: what comes back may not be computed with before [`Lending::has_failed`] was asked.
     pub(super) fn make_room(&mut self, scheduler: &mut Scheduler) {
         if !self.is_open() || !scheduler.is_short() {
             return;
@@ -363,8 +364,13 @@ impl Lending {
         let arrival = |away: &&Away| scheduler.sequence(away.slot).arrival();
         let queued = self.away.iter().flatten().filter(|away| away.granted.is_none());
         let youngest = queued.filter(|away| scheduler.oldest().is_some_and(|oldest| oldest < arrival(away)));
-        if let Some(&Away { handoff, .. }) = youngest.max_by_key(arrival) {
-            self.on(LenderEvent::EnqueueFailed { handoff }, scheduler);
+        if let Some(&Away { slot, handoff, .. }) = youngest.max_by_key(arrival) {
+            let now = Instant::now();
+            self.lender.on(LenderEvent::EnqueueFailed { handoff }, now - self.started, &mut self.actions);
+            self.perform(scheduler, now);
+            if self.away[slot.index()].is_none() {
+                scheduler.step_back(slot);
+            }
         }
     }
 

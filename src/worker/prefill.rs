@@ -73,7 +73,7 @@ pub async fn run(mut cli: WorkerArgs, ready: impl FnOnce(Ready)) -> Result<()> {
         _ = signals.next() => bail!("interrupted while the model was loading"),
     };
     if expected.is_some_and(|expected| expected != loaded.key) {
-        bail!("{name} is not the same model here as in the cluster: its files differ");
+        bail!("{name} is not the same model here as in the cluster: its files differ, or these builds do");
     }
     let (model, key) = (loaded.card(&cli.engine, vec![name.clone()]), loaded.key);
     let on_device = loaded.is_on_device();
@@ -99,7 +99,7 @@ pub async fn run(mut cli: WorkerArgs, ready: impl FnOnce(Ready)) -> Result<()> {
         timeouts: BorrowerTimeouts::default(),
     };
     let engine = Engine::start(loaded.runner, loaded.config, metrics.engine.clone())?;
-    watchdog::watch(&engine, cli.engine.step_time_max(on_device));
+    watchdog::watch(&engine, cli.step_time_max(on_device));
     let (desk, notes) = Desk::new(Borrower::new(config), engine.clone(), layers, metrics.engine.handoffs.clone());
 
     let listener = bound.listen()?;

@@ -313,7 +313,10 @@ fn pages_of_a_prompt_that_nobody_has_claimed_go_to_those_that_came_before() {
     let decode = decode_with(EngineConfig { blocks: 12, max_model_len: 48, ..config() }, 8, lending);
     let (older, younger) = (request(0..5, 43), request(100..120, 3));
     let expected = [model_answer(&older, 48), model_answer(&younger, 48)];
+    // Both are there before the older one has more pages.
+    decode.control.close();
     let [mut older, mut younger] = [older, younger].map(|request| decode.handle.submit(request).unwrap());
+    decode.control.open();
     let handoff = decode.next_job();
     // The older one needs all of the pages in the end.
     let (events, reason, _) = block_on(collect(&mut older));

@@ -322,7 +322,7 @@ fn a_worker_whose_device_hangs_ends_and_its_answer_goes_on_elsewhere() {
     let hangs = folder.path().join("hangs");
     cell.set_environment(&[&format!("STANDIN_HANGS={}", hangs.display())]);
     let hanging = decode(&cell, &["--step-timeout", "2"]);
-    let frontend = cell.frontend(&[]);
+    let frontend = cell.frontend(&["--worker-patience", "120"]);
     wait_for_decode_workers(&frontend, 1);
     let request = streamed(&cell.prompt(1, 30), 60);
     let mut events = frontend.stream("/v1/completions", &request);
@@ -330,8 +330,8 @@ fn a_worker_whose_device_hangs_ends_and_its_answer_goes_on_elsewhere() {
     std::fs::write(&hangs, "").unwrap();
     cell.set_environment(&[]);
     let other = decode(&cell, &[]);
+    hanging.wait_until("it says why it ends", |hanging| hanging.log().contains("the device must hang"));
     assert_eq!(hanging.wait().code(), Some(1), "{}", hanging.log());
-    assert!(hanging.log().contains("the device must hang"), "{}", hanging.log());
     let text = |events: &[Value]| -> String {
         events.iter().filter_map(|event| event["choices"][0]["text"].as_str()).collect()
     };

@@ -30,7 +30,7 @@ pub(crate) enum Fault {
     Duplicate,
 }
 
-/// The one thing that goes wrong in a schedule, as soon as it can.
+/// The one fault that is planned in a schedule, as soon as it can.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Strike {
     /// A prefill worker dies when the last of a prompt's pages is written, and the word is not.

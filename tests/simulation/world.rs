@@ -233,7 +233,7 @@ impl World {
         world.finish()
     }
 
-    /// Plays one in which nothing goes wrong but this.
+    /// Plays one in which no fault is planned but this.
     pub(crate) fn play_with(seed: u64, strike: Strike, mutation: Option<Mutation>) -> Result<Tally, String> {
         let mut world = Self::new(seed, mutation, false);
         world.strike = Some(strike);

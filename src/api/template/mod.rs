@@ -68,8 +68,8 @@ pub enum TemplateError {
 pub struct RenderOptions<'a> {
     /// End the prompt with the opening of the assistant's answer.
     pub add_generation_prompt: bool,
-    /// Further variables (`chat_template_kwargs` of vLLM), such as Qwen3's `enable_thinking`. They cannot replace
-    /// `messages` and the other variables of [`RESERVED_NAMES`].
+    /// Further variables (`chat_template_kwargs` of vLLM), such as Qwen3's `enable_thinking`; none of
+    /// [`RESERVED_NAMES`], which whoever takes requests refuses.
     pub kwargs: Option<&'a serde_json::Map<String, serde_json::Value>>,
     /// What time it is, in seconds since 1970, so that a prompt can be rendered again later. `None`: now.
     pub now: Option<u64>,

@@ -30,7 +30,9 @@ impl<'de> Deserialize<'de> for Whole {
                     return Err(E::invalid_type(Unexpected::Float(value), &self));
                 }
                 if value.abs() >= EXACT_DOUBLES {
-                    return Err(E::custom(format_args!("{value} is too large to be written with a decimal point")));
+                    return Err(E::custom(format_args!(
+                        "{value} is too large, or too large to be written with a decimal point"
+                    )));
                 }
                 Ok(value as i64)
             }
