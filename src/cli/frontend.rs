@@ -31,7 +31,7 @@ pub struct FrontendArgs {
     )]
     pub api_key: Vec<String>,
 
-    /// Origins whose pages may ask from a browser, as https://app.example, or * for all; may be given several times
+    /// Origins whose pages may ask from a browser, as scheme://host:port each, or * for all; may be given several times
     #[arg(long, value_name = "ORIGIN", value_parser = parse_origin, help_heading = "Server")]
     pub allowed_origins: Vec<String>,
 
