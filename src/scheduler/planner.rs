@@ -55,9 +55,9 @@ impl Scheduler {
         }
     }
 
-    /// Lets sequences in, in order but for those too long for the pages beside those in quarantine, while there are places, tokens in the budget and pages for all of the prompt: were
-    /// it let in with less, it would take what older prompts still need, and lose it again. A prompt that another
-    /// worker computes needs no budget.
+    /// Lets sequences in while there are places, tokens in the budget and pages for all of the prompt: were one let in
+    /// with less, it would take what older prompts still need, and lose it again. They come in order, but for those too
+    /// long for the pages beside those in quarantine. A prompt that another worker computes needs no budget.
     fn plan_waiting(&mut self, plan: &mut StepPlan, router: &mut dyn Router) {
         while self.running.len() + self.away.len() < self.limits.max_num_seqs && plan.preempted() == 0 {
             let in_budget = plan.tokens() < self.budget;

@@ -307,27 +307,6 @@ fn compute(grant: Grant, prefill: &EngineHandle, control: &Arc<Control>, to: &Ar
 }
 
 #[test]
-fn pages_of_a_prompt_that_nobody_has_claimed_go_to_those_that_came_before() {
-    let lending =
-        LendingConfig { timeouts: LenderTimeouts { unclaimed: 1000 * MINUTE, ..PATIENT.timeouts }, ..PATIENT };
-    let decode = decode_with(EngineConfig { blocks: 12, max_model_len: 48, ..config() }, 8, lending);
-    let (older, younger) = (request(0..5, 43), request(100..120, 3));
-    let expected = [model_answer(&older, 48), model_answer(&younger, 48)];
-    // Both are there before the older one has more pages.
-    decode.control.close();
-    let [mut older, mut younger] = [older, younger].map(|request| decode.handle.submit(request).unwrap());
-    decode.control.open();
-    let handoff = decode.next_job();
-    // The older one needs all of the pages in the end.
-    let (events, reason, _) = block_on(collect(&mut older));
-    assert_eq!((events, reason), expected[0]);
-    let (events, reason, _) = block_on(collect(&mut younger));
-    assert_eq!((events, reason), expected[1]);
-    decode.says(ToDecode::Claim { handoff });
-    assert!(matches!(decode.hears(), ToPrefill::Gone { .. }));
-}
-
-#[test]
 fn a_prompt_prefilled_elsewhere_gets_the_same_answer() {
     let decode = decode(config(), 16);
     let (prefill, control) = start(config());
