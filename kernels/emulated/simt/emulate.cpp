@@ -97,11 +97,6 @@ enum class Wait : unsigned char { None, Predecessor, Block, Warp, Barrier, Over 
 
 struct Fiber {
     Context context;
-    Wait wait;
-    /// The line at which it waits.
-    int line;
-    /// Exchanges it has taken part in: their places take turns.
-    unsigned exchanges;
     /// Copies nobody has waited for yet, and groups of them that are complete.
     std::vector<Copy> copies;
     unsigned groups;
@@ -123,11 +118,19 @@ struct Warp {
 struct Machine {
     unsigned char* stacks;
     std::vector<Fiber> fibers{BLOCK_MAX};
+    /// Of each fiber, what is asked for at every turn, and so lies close together: what it waits for, at which line, and
+    /// how many exchanges it has taken part in, whose places take turns.
+    Wait waits[BLOCK_MAX];
+    int lines[BLOCK_MAX];
+    unsigned char exchanges[BLOCK_MAX];
     std::vector<Warp> warps{BLOCK_MAX / WARP};
     Context host;
     const Kernel* kernel = nullptr;
     void* const* args = nullptr;
-    unsigned threads = 0, arrived = 0, current = 0;
+    unsigned threads = 0, arrived = 0, current = 0, over = 0;
+    /// Threads go on in an order that visits each once: steps of a length that has no divisor in common with their
+    /// number.
+    unsigned step = 0;
     /// Stacks that have been made accessible: each takes two of the memory maps that a process has.
     unsigned ready = 0;
     /// With how many of those that have arrived, and that met last, the predicate held.
@@ -149,6 +152,8 @@ struct Machine {
     /// can go on without them; and one warp goes on only when no other can.
     bool early = false;
     unsigned slow_warp = ~0u;
+    /// Whether no other warp can go on.
+    bool slow_too = false;
 
     Machine() {
         shared_end = reserve_shared();
@@ -162,7 +167,25 @@ struct Machine {
     unsigned char* stack(unsigned i) { return stacks + i * (STACK + 4096) + 4096; }
     /// Where a fiber's stack begins: not at the same place of a page for all, which would be the same few cache lines.
     unsigned char* top(unsigned i) { return stack(i) + STACK - i * 320 % 4096 / 16 * 16; }
-    void yield() { Context::go(fibers[current].context, host); }
+    /// Lets the next thread that can go on be the current one. False if there is none.
+    bool pass_on() {
+        for (unsigned next = current, asked = 0; asked < threads; asked++) {
+            next += next + step < threads ? step : step - threads;
+            const bool slow = next / WARP == slow_warp;
+            if (waits[next] != Wait::None || (slow && !slow_too)) continue;
+            slow_too &= slow;
+            current = next;
+            threadIdx = {next, 0, 0};
+            return true;
+        }
+        return false;
+    }
+    /// Leaves the current thread for the next, without a detour, and from one place for all: so the processor foresees
+    /// where they go on, which is where they left. What nobody can go on without is the host's to do.
+    [[gnu::noinline]] void yield() {
+        Context& left = fibers[current].context;
+        Context::go(left, !error[0] && pass_on() ? fibers[current].context : host);
+    }
     bool run_block(unsigned long long order);
     bool let_follow();
     bool stuck();
@@ -198,7 +221,8 @@ void entry() {
         m.fail("a thread ends while products are under way");
     }
     if (!m.fibers[m.current].stored.empty()) m.fail("a thread ends that has not shown what it stored to products");
-    m.fibers[m.current].wait = Wait::Over;
+    m.waits[m.current] = Wait::Over;
+    m.over++;
     m.yield();
 }
 
@@ -206,8 +230,8 @@ void entry() {
 bool Machine::let_follow() {
     bool some = false;
     for (unsigned i = 0; predecessor && i < threads; i++) {
-        if (fibers[i].wait != Wait::Predecessor) continue;
-        fibers[i].wait = Wait::None;
+        if (waits[i] != Wait::Predecessor) continue;
+        waits[i] = Wait::None;
         some = true;
     }
     if (some) std::exchange(predecessor, nullptr)();
@@ -215,16 +239,12 @@ bool Machine::let_follow() {
 }
 
 bool Machine::stuck() {
-    unsigned waiting = 0, over = 0, first = 0;
-    for (unsigned i = 0; i < threads; i++) {
-        if (fibers[i].wait == Wait::Over) over++;
-        else if (!waiting++) first = i;
-    }
-    const bool phase = fibers[first].wait == Wait::Barrier;
+    const unsigned first = std::find_if(waits, waits + threads, [](Wait wait) { return wait != Wait::Over; }) - waits;
+    const bool phase = waits[first] == Wait::Barrier;
     std::snprintf(error, sizeof error,
                   "kernel %s, block (%u, %u, %u): thread %u waits at line %d for %s (%u wait, %u have ended)",
-                  kernel->name, blockIdx.x, blockIdx.y, blockIdx.z, first, fibers[first].line,
-                  phase ? "a phase that does not end" : "threads that do not come", waiting, over);
+                  kernel->name, blockIdx.x, blockIdx.y, blockIdx.z, first, lines[first],
+                  phase ? "a phase that does not end" : "threads that do not come", threads - over, over);
     return false;
 }
 
@@ -238,8 +258,8 @@ bool Machine::run_block(unsigned long long order) {
     }
     for (unsigned i = 0; i < threads; i++) {
         fibers[i].context.start(stack(i), top(i), entry);
-        fibers[i].wait = Wait::None;
-        fibers[i].exchanges = 0;
+        waits[i] = Wait::None;
+        exchanges[i] = 0;
         fibers[i].copies.clear();
         fibers[i].groups = 0;
         fibers[i].stored.clear();
@@ -255,33 +275,22 @@ bool Machine::run_block(unsigned long long order) {
     std::memset(shared_end - shared, 0xff, shared);
     std::fill(shown.end() - static_cast<std::ptrdiff_t>(shared), shown.end(), 0xff);
     chance = order;
-    // Threads go on in an order that visits each once: steps of a length that has no divisor in common with their
-    // number.
-    unsigned step = 1 + order % threads;
+    step = 1 + order % threads;
     while (std::gcd(step, threads) != 1) step++;
-    unsigned next = order / threads % threads, over = 0;
     step %= threads;
-    bool slow_too = false;
-    for (unsigned idle = 0; over < threads; next += next + step < threads ? step : step - threads) {
-        const bool slow = next / WARP == slow_warp;
-        if (fibers[next].wait != Wait::None || (slow && !slow_too)) {
-            if (++idle <= threads) continue;
-            idle = 0;
-            // Nobody can go on: now at last the slow warp does, or a box arrives, or the kernel before is run.
-            if (!slow_too && slow_warp != ~0u) {
-                slow_too = true;
-            } else if (!deliver() && !let_follow()) {
-                return stuck();
-            }
-            continue;
-        }
-        idle = 0;
-        slow_too &= slow;
-        current = next;
-        threadIdx = {next, 0, 0};
-        Context::go(host, fibers[next].context);
+    current = order / threads % threads;
+    over = 0;
+    slow_too = false;
+    for (;;) {
+        if (pass_on()) Context::go(host, fibers[current].context);
         if (error[0]) return false;
-        over += fibers[next].wait == Wait::Over;
+        if (over == threads) break;
+        // Nobody can go on: now at last the slow warp does, or a box arrives, or the kernel before is run.
+        if (!slow_too && slow_warp != ~0u) {
+            slow_too = true;
+        } else if (!deliver() && !let_follow()) {
+            return stuck();
+        }
     }
     return all_is_over();
 }
@@ -323,16 +332,15 @@ void follow() {
     }
     self.follows = true;
     if (!m.predecessor) return;
-    self.wait = Wait::Predecessor;
-    self.line = 0;
+    m.waits[m.current] = Wait::Predecessor;
+    m.lines[m.current] = 0;
     m.yield();
 }
 
 int meet_block(int line, bool predicate) {
     Machine& m = *machine;
-    Fiber& self = m.fibers[m.current];
-    self.wait = Wait::Block;
-    self.line = line;
+    m.waits[m.current] = Wait::Block;
+    m.lines[m.current] = line;
     m.holds += predicate;
     if (++m.arrived < m.threads) {
         m.yield();
@@ -342,12 +350,10 @@ int meet_block(int line, bool predicate) {
     m.arrived = 0;
     m.held = std::exchange(m.holds, 0);
     for (unsigned i = 0; i < m.threads; i++) {
-        if (m.fibers[i].line != line) {
-            std::snprintf(m.error, sizeof m.error, "kernel %s: threads meet at the barriers of lines %d and %d",
-                          m.kernel->name, line, m.fibers[i].line);
-            m.yield();
+        if (m.lines[i] != line) {
+            m.fail("threads meet at the barriers of lines %d and %d", line, m.lines[i]);
         }
-        m.fibers[i].wait = Wait::None;
+        m.waits[i] = Wait::None;
     }
     return m.held;
 }
@@ -355,15 +361,14 @@ int meet_block(int line, bool predicate) {
 unsigned char* slots() {
     Machine& m = *machine;
     // Whoever shows something for the next exchange has seen this one, but others may not have: two places take turns.
-    return m.warps[m.current / WARP].slots[m.fibers[m.current].exchanges++ % 2];
+    return m.warps[m.current / WARP].slots[m.exchanges[m.current]++ % 2];
 }
 
 void meet_warp(unsigned mask, int line) {
     Machine& m = *machine;
-    Fiber& self = m.fibers[m.current];
     Warp& warp = m.warps[m.current / WARP];
-    self.wait = Wait::Warp;
-    self.line = line;
+    m.waits[m.current] = Wait::Warp;
+    m.lines[m.current] = line;
     if (mask != ~0u) {
         std::snprintf(m.error, sizeof m.error, "kernel %s, line %d: only whole warps are emulated", m.kernel->name,
                       line);
@@ -371,15 +376,11 @@ void meet_warp(unsigned mask, int line) {
     }
     if (++warp.arrived < WARP) return m.yield();
     warp.arrived = 0;
-    for (unsigned lane = 0; lane < WARP; lane++) {
-        Fiber& fiber = m.fibers[m.current / WARP * WARP + lane];
-        if (fiber.line != line) {
-            std::snprintf(m.error, sizeof m.error, "kernel %s: lanes of a warp meet at lines %d and %d", m.kernel->name,
-                          line, fiber.line);
-            m.yield();
-        }
-        fiber.wait = Wait::None;
+    const unsigned first = m.current / WARP * WARP;
+    for (unsigned lane = first; lane < first + WARP; lane++) {
+        if (m.lines[lane] != line) m.fail("lanes of a warp meet at lines %d and %d", line, m.lines[lane]);
     }
+    std::fill_n(m.waits + first, WARP, Wait::None);
 }
 
 void copy_later(void* to, const void* from, bool valid) {

@@ -107,7 +107,7 @@ void Machine::end_phase(const void* barrier, BarrierState& state) {
     state.phase++;
     state.lacking = state.arrivals;
     for (unsigned i = 0; i < threads; i++) {
-        if (fibers[i].wait == Wait::Barrier && fibers[i].barrier == barrier) fibers[i].wait = Wait::None;
+        if (waits[i] == Wait::Barrier && fibers[i].barrier == barrier) waits[i] = Wait::None;
     }
 }
 
@@ -150,8 +150,8 @@ void wait_for(std::uint64_t* barrier, unsigned parity, int line) {
     Fiber& self = m.fibers[m.current];
     if (parity > 1) m.fail("a parity is 0 or 1");
     while (barrier_of(m, barrier).phase % 2 == parity) {
-        self.wait = Wait::Barrier;
-        self.line = line;
+        m.waits[m.current] = Wait::Barrier;
+        m.lines[m.current] = line;
         self.barrier = barrier;
         m.yield();
     }
