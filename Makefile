@@ -103,8 +103,6 @@ cuda: setup ## Build target/cuda/engine, with CUDA; fetches NVIDIA's compiler fr
 	@mkdir -p target/cuda && strip -o target/cuda/engine target/release/engine && ls -lh target/cuda/engine
 
 cuda-check: setup ## Compile the CUDA kernels and their driver; look at what became of the kernels. Needs no GPU; part of make test
-	CUDA_HOME="$$(scripts/fetch-nvcc.sh)" $(CARGO) clippy --workspace --features cuda --lib --bin engine --test device_pages \
-		--test device_doctor --locked -- -D warnings
 	scripts/check-kernels.sh
 
 gpu-check: cuda setup-services test-assets ## Make target/cuda/gpu-check and its archive, all that checks and measures a GPU, to be carried to one; runs the tests on a stand-in here

@@ -1,24 +1,33 @@
 #!/bin/sh
-# Compiles the CUDA kernels as the build does, and fails if one of them keeps local variables in memory (spills, or
-# arrays that are indexed in ways the compiler cannot see through): what should be registers would be traffic; or if
-# one that is made for tensor cores lacks their instructions, the loads that go with them, or asynchronous copies, or if
-# the compiler has products wait for each other that are made to go on by themselves, or has done afterwards what is
-# made to be done beside them; or, from compute capability 9.0 on, if one does not wait for the kernel before, or loads
-# something but weights before that. Prints what each uses.
+# Compiles the CUDA kernels and what drives them, with Clippy, and looks at what became of the kernels. Fails if one of
+# them keeps local variables in memory (spills, or arrays that are indexed in ways the compiler cannot see through): what
+# should be registers would be traffic; or if one that is made for tensor cores lacks their instructions, the loads that
+# go with them, or asynchronous copies, or if the compiler has done afterwards what is made to be done beside products;
+# or, from compute capability 9.0 on, if one does not wait for the kernel before, or loads something but weights before
+# that. Prints what each uses. (That products wait for each other which are made to go on by themselves, the build
+# refuses itself: kernels/build.rs.)
 set -eu
 cd "$(dirname "$0")/.."
 
 CUDA_HOME=$(scripts/fetch-nvcc.sh | tail -1)
+export CUDA_HOME
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 
-# compile <target> <source>: what its kernels use, and whether any keeps variables in memory.
-compile() {
-    "$CUDA_HOME/bin/nvcc" -std=c++17 -O3 -cubin -arch="sm_$1" -Xptxas -v "kernels/cuda/$2" -o "$work/kernels.cubin" \
-        2>"$work/said" || { cat "$work/said"; exit 1; }
-    # (C7510) and its like: "wgmma.mma_async instructions are serialized due to ...".
-    if grep 'Potential Performance Loss' "$work/said"; then exit 1; fi
-    "$CUDA_HOME/bin/cuobjdump" --dump-resource-usage "$work/kernels.cubin" >"$work/usage"
+# With these tests it is the build that they take: the kernels, which take minutes, are compiled once for both.
+cargo clippy --workspace --features cuda --lib --bin engine --test device_pages --test device_doctor --locked \
+    --message-format json-render-diagnostics -- -D warnings >"$work/built"
+built=$(sed -n 's/.*"reason":"build-script-executed".*#engine-kernels@.*"out_dir":"\([^"]*\)".*/\1/p' "$work/built")
+for kernels in kernels hopper; do
+    (cd "$work" && "$CUDA_HOME/bin/cuobjdump" -xelf all "$built/$kernels.fatbin" >/dev/null)
+done
+for target in 80 90 90a; do
+    mv "$work"/*.sm_$target.cubin "$work/$target.cubin"
+done
+
+# look_at <target>: what its kernels use, and whether any keeps variables in memory.
+look_at() {
+    "$CUDA_HOME/bin/cuobjdump" --dump-resource-usage "$work/$1.cubin" >"$work/usage"
     awk -v target="$1" '
         /^ *Function / { name = $2; sub(/:$/, "", name) }
         /REG:/ {
@@ -42,10 +51,10 @@ compile() {
 }
 
 for target in 80 90; do
-    compile "$target" kernels.cu
+    look_at "$target"
     # HMMA: mma. LDSM: ldmatrix, .MT88 where it transposes. LDGSTS: cp.async. (Products of quantised weights have it
     # too, for activations.)
-    "$CUDA_HOME/bin/cuobjdump" -sass "$work/kernels.cubin" | awk -v target="$target" '
+    "$CUDA_HOME/bin/cuobjdump" -sass "$work/$target.cubin" | awk -v target="$target" '
         /^\t\tFunction : / { name = $3; kernels[name] = 1 }
         / HMMA\.16816\.F32/ { found[name, "HMMA"]++ }
         / LDSM\.16\.M88\.4/ { found[name, "LDSM"]++ }
@@ -70,7 +79,7 @@ for target in 80 90; do
     # ACQBULK: griddepcontrol.wait. PREEXIT: griddepcontrol.launch_dependents. LDG, LDGSTS: loads of global memory; the
     # others that are looked for write there, or may. A product of few rows (kernels/cuda/skinny.cu) loads so many words
     # of weights before it waits, in so many loads, and nothing else; what goes by the plan, the plan.
-    "$CUDA_HOME/bin/cuobjdump" -sass "$work/kernels.cubin" | awk -v target="$target" '
+    "$CUDA_HOME/bin/cuobjdump" -sass "$work/$target.cubin" | awk -v target="$target" '
         /^\t\tFunction : / { name = $3; kernels[name] = 1 }
         / ACQBULK/ { waits[name]++ }
         / PREEXIT/ { if (waits[name]) starts[name]++ }
@@ -110,8 +119,8 @@ done
 # HGMMA: wgmma, .tnspB where the second operand lies across. UTMALDG.2D: copies of boxes. SYNCS: barriers that they
 # arrive at. USETMAXREG: registers left and taken. Attention weighs (MUFU.EX2) while values are multiplied: between the
 # wait for all groups of products but one (DEPBAR gsb0, 0x1), and that for all.
-compile 90a hopper.cu
-"$CUDA_HOME/bin/cuobjdump" -sass "$work/kernels.cubin" | awk '
+look_at 90a
+"$CUDA_HOME/bin/cuobjdump" -sass "$work/90a.cubin" | awk '
     /^\t\tFunction : / { name = $3; kernels[name] = 1 }
     / HGMMA\.64x(64|96|128|192|256)x16\.F32/ { found[name, "HGMMA"]++ }
     / HGMMA.*tnspB/ { found[name, "HGMMA across"]++ }
