@@ -42,7 +42,9 @@ test-assets: setup ## Fetch Qwen3's tokenizer for the tests, once
 
 test: setup-rdma demo-model test-assets ## Format check, all tests, those on RDMA devices and on an emulated CUDA device, lints, documentation, the OpenAI client
 	$(CARGO) fmt --all --check
-	$(CARGO) test --workspace --locked
+	$(CARGO) test --workspace --locked --no-run
+	@nice -n 19 scripts/build-ahead.sh & ahead=$$!; \
+	$(CARGO) test --workspace --locked || { kill $$ahead; exit 1; }; wait $$ahead
 	$(MAKE) --no-print-directory test-rdma lint cuda-check device-pages doc client
 
 test-rdma: setup-rdma ## The tests that need an RDMA device, in an emulated machine (QEMU) with soft-RoCE; part of make test
@@ -102,7 +104,7 @@ cuda: setup ## Build target/cuda/engine, with CUDA; fetches NVIDIA's compiler fr
 	CUDA_HOME="$$(scripts/fetch-nvcc.sh)" $(CARGO) build --release --locked --features cuda --bin engine
 	@mkdir -p target/cuda && strip -o target/cuda/engine target/release/engine && ls -lh target/cuda/engine
 
-cuda-check: setup ## Compile the CUDA kernels and their driver; look at what became of the kernels. Needs no GPU; part of make test
+cuda-check: setup ## Compile the CUDA kernels and lint what drives them; look at what became of the kernels. Needs no GPU; part of make test
 	scripts/check-kernels.sh
 
 gpu-check: cuda setup-services test-assets ## Make target/cuda/gpu-check and its archive, all that checks and measures a GPU, to be carried to one; runs the tests on a stand-in here

@@ -14,7 +14,7 @@ export CUDA_HOME
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 
-# With these tests it is the build that they take: the kernels, which take minutes, are compiled once for both.
+# It says where the build script has put the kernels.
 cargo clippy --workspace --features cuda --lib --bin engine --test device_pages --test device_doctor --locked \
     --message-format json-render-diagnostics -- -D warnings >"$work/built"
 built=$(sed -n 's/.*"reason":"build-script-executed".*#engine-kernels@.*"out_dir":"\([^"]*\)".*/\1/p' "$work/built")
