@@ -107,7 +107,7 @@ cuda: setup ## Build target/cuda/engine, with CUDA; fetches NVIDIA's compiler fr
 cuda-check: setup ## Compile the CUDA kernels and lint what drives them; look at what became of the kernels. Needs no GPU; part of make test
 	scripts/check-kernels.sh
 
-gpu-check: cuda setup-services test-assets ## Make target/cuda/gpu-check and its archive, all that checks and measures a GPU, to be carried to one; runs the tests on a stand-in here
+gpu-check: setup-services test-assets ## Make target/cuda/gpu-check and its archive, all that checks and measures a GPU, to be carried to one; runs the tests on a stand-in here
 	CUDA_HOME="$$(scripts/fetch-nvcc.sh)" scripts/build-gpu-check.sh
 	scripts/check-driver.sh
 

@@ -122,7 +122,7 @@ done
 look_at 90a
 "$CUDA_HOME/bin/cuobjdump" -sass "$work/90a.cubin" | awk '
     /^\t\tFunction : / { name = $3; kernels[name] = 1 }
-    / HGMMA\.64x(64|96|128|192|256)x16\.F32/ { found[name, "HGMMA"]++ }
+    / HGMMA\.64x(64|128|192|256)x16\.F32/ { found[name, "HGMMA"]++ }
     / HGMMA.*tnspB/ { found[name, "HGMMA across"]++ }
     / UTMALDG\.2D / { found[name, "UTMALDG"]++ }
     / SYNCS\.PHASECHK/ { found[name, "SYNCS"]++ }

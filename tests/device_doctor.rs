@@ -76,6 +76,21 @@ fn a_kernel_that_does_not_is_found_and_named() {
 
 #[test]
 #[ignore = "needs a stand-in for libcuda: make device-pages"]
+fn checks_after_one_that_breaks_the_device_have_processes_of_their_own() {
+    let (passed, findings) = doctor("--gpu=rowwise: ", |command| {
+        command.env("ENGINE_STANDIN_FAULTY_KERNEL", "rms_norm");
+    });
+    assert!(!passed, "{findings:?}");
+    let of = |level| findings.iter().filter(|finding| finding["level"] == level).map(seen).collect::<Vec<_>>();
+    let (failures, fine) = (of("failure"), of("ok"));
+    assert!(failures[0].contains("rms norms match the reference"), "{findings:?}");
+    assert!(failures[1].contains("does nothing more for this process"), "{findings:?}");
+    assert!(fine.iter().any(|seen| seen.starts_with("silu mul matches the reference")), "{findings:?}");
+    assert_eq!(findings.len(), 1 + 6 + 1, "{findings:?}");
+}
+
+#[test]
+#[ignore = "needs a stand-in for libcuda: make device-pages"]
 fn what_is_wrong_with_wgmma_can_be_done_without() {
     for without in [false, true] {
         let (passed, findings) = doctor("--gpu=bias", |command| {

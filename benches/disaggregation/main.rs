@@ -86,21 +86,24 @@ fn main() -> Result<()> {
     let mut report = Report::new(machine, options.device);
     let long = options.prompt_tokens;
     ensure!(long >= 200, "--prompt-tokens {long}: prompts so short are not handed off");
-    // If answers are wrong, how fast they come is worth knowing all the same.
-    let mut alike = Ok(());
+    // If answers are wrong, how fast they come is worth knowing all the same; and so with each of the others.
+    let mut ended = Ok(());
     if engine.device.is_some() {
-        alike = answers::compare(&engine, &models[0], long).map(|alike| report.answers(&alike));
-    }
-    if options.handoffs > 0 {
-        report.handoffs(&handoffs::measure(&engine, &models[0], long, options.handoffs)?);
+        ended = answers::compare(&engine, &models[0], long).map(|alike| report.answers(&alike));
     }
     if options.rounds > 0 {
         for model in &models {
-            report.streams(&streams::measure(&engine, model, options.rounds, options.prompts, long)?);
+            let seen = streams::measure(&engine, model, options.rounds, options.prompts, long);
+            ended = ended.and(seen.map(|seen| report.streams(&seen)));
         }
     }
+    if options.handoffs > 0 {
+        let rows = handoffs::measure(&engine, &models[0], long, options.handoffs);
+        ended = ended.and(rows.map(|rows| report.handoffs(&rows)));
+    }
+    ended?;
     if let Some(folder) = options.results {
         println!("written to {}", report.write(&folder)?.display());
     }
-    alike
+    Ok(())
 }

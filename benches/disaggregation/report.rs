@@ -141,32 +141,33 @@ fn write_row(
 
 fn write_streams(text: &mut String, seen: &Seen) -> std::fmt::Result {
     writeln!(text, "\n## {STREAMS} answers while prompts of {} tokens arrive: {}\n", seen.prompt, seen.model)?;
-    let why = if seen.interval > 1.0 { ": one a second would be more than it can compute" } else { "" };
     writeln!(
         text,
-        "A prompt takes {:.3} s where nothing else runs, and one arrives every {:.2} s{why}.",
+        "A prompt takes {:.3} s where nothing else runs, and one arrives every {:.2} s.",
         seen.alone, seen.interval
     )?;
     writeln!(text, "All rounds together; ITL is the time between two tokens of an answer, in milliseconds.\n")?;
     writeln!(
         text,
-        "| | ITL p50 / p99 / max, no prompts | ITL p50 / p99 / max, prompts arriving | tokens/s of the {STREAMS} | TTFT of the prompts, p50 / max, s |"
+        "| | ITL p50 / p99 / max, no prompts | ITL p50 / p99 / max, prompts arriving | tokens/s of the {STREAMS} | TTFT of the prompts, p50 / max, s | handed off |"
     )?;
-    writeln!(text, "| --- | --- | --- | --- | --- |")?;
+    writeln!(text, "| --- | --- | --- | --- | --- | --- |")?;
     let spread = |gaps: &[f64]| {
         let [p50, p99, max] = [50.0, 99.0, 100.0].map(|percent| percentile(gaps, percent) * 1e3);
-        format!("{p50:.1} / {p99:.1} / {max:.1}")
+        format!("{p50:.2} / {p99:.2} / {max:.2}")
     };
     for (setup, figures) in &seen.setups {
         writeln!(
             text,
-            "| {} | {} | {} | {:.0} | {:.2} / {:.2} |",
+            "| {} | {} | {} | {:.0} | {:.3} / {:.3} | {} of {} |",
             setup.name(),
             spread(&figures.quiet),
             spread(&figures.busy),
             median(&figures.tokens_per_second),
             median(&figures.first_token),
             percentile(&figures.first_token, 100.0),
+            figures.handed_off,
+            figures.first_token.len(),
         )?;
     }
     Ok(())

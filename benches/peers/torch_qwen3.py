@@ -5,12 +5,13 @@ a folder, which both sides load:
 
     python benches/peers/torch_qwen3.py --engine target/cuda/engine --tokenizer ~/.cache/engine/qwen3-tokenizer
 
-First both must mean the same model: transformers generates 64 tokens greedily, the engine says what it thinks of each
-(`echo` with log-probabilities), and it may be hardly further than PyTorch from what the same weights say in f32. (Texts
-that both generate by themselves part early: made-up weights find many tokens nearly as likely.) Then both are timed:
-decoding (PyTorch: a static cache, and the forward pass compiled into CUDA graphs), prefill (PyTorch: SDPA, which takes
-its flash kernel), and many requests at once, prompts and all (transformers: continuous batching; the engine: its
-server). Prints a page for benches/results, each row as it is measured, and what matters most first.
+Both are timed: prefill, and decoding, for which PyTorch has a static cache and the forward pass in a CUDA graph, once
+as it is and once compiled; the attention of a prompt by itself, by each of PyTorch's kernels for it; and, if `--requests`
+are asked for, many at once, prompts and all (transformers: continuous batching; the engine: its server). And both must
+mean the same model: transformers generates 64 tokens greedily, the engine says what it thinks of each (`echo` with
+log-probabilities), and it may be hardly further than PyTorch from what the same weights say in f32. (Texts that both
+generate by themselves part early: made-up weights find many tokens nearly as likely.) Prints a page for
+benches/results, each row as it is measured; what takes long comes last, as there may be no time for it.
 
 `--shape tiny --device cpu` goes through all of it where there is no GPU.
 """
@@ -41,6 +42,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import torch
 import torch._inductor.config
 import transformers
+from torch.nn.attention import SDPBackend
 from transformers import AutoModelForCausalLM, GenerationConfig, Qwen3Config, StaticCache
 
 SHAPES = {
@@ -176,31 +178,54 @@ def torch_prefill(model, tokens, rounds):
     return tokens / statistics.median(seconds[1:])
 
 
-@torch.inference_mode()
-def torch_decode(model, sequences, context, steps, rounds, compiled):
-    """Tokens a second: a static cache, and one compiled step fed with its own token."""
+@torch.no_grad()
+def torch_decode(model, sequences, context, steps, rounds, how):
+    """Tokens a second with a static cache: steps fed with their own token, launched one by one ("eager"), recorded in a
+    CUDA graph ("graph"), or compiled, which records them too ("compiled")."""
     cache = StaticCache(config=model.config, max_cache_len=context + steps + 1)
     prompt = torch.randint(model.config.vocab_size, (sequences, context), device=model.device)
+    # All in place: graphs know where things are.
+    token, position = prompt[:, -1:].clone(), torch.tensor([context], device=model.device)
 
-    def step(token, position):
+    def begin():
+        cache.reset()
+        model(prompt, past_key_values=cache, logits_to_keep=1, cache_position=torch.arange(context, device=model.device))
+        token.copy_(prompt[:, -1:])
+        position.fill_(context)
+
+    def following(token, position):
         logits = model(token, past_key_values=cache, cache_position=position, logits_to_keep=1).logits
         return logits[:, -1].argmax(-1, keepdim=True)
 
-    if compiled:
+    if how == "compiled":
         # Rather an error than a peer that silently does without graphs.
         if hasattr(torch._inductor.config.triton, "cudagraph_or_error"):
             torch._inductor.config.triton.cudagraph_or_error = True
-        step = torch.compile(step, mode="reduce-overhead", fullgraph=True, dynamic=False)
+        following = torch.compile(following, mode="reduce-overhead", fullgraph=True, dynamic=False)
+
+    def step():
+        token.copy_(following(token, position))
+        position.add_(1)
+
+    if how == "graph":
+        # What is recorded has to have run before, beside the stream that all else is on.
+        begin()
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            step()
+            step()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            step()
+        step = graph.replay
     rates = []
     for _ in range(rounds + 2):
-        # In place: the compiled step knows where the cache is.
-        cache.reset()
-        model(prompt, past_key_values=cache, logits_to_keep=1, cache_position=torch.arange(context, device=model.device))
-        token, position = prompt[:, -1:].clone(), torch.tensor([context], device=model.device)
+        begin()
         with Clock(model.device) as clock:
             for _ in range(steps):
-                token = step(token, position).clone()
-                position += 1
+                step()
         rates.append(sequences * steps / clock.seconds)
     return statistics.median(rates[2:])
 
@@ -263,16 +288,19 @@ def torch_serving(model, options):
     return statistics.median(rates[1:])
 
 
-def torch_attention(config, tokens, device, rounds):
-    """Milliseconds of the attention of one layer over a prompt, as SDPA computes it."""
+def torch_attention(config, tokens, device, backend, rounds):
+    """Milliseconds of the attention of one layer over a prompt, by one of SDPA's kernels."""
     shape = lambda heads: (1, heads, tokens, config.head_dim)
     make = lambda heads: torch.randn(shape(heads), device=device, dtype=torch.bfloat16)
     q, k, v = make(config.num_attention_heads), make(config.num_key_value_heads), make(config.num_key_value_heads)
-    times = []
-    for _ in range(rounds + 1):
-        with Clock(device) as clock:
-            torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-        times.append(clock.seconds * 1e3)
+    # Many in a row: one takes hardly longer than to launch it.
+    times, calls = [], 20 if device.type == "cuda" else 1
+    with torch.nn.attention.sdpa_kernel(backend):
+        for _ in range(rounds + 1):
+            with Clock(device) as clock:
+                for _ in range(calls):
+                    torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+            times.append(clock.seconds * 1e3 / calls)
     return statistics.median(times[1:])
 
 
@@ -301,7 +329,7 @@ def main():
     parser.add_argument("--context", type=int, default=512)
     parser.add_argument("--steps", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--requests", type=int, default=64, help="requests that are made at once")
+    parser.add_argument("--requests", type=int, default=64, help="requests that are made at once; 0: none are")
     parser.add_argument("--answer", type=int, default=128, help="tokens that each of them asks for")
     parser.add_argument("--rounds-serving", type=int, default=2)
     parser.add_argument("--max-num-batched-tokens", type=int, default=8192)
@@ -327,56 +355,79 @@ def main():
         print(text, file=sys.stderr, flush=True)
         notes.append(text)
 
-    agree, served = True, math.nan
-    try:
-        with Server(options, str(folder), ours) as server:
-            lines, agree = agreement(model, server)
-            say("\n".join(lines))
-            served = engine_serving(server, model, options)
-    except Exception as error:  # Of whatever kind: there are other rows.
-        note(f"asking the engine's server failed: {type(error).__name__}: {error}")
+    backends = [SDPBackend.FLASH_ATTENTION]
+    if options.device == "cuda":
+        # What SDPA chooses by itself from PyTorch 2.11 on.
+        backends.append(SDPBackend.CUDNN_ATTENTION)
+    for tokens in prefill:
+        for backend in backends:
+            what = f"PyTorch's attention of one layer over {tokens:,} tokens, {backend.name}"
+            try:
+                milliseconds = torch_attention(model.config, tokens, device, backend, options.rounds)
+            except Exception as error:  # Of whatever kind: there are other rows.
+                note(f"{what}, failed: {type(error).__name__}: {error}")
+                continue
+            # Two operations each of a product of two, for half of all pairs.
+            rate = 2 * tokens * (tokens + 1) * model.config.num_attention_heads * model.config.head_dim / milliseconds / 1e9
+            say(f"- {what}: {milliseconds:.3f} ms, {rate:,.0f} Tflop/s")
+
     first, failure = engine_bench(options, str(folder), ours, prefill, decode)
     if failure:
         note(failure)
-
     say("\n| | engine, tokens/s | PyTorch, tokens/s | ratio | engine, GB/s read |\n| --- | --- | --- | --- | --- |")
 
-    def say_row(kind, size, measure):
+    def say_row(kind, size, how, measure):
         row = first.get((kind, size), {})
         try:
             theirs = measure()
         except Exception as error:  # Of whatever kind: there are other rows.
-            note(f"PyTorch's {kind} of {size:,} failed: {type(error).__name__}: {error}")
+            note(f"PyTorch's {kind} of {size:,}, {how}, failed: {type(error).__name__}: {error}")
             theirs = math.nan
         what = f"prefill of {size:,} tokens" if kind == "prefill" else f"decode, {size} at {options.context} tokens"
         rate, read = row.get("tokens_per_second", math.nan), row.get("gigabytes_read_per_second")
-        say(f"| {what} | {rate:,.0f} | {theirs:,.0f} | {rate / theirs:.2f}× | {f'{read:,.0f}' if read else '–'} |")
+        ratio, read = f"{rate / theirs:.2f}×", f"{read:,.0f}" if read else "–"
+        say(f"| {what}; PyTorch: {how} | {rate:,.0f} | {theirs:,.0f} | {ratio} | {read} |")
 
-    def say_decode(sequences):
+    def say_decode(sequences, how, words):
         shape = sequences, options.context, options.steps, options.rounds
-        say_row("decode", sequences, lambda: torch_decode(model, *shape, compiled=options.device == "cuda"))
+        say_row("decode", sequences, words, lambda: torch_decode(model, *shape, how))
 
-    # Compiling takes PyTorch longest, so the largest batches come last.
-    for sequences in decode[:2]:
-        say_decode(sequences)
+    # Launched one by one, on both sides.
     for tokens in prefill:
-        say_row("prefill", tokens, lambda: torch_prefill(model, tokens, options.rounds))
-    theirs = torch_serving(model, options)
-    what = f"{options.requests} requests at once, {options.context} + {options.answer} tokens each, HTTP and prefill too"
-    if isinstance(theirs, str):
-        note(theirs)
-        say(f"| {what} | {served:,.0f} | – | – | – |")
+        say_row("prefill", tokens, "eager", lambda: torch_prefill(model, tokens, options.rounds))
+    if options.device == "cuda":
+        for sequences in decode:
+            say_decode(sequences, "graph", "static cache, a CUDA graph")
+        # It takes long for each number of sequences.
+        for sequences in decode[:2]:
+            say_decode(sequences, "compiled", "static cache, compiled")
     else:
-        say(f"| {what} | {served:,.0f} | {theirs:,.0f} | {served / theirs:.2f}× | – |")
-        if options.device == "cuda" and importlib.util.find_spec("flash_attn") is None:
-            note("transformers' continuous batching has no flash kernel here (`flash_attn` is not installed): its "
-                 "attention is SDPA with a mask over gathered pages, and it launches kernels without CUDA graphs")
-    for sequences in decode[2:]:
-        say_decode(sequences)
-    say("\n" + "".join(f"- {note}\n" for note in notes), end="")
-    for tokens in prefill:
-        milliseconds = torch_attention(model.config, tokens, device, options.rounds)
-        say(f"- PyTorch's attention of one layer over {tokens:,} tokens: {milliseconds:.3f} ms")
+        for sequences in decode:
+            say_decode(sequences, "eager", "static cache, eager")
+
+    agree, served = True, math.nan
+    try:
+        with Server(options, str(folder), ours) as server:
+            lines, agree = agreement(model, server)
+            say("\n" + "\n".join(lines))
+            if options.requests:
+                served = engine_serving(server, model, options)
+    except Exception as error:  # Of whatever kind: there are other rows.
+        note(f"asking the engine's server failed: {type(error).__name__}: {error}")
+    if options.requests:
+        theirs = torch_serving(model, options)
+        what = f"{options.requests} requests at once, {options.context} + {options.answer} tokens each, HTTP and prefill too"
+        if isinstance(theirs, str):
+            note(theirs)
+            say(f"- {what}: the engine gives {served:,.0f} tokens/s")
+        else:
+            say(f"- {what}: the engine gives {served:,.0f} tokens/s, transformers' continuous batching {theirs:,.0f} "
+                f"({served / theirs:.2f}×)")
+            if options.device == "cuda" and importlib.util.find_spec("flash_attn") is None:
+                note("transformers' continuous batching has no flash kernel here (`flash_attn` is not installed): its "
+                     "attention is SDPA with a mask over gathered pages, and it launches kernels without CUDA graphs")
+    for text in notes:
+        say(f"- {text}")
     # What PyTorch keeps for later is what the engine needs now.
     torch.compiler.reset()
     gc.collect()

@@ -278,7 +278,6 @@ __device__ __forceinline__ void multiply_held(float (&sums)[COUNT], const unsign
     };
 #define MULTIPLY_BY(T, TYPE)                                                                                           \
     MULTIPLY(T, TYPE, 32, "64", "32", "33", "34", "35", "36")                                                          \
-    MULTIPLY(T, TYPE, 48, "96", "48", "49", "50", "51", "52")                                                          \
     MULTIPLY(T, TYPE, 64, "128", "64", "65", "66", "67", "68")                                                         \
     MULTIPLY(T, TYPE, 96, "192", "96", "97", "98", "99", "100")                                                        \
     MULTIPLY(T, TYPE, 128, "256", "128", "129", "130", "131", "132")

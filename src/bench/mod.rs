@@ -22,6 +22,8 @@ use report::{Report, Row};
 
 /// Rounds that are not counted: they meet memory that nobody has touched, and steps that were not recorded yet.
 const ROUNDS_UNCOUNTED: usize = 1;
+/// How long prompts are computed before anything counts: the clocks of a device that was idle take a while to rise.
+const WARM_UP: Duration = Duration::from_millis(500);
 /// Steps that a sequence may be ahead of the one that is watched.
 const LEAD_MAX: usize = 256;
 
@@ -34,6 +36,10 @@ pub async fn run(mut args: BenchArgs) -> Result<()> {
     let report = Report { json: args.json };
     report.start(&alone, &args);
     let mut prompts = Prompts { vocabulary: alone.engine.limits().vocab_size as u64, state: 0 };
+    let started = Instant::now();
+    while started.elapsed() < WARM_UP {
+        token(&mut alone.engine.submit(request(prompts.next(args.context), 1))?).await?;
+    }
     for (index, &tokens) in args.prefill.iter().enumerate() {
         let seconds = prefill(&alone, &mut prompts, tokens, args.rounds).await?;
         report.print(&Row::prefill(tokens, &seconds), index == 0);

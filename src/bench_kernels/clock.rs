@@ -1,5 +1,7 @@
 //! Times of work on a device.
 
+use std::time::{Duration, Instant};
+
 use anyhow::Result;
 use engine_kernels::Backend;
 use engine_kernels::cuda::{CudaBackend, Device, Driver, DriverError};
@@ -15,6 +17,8 @@ const REPLAYS_MAX: usize = 100;
 const MEASUREMENTS: usize = 5;
 /// Milliseconds of a measurement, as far as calls and replays decide.
 const ENOUGH_MS: f64 = 10.0;
+/// How long a device that was idle is kept busy before anything counts: its clocks take a while to rise.
+const WARM_UP: Duration = Duration::from_secs(1);
 
 /// A device, and how fast it copies.
 pub(super) struct Clock {
@@ -33,7 +37,12 @@ impl Clock {
         let mut out = clock.backend.activations(rows, cols);
         let all: Vec<u32> = (0..rows as u32).collect();
         // Of all rows in order, of which the device is told nothing.
-        let time = clock.time(|backend, _| backend.select_rows(&x, &all, &mut out))?;
+        let mut copy = |backend: &mut Cuda| backend.select_rows(&x, &all, &mut out);
+        let started = Instant::now();
+        while !is_small && started.elapsed() < WARM_UP {
+            clock.about(&mut copy)?;
+        }
+        let time = clock.time(|backend, _| copy(backend))?;
         clock.bandwidth = (2 * rows * cols * 4) as f64 / time.milliseconds / 1e6;
         Ok(clock)
     }

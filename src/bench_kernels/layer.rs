@@ -110,7 +110,7 @@ impl<'a, D: Driver> Step<'a, D> {
         Ok(Self { batch, layers, size })
     }
 
-    /// Enqueues all of it, if it decodes.
+    /// Enqueues all of it, but for logits that nobody asks for.
     #[cfg(feature = "cuda")]
     pub(super) fn enqueue(&mut self, backend: &mut CudaBackend<D>) {
         let Self { batch, layers, .. } = self;
@@ -119,7 +119,9 @@ impl<'a, D: Driver> Step<'a, D> {
             (0..layers.shape.layers).for_each(|layer| layers.layer(backend, batch, layer));
             layers.norm(backend);
         });
-        layers.logits(backend, &batch.logit_rows, 0);
+        if !batch.logit_rows.is_empty() {
+            layers.logits(backend, &batch.logit_rows, 0);
+        }
     }
 
     /// Computes as many layers as there are copies of pages, so that there is something in them: with nothing but zeros

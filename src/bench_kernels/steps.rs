@@ -1,4 +1,4 @@
-//! Whole decoding steps; the kernels of their layers, and of prompts', each by itself.
+//! Whole steps that decode and of prompts, and the kernels of their layers, each by itself.
 
 use anyhow::{Result, ensure};
 use engine_kernels::cuda::{Device, Driver, Noted};
@@ -7,7 +7,7 @@ use super::Shape;
 use super::clock::Clock;
 use super::layer::{Kernels, Step};
 use super::model::Model;
-use super::row::{MMA_PER_MS, Work};
+use super::row::{MMA_PER_MS, WGMMA_PER_MS, Work};
 use super::work::Purpose;
 
 /// Sequences, and tokens of each: what matters most first, as there may be no time for all.
@@ -26,7 +26,14 @@ pub(super) fn measure(clock: &mut Clock, shape: Shape, model: &Model<Device>) ->
     for &[tokens, cached] in prompts {
         let mut step = Step::prompt(&mut clock.backend, shape, model, [tokens, cached])?;
         step.fill(&mut clock.backend);
-        kernels(clock, &format!("{}: {tokens} of a prompt behind {cached}", shape.name), &mut step)?;
+        let what = format!("{}: {tokens} of a prompt behind {cached}", shape.name);
+        let time = clock.time_with_host(|backend| step.enqueue(backend))?;
+        let weights = shape.layers * shape.layer_weights();
+        let operations = 2 * tokens * weights + shape.layers * step.size.attention_operations();
+        let bytes = 2 * weights + shape.layers * step.size.pages_bytes();
+        let per_ms = if clock.backend.driver().has_wgmma() { WGMMA_PER_MS } else { MMA_PER_MS };
+        clock.print(&format!("{what}: a step without logits"), time, Work { bytes, operations, per_ms });
+        kernels(clock, &what, &mut step)?;
     }
     between.iter().try_for_each(|&size| decode(clock, shape, model, size))
 }

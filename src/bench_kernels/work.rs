@@ -46,6 +46,11 @@ impl Size {
         2 * NARROW * self.tokens * self.shape.heads.kv_heads * self.shape.heads.head_dim
     }
 
+    /// Of attention in a layer: multiplications and additions, of queries by keys and of weights by values.
+    pub(super) fn attention_operations(&self) -> usize {
+        4 * self.pairs * self.shape.heads.q_width()
+    }
+
     /// What the kernels of a layer do, one by one.
     pub(super) fn of_layer(&self, kernels: &[Noted]) -> Result<Vec<Purpose>> {
         let Shape { hidden, ffn, heads, .. } = self.shape;
@@ -66,7 +71,7 @@ impl Size {
     }
 
     fn of(&self, kernels: &[Noted], products: &[Product]) -> Result<Vec<Purpose>> {
-        let Self { rows, pairs, shape: Shape { hidden, ffn, heads, .. }, .. } = *self;
+        let Self { rows, shape: Shape { hidden, ffn, heads, .. }, .. } = *self;
         let (qkv, q) = (heads.qkv_width(), heads.q_width());
         // Those to come, and the last one.
         let mut products = products.iter();
@@ -100,7 +105,7 @@ impl Size {
                 }
                 _ if kernel.contains("attention_") => {
                     let read = if is_rotated { q } else { qkv };
-                    ("attention", WIDE * read + made * q, self.pages_bytes(), 4 * pairs * q)
+                    ("attention", WIDE * read + made * q, self.pages_bytes(), self.attention_operations())
                 }
                 _ if kernel.starts_with("round_rows_") => {
                     let cols = products.as_slice().first().map_or(0, |product| product.cols);

@@ -34,7 +34,7 @@ using Result = int;
 using Pointer = unsigned long long;
 constexpr Result SUCCESS = 0, INVALID_VALUE = 1, OUT_OF_MEMORY = 2, INVALID_CONTEXT = 201, NOT_FOUND = 500;
 constexpr Result NOT_READY = 600;
-constexpr Result LAUNCH_FAILED = 719, NOT_SUPPORTED = 801, CAPTURE_INVALIDATED = 901;
+constexpr Result ILLEGAL_ADDRESS = 700, LAUNCH_FAILED = 719, NOT_SUPPORTED = 801, CAPTURE_INVALIDATED = 901;
 
 std::recursive_mutex everything;
 std::string last_error = "stand-in libcuda";
@@ -116,9 +116,12 @@ bool is_ours(const simt::Kernel* kernel) { return std::strncmp(kernel->name, "fa
 
 /// A kernel that does nothing, for who wants to see that this is noticed.
 const char* const dead_kernel = std::getenv("ENGINE_STANDIN_DEAD_KERNEL");
+/// A kernel that touches what is nobody's, after which a device does nothing more for the process.
+const char* const faulty_kernel = std::getenv("ENGINE_STANDIN_FAULTY_KERNEL");
 
 Result run(const Call& call) {
     if (dead_kernel && !std::strcmp(dead_kernel, call.kernel->name)) return SUCCESS;
+    if (faulty_kernel && !std::strcmp(faulty_kernel, call.kernel->name)) return ILLEGAL_ADDRESS;
     std::vector<void*> args;
     for (const auto& map : call.maps) args.push_back(const_cast<TensorMap*>(&map));
     for (const auto& cell : call.cells) args.push_back(const_cast<unsigned long long*>(&cell));
@@ -484,7 +487,8 @@ CALL(cuModuleUnload, Module* module) {
 // Both modules have all kernels.
 CALL(cuModuleGetFunction, Function** made, Module* module, const char* name) {
     const simt::Kernel* kernel = simt::find(name);
-    return kernel ? *made = module->add(kernel), SUCCESS : NOT_FOUND;
+    // As many calls do, it tells of what has failed before.
+    return broken ? broken : kernel ? *made = module->add(kernel), SUCCESS : NOT_FOUND;
 }
 CALL(cuModuleGetFunctionCount, unsigned* count, void*) {
     *count = 0;

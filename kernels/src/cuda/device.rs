@@ -9,7 +9,7 @@ use std::sync::Arc;
 use cudarc::driver::{CudaContext, CudaEvent, CudaGraph, CudaStream, result, sys};
 
 use super::driver::{ARGS_MAX, Address, Arg, Boxes, Driver, DriverError, HostMemory, Launch, Memory, TensorMap};
-use super::modules::Modules;
+use super::modules::{Modules, is_set};
 use super::mover::{DeviceMover, id_of};
 use super::moving::{DeviceId, Mover};
 
@@ -20,6 +20,9 @@ const CUDA_VERSION_MIN: i32 = 13_000;
 const CAPABILITY_MIN: (i32, i32) = (8, 0);
 /// The oldest devices that start a kernel while the one before still runs (`follow` of `kernels/cuda/common.cuh`).
 const CAPABILITY_TO_START_EARLY: (i32, i32) = (9, 0);
+/// Set, and not empty: there too, a kernel starts when the one before has ended, for whoever wants to know whether that
+/// is what errs.
+const WITHOUT_EARLY_START: &str = "ENGINE_CUDA_WITHOUT_EARLY_START";
 /// Columns of a box of a matrix.
 const BOX_COLS: u32 = 64;
 
@@ -31,6 +34,7 @@ pub struct Device {
     name: String,
     processors: usize,
     capability: (i32, i32),
+    starts_early: bool,
     id: DeviceId,
 }
 
@@ -144,7 +148,8 @@ impl Device {
         }
         let id = id_of(context.cu_device()).map_err(unavailable)?;
         let modules = Modules::load(capability).during(|| format!("loading the kernels on {name}"))?;
-        Ok(Self { context, stream, modules, name, processors, capability, id })
+        let starts_early = capability >= CAPABILITY_TO_START_EARLY && !is_set(WITHOUT_EARLY_START);
+        Ok(Self { context, stream, modules, name, processors, capability, starts_early, id })
     }
 
     /// What it is, for people: its name, what it can do, and what its driver is for.
@@ -315,6 +320,9 @@ impl Driver for Device {
 
     fn write(&self, from: &[u8], to: Address) -> Result<(), DriverError> {
         self.bind()?;
+        if from.is_empty() {
+            return Ok(());
+        }
         // SAFETY: the caller's address of as much memory. `from` stays until the copy is over: it is waited for.
         let copied = unsafe { result::memcpy_htod_async(to.0, from, self.stream.cu_stream()) };
         copied.during(|| format!("copying {} bytes to the device", from.len()))?;
@@ -324,6 +332,9 @@ impl Driver for Device {
     fn read(&self, from: Address, to: &mut [u8]) -> Result<(), DriverError> {
         self.bind()?;
         let bytes = to.len();
+        if bytes == 0 {
+            return Ok(());
+        }
         // SAFETY: the caller's address of as much memory. `to` stays until the copy is over: it is waited for.
         let copied = unsafe { result::memcpy_dtoh_async(to, from.0, self.stream.cu_stream()) };
         copied.during(|| format!("copying {bytes} bytes from the device"))?;
@@ -386,7 +397,7 @@ impl Driver for Device {
             sharedMemBytes: launch.shared as u32,
             hStream: self.stream.cu_stream(),
             attrs: &raw mut early,
-            numAttrs: u32::from(self.capability >= CAPABILITY_TO_START_EARLY),
+            numAttrs: u32::from(self.starts_early),
         };
         // SAFETY: the emulated driver, which all launches are tested on, compares arguments with what kernels take, and
         // faults where they leave the memory they were given; and it starts kernels early, too.

@@ -1,6 +1,7 @@
 //! Steps that are recorded once and replayed from then on, and what happens if one cannot be recorded.
 
 use std::collections::HashMap;
+use std::panic::{self, AssertUnwindSafe};
 
 use super::backend::CudaBackend;
 use super::buffer::bytes_of;
@@ -148,10 +149,14 @@ impl<D: Driver> CudaBackend<D> {
     pub fn record(&mut self, operations: &mut dyn FnMut(&mut Self)) -> Result<D::Graph, DriverError> {
         self.stream.driver().begin_capture()?;
         self.graphs.recording = true;
-        operations(self);
+        let ended = panic::catch_unwind(AssertUnwindSafe(|| operations(self)));
         self.graphs.recording = false;
-        // Whatever failed in between: until it is ended, the stream takes no other work.
+        // Whatever failed in between: until it is ended, the stream takes no other work, nor this thread's context any
+        // memory.
         let graph = self.stream.driver().end_capture();
+        if let Err(panicked) = ended {
+            panic::resume_unwind(panicked);
+        }
         self.stream.forgive().map_or(graph, Err)
     }
 

@@ -21,6 +21,11 @@ const WITHOUT_WGMMA: &str = "ENGINE_CUDA_WITHOUT_WGMMA";
 /// Shared memory that a block gets without asking first.
 const SHARED_BYTES: usize = 48 << 10;
 
+/// Whether an environment variable is set, and not empty.
+pub(super) fn is_set(variable: &str) -> bool {
+    std::env::var_os(variable).is_some_and(|value| !value.is_empty())
+}
+
 /// What is loaded on a device. Its context is the current one whenever something is asked of it.
 pub(super) struct Modules {
     base: sys::CUmodule,
@@ -37,7 +42,7 @@ impl Modules {
             // SAFETY: a fatbin, which says itself where it ends.
             unsafe { result::module::load_data(kernels.0.as_ptr().cast()) }
         };
-        let refused = std::env::var_os(WITHOUT_WGMMA).is_some_and(|value| !value.is_empty());
+        let refused = is_set(WITHOUT_WGMMA);
         if capability == HOPPER && refused {
             tracing::warn!("{WITHOUT_WGMMA} is set: longer steps are computed by slower kernels");
         }
@@ -65,9 +70,16 @@ impl Modules {
         }
         let not_found = DriverError(sys::CUresult::CUDA_ERROR_NOT_FOUND);
         let name = CString::new(kernel).map_err(|_| not_found)?;
-        // SAFETY: the modules stay loaded until `unload`.
-        let mut found = self.all().map(|module| unsafe { result::module::get_function(module, name.clone()) });
-        let function = found.find_map(Result::ok).ok_or(not_found)?;
+        // One of the modules has it. That one has it not is no error; any other is the device's, of what it did before.
+        let mut found = Err(not_found);
+        for module in self.all() {
+            // SAFETY: the modules stay loaded until `unload`.
+            found = unsafe { result::module::get_function(module, name.clone()) };
+            if !matches!(found, Err(error) if error == not_found) {
+                break;
+            }
+        }
+        let function = found?;
         if shared > SHARED_BYTES {
             let most = sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
             // SAFETY: a function of such a module.

@@ -12,6 +12,7 @@ use cudarc::driver::{CudaContext, CudaStream, result, sys};
 
 use super::device::{During, bind};
 use super::driver::{Address, DriverError};
+use super::modules::is_set;
 use super::moving::{AdapterAccess, CopySpan, CopyStream, DeviceId, IpcHandle, Mark, Mover};
 use crate::KvRegion;
 
@@ -140,7 +141,8 @@ impl Mover for DeviceMover {
     fn stream(&self) -> Result<Box<dyn CopyStream>, DriverError> {
         self.bind()?;
         let stream = self.context.new_stream().during(|| "making a stream".into())?;
-        Ok(Box::new(Copies { context: self.context.clone(), stream, in_batches: Cell::new(true) }))
+        let in_batches = Cell::new(!is_set(WITHOUT_BATCHES));
+        Ok(Box::new(Copies { context: self.context.clone(), stream, in_batches }))
     }
 
     fn lock(&self, region: &KvRegion) -> Result<(), DriverError> {
@@ -254,6 +256,9 @@ impl Mover for DeviceMover {
 
 /// Most copies of one call. Drivers have been seen to fail at fifty thousand (vllm-project/vllm#49276).
 const BATCH_MAX: usize = 1024;
+/// Set, and not empty: copies are enqueued one by one, for whoever has found that the driver errs where it is told many
+/// in one call.
+const WITHOUT_BATCHES: &str = "ENGINE_CUDA_WITHOUT_BATCHES";
 
 /// A second stream. It does not wait for the first, nor the first for it.
 struct Copies {

@@ -82,8 +82,7 @@ fn narrowing_bound(parts: &[Matrix<'_>], x: &[f32], narrow: DType) -> Vec<f32> {
 
 /// The weights as the backend has them, read back through its embedding. What it may make of a file's weights is a
 /// question for the embedding's test; here it is taken as given, so that products can be held to little.
-fn as_kept<B: Subject>(parts: &[Matrix<'_>]) -> Vec<f32> {
-    let mut backend = B::any();
+fn as_kept<B: Subject>(backend: &mut B, parts: &[Matrix<'_>]) -> Vec<f32> {
     let weight = backend.linear_weight(parts).unwrap();
     let rows = parts.iter().map(Matrix::rows).sum::<usize>();
     let mut out = backend.activations(rows, parts[0].cols());
@@ -96,7 +95,8 @@ fn has_integers(dtype: DType) -> bool {
 }
 
 fn check<B: Subject>(parts: &[Matrix<'_>], x: &[f32], bias: Option<&[f32]>, what: &str) {
-    let ours = product(&mut B::any(), parts, x, bias);
+    let mut backend = B::any();
+    let ours = product(&mut backend, parts, x, bias);
     let (dtype, cols) = (parts[0].dtype(), parts[0].cols());
     let rounds = B::ROUNDS_ACTIVATIONS && parts.iter().all(|part| has_integers(part.dtype()));
     let narrow = B::narrows_to(dtype, x.len() / cols);
@@ -106,7 +106,7 @@ fn check<B: Subject>(parts: &[Matrix<'_>], x: &[f32], bias: Option<&[f32]>, what
         None => x.to_vec(),
     };
     let tight = rounding(parts, x);
-    let weights = as_kept::<B>(parts);
+    let weights = as_kept(&mut backend, parts);
     let kept = Weight::of(DType::F32, cols, &weights);
     let multiplied = narrow.map_or(weights.clone(), |narrow| narrowed(&weights, cols, narrow, true));
     let want = product(&mut ReferenceBackend, &[Weight::of(DType::F32, cols, &multiplied).matrix()], &seen, bias);
@@ -165,7 +165,7 @@ pub(crate) fn eight_bit_floats_of_any_width_match_the_reference<B: Subject>() {
         let want = dequantize(&weight.matrix());
         // Where rows have to be whole blocks, others may be kept as f16.
         let tolerance = |i: usize| want[i].abs() / 2048.0 + 6e-8;
-        assert_near(&as_kept::<B>(&[weight.matrix()]), &want, tolerance, &what);
+        assert_near(&as_kept(&mut B::any(), &[weight.matrix()]), &want, tolerance, &what);
         for rows in [1, 2, 4, 6, 16, 19] {
             let x = random.normals(rows * cols);
             let bias = random.normals(weight.matrix().rows());

@@ -106,6 +106,8 @@ async fn the_queue_hears_that_a_job_is_worked_on_before_what_became_of_it() {
     on(&bench.desk, BorrowerEvent::Tick);
     on(&bench.desk, BorrowerEvent::ConnectFailed { decode: DAVE, gone: true });
     settled(&bench.desk).await;
-    assert_eq!([bench.told.recv().await, bench.told.recv().await], [Some("in progress"), Some("done")]);
+    let heard = async { [bench.told.recv().await, bench.told.recv().await] };
+    let heard = tokio::time::timeout(Duration::from_secs(10), heard).await.expect("both are said");
+    assert_eq!(heard, [Some("in progress"), Some("done")]);
     assert_eq!(lock(&bench.desk).held(), 0);
 }

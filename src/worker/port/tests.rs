@@ -137,12 +137,15 @@ async fn limits_from_the_cluster_reach_those_who_decide_and_those_who_cut_prompt
     let (post, Inbox(inbox, _)) = inbox();
     tokio::spawn(follow_limits(cluster, key, view.clone(), Limits::default(), post));
     let set = |config: &'static str| local.set_config(key, Some(Bytes::from_static(config.as_bytes())));
-    let told = async || loop {
-        match inbox.try_recv() {
-            Ok(Message::ItlTarget(target)) => return target,
-            Ok(_) => panic!("nothing else is said"),
-            Err(_) => tokio::task::yield_now().await,
+    let told = async || {
+        for _ in 0..1000 {
+            match inbox.try_recv() {
+                Ok(Message::ItlTarget(target)) => return target,
+                Ok(_) => panic!("nothing else is said"),
+                Err(_) => tokio::task::yield_now().await,
+            }
         }
+        panic!("nothing is said");
     };
     set(r#"{"itl_target_ms": 50, "max_local_prefill_length": 7}"#);
     assert_eq!(told().await, Duration::from_millis(50));
