@@ -43,7 +43,6 @@ log=${OUT:-$here}/gpu-check-$size.log
 erring=$here/without-wgmma
 # What is of no use afterwards.
 work=$(mktemp -d)
-trap 'rm -rf "$work"' EXIT
 failed=0 missing=0 code=0
 SECONDS=0
 : >"$log"
@@ -119,7 +118,8 @@ part() { # part [plain] <title> <seconds> <program> <arguments>
 
 # A device that nobody has open is set up anew for each program, where its driver does not persist.
 nvidia-smi dmon -d 5 >/dev/null 2>&1 &
-trap 'kill $! 2>/dev/null; rm -rf "$work"' EXIT
+watching=$!
+trap 'kill $watching 2>/dev/null; rm -rf "$work"' EXIT
 say "# The CUDA backend on $gpu" "" "$("$here/engine" --version), $(date -u +'%Y-%m-%d %H:%M') UTC"
 case $size in
 whole | tiny) rm -f "$erring" ;;

@@ -54,7 +54,7 @@ fn a_kernel_that_does_not_is_found_and_named() {
     for (kernel, words) in [
         ("silu_mul", "--gpu=silu"),
         ("mma_check_bf16", "--gpu=fragments"),
-        ("box_check", "--gpu=boxes"),
+        ("box_check", "--gpu=boxes are"),
         ("wgmma_check_bf16_128", "--gpu=sums of wgmma"),
         ("wgmma_check_stored_f16", "--gpu=stored or held"),
         ("wgmma_check_across_bf16_128", "--gpu=stored or held"),

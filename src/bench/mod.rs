@@ -24,6 +24,8 @@ use report::{Report, Row};
 const ROUNDS_UNCOUNTED: usize = 1;
 /// How long prompts are computed before anything counts: the clocks of a device that was idle take a while to rise.
 const WARM_UP: Duration = Duration::from_millis(500);
+/// Tokens of each at most, so that one is no long wait on a CPU.
+const WARM_UP_PROMPT: usize = 64;
 /// Steps that a sequence may be ahead of the one that is watched.
 const LEAD_MAX: usize = 256;
 
@@ -38,7 +40,7 @@ pub async fn run(mut args: BenchArgs) -> Result<()> {
     let mut prompts = Prompts { vocabulary: alone.engine.limits().vocab_size as u64, state: 0 };
     let started = Instant::now();
     while started.elapsed() < WARM_UP {
-        token(&mut alone.engine.submit(request(prompts.next(args.context), 1))?).await?;
+        token(&mut alone.engine.submit(request(prompts.next(args.context.min(WARM_UP_PROMPT)), 1))?).await?;
     }
     for (index, &tokens) in args.prefill.iter().enumerate() {
         let seconds = prefill(&alone, &mut prompts, tokens, args.rounds).await?;

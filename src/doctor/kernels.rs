@@ -74,7 +74,7 @@ fn look(words: &str, told: &mut Told) {
         // What a kernel does wrong can leave a device that does nothing more for this process.
         if works && let Err(error) = still_works() {
             let seen =
-                format!("{error}: the device does nothing more for this process, so the other checks have their own");
+                format!("{error}: the device does nothing more for this process, so each of the others gets one");
             let remedy =
                 format!("`engine doctor --gpu='{sentence}'` runs that check alone, and 'compute-sanitizer' says more");
             told.found("gpu", Level::Failure, seen, Some(&remedy));
