@@ -274,13 +274,16 @@ fn bodies_that_are_no_json_are_refused() {
 fn deep_nesting_is_refused_wherever_it_stands() {
     let server = Server::shared();
     let deep = format!("{}{}", "[".repeat(200_000), "]".repeat(200_000));
-    for field in ["messages", "stop", "logit_bias", "temperature", "chat_template_kwargs", "tool_choice", "unknown"] {
+    for field in
+        ["messages", "stop", "logit_bias", "temperature", "chat_template_kwargs", "tools", "tool_choice", "unknown"]
+    {
         let body = format!(r#"{{"model": "demo", "{field}": {deep}}}"#);
         assert_eq!(post_bytes(server.address, CHAT, body.as_bytes()).error().0, 400, "{field}");
     }
     assert_eq!(post_bytes(server.address, CHAT, deep.as_bytes()).error().0, 400);
-    let body = format!(r#"{{"model": "demo", "messages": [{{"role": "user", "content": "Hi"}}], "tools": {deep}}}"#);
-    assert_eq!(post_bytes(server.address, CHAT, body.as_bytes()).error().1.as_deref(), Some("tools"));
+    let body =
+        format!(r#"{{"model": "demo", "messages": [{{"role": "user", "content": "Hi"}}], "functions": {deep}}}"#);
+    assert_eq!(post_bytes(server.address, CHAT, body.as_bytes()).error().1.as_deref(), Some("functions"));
 }
 
 #[test]

@@ -59,7 +59,11 @@ fn merged<'a>(events: impl IntoIterator<Item = &'a Event>) -> Answer {
 
 /// Cuts the answer to `request` after every event, continues it on another worker, and there again cuts it in the
 /// middle.
-fn assert_cuts_do_not_show(path: &str, mut request: Value) -> Answer {
+fn assert_cuts_do_not_show(path: &str, request: Value) -> Answer {
+    assert_cuts_do_not_show_on(start, path, request)
+}
+
+fn assert_cuts_do_not_show_on(start: impl Fn() -> Worker, path: &str, mut request: Value) -> Answer {
     let (first, second, third) = (start(), start(), start());
     request["stream"] = true.into();
     request["stream_options"] = json!({"include_usage": true});
@@ -172,6 +176,30 @@ fn an_answer_goes_on_in_its_grammar() {
         let answer = assert_cuts_do_not_show(COMPLETIONS, request);
         assert_eq!(answer.choices[0].finishes, ["stop"]);
     }
+}
+
+#[test]
+fn calls_and_thoughts_go_on_where_they_were() {
+    let template = "{% if tools %}{{ tools | tojson }}{{ '<tool_call>' }}{% else %}<think>{% endif %}";
+    let start = || Worker::start(Options { template, step: Duration::from_micros(300), ..Options::default() });
+    let parameters = json!({
+        "type": "object", "additionalProperties": false, "required": ["a"], "properties": {"a": {"enum": ["Grüße", "stop"]}},
+    });
+    let tools = json!([{"type": "function", "function": {"name": "f", "parameters": parameters}}]);
+    let messages = json!([{"role": "user", "content": "a"}]);
+    let request = json!({
+        "messages": messages, "tools": tools, "tool_choice": "required", "parallel_tool_calls": false, "seed": 1,
+        "max_tokens": 200, "logprobs": true, "n": 2,
+    });
+    let answer = assert_cuts_do_not_show_on(start, CHAT, request);
+    for choice in &answer.choices {
+        assert_eq!((&*choice.text, &choice.calls[0]["function"]["name"]), ("", &json!("f")));
+        assert_eq!((choice.calls.len(), &choice.finishes[..]), (1, &[json!("tool_calls")][..]));
+    }
+    assert_ne!(answer.choices[0].calls[0]["id"], answer.choices[1].calls[0]["id"]);
+    let request = json!({"messages": messages, "max_tokens": 60, "seed": 5, "ignore_eos": true});
+    let answer = assert_cuts_do_not_show_on(start, CHAT, request);
+    assert!(answer.choices[0].text.is_empty() && answer.choices[0].thoughts.len() > 60, "{answer:?}");
 }
 
 #[test]

@@ -15,9 +15,10 @@ use super::{
     ApiError, InFlight, Serving,
     logprobs::{ChatLogprobs, CompletionLogprobs},
     output::{Echo, Finish, Output},
+    parser::Pieces,
     progress::{self, Head, Past, ProgressWriter, Relay},
     validate::Plan,
-    wire::{ChatChoice, ChatChunkChoice, ChatMessage, CompletionChoice, Delta, Envelope, Usage, finish_reason},
+    wire::{ChatChoice, ChatChunkChoice, ChatMessage, CompletionChoice, Delta, Envelope, ToolCall, Usage},
 };
 use crate::{
     grammar::{LostTrack, Matcher},
@@ -187,12 +188,12 @@ impl Answer {
             Endpoint::Chat => {
                 let choices: Vec<_> = outputs
                     .map(|(index, output)| {
-                        let (content, tokens) = output.pending();
+                        let (pieces, tokens) = output.pending();
                         ChatChoice {
                             index,
-                            message: ChatMessage { role: "assistant", content, refusal: None },
+                            message: self.message(index, pieces),
                             logprobs: self.with_logprobs.then_some(ChatLogprobs(tokens, names)),
-                            finish_reason: finish_reason(output.finish),
+                            finish_reason: output.finish_reason(),
                         }
                     })
                     .collect();
@@ -201,12 +202,12 @@ impl Answer {
             Endpoint::Completion => {
                 let choices: Vec<_> = outputs
                     .map(|(index, output)| {
-                        let (text, tokens) = output.pending();
+                        let (pieces, tokens) = output.pending();
                         CompletionChoice {
                             index,
-                            text,
+                            text: &pieces.content,
                             logprobs: self.with_logprobs.then_some(CompletionLogprobs(tokens, names)),
-                            finish_reason: finish_reason(output.finish),
+                            finish_reason: output.finish_reason(),
                         }
                     })
                     .collect();
@@ -214,6 +215,31 @@ impl Answer {
             }
         }
         Ok(body)
+    }
+
+    /// All that a choice says.
+    fn message<'a>(&self, index: usize, pieces: &'a Pieces) -> ChatMessage<'a> {
+        let Pieces { thoughts, content, calls } = pieces;
+        let is_all = thoughts.is_empty() && calls.is_empty();
+        ChatMessage {
+            role: "assistant",
+            content: (is_all || !content.is_empty()).then_some(content),
+            reasoning_content: (!thoughts.is_empty()).then_some(thoughts),
+            tool_calls: calls.iter().map(|call| ToolCall::new(&self.id, index, call, false)).collect(),
+            refusal: None,
+        }
+    }
+
+    /// What a choice says next.
+    fn delta<'a>(&self, index: usize, pieces: &'a Pieces) -> Delta<'a> {
+        let Pieces { thoughts, content, calls } = pieces;
+        let is_all = thoughts.is_empty() && calls.is_empty();
+        Delta {
+            role: None,
+            content: (is_all || !content.is_empty()).then_some(content),
+            reasoning_content: (!thoughts.is_empty()).then_some(thoughts),
+            tool_calls: calls.iter().map(|call| ToolCall::new(&self.id, index, call, true)).collect(),
+        }
     }
 
     /// What to say if some choice broke off.
@@ -241,9 +267,9 @@ impl Answer {
     pub(crate) fn write_chunks(&mut self, buffer: &mut BytesMut) -> Result<(), ApiError> {
         for index in 0..self.choices.len() {
             let choice = &self.choices[index];
-            let (text, tokens) = choice.output.pending();
+            let (pieces, tokens) = choice.output.pending();
             let ended = choice.generation.is_none();
-            if !text.is_empty() || !tokens.is_empty() {
+            if !pieces.is_empty() || !tokens.is_empty() {
                 if !choice.opened {
                     self.write_opening(buffer, index)?;
                 }
@@ -254,14 +280,14 @@ impl Answer {
                 choice.output.clear();
             }
             let choice = &self.choices[index];
-            if let Some(finish) = choice.output.finish
+            if let Some(finish_reason) = choice.output.finish_reason()
                 && ended
             {
                 if !choice.opened {
                     self.write_opening(buffer, index)?;
                 }
                 self.write_progress(buffer, index, true);
-                self.write_ending(buffer, index, finish)?;
+                self.write_ending(buffer, index, finish_reason)?;
                 let choice = &mut self.choices[index];
                 choice.opened = true;
                 // Said once.
@@ -295,7 +321,7 @@ impl Answer {
         if let Some(progress) = &mut self.progress {
             progress.opening(buffer, index);
         }
-        let delta = Delta { role: Some("assistant"), content: Some("") };
+        let delta = Delta { role: Some("assistant"), content: Some(""), ..Delta::default() };
         let choice = ChatChunkChoice { index, delta, logprobs: None::<()>, finish_reason: None };
         // Nothing of the answer is told yet.
         self.write_chunk(buffer, choice, self.chunk_usage(index, 0))
@@ -303,24 +329,25 @@ impl Answer {
 
     fn write_piece(&self, buffer: &mut BytesMut, index: usize) -> Result<(), ApiError> {
         let output = &self.choices[index].output;
-        let (text, tokens) = output.pending();
+        let (pieces, tokens) = output.pending();
         let names = &*self.serving.config.tokenizer;
         let usage = self.chunk_usage(index, output.completion_tokens);
         match self.endpoint {
             Endpoint::Chat => {
-                let delta = Delta { role: None, content: Some(text) };
+                let delta = self.delta(index, pieces);
                 let logprobs = self.with_logprobs.then_some(ChatLogprobs(tokens, names));
                 self.write_chunk(buffer, ChatChunkChoice { index, delta, logprobs, finish_reason: None }, usage)
             }
             Endpoint::Completion => {
                 let logprobs = self.with_logprobs.then_some(CompletionLogprobs(tokens, names));
+                let text = &pieces.content;
                 self.write_chunk(buffer, CompletionChoice { index, text, logprobs, finish_reason: None }, usage)
             }
         }
     }
 
-    fn write_ending(&self, buffer: &mut BytesMut, index: usize, finish: Finish) -> Result<(), ApiError> {
-        let (finish_reason, logprobs) = (Some(finish.as_str()), None::<()>);
+    fn write_ending(&self, buffer: &mut BytesMut, index: usize, reason: &'static str) -> Result<(), ApiError> {
+        let (finish_reason, logprobs) = (Some(reason), None::<()>);
         let usage = self.chunk_usage(index, self.choices[index].output.completion_tokens);
         match self.endpoint {
             Endpoint::Chat => {

@@ -1,4 +1,4 @@
-use std::sync::Arc;
+use std::{borrow::Cow, sync::Arc};
 
 use axum::{
     body::Body,
@@ -9,11 +9,14 @@ use axum::{
 use serde_json::{Map, Value};
 
 use super::{
-    ApiError, ChatTemplate, Serving,
+    ApiError, ChatTemplate, Parsers, Serving,
     answer::{Answer, Endpoint, PreparedPrompt},
     extract::read_relayed,
+    form::asked,
+    parser::{Thoughts, Wanted},
     prompt::ChatOptions,
     stream::stream,
+    tools::Tools,
     types::ChatRequest,
     validate::{Plan, chat_logprobs, max_tokens, refuse},
 };
@@ -30,23 +33,41 @@ pub(crate) async fn chat_completions(
     let (mut request, relay): (ChatRequest, _) = read_relayed(&headers, body, &serving).await?;
     let in_flight = serving.enter()?;
     serving.check_model(request.model.as_deref())?;
-    refuse_unsupported(&request)?;
+    refuse_unsupported(&request, serving.config.parsers)?;
     let (mut plan, max_field) = plan(&mut request, &serving, relay.seed())?;
     let messages = request.messages.ok_or_else(|| missing("messages"))?.0;
     let mut kwargs = request.chat_template_kwargs;
     if let Some(effort) = request.reasoning_effort.as_ref().filter(|effort| !effort.is_empty()) {
         set_effort(effort, kwargs.get_or_insert_default(), serving.config.template.as_ref())?;
     }
+    let (template, parsers) = (serving.config.template.as_ref(), serving.config.parsers);
+    let tools = Tools::read(request.tools, request.tool_choice, request.parallel_tool_calls, template, parsers)?;
     let options = ChatOptions {
         add_generation_prompt: request.add_generation_prompt,
         continue_final_message: request.continue_final_message.unwrap_or(false),
         add_special_tokens: request.add_special_tokens.unwrap_or(false),
         kwargs,
+        tools: tools.as_ref().map(|tools| tools.offered.clone()).unwrap_or_default(),
         now: Some(relay.created()),
     };
-    let tokens = serving.encode_chat(messages, options).await?;
+    let (tokens, thoughts) = serving.encode_chat(messages, options).await?;
+    let asked = match (asked(request.response_format, request.structured_outputs)?, &tools) {
+        (Some((_, field)), Some(_)) => {
+            let message = format!("'{field}' and 'tools' exclude each other, unless 'tool_choice' is 'none'");
+            return Err(ApiError::invalid(field, message));
+        }
+        (asked, None) => asked,
+        (None, Some(tools)) => tools.form().map(|form| (form, "tools")),
+    };
+    plan.wanted = Wanted {
+        // An answer of a given form begins with it.
+        thoughts: if parsers.thoughts && asked.is_none() { thoughts } else { Thoughts::No },
+        show_thoughts: request.include_reasoning != Some(false),
+        calls: tools.as_ref().map(|tools| tools.format),
+        calls_max: tools.as_ref().map_or(0, Tools::calls_max),
+    };
     // Last: it is the dearest.
-    plan.grammar = serving.compile(request.response_format, request.structured_outputs).await?;
+    plan.grammar = serving.compile(asked).await?;
     let prompts = vec![PreparedPrompt { tokens, echo: None }];
     let fields = ("messages", max_field);
     let answer = Answer::start(serving, in_flight, relay, Endpoint::Chat, &plan, prompts, fields)?;
@@ -64,8 +85,10 @@ pub(crate) async fn respond(answer: Answer, as_stream: bool) -> Result<Response,
 }
 
 /// 400: `field` is needed.
-pub(crate) fn missing(field: &'static str) -> ApiError {
-    ApiError::invalid(field, format!("Missing required parameter: '{field}'"))
+pub(crate) fn missing(field: impl Into<Cow<'static, str>>) -> ApiError {
+    let field = field.into();
+    let message = format!("Missing required parameter: '{field}'");
+    ApiError::invalid(field, message)
 }
 
 fn plan(request: &mut ChatRequest, serving: &Serving, seed: u64) -> Result<(Plan, &'static str), ApiError> {
@@ -94,9 +117,8 @@ fn set_effort(effort: &str, kwargs: &mut Map<String, Value>, template: Option<&C
     Ok(())
 }
 
-fn refuse_unsupported(request: &ChatRequest) -> Result<(), ApiError> {
+fn refuse_unsupported(request: &ChatRequest, parsers: Parsers) -> Result<(), ApiError> {
     for (field, value) in [
-        ("tools", request.tools),
         ("functions", request.functions),
         ("audio", request.audio),
         ("prediction", request.prediction),
@@ -110,15 +132,17 @@ fn refuse_unsupported(request: &ChatRequest) -> Result<(), ApiError> {
     ] {
         refuse(field, value)?;
     }
-    if request.include_reasoning == Some(false) {
-        return Err(ApiError::unsupported("include_reasoning", "thoughts stand in the content; leave it out"));
+    if request.include_reasoning == Some(false) && !parsers.thoughts {
+        let detail = "thoughts are not told from the content here (--reasoning-parser); leave it out";
+        return Err(ApiError::unsupported("include_reasoning", detail));
     }
-    // Without tools, these two change nothing.
-    for (field, value) in [("tool_choice", &request.tool_choice), ("function_call", &request.function_call)] {
-        if value.as_ref().is_some_and(|value| !matches!(value.as_str(), Some("none" | "auto")) && *value != Value::Null)
-        {
-            return Err(ApiError::unsupported(field, "there are no tools to choose"));
-        }
+    // The older names of `tools` and `tool_choice`.
+    if request
+        .function_call
+        .as_ref()
+        .is_some_and(|call| !matches!(call.as_str(), Some("none" | "auto")) && !call.is_null())
+    {
+        return Err(ApiError::unsupported("function_call", "use 'tool_choice'"));
     }
     if request.modalities.iter().flatten().any(|modality| modality != "text") {
         return Err(ApiError::unsupported("modalities", "only [\"text\"] is"));

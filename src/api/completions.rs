@@ -7,6 +7,7 @@ use super::{
     answer::{Answer, Endpoint, PreparedPrompt},
     chat::{missing, respond},
     extract::read_relayed,
+    form::asked,
     types::{CompletionRequest, Prompt},
     validate::{CHOICES_MAX, Plan, completion_logprobs, max_tokens, refuse},
 };
@@ -40,7 +41,7 @@ pub(crate) async fn completions(
         prepared.push(prepare(&serving, prompt, request.add_special_tokens.unwrap_or(true), echo, &plan).await?);
     }
     // Last: it is the dearest.
-    plan.grammar = serving.compile(request.response_format, request.structured_outputs).await?;
+    plan.grammar = serving.compile(asked(request.response_format, request.structured_outputs)?).await?;
     let fields = ("prompt", "max_tokens");
     let answer = Answer::start(serving, in_flight, relay, Endpoint::Completion, &plan, prepared, fields)?;
     respond(answer, plan.stream).await

@@ -19,16 +19,12 @@ const COMPILE_TIME_MAX: Duration = Duration::from_secs(10);
 const SHOWN_CHARS_MAX: usize = 40;
 
 /// What a request asks for, and the field that says so.
-type Asked = (Source, &'static str);
+pub(crate) type Asked = (Source, &'static str);
 
 impl Serving {
     /// Compiles what a request asks for, if it does.
-    pub(crate) async fn compile(
-        self: &Arc<Self>,
-        format: Option<ResponseFormat>,
-        outputs: Option<StructuredOutputs>,
-    ) -> Result<Option<Grammar>, ApiError> {
-        let Some((source, field)) = asked(format, outputs)? else { return Ok(None) };
+    pub(crate) async fn compile(self: &Arc<Self>, asked: Option<Asked>) -> Result<Option<Grammar>, ApiError> {
+        let Some((source, field)) = asked else { return Ok(None) };
         // Most requests ask for what another has asked for before.
         if let Some(Ok(vocabulary)) = self.vocabulary.get()
             && let Some(grammar) = vocabulary.compiled_lately(&source)
@@ -78,7 +74,10 @@ async fn in_a_place<T: Send + 'static>(
 }
 
 /// What the two fields ask for together.
-fn asked(format: Option<ResponseFormat>, outputs: Option<StructuredOutputs>) -> Result<Option<Asked>, ApiError> {
+pub(crate) fn asked(
+    format: Option<ResponseFormat>,
+    outputs: Option<StructuredOutputs>,
+) -> Result<Option<Asked>, ApiError> {
     let format = format.map(of_format).transpose()?.flatten();
     let outputs = outputs.map(of_outputs).transpose()?;
     match (format, outputs) {

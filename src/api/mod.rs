@@ -2,7 +2,8 @@
 //!
 //! A request goes through `extract` (bytes to JSON, bounded), `types` (JSON to fields, unknown ones refused),
 //! `validate` (fields to a `Plan`), `prompt` (text to tokens) and `answer` (to the engine and back). What comes back
-//! becomes text in `output`, behind the stop strings of `stop`, and goes out whole or through `stream`.
+//! becomes text in `output`, behind the stop strings of `stop`, is taken apart by `parser` (thoughts, calls of `tools`), and
+//! goes out whole or through `stream`.
 
 mod answer;
 mod chat;
@@ -16,6 +17,7 @@ mod info;
 mod logprobs;
 mod middleware;
 mod output;
+mod parser;
 mod patient;
 mod places;
 pub mod progress;
@@ -29,6 +31,7 @@ mod stream;
 mod template;
 mod threads;
 mod tokenize;
+mod tools;
 mod types;
 mod validate;
 mod wire;
@@ -39,6 +42,7 @@ pub(crate) use extract::{BodyMemory, Received, read_body};
 pub use http_token::{CLUSTER_TOKEN_HEADER, HttpToken};
 pub(crate) use info::version;
 pub(crate) use middleware::{check_key, request_id};
+pub use parser::{CallFormat, Parsers};
 pub(crate) use router::{cors, fallbacks};
 pub(crate) use server::serve_router;
 pub use server::{Bound, ServerConfig, ServerError, bind, serve};

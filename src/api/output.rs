@@ -1,6 +1,11 @@
 use engine_models::DecodeStream;
 
-use super::{progress::Past, stop::StopMatcher, validate::Plan};
+use super::{
+    parser::{Parser, Pieces},
+    progress::Past,
+    stop::StopMatcher,
+    validate::Plan,
+};
 use crate::worker::{Event, FinishReason, TokenOutput};
 
 /// A token with its log-probability, and where in the text it stands.
@@ -66,8 +71,11 @@ impl Echo {
     }
 }
 
-/// Turns one generation's events into text and log-probabilities that may be shown: whole characters, never a part of a
-/// stop string.
+/// Turns one generation's events into what may be shown: whole characters, never a part of a stop string, and of chats
+/// what the text is made of.
+///
+/// How far it has come is told in bytes of the text that has been let out, of which another output, which is given the
+/// same tokens, lets out nothing again: see [`Output::replay`].
 pub(crate) struct Output {
     /// The prompt, until all of it has come by.
     echo: Option<Echo>,
@@ -76,7 +84,10 @@ pub(crate) struct Output {
     stop_token_ids: Vec<u32>,
     min_tokens: u32,
     include_stop: bool,
-    /// Text to show that was not taken yet.
+    parser: Parser,
+    /// What there is to show that was not taken yet.
+    pieces: Pieces,
+    /// Text on its way to the parser.
     text: String,
     /// Tokens whose text is not let out yet: where it starts and ends in bytes of everything decoded.
     held: Vec<(usize, usize, ScoredToken)>,
@@ -85,10 +96,10 @@ pub(crate) struct Output {
     decoded_bytes: usize,
     decoded_chars: usize,
     shown_bytes: usize,
-    /// Bytes of text taken so far, those that were let out elsewhere included.
-    taken_bytes: usize,
-    /// Bytes at the beginning of what is yet to come that were let out elsewhere.
-    bytes_to_skip: usize,
+    /// Bytes of text that the parser was given.
+    parsed_bytes: usize,
+    /// Bytes at the beginning of the text that were let out elsewhere.
+    bytes_elsewhere: usize,
     /// For a frontend: tokens that its journal does not have yet; and whether it has the cached tokens.
     unreported: Option<Vec<u32>>,
     cached_reported: bool,
@@ -109,13 +120,15 @@ impl Output {
             stop_token_ids: plan.stop_token_ids.clone(),
             min_tokens: plan.min_tokens,
             include_stop: plan.include_stop,
+            parser: Parser::new(plan.wanted),
+            pieces: Pieces::default(),
             text: String::new(),
             held: Vec::new(),
             tokens: Vec::new(),
             decoded_bytes: 0,
             shown_bytes: 0,
-            taken_bytes: 0,
-            bytes_to_skip: 0,
+            parsed_bytes: 0,
+            bytes_elsewhere: 0,
             unreported: None,
             cached_reported: false,
             completion_tokens: 0,
@@ -132,6 +145,7 @@ impl Output {
     /// Works through what was generated elsewhere, and forgets the text that was let out there. `end`: how the engine
     /// ended the answer with the last of the tokens, if it did.
     pub(crate) fn replay(&mut self, past: &Past, end: Option<FinishReason>) {
+        self.bytes_elsewhere = past.bytes;
         self.show_echo();
         for &token in &past.tokens {
             self.push(Event::Token(TokenOutput { token, logprob: None, top: Vec::new() }));
@@ -139,9 +153,7 @@ impl Output {
         if let (Some(reason), None) = (end, self.finish) {
             self.end(reason);
         }
-        (self.taken_bytes, self.bytes_to_skip) = (past.bytes, past.bytes);
         (self.cached_tokens, self.cached_reported) = (past.cached_tokens, past.cached_tokens.is_some());
-        self.skip();
         if past.ended {
             self.clear();
             self.finish = None;
@@ -169,7 +181,6 @@ impl Output {
                 self.end(reason);
             }
         }
-        self.skip();
     }
 
     /// The engine went away without a word.
@@ -177,21 +188,28 @@ impl Output {
         self.end(FinishReason::Aborted);
     }
 
-    /// Text and tokens that may be shown now, each once. Give the buffers back with [`Output::clear`].
-    pub(crate) fn pending(&self) -> (&str, &[ScoredToken]) {
-        (&self.text, &self.tokens)
+    /// What may be shown now, each once. Give the buffers back with [`Output::clear`].
+    pub(crate) fn pending(&self) -> (&Pieces, &[ScoredToken]) {
+        (&self.pieces, &self.tokens)
     }
 
     /// Forgets what [`Output::pending`] showed.
     pub(crate) fn clear(&mut self) {
-        self.taken_bytes += self.text.len();
-        self.text.clear();
+        self.pieces.clear();
         self.tokens.clear();
     }
 
     /// Bytes of text let out, once what is pending has been.
     pub(crate) fn bytes_shown(&self) -> usize {
-        self.taken_bytes + self.text.len()
+        self.bytes_elsewhere.max(self.parsed_bytes - self.parser.bytes_held())
+    }
+
+    /// How it ended, as clients hear it.
+    pub(crate) fn finish_reason(&self) -> Option<&'static str> {
+        self.finish.map(|finish| match finish {
+            Finish::Stop if self.parser.made_calls() => "tool_calls",
+            finish => finish.as_str(),
+        })
     }
 
     /// Tokens that the journal is to have with the next event. A token whose log-probability is held back is not among
@@ -209,19 +227,28 @@ impl Output {
         unreported
     }
 
-    /// Forgets text that was let out elsewhere.
-    fn skip(&mut self) {
-        if self.bytes_to_skip > 0 {
-            let bytes = self.text.floor_char_boundary(self.bytes_to_skip);
-            self.text.drain(..bytes);
-            self.bytes_to_skip -= bytes;
+    /// Has the parser read the text that is there. Of what was let out elsewhere nothing is pending.
+    fn parse(&mut self) {
+        let elsewhere = self.bytes_elsewhere.saturating_sub(self.parsed_bytes);
+        let (known, new) = self.text.split_at(self.text.floor_char_boundary(elsewhere));
+        self.parsed_bytes += self.text.len();
+        if !known.is_empty() {
+            let mut shown = Pieces::default();
+            self.parser.push(known, &mut shown);
+            // What was let out is not kept back, whatever would have become of it.
+            if known.len() == elsewhere {
+                self.parser.finish(&mut shown);
+            }
         }
+        self.parser.push(new, &mut self.pieces);
+        self.text.clear();
     }
 
     /// All of the prompt has been seen.
     fn show_echo(&mut self) {
         if let Some(echo) = self.echo.take() {
             self.text.push_str(&echo.text);
+            self.parse();
             self.tokens.extend(echo.tokens);
         }
     }
@@ -239,16 +266,17 @@ impl Output {
             let TokenOutput { token, logprob, top } = output;
             self.held.push((start, self.decoded_bytes, ScoredToken { token, logprob, top, text_offset }));
         }
-        let before = self.text.len();
         let mut stopped = false;
         if self.completion_tokens <= self.min_tokens {
             self.matcher.push_unchecked(piece, &mut self.text);
         } else {
             stopped = self.matcher.push(piece, &mut self.text);
         }
-        self.shown_bytes += self.text.len() - before;
+        self.shown_bytes += self.text.len();
+        self.parse();
         if stopped {
             self.finish = Some(Finish::Stop);
+            self.parser.finish(&mut self.pieces);
             // A token that begins in the stop string is not shown.
             self.held.retain(|&(start, _, _)| start < self.shown_bytes);
         }
@@ -256,12 +284,13 @@ impl Output {
     }
 
     fn end(&mut self, reason: FinishReason) {
-        let before = self.text.len();
         let stopped = self.matcher.push(self.decoder.finish(), &mut self.text);
         if !stopped {
             self.matcher.flush(&mut self.text);
         }
-        self.shown_bytes += self.text.len() - before;
+        self.shown_bytes += self.text.len();
+        self.parse();
+        self.parser.finish(&mut self.pieces);
         self.release(true);
         self.finish = Some(match reason {
             FinishReason::Aborted => Finish::Aborted,

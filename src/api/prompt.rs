@@ -5,6 +5,7 @@ use serde_json::{Map, Value, json};
 
 use super::{
     ApiError, RESERVED_NAMES, RenderOptions, Serving, TemplateError,
+    parser::Thoughts,
     types::{Content, ContentPart, MESSAGES_MAX, Message, ToolCall},
     validate::too_long,
 };
@@ -23,6 +24,8 @@ pub(crate) struct ChatOptions {
     pub(crate) continue_final_message: bool,
     pub(crate) add_special_tokens: bool,
     pub(crate) kwargs: Option<Map<String, Value>>,
+    /// The functions that the model may call.
+    pub(crate) tools: Vec<Value>,
     /// What time the template is told, in seconds since 1970.
     pub(crate) now: Option<u64>,
 }
@@ -42,12 +45,13 @@ impl Serving {
         .await?
     }
 
-    /// Renders a conversation with the model's template and encodes it.
+    /// Renders a conversation with the model's template and encodes it. Returns also whether an answer may have
+    /// thoughts, by what it follows.
     pub(crate) async fn encode_chat(
         self: &Arc<Self>,
         messages: Vec<Message>,
         options: ChatOptions,
-    ) -> Result<Vec<u32>, ApiError> {
+    ) -> Result<(Vec<u32>, Thoughts), ApiError> {
         if messages.is_empty() {
             return Err(ApiError::invalid("messages", "'messages' has to have at least one message"));
         }
@@ -63,10 +67,14 @@ impl Serving {
             return Err(ApiError::unsupported(field, "the server sets it itself"));
         }
         let variables = options.kwargs.iter().flatten().map(|(name, value)| name.len() + bytes_of(value));
-        let bytes = messages.iter().map(Message::bytes).chain(variables).sum();
+        let tools = options.tools.iter().map(bytes_of);
+        let bytes = messages.iter().map(Message::bytes).chain(variables).chain(tools).sum();
         self.encode(bytes, move |serving| {
+            let continued = messages.last().filter(|_| options.continue_final_message);
+            let thoughts = continued.map(|message| Thoughts::amid(&message.text()));
             let text = serving.render(messages, &options)?;
-            serving.encode_now(&text, options.add_special_tokens, "messages")
+            let thoughts = thoughts.unwrap_or_else(|| Thoughts::after(&text));
+            Ok((serving.encode_now(&text, options.add_special_tokens, "messages")?, thoughts))
         })
         .await?
     }
@@ -100,7 +108,8 @@ impl Serving {
         }
         let messages = Value::Array(messages);
         let add_generation_prompt = options.add_generation_prompt.unwrap_or(true) && !continued;
-        let render = RenderOptions { add_generation_prompt, kwargs: options.kwargs.as_ref(), now: options.now };
+        let (tools, kwargs, now) = (&options.tools, options.kwargs.as_ref(), options.now);
+        let render = RenderOptions { add_generation_prompt, tools, kwargs, now };
         let mut text = template.render(&messages, render).map_err(|error| match error {
             TemplateError::Compile(_) => ApiError::internal("The model's chat template is broken"),
             refused => ApiError::invalid("messages", refused.to_string()),
@@ -132,6 +141,15 @@ impl Message {
         let calls: usize = self.tool_calls.iter().flatten().map(|each| PIECE_BYTES + call(each)).sum();
         let thoughts = text(&self.reasoning_content) + text(&self.reasoning);
         PIECE_BYTES + content + calls + thoughts + text(&self.name) + text(&self.tool_call_id)
+    }
+
+    /// All of its text.
+    fn text(&self) -> String {
+        match &self.content {
+            None => String::new(),
+            Some(Content::Text(text)) => text.clone(),
+            Some(Content::Parts(parts)) => joined(parts),
+        }
     }
 
     /// Its parts and calls.

@@ -9,7 +9,7 @@ use std::{
 use engine_models::Tokenizer;
 use tokio::sync::{Semaphore, watch};
 
-use super::{ApiError, ChatTemplate, Defaults, HttpToken, extract::BodyMemory, validate::Bounds};
+use super::{ApiError, ChatTemplate, Defaults, HttpToken, Parsers, extract::BodyMemory, validate::Bounds};
 use crate::{
     grammar::{GrammarError, Vocabulary},
     telemetry::Metrics,
@@ -29,6 +29,8 @@ pub struct ApiConfig {
     pub tokenizer: Arc<Tokenizer>,
     /// How a conversation becomes a prompt; without one, chats are refused.
     pub template: Option<ChatTemplate>,
+    /// What is looked for in answers to conversations.
+    pub parsers: Parsers,
     /// Sampling parameters where a request has none.
     pub defaults: Defaults,
     /// Tokens that end an answer.

@@ -48,9 +48,10 @@ pub(crate) async fn tokenize(
                 continue_final_message: request.continue_final_message.unwrap_or(false),
                 add_special_tokens: request.add_special_tokens.unwrap_or(false),
                 kwargs: request.chat_template_kwargs,
+                tools: request.tools.unwrap_or_default(),
                 now: None,
             };
-            serving.encode_chat(messages, options).await?
+            serving.encode_chat(messages, options).await?.0
         }
     };
     let token_strs = request

@@ -5,6 +5,7 @@ use engine_kernels::{MAX_TOP_LOGPROBS, SamplingParams};
 use super::{
     ApiError, Defaults,
     defaults::{MIN_P, REPETITION_PENALTY, TEMPERATURE, TOP_P},
+    parser::Wanted,
     types::{Refused, SamplingFields, Strings},
 };
 use crate::{grammar::Grammar, worker::Request};
@@ -46,6 +47,8 @@ pub(crate) struct Plan {
     pub(crate) include_stop: bool,
     /// What answers may be made of. Set when it is compiled.
     pub(crate) grammar: Option<Grammar>,
+    /// What chats' answers are looked through for. Set when the prompt is there.
+    pub(crate) wanted: Wanted,
     pub(crate) skip_special_tokens: bool,
     pub(crate) logprobs: Option<u32>,
     pub(crate) prompt_logprobs: Option<u32>,
@@ -101,6 +104,7 @@ impl Plan {
             stop_token_ids,
             stops: stops(fields.stop)?,
             grammar: None,
+            wanted: Wanted::default(),
             include_stop: fields.include_stop_str_in_output.unwrap_or(false),
             skip_special_tokens: fields.skip_special_tokens.unwrap_or(true),
             logprobs: None,

@@ -1,6 +1,6 @@
 use serde::Serialize;
 
-use super::output::{Finish, Output};
+use super::{output::Output, parser::Call};
 
 /// Token counts of an answer.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Serialize)]
@@ -74,8 +74,45 @@ pub(crate) struct ChatChoice<'a, L> {
 #[derive(Serialize)]
 pub(crate) struct ChatMessage<'a> {
     pub(crate) role: &'static str,
-    pub(crate) content: &'a str,
+    /// Null where there is something else instead.
+    pub(crate) content: Option<&'a str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) reasoning_content: Option<&'a str>,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub(crate) tool_calls: Vec<ToolCall<'a>>,
     pub(crate) refusal: Option<()>,
+}
+
+/// A function that is called.
+#[derive(Serialize)]
+pub(crate) struct ToolCall<'a> {
+    /// Of chunks, which may tell of a call each.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    index: Option<usize>,
+    id: String,
+    r#type: &'static str,
+    function: FunctionCall<'a>,
+}
+
+#[derive(Serialize)]
+struct FunctionCall<'a> {
+    name: &'a str,
+    arguments: &'a str,
+}
+
+impl<'a> ToolCall<'a> {
+    /// A call of the answer `answer`, in its choice `choice`. Whoever goes on with the answer elsewhere gives calls the
+    /// same ids.
+    pub(crate) fn new(answer: &str, choice: usize, call: &'a Call, in_chunk: bool) -> Self {
+        let Call { index, name, arguments } = call;
+        let digest = blake3::hash(format!("{answer}/{choice}/{index}").as_bytes()).to_hex();
+        Self {
+            index: in_chunk.then_some(*index),
+            id: format!("call_{}", &digest[..24]),
+            r#type: "function",
+            function: FunctionCall { name, arguments },
+        }
+    }
 }
 
 /// The next piece of a chat's choice.
@@ -94,9 +131,8 @@ pub(crate) struct Delta<'a> {
     pub(crate) role: Option<&'static str>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) content: Option<&'a str>,
-}
-
-/// OpenAI's word for how an answer ended, once it has.
-pub(crate) fn finish_reason(finish: Option<Finish>) -> Option<&'static str> {
-    finish.map(Finish::as_str)
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) reasoning_content: Option<&'a str>,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub(crate) tool_calls: Vec<ToolCall<'a>>,
 }

@@ -165,6 +165,32 @@ impl From<DisaggPolicyArg> for Policy {
     }
 }
 
+/// `--reasoning-parser`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum ReasoningParserArg {
+    /// As the chat template says.
+    Auto,
+    /// Thoughts stand between <think> and </think> at the beginning of an answer.
+    #[value(aliases = ["qwen3", "deepseek_r1"])]
+    Think,
+    /// Thoughts stay in the content.
+    None,
+}
+
+/// `--tool-call-parser`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum ToolCallParserArg {
+    /// As the chat template says.
+    Auto,
+    /// JSON between <tool_call> and </tool_call>: Hermes, Qwen2.5, Qwen3.
+    Hermes,
+    /// Answers that are JSON with "name" and "parameters": Llama 3.1 and later.
+    #[value(name = "llama3_json")]
+    Llama3Json,
+    /// Requests with tools are refused.
+    None,
+}
+
 /// `--transport`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum TransportArg {

@@ -2,9 +2,13 @@ use std::{path::PathBuf, time::Duration};
 
 use clap::{Args, builder::NonEmptyStringValueParser};
 
+use crate::api::{CallFormat, Parsers};
+
 use super::{
     ClusterArgs, EngineArgs, LogArgs, TransportArgs,
-    values::{DisaggPolicyArg, parse_millis, parse_origin, parse_seconds, parse_size},
+    values::{
+        DisaggPolicyArg, ReasoningParserArg, ToolCallParserArg, parse_millis, parse_origin, parse_seconds, parse_size,
+    },
 };
 
 /// Port of a decode worker, and of a frontend.
@@ -31,6 +35,28 @@ pub struct WorkerArgs {
     /// A Jinja chat template to use instead of the model's own
     #[arg(long, value_name = "FILE", conflicts_with = "is_prefill_worker", help_heading = "Model")]
     pub chat_template: Option<PathBuf>,
+
+    /// How thoughts are told from the rest of an answer, to stand in a field of their own
+    #[arg(
+        long,
+        value_enum,
+        value_name = "PARSER",
+        default_value = "auto",
+        conflicts_with = "is_prefill_worker",
+        help_heading = "Model"
+    )]
+    pub reasoning_parser: ReasoningParserArg,
+
+    /// How the model writes calls of functions
+    #[arg(
+        long,
+        value_enum,
+        value_name = "PARSER",
+        default_value = "auto",
+        conflicts_with = "is_prefill_worker",
+        help_heading = "Model"
+    )]
+    pub tool_call_parser: ToolCallParserArg,
 
     /// Seconds that a step may take before its device is taken to hang, and the process ends; 0: as long as it likes
     /// [default: 300 on a CUDA device, 0 on a CPU]
@@ -177,6 +203,23 @@ impl WorkerArgs {
     /// Requests that run or wait, at most.
     fn request_places(&self) -> usize {
         self.engine.max_num_seqs.saturating_add(self.max_waiting_requests)
+    }
+
+    /// What is looked for in answers to conversations, where `by_template` is what the model was taught.
+    pub fn parsers(&self, by_template: Parsers) -> Parsers {
+        Parsers {
+            thoughts: match self.reasoning_parser {
+                ReasoningParserArg::Auto => by_template.thoughts,
+                ReasoningParserArg::Think => true,
+                ReasoningParserArg::None => false,
+            },
+            calls: match self.tool_call_parser {
+                ToolCallParserArg::Auto => by_template.calls,
+                ToolCallParserArg::Hermes => Some(CallFormat::Hermes),
+                ToolCallParserArg::Llama3Json => Some(CallFormat::Llama3Json),
+                ToolCallParserArg::None => None,
+            },
+        }
     }
 
     /// Where prefill workers' sessions are accepted.

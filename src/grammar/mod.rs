@@ -19,5 +19,5 @@ mod tests;
 mod vocabulary;
 
 pub use matcher::{LostTrack, Matcher};
-pub use source::Source;
+pub use source::{Frame, Source};
 pub use vocabulary::{Grammar, GrammarError, Vocabulary};

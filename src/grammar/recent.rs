@@ -85,6 +85,11 @@ fn key(source: &Source) -> Option<Hash> {
                 text.write_all(choice.as_bytes()).ok()?;
             }
         }
+        Source::Framed { frames, between } => {
+            text.hasher.update(b"framed");
+            let frames: Vec<_> = frames.iter().map(|frame| (&frame.before, &frame.schema, &frame.after)).collect();
+            serde_json::to_writer(&mut text, &(between, frames)).ok()?;
+        }
     }
     Some(text.hasher.finalize())
 }
@@ -111,7 +116,10 @@ impl Write for Text {
 mod tests {
     use serde_json::json;
 
-    use super::{super::Vocabulary, *};
+    use super::{
+        super::{Frame, Vocabulary},
+        *,
+    };
 
     fn vocabulary() -> Vocabulary {
         Vocabulary::of_tokens((0..=u8::MAX).map(|byte| vec![byte]).collect(), &[]).unwrap()
@@ -161,6 +169,10 @@ mod tests {
             let properties: serde_json::Value = serde_json::from_str(&of_both).unwrap();
             Source::JsonSchema(json!({"type": "object", "properties": properties, "required": ["a", "b"]}))
         };
+        let framed = |before: &str, after: &str, between: Option<&str>| Source::Framed {
+            frames: vec![Frame { before: before.into(), schema: json!({"type": "null"}), after: after.into() }],
+            between: between.map(str::to_owned),
+        };
         let sources = [
             object("a", "b"),
             object("b", "a"),
@@ -170,6 +182,9 @@ mod tests {
             Source::Lark("start: \"a\"".to_owned()),
             Source::Choice(vec!["ab".into(), "c".into()]),
             Source::Choice(vec!["a".into(), "bc".into()]),
+            framed("a", "b", None),
+            framed("ab", "", None),
+            framed("a", "b", Some("b")),
         ];
         for source in sources {
             assert!(vocabulary.compiled_lately(&source).is_none(), "{source:?}");

@@ -10,6 +10,8 @@ use super::{
 const BYTES_MAX: usize = 64 << 10;
 /// Choices at most.
 const CHOICES_MAX: usize = 1024;
+/// Texts with a frame at most: each has a compiler's work of its own.
+const FRAMES_MAX: usize = 128;
 /// How deep brackets may be nested in a grammar, in regular expressions and strings too.
 const DEPTH_MAX: usize = 64;
 /// What may stand between the parts of a JSON text: a space, or a line break and an indentation. JSON allows any
@@ -27,6 +29,25 @@ pub enum Source {
     Choice(Vec<String>),
     /// Text of a context-free grammar, in llguidance's variant of Lark's syntax.
     Lark(String),
+    /// One of several JSON texts, each between two that are given; or one or more of them, if there is something to stand
+    /// between them.
+    Framed {
+        /// What there is to choose from.
+        frames: Vec<Frame>,
+        /// What stands between two.
+        between: Option<String>,
+    },
+}
+
+/// JSON text, and what stands around it.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Frame {
+    /// Stands before it.
+    pub before: String,
+    /// Describes it.
+    pub schema: Value,
+    /// Stands behind it.
+    pub after: String,
 }
 
 impl Source {
@@ -41,6 +62,10 @@ impl Source {
             Self::JsonSchema(schema) => schema.to_string().len(),
             Self::Regex(text) | Self::Lark(text) => text.len(),
             Self::Choice(choices) => choices.iter().map(String::len).sum(),
+            Self::Framed { frames, .. } => {
+                let bytes = |frame: &Frame| frame.before.len() + frame.schema.to_string().len() + frame.after.len();
+                frames.iter().map(bytes).sum()
+            }
         }
     }
 
@@ -70,8 +95,24 @@ impl Source {
                 }
                 Ok(TopLevelGrammar::from_lark(grammar.clone()))
             }
+            Self::Framed { frames, between } => {
+                at_most("texts", frames.len(), FRAMES_MAX)?;
+                Ok(TopLevelGrammar::from_lark(framed(frames, between.as_deref())?))
+            }
         }
     }
+}
+
+/// As a grammar. Each schema is one by itself, so that what it refers to is found in it. Strings are written as in JSON.
+fn framed(frames: &[Frame], between: Option<&str>) -> Result<String, GrammarError> {
+    let rules: Vec<String> = (0..frames.len()).map(|index| format!("frame_{index}")).collect();
+    let more = between.map_or_else(String::new, |between| format!(" ({} frame)*", Value::from(between)));
+    let mut grammar = format!("start: frame{more}\nframe: {}\n", rules.join(" | "));
+    for (rule, Frame { before, schema, after }) in rules.iter().zip(frames) {
+        let (before, after) = (Value::from(before.as_str()), Value::from(after.as_str()));
+        grammar += &format!("{rule}: {before} json_{rule} {after}\njson_{rule}: %json {}\n", with_options(schema)?);
+    }
+    Ok(grammar)
 }
 
 /// The schema, saying what whitespace there may be, and that one of several is any of them where nobody can tell that

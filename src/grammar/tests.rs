@@ -126,6 +126,35 @@ fn a_grammar_of_rules_is_followed() {
 }
 
 #[test]
+fn json_texts_stand_in_their_frames() {
+    let frame =
+        |before: &str, schema: serde_json::Value| Frame { before: before.into(), schema, after: "}\n</b>".into() };
+    let integer = json!({"$ref": "#/$defs/n", "$defs": {"n": {"type": "integer", "minimum": 0, "maximum": 9}}});
+    let frames = vec![
+        frame("<b>\n{\"é\\ %json\": ", integer),
+        frame("<b>\n{\"f\": ", json!({"type": "array", "items": {"const": 1}, "maxItems": 2})),
+    ];
+    let (one, other) = ("<b>\n{\"é\\ %json\": 7}\n</b>", "<b>\n{\"f\": [1, 1]}\n</b>");
+    let alone = matcher(Source::Framed { frames: frames.clone(), between: None });
+    let several = matcher(Source::Framed { frames, between: Some("; ".into()) });
+    for text in [one, other] {
+        assert!(fits(&alone, text) && fits(&several, text), "{text}");
+    }
+    let both = format!("{one}; {other}; {one}");
+    assert!(fits(&several, &both) && !fits(&alone, &both));
+    for text in [
+        "",
+        "7",
+        "<b>\n{\"f\": 7}\n</b>",
+        "<b>\n{\"f\": [1,      1]}\n</b>",
+        &format!("{one}; "),
+        &format!("{one}{other}"),
+    ] {
+        assert!(!fits(&several, text), "{text}");
+    }
+}
+
+#[test]
 fn an_answer_may_end_when_it_is_complete_and_not_before() {
     let mut matcher = matcher(regex("ab?"));
     assert_eq!(allowed(&mut matcher), [u32::from(b'a')]);

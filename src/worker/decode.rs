@@ -14,7 +14,7 @@ use super::{
     ways::Ways,
 };
 use crate::{
-    api::{self, ApiConfig, ChatTemplate, ConnectionThreads, Defaults, HttpToken, ServerConfig},
+    api::{self, ApiConfig, ChatTemplate, ConnectionThreads, Defaults, HttpToken, Parsers, ServerConfig},
     cli::{DisaggArgs, WorkerArgs},
     cluster::{Cluster, Joined, Needs, Role, join},
     handoff::Limits,
@@ -151,11 +151,13 @@ fn api_config(
     if model_names.is_empty() {
         model_names.push(source.name().to_owned());
     }
+    let by_template = template.as_ref().map(Parsers::of_template).unwrap_or_default();
     ApiConfig {
         model_names,
         model_root: cli.engine.model.clone().unwrap_or_default(),
         tokenizer,
         template,
+        parsers: cli.parsers(by_template),
         defaults: Defaults::recommended(recommended),
         eos_token_ids: recommended.eos_token_ids.clone(),
         api_keys: cli.api_key.clone(),

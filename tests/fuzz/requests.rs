@@ -6,7 +6,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
 
-use engine::api::{self, ApiConfig, ChatTemplate, Defaults, ServerConfig};
+use engine::api::{self, ApiConfig, ChatTemplate, Defaults, Parsers, ServerConfig};
 use engine::telemetry::Metrics;
 use engine::worker::{Engine, EngineConfig, Runner, RunnerError};
 use engine_kernels::{Batch, RowTask, SampleRow, Sampled};
@@ -41,6 +41,7 @@ impl RequestBody {
             model_names: vec!["m".into()],
             model_root: "m".into(),
             tokenizer: Arc::new(Tokenizer::from_gguf(&gguf).unwrap()),
+            parsers: Parsers::of_template(&template),
             template: Some(template),
             defaults: Defaults::default(),
             eos_token_ids: vec![1],

@@ -155,6 +155,7 @@ impl Target for TemplateInput {
         };
         let options = RenderOptions {
             add_generation_prompt: request["add_generation_prompt"] == true,
+            tools: request["tools"].as_array().map_or(&[], Vec::as_slice),
             kwargs: request["chat_template_kwargs"].as_object(),
             now: None,
         };

@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 import unittest
 from typing import Literal
 
@@ -17,26 +18,41 @@ KEY = "sk-test"
 QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
 
 
-def setUpModule():
-    global server, client, base_url
+# Of a model that has been taught to call functions and to think, as the demo model has not.
+TEMPLATE = """{% if tools %}<tool_call> {{ tools | tojson }}
+{% endif %}{% for message in messages %}{{ message.role }}: {{ message.content }}
+{% for call in message.tool_calls or [] %}{{ call.function.name }} {{ call.function.arguments | tojson }}
+{% endfor %}{% endfor %}assistant:{% if thinks %}<think>{% endif %}"""
+
+
+def start(*flags):
     command = [ENGINE, "--model", MODEL, "--served-model-name", "demo"]
-    command += ["--port", "0", "--standalone", "--max-model-len", "1024"]
+    command += ["--port", "0", "--standalone", "--max-model-len", "1024", *flags]
     environment = dict(os.environ, ENGINE_API_KEY=KEY)
     server = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
     line = server.stdout.readline()
     found = re.search(r"http://\S+", line)
     if not found:
         raise RuntimeError(f"the engine did not start: {line!r}, exit status {server.wait()}")
-    base_url = found.group() + "/v1"
-    client = openai.OpenAI(base_url=base_url, api_key=KEY, max_retries=0)
+    return server, openai.OpenAI(base_url=found.group() + "/v1", api_key=KEY, max_retries=0)
 
 
-def tearDownModule():
+def stop(server, client):
     client.close()
     server.terminate()
     status = server.wait(timeout=60)
     server.stdout.close()
     assert status == 0, f"the engine left with status {status}"
+
+
+def setUpModule():
+    global server, client, base_url
+    server, client = start()
+    base_url = client.base_url
+
+
+def tearDownModule():
+    stop(server, client)
 
 
 class Models(unittest.TestCase):
@@ -192,6 +208,64 @@ class Completions(unittest.TestCase):
         self.assertIsNone(logprobs.token_logprobs[0])
         self.assertEqual(logprobs.text_offset[0], 0)
         self.assertTrue(all(len(top) >= 2 for top in logprobs.top_logprobs[1:]))
+
+
+class Weather(pydantic.BaseModel):
+    """The weather in a city."""
+
+    city: Literal["Paris", "Rome"]
+    days: int = pydantic.Field(ge=1, le=9)
+
+
+class Functions(unittest.TestCase):
+    @classmethod
+    def setUpClass(cls):
+        with tempfile.NamedTemporaryFile("w", suffix=".jinja") as template:
+            template.write(TEMPLATE)
+            template.flush()
+            cls.server, cls.client = start("--chat-template", template.name)
+        cls.tools = [openai.pydantic_function_tool(Weather)]
+        cls.arguments = dict(model="demo", messages=QUESTION, tools=cls.tools, tool_choice="required", max_tokens=150)
+        cls.arguments |= dict(parallel_tool_calls=False, temperature=0)
+
+    @classmethod
+    def tearDownClass(cls):
+        stop(cls.server, cls.client)
+
+    def test_a_call_is_made_and_its_result_sent_back(self):
+        answer = self.client.chat.completions.parse(**self.arguments)
+        self.assertEqual(answer.choices[0].finish_reason, "tool_calls")
+        message = answer.choices[0].message
+        self.assertIsNone(message.content)
+        [call] = message.tool_calls
+        self.assertIsInstance(call.function.parsed_arguments, Weather)
+        result = {"role": "tool", "tool_call_id": call.id, "content": "sunny"}
+        messages = QUESTION + [message, result]
+        answer = self.client.chat.completions.create(
+            model="demo", messages=messages, tools=self.tools, temperature=0, max_tokens=8
+        )
+        self.assertTrue(answer.choices[0].message.content)
+
+    def test_a_streamed_call_is_put_together(self):
+        whole = self.client.chat.completions.create(**self.arguments).choices[0].message.tool_calls[0].function
+        with self.client.chat.completions.stream(**self.arguments) as stream:
+            events = [event.type for event in stream]
+            final = stream.get_final_completion().choices[0]
+        self.assertIn("tool_calls.function.arguments.done", events)
+        self.assertEqual(final.finish_reason, "tool_calls")
+        function = final.message.tool_calls[0].function
+        self.assertEqual((function.name, function.arguments), (whole.name, whole.arguments))
+        self.assertIsInstance(function.parsed_arguments, Weather)
+
+    def test_thoughts_have_a_field_of_their_own(self):
+        arguments = dict(model="demo", messages=QUESTION, temperature=0, max_tokens=8)
+        arguments |= dict(extra_body={"chat_template_kwargs": {"thinks": True}})
+        message = self.client.chat.completions.create(**arguments).choices[0].message
+        self.assertIsNone(message.content)
+        chunks = list(self.client.chat.completions.create(**arguments, stream=True))
+        thoughts = [getattr(chunk.choices[0].delta, "reasoning_content", None) or "" for chunk in chunks]
+        self.assertEqual("".join(thoughts), message.reasoning_content)
+        self.assertTrue(message.reasoning_content)
 
 
 class Errors(unittest.TestCase):

@@ -77,10 +77,15 @@ impl Server {
 
     /// One server for all tests of a file that need nothing special. It ends with the last of them.
     pub(crate) fn shared() -> Arc<Self> {
+        Self::shared_with(&["--max-model-len", "1024", "--kv-blocks", "256"])
+    }
+
+    /// The same with other flags, the same ones in all tests of the file.
+    pub(crate) fn shared_with(flags: &[&str]) -> Arc<Self> {
         static SHARED: Mutex<Weak<Server>> = Mutex::new(Weak::new());
         let mut shared = SHARED.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
         shared.upgrade().unwrap_or_else(|| {
-            let server = Arc::new(Self::start(&["--max-model-len", "1024", "--kv-blocks", "256"]));
+            let server = Arc::new(Self::start(flags));
             *shared = Arc::downgrade(&server);
             server
         })

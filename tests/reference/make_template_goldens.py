@@ -59,6 +59,22 @@ TOOL_CHATS = {
     ],
 }
 
+TOOLS = [
+    {
+        "type": "function",
+        "function": {
+            "name": "weather",
+            "description": "The weather in a \"city\" <now>",
+            "parameters": {
+                "type": "object",
+                "properties": {"city": {"type": "string"}, "days": {"type": "integer", "default": 1.0}},
+                "required": ["city"],
+            },
+        },
+    },
+    {"type": "function", "function": {"name": "zeit", "description": "Wie spät ist es?"}},
+]
+
 # What other models' templates use, one feature at a time.
 SNIPPETS = {
     "loop controls": "{% for m in messages %}{% if loop.index0 == 1 %}{% continue %}{% endif %}{% if loop.index > 4 %}{% break %}{% endif %}{{ m.role }}:{{ m['content'] }};{% endfor %}",
@@ -88,10 +104,11 @@ def main():
 
     def case(template, name, messages, **kwargs):
         add_generation_prompt = kwargs.pop("add_generation_prompt")
+        tools = kwargs.pop("tools", None)
         messages = json.loads(json.dumps(messages, sort_keys=True))
         rendered = _compile_jinja_template(templates[template]).render(
             messages=messages,
-            tools=None,
+            tools=tools,
             documents=None,
             add_generation_prompt=add_generation_prompt,
             bos_token="<s>",
@@ -104,6 +121,7 @@ def main():
                 "name": name,
                 "messages": messages,
                 "add_generation_prompt": add_generation_prompt,
+                "tools": tools,
                 "kwargs": kwargs,
                 "expected": rendered,
             }
@@ -114,6 +132,8 @@ def main():
             case("qwen3", name, messages, add_generation_prompt=add_generation_prompt)
         case("qwen3", name, messages, add_generation_prompt=True, enable_thinking=False)
         case("qwen3", name, messages, add_generation_prompt=True, enable_thinking=True)
+    for name, messages in (CHATS | TOOL_CHATS).items():
+        case("qwen3", f"{name}, tools", messages, add_generation_prompt=True, tools=TOOLS)
     for name, messages in CHATS.items():
         for add_generation_prompt in (True, False):
             case("smollm2", name, messages, add_generation_prompt=add_generation_prompt)

@@ -14,6 +14,9 @@ pub(crate) struct Answer {
 #[derive(Debug, Default, Clone, PartialEq)]
 pub(crate) struct Choice {
     pub(crate) text: String,
+    pub(crate) thoughts: String,
+    /// As they came, each once.
+    pub(crate) calls: Vec<Value>,
     pub(crate) roles: usize,
     pub(crate) logprobs: Vec<Value>,
     pub(crate) finishes: Vec<Value>,
@@ -58,6 +61,8 @@ impl Choice {
     fn take(&mut self, choice: &Value) {
         let delta = &choice["delta"];
         self.text += choice["text"].as_str().or(delta["content"].as_str()).unwrap_or_default();
+        self.thoughts += delta["reasoning_content"].as_str().unwrap_or_default();
+        self.calls.extend(delta["tool_calls"].as_array().into_iter().flatten().cloned());
         self.roles += usize::from(delta["role"].is_string());
         let logprobs = &choice["logprobs"];
         self.logprobs.extend(logprobs["content"].as_array().into_iter().flatten().cloned());

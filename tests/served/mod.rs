@@ -17,7 +17,7 @@ use std::{
 };
 
 use engine::{
-    api::{self, ApiConfig, ChatTemplate, Defaults, HttpToken, ServerConfig},
+    api::{self, ApiConfig, ChatTemplate, Defaults, HttpToken, Parsers, ServerConfig},
     telemetry::Metrics,
     worker::{Engine, EngineConfig, EngineHandle, Runner, RunnerError},
 };
@@ -133,6 +133,8 @@ impl Runner for Digests {
 /// How a worker differs from others.
 pub(crate) struct Options {
     pub(crate) model: &'static str,
+    /// How a conversation becomes a prompt, which also tells what answers are looked through for.
+    pub(crate) template: &'static str,
     pub(crate) cluster_token: Option<HttpToken>,
     pub(crate) max_model_len: usize,
     pub(crate) max_num_seqs: usize,
@@ -145,6 +147,7 @@ impl Default for Options {
     fn default() -> Self {
         Self {
             model: "m",
+            template: TEMPLATE,
             cluster_token: None,
             max_model_len: 2048,
             max_num_seqs: 8,
@@ -171,11 +174,13 @@ impl Worker {
         palette.sort_unstable();
         palette.dedup();
         let end = tokenizer.encode("<|im_end|>", false).unwrap()[0];
+        let template = ChatTemplate::new(options.template, "", "").unwrap();
         let api = ApiConfig {
             model_names: vec![options.model.into()],
             model_root: options.model.into(),
             tokenizer,
-            template: Some(ChatTemplate::new(TEMPLATE, "", "").unwrap()),
+            parsers: Parsers::of_template(&template),
+            template: Some(template),
             defaults: Defaults::default(),
             eos_token_ids: vec![end],
             api_keys: Vec::new(),

@@ -68,6 +68,8 @@ pub enum TemplateError {
 pub struct RenderOptions<'a> {
     /// End the prompt with the opening of the assistant's answer.
     pub add_generation_prompt: bool,
+    /// The functions that may be called, as requests have them; none: there are none to be told of.
+    pub tools: &'a [serde_json::Value],
     /// Further variables (`chat_template_kwargs` of vLLM), such as Qwen3's `enable_thinking`; none of
     /// [`RESERVED_NAMES`], which whoever takes requests refuses.
     pub kwargs: Option<&'a serde_json::Map<String, serde_json::Value>>,
@@ -84,7 +86,7 @@ pub struct ChatTemplate {
     takes_content_parts: bool,
     /// Whether the template may ask for the time.
     tells_time: bool,
-    reads_effort: bool,
+    source: String,
 }
 
 impl ChatTemplate {
@@ -108,7 +110,7 @@ impl ChatTemplate {
             eos_token: eos_token.into(),
             takes_content_parts: false,
             tells_time: source.contains("strftime_now"),
-            reads_effort: source.contains("reasoning_effort") || source.contains("enable_thinking"),
+            source: source.into(),
         };
         template.takes_content_parts = template.probe_content_parts();
         Ok(template)
@@ -123,7 +125,17 @@ impl ChatTemplate {
     /// Whether how long the model is to think makes a difference to the template: by `reasoning_effort`, or by
     /// `enable_thinking`.
     pub fn reads_effort(&self) -> bool {
-        self.reads_effort
+        self.source.contains("reasoning_effort") || self.source.contains("enable_thinking")
+    }
+
+    /// Whether the template tells the model which functions it may call.
+    pub fn reads_tools(&self) -> bool {
+        self.source.contains("tools")
+    }
+
+    /// The template as it was given.
+    pub fn source(&self) -> &str {
+        &self.source
     }
 
     /// Renders `messages`, an array of objects as the OpenAI API has them.
@@ -135,7 +147,11 @@ impl ChatTemplate {
         }
         // After the request's own variables: of two pairs with one name the later counts.
         variables.push(("messages".into(), size.convert(messages)));
-        variables.push(("tools".into(), Value::from(())));
+        let tools = match options.tools {
+            [] => Value::from(()),
+            tools => tools.iter().map(|tool| size.convert(tool)).collect(),
+        };
+        variables.push(("tools".into(), tools));
         variables.push(("documents".into(), Value::from(())));
         variables.push(("add_generation_prompt".into(), options.add_generation_prompt.into()));
         variables.push(("bos_token".into(), self.bos_token.as_str().into()));

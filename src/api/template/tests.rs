@@ -25,6 +25,7 @@ fn templates_render_as_transformers_renders_them() {
         let template = ChatTemplate::new(source, "<s>", "</s>").unwrap();
         let options = RenderOptions {
             add_generation_prompt: case["add_generation_prompt"].as_bool().unwrap(),
+            tools: case["tools"].as_array().map_or(&[], Vec::as_slice),
             kwargs: case["kwargs"].as_object(),
             now: None,
         };
@@ -86,7 +87,7 @@ fn a_long_conversation_stays_within_the_limits() {
 #[test]
 fn request_variables_do_not_replace_the_messages() {
     let kwargs = json!({"messages": [], "add_generation_prompt": false, "extra": 1});
-    let options = RenderOptions { add_generation_prompt: true, kwargs: kwargs.as_object(), now: None };
+    let options = RenderOptions { add_generation_prompt: true, kwargs: kwargs.as_object(), ..RenderOptions::default() };
     let template =
         ChatTemplate::new("{{ messages | length }} {{ add_generation_prompt }} {{ extra }}", "", "").unwrap();
     assert_eq!(template.render(&hello(), options).unwrap(), "1 True 1");

@@ -29,8 +29,10 @@ generating_request! {
         /// vLLM's: whether the tokenizer adds its begin-of-sequence token to the rendered text.
         add_special_tokens: Option<bool>,
         modalities: Option<Vec<String>>,
+        /// Functions that the model may call, as its template shows them.
+        tools: Option<Vec<Value>>,
         tool_choice: Option<Value>,
-        tools: Option<Refused>,
+        parallel_tool_calls: Option<bool>,
         functions: Option<Refused>,
         function_call: Option<Value>,
         audio: Option<Refused>,
@@ -45,6 +47,7 @@ generating_request! {
         chat_template: Option<Refused>,
         mm_processor_kwargs: Option<Refused>,
         thinking_token_budget: Option<Refused>,
+        /// vLLM's: whether clients see what the model thought.
         include_reasoning: Option<bool>,
         /// Chooses among OpenAI's price classes.
         #[serde(rename = "service_tier")]
@@ -59,9 +62,6 @@ generating_request! {
         _prompt_cache_retention: Option<IgnoredAny>,
         #[serde(rename = "safety_identifier")]
         _safety_identifier: Option<IgnoredAny>,
-        /// About tools, of which there are none.
-        #[serde(rename = "parallel_tool_calls")]
-        _parallel_tool_calls: Option<IgnoredAny>,
     }
 }
 

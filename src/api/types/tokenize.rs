@@ -10,6 +10,7 @@ pub(crate) struct TokenizeRequest {
     pub(crate) model: Option<String>,
     pub(crate) prompt: Option<String>,
     pub(crate) messages: Option<Messages>,
+    pub(crate) tools: Option<Vec<Value>>,
     /// Default: true for a text, false for a conversation, whose template writes special tokens itself.
     pub(crate) add_special_tokens: Option<bool>,
     /// Whether the answer also has each token as text.

@@ -1,0 +1,300 @@
+//! An answer's text taken apart: what the model thought, what it says, and the functions it calls. Models mark these
+//! with texts that their templates have taught them; vLLM calls what reads them parsers, and so do the flags.
+//!
+//! What is found does not depend on how the text was cut into pieces, and nothing is let out that what follows could
+//! turn into something else. Text that is kept back is the end of what has been read, so how far an answer has come is
+//! a number of bytes, and another parser that reads so many is where this one is (see `output`).
+
+mod calls;
+#[cfg(test)]
+mod tests;
+
+pub(crate) use calls::Call;
+
+use super::ChatTemplate;
+
+/// What thoughts stand between: Qwen3, DeepSeek-R1 and those made from it, and others.
+const THOUGHTS: (&str, &str) = ("<think>", "</think>");
+/// What a call stands between: NousResearch's Hermes models, Qwen2.5, Qwen3, and others.
+const HERMES: (&str, &str) = ("<tool_call>", "</tool_call>");
+
+/// How a model writes calls.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum CallFormat {
+    /// `{"name": …, "arguments": {…}}` between `<tool_call>` and `</tool_call>`, anywhere, any number of times.
+    Hermes,
+    /// An answer that is `{"name": …, "parameters": {…}}` and nothing else, or several with semicolons between them:
+    /// Llama 3.1 and later.
+    Llama3Json,
+}
+
+/// What a server looks for in its model's answers.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Parsers {
+    /// Whether answers may begin with thoughts between `<think>` and `</think>`.
+    pub thoughts: bool,
+    /// How calls are written; `None`: requests with tools are refused.
+    pub calls: Option<CallFormat>,
+}
+
+impl Parsers {
+    /// What a model with this template has been taught, as far as that shows.
+    pub fn of_template(template: &ChatTemplate) -> Self {
+        let shows = |text| template.source().contains(text);
+        let calls = if !template.reads_tools() {
+            None
+        } else if shows(HERMES.0) {
+            // Qwen3-Coder's calls stand between the same, and are no JSON.
+            (!shows("<function=")).then_some(CallFormat::Hermes)
+        } else {
+            shows("\"parameters\"").then_some(CallFormat::Llama3Json)
+        };
+        Self { thoughts: shows(THOUGHTS.0) || shows(THOUGHTS.1), calls }
+    }
+}
+
+/// What is looked for in one answer.
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
+pub(crate) struct Wanted {
+    pub(crate) thoughts: Thoughts,
+    /// Whether clients see what was thought.
+    pub(crate) show_thoughts: bool,
+    pub(crate) calls: Option<CallFormat>,
+    /// Calls beyond these are left out.
+    pub(crate) calls_max: usize,
+}
+
+/// Whether an answer has thoughts.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(crate) enum Thoughts {
+    /// Whatever it looks like, it has none.
+    #[default]
+    No,
+    /// If it begins with what opens them.
+    IfOpened,
+    /// It begins amid them: the prompt has opened them.
+    Opened,
+}
+
+impl Thoughts {
+    /// By what the prompt ends with.
+    pub(crate) fn after(prompt: &str) -> Self {
+        if prompt.trim_end().ends_with(THOUGHTS.0) { Self::Opened } else { Self::IfOpened }
+    }
+
+    /// Of an answer that continues `message`, of which all is shown, thoughts too.
+    pub(crate) fn amid(message: &str) -> Self {
+        if message.rfind(THOUGHTS.0) > message.rfind(THOUGHTS.1) { Self::Opened } else { Self::No }
+    }
+}
+
+/// What has been read and not been told.
+#[derive(Debug, Default, Clone, PartialEq)]
+pub(crate) struct Pieces {
+    pub(crate) thoughts: String,
+    pub(crate) content: String,
+    pub(crate) calls: Vec<Call>,
+}
+
+impl Pieces {
+    pub(crate) fn is_empty(&self) -> bool {
+        self.thoughts.is_empty() && self.content.is_empty() && self.calls.is_empty()
+    }
+
+    pub(crate) fn clear(&mut self) {
+        self.thoughts.clear();
+        self.content.clear();
+        self.calls.clear();
+    }
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum State {
+    /// Nothing has been said yet, so that what comes next tells what the answer is. Whether it may be thoughts.
+    Beginning(bool),
+    Thoughts,
+    Content,
+    /// In what may be a call of [`CallFormat::Hermes`], white space before it included.
+    Call,
+    /// In what may be calls of [`CallFormat::Llama3Json`]: that is known when all of it is there.
+    Calls,
+}
+
+/// Reads one answer.
+#[derive(Debug)]
+pub(crate) struct Parser {
+    wanted: Wanted,
+    state: State,
+    /// Text that was not let out yet.
+    held: String,
+    /// Where in `held` the search for the end of a call goes on.
+    searched: usize,
+    /// Whether white space means nothing until something else comes.
+    skips_space: bool,
+    calls_made: usize,
+}
+
+impl Parser {
+    pub(crate) fn new(wanted: Wanted) -> Self {
+        let state = match (wanted.thoughts, wanted.calls) {
+            (Thoughts::Opened, _) => State::Thoughts,
+            (Thoughts::IfOpened, _) => State::Beginning(true),
+            (Thoughts::No, Some(CallFormat::Llama3Json)) => State::Beginning(false),
+            (Thoughts::No, _) => State::Content,
+        };
+        let skips_space = state == State::Thoughts;
+        Self { wanted, state, held: String::new(), searched: 0, skips_space, calls_made: 0 }
+    }
+
+    /// Takes the next piece of the text and appends what it has turned out to be to `out`.
+    pub(crate) fn push(&mut self, text: &str, out: &mut Pieces) {
+        self.held.push_str(text);
+        while self.advance(out) {}
+    }
+
+    /// The text is complete: what was kept back is what it looks like. What follows all the same is read as if that
+    /// had not been the end.
+    pub(crate) fn finish(&mut self, out: &mut Pieces) {
+        let held = std::mem::take(&mut self.held);
+        if held.is_empty() {
+            return;
+        }
+        match self.state {
+            State::Thoughts => self.think(held.trim_end(), out),
+            State::Call | State::Calls => {
+                let calls = match self.state {
+                    // Some models do not close their last call.
+                    State::Call => calls::one(held.trim_start().trim_start_matches(HERMES.0)).map(|call| vec![call]),
+                    _ => calls::several(&held),
+                };
+                self.state = State::Content;
+                match calls {
+                    Some(calls) => self.call(calls, out),
+                    None => out.content.push_str(&held),
+                }
+            }
+            State::Beginning(_) | State::Content => {
+                self.state = State::Content;
+                out.content.push_str(&held);
+            }
+        }
+    }
+
+    /// Bytes of text that are kept back.
+    pub(crate) fn bytes_held(&self) -> usize {
+        self.held.len()
+    }
+
+    /// Whether a function was called.
+    pub(crate) fn made_calls(&self) -> bool {
+        self.calls_made > 0
+    }
+
+    /// Goes as far as the state reaches. Whether there is another, in which more may be found.
+    fn advance(&mut self, out: &mut Pieces) -> bool {
+        if self.skips_space {
+            let spaces = self.held.len() - self.held.trim_start().len();
+            self.held.drain(..spaces);
+            self.skips_space = self.held.is_empty();
+        }
+        match self.state {
+            State::Beginning(may_think) => self.begin(may_think),
+            State::Thoughts => match self.held.find(THOUGHTS.1) {
+                Some(at) => {
+                    let thoughts = self.take(at);
+                    self.think(thoughts.trim_end(), out);
+                    self.held.drain(..THOUGHTS.1.len());
+                    self.state = State::Beginning(false);
+                    self.skips_space = true;
+                    true
+                }
+                None => {
+                    let thoughts = self.take(certain(&self.held, THOUGHTS.1));
+                    self.think(&thoughts, out);
+                    false
+                }
+            },
+            State::Content if self.wanted.calls != Some(CallFormat::Hermes) => {
+                out.content.push_str(&self.held);
+                self.held.clear();
+                false
+            }
+            State::Content => {
+                let call = self.held.find(HERMES.0);
+                let content = call.map(|at| self.held[..at].trim_end().len());
+                let content = self.take(content.unwrap_or_else(|| certain(&self.held, HERMES.0)));
+                out.content.push_str(&content);
+                if call.is_some() {
+                    (self.state, self.searched) = (State::Call, 0);
+                }
+                call.is_some()
+            }
+            State::Call => self.close(out),
+            State::Calls => false,
+        }
+    }
+
+    /// What the answer is, once that is known.
+    fn begin(&mut self, may_think: bool) -> bool {
+        let begun = self.held.trim_start();
+        if begun.is_empty() || may_think && begun.len() < THOUGHTS.0.len() && THOUGHTS.0.starts_with(begun) {
+            return false;
+        }
+        if may_think && begun.starts_with(THOUGHTS.0) {
+            let opened = self.held.len() - begun.len() + THOUGHTS.0.len();
+            self.held.drain(..opened);
+            self.skips_space = true;
+            self.state = State::Thoughts;
+        } else if self.wanted.calls == Some(CallFormat::Llama3Json) && begun.starts_with('{') {
+            self.state = State::Calls;
+        } else {
+            self.state = State::Content;
+        }
+        true
+    }
+
+    /// Looks for the end of the call that `held` begins with.
+    fn close(&mut self, out: &mut Pieces) -> bool {
+        let opened = self.held.len() - self.held.trim_start().len() + HERMES.0.len();
+        let from = self.held.floor_char_boundary(self.searched.max(opened));
+        let Some(at) = self.held[from..].find(HERMES.1) else {
+            self.searched = (self.held.len() + 1).saturating_sub(HERMES.1.len());
+            return false;
+        };
+        let (inside, end) = (opened..from + at, from + at + HERMES.1.len());
+        self.state = State::Content;
+        match calls::one(&self.held[inside]) {
+            Some(call) => {
+                self.held.drain(..end);
+                self.skips_space = true;
+                self.call(vec![call], out);
+            }
+            None => out.content.push_str(&self.take(end)),
+        }
+        true
+    }
+
+    fn think(&mut self, thoughts: &str, out: &mut Pieces) {
+        if self.wanted.show_thoughts {
+            out.thoughts.push_str(thoughts);
+        }
+    }
+
+    fn call(&mut self, calls: Vec<Call>, out: &mut Pieces) {
+        for call in calls.into_iter().take(self.wanted.calls_max - self.calls_made) {
+            out.calls.push(Call { index: self.calls_made, ..call });
+            self.calls_made += 1;
+        }
+    }
+
+    /// The first `bytes` of what is held, which are not held any longer.
+    fn take(&mut self, bytes: usize) -> String {
+        self.held.drain(..bytes).collect()
+    }
+}
+
+/// How much of `text` comes before what may be the beginning of `mark`, and the white space before that.
+fn certain(text: &str, mark: &str) -> usize {
+    let begun = (0..mark.len()).rev().find(|&length| text.ends_with(&mark[..length])).unwrap_or(0);
+    text[..text.len() - begun].trim_end().len()
+}

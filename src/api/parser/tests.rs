@@ -1,0 +1,235 @@
+use proptest::prelude::*;
+
+use super::*;
+
+fn wanted(thoughts: Thoughts, calls: Option<CallFormat>) -> Wanted {
+    Wanted { thoughts, show_thoughts: true, calls, calls_max: usize::MAX }
+}
+
+/// What `text` is when it comes in one piece, and whether it made calls.
+fn read(wanted: Wanted, text: &str) -> (Pieces, bool) {
+    let (mut parser, mut pieces) = (Parser::new(wanted), Pieces::default());
+    parser.push(text, &mut pieces);
+    parser.finish(&mut pieces);
+    assert_eq!(parser.bytes_held(), 0);
+    (pieces, parser.made_calls())
+}
+
+/// Thoughts, content, and names with arguments of calls.
+fn told(wanted: Wanted, text: &str) -> (String, String, Vec<(String, String)>) {
+    let (pieces, made_calls) = read(wanted, text);
+    assert_eq!(made_calls, !pieces.calls.is_empty());
+    let calls = pieces.calls.into_iter().enumerate().map(|(index, call)| {
+        assert_eq!(call.index, index);
+        (call.name, call.arguments)
+    });
+    (pieces.thoughts, pieces.content, calls.collect())
+}
+
+fn thoughts_and_content(thoughts: Thoughts, text: &str) -> (String, String) {
+    let (thoughts, content, calls) = told(wanted(thoughts, None), text);
+    assert!(calls.is_empty());
+    (thoughts, content)
+}
+
+fn pair(thoughts: &str, content: &str) -> (String, String) {
+    (thoughts.into(), content.into())
+}
+
+#[test]
+fn what_a_model_was_taught_is_seen_from_its_template() {
+    let parsers = |source: &str| {
+        let Parsers { thoughts, calls } = Parsers::of_template(&ChatTemplate::new(source, "", "").unwrap());
+        (thoughts, calls)
+    };
+    let goldens: serde_json::Value =
+        serde_json::from_str(include_str!("../../../tests/reference/templates.json")).unwrap();
+    let known = |name: &str| parsers(goldens["templates"][name].as_str().unwrap());
+    assert_eq!(known("qwen3"), (true, Some(CallFormat::Hermes)));
+    assert_eq!(known("smollm2"), (false, None));
+    assert_eq!(parsers("{{ messages }}<think>"), (true, None));
+    assert_eq!(parsers("{{ tools }} {\"name\": name, \"parameters\": values}"), (false, Some(CallFormat::Llama3Json)));
+    // Nobody is told of functions; or calls are no JSON; or nothing shows how they are written.
+    for source in ["<tool_call>", "{{ tools }}<tool_call><function=name>", "{{ tools }}"] {
+        assert_eq!(parsers(source), (false, None));
+    }
+}
+
+#[test]
+fn thoughts_are_told_from_what_is_said() {
+    use Thoughts::{IfOpened, No, Opened};
+    for (thoughts, text, expected) in [
+        (IfOpened, "<think>\nHm.\n\nYes.\n</think>\n\nHello. ", pair("Hm.\n\nYes.", "Hello. ")),
+        (IfOpened, "\n <think>a</think>b", pair("a", "b")),
+        (Opened, "\nHm. <b\n</think>\nHello", pair("Hm. <b", "Hello")),
+        // A model that does not think today.
+        (IfOpened, "<think>\n\n</think>\n\nHello", pair("", "Hello")),
+        (IfOpened, "\n Hello <think>a</think>", pair("", "\n Hello <think>a</think>")),
+        (IfOpened, "<thinking", pair("", "<thinking")),
+        // Cut off.
+        (IfOpened, " <thin", pair("", " <thin")),
+        (IfOpened, "<think>Hm.\n</thi", pair("Hm.\n</thi", "")),
+        (Opened, "Hm.\n", pair("Hm.", "")),
+        (Opened, "", pair("", "")),
+        (No, "<think>a</think>b", pair("", "<think>a</think>b")),
+    ] {
+        assert_eq!(thoughts_and_content(thoughts, text), expected, "{text:?}");
+    }
+}
+
+#[test]
+fn thoughts_that_nobody_wants_to_see_are_left_out() {
+    let wanted = Wanted { show_thoughts: false, ..wanted(Thoughts::IfOpened, None) };
+    assert_eq!(told(wanted, "<think>a</think>b"), (String::new(), "b".into(), Vec::new()));
+}
+
+#[test]
+fn whether_an_answer_begins_amid_thoughts_is_seen_from_what_it_follows() {
+    assert_eq!(Thoughts::after("<|im_start|>assistant\n<think>\n"), Thoughts::Opened);
+    assert_eq!(Thoughts::after("<think>\n\n</think>\n\n"), Thoughts::IfOpened);
+    assert_eq!(Thoughts::after("what does <think> do?\n<|im_start|>assistant\n"), Thoughts::IfOpened);
+    assert_eq!(Thoughts::amid("<think>\nFirst"), Thoughts::Opened);
+    assert_eq!(Thoughts::amid("<think>a</think>The"), Thoughts::No);
+    assert_eq!(Thoughts::amid("The"), Thoughts::No);
+}
+
+fn call(name: &str, arguments: &str) -> (String, String) {
+    (name.into(), arguments.into())
+}
+
+#[test]
+fn calls_stand_between_marks_anywhere_in_an_answer() {
+    let read = |text: &str| told(wanted(Thoughts::IfOpened, Some(CallFormat::Hermes)), text);
+    let one = "<tool_call>\n{\"name\": \"f\", \"arguments\": {\"b\": 1.50, \"a\": [\"</tool>\"]}}\n</tool_call>";
+    let made = || call("f", "{\"b\": 1.50, \"a\": [\"</tool>\"]}");
+    assert_eq!(read(one), (String::new(), String::new(), vec![made()]));
+    assert_eq!(read(&format!("{one}\n{one}")), (String::new(), String::new(), vec![made(), made()]));
+    let text = format!("<think>\nI call f.\n</think>\n\nOne moment.\n\n{one}\nDone\n");
+    assert_eq!(read(&text), ("I call f.".into(), "One moment.Done\n".into(), vec![made()]));
+    // Not closed, as some models leave their last one.
+    let open = one.strip_suffix("\n</tool_call>").unwrap();
+    assert_eq!(read(&format!(" {open}")), (String::new(), String::new(), vec![made()]));
+    for (written, arguments) in [
+        ("{\"name\": \"f\"}", "{}"),
+        ("{\"arguments\": null, \"name\": \"f\"}", "{}"),
+        ("{\"name\": \"f\", \"parameters\": {}, \"more\": 1}", "{}"),
+        ("{\"name\": \"f\", \"arguments\": \"{\\\"a\\\": 1}\"}", "{\"a\": 1}"),
+    ] {
+        let text = format!("<tool_call>{written}</tool_call>");
+        assert_eq!(read(&text), (String::new(), String::new(), vec![call("f", arguments)]), "{text}");
+    }
+}
+
+#[test]
+fn what_only_looks_like_a_call_stays_what_was_said() {
+    let format = Some(CallFormat::Hermes);
+    for text in [
+        "a <tool_call>{\"name\": </tool_call> b",
+        "a\n<tool_call>f()</tool_call>",
+        "<tool_call>{\"arguments\": {}}</tool_call>",
+        "<tool_call>\n{\"name\": \"f\", \"argu",
+        "a < b <tool",
+        " \n",
+    ] {
+        assert_eq!(told(wanted(Thoughts::No, format), text), (String::new(), text.into(), Vec::new()));
+    }
+    // Where nobody offered a function, nothing looks like a call.
+    let text = "<tool_call>{\"name\": \"f\"}</tool_call>";
+    assert_eq!(told(wanted(Thoughts::No, None), text), (String::new(), text.into(), Vec::new()));
+}
+
+#[test]
+fn an_answer_that_is_json_may_be_calls() {
+    let read = |text: &str| told(wanted(Thoughts::No, Some(CallFormat::Llama3Json)), text);
+    let made = vec![call("f", "{\"a\": 1}"), call("g", "{}")];
+    assert_eq!(read("{\"name\": \"f\", \"parameters\": {\"a\": 1}}").2, made[..1]);
+    let both = "\n{\"type\": \"function\", \"name\": \"f\", \"parameters\": {\"a\": 1}}; {\"name\": \"g\"}\n";
+    assert_eq!(read(both), (String::new(), String::new(), made));
+    for text in ["{\"a\": 1}", "{\"name\": \"f\"} and more", "{\"name\": \"f\"", "f: {\"name\": \"f\"}", " 7"] {
+        assert_eq!(read(text), (String::new(), text.into(), Vec::new()));
+    }
+    let with_thoughts = wanted(Thoughts::IfOpened, Some(CallFormat::Llama3Json));
+    let expected = ("a".into(), String::new(), vec![call("f", "{}")]);
+    assert_eq!(told(with_thoughts, "<think>a</think>\n{\"name\": \"f\"}"), expected);
+}
+
+#[test]
+fn no_more_calls_are_made_than_may_be() {
+    let text = "<tool_call>{\"name\": \"f\"}</tool_call>".repeat(3);
+    for (calls_max, made) in [(1, 1), (2, 2), (usize::MAX, 3)] {
+        let wanted = Wanted { calls_max, ..wanted(Thoughts::No, Some(CallFormat::Hermes)) };
+        assert_eq!(told(wanted, &text).2.len(), made);
+    }
+}
+
+/// Text with every mark, whole and in parts.
+fn any_text() -> impl Strategy<Value = String> {
+    let part = prop_oneof![
+        4 => prop::sample::select(vec!["<think>", "</think>", "<tool_call>", "</tool_call>"]),
+        2 => prop::sample::select(vec!["<", "<thi", "</", "</tool_", "<tool_call", ">", "nk>", "call>"]),
+        2 => prop::sample::select(vec!["{\"name\": \"f\"}", "{\"name\": \"é\", \"arguments\": {\"a\": 1}}", "{", "; "]),
+        2 => prop::sample::select(vec!["\n", " ", "\n\n", "a", "é🙂", "a b"]),
+    ];
+    prop::collection::vec(part, 0..12).prop_map(|parts| parts.concat())
+}
+
+fn any_wanted() -> impl Strategy<Value = Wanted> {
+    let thoughts = prop::sample::select(vec![Thoughts::No, Thoughts::IfOpened, Thoughts::Opened]);
+    let calls = prop::sample::select(vec![None, Some(CallFormat::Hermes), Some(CallFormat::Llama3Json)]);
+    let calls_max = prop::sample::select(vec![1, usize::MAX]);
+    (thoughts, calls, calls_max).prop_map(|(thoughts, calls, calls_max)| Wanted {
+        thoughts,
+        show_thoughts: true,
+        calls,
+        calls_max,
+    })
+}
+
+proptest! {
+    #[test]
+    fn how_the_text_was_cut_does_not_show(wanted in any_wanted(), text in any_text()) {
+        let expected = read(wanted, &text);
+        let (mut parser, mut pieces) = (Parser::new(wanted), Pieces::default());
+        for c in text.chars() {
+            parser.push(c.encode_utf8(&mut [0; 4]), &mut pieces);
+        }
+        parser.finish(&mut pieces);
+        prop_assert_eq!((pieces, parser.made_calls()), expected);
+    }
+
+    /// What stands between no marks is what was there, but for white space.
+    #[test]
+    fn nothing_is_lost(wanted in any_wanted(), text in any_text()) {
+        let (pieces, _) = read(wanted, &text);
+        let letters = |text: &str| text.matches('a').count();
+        let calls: usize = pieces.calls.iter().map(|call| letters(&call.arguments)).sum();
+        let dropped = wanted.calls_max == 1;
+        // The `a`s of `name` and `arguments` are not told.
+        let inside = text.matches("\"name\"").count() + text.matches("\"arguments\"").count() + text.matches("tool_ca").count();
+        let told = letters(&pieces.thoughts) + letters(&pieces.content) + calls;
+        prop_assert!(told <= letters(&text) && (dropped || told + inside >= letters(&text)), "{:?}", pieces);
+    }
+
+    /// Another that is given as much of the text as was let out goes on where this one is: see `Output::replay`.
+    #[test]
+    fn an_answer_may_go_on_in_another_parser(wanted in any_wanted(), text in any_text()) {
+        let (expected, made_calls) = read(wanted, &text);
+        let (mut parser, mut pieces) = (Parser::new(wanted), Pieces::default());
+        let cuts: Vec<usize> = text.char_indices().map(|(at, _)| at).chain([text.len(), text.len()]).collect();
+        for (step, window) in cuts.windows(2).enumerate() {
+            match step + 2 == cuts.len() {
+                // The last one stands for the end.
+                true => parser.finish(&mut pieces),
+                false => parser.push(&text[window[0]..window[1]], &mut pieces),
+            }
+            let shown = window[1] - parser.bytes_held();
+            let (mut other, mut again, mut rest) = (Parser::new(wanted), Pieces::default(), pieces.clone());
+            other.push(&text[..shown], &mut again);
+            other.finish(&mut again);
+            other.push(&text[shown..], &mut rest);
+            other.finish(&mut rest);
+            prop_assert_eq!(&rest, &expected, "cut after {} of {:?}", shown, text);
+            prop_assert_eq!(other.made_calls(), made_calls);
+        }
+    }
+}

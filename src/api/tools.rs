@@ -1,0 +1,261 @@
+//! The functions that a request offers to the model: which there are, and whether it has to call one.
+
+use serde_json::{Value, json};
+
+use super::{ApiError, ChatTemplate, Parsers, chat::missing, parser::CallFormat};
+use crate::grammar::{Frame, Source};
+
+/// Functions of a request at most.
+const TOOLS_MAX: usize = 1024;
+/// Bytes of a function's name at most.
+const NAME_BYTES_MAX: usize = 256;
+
+/// What a request offers.
+#[derive(Debug)]
+pub(crate) struct Tools {
+    /// As they came, for the template.
+    pub(crate) offered: Vec<Value>,
+    pub(crate) format: CallFormat,
+    choice: Choice,
+    /// Whether an answer may call more than one.
+    parallel: bool,
+}
+
+#[derive(Debug, PartialEq)]
+enum Choice {
+    Auto,
+    Required,
+    /// The function with this number.
+    One(usize),
+}
+
+impl Tools {
+    /// Reads `tools`, `tool_choice` and `parallel_tool_calls`. `None`: the model is not to call anything.
+    pub(crate) fn read(
+        tools: Option<Vec<Value>>,
+        choice: Option<Value>,
+        parallel: Option<bool>,
+        template: Option<&ChatTemplate>,
+        parsers: Parsers,
+    ) -> Result<Option<Self>, ApiError> {
+        let offered = tools.unwrap_or_default();
+        if offered.len() > TOOLS_MAX {
+            let message = format!("'tools' has {} entries; at most {TOOLS_MAX}", offered.len());
+            return Err(ApiError::invalid("tools", message));
+        }
+        let mut names: Vec<&str> = Vec::with_capacity(offered.len());
+        for (index, tool) in offered.iter().enumerate() {
+            let name = name_of(tool, index)?;
+            if names.contains(&name) {
+                let field = format!("tools[{index}].function.name");
+                return Err(ApiError::invalid(field, format!("'tools' has two functions called '{name}'")));
+            }
+            names.push(name);
+        }
+        let choice = match &choice {
+            None | Some(Value::Null) => Choice::Auto,
+            Some(Value::String(word)) if word == "none" => return Ok(None),
+            Some(Value::String(word)) if word == "auto" => Choice::Auto,
+            Some(_) if names.is_empty() => {
+                return Err(ApiError::unsupported("tool_choice", "there are no tools to choose"));
+            }
+            Some(Value::String(word)) if word == "required" => Choice::Required,
+            Some(chosen) => {
+                let name = chosen["function"]["name"].as_str().filter(|_| chosen["type"] == "function");
+                let name = name.ok_or_else(|| {
+                    let message = "'tool_choice' has to be 'none', 'auto', 'required', or \
+                                   {\"type\": \"function\", \"function\": {\"name\": …}}";
+                    ApiError::invalid("tool_choice", message)
+                })?;
+                let Some(index) = names.iter().position(|known| *known == name) else {
+                    let shown: String = name.chars().take(40).collect();
+                    let message = format!("'tool_choice' names '{shown}', which is none of 'tools'");
+                    return Err(ApiError::invalid("tool_choice", message));
+                };
+                Choice::One(index)
+            }
+        };
+        if names.is_empty() {
+            return Ok(None);
+        }
+        if !template.is_some_and(ChatTemplate::reads_tools) {
+            return Err(ApiError::unsupported(
+                "tools",
+                "this model's chat template does not show them; leave them out",
+            ));
+        }
+        let Some(format) = parsers.calls else {
+            let detail = "how this model writes calls is not known; --tool-call-parser tells the server";
+            return Err(ApiError::unsupported("tools", detail));
+        };
+        Ok(Some(Self { offered, format, choice, parallel: parallel.unwrap_or(true) }))
+    }
+
+    /// Calls of an answer at most.
+    pub(crate) fn calls_max(&self) -> usize {
+        if self.parallel && !matches!(self.choice, Choice::One(_)) { usize::MAX } else { 1 }
+    }
+
+    /// What an answer has to be, if it has to be a call: as models write it that were taught this format.
+    pub(crate) fn form(&self) -> Option<Source> {
+        let chosen = match self.choice {
+            Choice::Auto => return None,
+            Choice::Required => &self.offered[..],
+            Choice::One(index) => &self.offered[index..=index],
+        };
+        let (open, arguments, close, between) = match self.format {
+            CallFormat::Hermes => ("<tool_call>\n", "arguments", "}\n</tool_call>", "\n"),
+            CallFormat::Llama3Json => ("", "parameters", "}", "; "),
+        };
+        let frame = |tool: &Value| {
+            let function = &tool["function"];
+            let schema = function["parameters"].as_object();
+            Frame {
+                before: format!("{open}{{\"name\": {}, \"{arguments}\": ", function["name"]),
+                schema: schema.map_or_else(|| json!({"type": "object"}), |schema| schema.clone().into()),
+                after: close.to_owned(),
+            }
+        };
+        let frames = chosen.iter().map(frame).collect();
+        Some(Source::Framed { frames, between: (self.calls_max() > 1).then(|| between.to_owned()) })
+    }
+}
+
+/// The name of the function that `tools[index]` is.
+fn name_of(tool: &Value, index: usize) -> Result<&str, ApiError> {
+    let at = |field: &str| format!("tools[{index}]{field}");
+    let wrong =
+        |field: &str, what: &str| Err(ApiError::invalid(at(field), format!("'{}' has to be {what}", at(field))));
+    let Some(fields) = tool.as_object() else { return wrong("", "an object") };
+    match fields.get("type") {
+        Some(Value::String(kind)) if kind == "function" => {}
+        Some(Value::String(_)) => return Err(ApiError::unsupported(at(".type"), "only 'function' is")),
+        Some(_) => return wrong(".type", "'function'"),
+        None => return Err(missing(at(".type"))),
+    }
+    let function = match fields.get("function") {
+        Some(Value::Object(function)) => function,
+        Some(_) => return wrong(".function", "an object"),
+        None => return Err(missing(at(".function"))),
+    };
+    if !matches!(function.get("parameters"), None | Some(Value::Null | Value::Object(_))) {
+        return wrong(".function.parameters", "an object: a JSON schema");
+    }
+    match function.get("name") {
+        Some(Value::String(name)) if (1..=NAME_BYTES_MAX).contains(&name.len()) => Ok(name),
+        Some(_) => wrong(".function.name", &format!("a text of 1 to {NAME_BYTES_MAX} bytes")),
+        None => Err(missing(at(".function.name"))),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::api::{extract::parse_json, types::ChatRequest};
+
+    const HERMES: Parsers = Parsers { thoughts: true, calls: Some(CallFormat::Hermes) };
+
+    fn read_by(parsers: Parsers, template: &str, body: &Value) -> Result<Option<Tools>, ApiError> {
+        let request: ChatRequest = parse_json(body.to_string().as_bytes())?;
+        let template = ChatTemplate::new(template, "", "").unwrap();
+        Tools::read(request.tools, request.tool_choice, request.parallel_tool_calls, Some(&template), parsers)
+    }
+
+    fn read(body: Value) -> Result<Option<Tools>, ApiError> {
+        read_by(HERMES, "{{ tools }}", &body)
+    }
+
+    fn two() -> Value {
+        let parameters = json!({"type": "object", "properties": {"city": {"type": "string"}}});
+        json!([
+            {"type": "function", "function": {"name": "weather", "description": "d", "parameters": parameters}},
+            {"type": "function", "function": {"name": "time", "strict": true}},
+        ])
+    }
+
+    #[test]
+    fn a_request_says_what_there_is_and_what_is_called() {
+        let chosen = json!({"type": "function", "function": {"name": "time"}});
+        for (choice, parallel, expected, calls_max) in [
+            (Value::Null, Value::Null, Choice::Auto, usize::MAX),
+            (json!("auto"), json!(false), Choice::Auto, 1),
+            (json!("required"), json!(true), Choice::Required, usize::MAX),
+            (chosen, json!(true), Choice::One(1), 1),
+        ] {
+            let body = json!({"tools": two(), "tool_choice": choice, "parallel_tool_calls": parallel});
+            let tools = read(body).unwrap().unwrap();
+            assert_eq!(Value::Array(tools.offered.clone()), two(), "templates get what came");
+            assert_eq!((&tools.choice, tools.calls_max()), (&expected, calls_max));
+        }
+        for body in [
+            json!({}),
+            json!({"tools": []}),
+            json!({"tools": null, "tool_choice": "auto"}),
+            json!({"tools": two(), "tool_choice": "none"}),
+        ] {
+            assert!(read(body.clone()).unwrap().is_none(), "{body}");
+        }
+    }
+
+    #[test]
+    fn a_call_that_has_to_be_made_is_written_as_the_model_was_taught() {
+        let form = |format, choice: Value, parallel| {
+            let parsers = Parsers { thoughts: false, calls: Some(format) };
+            let body = json!({"tools": two(), "tool_choice": choice, "parallel_tool_calls": parallel});
+            match read_by(parsers, "{{ tools }}", &body).unwrap().unwrap().form() {
+                Some(Source::Framed { frames, between }) => Some((frames, between)),
+                Some(other) => panic!("{other:?}"),
+                None => None,
+            }
+        };
+        assert_eq!(form(CallFormat::Hermes, json!("auto"), true), None);
+        let (frames, between) = form(CallFormat::Hermes, json!("required"), true).unwrap();
+        assert_eq!(frames[0].before, "<tool_call>\n{\"name\": \"weather\", \"arguments\": ");
+        assert_eq!((frames[0].schema["properties"]["city"]["type"].as_str(), frames.len()), (Some("string"), 2));
+        assert_eq!((&frames[1].schema, &*frames[1].after), (&json!({"type": "object"}), "}\n</tool_call>"));
+        assert_eq!(between.as_deref(), Some("\n"));
+        let time = json!({"type": "function", "function": {"name": "time"}});
+        let (frames, between) = form(CallFormat::Llama3Json, time, true).unwrap();
+        assert_eq!((&*frames[0].before, &*frames[0].after), ("{\"name\": \"time\", \"parameters\": ", "}"));
+        assert_eq!((frames.len(), between), (1, None));
+        assert_eq!(form(CallFormat::Llama3Json, json!("required"), false).unwrap().1, None);
+    }
+
+    #[test]
+    fn what_is_offered_or_chosen_wrongly_is_refused_by_name() {
+        let function = |function: Value| json!({"tools": [{"type": "function", "function": function}]});
+        let choose = |choice: Value| json!({"tools": two(), "tool_choice": choice});
+        let twice = json!([two()[0], two()[0]]);
+        for (body, param) in [
+            (json!({"tools": [7]}), "tools[0]"),
+            (json!({"tools": [{}]}), "tools[0].type"),
+            (json!({"tools": [{"type": "web_search"}]}), "tools[0].type"),
+            (json!({"tools": [two()[0], {"type": "function"}]}), "tools[1].function"),
+            (json!({"tools": [{"type": "function", "function": "f"}]}), "tools[0].function"),
+            (function(json!({})), "tools[0].function.name"),
+            (function(json!({"name": ""})), "tools[0].function.name"),
+            (function(json!({"name": "f", "parameters": [1]})), "tools[0].function.parameters"),
+            (json!({"tools": twice}), "tools[1].function.name"),
+            (json!({"tools": vec![two()[0].clone(); TOOLS_MAX + 1]}), "tools"),
+            (json!({"tool_choice": "required"}), "tool_choice"),
+            (choose(json!("always")), "tool_choice"),
+            (choose(json!({"type": "function"})), "tool_choice"),
+            (choose(json!({"type": "function", "function": {"name": "f"}})), "tool_choice"),
+            (choose(json!(7)), "tool_choice"),
+            (json!({"parallel_tool_calls": "no"}), "parallel_tool_calls"),
+        ] {
+            assert_eq!(read(body.clone()).unwrap_err().param(), Some(param), "{body}");
+        }
+    }
+
+    #[test]
+    fn tools_of_no_use_to_the_model_are_refused() {
+        let body = json!({"tools": two()});
+        for (parsers, template, why) in
+            [(HERMES, "{{ messages }}", "template"), (Parsers::default(), "{{ tools }}", "--tool-call-parser")]
+        {
+            let refused = read_by(parsers, template, &body).unwrap_err();
+            assert!(refused.param() == Some("tools") && refused.to_json().contains(why), "{refused:?}");
+        }
+    }
+}

@@ -1,0 +1,240 @@
+//! Functions that requests offer, and thoughts: of answers to conversations what is not content.
+
+mod program;
+mod support;
+
+use std::sync::Arc;
+
+use program::Server;
+use serde_json::{Value, json};
+
+const CHAT: &str = "/v1/chat/completions";
+
+/// The demo model has not been taught to call functions, nor to think; with this template it is treated as if it had.
+const TEMPLATE: &str = "{% if tools %}<|im_start|>system\nAnswer with {{ '<tool_call>' }} of one of these: \
+    {{ tools | tojson }}<|im_end|>\n{% endif %}{% for message in messages %}<|im_start|>{{ message.role }}\n\
+    {{ message.content }}{% for call in message.tool_calls or [] %}{{ call.function | tojson }}{% endfor %}<|im_end|>\n\
+    {% endfor %}<|im_start|>assistant\n{% if enable_thinking %}<think>\n{% elif enable_thinking is defined %}<think>\n\n\
+    </think>\n\n{% endif %}";
+
+fn server() -> Arc<Server> {
+    let file = tempfile::NamedTempFile::new().unwrap();
+    std::fs::write(file.path(), TEMPLATE).unwrap();
+    Server::shared_with(&["--chat-template", file.path().to_str().unwrap(), "--max-model-len", "1024"])
+}
+
+fn tools() -> Value {
+    let city = json!({"enum": ["Paris", "Rome", "Grüße an \"alle\""]});
+    let days = json!({"type": "integer", "minimum": 1, "maximum": 9});
+    let weather = json!({
+        // What a schema refers to is found in it.
+        "type": "object", "properties": {"city": {"$ref": "#/$defs/city"}, "days": days},
+        "required": ["city", "days"], "additionalProperties": false, "$defs": {"city": city},
+    });
+    let time = json!({"type": "object", "properties": {}, "additionalProperties": false});
+    json!([
+        {"type": "function", "function": {"name": "weather", "description": "How it is.", "parameters": weather}},
+        {"type": "function", "function": {"name": "time", "parameters": time}},
+    ])
+}
+
+fn ask(fields: Value) -> Value {
+    let mut request = json!({
+        "messages": [{"role": "user", "content": "What is the weather in Rome?"}], "max_tokens": 150, "temperature": 1,
+    });
+    request.as_object_mut().unwrap().extend(fields.as_object().unwrap().clone());
+    request
+}
+
+fn answered(server: &Server, request: &Value) -> Value {
+    let response = server.post(CHAT, request);
+    assert_eq!(response.status, 200, "{request}: {}", response.text());
+    response.json()["choices"].clone()
+}
+
+/// A streamed answer's message, as clients put it together, and how it ended.
+fn streamed(server: &Server, request: &Value) -> (Value, Value) {
+    let mut request = request.clone();
+    request["stream"] = true.into();
+    let (mut thoughts, mut content, mut calls, mut finish) = (String::new(), String::new(), Vec::new(), Value::Null);
+    for chunk in server.stream(CHAT, &request).finish() {
+        for choice in chunk["choices"].as_array().unwrap() {
+            let delta = &choice["delta"];
+            thoughts += delta["reasoning_content"].as_str().unwrap_or_default();
+            content += delta["content"].as_str().unwrap_or_default();
+            for call in delta["tool_calls"].as_array().into_iter().flatten() {
+                assert_eq!(call["index"], calls.len());
+                let mut call = call.clone();
+                call.as_object_mut().unwrap().remove("index");
+                calls.push(call);
+            }
+            if !choice["finish_reason"].is_null() {
+                assert_eq!(finish, Value::Null);
+                finish = choice["finish_reason"].clone();
+            }
+        }
+    }
+    (json!({"thoughts": thoughts, "content": content, "calls": calls}), finish)
+}
+
+/// The same of a whole answer.
+fn whole(choice: &Value) -> (Value, Value) {
+    let message = &choice["message"];
+    let text = |field: &str| message[field].as_str().unwrap_or_default();
+    let calls = message["tool_calls"].as_array().cloned().unwrap_or_default();
+    let parts = json!({"thoughts": text("reasoning_content"), "content": text("content"), "calls": calls});
+    (parts, choice["finish_reason"].clone())
+}
+
+/// Without the ids, which no two answers share.
+fn without_ids((mut parts, finish): (Value, Value)) -> (Value, Value) {
+    for call in parts["calls"].as_array_mut().unwrap() {
+        let id = call.as_object_mut().unwrap().remove("id").unwrap();
+        assert!(id.as_str().unwrap().starts_with("call_"));
+    }
+    (parts, finish)
+}
+
+fn assert_fits(call: &Value) {
+    assert_eq!(call["type"], "function");
+    let arguments: Value = serde_json::from_str(call["function"]["arguments"].as_str().unwrap()).unwrap();
+    match call["function"]["name"].as_str().unwrap() {
+        "weather" => {
+            let cities = tools()[0]["function"]["parameters"]["$defs"]["city"]["enum"].clone();
+            assert!(cities.as_array().unwrap().contains(&arguments["city"]), "{arguments}");
+            assert!(
+                (1..=9).contains(&arguments["days"].as_i64().unwrap()) && arguments.as_object().unwrap().len() == 2
+            );
+        }
+        "time" => assert_eq!(arguments, json!({})),
+        other => panic!("nobody offered {other}"),
+    }
+}
+
+#[test]
+fn a_call_that_has_to_be_made_fits_what_was_offered_whole_and_streamed() {
+    let server = server();
+    for seed in 0..3 {
+        let request = ask(json!({
+            "tools": tools(), "tool_choice": "required", "parallel_tool_calls": false, "seed": seed,
+        }));
+        let choices = answered(&server, &request);
+        let message = &choices[0]["message"];
+        assert_eq!((&message["content"], message.get("reasoning_content")), (&Value::Null, None));
+        let (parts, finish) = whole(&choices[0]);
+        assert_eq!((parts["calls"].as_array().unwrap().len(), &finish), (1, &json!("tool_calls")));
+        assert_fits(&parts["calls"][0]);
+        assert_eq!(without_ids(streamed(&server, &request)), without_ids((parts, finish)));
+    }
+    server.wait_until_idle();
+}
+
+#[test]
+fn one_function_may_be_asked_for_by_name_and_several_calls_be_made() {
+    let server = server();
+    let named = json!({"type": "function", "function": {"name": "time"}});
+    let choices = answered(&server, &ask(json!({"tools": tools(), "tool_choice": named, "n": 3})));
+    let mut ids = Vec::new();
+    for choice in choices.as_array().unwrap() {
+        let (parts, finish) = whole(choice);
+        assert_eq!((parts["calls"][0]["function"]["name"].as_str(), finish), (Some("time"), json!("tool_calls")));
+        assert_eq!(parts["calls"].as_array().unwrap().len(), 1);
+        ids.push(parts["calls"][0]["id"].clone());
+    }
+    ids.dedup();
+    assert_eq!(ids.len(), 3);
+    let several = (0..4).map(|seed| {
+        whole(&answered(&server, &ask(json!({"tools": tools(), "tool_choice": "required", "seed": seed})))[0]).0
+    });
+    let several: Vec<Value> = several.collect();
+    let calls = |parts: &Value| parts["calls"].as_array().unwrap().clone();
+    several.iter().flat_map(calls).for_each(|call| assert_fits(&call));
+    assert!(several.iter().any(|parts| calls(parts).len() > 1), "{several:?}");
+}
+
+#[test]
+fn a_model_that_calls_nothing_answers_as_without_functions() {
+    let server = server();
+    // Before anything else than its words, so that it cannot but say nothing of them.
+    for fields in [json!({"tools": tools()}), json!({"tools": tools(), "tool_choice": "none"}), json!({})] {
+        let request = ask(with_bias(fields));
+        let (parts, finish) = whole(&answered(&server, &request)[0]);
+        assert_eq!((&parts["calls"], finish), (&json!([]), json!("length")));
+        assert!(!parts["content"].as_str().unwrap().is_empty());
+        assert_eq!(streamed(&server, &request).0, parts);
+    }
+}
+
+/// An answer of letters.
+fn with_bias(mut fields: Value) -> Value {
+    fields["max_tokens"] = json!(12);
+    fields["temperature"] = json!(0);
+    fields["ignore_eos"] = true.into();
+    fields
+}
+
+#[test]
+fn functions_are_part_of_the_prompt_unless_none_may_be_called() {
+    let server = server();
+    let prompt_tokens = |fields: Value| {
+        let response = server.post(CHAT, &ask(with_bias(fields))).json();
+        response["usage"]["prompt_tokens"].as_u64().unwrap()
+    };
+    let (with, without) = (prompt_tokens(json!({"tools": tools()})), prompt_tokens(json!({})));
+    assert!(with > without + 50, "{with} {without}");
+    assert_eq!(prompt_tokens(json!({"tools": tools(), "tool_choice": "none"})), without);
+    let tokenized = |tools: Value| {
+        let body = json!({"messages": ask(json!({}))["messages"], "tools": tools});
+        server.post("/tokenize", &body).json()["count"].as_u64().unwrap()
+    };
+    assert_eq!((tokenized(tools()), tokenized(Value::Null)), (with, without));
+}
+
+#[test]
+fn a_call_and_its_result_go_back_into_the_conversation() {
+    let server = server();
+    let required = json!({"tools": tools(), "tool_choice": "required", "parallel_tool_calls": false});
+    let message = answered(&server, &ask(required))[0]["message"].clone();
+    let result = json!({"role": "tool", "tool_call_id": message["tool_calls"][0]["id"], "content": "sunny"});
+    let question = ask(json!({}))["messages"][0].clone();
+    let request = ask(with_bias(json!({"tools": tools(), "messages": [question, message, result]})));
+    assert!(!whole(&answered(&server, &request)[0]).0["content"].as_str().unwrap().is_empty());
+}
+
+#[test]
+fn what_the_prompt_opens_as_thoughts_is_thoughts() {
+    let server = server();
+    let thinking = |fields: Value| {
+        let mut fields = with_bias(fields);
+        fields["chat_template_kwargs"] = json!({"enable_thinking": true});
+        ask(fields)
+    };
+    let (parts, finish) = whole(&answered(&server, &thinking(json!({})))[0]);
+    assert!(!parts["thoughts"].as_str().unwrap().is_empty(), "{parts}");
+    assert_eq!((&parts["content"], finish), (&json!(""), json!("length")));
+    assert_eq!(streamed(&server, &thinking(json!({}))).0, parts);
+    // Nobody wants to see them.
+    let hidden = answered(&server, &thinking(json!({"include_reasoning": false})));
+    assert_eq!((&hidden[0]["message"]["content"], hidden[0]["message"].get("reasoning_content")), (&json!(""), None));
+    // What has a form begins with it.
+    let of_a_form = thinking(json!({"structured_outputs": {"choice": ["yes", "no"]}}));
+    let (parts, finish) = whole(&answered(&server, &of_a_form)[0]);
+    assert!(parts["content"] == "yes" || parts["content"] == "no", "{parts}");
+    assert_eq!((&parts["thoughts"], finish), (&json!(""), json!("stop")));
+    // Thoughts that the prompt has closed again.
+    let closed = ask(with_bias(json!({"chat_template_kwargs": {"enable_thinking": false}})));
+    let (parts, _) = whole(&answered(&server, &closed)[0]);
+    assert_eq!(parts["thoughts"], "");
+    assert!(!parts["content"].as_str().unwrap().is_empty());
+}
+
+#[test]
+fn a_form_and_functions_exclude_each_other() {
+    let server = server();
+    let format = json!({"response_format": {"type": "json_object"}, "tools": tools()});
+    let (status, param, message) = server.post(CHAT, &ask(format)).error();
+    assert_eq!((status, param.as_deref()), (400, Some("response_format")), "{message}");
+    let broken = json!({"type": "function", "function": {"name": "f", "parameters": {"type": "nonsense"}}});
+    let (status, param, _) = server.post(CHAT, &ask(json!({"tools": [broken], "tool_choice": "required"}))).error();
+    assert_eq!((status, param.as_deref()), (400, Some("tools")));
+}
