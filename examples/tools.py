@@ -17,7 +17,7 @@ def weather(city: str) -> str:
 city = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
 tool = {"name": "weather", "description": "The weather of a city, now.", "parameters": city}
 messages = [{"role": "user", "content": "Is it warmer in Paris or in Rome?"}]
-while True:
+for _ in range(5):
     answer = client.chat.completions.create(
         model=model, messages=messages, tools=[{"type": "function", "function": tool}], max_tokens=1000
     )
@@ -28,6 +28,10 @@ while True:
         break
     for call in message.tool_calls:
         print("call:", call.function.name, call.function.arguments)
-        result = weather(**json.loads(call.function.arguments))
+        try:
+            result = weather(**json.loads(call.function.arguments))
+        except (TypeError, ValueError) as error:
+            # The model is told, as anybody would be.
+            result = f"that was no call of {tool['name']}: {error}"
         messages.append({"role": "tool", "tool_call_id": call.id, "content": result})
 print("answer:", message.content)

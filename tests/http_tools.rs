@@ -141,6 +141,7 @@ fn one_function_may_be_asked_for_by_name_and_several_calls_be_made() {
         assert_eq!(parts["calls"].as_array().unwrap().len(), 1);
         ids.push(parts["calls"][0]["id"].clone());
     }
+    ids.sort_by_key(Value::to_string);
     ids.dedup();
     assert_eq!(ids.len(), 3);
     let several = (0..4).map(|seed| {
@@ -155,9 +156,8 @@ fn one_function_may_be_asked_for_by_name_and_several_calls_be_made() {
 #[test]
 fn a_model_that_calls_nothing_answers_as_without_functions() {
     let server = server();
-    // Before anything else than its words, so that it cannot but say nothing of them.
     for fields in [json!({"tools": tools()}), json!({"tools": tools(), "tool_choice": "none"}), json!({})] {
-        let request = ask(with_bias(fields));
+        let request = ask(briefly(fields));
         let (parts, finish) = whole(&answered(&server, &request)[0]);
         assert_eq!((&parts["calls"], finish), (&json!([]), json!("length")));
         assert!(!parts["content"].as_str().unwrap().is_empty());
@@ -165,8 +165,8 @@ fn a_model_that_calls_nothing_answers_as_without_functions() {
     }
 }
 
-/// An answer of letters.
-fn with_bias(mut fields: Value) -> Value {
+/// The beginning of an answer.
+fn briefly(mut fields: Value) -> Value {
     fields["max_tokens"] = json!(12);
     fields["temperature"] = json!(0);
     fields["ignore_eos"] = true.into();
@@ -177,7 +177,7 @@ fn with_bias(mut fields: Value) -> Value {
 fn functions_are_part_of_the_prompt_unless_none_may_be_called() {
     let server = server();
     let prompt_tokens = |fields: Value| {
-        let response = server.post(CHAT, &ask(with_bias(fields))).json();
+        let response = server.post(CHAT, &ask(briefly(fields))).json();
         response["usage"]["prompt_tokens"].as_u64().unwrap()
     };
     let (with, without) = (prompt_tokens(json!({"tools": tools()})), prompt_tokens(json!({})));
@@ -197,7 +197,7 @@ fn a_call_and_its_result_go_back_into_the_conversation() {
     let message = answered(&server, &ask(required))[0]["message"].clone();
     let result = json!({"role": "tool", "tool_call_id": message["tool_calls"][0]["id"], "content": "sunny"});
     let question = ask(json!({}))["messages"][0].clone();
-    let request = ask(with_bias(json!({"tools": tools(), "messages": [question, message, result]})));
+    let request = ask(briefly(json!({"tools": tools(), "messages": [question, message, result]})));
     assert!(!whole(&answered(&server, &request)[0]).0["content"].as_str().unwrap().is_empty());
 }
 
@@ -205,7 +205,7 @@ fn a_call_and_its_result_go_back_into_the_conversation() {
 fn what_the_prompt_opens_as_thoughts_is_thoughts() {
     let server = server();
     let thinking = |fields: Value| {
-        let mut fields = with_bias(fields);
+        let mut fields = briefly(fields);
         fields["chat_template_kwargs"] = json!({"enable_thinking": true});
         ask(fields)
     };
@@ -222,18 +222,41 @@ fn what_the_prompt_opens_as_thoughts_is_thoughts() {
     assert!(parts["content"] == "yes" || parts["content"] == "no", "{parts}");
     assert_eq!((&parts["thoughts"], finish), (&json!(""), json!("stop")));
     // Thoughts that the prompt has closed again.
-    let closed = ask(with_bias(json!({"chat_template_kwargs": {"enable_thinking": false}})));
+    let closed = ask(briefly(json!({"chat_template_kwargs": {"enable_thinking": false}})));
     let (parts, _) = whole(&answered(&server, &closed)[0]);
     assert_eq!(parts["thoughts"], "");
     assert!(!parts["content"].as_str().unwrap().is_empty());
 }
 
 #[test]
-fn a_form_and_functions_exclude_each_other() {
+fn an_answer_may_be_a_call_or_of_a_form() {
     let server = server();
-    let format = json!({"response_format": {"type": "json_object"}, "tools": tools()});
-    let (status, param, message) = server.post(CHAT, &ask(format)).error();
-    assert_eq!((status, param.as_deref()), (400, Some("response_format")), "{message}");
+    let schema = json!({"type": "object", "properties": {"sunny": {"type": "boolean"}}, "required": ["sunny"],
+        "additionalProperties": false});
+    let format = json!({"type": "json_schema", "json_schema": {"name": "s", "schema": schema}});
+    let asked = |choice: &str, seed: u64| {
+        let fields = json!({"response_format": format, "tools": tools(), "tool_choice": choice, "seed": seed});
+        let (parts, finish) = whole(&answered(&server, &ask(fields))[0]);
+        let calls = parts["calls"].as_array().unwrap().clone();
+        match parts["content"].as_str().unwrap() {
+            "" => calls.iter().for_each(assert_fits),
+            content => {
+                assert!(serde_json::from_str::<Value>(content).unwrap()["sunny"].is_boolean(), "{content}");
+                assert_eq!((calls.len(), finish), (0, json!("stop")));
+            }
+        }
+        !calls.is_empty()
+    };
+    assert!((0..6).any(|seed| !asked("auto", seed)), "the model is not one for calls");
+    assert!(asked("required", 0));
+    let choice = json!({"structured_outputs": {"choice": ["yes", "no"]}, "tools": tools()});
+    let (status, param, message) = server.post(CHAT, &ask(choice)).error();
+    assert_eq!((status, param.as_deref()), (400, Some("structured_outputs.choice")), "{message}");
+}
+
+#[test]
+fn a_function_whose_schema_is_none_is_refused() {
+    let server = server();
     let broken = json!({"type": "function", "function": {"name": "f", "parameters": {"type": "nonsense"}}});
     let (status, param, _) = server.post(CHAT, &ask(json!({"tools": [broken], "tool_choice": "required"}))).error();
     assert_eq!((status, param.as_deref()), (400, Some("tools")));

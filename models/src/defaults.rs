@@ -33,6 +33,8 @@ pub struct GenerationDefaults {
 pub struct ChatTemplate {
     /// The template's text.
     pub source: String,
+    /// Another for conversations in which functions are offered, if the model has one of that name: Hermes models do.
+    pub tool_use: Option<String>,
     /// Text of the token that begins a sequence.
     pub bos_token: Option<String>,
     /// Text of the token that ends one.
@@ -167,22 +169,24 @@ impl ChatTemplate {
         let path = directory.join("tokenizer_config.json");
         let tokenizer = read_json(&path)?.unwrap_or(Value::Null);
         let own_file = directory.join("chat_template.jinja");
+        let named = |name: &str| {
+            let entry = tokenizer["chat_template"].as_array()?.iter().find(|entry| entry["name"] == name)?;
+            entry["template"].as_str().map(str::to_owned)
+        };
         let source = match read_bounded(&own_file, CONFIG_BYTES_MAX) {
             Ok(bytes) => Some(String::from_utf8(bytes).map_err(|error| {
                 ModelError::io(&own_file)(std::io::Error::new(std::io::ErrorKind::InvalidData, error.utf8_error()))
             })?),
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => match &tokenizer["chat_template"] {
                 Value::String(source) => Some(source.clone()),
-                Value::Array(named) => {
-                    let default = named.iter().find(|entry| entry["name"] == "default");
-                    default.and_then(|entry| entry["template"].as_str()).map(str::to_owned)
-                }
+                Value::Array(_) => named("default"),
                 _ => None,
             },
             Err(error) => return Err(ModelError::io(&own_file)(error)),
         };
         let text = |name: &str| token_text(&tokenizer, name);
-        Ok(source.map(|source| Self { source, bos_token: text("bos_token"), eos_token: text("eos_token") }))
+        let (bos_token, eos_token) = (text("bos_token"), text("eos_token"));
+        Ok(source.map(|source| Self { source, tool_use: named("tool_use"), bos_token, eos_token }))
     }
 
     /// From GGUF metadata.
@@ -193,7 +197,8 @@ impl ChatTemplate {
             let id = token_id(file, key)?;
             Ok::<_, GgufError>(tokens.zip(id).and_then(|(mut tokens, id)| tokens.nth(id as usize)).map(str::to_owned))
         };
-        Ok(Some(Self { source: source.into(), bos_token: text("bos")?, eos_token: text("eos")? }))
+        let tool_use = file.string("tokenizer.chat_template.tool_use")?.map(Into::into);
+        Ok(Some(Self { source: source.into(), tool_use, bos_token: text("bos")?, eos_token: text("eos")? }))
     }
 }
 
@@ -273,7 +278,8 @@ mod tests {
     #[test]
     fn the_template_is_found_wherever_it_may_be() {
         let string = r#"{"chat_template": "inline", "bos_token": "<s>", "eos_token": {"content": "</s>"}}"#;
-        let list = r#"{"chat_template": [{"name": "tools", "template": "t"}, {"name": "default", "template": "d"}]}"#;
+        let list =
+            r#"{"chat_template": [{"name": "tool_use", "template": "t"}, {"name": "default", "template": "d"}]}"#;
         let found = |files: &[(&str, &str)]| {
             let template = ChatTemplate::from_directory(directory(files).path()).unwrap();
             template.map(|template| template.source)
@@ -281,6 +287,9 @@ mod tests {
         assert_eq!(found(&[]), None);
         assert_eq!(found(&[("tokenizer_config.json", string)]).as_deref(), Some("inline"));
         assert_eq!(found(&[("tokenizer_config.json", list)]).as_deref(), Some("d"));
+        let named =
+            ChatTemplate::from_directory(directory(&[("tokenizer_config.json", list)]).path()).unwrap().unwrap();
+        assert_eq!(named.tool_use.as_deref(), Some("t"));
         let both = [("tokenizer_config.json", string), ("chat_template.jinja", "own file")];
         assert_eq!(found(&both).as_deref(), Some("own file"));
         let template = ChatTemplate::from_directory(directory(&[("tokenizer_config.json", string)]).path()).unwrap();
@@ -297,10 +306,12 @@ mod tests {
             .u32("tokenizer.ggml.bos_token_id", 1)
             .u32("tokenizer.ggml.eos_token_id", 2)
             .u32("tokenizer.ggml.eot_token_id", u32::MAX)
-            .string("tokenizer.chat_template", "hello");
+            .string("tokenizer.chat_template", "hello")
+            .string("tokenizer.chat_template.tool_use", "tools");
         let file = Gguf::from_bytes(writer.build()).unwrap();
         assert_eq!(GenerationDefaults::from_gguf(&file).unwrap().eos_token_ids, [0, 2]);
         let template = ChatTemplate::from_gguf(&file).unwrap().unwrap();
         assert_eq!((template.bos_token.as_deref(), template.eos_token.as_deref()), (Some("<s>"), Some("<|im_end|>")));
+        assert_eq!(template.tool_use.as_deref(), Some("tools"));
     }
 }

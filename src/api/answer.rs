@@ -219,26 +219,22 @@ impl Answer {
 
     /// All that a choice says.
     fn message<'a>(&self, index: usize, pieces: &'a Pieces) -> ChatMessage<'a> {
-        let Pieces { thoughts, content, calls } = pieces;
-        let is_all = thoughts.is_empty() && calls.is_empty();
         ChatMessage {
             role: "assistant",
-            content: (is_all || !content.is_empty()).then_some(content),
-            reasoning_content: (!thoughts.is_empty()).then_some(thoughts),
-            tool_calls: calls.iter().map(|call| ToolCall::new(&self.id, index, call, false)).collect(),
+            content: pieces.content(),
+            reasoning_content: pieces.thoughts(),
+            tool_calls: pieces.calls.iter().map(|call| ToolCall::new(&self.id, index, call, false)).collect(),
             refusal: None,
         }
     }
 
     /// What a choice says next.
     fn delta<'a>(&self, index: usize, pieces: &'a Pieces) -> Delta<'a> {
-        let Pieces { thoughts, content, calls } = pieces;
-        let is_all = thoughts.is_empty() && calls.is_empty();
         Delta {
             role: None,
-            content: (is_all || !content.is_empty()).then_some(content),
-            reasoning_content: (!thoughts.is_empty()).then_some(thoughts),
-            tool_calls: calls.iter().map(|call| ToolCall::new(&self.id, index, call, true)).collect(),
+            content: pieces.content(),
+            reasoning_content: pieces.thoughts(),
+            tool_calls: pieces.calls.iter().map(|call| ToolCall::new(&self.id, index, call, true)).collect(),
         }
     }
 

@@ -12,7 +12,7 @@ use super::{
     ApiError, ChatTemplate, Parsers, Serving,
     answer::{Answer, Endpoint, PreparedPrompt},
     extract::read_relayed,
-    form::asked,
+    form::{Asked, asked},
     parser::{Thoughts, Wanted},
     prompt::ChatOptions,
     stream::stream,
@@ -20,6 +20,7 @@ use super::{
     types::ChatRequest,
     validate::{Plan, chat_logprobs, max_tokens, refuse},
 };
+use crate::grammar::Source;
 
 /// What `reasoning_effort` may be: OpenAI's words, and vLLM's last.
 const EFFORTS: [&str; 7] = ["none", "minimal", "low", "medium", "high", "xhigh", "max"];
@@ -41,37 +42,47 @@ pub(crate) async fn chat_completions(
         set_effort(effort, kwargs.get_or_insert_default(), serving.config.template.as_ref())?;
     }
     let (template, parsers) = (serving.config.template.as_ref(), serving.config.parsers);
-    let tools = Tools::read(request.tools, request.tool_choice, request.parallel_tool_calls, template, parsers)?;
+    let mut tools = Tools::read(request.tools, request.tool_choice, request.parallel_tool_calls, template, parsers)?;
+    let form = form(asked(request.response_format, request.structured_outputs)?, tools.as_ref())?;
     let options = ChatOptions {
         add_generation_prompt: request.add_generation_prompt,
         continue_final_message: request.continue_final_message.unwrap_or(false),
         add_special_tokens: request.add_special_tokens.unwrap_or(false),
         kwargs,
-        tools: tools.as_ref().map(|tools| tools.offered.clone()).unwrap_or_default(),
+        tools: tools.as_mut().map(|tools| std::mem::take(&mut tools.offered)).unwrap_or_default(),
+        without_thoughts: form.is_some() && parsers.thoughts,
         now: Some(relay.created()),
     };
     let (tokens, thoughts) = serving.encode_chat(messages, options).await?;
-    let asked = match (asked(request.response_format, request.structured_outputs)?, &tools) {
-        (Some((_, field)), Some(_)) => {
-            let message = format!("'{field}' and 'tools' exclude each other, unless 'tool_choice' is 'none'");
-            return Err(ApiError::invalid(field, message));
-        }
-        (asked, None) => asked,
-        (None, Some(tools)) => tools.form().map(|form| (form, "tools")),
-    };
     plan.wanted = Wanted {
         // An answer of a given form begins with it.
-        thoughts: if parsers.thoughts && asked.is_none() { thoughts } else { Thoughts::No },
+        thoughts: if parsers.thoughts && form.is_none() { thoughts } else { Thoughts::No },
         show_thoughts: request.include_reasoning != Some(false),
         calls: tools.as_ref().map(|tools| tools.format),
         calls_max: tools.as_ref().map_or(0, Tools::calls_max),
     };
+    plan.skip_special_tokens &= !serving.marks_are_special;
     // Last: it is the dearest.
-    plan.grammar = serving.compile(asked).await?;
+    plan.grammar = serving.compile(form).await?;
     let prompts = vec![PreparedPrompt { tokens, echo: None }];
     let fields = ("messages", max_field);
     let answer = Answer::start(serving, in_flight, relay, Endpoint::Chat, &plan, prompts, fields)?;
     respond(answer, plan.stream).await
+}
+
+/// The form of an answer, where it has to have one: what is asked for, or calls of `tools`, or either.
+fn form(asked: Option<Asked>, tools: Option<&Tools>) -> Result<Option<Asked>, ApiError> {
+    let Some(tools) = tools else { return Ok(asked) };
+    let (schema, field) = match asked {
+        None => (None, "tools"),
+        Some((Source::JsonSchema(schema), field)) => (Some(schema), field),
+        Some((_, field)) => {
+            let message =
+                format!("'{field}' does not go with 'tools', unless 'tool_choice' is 'none'; a JSON schema does");
+            return Err(ApiError::invalid(field, message));
+        }
+    };
+    Ok(tools.form(schema)?.map(|form| (form, field)))
 }
 
 /// Streams `answer` or waits for it.
@@ -136,7 +147,7 @@ fn refuse_unsupported(request: &ChatRequest, parsers: Parsers) -> Result<(), Api
         let detail = "thoughts are not told from the content here (--reasoning-parser); leave it out";
         return Err(ApiError::unsupported("include_reasoning", detail));
     }
-    // The older names of `tools` and `tool_choice`.
+    // The older name of `tool_choice`.
     if request
         .function_call
         .as_ref()

@@ -1,14 +1,13 @@
 use std::sync::Arc;
 
 use axum::{
-    Json,
     extract::{Path, State},
     http::{HeaderValue, header},
     response::{IntoResponse, Response},
 };
 use serde::Serialize;
 
-use super::{ApiError, Serving};
+use super::{ApiError, Json, Serving};
 use crate::worker::EngineStatus;
 
 /// A model in `/v1/models`.

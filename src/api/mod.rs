@@ -2,8 +2,8 @@
 //!
 //! A request goes through `extract` (bytes to JSON, bounded), `types` (JSON to fields, unknown ones refused),
 //! `validate` (fields to a `Plan`), `prompt` (text to tokens) and `answer` (to the engine and back). What comes back
-//! becomes text in `output`, behind the stop strings of `stop`, is taken apart by `parser` (thoughts, calls of `tools`), and
-//! goes out whole or through `stream`.
+//! becomes text in `output`, behind the stop strings of `stop`, is taken apart by `parser` (thoughts, calls of `tools`),
+//! and goes out whole or through `stream`.
 
 mod answer;
 mod chat;
@@ -51,5 +51,6 @@ pub(crate) use state::unix_seconds;
 pub use status::{Measure, Shown, serve_status};
 pub use template::{ChatTemplate, RESERVED_NAMES, RenderOptions, TemplateError};
 pub use threads::ConnectionThreads;
+pub(crate) use wire::Json;
 
 use state::{InFlight, Serving};

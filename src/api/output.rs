@@ -163,7 +163,7 @@ impl Output {
     /// Takes the next event. Once [`Output::finish`] is set, later ones change nothing.
     pub(crate) fn push(&mut self, event: Event) {
         match event {
-            _ if self.finish.is_some() => return,
+            _ if self.finish.is_some() => {}
             Event::Prompt(token) => {
                 if let Some(echo) = &mut self.echo {
                     echo.push(token);

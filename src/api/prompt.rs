@@ -26,6 +26,8 @@ pub(crate) struct ChatOptions {
     pub(crate) kwargs: Option<Map<String, Value>>,
     /// The functions that the model may call.
     pub(crate) tools: Vec<Value>,
+    /// Thoughts that the prompt opens are closed again: the answer begins with something else.
+    pub(crate) without_thoughts: bool,
     /// What time the template is told, in seconds since 1970.
     pub(crate) now: Option<u64>,
 }
@@ -72,8 +74,12 @@ impl Serving {
         self.encode(bytes, move |serving| {
             let continued = messages.last().filter(|_| options.continue_final_message);
             let thoughts = continued.map(|message| Thoughts::amid(&message.text()));
-            let text = serving.render(messages, &options)?;
+            let mut text = serving.render(messages, &options)?;
             let thoughts = thoughts.unwrap_or_else(|| Thoughts::after(&text));
+            if options.without_thoughts && thoughts == Thoughts::Opened {
+                text.truncate(text.trim_end().len());
+                text.push_str(Thoughts::NONE);
+            }
             Ok((serving.encode_now(&text, options.add_special_tokens, "messages")?, thoughts))
         })
         .await?

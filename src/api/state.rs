@@ -58,6 +58,9 @@ pub(crate) struct Serving {
     pub(crate) bodies: BodyMemory,
     /// What requests with grammars go through, once one has come.
     pub(super) vocabulary: OnceLock<Result<Vocabulary, GrammarError>>,
+    /// Whether some of what conversations' answers are looked through for are special tokens of this model, which would
+    /// be left out of the text before anybody looks.
+    pub(crate) marks_are_special: bool,
     /// Threads that may tokenise or compile at a time: the engine needs the cores more.
     encoders: Arc<Semaphore>,
     /// The same for grammars, which may take longer: prompts do not wait for them.
@@ -75,6 +78,8 @@ impl Serving {
     pub(crate) fn new(config: ApiConfig, engine: EngineHandle, metrics: Metrics) -> Arc<Self> {
         debug_assert!(!config.model_names.is_empty());
         let threads = std::thread::available_parallelism().map_or(1, |threads| threads.get() / 2).max(1);
+        let is_special = |mark| config.tokenizer.token_to_id(mark).is_some_and(|id| config.tokenizer.is_special(id));
+        let marks_are_special = config.parsers.marks().any(is_special);
         Arc::new(Self {
             bodies: BodyMemory::new(config.body_bytes_max),
             config,
@@ -82,6 +87,7 @@ impl Serving {
             metrics,
             started: unix_seconds(),
             vocabulary: OnceLock::new(),
+            marks_are_special,
             encoders: Arc::new(Semaphore::new(threads)),
             compilers: Arc::new(Semaphore::new(threads)),
             draining: AtomicBool::new(false),

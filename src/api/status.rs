@@ -1,7 +1,7 @@
 use std::{future::Future, sync::Arc};
 
 use axum::{
-    Json, Router,
+    Router,
     extract::{Path, State},
     http::{HeaderMap, HeaderValue, StatusCode, header},
     response::{IntoResponse, Response},
@@ -13,7 +13,7 @@ use tokio::{
     sync::{Mutex, watch},
 };
 
-use super::{HttpToken, ServerConfig, server::serve_router};
+use super::{HttpToken, Json, ServerConfig, server::serve_router};
 use crate::{
     cluster::LeaseId,
     telemetry::Metrics,

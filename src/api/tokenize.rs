@@ -1,13 +1,14 @@
 use std::sync::Arc;
 
-use axum::{Json, body::Body, extract::State, http::HeaderMap};
+use axum::{body::Body, extract::State, http::HeaderMap};
 use serde::Serialize;
 
 use super::{
-    ApiError, Serving,
+    ApiError, Json, Serving,
     chat::missing,
     extract::read_json,
     prompt::ChatOptions,
+    tools::Tools,
     types::{DetokenizeRequest, Messages, TokenizeRequest},
 };
 
@@ -43,12 +44,15 @@ pub(crate) async fn tokenize(
             serving.encode_text(prompt, request.add_special_tokens.unwrap_or(true), "prompt").await?.0
         }
         (None, Some(Messages(messages))) => {
+            let (template, parsers) = (serving.config.template.as_ref(), serving.config.parsers);
+            let tools = Tools::read(request.tools, None, None, template, parsers)?;
             let options = ChatOptions {
                 add_generation_prompt: request.add_generation_prompt,
                 continue_final_message: request.continue_final_message.unwrap_or(false),
                 add_special_tokens: request.add_special_tokens.unwrap_or(false),
                 kwargs: request.chat_template_kwargs,
-                tools: request.tools.unwrap_or_default(),
+                tools: tools.map(|tools| tools.offered).unwrap_or_default(),
+                without_thoughts: false,
                 now: None,
             };
             serving.encode_chat(messages, options).await?.0

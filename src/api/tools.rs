@@ -1,12 +1,14 @@
 //! The functions that a request offers to the model: which there are, and whether it has to call one.
 
-use serde_json::{Value, json};
+use serde_json::{Map, Value, json};
 
 use super::{ApiError, ChatTemplate, Parsers, chat::missing, parser::CallFormat};
 use crate::grammar::{Frame, Source};
 
 /// Functions of a request at most.
 const TOOLS_MAX: usize = 1024;
+/// Functions at most where an answer has to fit one: each is a grammar.
+const FORMS_MAX: usize = 128;
 /// Bytes of a function's name at most.
 const NAME_BYTES_MAX: usize = 256;
 
@@ -57,7 +59,10 @@ impl Tools {
             Some(Value::String(word)) if word == "none" => return Ok(None),
             Some(Value::String(word)) if word == "auto" => Choice::Auto,
             Some(_) if names.is_empty() => {
-                return Err(ApiError::unsupported("tool_choice", "there are no tools to choose"));
+                return Err(ApiError::unsupported(
+                    "tool_choice",
+                    "there are no tools to choose: send 'tools' too, or leave it out",
+                ));
             }
             Some(Value::String(word)) if word == "required" => Choice::Required,
             Some(chosen) => {
@@ -79,16 +84,16 @@ impl Tools {
             return Ok(None);
         }
         if !template.is_some_and(ChatTemplate::reads_tools) {
-            return Err(ApiError::unsupported(
-                "tools",
-                "this model's chat template does not show them; leave them out",
-            ));
+            let detail = "this model's chat template does not show them; --chat-template gives the server another";
+            return Err(ApiError::unsupported("tools", detail));
         }
         let Some(format) = parsers.calls else {
             let detail = "how this model writes calls is not known; --tool-call-parser tells the server";
             return Err(ApiError::unsupported("tools", detail));
         };
-        Ok(Some(Self { offered, format, choice, parallel: parallel.unwrap_or(true) }))
+        // Llama's templates refuse to show an answer with two, which the client would send back.
+        let parallel = parallel.unwrap_or(format != CallFormat::Llama3Json);
+        Ok(Some(Self { offered, format, choice, parallel }))
     }
 
     /// Calls of an answer at most.
@@ -96,29 +101,48 @@ impl Tools {
         if self.parallel && !matches!(self.choice, Choice::One(_)) { usize::MAX } else { 1 }
     }
 
-    /// What an answer has to be, if it has to be a call: as models write it that were taught this format.
-    pub(crate) fn form(&self) -> Option<Source> {
-        let chosen = match self.choice {
-            Choice::Auto => return None,
-            Choice::Required => &self.offered[..],
-            Choice::One(index) => &self.offered[index..=index],
+    /// What an answer has to be, if it has to be a call, or else a JSON text that `instead` describes, which an answer
+    /// that has to be a call never is. Calls are written as models do that were taught this format.
+    pub(crate) fn form(&self, instead: Option<Value>) -> Result<Option<Source>, ApiError> {
+        let (chosen, or) = match self.choice {
+            Choice::Auto if instead.is_none() => return Ok(None),
+            Choice::Auto => (&self.offered[..], instead),
+            Choice::Required => (&self.offered[..], None),
+            Choice::One(index) => (&self.offered[index..=index], None),
         };
+        if chosen.len() > FORMS_MAX {
+            let message =
+                format!("an answer has to fit one of {} functions in 'tools'; at most {FORMS_MAX}", chosen.len());
+            return Err(ApiError::invalid("tools", message));
+        }
         let (open, arguments, close, between) = match self.format {
             CallFormat::Hermes => ("<tool_call>\n", "arguments", "}\n</tool_call>", "\n"),
             CallFormat::Llama3Json => ("", "parameters", "}", "; "),
         };
         let frame = |tool: &Value| {
             let function = &tool["function"];
-            let schema = function["parameters"].as_object();
+            // As OpenAI has it, a function without has none.
+            let none = || json!({"type": "object", "additionalProperties": false});
             Frame {
                 before: format!("{open}{{\"name\": {}, \"{arguments}\": ", function["name"]),
-                schema: schema.map_or_else(|| json!({"type": "object"}), |schema| schema.clone().into()),
+                schema: function["parameters"].as_object().map_or_else(none, arguments_of),
                 after: close.to_owned(),
             }
         };
         let frames = chosen.iter().map(frame).collect();
-        Some(Source::Framed { frames, between: (self.calls_max() > 1).then(|| between.to_owned()) })
+        let between = (self.calls_max() > 1).then(|| between.to_owned());
+        Ok(Some(Source::Framed { frames, between, or }))
     }
+}
+
+/// The schema of a call's arguments, which are an object even where that goes without saying.
+fn arguments_of(parameters: &Map<String, Value>) -> Value {
+    let mut schema = parameters.clone();
+    if !["type", "$ref", "anyOf", "oneOf", "allOf", "const", "enum"].iter().any(|keyword| schema.contains_key(*keyword))
+    {
+        schema.insert("type".into(), "object".into());
+    }
+    schema.into()
 }
 
 /// The name of the function that `tools[index]` is.
@@ -199,32 +223,65 @@ mod tests {
 
     #[test]
     fn a_call_that_has_to_be_made_is_written_as_the_model_was_taught() {
-        let form = |format, choice: Value, parallel| {
+        let form = |format, choice: Value, parallel: Value| {
             let parsers = Parsers { thoughts: false, calls: Some(format) };
             let body = json!({"tools": two(), "tool_choice": choice, "parallel_tool_calls": parallel});
-            match read_by(parsers, "{{ tools }}", &body).unwrap().unwrap().form() {
-                Some(Source::Framed { frames, between }) => Some((frames, between)),
+            match read_by(parsers, "{{ tools }}", &body).unwrap().unwrap().form(None).unwrap() {
+                Some(Source::Framed { frames, between, or: None }) => Some((frames, between)),
                 Some(other) => panic!("{other:?}"),
                 None => None,
             }
         };
-        assert_eq!(form(CallFormat::Hermes, json!("auto"), true), None);
-        let (frames, between) = form(CallFormat::Hermes, json!("required"), true).unwrap();
+        assert_eq!(form(CallFormat::Hermes, json!("auto"), Value::Null), None);
+        let (frames, between) = form(CallFormat::Hermes, json!("required"), Value::Null).unwrap();
         assert_eq!(frames[0].before, "<tool_call>\n{\"name\": \"weather\", \"arguments\": ");
         assert_eq!((frames[0].schema["properties"]["city"]["type"].as_str(), frames.len()), (Some("string"), 2));
-        assert_eq!((&frames[1].schema, &*frames[1].after), (&json!({"type": "object"}), "}\n</tool_call>"));
+        let none = json!({"type": "object", "additionalProperties": false});
+        assert_eq!((&frames[1].schema, &*frames[1].after), (&none, "}\n</tool_call>"));
         assert_eq!(between.as_deref(), Some("\n"));
         let time = json!({"type": "function", "function": {"name": "time"}});
-        let (frames, between) = form(CallFormat::Llama3Json, time, true).unwrap();
+        let (frames, between) = form(CallFormat::Llama3Json, time, json!(true)).unwrap();
         assert_eq!((&*frames[0].before, &*frames[0].after), ("{\"name\": \"time\", \"parameters\": ", "}"));
         assert_eq!((frames.len(), between), (1, None));
-        assert_eq!(form(CallFormat::Llama3Json, json!("required"), false).unwrap().1, None);
+        assert_eq!(form(CallFormat::Llama3Json, json!("required"), json!(false)).unwrap().1, None);
+        assert_eq!(form(CallFormat::Llama3Json, json!("required"), Value::Null).unwrap().1, None, "not by itself");
+        assert_eq!(form(CallFormat::Llama3Json, json!("required"), json!(true)).unwrap().1.as_deref(), Some("; "));
+    }
+
+    #[test]
+    fn an_answer_may_be_a_call_or_of_a_form() {
+        let schema = json!({"type": "integer"});
+        let or = |choice: &str| {
+            let tools = read(json!({"tools": two(), "tool_choice": choice})).unwrap().unwrap();
+            match tools.form(Some(schema.clone())).unwrap() {
+                Some(Source::Framed { frames, or, .. }) if frames.len() == 2 => or,
+                other => panic!("{other:?}"),
+            }
+        };
+        assert_eq!((or("auto"), or("required")), (Some(schema.clone()), None));
+    }
+
+    #[test]
+    fn arguments_are_an_object_even_where_that_goes_without_saying() {
+        let of = |parameters: Value| arguments_of(parameters.as_object().unwrap());
+        assert_eq!(of(json!({})), json!({"type": "object"}));
+        assert_eq!(of(json!({"properties": {}})), json!({"properties": {}, "type": "object"}));
+        for said in [json!({"type": "object"}), json!({"$ref": "#/$defs/a", "$defs": {"a": {"type": "object"}}})] {
+            assert_eq!(of(said.clone()), said);
+        }
     }
 
     #[test]
     fn what_is_offered_or_chosen_wrongly_is_refused_by_name() {
         let function = |function: Value| json!({"tools": [{"type": "function", "function": function}]});
         let choose = |choice: Value| json!({"tools": two(), "tool_choice": choice});
+        let many = |choice: Value| {
+            let named = (0..=FORMS_MAX).map(|n| json!({"type": "function", "function": {"name": format!("f{n}")}}));
+            json!({"tools": named.collect::<Value>(), "tool_choice": choice})
+        };
+        assert!(read(many(json!("auto"))).unwrap().unwrap().form(None).is_ok());
+        let refused = read(many(json!("required"))).unwrap().unwrap().form(None).unwrap_err();
+        assert_eq!(refused.param(), Some("tools"));
         let twice = json!([two()[0], two()[0]]);
         for (body, param) in [
             (json!({"tools": [7]}), "tools[0]"),

@@ -163,7 +163,10 @@ elsewhere:
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::handoff::{Limits, Policy};
+    use crate::{
+        api::{CallFormat, Parsers},
+        handoff::{Limits, Policy},
+    };
 
     fn parse(line: &[&str]) -> Result<Role, String> {
         Role::try_parse_from([&["engine"], line].concat()).map_err(|error| error.to_string())
@@ -289,5 +292,22 @@ mod tests {
     #[test]
     fn an_empty_key_is_no_key() {
         assert!(parse(&["--model", "m", "--api-key", ""]).is_err());
+    }
+
+    #[test]
+    fn what_answers_are_looked_through_for_may_be_said() {
+        let by_template = Parsers { thoughts: true, calls: Some(CallFormat::Hermes) };
+        let told = |flags: &[&str], by_template| {
+            let Parsers { thoughts, calls } = worker(&[&["--model", "m"], flags].concat()).parsers(by_template);
+            (thoughts, calls)
+        };
+        assert_eq!(told(&[], by_template), (true, Some(CallFormat::Hermes)));
+        assert_eq!(told(&["--reasoning-parser", "none", "--tool-call-parser", "none"], by_template), (false, None));
+        let llama = told(&["--tool-call-parser", "llama3_json"], by_template);
+        assert_eq!(llama, (true, Some(CallFormat::Llama3Json)));
+        for name in ["think", "qwen3", "deepseek_r1"] {
+            let flags = ["--reasoning-parser", name, "--tool-call-parser", "hermes"];
+            assert_eq!(told(&flags, Parsers::default()), (true, Some(CallFormat::Hermes)));
+        }
     }
 }

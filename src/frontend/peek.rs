@@ -35,14 +35,19 @@ impl Peek {
     pub(super) fn read(body: &[u8]) -> Option<Self> {
         let fields: Fields = serde_json::from_slice(body).ok()?;
         let text = fields.prompt.or(fields.messages).unwrap_or_default();
+        // Where prompts show them, they mostly come first.
+        let tools = fields.tools.unwrap_or_default();
         // Out of range is for the worker to say: here a cast cuts it.
         let wanted = fields.max_completion_tokens.or(fields.max_tokens).map_or(ANSWER_TOKENS, |tokens| tokens as u64);
         let choices = fields.n.map_or(1, |n| n as u64).clamp(1, 128);
         Some(Self {
             model: fields.model,
             stream: fields.stream.unwrap_or(false),
-            affinity: text.affinity(),
-            prompt_tokens: text.bytes / BYTES_PER_TOKEN + text.numbers,
+            affinity: match (tools.affinity(), text.affinity()) {
+                (Some(tools), Some(text)) => Some(tools.rotate_left(1) ^ text),
+                (tools, text) => tools.or(text),
+            },
+            prompt_tokens: (text.bytes + tools.bytes) / BYTES_PER_TOKEN + text.numbers,
             answer_tokens: wanted.min(ANSWER_TOKENS) * choices,
         })
     }
@@ -54,6 +59,7 @@ struct Fields {
     stream: Option<bool>,
     prompt: Option<Text>,
     messages: Option<Text>,
+    tools: Option<Text>,
     /// Numbers of any kind: a request must not go to workers of another model for one that is none here.
     max_tokens: Option<f64>,
     max_completion_tokens: Option<f64>,
@@ -193,6 +199,20 @@ mod tests {
             let read = peek(&format!(r#"{{"model": "m", "stream": true, {numbers}}}"#));
             assert_eq!((read.model.as_deref(), read.stream, read.answer_tokens), (Some("m"), true, answer_tokens));
         }
+    }
+
+    #[test]
+    fn functions_are_part_of_the_prompt() {
+        let asked = |tools: &str, text: &str| {
+            peek(&format!(r#"{{"messages": [{{"content": "{text}"}}], "tools": [{{"name": "{tools}"}}]}}"#))
+        };
+        let (tools, text) = ("t".repeat(400), "m".repeat(400));
+        let both = asked(&tools, &text);
+        assert_eq!(both.prompt_tokens, 200);
+        assert_eq!(asked(&tools, &text).affinity, both.affinity);
+        let others = [asked(&tools, "hello").affinity, asked("f", &text).affinity, asked("f", "hello").affinity];
+        assert!(others.iter().all(|other| *other != both.affinity) && others[2].is_none());
+        assert!(others[0].is_some() && others[1].is_some());
     }
 
     #[test]

@@ -1,7 +1,7 @@
 use std::{collections::BTreeMap, future::Future, sync::Arc};
 
 use axum::{
-    Json, Router,
+    Router,
     body::Body,
     extract::{MatchedPath, Path, Request, State},
     http::{HeaderMap, HeaderValue, StatusCode, Uri, header, uri::PathAndQuery},
@@ -19,7 +19,7 @@ use super::{
     relay::Relay,
 };
 use crate::{
-    api::{ApiError, ServerConfig, check_key, cors, fallbacks, read_body, request_id, serve_router, version},
+    api::{ApiError, Json, ServerConfig, check_key, cors, fallbacks, read_body, request_id, serve_router, version},
     cluster::{Cluster, WorkerCard},
 };
 

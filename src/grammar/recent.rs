@@ -85,10 +85,10 @@ fn key(source: &Source) -> Option<Hash> {
                 text.write_all(choice.as_bytes()).ok()?;
             }
         }
-        Source::Framed { frames, between } => {
+        Source::Framed { frames, between, or } => {
             text.hasher.update(b"framed");
             let frames: Vec<_> = frames.iter().map(|frame| (&frame.before, &frame.schema, &frame.after)).collect();
-            serde_json::to_writer(&mut text, &(between, frames)).ok()?;
+            serde_json::to_writer(&mut text, &(between, or, frames)).ok()?;
         }
     }
     Some(text.hasher.finalize())
@@ -172,6 +172,7 @@ mod tests {
         let framed = |before: &str, after: &str, between: Option<&str>| Source::Framed {
             frames: vec![Frame { before: before.into(), schema: json!({"type": "null"}), after: after.into() }],
             between: between.map(str::to_owned),
+            or: None,
         };
         let sources = [
             object("a", "b"),

@@ -30,12 +30,14 @@ pub enum Source {
     /// Text of a context-free grammar, in llguidance's variant of Lark's syntax.
     Lark(String),
     /// One of several JSON texts, each between two that are given; or one or more of them, if there is something to stand
-    /// between them.
+    /// between them; or another JSON text instead.
     Framed {
         /// What there is to choose from.
         frames: Vec<Frame>,
         /// What stands between two.
         between: Option<String>,
+        /// The schema of what may be there instead.
+        or: Option<Value>,
     },
 }
 
@@ -62,9 +64,9 @@ impl Source {
             Self::JsonSchema(schema) => schema.to_string().len(),
             Self::Regex(text) | Self::Lark(text) => text.len(),
             Self::Choice(choices) => choices.iter().map(String::len).sum(),
-            Self::Framed { frames, .. } => {
+            Self::Framed { frames, or, .. } => {
                 let bytes = |frame: &Frame| frame.before.len() + frame.schema.to_string().len() + frame.after.len();
-                frames.iter().map(bytes).sum()
+                frames.iter().map(bytes).chain(or.iter().map(|schema| schema.to_string().len())).sum()
             }
         }
     }
@@ -95,19 +97,25 @@ impl Source {
                 }
                 Ok(TopLevelGrammar::from_lark(grammar.clone()))
             }
-            Self::Framed { frames, between } => {
+            Self::Framed { frames, between, or } => {
                 at_most("texts", frames.len(), FRAMES_MAX)?;
-                Ok(TopLevelGrammar::from_lark(framed(frames, between.as_deref())?))
+                Ok(TopLevelGrammar::from_lark(framed(frames, between.as_deref(), or.as_ref())?))
             }
         }
     }
 }
 
 /// As a grammar. Each schema is one by itself, so that what it refers to is found in it. Strings are written as in JSON.
-fn framed(frames: &[Frame], between: Option<&str>) -> Result<String, GrammarError> {
+fn framed(frames: &[Frame], between: Option<&str>, or: Option<&Value>) -> Result<String, GrammarError> {
+    // What one schema may have of something, all have together.
+    check(&frames.iter().map(|frame| &frame.schema).chain(or).cloned().collect())?;
     let rules: Vec<String> = (0..frames.len()).map(|index| format!("frame_{index}")).collect();
     let more = between.map_or_else(String::new, |between| format!(" ({} frame)*", Value::from(between)));
-    let mut grammar = format!("start: frame{more}\nframe: {}\n", rules.join(" | "));
+    let instead = or.map_or("", |_| " | instead");
+    let mut grammar = format!("start: frame{more}{instead}\nframe: {}\n", rules.join(" | "));
+    if let Some(schema) = or {
+        grammar += &format!("instead: %json {}\n", with_options(schema)?);
+    }
     for (rule, Frame { before, schema, after }) in rules.iter().zip(frames) {
         let (before, after) = (Value::from(before.as_str()), Value::from(after.as_str()));
         grammar += &format!("{rule}: {before} json_{rule} {after}\njson_{rule}: %json {}\n", with_options(schema)?);

@@ -135,11 +135,13 @@ fn json_texts_stand_in_their_frames() {
         frame("<b>\n{\"f\": ", json!({"type": "array", "items": {"const": 1}, "maxItems": 2})),
     ];
     let (one, other) = ("<b>\n{\"é\\ %json\": 7}\n</b>", "<b>\n{\"f\": [1, 1]}\n</b>");
-    let alone = matcher(Source::Framed { frames: frames.clone(), between: None });
-    let several = matcher(Source::Framed { frames, between: Some("; ".into()) });
+    let alone = matcher(Source::Framed { frames: frames.clone(), between: None, or: None });
+    let or_null = matcher(Source::Framed { frames: frames.clone(), between: None, or: Some(json!({"type": "null"})) });
+    let several = matcher(Source::Framed { frames, between: Some("; ".into()), or: None });
     for text in [one, other] {
-        assert!(fits(&alone, text) && fits(&several, text), "{text}");
+        assert!(fits(&alone, text) && fits(&several, text) && fits(&or_null, text), "{text}");
     }
+    assert!(fits(&or_null, "null") && !fits(&alone, "null"));
     let both = format!("{one}; {other}; {one}");
     assert!(fits(&several, &both) && !fits(&alone, &both));
     for text in [

@@ -184,7 +184,10 @@ fn chat_template(cli: &WorkerArgs, source: &ModelSource) -> Result<Option<ChatTe
         tracing::warn!("the model has no chat template: chats are refused, completions served");
         return Ok(None);
     };
-    match ChatTemplate::new(&own.source, &bos, &eos) {
+    let template = ChatTemplate::new(&own.source, &bos, &eos);
+    match template
+        .and_then(|template| own.tool_use.iter().try_fold(template, |template, own| template.with_tool_use(own)))
+    {
         Ok(template) => Ok(Some(template)),
         Err(error) => {
             tracing::warn!(%error, "chats are refused, completions served; --chat-template FILE gives another template");

@@ -147,7 +147,7 @@ impl Device {
             return Err(DriverError::DeviceTooOld { name, capability });
         }
         let id = id_of(context.cu_device()).map_err(unavailable)?;
-        let modules = Modules::load(capability).during(|| format!("loading the kernels on {name}"))?;
+        let modules = Modules::load(&context, capability).during(|| format!("loading the kernels on {name}"))?;
         let starts_early = capability >= CAPABILITY_TO_START_EARLY && !is_set(WITHOUT_EARLY_START);
         Ok(Self { context, stream, modules, name, processors, capability, starts_early, id })
     }
@@ -199,9 +199,9 @@ impl Device {
 
 impl Drop for Device {
     fn drop(&mut self) {
+        // Its kernels may go with it.
         let _ = self.bind();
         let _ = self.stream.synchronize();
-        self.modules.unload();
     }
 }
 

@@ -3,9 +3,10 @@
 use std::cell::RefCell;
 use std::collections::HashMap;
 use std::ffi::{CStr, CString};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
 
 use cudarc::driver::result::{self, DriverError};
-use cudarc::driver::sys;
+use cudarc::driver::{CudaContext, sys};
 
 /// The kernels, for several kinds of devices (`build.rs` says which). As the driver's loader wants it, aligned.
 #[repr(C, align(64))]
@@ -26,18 +27,55 @@ pub(super) fn is_set(variable: &str) -> bool {
     std::env::var_os(variable).is_some_and(|value| !value.is_empty())
 }
 
-/// What is loaded on a device. Its context is the current one whenever something is asked of it.
-pub(super) struct Modules {
+/// What is loaded on each device that is in use: once, since that takes time, however many have it. Checks use a device
+/// anew each, well over a thousand of them.
+static LOADED: Mutex<Vec<Weak<Loaded>>> = Mutex::new(Vec::new());
+
+/// Modules on a device, until nobody has them any more.
+struct Loaded {
+    context: Arc<CudaContext>,
     base: sys::CUmodule,
     /// Of [`HOPPER_KERNELS`], where they run.
     hopper: Option<sys::CUmodule>,
+}
+
+// SAFETY: handles of the driver may be used from any thread, at the same time too, and nothing is changed here.
+unsafe impl Send for Loaded {}
+// SAFETY: as above.
+unsafe impl Sync for Loaded {}
+
+impl Loaded {
+    fn all(&self) -> impl Iterator<Item = sys::CUmodule> {
+        std::iter::once(self.base).chain(self.hopper)
+    }
+}
+
+impl Drop for Loaded {
+    fn drop(&mut self) {
+        let _ = self.context.bind_to_thread();
+        for module in self.all() {
+            // SAFETY: nothing of it runs any more, and nobody else has it. A failure leaks it.
+            let _ = unsafe { result::module::unload(module) };
+        }
+    }
+}
+
+/// The kernels of a device. Its context is the current one whenever something is asked of them.
+pub(super) struct Modules {
+    loaded: Arc<Loaded>,
     /// Kernels that were launched before, and the shared memory that each may ask for.
     functions: RefCell<HashMap<String, (sys::CUfunction, usize)>>,
 }
 
 impl Modules {
     /// The modules for a device of this compute capability.
-    pub(super) fn load(capability: (i32, i32)) -> Result<Self, DriverError> {
+    pub(super) fn load(context: &Arc<CudaContext>, capability: (i32, i32)) -> Result<Self, DriverError> {
+        let mut known = LOADED.lock().unwrap_or_else(PoisonError::into_inner);
+        known.retain(|loaded| loaded.strong_count() > 0);
+        let same = |loaded: &Arc<Loaded>| loaded.context.cu_ctx() == context.cu_ctx();
+        if let Some(loaded) = known.iter().filter_map(Weak::upgrade).find(same) {
+            return Ok(Self { loaded, functions: RefCell::default() });
+        }
         let load = |kernels: &Fatbin<[u8]>| {
             // SAFETY: a fatbin, which says itself where it ends.
             unsafe { result::module::load_data(kernels.0.as_ptr().cast()) }
@@ -48,16 +86,14 @@ impl Modules {
         }
         let base = load(KERNELS)?;
         let hopper = if capability == HOPPER && !refused { Some(load(HOPPER_KERNELS)?) } else { None };
-        Ok(Self { base, hopper, functions: RefCell::default() })
+        let loaded = Arc::new(Loaded { context: context.clone(), base, hopper });
+        known.push(Arc::downgrade(&loaded));
+        Ok(Self { loaded, functions: RefCell::default() })
     }
 
     /// Whether [`HOPPER_KERNELS`] are among them.
     pub(super) fn have_wgmma(&self) -> bool {
-        self.hopper.is_some()
-    }
-
-    fn all(&self) -> impl Iterator<Item = sys::CUmodule> {
-        std::iter::once(self.base).chain(self.hopper)
+        self.loaded.hopper.is_some()
     }
 
     /// A kernel that may be launched with so many bytes of shared memory.
@@ -72,8 +108,8 @@ impl Modules {
         let name = CString::new(kernel).map_err(|_| not_found)?;
         // One of the modules has it. That one has it not is no error; any other is the device's, of what it did before.
         let mut found = Err(not_found);
-        for module in self.all() {
-            // SAFETY: the modules stay loaded until `unload`.
+        for module in self.loaded.all() {
+            // SAFETY: the modules stay loaded as long as we are there.
             found = unsafe { result::module::get_function(module, name.clone()) };
             if !matches!(found, Err(error) if error == not_found) {
                 break;
@@ -92,7 +128,7 @@ impl Modules {
     /// All kernels.
     fn functions(&self) -> Result<Vec<sys::CUfunction>, DriverError> {
         let mut all = Vec::new();
-        for module in self.all() {
+        for module in self.loaded.all() {
             let mut count = 0;
             // SAFETY: the module is loaded; the driver writes a number, or fails.
             unsafe { sys::cuModuleGetFunctionCount(&mut count, module) }.result()?;
@@ -120,13 +156,5 @@ impl Modules {
     pub(super) fn load_functions(&self) -> Result<(), DriverError> {
         // SAFETY: functions of the modules.
         self.functions()?.into_iter().try_for_each(|function| unsafe { sys::cuFuncLoad(function) }.result())
-    }
-
-    /// Gives them back. Nothing is launched afterwards.
-    pub(super) fn unload(&mut self) {
-        for module in self.all() {
-            // SAFETY: nothing of it runs any more, and nobody else has it. A failure leaks it.
-            let _ = unsafe { result::module::unload(module) };
-        }
     }
 }

@@ -1,47 +1,54 @@
 //! Calls of functions, as models write them.
 
-use serde::Deserialize;
-use serde_json::value::RawValue;
+use serde::{Deserialize, de::IgnoredAny};
+use serde_json::Value;
 
 /// A call of a function.
-#[derive(Debug, Default, Clone, PartialEq)]
+#[derive(Debug, Clone, PartialEq)]
 pub(crate) struct Call {
     /// Among the answer's calls.
     pub(crate) index: usize,
     pub(crate) name: String,
-    /// JSON, as the model wrote it.
+    /// JSON.
     pub(crate) arguments: String,
 }
 
 #[derive(Deserialize)]
-struct Written<'a> {
+struct Written {
     name: String,
-    #[serde(borrow, alias = "parameters")]
-    arguments: Option<&'a RawValue>,
+    #[serde(alias = "parameters")]
+    arguments: Option<Value>,
 }
 
-impl From<Written<'_>> for Call {
-    fn from(written: Written<'_>) -> Self {
+impl From<Written> for Call {
+    fn from(written: Written) -> Self {
         let arguments = match written.arguments {
             None => "{}".to_owned(),
             // Some write the JSON as a string.
-            Some(raw) => serde_json::from_str(raw.get()).unwrap_or_else(|_| raw.get().to_owned()),
+            Some(Value::String(text)) if serde_json::from_str::<IgnoredAny>(&text).is_ok() => text,
+            Some(value) => value.to_string(),
         };
         Self { index: 0, name: written.name, arguments }
     }
 }
 
-/// The call that `text` is.
-pub(super) fn one(text: &str) -> Option<Call> {
-    serde_json::from_str::<Written<'_>>(text).ok().map(Call::from)
+/// The call that `text`, between marks of its own, is.
+pub(super) fn one(text: &str) -> Result<Call, serde_json::Error> {
+    serde_json::from_str::<Written>(text).map(Call::from)
 }
 
-/// The calls that `text` is made of.
+/// Whether what is no call might be the first part of one, up to somewhere amid a text.
+pub(super) fn breaks_off_in_text(error: &serde_json::Error) -> bool {
+    error.is_eof() && error.to_string().starts_with("EOF while parsing a string")
+}
+
+/// The calls that `text` is made of. Nothing marks them, so an object with nothing but a name is none.
 pub(super) fn several(text: &str) -> Option<Vec<Call>> {
     let (mut rest, mut calls) = (text.trim(), Vec::new());
     while !rest.is_empty() {
-        let mut values = serde_json::Deserializer::from_str(rest).into_iter::<Written<'_>>();
-        calls.push(values.next()?.ok()?.into());
+        let mut values = serde_json::Deserializer::from_str(rest).into_iter::<Written>();
+        let written = values.next()?.ok().filter(|written| written.arguments.is_some())?;
+        calls.push(written.into());
         rest = rest[values.byte_offset()..].trim_start_matches(|c: char| c.is_whitespace() || c == ';');
     }
     Some(calls)

@@ -17,14 +17,16 @@ use super::ChatTemplate;
 const THOUGHTS: (&str, &str) = ("<think>", "</think>");
 /// What a call stands between: NousResearch's Hermes models, Qwen2.5, Qwen3, and others.
 const HERMES: (&str, &str) = ("<tool_call>", "</tool_call>");
+/// Characters of white space at most behind what opens a call.
+const SPACE_MAX: usize = 64;
 
 /// How a model writes calls.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum CallFormat {
     /// `{"name": …, "arguments": {…}}` between `<tool_call>` and `</tool_call>`, anywhere, any number of times.
     Hermes,
-    /// An answer that is `{"name": …, "parameters": {…}}` and nothing else, or several with semicolons between them:
-    /// Llama 3.1 and later.
+    /// An answer that is `{"name": …, "parameters": {…}}` and nothing else: Llama 3.1 and later, whose templates show no
+    /// answer with two. Several have semicolons between them.
     Llama3Json,
 }
 
@@ -40,16 +42,23 @@ pub struct Parsers {
 impl Parsers {
     /// What a model with this template has been taught, as far as that shows.
     pub fn of_template(template: &ChatTemplate) -> Self {
-        let shows = |text| template.source().contains(text);
+        let shows = |text| template.with_tools().contains(text);
         let calls = if !template.reads_tools() {
             None
         } else if shows(HERMES.0) {
-            // Qwen3-Coder's calls stand between the same, and are no JSON.
-            (!shows("<function=")).then_some(CallFormat::Hermes)
+            // Qwen3-Coder's calls and GLM's stand between the same, and are no JSON.
+            (!shows("<function=") && !shows("<arg_key>")).then_some(CallFormat::Hermes)
         } else {
-            shows("\"parameters\"").then_some(CallFormat::Llama3Json)
+            (shows("\"name\"") && shows("\"parameters\"")).then_some(CallFormat::Llama3Json)
         };
         Self { thoughts: shows(THOUGHTS.0) || shows(THOUGHTS.1), calls }
+    }
+
+    /// The texts that are looked for.
+    pub(crate) fn marks(&self) -> impl Iterator<Item = &'static str> {
+        let thoughts = self.thoughts.then_some(THOUGHTS);
+        let calls = (self.calls == Some(CallFormat::Hermes)).then_some(HERMES);
+        thoughts.into_iter().chain(calls).flat_map(|(open, close)| [open, close])
     }
 }
 
@@ -77,6 +86,9 @@ pub(crate) enum Thoughts {
 }
 
 impl Thoughts {
+    /// What follows what opens them where there are none: as Qwen3's template writes it.
+    pub(crate) const NONE: &str = "\n\n</think>\n\n";
+
     /// By what the prompt ends with.
     pub(crate) fn after(prompt: &str) -> Self {
         if prompt.trim_end().ends_with(THOUGHTS.0) { Self::Opened } else { Self::IfOpened }
@@ -99,6 +111,17 @@ pub(crate) struct Pieces {
 impl Pieces {
     pub(crate) fn is_empty(&self) -> bool {
         self.thoughts.is_empty() && self.content.is_empty() && self.calls.is_empty()
+    }
+
+    /// The thoughts, if there are any.
+    pub(crate) fn thoughts(&self) -> Option<&str> {
+        (!self.thoughts.is_empty()).then_some(&self.thoughts)
+    }
+
+    /// What is said, be it nothing; `None` if there is something else instead.
+    pub(crate) fn content(&self) -> Option<&str> {
+        let instead = !self.thoughts.is_empty() || !self.calls.is_empty();
+        (!instead || !self.content.is_empty()).then_some(&self.content)
     }
 
     pub(crate) fn clear(&mut self) {
@@ -127,6 +150,8 @@ pub(crate) struct Parser {
     state: State,
     /// Text that was not let out yet.
     held: String,
+    /// Bytes of white space that `held` is known to begin with: there may be any amount of it.
+    blank: usize,
     /// Where in `held` the search for the end of a call goes on.
     searched: usize,
     /// Whether white space means nothing until something else comes.
@@ -143,7 +168,7 @@ impl Parser {
             (Thoughts::No, _) => State::Content,
         };
         let skips_space = state == State::Thoughts;
-        Self { wanted, state, held: String::new(), searched: 0, skips_space, calls_made: 0 }
+        Self { wanted, state, held: String::new(), blank: 0, searched: 0, skips_space, calls_made: 0 }
     }
 
     /// Takes the next piece of the text and appends what it has turned out to be to `out`.
@@ -156,27 +181,27 @@ impl Parser {
     /// had not been the end.
     pub(crate) fn finish(&mut self, out: &mut Pieces) {
         let held = std::mem::take(&mut self.held);
+        let blank = std::mem::take(&mut self.blank);
         if held.is_empty() {
             return;
         }
-        match self.state {
-            State::Thoughts => self.think(held.trim_end(), out),
-            State::Call | State::Calls => {
-                let calls = match self.state {
-                    // Some models do not close their last call.
-                    State::Call => calls::one(held.trim_start().trim_start_matches(HERMES.0)).map(|call| vec![call]),
-                    _ => calls::several(&held),
-                };
-                self.state = State::Content;
-                match calls {
-                    Some(calls) => self.call(calls, out),
-                    None => out.content.push_str(&held),
-                }
+        let calls = match self.state {
+            State::Thoughts => return self.think(held.trim_end(), out),
+            // Some models do not close their last call, or only begin to.
+            State::Call => {
+                let inside = &held[blank + HERMES.0.len()..];
+                calls::one(&inside[..inside.len() - begun(inside, HERMES.1)]).ok().map(|call| vec![call])
             }
-            State::Beginning(_) | State::Content => {
-                self.state = State::Content;
-                out.content.push_str(&held);
-            }
+            State::Calls => calls::several(&held),
+            State::Beginning(_) | State::Content => None,
+        };
+        let follows_a_call = self.state == State::Content && self.made_calls();
+        self.state = State::Content;
+        match calls {
+            Some(calls) => self.call(calls, out),
+            // White space at the end of an answer with calls stood around them.
+            None if follows_a_call && held.trim_start().is_empty() => {}
+            None => out.content.push_str(&held),
         }
     }
 
@@ -199,50 +224,56 @@ impl Parser {
         }
         match self.state {
             State::Beginning(may_think) => self.begin(may_think),
-            State::Thoughts => match self.held.find(THOUGHTS.1) {
-                Some(at) => {
-                    let thoughts = self.take(at);
-                    self.think(thoughts.trim_end(), out);
-                    self.held.drain(..THOUGHTS.1.len());
+            State::Thoughts => {
+                let (bytes, closed) = self.look_for(THOUGHTS.1);
+                self.think(&self.held[..bytes], out);
+                self.held.drain(..bytes);
+                if closed {
+                    self.resolve(self.blank + THOUGHTS.1.len());
                     self.state = State::Beginning(false);
                     self.skips_space = true;
-                    true
                 }
-                None => {
-                    let thoughts = self.take(certain(&self.held, THOUGHTS.1));
-                    self.think(&thoughts, out);
-                    false
-                }
-            },
+                closed
+            }
             State::Content if self.wanted.calls != Some(CallFormat::Hermes) => {
-                out.content.push_str(&self.held);
-                self.held.clear();
+                self.say(self.held.len(), out);
                 false
             }
             State::Content => {
-                let call = self.held.find(HERMES.0);
-                let content = call.map(|at| self.held[..at].trim_end().len());
-                let content = self.take(content.unwrap_or_else(|| certain(&self.held, HERMES.0)));
-                out.content.push_str(&content);
-                if call.is_some() {
+                let (bytes, opened) = self.look_for(HERMES.0);
+                out.content.push_str(&self.held[..bytes]);
+                self.held.drain(..bytes);
+                if opened {
                     (self.state, self.searched) = (State::Call, 0);
                 }
-                call.is_some()
+                opened
             }
             State::Call => self.close(out),
             State::Calls => false,
         }
     }
 
+    /// How much of what is held stands before `mark`, or before what may be its beginning, and before the white space
+    /// ahead of that; and whether all of the mark is there. That white space is what is known once so much is gone.
+    fn look_for(&mut self, mark: &str) -> (usize, bool) {
+        let new = &self.held[self.blank..];
+        let found = new.find(mark);
+        let end = found.unwrap_or_else(|| new.len() - begun(new, mark));
+        let text = new[..end].trim_end().len();
+        let bytes = if text == 0 { 0 } else { self.blank + text };
+        self.blank = self.blank + end - bytes;
+        (bytes, found.is_some())
+    }
+
     /// What the answer is, once that is known.
     fn begin(&mut self, may_think: bool) -> bool {
-        let begun = self.held.trim_start();
+        let begun = self.held[self.blank..].trim_start();
+        self.blank = self.held.len() - begun.len();
         if begun.is_empty() || may_think && begun.len() < THOUGHTS.0.len() && THOUGHTS.0.starts_with(begun) {
             return false;
         }
         if may_think && begun.starts_with(THOUGHTS.0) {
-            let opened = self.held.len() - begun.len() + THOUGHTS.0.len();
-            self.held.drain(..opened);
+            self.resolve(self.blank + THOUGHTS.0.len());
             self.skips_space = true;
             self.state = State::Thoughts;
         } else if self.wanted.calls == Some(CallFormat::Llama3Json) && begun.starts_with('{') {
@@ -253,28 +284,44 @@ impl Parser {
         true
     }
 
-    /// Looks for the end of the call that `held` begins with.
+    /// Looks for the end of the call that `held` begins with, behind white space.
     fn close(&mut self, out: &mut Pieces) -> bool {
-        let opened = self.held.len() - self.held.trim_start().len() + HERMES.0.len();
-        let from = self.held.floor_char_boundary(self.searched.max(opened));
-        let Some(at) = self.held[from..].find(HERMES.1) else {
-            self.searched = (self.held.len() + 1).saturating_sub(HERMES.1.len());
-            return false;
-        };
-        let (inside, end) = (opened..from + at, from + at + HERMES.1.len());
-        self.state = State::Content;
-        match calls::one(&self.held[inside]) {
-            Some(call) => {
-                self.held.drain(..end);
-                self.skips_space = true;
-                self.call(vec![call], out);
+        let opened = self.blank + HERMES.0.len();
+        // Whoever writes about calls is not held up.
+        match self.held[opened..].chars().take(SPACE_MAX).find(|c| !c.is_whitespace()) {
+            Some('{') => {}
+            None if self.held[opened..].chars().nth(SPACE_MAX).is_none() => return false,
+            _ => {
+                self.say(opened, out);
+                self.state = State::Content;
+                return true;
             }
-            None => out.content.push_str(&self.take(end)),
         }
-        true
+        let mut from = self.held.floor_char_boundary(self.searched.max(opened));
+        loop {
+            let Some(at) = self.held[from..].find(HERMES.1) else {
+                self.searched = (self.held.len() + 1).saturating_sub(HERMES.1.len());
+                return false;
+            };
+            let (inside, end) = (opened..from + at, from + at + HERMES.1.len());
+            match calls::one(&self.held[inside]) {
+                Ok(call) => {
+                    self.resolve(end);
+                    self.call(vec![call], out);
+                }
+                // What a text among the arguments says ends nothing.
+                Err(error) if calls::breaks_off_in_text(&error) => {
+                    from = end;
+                    continue;
+                }
+                Err(_) => self.say(end, out),
+            }
+            self.state = State::Content;
+            return true;
+        }
     }
 
-    fn think(&mut self, thoughts: &str, out: &mut Pieces) {
+    fn think(&self, thoughts: &str, out: &mut Pieces) {
         if self.wanted.show_thoughts {
             out.thoughts.push_str(thoughts);
         }
@@ -287,14 +334,20 @@ impl Parser {
         }
     }
 
-    /// The first `bytes` of what is held, which are not held any longer.
-    fn take(&mut self, bytes: usize) -> String {
-        self.held.drain(..bytes).collect()
+    /// The first `bytes` of what is held are content.
+    fn say(&mut self, bytes: usize, out: &mut Pieces) {
+        out.content.push_str(&self.held[..bytes]);
+        self.resolve(bytes);
+    }
+
+    /// Nothing that follows changes what the first `bytes` of what is held are.
+    fn resolve(&mut self, bytes: usize) {
+        self.held.drain(..bytes);
+        self.blank = 0;
     }
 }
 
-/// How much of `text` comes before what may be the beginning of `mark`, and the white space before that.
-fn certain(text: &str, mark: &str) -> usize {
-    let begun = (0..mark.len()).rev().find(|&length| text.ends_with(&mark[..length])).unwrap_or(0);
-    text[..text.len() - begun].trim_end().len()
+/// Bytes at the end of `text` that may be the beginning of `mark`.
+fn begun(text: &str, mark: &str) -> usize {
+    (1..mark.len()).rev().find(|&length| text.ends_with(&mark[..length])).unwrap_or(0)
 }

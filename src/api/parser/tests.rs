@@ -50,7 +50,9 @@ fn what_a_model_was_taught_is_seen_from_its_template() {
     assert_eq!(parsers("{{ messages }}<think>"), (true, None));
     assert_eq!(parsers("{{ tools }} {\"name\": name, \"parameters\": values}"), (false, Some(CallFormat::Llama3Json)));
     // Nobody is told of functions; or calls are no JSON; or nothing shows how they are written.
-    for source in ["<tool_call>", "{{ tools }}<tool_call><function=name>", "{{ tools }}"] {
+    for source in
+        ["<tool_call>", "{{ tools }}<tool_call><function=name>", "{{ tools }}<tool_call><arg_key>", "{{ tools }}"]
+    {
         assert_eq!(parsers(source), (false, None));
     }
 }
@@ -100,20 +102,23 @@ fn call(name: &str, arguments: &str) -> (String, String) {
 #[test]
 fn calls_stand_between_marks_anywhere_in_an_answer() {
     let read = |text: &str| told(wanted(Thoughts::IfOpened, Some(CallFormat::Hermes)), text);
-    let one = "<tool_call>\n{\"name\": \"f\", \"arguments\": {\"b\": 1.50, \"a\": [\"</tool>\"]}}\n</tool_call>";
-    let made = || call("f", "{\"b\": 1.50, \"a\": [\"</tool>\"]}");
+    let one = "<tool_call>\n{\"name\": \"f\", \"arguments\": {\"b\": 1.5, \"a\": [\"</tool_call>\"]}}\n</tool_call>";
+    let made = || call("f", "{\"b\":1.5,\"a\":[\"</tool_call>\"]}");
     assert_eq!(read(one), (String::new(), String::new(), vec![made()]));
     assert_eq!(read(&format!("{one}\n{one}")), (String::new(), String::new(), vec![made(), made()]));
     let text = format!("<think>\nI call f.\n</think>\n\nOne moment.\n\n{one}\nDone\n");
-    assert_eq!(read(&text), ("I call f.".into(), "One moment.Done\n".into(), vec![made()]));
-    // Not closed, as some models leave their last one.
+    assert_eq!(read(&text), ("I call f.".into(), "One moment.\nDone".into(), vec![made()]));
+    // Not closed, as some models leave their last one, or cut amid that.
     let open = one.strip_suffix("\n</tool_call>").unwrap();
-    assert_eq!(read(&format!(" {open}")), (String::new(), String::new(), vec![made()]));
+    for end in ["", "\n", "\n</tool_c"] {
+        assert_eq!(read(&format!(" {open}{end}")), (String::new(), String::new(), vec![made()]));
+    }
     for (written, arguments) in [
         ("{\"name\": \"f\"}", "{}"),
         ("{\"arguments\": null, \"name\": \"f\"}", "{}"),
         ("{\"name\": \"f\", \"parameters\": {}, \"more\": 1}", "{}"),
         ("{\"name\": \"f\", \"arguments\": \"{\\\"a\\\": 1}\"}", "{\"a\": 1}"),
+        ("{\"name\": \"f\", \"arguments\": \"a\"}", "\"a\""),
     ] {
         let text = format!("<tool_call>{written}</tool_call>");
         assert_eq!(read(&text), (String::new(), String::new(), vec![call("f", arguments)]), "{text}");
@@ -128,6 +133,7 @@ fn what_only_looks_like_a_call_stays_what_was_said() {
         "a\n<tool_call>f()</tool_call>",
         "<tool_call>{\"arguments\": {}}</tool_call>",
         "<tool_call>\n{\"name\": \"f\", \"argu",
+        "<tool_call>\n{\"name\": \"</tool_call> and",
         "a < b <tool",
         " \n",
     ] {
@@ -139,18 +145,52 @@ fn what_only_looks_like_a_call_stays_what_was_said() {
 }
 
 #[test]
+fn whoever_writes_about_calls_is_not_held_up() {
+    let (mut parser, mut pieces) = (Parser::new(wanted(Thoughts::No, Some(CallFormat::Hermes))), Pieces::default());
+    parser.push("It says <tool_call> o", &mut pieces);
+    assert_eq!(pieces.content, "It says <tool_call> o");
+    parser.push(" <tool_call>", &mut pieces);
+    parser.push(&" ".repeat(SPACE_MAX), &mut pieces);
+    assert_eq!(pieces.content, "It says <tool_call> o");
+    parser.push(" b", &mut pieces);
+    assert!(pieces.content.ends_with("  b"));
+}
+
+#[test]
+fn white_space_without_end_is_read_once() {
+    // A million pushes would take minutes if each looked at all of it again.
+    for wanted in [
+        wanted(Thoughts::IfOpened, None),
+        wanted(Thoughts::No, Some(CallFormat::Hermes)),
+        wanted(Thoughts::Opened, Some(CallFormat::Hermes)),
+    ] {
+        let (mut parser, mut pieces) = (Parser::new(wanted), Pieces::default());
+        parser.push("<t", &mut pieces);
+        parser.push("h a", &mut pieces);
+        for _ in 0..1_000_000 {
+            parser.push(" \n", &mut pieces);
+        }
+        parser.push("b", &mut pieces);
+        parser.finish(&mut pieces);
+        let told = pieces.thoughts.len() + pieces.content.len();
+        assert_eq!(told, "<th a".len() + 2_000_000 + 1);
+    }
+}
+
+#[test]
 fn an_answer_that_is_json_may_be_calls() {
     let read = |text: &str| told(wanted(Thoughts::No, Some(CallFormat::Llama3Json)), text);
-    let made = vec![call("f", "{\"a\": 1}"), call("g", "{}")];
+    let made = vec![call("f", "{\"a\":1}"), call("g", "{}")];
     assert_eq!(read("{\"name\": \"f\", \"parameters\": {\"a\": 1}}").2, made[..1]);
-    let both = "\n{\"type\": \"function\", \"name\": \"f\", \"parameters\": {\"a\": 1}}; {\"name\": \"g\"}\n";
+    let both = "\n{\"type\": \"function\", \"name\": \"f\", \"parameters\": {\"a\": 1}}; {\"name\": \"g\", \"arguments\": {}}\n";
     assert_eq!(read(both), (String::new(), String::new(), made));
-    for text in ["{\"a\": 1}", "{\"name\": \"f\"} and more", "{\"name\": \"f\"", "f: {\"name\": \"f\"}", " 7"] {
+    for text in ["{\"a\": 1}", "{\"name\": \"Ada\", \"born\": 1815}", "{\"name\": \"f\"", "f: {\"name\": \"f\"}", " 7"]
+    {
         assert_eq!(read(text), (String::new(), text.into(), Vec::new()));
     }
     let with_thoughts = wanted(Thoughts::IfOpened, Some(CallFormat::Llama3Json));
     let expected = ("a".into(), String::new(), vec![call("f", "{}")]);
-    assert_eq!(told(with_thoughts, "<think>a</think>\n{\"name\": \"f\"}"), expected);
+    assert_eq!(told(with_thoughts, "<think>a</think>\n{\"name\": \"f\", \"parameters\": {}}"), expected);
 }
 
 #[test]
@@ -167,7 +207,14 @@ fn any_text() -> impl Strategy<Value = String> {
     let part = prop_oneof![
         4 => prop::sample::select(vec!["<think>", "</think>", "<tool_call>", "</tool_call>"]),
         2 => prop::sample::select(vec!["<", "<thi", "</", "</tool_", "<tool_call", ">", "nk>", "call>"]),
-        2 => prop::sample::select(vec!["{\"name\": \"f\"}", "{\"name\": \"é\", \"arguments\": {\"a\": 1}}", "{", "; "]),
+        2 => prop::sample::select(vec![
+            "{\"name\": \"f\"}",
+            "{\"name\": \"é\", \"arguments\": {\"a\": 1}}",
+            "{\"name\": \"f\", \"arguments\": \"</tool_call>\"}",
+            "{\"name\": \"",
+            "{",
+            "; ",
+        ]),
         2 => prop::sample::select(vec!["\n", " ", "\n\n", "a", "é🙂", "a b"]),
     ];
     prop::collection::vec(part, 0..12).prop_map(|parts| parts.concat())
@@ -177,12 +224,8 @@ fn any_wanted() -> impl Strategy<Value = Wanted> {
     let thoughts = prop::sample::select(vec![Thoughts::No, Thoughts::IfOpened, Thoughts::Opened]);
     let calls = prop::sample::select(vec![None, Some(CallFormat::Hermes), Some(CallFormat::Llama3Json)]);
     let calls_max = prop::sample::select(vec![1, usize::MAX]);
-    (thoughts, calls, calls_max).prop_map(|(thoughts, calls, calls_max)| Wanted {
-        thoughts,
-        show_thoughts: true,
-        calls,
-        calls_max,
-    })
+    let all = (thoughts, any::<bool>(), calls, calls_max);
+    all.prop_map(|(thoughts, show_thoughts, calls, calls_max)| Wanted { thoughts, show_thoughts, calls, calls_max })
 }
 
 proptest! {
@@ -200,6 +243,7 @@ proptest! {
     /// What stands between no marks is what was there, but for white space.
     #[test]
     fn nothing_is_lost(wanted in any_wanted(), text in any_text()) {
+        let wanted = Wanted { show_thoughts: true, ..wanted };
         let (pieces, _) = read(wanted, &text);
         let letters = |text: &str| text.matches('a').count();
         let calls: usize = pieces.calls.iter().map(|call| letters(&call.arguments)).sum();

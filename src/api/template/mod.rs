@@ -28,8 +28,9 @@ const FUEL_MAX: u64 = 50_000_000;
 const OUTPUT_BASE_BYTES: usize = 16 << 20;
 /// Bytes a template may write for each byte of its input.
 const OUTPUT_PER_INPUT_BYTE: usize = 8;
-/// Name of the one template in its environment; it appears in error messages.
+/// Names of the templates in their environment; they appear in error messages.
 const NAME: &str = "chat_template";
+const TOOL_USE: &str = "tool_use";
 
 /// What a request's variables must not be called: names that mean something else already, most of them to the server,
 /// the last two to transformers, where requests like this come from.
@@ -87,6 +88,8 @@ pub struct ChatTemplate {
     /// Whether the template may ask for the time.
     tells_time: bool,
     source: String,
+    /// The one for conversations in which functions are offered, if that is another.
+    tool_use: Option<String>,
 }
 
 impl ChatTemplate {
@@ -111,9 +114,20 @@ impl ChatTemplate {
             takes_content_parts: false,
             tells_time: source.contains("strftime_now"),
             source: source.into(),
+            tool_use: None,
         };
         template.takes_content_parts = template.probe_content_parts();
         Ok(template)
+    }
+
+    /// With another template for conversations in which functions are offered: as transformers has it, one that a model
+    /// calls `tool_use`.
+    pub fn with_tool_use(mut self, source: &str) -> Result<Self, TemplateError> {
+        self.environment
+            .add_template_owned(TOOL_USE, without_generation_marks(source))
+            .map_err(|error| TemplateError::Compile(describe(&error)))?;
+        self.tool_use = Some(source.into());
+        Ok(self)
     }
 
     /// Whether the template itself reads content given as a list of parts. If not, the parts' texts must be joined
@@ -130,12 +144,12 @@ impl ChatTemplate {
 
     /// Whether the template tells the model which functions it may call.
     pub fn reads_tools(&self) -> bool {
-        self.source.contains("tools")
+        self.with_tools().contains("tools")
     }
 
-    /// The template as it was given.
-    pub fn source(&self) -> &str {
-        &self.source
+    /// The text of the template for conversations in which functions are offered.
+    pub fn with_tools(&self) -> &str {
+        self.tool_use.as_deref().unwrap_or(&self.source)
     }
 
     /// Renders `messages`, an array of objects as the OpenAI API has them.
@@ -164,7 +178,8 @@ impl ChatTemplate {
         if let Some(now) = now.filter(|_| self.tells_time) {
             environment.add_function("strftime_now", move |format: &str| strftime(now, format));
         }
-        let template = environment.get_template(NAME).map_err(|error| TemplateError::Compile(describe(&error)))?;
+        let name = if options.tools.is_empty() || self.tool_use.is_none() { NAME } else { TOOL_USE };
+        let template = environment.get_template(name).map_err(|error| TemplateError::Compile(describe(&error)))?;
         let mut out = BoundedOutput { bytes: Vec::new(), left: OUTPUT_BASE_BYTES + OUTPUT_PER_INPUT_BYTE * size.bytes };
         // minijinja 3.0.5 panics on some values (an empty list reversed by `[::-1]`, which fuzzing found). Nothing but
         // `out`, which is given up then, could be left half-done.

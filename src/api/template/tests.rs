@@ -128,3 +128,15 @@ fn a_panic_of_the_template_engine_is_an_error() {
     let result = render("{% for m in [][::-1] %}{% endfor %}", &hello());
     assert!(matches!(result, Err(TemplateError::Render(_))), "{result:?}");
 }
+
+#[test]
+fn a_conversation_with_functions_may_have_a_template_of_its_own() {
+    let template = ChatTemplate::new("{{ messages | length }}", "<s>", "").unwrap();
+    assert!(!template.reads_tools());
+    let template = template.with_tool_use("{{ bos_token }}{{ tools[0].name }}").unwrap();
+    let tools = [json!({"name": "f"})];
+    let render = |tools| template.render(&hello(), RenderOptions { tools, ..RenderOptions::default() }).unwrap();
+    assert!(template.reads_tools());
+    assert_eq!((render(&[]), render(&tools)), ("1".into(), "<s>f".into()));
+    assert!(matches!(template.with_tool_use("{% if"), Err(TemplateError::Compile(_))));
+}
