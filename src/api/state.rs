@@ -78,8 +78,7 @@ impl Serving {
     pub(crate) fn new(config: ApiConfig, engine: EngineHandle, metrics: Metrics) -> Arc<Self> {
         debug_assert!(!config.model_names.is_empty());
         let threads = std::thread::available_parallelism().map_or(1, |threads| threads.get() / 2).max(1);
-        let is_special = |mark| config.tokenizer.token_to_id(mark).is_some_and(|id| config.tokenizer.is_special(id));
-        let marks_are_special = config.parsers.marks().any(is_special);
+        let marks_are_special = marks_are_special(config.parsers, &config.tokenizer);
         Arc::new(Self {
             bodies: BodyMemory::new(config.body_bytes_max),
             config,
@@ -175,7 +174,38 @@ impl Serving {
     }
 }
 
+/// Whether any of what answers are looked through for is a special token.
+fn marks_are_special(parsers: Parsers, tokenizer: &Tokenizer) -> bool {
+    parsers.marks().any(|mark| tokenizer.token_to_id(mark).is_some_and(|id| tokenizer.is_special(id)))
+}
+
 /// Seconds since 1970.
 pub(crate) fn unix_seconds() -> u64 {
     SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs())
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+    use crate::api::CallFormat;
+
+    #[test]
+    fn marks_that_would_be_left_out_of_texts_are_known() {
+        let added = |id: u32, content: &str, special: bool| {
+            json!({"id": id, "content": content, "special": special, "single_word": false, "lstrip": false,
+                "rstrip": false, "normalized": false})
+        };
+        let tokenizer = json!({
+            "version": "1.0", "model": {"type": "BPE", "vocab": {"a": 0}, "merges": []},
+            "added_tokens": [added(1, "<tool_call>", true), added(2, "<think>", false), added(3, "<|end|>", true)],
+        });
+        let file = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(file.path(), tokenizer.to_string()).unwrap();
+        let tokenizer = Tokenizer::from_file(file.path()).unwrap();
+        let with = |thoughts, calls| marks_are_special(Parsers { thoughts, calls }, &tokenizer);
+        assert!(with(false, Some(CallFormat::Hermes)) && with(true, Some(CallFormat::Hermes)));
+        assert!(!with(true, None) && !with(true, Some(CallFormat::Llama3Json)));
+    }
 }

@@ -2,11 +2,9 @@
 
 use serde_json::{Map, Value, json};
 
-use super::{ApiError, ChatTemplate, Parsers, chat::missing, parser::CallFormat};
+use super::{ApiError, ChatTemplate, Parsers, chat::missing, parser::CallFormat, types::ToolList};
 use crate::grammar::{Frame, Source};
 
-/// Functions of a request at most.
-const TOOLS_MAX: usize = 1024;
 /// Functions at most where an answer has to fit one: each is a grammar.
 const FORMS_MAX: usize = 128;
 /// Bytes of a function's name at most.
@@ -34,17 +32,13 @@ enum Choice {
 impl Tools {
     /// Reads `tools`, `tool_choice` and `parallel_tool_calls`. `None`: the model is not to call anything.
     pub(crate) fn read(
-        tools: Option<Vec<Value>>,
+        tools: Option<ToolList>,
         choice: Option<Value>,
         parallel: Option<bool>,
         template: Option<&ChatTemplate>,
         parsers: Parsers,
     ) -> Result<Option<Self>, ApiError> {
-        let offered = tools.unwrap_or_default();
-        if offered.len() > TOOLS_MAX {
-            let message = format!("'tools' has {} entries; at most {TOOLS_MAX}", offered.len());
-            return Err(ApiError::invalid("tools", message));
-        }
+        let offered = tools.map_or_else(Vec::new, |tools| tools.0);
         let mut names: Vec<&str> = Vec::with_capacity(offered.len());
         for (index, tool) in offered.iter().enumerate() {
             let name = name_of(tool, index)?;
@@ -104,6 +98,11 @@ impl Tools {
     /// What an answer has to be, if it has to be a call, or else a JSON text that `instead` describes, which an answer
     /// that has to be a call never is. Calls are written as models do that were taught this format.
     pub(crate) fn form(&self, instead: Option<Value>) -> Result<Option<Source>, ApiError> {
+        if instead.is_some() && self.choice == Choice::Auto && self.format == CallFormat::Llama3Json {
+            // Both begin with `{"`, where what follows the grammar would have decided for the call.
+            let detail = "this model's calls are JSON too; send 'tool_choice' 'none' or 'required' with a form";
+            return Err(ApiError::unsupported("tools", detail));
+        }
         let (chosen, or) = match self.choice {
             Choice::Auto if instead.is_none() => return Ok(None),
             Choice::Auto => (&self.offered[..], instead),
@@ -175,7 +174,10 @@ fn name_of(tool: &Value, index: usize) -> Result<&str, ApiError> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::api::{extract::parse_json, types::ChatRequest};
+    use crate::api::{
+        extract::parse_json,
+        types::{ChatRequest, TOOLS_MAX},
+    };
 
     const HERMES: Parsers = Parsers { thoughts: true, calls: Some(CallFormat::Hermes) };
 
@@ -259,6 +261,12 @@ mod tests {
             }
         };
         assert_eq!((or("auto"), or("required")), (Some(schema.clone()), None));
+        let llama = Parsers { thoughts: false, calls: Some(CallFormat::Llama3Json) };
+        for (choice, may) in [("auto", false), ("required", true)] {
+            let tools =
+                read_by(llama, "{{ tools }}", &json!({"tools": two(), "tool_choice": choice})).unwrap().unwrap();
+            assert_eq!(tools.form(Some(schema.clone())).is_ok(), may, "one cannot be told from the other");
+        }
     }
 
     #[test]

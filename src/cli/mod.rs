@@ -1,5 +1,5 @@
-//! The command line: one struct a role. Every flag that vLLM has too has its name, and those of disaggregation have
-//! Dynamo's; each can also be given by environment where that is said.
+//! The command line: one struct a role. A flag that vLLM has too has its name, or takes it as an alias, and those of
+//! disaggregation have Dynamo's; each can also be given by environment where that is said.
 
 mod bench;
 mod bench_kernels;

@@ -110,14 +110,16 @@ fn framed(frames: &[Frame], between: Option<&str>, or: Option<&Value>) -> Result
     // What one schema may have of something, all have together.
     check(&frames.iter().map(|frame| &frame.schema).chain(or).cloned().collect())?;
     let rules: Vec<String> = (0..frames.len()).map(|index| format!("frame_{index}")).collect();
-    let more = between.map_or_else(String::new, |between| format!(" ({} frame)*", Value::from(between)));
+    // As JSON has it, but for a character that a grammar's text may not have.
+    let literal = |text: &str| Value::from(text).to_string().replace('\u{7f}', "\\u007f");
+    let more = between.map_or_else(String::new, |between| format!(" ({} frame)*", literal(between)));
     let instead = or.map_or("", |_| " | instead");
     let mut grammar = format!("start: frame{more}{instead}\nframe: {}\n", rules.join(" | "));
     if let Some(schema) = or {
         grammar += &format!("instead: %json {}\n", with_options(schema)?);
     }
     for (rule, Frame { before, schema, after }) in rules.iter().zip(frames) {
-        let (before, after) = (Value::from(before.as_str()), Value::from(after.as_str()));
+        let (before, after) = (literal(before), literal(after));
         grammar += &format!("{rule}: {before} json_{rule} {after}\njson_{rule}: %json {}\n", with_options(schema)?);
     }
     Ok(grammar)

@@ -131,10 +131,10 @@ fn json_texts_stand_in_their_frames() {
         |before: &str, schema: serde_json::Value| Frame { before: before.into(), schema, after: "}\n</b>".into() };
     let integer = json!({"$ref": "#/$defs/n", "$defs": {"n": {"type": "integer", "minimum": 0, "maximum": 9}}});
     let frames = vec![
-        frame("<b>\n{\"é\\ %json\": ", integer),
+        frame("<b>\n{\"é\\\u{7f}\u{1}\u{2028} %json\": ", integer),
         frame("<b>\n{\"f\": ", json!({"type": "array", "items": {"const": 1}, "maxItems": 2})),
     ];
-    let (one, other) = ("<b>\n{\"é\\ %json\": 7}\n</b>", "<b>\n{\"f\": [1, 1]}\n</b>");
+    let (one, other) = ("<b>\n{\"é\\\u{7f}\u{1}\u{2028} %json\": 7}\n</b>", "<b>\n{\"f\": [1, 1]}\n</b>");
     let alone = matcher(Source::Framed { frames: frames.clone(), between: None, or: None });
     let or_null = matcher(Source::Framed { frames: frames.clone(), between: None, or: Some(json!({"type": "null"})) });
     let several = matcher(Source::Framed { frames, between: Some("; ".into()), or: None });

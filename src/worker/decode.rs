@@ -184,10 +184,14 @@ fn chat_template(cli: &WorkerArgs, source: &ModelSource) -> Result<Option<ChatTe
         tracing::warn!("the model has no chat template: chats are refused, completions served");
         return Ok(None);
     };
-    let template = ChatTemplate::new(&own.source, &bos, &eos);
-    match template
-        .and_then(|template| own.tool_use.iter().try_fold(template, |template, own| template.with_tool_use(own)))
-    {
+    let template = || ChatTemplate::new(&own.source, &bos, &eos);
+    if let Some(tool_use) = &own.tool_use {
+        match template().and_then(|template| template.with_tool_use(tool_use)) {
+            Ok(template) => return Ok(Some(template)),
+            Err(error) => tracing::warn!(%error, "the model's template for tools is not used"),
+        }
+    }
+    match template() {
         Ok(template) => Ok(Some(template)),
         Err(error) => {
             tracing::warn!(%error, "chats are refused, completions served; --chat-template FILE gives another template");

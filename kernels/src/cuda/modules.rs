@@ -39,7 +39,8 @@ struct Loaded {
     hopper: Option<sys::CUmodule>,
 }
 
-// SAFETY: handles of the driver may be used from any thread, at the same time too, and nothing is changed here.
+// SAFETY: handles of the driver may be used from any thread, at the same time too. What is set of a function, how much
+// shared memory it may have, each kernel has the same of wherever it is launched.
 unsafe impl Send for Loaded {}
 // SAFETY: as above.
 unsafe impl Sync for Loaded {}
@@ -76,6 +77,8 @@ impl Modules {
         if let Some(loaded) = known.iter().filter_map(Weak::upgrade).find(same) {
             return Ok(Self { loaded, functions: RefCell::default() });
         }
+        // One of those that were looked at may have ended here just now, with its context the current one.
+        context.bind_to_thread()?;
         let load = |kernels: &Fatbin<[u8]>| {
             // SAFETY: a fatbin, which says itself where it ends.
             unsafe { result::module::load_data(kernels.0.as_ptr().cast()) }

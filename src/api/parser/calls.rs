@@ -1,6 +1,6 @@
 //! Calls of functions, as models write them.
 
-use serde::{Deserialize, de::IgnoredAny};
+use serde::{Deserialize, Deserializer, de::IgnoredAny};
 use serde_json::Value;
 
 /// A call of a function.
@@ -16,14 +16,19 @@ pub(crate) struct Call {
 #[derive(Deserialize)]
 struct Written {
     name: String,
-    #[serde(alias = "parameters")]
+    #[serde(default, alias = "parameters", deserialize_with = "given")]
     arguments: Option<Value>,
+}
+
+/// That they are null, which some schemas allow, is not that there are none.
+fn given<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Value>, D::Error> {
+    Value::deserialize(deserializer).map(Some)
 }
 
 impl From<Written> for Call {
     fn from(written: Written) -> Self {
         let arguments = match written.arguments {
-            None => "{}".to_owned(),
+            None | Some(Value::Null) => "{}".to_owned(),
             // Some write the JSON as a string.
             Some(Value::String(text)) if serde_json::from_str::<IgnoredAny>(&text).is_ok() => text,
             Some(value) => value.to_string(),

@@ -42,7 +42,8 @@ pub struct Parsers {
 impl Parsers {
     /// What a model with this template has been taught, as far as that shows.
     pub fn of_template(template: &ChatTemplate) -> Self {
-        let shows = |text| template.with_tools().contains(text);
+        let [with_tools, without] = template.sources();
+        let shows = |text| with_tools.contains(text);
         let calls = if !template.reads_tools() {
             None
         } else if shows(HERMES.0) {
@@ -51,7 +52,8 @@ impl Parsers {
         } else {
             (shows("\"name\"") && shows("\"parameters\"")).then_some(CallFormat::Llama3Json)
         };
-        Self { thoughts: shows(THOUGHTS.0) || shows(THOUGHTS.1), calls }
+        let thinks = |source: &str| source.contains(THOUGHTS.0) || source.contains(THOUGHTS.1);
+        Self { thoughts: thinks(with_tools) || thinks(without), calls }
     }
 
     /// The texts that are looked for.
@@ -143,6 +145,35 @@ enum State {
     Calls,
 }
 
+/// Where the end of a call was looked for, so that nothing is looked at again and again.
+#[derive(Debug, Default)]
+struct Search {
+    /// Where in what is held it goes on.
+    from: usize,
+    /// How far it is known what is a text among the arguments; whether that place is in one, and behind a backslash.
+    known: usize,
+    in_text: bool,
+    escaped: bool,
+    /// Whether what is there up to a mark was found to be the first part of a call, up to somewhere amid a text.
+    begins_a_call: bool,
+}
+
+impl Search {
+    /// Whether `at`, a later place each time, is amid a text.
+    fn is_in_text(&mut self, json: &str, at: usize) -> bool {
+        for byte in json[self.known..at].bytes() {
+            match byte {
+                _ if self.escaped => self.escaped = false,
+                b'\\' => self.escaped = self.in_text,
+                b'"' => self.in_text = !self.in_text,
+                _ => {}
+            }
+        }
+        self.known = at;
+        self.in_text
+    }
+}
+
 /// Reads one answer.
 #[derive(Debug)]
 pub(crate) struct Parser {
@@ -152,8 +183,8 @@ pub(crate) struct Parser {
     held: String,
     /// Bytes of white space that `held` is known to begin with: there may be any amount of it.
     blank: usize,
-    /// Where in `held` the search for the end of a call goes on.
-    searched: usize,
+    /// The search for the end of a call.
+    search: Search,
     /// Whether white space means nothing until something else comes.
     skips_space: bool,
     calls_made: usize,
@@ -168,7 +199,7 @@ impl Parser {
             (Thoughts::No, _) => State::Content,
         };
         let skips_space = state == State::Thoughts;
-        Self { wanted, state, held: String::new(), blank: 0, searched: 0, skips_space, calls_made: 0 }
+        Self { wanted, state, held: String::new(), blank: 0, search: Search::default(), skips_space, calls_made: 0 }
     }
 
     /// Takes the next piece of the text and appends what it has turned out to be to `out`.
@@ -244,7 +275,9 @@ impl Parser {
                 out.content.push_str(&self.held[..bytes]);
                 self.held.drain(..bytes);
                 if opened {
-                    (self.state, self.searched) = (State::Call, 0);
+                    let opened = self.blank + HERMES.0.len();
+                    self.search = Search { from: opened, known: opened, ..Search::default() };
+                    self.state = State::Call;
                 }
                 opened
             }
@@ -297,21 +330,25 @@ impl Parser {
                 return true;
             }
         }
-        let mut from = self.held.floor_char_boundary(self.searched.max(opened));
         loop {
+            let from = self.held.floor_char_boundary(self.search.from);
             let Some(at) = self.held[from..].find(HERMES.1) else {
-                self.searched = (self.held.len() + 1).saturating_sub(HERMES.1.len());
+                self.search.from = from.max((self.held.len() + 1).saturating_sub(HERMES.1.len()));
                 return false;
             };
             let (inside, end) = (opened..from + at, from + at + HERMES.1.len());
+            self.search.from = end;
+            // What a text among the arguments says ends nothing.
+            if self.search.is_in_text(&self.held, inside.end) && self.search.begins_a_call {
+                continue;
+            }
             match calls::one(&self.held[inside]) {
                 Ok(call) => {
                     self.resolve(end);
                     self.call(vec![call], out);
                 }
-                // What a text among the arguments says ends nothing.
                 Err(error) if calls::breaks_off_in_text(&error) => {
-                    from = end;
+                    self.search.begins_a_call = true;
                     continue;
                 }
                 Err(_) => self.say(end, out),

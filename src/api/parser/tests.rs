@@ -134,6 +134,7 @@ fn what_only_looks_like_a_call_stays_what_was_said() {
         "<tool_call>{\"arguments\": {}}</tool_call>",
         "<tool_call>\n{\"name\": \"f\", \"argu",
         "<tool_call>\n{\"name\": \"</tool_call> and",
+        "<tool_call>\n{say \"</tool_call> and",
         "a < b <tool",
         " \n",
     ] {
@@ -178,12 +179,26 @@ fn white_space_without_end_is_read_once() {
 }
 
 #[test]
+fn marks_in_a_text_among_the_arguments_do_not_make_a_call_dear() {
+    // Each of them from the call's beginning would take minutes.
+    let marks = "</tool_call>\\\"".repeat(100_000);
+    let text = format!("<tool_call>{{\"name\": \"f\", \"arguments\": {{\"a\": \"{marks}\"}}}}</tool_call>");
+    let (mut parser, mut pieces) = (Parser::new(wanted(Thoughts::No, Some(CallFormat::Hermes))), Pieces::default());
+    for piece in text.as_bytes().chunks(7) {
+        parser.push(std::str::from_utf8(piece).unwrap(), &mut pieces);
+    }
+    assert!(pieces.calls.len() == 1 && pieces.calls[0].arguments.len() > marks.len());
+    assert_eq!((&*pieces.content, parser.bytes_held()), ("", 0));
+}
+
+#[test]
 fn an_answer_that_is_json_may_be_calls() {
     let read = |text: &str| told(wanted(Thoughts::No, Some(CallFormat::Llama3Json)), text);
     let made = vec![call("f", "{\"a\":1}"), call("g", "{}")];
     assert_eq!(read("{\"name\": \"f\", \"parameters\": {\"a\": 1}}").2, made[..1]);
     let both = "\n{\"type\": \"function\", \"name\": \"f\", \"parameters\": {\"a\": 1}}; {\"name\": \"g\", \"arguments\": {}}\n";
     assert_eq!(read(both), (String::new(), String::new(), made));
+    assert_eq!(read("{\"name\": \"f\", \"parameters\": null}").2, [call("f", "{}")]);
     for text in ["{\"a\": 1}", "{\"name\": \"Ada\", \"born\": 1815}", "{\"name\": \"f\"", "f: {\"name\": \"f\"}", " 7"]
     {
         assert_eq!(read(text), (String::new(), text.into(), Vec::new()));

@@ -139,17 +139,17 @@ impl ChatTemplate {
     /// Whether how long the model is to think makes a difference to the template: by `reasoning_effort`, or by
     /// `enable_thinking`.
     pub fn reads_effort(&self) -> bool {
-        self.source.contains("reasoning_effort") || self.source.contains("enable_thinking")
+        self.sources().iter().any(|source| source.contains("reasoning_effort") || source.contains("enable_thinking"))
     }
 
     /// Whether the template tells the model which functions it may call.
     pub fn reads_tools(&self) -> bool {
-        self.with_tools().contains("tools")
+        self.sources()[0].contains("tools")
     }
 
-    /// The text of the template for conversations in which functions are offered.
-    pub fn with_tools(&self) -> &str {
-        self.tool_use.as_deref().unwrap_or(&self.source)
+    /// The texts of the templates: for conversations in which functions are offered, and for others.
+    pub fn sources(&self) -> [&str; 2] {
+        [self.tool_use.as_deref().unwrap_or(&self.source), &self.source]
     }
 
     /// Renders `messages`, an array of objects as the OpenAI API has them.

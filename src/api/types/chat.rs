@@ -30,7 +30,7 @@ generating_request! {
         add_special_tokens: Option<bool>,
         modalities: Option<Vec<String>>,
         /// Functions that the model may call, as its template shows them.
-        tools: Option<Vec<Value>>,
+        tools: Option<ToolList>,
         tool_choice: Option<Value>,
         parallel_tool_calls: Option<bool>,
         functions: Option<Refused>,
@@ -83,6 +83,29 @@ impl<'de> Deserialize<'de> for Messages {
             }
             fn visit_seq<A: SeqAccess<'de>>(self, seq: A) -> Result<Vec<Message>, A::Error> {
                 at_most(MESSAGES_MAX, "messages", seq)
+            }
+        }
+        deserializer.deserialize_seq(List).map(Self)
+    }
+}
+
+/// Functions of a request at most.
+pub(crate) const TOOLS_MAX: usize = 1024;
+
+/// What a request offers the model to call, of at most [`TOOLS_MAX`].
+#[derive(Debug)]
+pub(crate) struct ToolList(pub(crate) Vec<Value>);
+
+impl<'de> Deserialize<'de> for ToolList {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct List;
+        impl<'de> Visitor<'de> for List {
+            type Value = Vec<Value>;
+            fn expecting(&self, formatter: &mut fmt::Formatter) -> fmt::Result {
+                formatter.write_str("a list of tools")
+            }
+            fn visit_seq<A: SeqAccess<'de>>(self, seq: A) -> Result<Vec<Value>, A::Error> {
+                at_most(TOOLS_MAX, "tools", seq)
             }
         }
         deserializer.deserialize_seq(List).map(Self)

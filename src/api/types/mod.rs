@@ -7,7 +7,9 @@ mod form;
 mod tokenize;
 mod whole;
 
-pub(crate) use chat::{ChatRequest, Content, ContentPart, MESSAGES_MAX, Message, Messages, ToolCall};
+#[cfg(test)]
+pub(crate) use chat::TOOLS_MAX;
+pub(crate) use chat::{ChatRequest, Content, ContentPart, MESSAGES_MAX, Message, Messages, ToolCall, ToolList};
 pub(crate) use common::{LogitBias, Refused, SamplingFields, StreamOptions, Strings, generating_request};
 pub(crate) use completion::{CompletionRequest, Prompt};
 pub(crate) use form::{ResponseFormat, StructuredOutputs};

@@ -1,7 +1,7 @@
 use serde::Deserialize;
 use serde_json::Value;
 
-use super::Messages;
+use super::{Messages, ToolList};
 
 /// Body of `POST /tokenize` (vLLM's): a text or a conversation.
 #[derive(Debug, Default, Deserialize)]
@@ -10,7 +10,7 @@ pub(crate) struct TokenizeRequest {
     pub(crate) model: Option<String>,
     pub(crate) prompt: Option<String>,
     pub(crate) messages: Option<Messages>,
-    pub(crate) tools: Option<Vec<Value>>,
+    pub(crate) tools: Option<ToolList>,
     /// Default: true for a text, false for a conversation, whose template writes special tokens itself.
     pub(crate) add_special_tokens: Option<bool>,
     /// Whether the answer also has each token as text.
