@@ -199,6 +199,7 @@ mod tests {
         };
         let tokenizer = json!({
             "version": "1.0", "model": {"type": "BPE", "vocab": {"a": 0}, "merges": []},
+            "decoder": {"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": true},
             "added_tokens": [added(1, "<tool_call>", true), added(2, "<think>", false), added(3, "<|end|>", true)],
         });
         let file = tempfile::NamedTempFile::new().unwrap();
