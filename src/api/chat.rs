@@ -61,7 +61,8 @@ pub(crate) async fn chat_completions(
         calls: tools.as_ref().map(|tools| tools.format),
         calls_max: tools.as_ref().map_or(0, Tools::calls_max),
     };
-    plan.skip_special_tokens &= !serving.marks_are_special;
+    let looks = plan.wanted.thoughts != Thoughts::No || plan.wanted.calls.is_some();
+    plan.skip_special_tokens &= !(looks && serving.marks_are_special);
     // Last: it is the dearest.
     plan.grammar = serving.compile(form).await?;
     let prompts = vec![PreparedPrompt { tokens, echo: None }];
