@@ -34,12 +34,14 @@ use idle::Idle;
 const CONFIG: &str = r#"{
     "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "dtype": "bfloat16", "hidden_size": 64,
     "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32,
-    "max_position_embeddings": 2048, "vocab_size": 1000, "rms_norm_eps": 1e-6, "tie_word_embeddings": true,
+    "max_position_embeddings": 8192, "vocab_size": 32000, "rms_norm_eps": 1e-6, "tie_word_embeddings": true,
     "rope_parameters": {"rope_theta": 10000.0, "rope_type": "default"}
 }"#;
 const BLOCK_SIZE: usize = 64;
-const CONTEXT: usize = 512;
-const MAX_MODEL_LEN: usize = 2048;
+/// Tokens of each prompt, and how many different ones are among them: about as in prose.
+const CONTEXT: usize = 4096;
+const DISTINCT: u32 = 1500;
+const MAX_MODEL_LEN: usize = 8192;
 const SEQUENCES_MAX: usize = 256;
 /// Steps that are measured at least.
 const STEPS: usize = 1000;
@@ -63,17 +65,23 @@ fn main() -> Result<()> {
     let machine::Machine { cpu, cores, memory_gib, .. } = &machine;
     let mut text = format!("# What a device waits for the host, engine {}\n\n", env!("CARGO_PKG_VERSION"));
     writeln!(text, "- Machine: {cpu}, {cores} cores, {memory_gib:.0} GiB; the device is made believe")?;
-    writeln!(text, "- {STEPS} steps of {} µs, in which all sequences decode", STEP.as_micros())?;
+    writeln!(
+        text,
+        "- {STEPS} steps of {} µs, in which all sequences decode, after {CONTEXT} tokens",
+        STEP.as_micros()
+    )?;
     writeln!(text, "- µs for which the device has nothing to do before a step, median and 90th percentile\n")?;
     writeln!(text, "| sequences | planned when tokens are known | | launched ahead | |")?;
     writeln!(text, "| --- | --- | --- | --- | --- |")?;
-    for sequences in [1, 64, 256] {
-        write!(text, "| {sequences} |")?;
-        for ahead in [false, true] {
-            let gaps = measure(sequences, ahead)?;
-            write!(text, " {:.1} | {:.1} |", stats::median(&gaps), stats::percentile(&gaps, 90.0))?;
+    for (penalty, name) in [(1.0, ""), (1.1, ", with a repetition penalty")] {
+        for sequences in [1, 64, 256] {
+            write!(text, "| {sequences}{name} |")?;
+            for ahead in [false, true] {
+                let gaps = measure(sequences, penalty, ahead)?;
+                write!(text, " {:.1} | {:.1} |", stats::median(&gaps), stats::percentile(&gaps, 90.0))?;
+            }
+            text.push('\n');
         }
-        text.push('\n');
     }
     println!("\n{text}");
     if let Some(folder) = options.results {
@@ -101,7 +109,7 @@ impl<R: Runner> Runner for Waits<R> {
 }
 
 /// The gaps between steps in which so many sequences decode, in µs.
-fn measure(sequences: usize, ahead: bool) -> Result<Vec<f64>> {
+fn measure(sequences: usize, repetition_penalty: f32, ahead: bool) -> Result<Vec<f64>> {
     let folder = tempfile::tempdir()?;
     std::fs::write(folder.path().join("config.json"), CONFIG)?;
     let options = OpenOptions { load_format: LoadFormat::Dummy, ..OpenOptions::default() };
@@ -132,9 +140,9 @@ fn measure(sequences: usize, ahead: bool) -> Result<Vec<f64>> {
     let readers: Vec<_> = (0..sequences as u32)
         .map(|sequence| {
             let request = Request {
-                prompt: (0..CONTEXT as u32).map(|position| (position * 7 + sequence * 13) % 1000).collect(),
+                prompt: (0..CONTEXT as u32).map(|position| position % DISTINCT * 7 + sequence * 13).collect(),
                 output: Vec::new(),
-                sampling: SamplingParams::default(),
+                sampling: SamplingParams { repetition_penalty, ..SamplingParams::default() },
                 // All decode together for as long as is measured.
                 max_tokens: (STEPS + 200) as u32,
                 min_tokens: 0,

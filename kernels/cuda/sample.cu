@@ -18,6 +18,8 @@ constexpr int SET_APART_MAX = 256;
 /// No logit that is possible is lower.
 constexpr float LOWEST = -3.402823466e38f;
 constexpr int TOP_MAX = 20;
+/// Tokens that a seat holds; src/cuda/seats.rs has the same.
+constexpr int SEAT_TOKENS = 16383;
 
 /// What to do with a row; src/cuda/sample.rs has the same.
 struct Row {
@@ -31,14 +33,16 @@ struct Row {
     int top_k;         // 0: all
     int known;         // the token to score; -1: draw
     int alternatives;  // -1: not even the token's own log-probability is wanted
-    int touched, touched_end;
+    int touched, touched_end; // of the tokens that came with the rows
+    int counts_last;   // whether the last of them is to be counted in: it may be among the others too
+    int seat;          // where what the sequence has touched stays between steps; -1: nowhere
+    int moves_in;      // whether what is there is another's, or no longer holds: all that is to stay came with the row
     int mask;          // which of the masks says what may be drawn; -1: none does
-    int unused;
 };
 
-/// A token whose logit is changed before the draw, and the logit as it was. With the topmost bit set, which only the
-/// last of a row may have, `id` is a row: the token is that which was drawn there in the step before, which the host
-/// does not know yet (`Batch::DRAWN` of src/batch.rs). It may be among the others too.
+/// A token whose logit is changed before the draw, and the logit as it was. With the topmost bit set, which only one
+/// that is to be counted in may have, `id` is a row: the token is that which was drawn there in the step before, which
+/// the host does not know yet (`Batch::DRAWN` of src/batch.rs).
 struct Touched {
     int id;
     float bias;
@@ -46,6 +50,20 @@ struct Touched {
     float before;
 };
 constexpr int SEEN = 1 << 30, SUPPRESSED = 1 << 29, TIMES = SUPPRESSED - 1;
+
+/// What a sequence has touched, each token once, from one step to the next; src/cuda/seats.rs says who sits where.
+struct Seat {
+    int listed;
+    int unused[3];
+    Touched tokens[SEAT_TOKENS];
+};
+static_assert(sizeof(Seat) == (1 + SEAT_TOKENS) * sizeof(Touched), "src/cuda/sample.rs makes room for as many");
+
+/// The tokens that a row touches.
+struct List {
+    Touched* tokens;
+    int len;
+};
 
 struct Outcome {
     int token;
@@ -58,7 +76,8 @@ struct Outcome {
 static_assert(sizeof(Outcome) == OUTCOME_WORDS * sizeof(int), "kernels that read tokens rely on it");
 
 /// Bias, suppression and penalties, in single precision and in this order, as on every backend.
-__device__ __forceinline__ void adjust(float* logits, const Row& row, Touched& token, int marks) {
+__device__ __forceinline__ void adjust(float* logits, const Row& row, Touched& token) {
+    const int marks = token.marks;
     float logit = finite_or_impossible(logits[token.id]);
     token.before = logit;
     logit += token.bias;
@@ -75,24 +94,41 @@ __device__ __forceinline__ void adjust(float* logits, const Row& row, Touched& t
     logits[token.id] = finite_or_impossible(logit);
 }
 
-/// All that a row touches, at least one token. `latest` are the tokens drawn in the step before.
-__device__ void adjust_all(float* logits, const Row& row, Touched* touched, const int* latest) {
+/// Adjusts the logits of all that a row touches, and leaves the list at the row's seat for the next step: what the seat
+/// holds, or what came with the row, and the token to be counted in. Returns the list. `latest` are the tokens drawn in
+/// the step before.
+__device__ List adjust_all(float* logits, const Row& row, Touched* came, Seat* seats, const int* latest) {
     __shared__ bool is_listed;
-    const int last = row.touched_end - 1;
-    const bool is_ahead = touched[last].id < 0;
-    const int drawn = is_ahead ? latest[touched[last].id & 0x7fffffff] : -1;
+    came += row.touched;
+    const int others = row.touched_end - row.touched - row.counts_last;
+    int counted = row.counts_last ? came[others].id : -1;
+    if (row.counts_last && counted < 0) counted = latest[counted & 0x7fffffff];
+    Seat* seat = row.seat < 0 ? nullptr : seats + row.seat;
+    const bool moves_in = seat && row.moves_in;
+    List list{seat ? seat->tokens : came, seat && !moves_in ? seat->listed : others};
     if (threadIdx.x == 0) is_listed = false;
     __syncthreads();
-    for (int i = row.touched + threadIdx.x; i < row.touched_end - is_ahead; i += THREADS) {
-        const bool again = touched[i].id == drawn;
-        if (again) is_listed = true;
-        adjust(logits, row, touched[i], again ? (touched[i].marks | SEEN) + 1 : touched[i].marks);
+    for (int i = threadIdx.x; i < list.len; i += THREADS) {
+        Touched& token = list.tokens[i];
+        if (moves_in) token = came[i];
+        if (token.id == counted) {
+            is_listed = true;
+            token.marks = (token.marks | SEEN) + 1;
+        }
+        adjust(logits, row, token);
     }
     __syncthreads();
-    if (is_ahead && !is_listed && threadIdx.x == 0) {
-        touched[last].id = drawn;
-        adjust(logits, row, touched[last], touched[last].marks);
+    const bool grows = row.counts_last && !is_listed;
+    if (threadIdx.x == 0) {
+        if (grows) {
+            Touched& token = list.tokens[list.len];
+            token = Touched{counted, 0.0f, SEEN + 1, 0.0f};
+            adjust(logits, row, token);
+        }
+        if (seat) seat->listed = list.len + grows;
     }
+    list.len += grows;
+    return list;
 }
 
 /// How much of the mass `all` top_p wants.
@@ -181,14 +217,15 @@ __device__ int draw(const float* logits, int vocab, const Row& row, const Peak& 
     return find_in_order(logits, vocab, mass, [&](u64 all) { return target_in(all, row.uniform); });
 }
 
-__device__ void run(float* logits, int vocab, const Row& row, Touched* touched, const unsigned* masks,
+__device__ void run(float* logits, int vocab, const Row& row, Touched* touched, Seat* seats, const unsigned* masks,
                     const int* latest, int& drawn, Outcome& out) {
     __shared__ Few few;
     // Of the model's own distribution, which is what is reported: kept here, for most rows do not ask.
     __shared__ float max, before;
     __shared__ double log_sum;
     follow();
-    const bool reports = row.alternatives >= 0, adjusts = row.known < 0 && row.touched < row.touched_end;
+    const bool reports = row.alternatives >= 0, adjusts = row.seat >= 0 || row.touched < row.touched_end;
+    List adjusted{nullptr, 0};
     const unsigned* mask = row.mask < 0 ? nullptr : masks + static_cast<size_t>(row.mask) * ((vocab + 31) / 32);
     const int top_len = min(min(row.alternatives, vocab), TOP_MAX);
     const auto logprob = [&](float logit) {
@@ -197,7 +234,7 @@ __device__ void run(float* logits, int vocab, const Row& row, Touched* touched, 
     };
     // Who reports looks once before and once after.
     if (adjusts && !reports) {
-        adjust_all(logits, row, touched, latest);
+        adjust_all(logits, row, touched, seats, latest);
         __syncthreads();
     }
     Peak peak = survey(logits, vocab, reports ? nullptr : mask);
@@ -220,12 +257,12 @@ __device__ void run(float* logits, int vocab, const Row& row, Touched* touched, 
                 out.logprobs[rank] = logprob(logit_of(mine));
             }
         }
-        if (adjusts || mask) {
-            __syncthreads();
-            if (adjusts) adjust_all(logits, row, touched, latest);
-            __syncthreads();
-            peak = survey(logits, vocab, mask);
-        }
+    }
+    if (reports && (adjusts || mask)) {
+        __syncthreads();
+        if (adjusts) adjusted = adjust_all(logits, row, touched, seats, latest);
+        __syncthreads();
+        peak = survey(logits, vocab, mask);
     }
 
     const bool impossible = peak.logit == -INFINITY;
@@ -236,10 +273,8 @@ __device__ void run(float* logits, int vocab, const Row& row, Touched* touched, 
         // The model's own logit of the token, which adjusting may have overwritten.
         if (threadIdx.x == 0) before = logits[token];
         __syncthreads();
-        if (adjusts) {
-            for (int i = row.touched + threadIdx.x; i < row.touched_end; i += THREADS) {
-                if (touched[i].id == token) before = touched[i].before;
-            }
+        for (int i = threadIdx.x; i < adjusted.len; i += THREADS) {
+            if (adjusted.tokens[i].id == token) before = adjusted.tokens[i].before;
         }
         __syncthreads();
     }
@@ -256,7 +291,8 @@ __device__ void run(float* logits, int vocab, const Row& row, Touched* touched, 
 
 // sample: for each row of logits [rows, vocab], which it overwrites, an outcome, and its token once more in `drawn`:
 // what the next step gets as `latest`, while its own rows overwrite `outcomes`. Rows and tokens touched by biases and
-// penalties are described by the structures above. A mask has a bit a token, in words of 32.
+// penalties are described by the structures above; no two rows have the same seat. A mask has a bit a token, in words
+// of 32.
 // Grid: rows. Bytes: 4 a logit and look. A greedy row is looked at once; a plain draw takes two looks, and so do top_k
 // up to 256 and top_p with a nucleus of hardly more; a longer one takes 6, a greater top_k 5, both 9, and one more for
 // each cut amid equal logits. Reports take one, and one more before penalties or a mask.
@@ -265,10 +301,11 @@ __device__ void run(float* logits, int vocab, const Row& row, Touched* touched, 
 // 11 us, less where whole warps find nothing that has weight. 256 rows are 155 MB, which no L2 cache holds: each look
 // comes from memory, 46 us at 3.35 TB/s.
 extern "C" __global__ void __launch_bounds__(sample::THREADS, 1)
-    sample_rows(float* logits, int vocab, const void* rows, void* touched, const unsigned* masks, const int* latest,
-                int* drawn, void* outcomes) {
+    sample_rows(float* logits, int vocab, const void* rows, void* touched, void* seats, const unsigned* masks,
+                const int* latest, int* drawn, void* outcomes) {
     sample::run(logits + static_cast<size_t>(blockIdx.x) * padded(vocab), vocab,
-                static_cast<const sample::Row*>(rows)[blockIdx.x], static_cast<sample::Touched*>(touched), masks, latest,
-                drawn[blockIdx.x], static_cast<sample::Outcome*>(outcomes)[blockIdx.x]);
+                static_cast<const sample::Row*>(rows)[blockIdx.x], static_cast<sample::Touched*>(touched),
+                static_cast<sample::Seat*>(seats), masks, latest, drawn[blockIdx.x],
+                static_cast<sample::Outcome*>(outcomes)[blockIdx.x]);
 }
 REGISTER(sample_rows);

@@ -25,7 +25,7 @@ constexpr int CHUNK = WARP * 8;
 /// Most rows for which each block takes the norm of x by itself.
 constexpr int NORMED_ROWS_MAX = 4;
 
-/// What becomes of the sums; src/cuda/backend.rs counts alike.
+/// What becomes of the sums; src/cuda/skinny.rs counts alike.
 enum Then {
     /// out = sum
     STORE = 0,

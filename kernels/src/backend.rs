@@ -62,8 +62,8 @@ pub struct Rehearsed {
 
 /// The fused operations one forward pass is made of.
 ///
-/// Those that are written in terms of others here are what fewer kernels can do: a backend that does them in its own way
-/// gives the same bits.
+/// Those that are written in terms of others here are what fewer kernels can do: a backend that does them in its own
+/// way gives the same bits.
 ///
 /// Every operation treats each row (token) by itself and reduces in an order that depends on that row's shape alone, so
 /// a row's result is bit for bit the same whatever else is in the batch. Working buffers are made once, at the largest
@@ -106,8 +106,8 @@ pub trait Backend: Send + 'static {
     /// Tells the backend of the step to come. Operations that take a batch are given this one until the next call.
     fn begin(&mut self, batch: &Batch);
 
-    /// Begins a step and computes it by `operations`, which do the same with every batch of the same size: a backend may
-    /// record what they enqueue and later enqueue that again, without calling them.
+    /// Begins a step and computes it by `operations`, which do the same with every batch of the same size: a backend
+    /// may record what they enqueue and later enqueue that again, without calling them.
     fn step(&mut self, batch: &Batch, operations: &mut dyn FnMut(&mut Self)) {
         self.begin(batch);
         operations(self);
@@ -260,9 +260,9 @@ pub trait Backend: Send + 'static {
         self.add_linear(inner, down.weight, down.bias, residual);
     }
 
-    /// [`Backend::rope_and_cache`] and [`Backend::attention`], then `residual[t] += output · attention[t] + bias`, to be
-    /// followed by a norm. Calls `stored` when keys and values are in the cache, or what stores them is enqueued. What
-    /// `qkv` and `mixed`, of `[tokens, shape.q_width()]`, hold afterwards is unspecified.
+    /// [`Backend::rope_and_cache`] and [`Backend::attention`], then `residual[t] += output · attention[t] + bias`, to
+    /// be followed by a norm. Calls `stored` when keys and values are in the cache, or what stores them is enqueued.
+    /// What `qkv` and `mixed`, of `[tokens, shape.q_width()]`, hold afterwards is unspecified.
     #[allow(clippy::too_many_arguments, reason = "one fused operation over everything attention needs")]
     fn add_attention(
         &mut self,
@@ -306,15 +306,15 @@ pub trait Backend: Send + 'static {
     fn write(&mut self, values: &[f32], out: &mut Self::Activations);
 }
 
-/// A backend that only enqueues, so that the host can plan and enqueue the next step while the device computes one: tokens
-/// drawn on the device are what the next step reads ([`Batch::DRAWN`], also at the end of a row's output), and the host
-/// learns of them later.
+/// A backend that only enqueues, so that the host can plan and enqueue the next step while the device computes one:
+/// tokens drawn on the device are what the next step reads ([`Batch::DRAWN`], also at the end of a row's output), and
+/// the host learns of them later.
 ///
 /// A step is [`Backend::step`], [`DrawsAhead::draw`] for all of its rows, and [`DrawsAhead::fetch`]. One more may be
 /// enqueued before its samples are collected.
 pub trait DrawsAhead<A> {
-    /// Makes room for the samples of steps of up to so many rows. Everything that was fetched is collected before, as it is
-    /// before [`Backend::sample`].
+    /// Makes room for the samples of steps of up to so many rows. Everything that was fetched is collected before, as
+    /// it is before [`Backend::sample`].
     fn make_room(&mut self, rows: usize);
 
     /// Enqueues sampling or scoring of each row of `logits`, which it may overwrite, as the rows from `first` on of the

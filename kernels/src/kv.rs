@@ -39,8 +39,8 @@ impl KvDType {
     }
 }
 
-/// Shape of the KV cache. One region a layer, and in it `[page][kv_head]` each with its keys, then its values:
-/// a page of one layer is contiguous, and the heads of a tensor-parallel rank are a contiguous slice of it.
+/// Shape of the KV cache. Each layer is one range of one region, and in it `[page][kv_head]` each with its keys, then
+/// its values: a page of one layer is contiguous, and the heads of a tensor-parallel rank are a contiguous slice of it.
 ///
 /// How the `block_size × head_dim` keys (or values) of one page and head are ordered is the backend's choice, because
 /// that is what its attention kernel is built around; it is part of what workers must agree on before they exchange

@@ -1,8 +1,8 @@
 //! The arithmetic of `engine`.
 //!
 //! [`Backend`] lists the fused operations a transformer needs; models are written once against it. [`mod@reference`]
-//! is the naive f32 version of every operation and the oracle of the conformance suite; [`cpu`] is the fast one.
-//! Nothing here knows a model, a request or a socket.
+//! is the naive f32 version of every operation and the oracle of the conformance suite; [`cpu`] is the fast one, and
+//! [`cuda`] enqueues them on a device. Nothing here knows a model, a request or a socket.
 
 mod backend;
 mod batch;
@@ -30,4 +30,4 @@ pub use pages::{DeviceRegion, DmaBuf, KvPages, LockedRegion, PageCopies, PageRun
 pub use region::{KvRegion, RegionShape};
 pub use residual::{Projection, Residual, RmsNorm};
 pub use rope::RopeTable;
-pub use sampling::{MAX_TOP_LOGPROBS, RowTask, SampleRow, Sampled, SamplingParams};
+pub use sampling::{MAX_TOP_LOGPROBS, RowTask, SampleRow, Sampled, SamplingParams, SequenceId};

@@ -4,10 +4,10 @@ pub const MAX_TOP_LOGPROBS: usize = 20;
 /// How the next token is drawn from its logits. Values are checked where requests enter; here they are trusted.
 ///
 /// Order of application, as in vLLM: a grammar's mask, `logit_bias`, suppressed tokens, repetition, presence and
-/// frequency penalties, temperature, then `top_k`, `top_p`, `min_p` each on what the previous one left. Of equally likely
-/// tokens the lower id counts as the likelier. A logit that is NaN counts as impossible (-inf), +inf as the largest finite number; if
-/// every token is impossible, the outcome says so ([`Sampled::impossible`]). The draw inverts the cumulative
-/// distribution of the kept tokens, taken in the order of their ids.
+/// frequency penalties, temperature, then `top_k`, `top_p`, `min_p` each on what the previous one left. Of equally
+/// likely tokens the lower id counts as the likelier. A logit that is NaN counts as impossible (-inf), +inf as the
+/// largest finite number; if every token is impossible, the outcome says so ([`Sampled::impossible`]). The draw inverts
+/// the cumulative distribution of the kept tokens, taken in the order of their ids.
 #[derive(Debug, Clone, PartialEq)]
 pub struct SamplingParams {
     /// 0 is greedy: the highest logit, the lowest id on ties.
@@ -49,6 +49,13 @@ impl Default for SamplingParams {
     }
 }
 
+impl SamplingParams {
+    /// Whether tokens that were seen change the logits.
+    pub(crate) fn penalises(&self) -> bool {
+        self.repetition_penalty != 1.0 || self.presence_penalty != 0.0 || self.frequency_penalty != 0.0
+    }
+}
+
 /// What to do with one row of logits.
 #[derive(Debug, Clone, Copy)]
 pub enum RowTask<'a> {
@@ -58,8 +65,8 @@ pub enum RowTask<'a> {
         params: &'a SamplingParams,
         /// Tokens that must not be drawn now (end-of-sequence below `min_tokens`).
         suppress: &'a [u32],
-        /// The tokens that may be drawn at all, where a grammar says so: a bit a token, the lowest id in the lowest bit of
-        /// the first word. As long as the vocabulary at least; whatever stands behind that is not looked at.
+        /// The tokens that may be drawn at all, where a grammar says so: a bit a token, the lowest id in the lowest bit
+        /// of the first word. As long as the vocabulary at least; whatever stands behind that is not looked at.
         mask: Option<&'a [u32]>,
     },
     /// The token is known (a prompt's log-probabilities): only look it up.
@@ -69,11 +76,18 @@ pub enum RowTask<'a> {
     },
 }
 
+/// Tells sequences apart. Backends may remember what they have seen of one: whatever is drawn for later under the same
+/// number has the same parameters and prompt, and output that begins with what it was.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct SequenceId(pub u64);
+
 /// One row to sample or score.
 #[derive(Debug, Clone, Copy)]
 pub struct SampleRow<'a> {
     /// What to do.
     pub task: RowTask<'a>,
+    /// Whose row it is.
+    pub sequence: SequenceId,
     /// Prompt of the request: its repetition penalty looks at it.
     pub prompt: &'a [u32],
     /// Tokens generated so far; for a backend that draws ahead, the last may be [`Batch::DRAWN`](crate::Batch::DRAWN)
@@ -91,8 +105,8 @@ pub struct SampleRow<'a> {
 pub struct Sampled {
     /// The token drawn (or scored).
     pub token: u32,
-    /// No token could be drawn (or scored): the model gave only NaN and -inf, or everything else was suppressed or masked.
-    /// The other fields mean nothing then, and whoever asked must not go on as if they did.
+    /// No token could be drawn (or scored): the model gave only NaN and -inf, or everything else was suppressed or
+    /// masked. The other fields mean nothing then, and whoever asked must not go on as if they did.
     pub impossible: bool,
     /// Its log-probability.
     pub logprob: f32,

@@ -6,15 +6,15 @@ use engine_kernel_suite::steps::{BLOCK_SIZE, BLOCKS, HIDDEN, Layer, ROWS_MAX, SH
 use engine_kernels::cuda::{CudaBackend, Driver};
 use engine_kernels::{
     Attention, AttentionShape, Backend, Batch, DType, DrawsAhead, KernelError, KvDType, KvLayout, Matrix, Projection,
-    QkNorm, Residual, RmsNorm, RopeTable, RowTask, SampleRow, Sampled, SamplingParams,
+    QkNorm, Residual, RmsNorm, RopeTable, RowTask, SampleRow, Sampled, SamplingParams, SequenceId,
 };
 
 fn device() -> Layer<EmulatedBackend> {
     Layer::new(EmulatedBackend::new(Emulated::default()))
 }
 
-/// Kernels that a step takes for a layer whose weights are of this type; and those that it has enqueued when it says that
-/// keys and values are stored.
+/// Kernels that a step takes for a layer whose weights are of this type; and those that it has enqueued when it says
+/// that keys and values are stored.
 fn kernels_of_a_layer(dtype: DType, batch: &Batch) -> [u64; 2] {
     const FFN: usize = 40;
     let mut backend = EmulatedBackend::new(Emulated::default());
@@ -134,7 +134,7 @@ fn nothing_else_is_sampled_while_a_step_is_under_way() {
     layer.backend.write(&[0.0; VOCABULARY], &mut logits);
     let params = SamplingParams::default();
     let task = RowTask::Sample { params: &params, suppress: &[], mask: None };
-    let row = |_: usize| SampleRow { task, prompt: &[], output: &[], logprobs: None };
+    let row = |_: usize| SampleRow { task, sequence: SequenceId(0), prompt: &[], output: &[], logprobs: None };
     layer.backend.sample(&mut logits, &row, &mut [Sampled::default()]);
 }
 

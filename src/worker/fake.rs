@@ -2,14 +2,14 @@
 //! what it reads back through the block table, so that any mix-up of pages changes the text.
 
 use std::{
-    collections::VecDeque,
+    collections::{HashMap, VecDeque},
     sync::{
         Arc, Condvar, Mutex,
         atomic::{AtomicUsize, Ordering},
     },
 };
 
-use engine_kernels::{Batch, RowTask, SampleRow, Sampled, SamplingParams};
+use engine_kernels::{Batch, RowTask, SampleRow, Sampled, SamplingParams, SequenceId};
 
 use super::{Runner, RunnerError, RunsAhead};
 
@@ -28,6 +28,8 @@ pub(super) struct Control {
     pub(super) cache: Mutex<Vec<u64>>,
     /// Of a runner that runs ahead.
     device: Mutex<Device>,
+    /// The output of each sequence when it was last drawn for: backends rely on that it only grows.
+    outputs: Mutex<HashMap<SequenceId, Vec<u32>>>,
 }
 
 /// What computes for a runner that runs ahead: nothing before somebody waits for it.
@@ -121,32 +123,34 @@ struct Wish {
     params: SamplingParams,
     suppress: Vec<u32>,
     mask: Option<Vec<u32>>,
+    sequence: SequenceId,
     output: Vec<u32>,
     logprobs: Option<u32>,
 }
 
 impl Wish {
     fn of(row: &SampleRow<'_>) -> Self {
-        let (output, logprobs) = (row.output.to_vec(), row.logprobs);
+        let SampleRow { sequence, logprobs, .. } = *row;
+        let output = row.output.to_vec();
         match row.task {
             RowTask::Score { token } => {
                 let (params, suppress) = (SamplingParams::default(), Vec::new());
-                Self { known: Some(token), params, suppress, mask: None, output, logprobs }
+                Self { known: Some(token), params, suppress, mask: None, sequence, output, logprobs }
             }
             RowTask::Sample { params, suppress, mask } => {
                 let (params, suppress, mask) = (params.clone(), suppress.to_vec(), mask.map(<[u32]>::to_vec));
-                Self { known: None, params, suppress, mask, output, logprobs }
+                Self { known: None, params, suppress, mask, sequence, output, logprobs }
             }
         }
     }
 
     fn row(&self) -> SampleRow<'_> {
-        let Self { known, params, suppress, mask, output, logprobs } = self;
+        let Self { known, params, suppress, mask, sequence, output, logprobs } = self;
         let task = match *known {
             Some(token) => RowTask::Score { token },
             None => RowTask::Sample { params, suppress, mask: mask.as_deref() },
         };
-        SampleRow { task, prompt: &[], output, logprobs: *logprobs }
+        SampleRow { task, sequence: *sequence, prompt: &[], output, logprobs: *logprobs }
     }
 }
 
@@ -237,7 +241,13 @@ impl Control {
             let span = batch.sequences.iter().find(in_span).unwrap();
             let state = (0..=batch.positions[logit_row as usize] as usize)
                 .fold(0, |state, position| mix(state, cache[slot(span.table_start, position)]));
-            *out = answer(state, &row(i));
+            let row = row(i);
+            if matches!(row.task, RowTask::Sample { .. }) {
+                let mut outputs = self.outputs.lock().unwrap();
+                let before = outputs.insert(row.sequence, row.output.to_vec()).unwrap_or_default();
+                assert!(row.output.starts_with(&before), "{:?}: {before:?}, then {:?}", row.sequence, row.output);
+            }
+            *out = answer(state, &row);
         }
         Ok(())
     }

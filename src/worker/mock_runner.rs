@@ -175,7 +175,7 @@ impl Runner for MockRunner {
 
 #[cfg(test)]
 mod tests {
-    use engine_kernels::{RegionShape, SamplingParams};
+    use engine_kernels::{RegionShape, SamplingParams, SequenceId};
 
     use super::*;
 
@@ -194,6 +194,7 @@ mod tests {
         let params = SamplingParams { temperature: 0.0, ..SamplingParams::default() };
         let row = |_| SampleRow {
             task: RowTask::Sample { params: &params, suppress: &[], mask: None },
+            sequence: SequenceId(0),
             prompt: tokens,
             output: &[],
             logprobs: None,

@@ -2,10 +2,12 @@
 
 use std::time::{Duration, Instant};
 
-use engine_kernels::{Backend, Batch, Rehearsed, RowTask, SampleRow, Sampled, SamplingParams};
+use engine_kernels::{Backend, Batch, Rehearsed, RowTask, SampleRow, Sampled, SamplingParams, SequenceId};
 
 use super::{EngineConfig, ModelRunner, RunnerError};
 
+/// There are not so many sequences.
+const NOBODY: SequenceId = SequenceId(u64::MAX);
 /// Between two words about how far it is.
 const PROGRESS_PAUSE: Duration = Duration::from_secs(2);
 
@@ -21,7 +23,7 @@ impl<B: Backend> ModelRunner<B> {
         // The largest step first: what room is made for it then lies where it will ever be, as recordings rely on.
         let pages = config.max_num_seqs * config.max_model_len.div_ceil(config.block_size);
         batch.push(&vec![0; config.max_num_batched_tokens], 0, &vec![0; pages], 0);
-        let mut all = self.rehearse_step(&batch, config.vocab_size)?;
+        let mut all = self.rehearse_step(&batch, config.vocab_size, decodes)?;
         if !decodes {
             tracing::info!(
                 "made room for steps of {} tokens: {} MiB of the device's memory",
@@ -35,7 +37,7 @@ impl<B: Backend> ModelRunner<B> {
         for size in sizes {
             batch.clear();
             (0..size).for_each(|_| batch.push(&[0], config.max_model_len as u32 - 1, &[0], 0));
-            let Rehearsed { recorded, device_bytes } = self.rehearse_step(&batch, config.vocab_size)?;
+            let Rehearsed { recorded, device_bytes } = self.rehearse_step(&batch, config.vocab_size, decodes)?;
             all.recorded += recorded;
             all.device_bytes += device_bytes;
             if said.elapsed() > PROGRESS_PAUSE {
@@ -59,16 +61,18 @@ impl<B: Backend> ModelRunner<B> {
     }
 
     /// One size of steps, and logits and tokens behind it.
-    fn rehearse_step(&mut self, batch: &Batch, vocab_size: usize) -> Result<Rehearsed, RunnerError> {
+    fn rehearse_step(&mut self, batch: &Batch, vocab_size: usize, decodes: bool) -> Result<Rehearsed, RunnerError> {
         let Self { backend, model, cache, max_logit_rows } = self;
         let rehearsed = model.rehearse(backend, cache, batch);
         let rows = &batch.logit_rows[..batch.logit_rows.len().min(*max_logit_rows)];
         let logits = model.logits(backend, rows);
-        let params = SamplingParams::default();
-        // Room is made for the masks of as many rows, should all have grammars.
+        // Who decodes has room made for what is remembered of sequences with penalties.
+        let params =
+            SamplingParams { repetition_penalty: if decodes { 2.0 } else { 1.0 }, ..SamplingParams::default() };
+        // And for the masks of as many rows, should all have grammars.
         let mask = vec![u32::MAX; vocab_size.div_ceil(32)];
         let task = RowTask::Sample { params: &params, suppress: &[], mask: Some(&mask) };
-        let row = |_| SampleRow { task, prompt: &[], output: &[], logprobs: None };
+        let row = |_| SampleRow { task, sequence: NOBODY, prompt: &[], output: &[], logprobs: None };
         backend.sample(logits, &row, &mut vec![Sampled::default(); rows.len()]);
         backend.check().map_err(|error| RunnerError(error.to_string()))?;
         Ok(rehearsed)

@@ -1,6 +1,6 @@
 use std::time::Instant;
 
-use engine_kernels::{RowTask, SampleRow, Sampled, SamplingParams};
+use engine_kernels::{RowTask, SampleRow, Sampled, SamplingParams, SequenceId};
 
 use super::{FinishReason, Request, constraint::Constraint, generation::Outlet, handle::Place};
 use crate::{
@@ -51,13 +51,15 @@ impl Terms {
     /// What is wanted of the logits at `position` of `sequence`.
     pub(super) fn row<'a>(&'a self, sequence: &'a Sequence, position: usize) -> SampleRow<'a> {
         let (prompt, output) = (sequence.prompt(), sequence.output());
+        let number = SequenceId(sequence.arrival());
         if let Some(&token) = prompt.get(position + 1) {
-            return SampleRow { task: RowTask::Score { token }, prompt, output, logprobs: self.prompt_logprobs };
+            let task = RowTask::Score { token };
+            return SampleRow { task, sequence: number, prompt, output, logprobs: self.prompt_logprobs };
         }
         let suppress = if output.len() < self.min_tokens { &self.stop_token_ids[..] } else { &[] };
         let mask = self.constraint.as_ref().and_then(|constraint| constraint.mask(suppress));
         let task = RowTask::Sample { params: &self.sampling, suppress, mask };
-        SampleRow { task, prompt, output, logprobs: self.logprobs }
+        SampleRow { task, sequence: number, prompt, output, logprobs: self.logprobs }
     }
 
     /// Whether the answer has a grammar.

@@ -4,7 +4,7 @@ use std::{
     task::{Context, Wake, Waker},
 };
 
-use engine_kernels::{RowTask, SampleRow, SamplingParams};
+use engine_kernels::{RowTask, SampleRow, SamplingParams, SequenceId};
 use futures::{FutureExt, executor::block_on, future::join_all};
 use proptest::prelude::*;
 
@@ -76,7 +76,8 @@ pub(super) fn model_answer(request: &Request, max_model_len: usize) -> (Vec<Even
         events.push(Event::Prompt(TokenOutput { token: prompt[0], logprob: None, top: vec![] }));
         for (position, &token) in prompt.iter().enumerate().skip(1) {
             let task = RowTask::Score { token };
-            let row = SampleRow { task, prompt, output: &[], logprobs: request.prompt_logprobs };
+            let row =
+                SampleRow { task, sequence: SequenceId(0), prompt, output: &[], logprobs: request.prompt_logprobs };
             events.push(Event::Prompt(output(expected(&prompt[..position], &row), request.prompt_logprobs)));
         }
     }
@@ -95,7 +96,13 @@ pub(super) fn model_answer(request: &Request, max_model_len: usize) -> (Vec<Even
             return (events, FinishReason::Stop);
         }
         let task = RowTask::Sample { params: &request.sampling, suppress, mask: mask.as_deref() };
-        let row = SampleRow { task, prompt, output: &tokens[prompt.len()..], logprobs: request.logprobs };
+        let row = SampleRow {
+            task,
+            sequence: SequenceId(0),
+            prompt,
+            output: &tokens[prompt.len()..],
+            logprobs: request.logprobs,
+        };
         let sampled = expected(&tokens, &row);
         events.push(Event::Token(output(sampled, request.logprobs)));
         tokens.push(sampled.token);

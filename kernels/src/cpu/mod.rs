@@ -91,7 +91,8 @@ impl CpuBackend {
         }
     }
 
-    /// From now on KV caches are made of memory that other processes of this host may map ([`crate::KvRegion::shared`]).
+    /// From now on KV caches are made of memory that other processes of this host may map
+    /// ([`crate::KvRegion::shared`]).
     pub fn share_kv_cache(&mut self) {
         self.share_kv_cache = true;
     }

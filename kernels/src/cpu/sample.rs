@@ -140,11 +140,10 @@ fn adjust(
     for &id in suppress {
         logits[id as usize] = f32::NEG_INFINITY;
     }
-    let repetition = params.repetition_penalty != 1.0;
-    let penalties = repetition || params.presence_penalty != 0.0 || params.frequency_penalty != 0.0;
+    let penalties = params.penalises();
     if penalties {
         const IN_PROMPT: u32 = 1 << 31;
-        let prompt = if repetition { row.prompt } else { &[] };
+        let prompt = if params.repetition_penalty != 1.0 { row.prompt } else { &[] };
         prompt.iter().for_each(|&id| seen[id as usize] = IN_PROMPT);
         row.output.iter().for_each(|&id| seen[id as usize] += 1);
         for &id in prompt.iter().chain(row.output) {

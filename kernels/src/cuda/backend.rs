@@ -27,8 +27,8 @@ const HEAD_DIM_MAX: usize = 256;
 /// A CUDA device as a [`Backend`].
 ///
 /// Everything is enqueued on one stream. What a step needs to know is sent once, in [`Backend::step`]; the host waits
-/// for the device only where it reads sampled tokens, and where a step's logits come in more than two tiles, as those of
-/// scored prompts do: a tile's description goes where that of the last but one was.
+/// for the device only where it reads sampled tokens, and where a step's logits come in more than two tiles, as those
+/// of scored prompts do: a tile's description goes where that of the last but one was.
 pub struct CudaBackend<D: Driver> {
     /// First, and so dropped first: recordings hold kernels of the module that the driver unloads when it is dropped.
     pub(super) graphs: Graphs<D>,
@@ -67,8 +67,8 @@ impl<D: Driver> CudaBackend<D> {
         self
     }
 
-    /// Whether products of more than a few rows, and the attention of prompts, go by wgmma from now on, where the device
-    /// has it: for whoever measures what that is worth.
+    /// Whether products of more than a few rows, and the attention of prompts, go by wgmma from now on, where the
+    /// device has it: for whoever measures what that is worth.
     pub fn use_wgmma(&mut self, wanted: bool) {
         self.graphs.clear();
         self.wgmma = wanted && self.driver().has_wgmma();

@@ -20,6 +20,11 @@ impl<D: Driver> Buffer<D> {
         Self(stream.attempt(|driver| driver.allocate(bytes.max(16))).map(Arc::new))
     }
 
+    /// The same, unless the device has no room for it: then it is missing, and nothing has failed.
+    pub(super) fn zeroed_if_there_is_room(stream: &Stream<D>, bytes: usize) -> Self {
+        Self(stream.driver().allocate(bytes).ok().map(Arc::new))
+    }
+
     pub(super) fn holding(stream: &Stream<D>, bytes: &[u8]) -> Self {
         let buffer = Self::zeroed(stream, bytes.len());
         let to = buffer.address();
@@ -257,8 +262,8 @@ impl<D: Driver> Fetched<D> {
         self.capacity
     }
 
-    /// Makes room for `bytes`, while nothing is on its way; what was there is gone. Whether the device's side has another
-    /// address now.
+    /// Makes room for `bytes`, while nothing is on its way; what was there is gone. Whether the device's side has
+    /// another address now.
     pub(super) fn reserve(&mut self, stream: &Stream<D>, bytes: usize) -> bool {
         if bytes <= self.capacity {
             return false;

@@ -13,8 +13,8 @@ use super::modules::{Modules, is_set};
 use super::mover::{DeviceMover, id_of};
 use super::moving::{DeviceId, Mover};
 
-/// The CUDA version that the kernels are compiled with (`scripts/fetch-nvcc.sh`), as drivers give theirs. NVIDIA promises
-/// that a driver runs what was compiled with its own major version or an earlier one, and nothing beyond.
+/// The CUDA version that the kernels are compiled with (`scripts/fetch-nvcc.sh`), as drivers give theirs. NVIDIA
+/// promises that a driver runs what was compiled with its own major version or an earlier one, and nothing beyond.
 const CUDA_VERSION_MIN: i32 = 13_000;
 /// The oldest devices that there is code for (`build.rs`).
 const CAPABILITY_MIN: (i32, i32) = (8, 0);

@@ -1,8 +1,8 @@
 //! The CUDA backend.
 //!
 //! Kernels (`kernels/cuda/*.cu`) and what enqueues them ([`CudaBackend`]) know of the device only what [`Driver`] says,
-//! of which there are two: the real one, and one that compiles the same kernels for the host and runs their threads as
-//! fibers (`kernels/emulated`), for tests without a GPU.
+//! of which two run kernels: the real one, and one that compiles the same kernels for the host and runs their threads
+//! as fibers (`kernels/emulated`), for tests without a GPU. (Others remember launches or take times.)
 
 mod attention;
 mod backend;
@@ -23,6 +23,7 @@ mod product;
 mod residual;
 mod rounded;
 mod sample;
+mod seats;
 mod skinny;
 mod stream;
 mod weight;

@@ -1,5 +1,5 @@
-//! Kernels that are noted instead of being enqueued, for whoever wants to know what operations launch, and how long each
-//! of it takes by itself.
+//! Kernels that are noted instead of being enqueued, for whoever wants to know what operations launch, and how long
+//! each of it takes by itself.
 
 use super::backend::CudaBackend;
 use super::driver::{Arg, Driver, Launch, TensorMap};

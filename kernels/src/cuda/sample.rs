@@ -2,6 +2,7 @@
 
 use super::buffer::{Activations, Buffer, Fetched, PlainWord, Staged, bytes_of};
 use super::driver::{Address, Driver};
+use super::seats::{SEAT_TOKENS, SEATS, Seats};
 use super::stream::Stream;
 use crate::sampling::uniform;
 use crate::{Batch, MAX_TOP_LOGPROBS, RowTask, SampleRow, Sampled, SamplingParams};
@@ -27,8 +28,10 @@ struct Row {
     alternatives: i32,
     touched: i32,
     touched_end: i32,
+    counts_last: i32,
+    seat: i32,
+    moves_in: i32,
     mask: i32,
-    _unused: i32,
 }
 
 /// `sample::Touched`.
@@ -39,6 +42,13 @@ struct Touched {
     bias: f32,
     marks: u32,
     before: f32,
+}
+
+impl Touched {
+    /// A token that was drawn last, or the row in which it was.
+    fn latest(id: u32) -> Self {
+        Self { id, bias: 0.0, marks: SEEN + 1, before: 0.0 }
+    }
 }
 
 const SEEN: u32 = 1 << 30;
@@ -56,7 +66,7 @@ struct Outcome {
     logprobs: [f32; MAX_TOP_LOGPROBS],
 }
 
-// SAFETY: two doubles, then twelve words: no padding.
+// SAFETY: two doubles, then fourteen words: no padding.
 unsafe impl PlainWord for Row {}
 // SAFETY: four words.
 unsafe impl PlainWord for Touched {}
@@ -70,6 +80,9 @@ pub(super) struct Sampler<D: Driver> {
     /// For each token, its place in `touched` plus one; all 0 between rows.
     places: Vec<u32>,
     described: Staged<D>,
+    seats: Seats,
+    /// What is listed at each seat, once somebody wants one, if there is room for it.
+    lists: Option<Buffer<D>>,
     outcomes: Fetched<D>,
     /// The tokens of a step by themselves, for the next one's penalties: two steps in turns, since rows are drawn side
     /// by side, and some before others have looked.
@@ -86,6 +99,8 @@ impl<D: Driver> Sampler<D> {
             masks: Vec::new(),
             places: Vec::new(),
             described: Staged::new(),
+            seats: Seats::new(),
+            lists: None,
             outcomes: Fetched::new(),
             tokens: [Buffer::missing(), Buffer::missing()],
             turn: 0,
@@ -125,7 +140,7 @@ impl<D: Driver> Sampler<D> {
             self.places.resize(vocabulary, 0);
         }
         for i in 0..logits.rows {
-            let described = self.describe(&row(i), vocabulary);
+            let described = self.describe(stream, &row(i), vocabulary);
             self.rows.push(described);
         }
 
@@ -137,6 +152,7 @@ impl<D: Driver> Sampler<D> {
             vocabulary.into(),
             self.described.address().into(),
             self.described.address().offset(rows.len()).into(),
+            self.lists.as_ref().map_or(Address::NULL, Buffer::address).into(),
             self.described.address().offset(rows.len() + touched.len()).into(),
             self.tokens[1 - self.turn].address().into(),
             self.tokens[self.turn].address().offset(first * size_of::<u32>()).into(),
@@ -153,6 +169,7 @@ impl<D: Driver> Sampler<D> {
     /// Ends a step: enqueues a copy of its outcomes, the first `rows`, to the host.
     pub(super) fn fetch(&mut self, stream: &Stream<D>, rows: usize) {
         self.turn = 1 - self.turn;
+        self.seats.next_step();
         self.outcomes.download(stream, rows * size_of::<Outcome>());
     }
 
@@ -171,8 +188,8 @@ impl<D: Driver> Sampler<D> {
         }
     }
 
-    fn describe(&mut self, row: &SampleRow<'_>, vocabulary: usize) -> Row {
-        let (touched, mut masked) = (self.touched.len(), None);
+    fn describe(&mut self, stream: &Stream<D>, row: &SampleRow<'_>, vocabulary: usize) -> Row {
+        let (first, mut seating, mut masked) = (self.touched.len(), Seating::default(), None);
         let greedy = SamplingParams::default();
         let (params, known) = match row.task {
             RowTask::Score { token } => {
@@ -180,7 +197,7 @@ impl<D: Driver> Sampler<D> {
                 (&greedy, token as i32)
             }
             RowTask::Sample { params, suppress, mask } => {
-                self.touch(params, suppress, row);
+                seating = self.seat_or_list(stream, params, suppress, row);
                 masked = mask.map(|mask| self.list_mask(mask, vocabulary));
                 (params, -1)
             }
@@ -200,10 +217,12 @@ impl<D: Driver> Sampler<D> {
             top_k: params.top_k.min(vocabulary as u32) as i32,
             known,
             alternatives: row.logprobs.map_or(-1, |wanted| wanted.min(MAX_TOP_LOGPROBS as u32) as i32),
-            touched: touched as i32,
+            touched: first as i32,
             touched_end: self.touched.len() as i32,
+            counts_last: seating.counts_last.into(),
+            seat: seating.seat.map_or(-1, |seat| seat as i32),
+            moves_in: seating.moves_in.into(),
             mask: masked.map_or(-1, |place| place as i32),
-            _unused: 0,
         }
     }
 
@@ -214,8 +233,41 @@ impl<D: Driver> Sampler<D> {
         self.masks.len() / words - 1
     }
 
-    /// Lists each token whose logit a request changes, once.
-    fn touch(&mut self, params: &SamplingParams, suppress: &[u32], row: &SampleRow<'_>) {
+    /// Lists what a row touches: of a sequence whose seat holds the rest, the latest token.
+    fn seat_or_list(
+        &mut self,
+        stream: &Stream<D>,
+        params: &SamplingParams,
+        suppress: &[u32],
+        row: &SampleRow<'_>,
+    ) -> Seating {
+        if !params.penalises() || !self.has_lists(stream) {
+            let counts_last = self.touch(params, suppress, row);
+            return Seating { counts_last, ..Seating::default() };
+        }
+        let (sequence, tokens) = (row.sequence, row.prompt.len() + row.output.len());
+        if let Some(&latest) = row.output.last()
+            && let Some(seat) = self.seats.go_on(sequence, tokens, suppress)
+        {
+            self.touched.push(Touched::latest(latest));
+            return Seating { seat: Some(seat), moves_in: false, counts_last: true };
+        }
+        let first = self.touched.len();
+        let counts_last = self.touch(params, suppress, row);
+        let seat = self.seats.move_in(sequence, tokens, self.touched.len() - first, suppress);
+        Seating { seat, moves_in: true, counts_last }
+    }
+
+    /// Whether there is room for lists. Without, everything is sent in each step.
+    fn has_lists(&mut self, stream: &Stream<D>) -> bool {
+        let bytes = SEATS * (1 + SEAT_TOKENS) * size_of::<Touched>();
+        let lists = self.lists.get_or_insert_with(|| Buffer::zeroed_if_there_is_room(stream, bytes));
+        lists.address() != Address::NULL
+    }
+
+    /// Lists each token whose logit a request changes, once. Whether one is listed last that the host does not know
+    /// yet, which may be among the others too.
+    fn touch(&mut self, params: &SamplingParams, suppress: &[u32], row: &SampleRow<'_>) -> bool {
         let Self { touched, places, .. } = self;
         let first = touched.len();
         let mut entry = |id: u32, change: &dyn Fn(&mut Touched)| {
@@ -232,22 +284,29 @@ impl<D: Driver> Sampler<D> {
         for &id in suppress {
             entry(id, &|token| token.marks |= SUPPRESSED);
         }
-        let repetition = params.repetition_penalty != 1.0;
-        if repetition {
+        if params.repetition_penalty != 1.0 {
             row.prompt.iter().for_each(|&id| entry(id, &|token| token.marks |= SEEN));
         }
-        let penalised = repetition || params.presence_penalty != 0.0 || params.frequency_penalty != 0.0;
-        if penalised {
-            let known = row.output.iter().filter(|&&id| id & Batch::DRAWN == 0);
-            known.for_each(|&id| entry(id, &|token| token.marks = (token.marks | SEEN) + 1));
-        }
+        let output = if params.penalises() { row.output } else { &[] };
+        let known = output.iter().filter(|&&id| id & Batch::DRAWN == 0);
+        known.for_each(|&id| entry(id, &|token| token.marks = (token.marks | SEEN) + 1));
         for token in &touched[first..] {
             places[token.id as usize] = 0;
         }
-        // What the kernel looks up stands last.
-        let drawn = row.output.last().filter(|&&id| penalised && id & Batch::DRAWN != 0);
-        touched.extend(drawn.map(|&id| Touched { id, bias: 0.0, marks: SEEN + 1, before: 0.0 }));
+        let drawn = output.last().filter(|&&id| id & Batch::DRAWN != 0);
+        touched.extend(drawn.map(|&id| Touched::latest(id)));
+        drawn.is_some()
     }
+}
+
+/// Where a sequence sits.
+#[derive(Default)]
+struct Seating {
+    seat: Option<usize>,
+    /// Whether what is listed there is another's, or no longer holds, and everything is sent.
+    moves_in: bool,
+    /// Whether the last token that is sent may be listed already.
+    counts_last: bool,
 }
 
 #[cfg(test)]
@@ -257,6 +316,6 @@ mod tests {
     #[test]
     fn the_kernels_structures_have_these_sizes() {
         // Eights first and words after them: the same layout in both languages.
-        assert_eq!((size_of::<Row>(), size_of::<Touched>(), size_of::<Outcome>()), (64, 16, 176));
+        assert_eq!((size_of::<Row>(), size_of::<Touched>(), size_of::<Outcome>()), (72, 16, 176));
     }
 }

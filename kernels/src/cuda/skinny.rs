@@ -69,7 +69,8 @@ impl<D: Driver> Skinny<'_, D> {
 }
 
 /// Which of the kernels for 2, 4, 8, ... features a warp, and how many blocks: the more a warp takes, the more of its
-/// loads are under way together, as long as there are about enough blocks for all multiprocessors to have one and a half.
+/// loads are under way together, as long as there are about enough blocks for all multiprocessors to have one and a
+/// half.
 fn cut(kernels: usize, features: usize, processors: usize) -> (usize, usize) {
     let blocks = |kernel: usize| features.div_ceil(2 << kernel);
     let kernel = (1..kernels).rev().find(|&kernel| 2 * blocks(kernel) >= 3 * processors).unwrap_or(0);

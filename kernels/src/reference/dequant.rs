@@ -124,8 +124,8 @@ fn q5_k(block: &[u8], out: &mut Vec<f32>) {
 }
 
 /// `[0..128]` low nibbles, `[128..192]` high two bits, `[192..208]` signed scales of 16 sub-blocks of 16, `[208..210]`
-/// scale of scales: value `d · scale · (q - 32)`. Each half of 128 values has four runs of 32: nibbles of run `r` are the
-/// low (r < 2) or high ones of bytes `32 · (r % 2) ..`, its high bits are bits `2r, 2r + 1` of the half's 32 bytes.
+/// scale of scales: value `d · scale · (q - 32)`. Each half of 128 values has four runs of 32: nibbles of run `r` are
+/// the low (r < 2) or high ones of bytes `32 · (r % 2) ..`, its high bits are bits `2r, 2r + 1` of the half's 32 bytes.
 fn q6_k(block: &[u8], out: &mut Vec<f32>) {
     let d = half_at(block, 208);
     for half in 0..2 {

@@ -1,5 +1,5 @@
-//! What every backend has to pass, for every type, head count, page size and ragged shape: the one copy of it, which the
-//! tests run for all backends (`kernels/tests`), and `engine doctor --gpu` on the device at hand.
+//! What every backend has to pass, for every type, head count, page size and ragged shape: the one copy of it, which
+//! the tests run for all backends (`kernels/tests`), and `engine doctor --gpu` on the device at hand.
 //!
 //! Two kinds of demands: results are near those of the reference (and, where something is known outright, the reference
 //! too is near that), and results do not depend, in a single bit, on anything they must not depend on: the other rows
@@ -78,6 +78,8 @@ macro_rules! of_every_backend {
                 every_cut_matches_the_reference,
                 masked_rows_match_the_reference,
                 a_row_is_drawn_alike_alone_and_in_a_batch,
+                what_is_remembered_of_sequences_changes_nothing,
+                contexts_of_very_many_tokens_are_looked_at_whole,
                 the_number_of_threads_changes_nothing;
         }
     };

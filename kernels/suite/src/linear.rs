@@ -41,8 +41,8 @@ fn rounded(x: &[f32]) -> Vec<f32> {
 }
 
 /// For each output: what a sum of products in single precision may be off. A sum of `k` terms is off by less than
-/// `k · 2^-24` of the sum of magnitudes, and by the root of that as a rule: 2e-5 is the latter with much to spare at the
-/// widths here. The magnitude of a quantised weight is that of its row: scale and minimum may be large and cancel.
+/// `k · 2^-24` of the sum of magnitudes, and by the root of that as a rule: 2e-5 is the latter with much to spare at
+/// the widths here. The magnitude of a quantised weight is that of its row: scale and minimum may be large and cancel.
 fn rounding(parts: &[Matrix<'_>], x: &[f32]) -> Vec<f32> {
     let cols = parts[0].cols();
     let weights: Vec<f32> = parts.iter().flat_map(dequantize).collect();

@@ -1,7 +1,7 @@
 //! Drawing and scoring whole batches. What a single draw has to fulfil is tested beside the code.
 
 use engine_kernels::reference::ReferenceBackend;
-use engine_kernels::{RowTask, SampleRow, Sampled, SamplingParams};
+use engine_kernels::{Backend, RowTask, SampleRow, Sampled, SamplingParams, SequenceId};
 
 use crate::support::{Random, Subject};
 use crate::watched;
@@ -21,24 +21,27 @@ struct Rows {
     logprobs: Vec<Option<u32>>,
 }
 
+fn any_params(random: &mut Random) -> SamplingParams {
+    SamplingParams {
+        temperature: random.pick(&[0.0, 0.3, 0.8, 1.0, 1.5]),
+        top_k: random.pick(&[0, 0, 1, 20, 400, 5000]),
+        top_p: random.pick(&[1.0, 1.0, 0.9, 0.5]),
+        min_p: random.pick(&[0.0, 0.0, 0.05]),
+        repetition_penalty: random.pick(&[1.0, 1.0, 1.3]),
+        presence_penalty: random.pick(&[0.0, 0.0, 0.7]),
+        frequency_penalty: random.pick(&[0.0, 0.0, -0.4]),
+        logit_bias: if random.below(4) == 0 { vec![(7, 3.5), (1000, -100.0)] } else { Vec::new() },
+        seed: random.bits(),
+    }
+}
+
 impl Rows {
     fn random(count: usize, random: &mut Random) -> Self {
-        let params = |random: &mut Random| SamplingParams {
-            temperature: random.pick(&[0.0, 0.3, 0.8, 1.0, 1.5]),
-            top_k: random.pick(&[0, 0, 1, 20, 400, 5000]),
-            top_p: random.pick(&[1.0, 1.0, 0.9, 0.5]),
-            min_p: random.pick(&[0.0, 0.0, 0.05]),
-            repetition_penalty: random.pick(&[1.0, 1.0, 1.3]),
-            presence_penalty: random.pick(&[0.0, 0.0, 0.7]),
-            frequency_penalty: random.pick(&[0.0, 0.0, -0.4]),
-            logit_bias: if random.below(4) == 0 { vec![(7, 3.5), (1000, -100.0)] } else { Vec::new() },
-            seed: random.bits(),
-        };
         Self {
             vocabulary: VOCAB,
             has_tasks: true,
             logits: random.normals(count * VOCAB).iter().map(|x| x * 3.0).collect(),
-            params: (0..count).map(|_| params(random)).collect(),
+            params: (0..count).map(|_| any_params(random)).collect(),
             outputs: (0..count).map(|i| (0..i % 9).map(|_| random.below(VOCAB) as u32).collect()).collect(),
             masks: vec![None; count],
             logprobs: (0..count).map(|_| random.pick(&[None, None, Some(0), Some(5), Some(20)])).collect(),
@@ -105,7 +108,8 @@ impl Rows {
             3 if self.has_tasks => RowTask::Sample { params, suppress: &[3, 700], mask },
             _ => RowTask::Sample { params, suppress: &[], mask },
         };
-        SampleRow { task, prompt: &[1, 2, 3, 2], output: &self.outputs[i], logprobs: self.logprobs[i] }
+        let (output, logprobs) = (&self.outputs[i], self.logprobs[i]);
+        SampleRow { task, sequence: SequenceId(i as u64), prompt: &[1, 2, 3, 2], output, logprobs }
     }
 
     /// The rows of `span`, sampled in one call.
@@ -257,5 +261,114 @@ pub(crate) fn the_number_of_threads_changes_nothing<B: Subject>() {
         for (i, (more, one)) in more.iter().zip(&one).enumerate() {
             assert_same(more, one, &rows.row(i), &format!("row {i}, {threads} threads"));
         }
+    }
+}
+
+/// Half of all tokens.
+const EVERY_SECOND: [u32; VOCAB / 2] = {
+    let mut tokens = [0; VOCAB / 2];
+    let mut i = 0;
+    while i < tokens.len() {
+        tokens[i] = 2 * i as u32;
+        i += 1;
+    }
+    tokens
+};
+
+/// A sequence that is drawn for in several calls.
+struct Growing {
+    params: SamplingParams,
+    prompt: Vec<u32>,
+    output: Vec<u32>,
+    /// With fewer in the output, some must not be drawn.
+    min_tokens: usize,
+    logprobs: Option<u32>,
+}
+
+impl Growing {
+    fn row(&self, number: usize) -> SampleRow<'_> {
+        let Self { params, prompt, output, min_tokens, logprobs } = self;
+        let suppress = if output.len() < *min_tokens { &EVERY_SECOND[..] } else { &[] };
+        let task = RowTask::Sample { params, suppress, mask: None };
+        SampleRow { task, sequence: SequenceId(number as u64), prompt, output, logprobs: *logprobs }
+    }
+}
+
+/// Draws for those sequences in one call, and compares with the reference.
+fn draw_for<B: Subject>(backend: &mut B, sequences: &[Growing], who: &[usize], vocabulary: usize, random: &mut Random) {
+    let mut logits: Vec<f32> = random.normals(who.len() * vocabulary).iter().map(|x| x * 3.0).collect();
+    for (row, &i) in logits.chunks_mut(vocabulary).zip(who) {
+        let Growing { prompt, output, .. } = &sequences[i];
+        // What is drawn hangs on what was seen, and how often.
+        output.iter().chain(&prompt[prompt.len().saturating_sub(40)..]).for_each(|&token| row[token as usize] += 6.0);
+        // That nothing can be drawn is no reason to forget anything.
+        if output.len() % 5 == 2 {
+            row.fill(f32::NAN);
+        }
+    }
+    let row = |i: usize| sequences[who[i]].row(who[i]);
+    let mut ours = vec![Sampled::default(); who.len()];
+    let mut want = ours.clone();
+    let mut filled = backend.filled(&logits, vocabulary);
+    backend.sample(&mut filled, &row, &mut ours);
+    let mut filled = ReferenceBackend.filled(&logits, vocabulary);
+    ReferenceBackend.sample(&mut filled, &row, &mut want);
+    for (i, (ours, want)) in ours.iter().zip(&want).enumerate() {
+        assert_near(ours, want, &row(i), &format!("sequence {}", who[i]));
+    }
+    watched::held();
+}
+
+/// They go on, pause, go on by several tokens, ask the same again, come and go, and are more than a device remembers.
+pub(crate) fn what_is_remembered_of_sequences_changes_nothing<B: Subject>() {
+    let mut random = Random::new(96);
+    let mut backend = B::any();
+    // More than there are seats in kernels/src/cuda/seats.rs.
+    let token = |random: &mut Random| random.below(VOCAB) as u32;
+    let mut sequences: Vec<Growing> = (0..300)
+        .map(|_| Growing {
+            params: SamplingParams { repetition_penalty: random.pick(&[1.0, 1.3, 0.7]), ..any_params(&mut random) },
+            prompt: (0..1 + random.below(40)).map(|_| token(&mut random)).collect(),
+            output: Vec::new(),
+            min_tokens: random.below(4),
+            logprobs: random.pick(&[None, Some(0), Some(3)]),
+        })
+        .collect();
+    for turn in 0..16 {
+        let takes_part = |i: usize, random: &mut Random| match turn {
+            // All, those of before and others in front of them, and then some.
+            0 => i >= 20,
+            1 => i < 40 || i.is_multiple_of(8),
+            _ => i % 20 == 3 && random.below(4) > 0,
+        };
+        let who: Vec<usize> = (0..sequences.len()).filter(|&i| takes_part(i, &mut random)).collect();
+        draw_for(&mut backend, &sequences, &who, VOCAB, &mut random);
+        for &i in &who {
+            let output = &mut sequences[i].output;
+            for _ in 0..random.pick(&[1, 1, 1, 1, 1, 1, 0, 2]) {
+                // Every other one came before.
+                let again = output.last().copied().filter(|_| random.below(2) == 0);
+                output.push(again.unwrap_or_else(|| token(&mut random)));
+            }
+        }
+    }
+}
+
+/// As many different tokens as a device remembers of a sequence, and more.
+pub(crate) fn contexts_of_very_many_tokens_are_looked_at_whole<B: Subject>() {
+    // Beyond SEAT_TOKENS of kernels/src/cuda/seats.rs; the prompt is just below.
+    const VOCABULARY: usize = 16_500;
+    let mut random = Random::new(97);
+    let mut backend = B::any();
+    let mut sequences = [Growing {
+        params: SamplingParams { repetition_penalty: 1.5, ..SamplingParams::default() },
+        prompt: (0..16_381).collect(),
+        output: Vec::new(),
+        min_tokens: 0,
+        logprobs: Some(2),
+    }];
+    for turn in 0..5 {
+        draw_for(&mut backend, &sequences, &[0], VOCABULARY, &mut random);
+        sequences[0].output.push(16_400 + turn);
     }
 }

@@ -5,7 +5,7 @@ use engine_kernels::cuda::{CudaBackend, Driver};
 use engine_kernels::reference::ReferenceBackend;
 use engine_kernels::{
     Attention, AttentionShape, Backend, Batch, DType, DrawsAhead, KvDType, KvLayout, Matrix, Projection, QkNorm,
-    Rehearsed, Residual, RmsNorm, RopeTable, RowTask, SampleRow, Sampled, SamplingParams,
+    Rehearsed, Residual, RmsNorm, RopeTable, RowTask, SampleRow, Sampled, SamplingParams, SequenceId,
 };
 
 use crate::{OnDevice, Start, Watched, watched};
@@ -170,7 +170,8 @@ impl<D: Driver> Layer<CudaBackend<D>> {
             .collect();
         let row = |i: usize| SampleRow {
             task: RowTask::Sample { params: &params[i], suppress: &[], mask: None },
-            prompt: &batch.positions[i..=i],
+            sequence: SequenceId(i as u64),
+            prompt: &[0],
             output: &outputs[i],
             logprobs: Some(0),
         };

@@ -321,8 +321,8 @@ fn keep_best(keys: &mut Vec<u64>, n: usize) -> f32 {
     logit_and_id(keys[n - 1]).0
 }
 
-/// `e^x` for `x <= 0`, within 2 units in the last place; 0 below -87, where the result would no longer be a normal number.
-/// Range reduction and polynomial of Cephes' `expf` (Moshier).
+/// `e^x` for `x <= 0`, within 2 units in the last place; 0 below -87, where the result would no longer be a normal
+/// number. Range reduction and polynomial of Cephes' `expf` (Moshier).
 #[allow(clippy::excessive_precision, reason = "the constants as published")]
 #[inline(always)]
 fn exp(x: f32) -> f32 {

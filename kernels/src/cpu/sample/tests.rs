@@ -1,6 +1,7 @@
 use proptest::prelude::*;
 
 use super::*;
+use crate::SequenceId;
 use crate::reference::sample::sample_row as reference_row;
 
 fn params() -> SamplingParams {
@@ -8,7 +9,8 @@ fn params() -> SamplingParams {
 }
 
 fn row<'a>(params: &'a SamplingParams, output: &'a [u32]) -> SampleRow<'a> {
-    SampleRow { task: RowTask::Sample { params, suppress: &[], mask: None }, prompt: &[], output, logprobs: None }
+    let task = RowTask::Sample { params, suppress: &[], mask: None };
+    SampleRow { task, sequence: SequenceId(0), prompt: &[], output, logprobs: None }
 }
 
 fn draw_one(logits: &[f32], row: &SampleRow<'_>) -> Sampled {
@@ -261,7 +263,7 @@ fn every_combination_draws_what_the_reference_draws() {
             let logits = random_logits(vocab, spread, params.seed ^ 1);
             let task =
                 RowTask::Sample { params: &params, suppress: &suppress[..suppress.len().min(vocab / 2)], mask: None };
-            let ask = SampleRow { task, prompt: &[1, 2, 3], output: &output, logprobs };
+            let ask = SampleRow { task, sequence: SequenceId(0), prompt: &[1, 2, 3], output: &output, logprobs };
             let (ours, oracle) = (draw_one(&logits, &ask), reference_row(&logits, &ask));
             prop_assert_eq!(ours.token, oracle.token);
             prop_assert_eq!(ours.top_len, oracle.top_len);
@@ -299,7 +301,7 @@ proptest! {
     ) {
         let params = SamplingParams { temperature, ..params };
         let task = RowTask::Sample { params: &params, suppress: &[7], mask: None };
-        let ask = SampleRow { task, prompt: &[3, 4], output: &[4, 5, 5], logprobs };
+        let ask = SampleRow { task, sequence: SequenceId(0), prompt: &[3, 4], output: &[4, 5, 5], logprobs };
         let sampled = draw_one(&logits, &ask);
         prop_assert!((sampled.token as usize) < logits.len());
         let possible = |id: usize| logits[id] > f32::NEG_INFINITY && id != 7;
