@@ -22,6 +22,8 @@ cp benches/peers/torch_qwen3.py "$folder/"
 cp -r benches/shapes/* "$folder/"
 cp "$tokenizer"/*.json "$folder/tokenizer/"
 cp scripts/gpu-check.sh "$folder/run"
+# The commit that it is built from, which each page names.
+git describe --always --dirty >"$folder/commit" 2>/dev/null || echo unknown >"$folder/commit"
 XZ_OPT=-T0 tar -C target/cuda -cJf "$folder.tar.xz" gpu-check
 du -sh "$folder" "$folder.tar.xz"
 echo "carry $folder.tar.xz to a machine with a GPU, and there: tar xf gpu-check.tar.xz && gpu-check/run"

@@ -7,8 +7,8 @@
 #   run         whether the kernels are right and how fast they are, what matters most first, within LIMIT seconds
 #               (200); what there is no time for, it says
 #   run pair    a decode and a prefill worker, two processes on the GPU: how fast pages move between them, whether they
-#               answer as one process does, and what long prompts cost those who are being answered (160)
-#   run rest    what stands behind the engine's own checks and speed: beside PyTorch, the sanitizer, larger models (240)
+#               answer as one process does, and what long prompts cost those who are being answered (175)
+#   run rest    what stands behind the engine's own checks and speed: beside PyTorch, the sanitizer, larger models (225)
 #   run tiny    small shapes, for a machine with a stand-in for libcuda (1800)
 #
 # The first three, one after the other, fit into ten minutes, of a machine whose time may be short; each writes a page
@@ -20,8 +20,8 @@ size=${1:-whole}
 python=${PYTHON:-python3}
 case $size in
 whole) limit=${LIMIT:-200} ;;
-pair) limit=${LIMIT:-160} ;;
-rest) limit=${LIMIT:-240} ;;
+pair) limit=${LIMIT:-175} ;;
+rest) limit=${LIMIT:-225} ;;
 tiny) limit=${LIMIT:-1800} ;;
 *) echo "usage: run [pair | rest | tiny]" >&2 && exit 2 ;;
 esac
@@ -120,7 +120,8 @@ part() { # part [plain] <title> <seconds> <program> <arguments>
 nvidia-smi dmon -d 5 >/dev/null 2>&1 &
 watching=$!
 trap 'kill $watching 2>/dev/null; rm -rf "$work"' EXIT
-say "# The CUDA backend on $gpu" "" "$("$here/engine" --version), $(date -u +'%Y-%m-%d %H:%M') UTC"
+say "# The CUDA backend on $gpu" "" \
+    "$("$here/engine" --version), commit $(cat "$here/commit"), $(date -u +'%Y-%m-%d %H:%M') UTC"
 case $size in
 whole | tiny) rm -f "$erring" ;;
 *)
@@ -221,13 +222,16 @@ sanitized() { # sanitized <check>
 case $size in
 whole)
     # So that nothing waits for the disk later, in another run.
-    nice timeout 90 "$python" -c 'import torch, transformers, torch._inductor' >/dev/null 2>&1 &
+    nice timeout 60 "$python" -c 'import torch, transformers, torch._inductor' >/dev/null 2>&1 &
     importing=$!
     correctness 100 60
     wait $importing
     part plain "Qwen3-0.6B in bf16, made-up weights" 60 "$here/engine" bench --model "$here/qwen3-0.6b" \
         --load-format dummy --device cuda:0 --decode 1,64,256 --prefill 2048,16384 --max-num-batched-tokens 8192 \
         --log-level warn
+    part plain "The same, no kernel starting before the one ahead has ended" 25 env ENGINE_CUDA_WITHOUT_EARLY_START=1 \
+        "$here/engine" bench --model "$here/qwen3-0.6b" --load-format dummy --device cuda:0 --decode 1,64 \
+        --prefill 2048 --rounds 2 --max-num-batched-tokens 8192 --log-level warn
     part "Kernels, qwen3-0.6b" 60 "$here/engine" bench-kernels --shape qwen3-0.6b
     ;;
 pair)
@@ -237,6 +241,12 @@ pair)
         export ENGINE_CUDA_WITHOUT_BATCHES=1
         say "" "Once more, and what follows too, with copies one by one (ENGINE_CUDA_WITHOUT_BATCHES)."
         pages_between 40 --page-size 1MiB --pages 1024 --rounds 10
+    else
+        # Whether one call is worth it.
+        say "" "The same with copies one by one (ENGINE_CUDA_WITHOUT_BATCHES)."
+        export ENGINE_CUDA_WITHOUT_BATCHES=1
+        pages_between 20 --page-size 1MiB --pages 1024 --rounds 5
+        unset ENGINE_CUDA_WITHOUT_BATCHES
     fi
     pair 140 qwen3-0.6b --flags "--kv-cache-memory 12GiB --max-model-len 12288 --max-num-seqs 16" \
         --prompt-tokens 8000 --prompts 25 --handoffs 40
