@@ -81,8 +81,8 @@ pub struct ModelCard {
     pub kv_cache_dtype: String,
     /// Tokens of a KV page.
     pub block_size: usize,
-    /// Layers of the model, and bytes of a KV page of one of them: what whoever measures needs to open a session. 0: not
-    /// said.
+    /// Layers of the model, and bytes of a KV page of one of them: what whoever measures needs to open a session. 0:
+    /// not said.
     #[serde(default)]
     pub layers: usize,
     /// See `layers`.

@@ -21,7 +21,7 @@ const LOADS_KEPT: usize = 256;
 /// Times a job is delivered before it is given up, as over NATS.
 const DELIVERIES_MAX: u32 = 5;
 
-/// A cluster inside one process: what a worker that serves alone uses, and tests.
+/// A cluster inside one process: for tests, and for a frontend that has no NATS its queue and load reports.
 pub struct Local {
     state: Arc<Mutex<State>>,
     queues: Arc<Queues>,

@@ -30,7 +30,7 @@ pub use join::{ClusterError, ClusterOptions, Joined, LocalServices, Needs, join}
 pub use lease::LeaseId;
 pub use load::{LoadReport, LoadStream, Loads, report_load};
 pub use local::Local;
-pub use model_key::{ModelKey, ParseModelKeyError};
+pub use model_key::{ModelKey, ParseModelKeyError, Versions};
 pub use nats::{Nats, NatsAuth, NatsOptions, NatsServer};
 pub use queue::{Consumer, Delivery, Queue, QueueDepth, QueueError, Settle};
 
@@ -51,7 +51,7 @@ pub struct Cluster {
 }
 
 impl Cluster {
-    /// A cluster inside this process, for a worker that serves alone and for tests.
+    /// A cluster inside this process, for tests.
     pub fn local() -> Self {
         let local = Arc::new(Local::new());
         Self { discovery: local.clone(), queue: local.clone(), loads: local }

@@ -3,22 +3,33 @@ use std::{fmt, str::FromStr};
 use engine_kernels::KvLayout;
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
 
+/// Of what two workers say to each other.
+#[derive(Debug, Clone, Copy)]
+pub struct Versions {
+    /// Of what is said on a session.
+    pub sessions: u32,
+    /// Of what is written into a job.
+    pub jobs: u32,
+}
+
 /// A digest of everything two workers must agree on before they exchange pages: the weights, the model's shape, element
-/// types, the layout of a KV page and its size in tokens, and the language of their sessions. Workers that disagree on any of it never meet, because etcd's
-/// keys and the queue's subjects begin with it. Written as 32 hexadecimal digits.
+/// types, the layout of a KV page and its size in tokens, and the language of their sessions and jobs. Workers that
+/// disagree on any of it never meet, because etcd's keys and the queue's subjects begin with it. Written as 32
+/// hexadecimal digits.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct ModelKey([u8; 16]);
 
 impl ModelKey {
     /// The key of a model whose weights and shape have this `fingerprint`
     /// ([`ModelSource::fingerprint`](engine_models::ModelSource::fingerprint)), for a cache of this `layout`, whose
-    /// pages are ordered as `page_order` names it, and go over sessions of version `sessions`. The number of pages is each worker's own business and not part of
-    /// the key.
-    pub fn new(fingerprint: &[u8; 32], layout: &KvLayout, page_order: &str, sessions: u32) -> Self {
+    /// pages are ordered as `page_order` names it; `versions` are those of sessions and jobs. The number of pages is
+    /// each worker's own business and not part of the key.
+    pub fn new(fingerprint: &[u8; 32], layout: &KvLayout, page_order: &str, versions: Versions) -> Self {
         let KvLayout { layers, kv_heads, head_dim, block_size, blocks: _, dtype } = layout;
+        let Versions { sessions, jobs } = versions;
         let mut text = format!(
-            "engine model key 2\nsessions {sessions}\nlayers {layers}\nkv_heads {kv_heads}\nhead_dim {head_dim}\n\
-             block_size {block_size}\ndtype {dtype:?}\npage_order {page_order}\nweights "
+            "engine model key 3\nsessions {sessions}\njobs {jobs}\nlayers {layers}\nkv_heads {kv_heads}\n\
+             head_dim {head_dim}\nblock_size {block_size}\ndtype {dtype:?}\npage_order {page_order}\nweights "
         )
         .into_bytes();
         text.extend_from_slice(fingerprint);
@@ -97,7 +108,9 @@ mod tests {
 
     #[test]
     fn whatever_pages_depend_on_changes_the_key() {
-        let key = |fingerprint: u8, layout: KvLayout, order| ModelKey::new(&[fingerprint; 32], &layout, order, 1);
+        let key = |fingerprint: u8, layout: KvLayout, order| {
+            ModelKey::new(&[fingerprint; 32], &layout, order, Versions { sessions: 1, jobs: 1 })
+        };
         let base = key(1, LAYOUT, "a");
         assert_eq!(base, key(1, LAYOUT, "a"));
         assert_ne!(base, key(2, LAYOUT, "a"), "other weights");
@@ -105,12 +118,24 @@ mod tests {
         assert_ne!(base, key(1, KvLayout { dtype: KvDType::BF16, ..LAYOUT }, "a"), "another element type");
         assert_ne!(base, key(1, KvLayout { block_size: 32, ..LAYOUT }, "a"), "another page size");
         assert_ne!(base, key(1, KvLayout { layers: 29, ..LAYOUT }, "a"), "another depth");
-        assert_ne!(base, ModelKey::new(&[1; 32], &LAYOUT, "a", 2), "another language");
+        assert_ne!(
+            base,
+            ModelKey::new(&[1; 32], &LAYOUT, "a", Versions { sessions: 2, jobs: 1 }),
+            "sessions in another language"
+        );
+        assert_ne!(
+            base,
+            ModelKey::new(&[1; 32], &LAYOUT, "a", Versions { sessions: 1, jobs: 2 }),
+            "jobs in another language"
+        );
     }
 
     #[test]
     fn workers_with_more_or_fewer_pages_have_the_same_key() {
         let more = KvLayout { blocks: 200, ..LAYOUT };
-        assert_eq!(ModelKey::new(&[1; 32], &LAYOUT, "a", 1), ModelKey::new(&[1; 32], &more, "a", 1));
+        assert_eq!(
+            ModelKey::new(&[1; 32], &LAYOUT, "a", Versions { sessions: 1, jobs: 1 }),
+            ModelKey::new(&[1; 32], &more, "a", Versions { sessions: 1, jobs: 1 })
+        );
     }
 }

@@ -19,8 +19,8 @@ pub trait Queue: Send + Sync {
     /// How much is on a model's queue.
     fn depth(&self, key: ModelKey) -> BoxFuture<'_, Result<QueueDepth, QueueError>>;
 
-    /// Returns when whatever was said of jobs is on its way, or cannot be within a few seconds: what a process waits for
-    /// before it ends.
+    /// Returns when whatever was said of jobs is on its way, or cannot be within a few seconds: what a process waits
+    /// for before it ends.
     fn flush(&self) -> BoxFuture<'_, ()>;
 
     /// Jobs given up so far by consumers of this process: delivered too often, or refused by [`Delivery::bury`].

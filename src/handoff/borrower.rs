@@ -22,12 +22,12 @@ pub use interface::{BorrowerAction, BorrowerConfig, BorrowerEvent, BorrowerTimeo
 ///               nak            ack        released, acked
 /// ```
 ///
-/// Two promises keep the decode worker's pages safe. *Complete* goes to the writer behind the last write, and the writer
-/// keeps order. *Released* and *Failed* are said only once every write that was begun has ended, for they are what lets the
-/// decode worker use its pages again.
+/// Two promises keep the decode worker's pages safe. *Complete* goes to the writer behind the last write, and the
+/// writer keeps order. *Released* and *Failed* are said only once every write that was begun has ended, for they are
+/// what lets the decode worker use its pages again.
 ///
-/// A job is acked when it can do no more good: its word is posted, its claim was refused, or its one grant was used up. Before
-/// that it goes back to the queue, for another worker to try.
+/// A job is acked when it can do no more good: its word is posted, its claim was refused, or its one grant was used up.
+/// Before that it goes back to the queue, for another worker to try.
 #[derive(Debug)]
 pub struct Borrower {
     config: BorrowerConfig,

@@ -3,9 +3,10 @@ use std::time::Duration;
 /// Time as the state machines count it: what they were told, without the leaps.
 ///
 /// `now` is handed to every call as a [`Duration`] since any fixed moment. Backwards it never moves, and forwards by at
-/// most `leap_max` at a time: when a process was stopped for an hour, or its clock was set, an hour has passed for nobody
-/// it waits for, and the timeouts, which all sleep behind messages that are waiting to be read, must not go off at
-/// once. So timeouts run late for a process that looks at the clock less often than `leap_max`, which is safe, and never early.
+/// most `leap_max` at a time: when a process was stopped for an hour, or its clock was set, an hour has passed for
+/// nobody it waits for, and the timeouts, which all sleep behind messages that are waiting to be read, must not go off
+/// at once. So timeouts run late for a process that looks at the clock less often than `leap_max`, which is safe, and
+/// never early.
 #[derive(Debug, Clone)]
 pub(super) struct SteadyClock {
     leap_max: Duration,

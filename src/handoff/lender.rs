@@ -10,8 +10,8 @@ pub use interface::{LenderAction, LenderEvent, LenderTimeouts, Outcome};
 
 /// The decode worker's side of all its handoffs: what is lent to whom, and when it comes back.
 ///
-/// `R` names the request that waits, `P` is its lent pages. Pages are *moved* in by [`lend`](Self::lend) and moved out in
-/// an action; in between nobody else has them, so nobody can reuse them. A loan goes one of these ways:
+/// `R` names the request that waits, `P` is its lent pages. Pages are *moved* in by [`lend`](Self::lend) and moved out
+/// in an action; in between nobody else has them, so nobody can reuse them. A loan goes one of these ways:
 ///
 /// ```text
 ///            lend                       claimed                      resolved
@@ -23,8 +23,8 @@ pub use interface::{LenderAction, LenderEvent, LenderTimeouts, Outcome};
 ///         nobody ever could write           (the request itself goes on without)
 /// ```
 ///
-/// A granted loan is *resolved* by exactly three things: its holder completed it (the mailbox word), its holder released it
-/// (a message, or a failed word, or the transport revoked it), or its session was fenced. The three call
+/// A granted loan is *resolved* by exactly three things: its holder completed it (the mailbox word), its holder
+/// released it (a message, or a failed word, or the transport revoked it), or its session was fenced. The three call
 /// `resolve`, the only function that lets go of pages somebody could write to. Time resolves nothing: a
 /// timeout moves a loan into quarantine and asks, first the holder, then the transport.
 ///

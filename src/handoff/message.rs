@@ -36,8 +36,8 @@ pub enum ToDecode {
         /// For the log.
         reason: String,
     },
-    /// "Lend me pages that nobody wants, to measure how fast they can be written." The end of such a loan is its mailbox
-    /// word.
+    /// "Lend me pages that nobody wants, to measure how fast they can be written." The end of such a loan is its
+    /// mailbox word.
     Measure {
         /// How many.
         pages: u32,
@@ -144,8 +144,8 @@ impl Grant {
 }
 
 impl ToDecode {
-    /// Whether the decode worker may use pages again upon this: then it must not overtake any write. Other messages may,
-    /// and should, as somebody waits for them while what is written takes as long as it takes.
+    /// Whether the decode worker may use pages again upon this: then it must not overtake any write. Other messages
+    /// may, and should, as somebody waits for them while what is written takes as long as it takes.
     pub fn lets_go(&self) -> bool {
         match self {
             Self::Released { .. } | Self::Failed { .. } => true,

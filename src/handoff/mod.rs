@@ -17,8 +17,10 @@
 //! - A writer performs the writes and the word of a grant in order, and nothing of a grant of which a write failed. A
 //!   word that is visible in the mailbox vouches that all data before it is.
 //! - A session is *fenced* once nothing written on it can land: over TCP when the receiver, who does the writing, has
-//!   stopped; over shared memory when the peer's process has unmapped the memory, which it does as soon as it learns
-//!   that the session is closed, or has ended. A loan is *revoked* once that holds for this loan.
+//!   stopped; over RDMA when the queue pair is destroyed and, if pages are a device's, its memory has been read; over
+//!   shared memory when the peer's process has unmapped the memory, which it does as soon as it learns that the session
+//!   is closed, or has ended; over CUDA IPC when it has closed the device's memory, or has ended. A loan is *revoked*
+//!   once that holds for this loan.
 //!
 //! And this of the queue: a job that was taken is delivered at least once, or given up after `max_deliver` attempts.
 //! Nothing else: duplicates, losses and delays cost time only.

@@ -55,8 +55,8 @@ impl Epoch {
         }
     }
 
-    /// Whether it is a later loan's than `other` of the same slot. Numbers begin again after the last, so this holds for
-    /// two that are less than half of all numbers apart.
+    /// Whether it is a later loan's than `other` of the same slot. Numbers begin again after the last, so this holds
+    /// for two that are less than half of all numbers apart.
     pub const fn is_later_than(self, other: Self) -> bool {
         self.get().wrapping_sub(other.get()).cast_signed() > 0
     }

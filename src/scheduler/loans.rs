@@ -20,9 +20,9 @@ impl Scheduler {
         self.come_back(slot);
     }
 
-    /// Takes back a sequence whose prompt no other worker has prefilled. It runs again from the start: here for good, or,
-    /// if it may be tried `again`, wherever the router then says, which is told how often that has happened. Without
-    /// `pages` they are in quarantine from now on, until [`Scheduler::free_lent`].
+    /// Takes back a sequence whose prompt no other worker has prefilled. It runs again from the start: here for good,
+    /// or, if it may be tried `again`, wherever the router then says, which is told how often that has happened.
+    /// Without `pages` they are in quarantine from now on, until [`Scheduler::free_lent`].
     pub fn restart(&mut self, slot: SlotId, pages: Option<Box<[LentPage]>>, again: bool) {
         self.recall(slot);
         if let Some(pages) = pages {

@@ -1,11 +1,11 @@
 //! Continuous batching: which tokens of which sequences the next step computes.
 //!
-//! There is no prefill phase and no decode phase (the idea is vLLM V1's): a sequence has `num_computed` and
-//! `num_tokens`, and each step moves the first towards the second under a budget of tokens. Chunked prefill, prefix
-//! hits and preemption are all changes of `num_computed`, and so is a prompt that another worker has prefilled.
-//! Planning does no I/O and knows no clock; a step is [`Scheduler::plan`], the computation itself elsewhere,
-//! [`Scheduler::commit`], and [`Scheduler::push_token`] for what was sampled. Where it takes a while for that to be known,
-//! [`Scheduler::push_drawn`] stands in for it, and [`Scheduler::reveal`] follows before the next commit.
+//! There is no prefill phase and no decode phase (the idea is vLLM V1's): a sequence has tokens, and a count of those
+//! computed, `num_computed`; each step moves the count towards the tokens under a budget. Chunked prefill, prefix hits
+//! and preemption are all changes of `num_computed`, and so is a prompt that another worker has prefilled. Planning
+//! does no I/O and knows no clock; a step is [`Scheduler::plan`], the computation itself elsewhere,
+//! [`Scheduler::commit`], and [`Scheduler::push_token`] for what was sampled. Where it takes a while for that to be
+//! known, [`Scheduler::push_drawn`] stands in for it, and [`Scheduler::reveal`] follows before the next commit.
 
 mod loans;
 mod plan;

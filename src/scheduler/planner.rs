@@ -92,7 +92,8 @@ impl Scheduler {
         self.waiting.iter().position(|&slot| self.missing_pages(slot) <= pages)
     }
 
-    /// Pages that those who run or are away still need, and one beside for each: it may need it for its very next token.
+    /// Pages that those who run or are away still need, and one beside for each: it may need it for its very next
+    /// token.
     pub(super) fn spoken_for(&self) -> usize {
         let all = self.running.iter().chain(&self.away);
         all.map(|&slot| self.missing_pages(slot) + 1).sum()
@@ -164,7 +165,8 @@ impl Scheduler {
         });
     }
 
-    /// Asks whether another worker is to compute the prompt of the sequence at `at`: not if some of it is computed here.
+    /// Asks whether another worker is to compute the prompt of the sequence at `at`: not if some of it is computed
+    /// here.
     fn leaves(&self, at: usize, router: &mut dyn Router) -> bool {
         let slot = self.running[at];
         let sequence = self.sequence(slot);

@@ -29,9 +29,9 @@ pub struct SchedulerLimits {
 }
 
 /// Who runs and who waits. First come, first served: who waits enters in order of arrival, but for one too long for the
-/// pages beside those in quarantine, and the oldest that runs progresses in every step, because pages are taken from the
-/// youngest when they run out and the pool holds the longest sequence. Only pages that are lent or in quarantine can
-/// make it wait, and those come back.
+/// pages beside those in quarantine, and the oldest that runs progresses in every step, because pages are taken from
+/// the youngest when they run out and the pool holds the longest sequence. Only pages that are lent or in quarantine
+/// can make it wait, and those come back.
 ///
 /// A sequence whose prompt another worker computes is *away*: neither running nor waiting. It keeps its slot, its
 /// prefix hits and its place among the running ones, to which it returns.

@@ -4,6 +4,7 @@ use std::os::unix::fs::{DirBuilderExt, MetadataExt};
 use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 
 use super::RdmaPort;
 
@@ -28,6 +29,13 @@ pub struct SessionAddresses {
     /// Its RDMA ports, in the order in which a session is striped over them.
     #[serde(default)]
     pub rdma: Vec<RdmaPort>,
+}
+
+impl SessionAddresses {
+    /// [`Self::instance`] of addresses as a card has them, of whatever build.
+    pub fn instance_of(session: &Value) -> Option<&str> {
+        session["instance"].as_str()
+    }
 }
 
 /// What tells this host, since it was started, from all others: the kernel's boot id. Containers of a host have the
@@ -65,6 +73,16 @@ mod tests {
     use std::os::unix::fs::PermissionsExt;
 
     use super::*;
+
+    #[test]
+    fn the_instance_is_found_in_what_a_card_has() {
+        let (host, instance) = ("h".to_owned(), "i".to_owned());
+        let addresses =
+            SessionAddresses { host, instance, unix: None, cuda: None, tcp: None, tls: false, rdma: Vec::new() };
+        let card = serde_json::to_value(&addresses).unwrap();
+        assert_eq!(SessionAddresses::instance_of(&card), Some("i"));
+        assert_eq!(SessionAddresses::instance_of(&Value::Null), None, "it takes no sessions");
+    }
 
     #[test]
     fn a_folder_that_others_may_write_to_is_refused() {

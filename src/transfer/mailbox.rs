@@ -8,8 +8,8 @@ use crate::handoff::{MailboxWord, Slot};
 /// Bytes a slot takes: a cache line, so that a peer that writes one word does not take others from the poller's cache.
 pub(super) const SLOT_BYTES: usize = 64;
 
-/// The decode worker's mailbox: a word a slot, in memory that prefill workers, or their adapters, write themselves. Clones
-/// are the same mailbox.
+/// The decode worker's mailbox: a word a slot, in memory that prefill workers, or their adapters, write themselves.
+/// Clones are the same mailbox.
 #[derive(Debug, Clone)]
 pub struct Mailbox {
     memory: Region,

@@ -71,8 +71,8 @@ impl<P: Payload> Outbound<P> {
         self.push_encoded(frame.encode(), None);
     }
 
-    /// Queues a frame that lets go of nothing before all pages that are not begun, and behind whatever else waits before
-    /// these. Pages and the words behind them keep their order.
+    /// Queues a frame that lets go of nothing before all pages that are not begun, and behind whatever else waits
+    /// before these. Pages and the words behind them keep their order.
     pub(super) fn push_ahead(&mut self, frame: &Frame) {
         let head = frame.encode();
         self.bytes += head.len();

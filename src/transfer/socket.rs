@@ -79,10 +79,11 @@ impl Socket {
     /// Takes over a TCP connection: what is written goes out at once.
     ///
     /// Between two processes of a host nothing is congested, and whoever reads is the other half of a copy. A system
-    /// whose congestion control paces what it sends at the rate that it measures (BBR, the default of some) does so there
-    /// too, by a timer, which was measured to cost more than half of the speed. And a reader that sleeps whenever it has
-    /// caught up has to be woken on another core each time, while what was sent leaves the caches: so it stays awake for
-    /// a moment, if it does not keep the only core from the sender. Between hosts, either is the system's business.
+    /// whose congestion control paces what it sends at the rate that it measures (BBR, the default of some) does so
+    /// there too, by a timer, which was measured to cost more than half of the speed. And a reader that sleeps whenever
+    /// it has caught up has to be woken on another core each time, while what was sent leaves the caches: so it stays
+    /// awake for a moment, if it does not keep the only core from the sender. Between hosts, either is the system's
+    /// business.
     pub(super) fn tcp(stream: TcpStream) -> io::Result<Self> {
         stream.set_nodelay(true)?;
         let local = stream.peer_addr()?.ip() == stream.local_addr()?.ip();

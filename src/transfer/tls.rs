@@ -293,8 +293,8 @@ impl Tls {
         reached
     }
 
-    /// Queues the alert that tells the peer what was wrong with it. Looks once: there is no more than this alert to send,
-    /// and the same bytes would fail again.
+    /// Queues the alert that tells the peer what was wrong with it. Looks once: there is no more than this alert to
+    /// send, and the same bytes would fail again.
     fn say_why(&mut self) {
         let Self { side, incoming, start, end, outgoing, .. } = self;
         let received = &mut incoming[*start..*end];

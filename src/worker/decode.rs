@@ -23,6 +23,7 @@ use crate::{
 
 /// Loads the model and serves it until a signal comes. `ready` hears when and where it begins to.
 pub async fn run(cli: WorkerArgs, ready: impl FnOnce(Ready)) -> Result<()> {
+    let mut signals = Signals::new()?;
     // An address that cannot be had is said now, not after minutes of loading.
     let bound = api::bind(&cli.host, cli.port()).await?;
     let limits = limits(&cli.disagg)?;
@@ -39,7 +40,6 @@ pub async fn run(cli: WorkerArgs, ready: impl FnOnce(Ready)) -> Result<()> {
         None => None,
     };
     let metrics = Metrics::new();
-    let mut signals = Signals::new()?;
     let shared = ways.as_ref().is_some_and(|ways| ways.shm);
     let loading = tokio::task::spawn_blocking(move || load(&cli, shared).map(|loaded| (loaded, cli)));
     let ((config, loaded), cli) = tokio::select! {

@@ -440,14 +440,17 @@ fn serve<R: Runner>(mut engine: Engine<R>, shared: &Shared) {
         Ok(Err(error)) => Some(error.to_string()),
         Err(panic) => Some(format!("the engine thread panicked: {}", panic_message(&*panic))),
     };
-    shared.step.store(0, Ordering::Relaxed);
     if let Some(reason) = failure {
         tracing::error!(%reason, "the engine failed; all requests are aborted");
         // First, so that whoever is aborted below finds it said already.
         shared.status.send_replace(EngineStatus::Failed { reason });
     }
-    // Drops sessions and messages, which aborts their requests, and the model.
+    // Dropping sessions and messages aborts their requests. First: the model may have to wait for its device, and a step
+    // that failed is under way until it has.
+    engine.sessions.fill_with(|| None);
+    while engine.messages.try_recv().is_ok() {}
     drop(engine);
+    shared.step.store(0, Ordering::Relaxed);
     shared.status.send_if_modified(|status| {
         let running = *status == EngineStatus::Running;
         if running {

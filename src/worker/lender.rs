@@ -160,7 +160,7 @@ pub(super) async fn start(
         (server.tcp_pages, Transport::Tcp),
     ];
     let transports = on.iter().filter(|(on, _)| *on).map(|(_, transport)| transport.name().to_owned()).collect();
-    let sink = sink(post.clone(), sessions.clone());
+    let sink = sink(post.clone(), Arc::downgrade(&sessions));
     let server = SessionServer::start(server, region, mailbox.clone(), sink).await?;
     let addresses = serde_json::to_value(server.addresses())?;
     // It is the only one to set it.

@@ -1,8 +1,8 @@
 //! Measuring how fast pages reach a decode worker, from where a prefill worker is or would be.
 //!
-//! It opens a session as a prefill worker does, over the way that would be chosen, and asks for pages that nobody needs.
-//! The decode worker lends them under a slot and an epoch like any others, fences whoever falls silent over them, and
-//! reads nothing of them. So a cluster can be measured while it serves.
+//! It opens a session as a prefill worker does, over the way that would be chosen, and asks for pages that nobody
+//! needs. The decode worker lends them under a slot and an epoch like any others, fences the session if they have not
+//! come back within ten seconds, and reads nothing of them. So a cluster can be measured while it serves.
 
 use std::{os::unix::fs::FileExt, sync::mpsc, time::Instant};
 

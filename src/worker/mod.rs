@@ -1,7 +1,8 @@
-//! The engine thread and the way to it.
+//! The two roles, decode and prefill, and the engine thread they share.
 //!
-//! One OS thread owns the model, the scheduler and the KV pages. Everything else talks to it through [`EngineHandle`],
-//! and hears from it through one [`Generation`] a request.
+//! One OS thread owns the model, the scheduler and the KV pages. Requests go to it through [`EngineHandle`] and hear
+//! from it through a [`Generation`] each; prompts for decode workers through an [`Exporter`]; what happens to lent
+//! pages comes through [`Post`].
 
 mod ahead;
 mod alone;

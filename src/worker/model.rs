@@ -17,7 +17,8 @@ use super::{
 };
 use crate::{
     cli::{DeviceArg, EngineArgs, KvDTypeArg},
-    cluster::{ModelCard, ModelKey},
+    cluster::{ModelCard, ModelKey, Versions},
+    handoff::Job,
     transfer::SESSION_VERSION,
 };
 
@@ -103,7 +104,8 @@ pub(super) fn load(cli: &EngineArgs, source: &ModelSource, purpose: &Purpose) ->
         dtype: cli.kv_cache_dtype.or(source.kv_dtype()),
     };
     let fingerprint = source.fingerprint()?;
-    let key = ModelKey::new(&fingerprint, &layout, page_order, SESSION_VERSION);
+    let key =
+        ModelKey::new(&fingerprint, &layout, page_order, Versions { sessions: SESSION_VERSION, jobs: Job::SCHEMA });
     // Before loading: what cannot be is said at once, and the model's tables are no longer than what is served.
     let weights = match device {
         Chosen::Cpu => source.weight_bytes(),
@@ -247,7 +249,7 @@ mod tests {
     #[test]
     fn workers_on_cpus_and_on_devices_never_share_a_key() {
         let layout = KvLayout { layers: 2, kv_heads: 2, head_dim: 64, block_size: 16, blocks: 9, dtype: KvDType::F16 };
-        let key = |order| ModelKey::new(&[7; 32], &layout, order, 1);
+        let key = |order| ModelKey::new(&[7; 32], &layout, order, Versions { sessions: 1, jobs: 1 });
         assert_ne!(key(CPU_PAGE_ORDER), key(CUDA_PAGE_ORDER));
     }
 }

@@ -3,7 +3,7 @@
 use std::{
     collections::HashMap,
     sync::{
-        Arc, Mutex, OnceLock, PoisonError, RwLock,
+        Arc, Mutex, OnceLock, PoisonError, RwLock, Weak,
         atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering},
     },
     time::{Duration, Instant},
@@ -235,8 +235,9 @@ impl ClusterPort {
     }
 }
 
-/// Passes on what happens on sessions to the engine thread. A peer that says what cannot be read is cut off.
-pub(super) fn sink(post: Post, sessions: Arc<OnceLock<SessionServer>>) -> Sink {
+/// Passes on what happens on sessions to the engine thread. A peer that says what cannot be read is cut off. The server
+/// holds what this gives, so this does not hold the server.
+pub(super) fn sink(post: Post, sessions: Weak<OnceLock<SessionServer>>) -> Sink {
     let peers: Mutex<HashMap<SessionId, WorkerId>> = Mutex::default();
     Arc::new(move |event| {
         let mut peers = peers.lock().unwrap_or_else(PoisonError::into_inner);
@@ -256,8 +257,8 @@ pub(super) fn sink(post: Post, sessions: Arc<OnceLock<SessionServer>>) -> Sink {
                     }
                     Err(error) => {
                         tracing::warn!(%worker, %error, "a prefill worker is cut off");
-                        if let Some(sessions) = sessions.get() {
-                            sessions.fence(session);
+                        if let Some(server) = sessions.upgrade().as_ref().and_then(|sessions| sessions.get()) {
+                            server.fence(session);
                         }
                     }
                 }

@@ -41,10 +41,10 @@ const TICK: Duration = Duration::from_millis(100);
 /// Loads the model and computes prompts of the cluster's decode workers until a signal comes. `ready` hears when it
 /// begins to.
 pub async fn run(mut cli: WorkerArgs, ready: impl FnOnce(Ready)) -> Result<()> {
+    let mut signals = Signals::new()?;
     let bound = api::bind(&cli.host, cli.port()).await?;
     let cluster = join(cli.cluster.options(), Needs::EtcdAndNats).await?.needed_by("a prefill worker")?;
     let ways = Ways::of(&cli.disagg.transports)?.open().await?;
-    let mut signals = Signals::new()?;
     let mut expected = None;
     if cli.engine.model.is_none() {
         let card = tokio::select! {

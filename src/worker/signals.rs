@@ -8,7 +8,8 @@ pub(crate) struct Signals {
 }
 
 impl Signals {
-    /// Handles them from now on.
+    /// Handles them from now on. To be called first: as process 1 of a container, a process ignores signals that it has
+    /// no handler for.
     pub(crate) fn new() -> Result<Self> {
         let listen = |kind| signal(kind).context("cannot handle signals");
         Ok(Self { terminate: listen(SignalKind::terminate())?, interrupt: listen(SignalKind::interrupt())? })

@@ -70,8 +70,8 @@ pub enum SizingError {
 /// Decides how many pages the KV cache has and how long a sequence may be. `layout.blocks` is ignored;
 /// `model_positions` is the context the model was made for, `available` the machine's free memory in bytes.
 ///
-/// Without a wish it takes what a device leaves, or on a CPU a quarter of the free memory, at most 4 GiB, and no more than `max_num_seqs` of the longest
-/// sequences. A context nobody asked for is cut to what the pages hold.
+/// Without a wish it takes what a device leaves, or on a CPU a quarter of the free memory, at most 4 GiB, and no more
+/// than `max_num_seqs` of the longest sequences. A context nobody asked for is cut to what the pages hold.
 pub fn size_kv(
     wish: KvRequest,
     layout: KvLayout,

@@ -94,8 +94,8 @@ impl Staging {
     }
 
     /// Returns when the device is done with all that it was told to compute: nothing of it still reads or writes pages
-    /// that a peer's device, or an adapter, is about to write to, as a step under way may, in which a sequence that gave
-    /// its pages back takes part in vain. (It is waited for whatever it writes to.) False if the device fails.
+    /// that a peer's device, or an adapter, is about to write to, as a step under way may, in which a sequence that
+    /// gave its pages back takes part in vain. (It is waited for whatever it writes to.) False if the device fails.
     fn settle(&self) -> bool {
         let settled = self.device.mark().and_then(|mark| mark.wait());
         if let Err(error) = &settled {

@@ -9,10 +9,10 @@ use super::EngineHandle;
 /// How often one looks.
 const LOOK_PERIOD: Duration = Duration::from_secs(1);
 
-/// Ends the process once a step has taken `step_time_max`; without that, never. A device that hangs does not say so: the
-/// engine thread waits for it, all requests wait behind that, and `/health` is fine. Of a process that ends, everybody
-/// knows what to think: whoever looks after it starts it again, answers in progress go on at other workers, and prompts
-/// are prefilled elsewhere.
+/// Ends the process once a step has taken `step_time_max`; without that, never. A device that hangs does not say so:
+/// the engine thread waits for it, all requests wait behind that, and `/health` is fine. Of a process that ends,
+/// everybody knows what to think: whoever looks after it starts it again, answers in progress go on at other workers,
+/// and prompts are prefilled elsewhere.
 pub(super) fn watch(engine: &EngineHandle, step_time_max: Option<Duration>) {
     let Some(limit) = step_time_max.filter(|limit| !limit.is_zero()) else { return };
     let engine = engine.clone();

@@ -100,8 +100,8 @@ impl Ways {
         Ok(registered)
     }
 
-    /// The same of pages in device memory, if adapters are open: why they do not reach them is no error, as pages can be
-    /// staged.
+    /// The same of pages in device memory, if adapters are open: why they do not reach them is no error, as pages can
+    /// be staged.
     pub(crate) async fn reach<T: Send + 'static>(
         &self,
         register: impl FnOnce(&Adapters) -> Result<T, Unreached> + Send + 'static,

@@ -111,6 +111,21 @@ fn pages_go_to_whoever_has_the_cluster_s_token_and_a_certificate_and_to_no_stran
     assert_eq!(prefills(&decode, "remote"), 1.0, "{}", friend.log());
 }
 
+#[test]
+fn a_decode_worker_that_leaves_takes_its_socket_with_it() {
+    let cell = Cell::of(small());
+    let [etcd, nats] = cell.services();
+    let folder = tempfile::tempdir().unwrap();
+    let variable = format!("XDG_RUNTIME_DIR={}", folder.path().display());
+    let flags = [&cell.model.flags()[..], &["--etcd", &etcd, "--nats", &nats, "--transport", "shm"]].concat();
+    let decode = Server::start_under(&["env", &variable], &flags);
+    let sockets = || std::fs::read_dir(folder.path().join("engine")).unwrap().count();
+    assert_eq!(sockets(), 1);
+    decode.signal("TERM");
+    assert!(decode.wait().success(), "{}", decode.log());
+    assert_eq!(sockets(), 0);
+}
+
 /// A prompt whose tokens would not fit a message of the queue.
 fn a_very_long_prompt(length: usize, cell: &Cell) {
     let batch = ["--max-num-batched-tokens", "4096"];

@@ -7,7 +7,7 @@ use tokio::{sync::Mutex, time::timeout};
 use crate::cluster::ClusterError;
 
 /// How long one call may take. Well under a third of a lease's life, so that a lost answer does not cost the lease.
-const CALL_TIMEOUT: Duration = Duration::from_secs(2);
+pub(super) const CALL_TIMEOUT: Duration = Duration::from_secs(2);
 /// Pings on a quiet connection: a watch on a dead one would wait for ever. etcd takes more than one in five seconds
 /// amiss.
 const PING_PERIOD: Duration = Duration::from_secs(10);

@@ -6,7 +6,7 @@ use tokio::{
     time::timeout,
 };
 
-use super::connection::{Backoff, Connection, describe, jitter};
+use super::connection::{Backoff, CALL_TIMEOUT, Connection, describe, jitter};
 use crate::cluster::LeaseId;
 
 /// Longest pause before a lost registration is made anew: those who lost theirs together do not come back together.
@@ -116,8 +116,10 @@ impl Keeper {
 }
 
 async fn renew_over_one_stream(client: Client, lease: i64, period: Duration, mut renewed: impl FnMut()) -> Ended {
-    let late = || Ended::Unreachable(format!("no answer within {period:?}"));
-    let opened = match timeout(period, client.lease_client().keep_alive(lease)).await {
+    // After one that is late there is time for others before the lease ends.
+    let patience = period.min(CALL_TIMEOUT);
+    let late = || Ended::Unreachable(format!("no answer within {patience:?}"));
+    let opened = match timeout(patience, client.lease_client().keep_alive(lease)).await {
         Ok(opened) => opened,
         Err(_) => return late(),
     };
@@ -133,7 +135,7 @@ async fn renew_over_one_stream(client: Client, lease: i64, period: Duration, mut
         if let Err(error) = keeper.keep_alive().await {
             return Ended::Unreachable(describe(&error));
         }
-        match timeout(period, answers.message()).await {
+        match timeout(patience, answers.message()).await {
             Ok(Ok(Some(answer))) if answer.ttl() > 0 => {}
             Ok(Ok(Some(_))) => return Ended::Lost,
             Ok(Ok(None)) => return Ended::Unreachable("the server closed the connection".into()),

@@ -111,6 +111,11 @@ impl Mirror {
         let message = stream.message().await.map_err(|error| describe(&error))?;
         let message = message.ok_or("the server closed the watch")?;
         let (cluster, revision) = message.header().map_or((0, 0), |header| (header.cluster_id(), header.revision()));
+        // The message that a watch was created says where the member is that keeps it, which may be behind the one that
+        // listed. (A store that really went back is noticed by the list.) And the one that it is cancelled says 0 if
+        // what it was to tell was compacted.
+        let says_how_far = !message.created() && !message.canceled();
+        let revision = if says_how_far { revision } else { revision.max(position.revision) };
         if !position.is_before(cluster, revision) {
             self.start_over(true);
             return Ok(());

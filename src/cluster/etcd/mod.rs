@@ -32,8 +32,8 @@ pub struct Etcd {
 }
 
 impl Etcd {
-    /// Reads certificates and checks the endpoints' form. Nothing is connected yet: a server that is away now is as good
-    /// as one that goes away later.
+    /// Reads certificates and checks the endpoints' form. Nothing is connected yet: a server that is away now is as
+    /// good as one that goes away later.
     pub fn new(options: EtcdOptions, namespace: &str) -> Result<Self, ClusterError> {
         Ok(Self { connection: Connection::new(options)?, root: format!("/engine/{namespace}") })
     }

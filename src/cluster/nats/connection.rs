@@ -16,9 +16,10 @@ const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
 pub(super) const REQUEST_TIMEOUT: Duration = Duration::from_secs(2);
 /// Pings on a quiet connection; two without an answer end it.
 const PING_PERIOD: Duration = Duration::from_secs(10);
-/// How long a job may go without a sign of life before another worker gets it: three of the signs that workers give may go
-/// missing. Far below the time after which a decode worker no longer waits for a claim
-/// ([`LenderTimeouts::unclaimed`](crate::handoff::LenderTimeouts::unclaimed)), or the other's claim would come too late.
+/// How long a job may go without a sign of life before another worker gets it: three of the signs that workers give may
+/// go missing. Far below the time after which a decode worker no longer waits for a claim
+/// ([`LenderTimeouts::unclaimed`](crate::handoff::LenderTimeouts::unclaimed)), or the other's claim would come too
+/// late.
 const ACK_WAIT: Duration = Duration::from_secs(8);
 /// Longest pause between attempts to connect.
 const RECONNECT_PAUSE_MAX: Duration = Duration::from_secs(2);

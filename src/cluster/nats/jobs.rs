@@ -24,8 +24,8 @@ const SERVER_DELIVERIES_MAX: i64 = DELIVERIES_MAX as i64 + 5;
 const JOBS_MAX: i64 = 10_000;
 /// Jobs of a model under way at a time.
 const JOBS_UNDER_WAY_MAX: i64 = 10_000;
-/// Jobs that have been here for so long have long been done by their decode workers: they are of models that are gone, or
-/// were acked just before the server was killed, which may then keep them for good.
+/// Jobs that have been here for so long have long been done by their decode workers: they are of models that are gone,
+/// or were acked just before the server was killed, which may then keep them for good.
 const JOB_AGE_MAX: Duration = Duration::from_secs(3600);
 /// A consumer nobody has used for so long is of a model that is gone.
 const CONSUMER_IDLE_MAX: Duration = Duration::from_secs(24 * 3600);

@@ -50,8 +50,8 @@ pub struct NatsServer {
 }
 
 impl Nats {
-    /// Reads credentials, checks the servers' form, and begins to connect. A server that is away now is as good as one that
-    /// goes away later.
+    /// Reads credentials, checks the servers' form, and begins to connect. A server that is away now is as good as one
+    /// that goes away later.
     pub async fn new(options: NatsOptions, namespace: &str) -> Result<Self, ClusterError> {
         let connection = connection::Connection::new(&options).await?;
         let jobs = Jobs::new(connection.clone(), namespace, options.ack_wait);

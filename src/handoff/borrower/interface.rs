@@ -43,7 +43,7 @@ pub enum BorrowerEvent {
     ConnectFailed {
         /// To whom.
         decode: WorkerId,
-        /// Certainly for ever: another process answers there, or none, and discovery has no such worker either.
+        /// Certainly for ever: discovery has no such worker, and has others.
         gone: bool,
     },
     /// Something was said on a session.

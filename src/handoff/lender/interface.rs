@@ -10,8 +10,8 @@ pub struct LenderTimeouts {
     /// A holder that gives no sign of life: start the request again and ask for the pages back. Several times the
     /// [`keep_alive`](crate::handoff::BorrowerTimeouts::keep_alive) of the prefill workers.
     pub silent: Duration,
-    /// One that gives signs of life, but says in all of them that nothing moves where it is, as its device hangs: the same.
-    /// Longer than anything takes there that is computed or written in one go.
+    /// One that gives signs of life, but says in all of them that nothing moves where it is, as its device hangs: the
+    /// same. Longer than anything takes there that is computed or written in one go.
     pub stalled: Duration,
     /// A holder that does not answer when asked for the pages: fence its session.
     pub release: Duration,

@@ -122,8 +122,8 @@ impl Writer {
     }
 
     /// Sends a message, after everything written before but for pages in device memory that are yet to be computed or
-    /// staged: who says of a loan that nothing more is written under it waits for the answers of its writes. False if it
-    /// is larger than the decode worker takes, or the session has ended.
+    /// staged: who says of a loan that nothing more is written under it waits for the answers of its writes. False if
+    /// it is larger than the decode worker takes, or the session has ended.
     pub fn send(&self, message: Bytes) -> bool {
         if !self.takes(&message) {
             return false;

@@ -19,8 +19,8 @@ const READS_MAX: u8 = 1;
 const GRH_REQUIRED: u8 = 1;
 /// Hops that packets may take.
 const HOPS_MAX: u8 = 64;
-/// How long the adapter waits for an acknowledgement: 4.096 µs × 2^16, a quarter of a second; some take up to four times
-/// as long.
+/// How long the adapter waits for an acknowledgement: 4.096 µs × 2^16, a quarter of a second; some take up to four
+/// times as long.
 const ACKNOWLEDGED_IN: u8 = 16;
 /// How often it tries again, which makes two to eight seconds: longer than a link takes to come back, shorter than a
 /// session takes to give up its peer. 7, the most, is for ever to some adapters, soft-RoCE among them.

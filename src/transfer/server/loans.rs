@@ -45,7 +45,8 @@ impl Loans {
         }
     }
 
-    /// The peer has given it back by itself. If it was taken back at the same time, its answer to that is still to come.
+    /// The peer has given it back by itself. If it was taken back at the same time, its answer to that is still to
+    /// come.
     pub(super) fn forget(&mut self, loan: Loan) {
         if let Some(State::Lent(_)) = self.0.get(&loan) {
             self.0.remove(&loan);
