@@ -84,12 +84,11 @@ impl Load<'_> {
             char::from(b'a' + ((state >> 33) % 26) as u8)
         };
         let prompt: String = (0..PROMPT_BYTES).map(letter).collect();
-        let body = format!(
-            r#"{{"model":"{}","prompt":"{prompt}","max_tokens":{OUTPUT_TOKENS},"temperature":0,"ignore_eos":true,"stream":true,"stream_options":{{"include_usage":true}}}}"#,
-            self.model
-        );
+        let how = r#""temperature":0,"ignore_eos":true,"stream":true,"stream_options":{"include_usage":true}"#;
+        let body = format!(r#"{{"model":"{}","prompt":"{prompt}","max_tokens":{OUTPUT_TOKENS},{how}}}"#, self.model);
         format!(
-            "POST /v1/completions HTTP/1.1\r\nHost: {}\r\nContent-Type: application/json\r\nContent-Length: {}\r\n\r\n{body}",
+            "POST /v1/completions HTTP/1.1\r\nHost: {}\r\nContent-Type: application/json\r\n\
+             Content-Length: {}\r\n\r\n{body}",
             self.address,
             body.len()
         )

@@ -81,7 +81,8 @@ fn main() -> Result<()> {
                 for clients in CLIENTS {
                     let figures = measure(&stack, clients, Duration::from_secs_f64(options.seconds))?;
                     eprintln!(
-                        "round {round}: {who:?}, {pace:?}, {clients} clients: {:.0} requests/s, TTFT {:.2} ms, frontend {:.1} µs a token",
+                        "round {round}: {who:?}, {pace:?}, {clients} clients: {:.0} requests/s, TTFT {:.2} ms, \
+                         frontend {:.1} µs a token",
                         figures.requests_per_second,
                         figures.first_p50 * 1e3,
                         figures.frontend_cpu_per_token * 1e6,

@@ -61,8 +61,8 @@ impl Report {
         )?;
         writeln!(
             text,
-            "- Streamed completions of {OUTPUT_TOKENS} tokens after prompts of {PROMPT_BYTES} bytes, over two workers that only \
-             pretend to compute; clients keep their connections"
+            "- Streamed completions of {OUTPUT_TOKENS} tokens after prompts of {PROMPT_BYTES} bytes, over two workers \
+             that only pretend to compute; clients keep their connections"
         )?;
         writeln!(
             text,
@@ -80,8 +80,8 @@ impl Report {
             writeln!(text, "\n## {title}\n")?;
             writeln!(
                 text,
-                "| clients | | requests/s | TTFT p50 / p99, ms | added to a worker's own, ms | frontend CPU a request, µs | a token, µs | \
-                 workers' CPU a token, µs | frontend, cores |"
+                "| clients | | requests/s | TTFT p50 / p99, ms | added to a worker's own, ms | frontend CPU a request, \
+                 µs | a token, µs | workers' CPU a token, µs | frontend, cores |"
             )?;
             writeln!(text, "| --- | --- | --- | --- | --- | --- | --- | --- | --- |")?;
             for clients in CLIENTS {

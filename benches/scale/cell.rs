@@ -53,7 +53,7 @@ impl Cell {
         let (etcd, nats) = (services::etcd(), services::nats_with(&["-m", &monitor.to_string()]));
         let address = local(free_port());
         let mut command = program(&etcd, &nats, &["frontend", "--port", &address.port().to_string()]);
-        command.args(["--max-connections", "4096"]);
+        command.args(["--max-requests", "4096"]);
         let frontend = Process::start("engine frontend", command, address, &folder.path().join("frontend.log"))?;
         let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
         let options = ClusterOptions {

@@ -58,7 +58,8 @@ impl Report {
         writeln!(text, "- Machine: {cpu}, {cores} cores, {memory_gib:.0} GiB, shared by everything")?;
         writeln!(
             text,
-            "- Mock workers (20 ms a step, 100 µs a prompt token) in processes of {} or fewer, one etcd, one NATS, one frontend",
+            "- Mock workers (20 ms a step, 100 µs a prompt token) in processes of {} or fewer, one etcd, one NATS, one \
+             frontend",
             super::cell::WORKERS_A_PROCESS
         )?;
         writeln!(
@@ -117,37 +118,39 @@ impl Report {
         writeln!(text, "\n## What grows with what\n")?;
         writeln!(
             text,
-            "- **The workers' number, once:** watchers of etcd (two a decode worker, one a prefill worker and frontend), renewals of \
-             leases, load reports (decode workers' alone, to frontends alone: 1 a second, up to 10 under load), looks at the queue's \
-             depth (one in two seconds, four a second while prompts are handed off). Idle, {:.1} messages a second into NATS a worker.",
+            "- **The workers' number, once:** watchers of etcd (two a decode worker, one a prefill worker and \
+             frontend), renewals of leases, load reports (decode workers' alone, to frontends alone: 1 a second, up to \
+             10 under load), looks at the queue's depth (one in two seconds, four a second while prompts are handed \
+             off). Idle, {:.1} messages a second into NATS a worker.",
             last.idle.nats_in / workers
         )?;
         writeln!(
             text,
-            "- **Each change of the set tells those who watch it:** one prefill worker that comes and goes is {:.0} events, two for each \
-             decode worker and a few for frontends and the meter. All workers starting at once is thus decode × prefill events, the one \
-             burst that etcd sees ({:.1} s until everybody knew everybody).",
+            "- **Each change of the set tells those who watch it:** one prefill worker that comes and goes is {:.0} \
+             events, two for each decode worker and a few for frontends and the meter. All workers starting at once is \
+             thus decode × prefill events, the one burst that etcd sees ({:.1} s until everybody knew everybody).",
             last.events_a_change, last.up
         )?;
         writeln!(
             text,
-            "- **Sessions: decode × prefill at most**, opened when a pair first has a job in common and then kept: {:.0} of {all:.0} pairs \
-             here. An idle one costs {session:.0} µs of CPU a second, both ends together, for its signs of life; with all pairs open that \
-             is {:.1} % of a core for each worker. It is the only thing that grows with the product, and what a decode worker limits \
-             (1,024 sessions).",
+            "- **Sessions: decode × prefill at most**, opened when a pair first has a job in common and then kept: \
+             {:.0} of {all:.0} pairs here. An idle one costs {session:.0} µs of CPU a second, both ends together, for \
+             its signs of life; with all pairs open that is {:.1} % of a core for each worker. It is the only thing \
+             that grows with the product, and what a decode worker limits (1,024 sessions).",
             last.sessions,
             session * all / workers / 1e4
         )?;
         writeln!(
             text,
-            "- **Requests:** a job is a publication, a delivery and its acknowledgement in NATS ({:.1} messages a request, load reports and \
-             all). Nothing about a request depends on how many workers there are but the frontend's look at each of them.",
+            "- **Requests:** a job is a publication, a delivery and its acknowledgement in NATS ({:.1} messages a \
+             request, load reports and all). Nothing about a request depends on how many workers there are but the \
+             frontend's look at each of them.",
             last.busy.nats_in / last.requests_per_second
         )?;
         writeln!(
             text,
-            "- **The first limit** on this machine is its two cores, most of which mocks use. Of the services NATS would be it: {:.2} \
-             cores at {:.0} handoffs a second.",
+            "- **The first limit** on this machine is its two cores, most of which mocks use. Of the services NATS \
+             would be it: {:.2} cores at {:.0} handoffs a second.",
             last.busy.nats_cores,
             last.remote / self.seconds
         )?;

@@ -10,8 +10,10 @@ use subtle::ConstantTimeEq;
 use uuid::Uuid;
 
 use super::{ApiError, Serving, extract::discard_body};
-use crate::telemetry::TraceContext;
+use crate::{cluster::ModelKey, telemetry::TraceContext};
 
+/// Header in which a frontend says for which model's worker a request is: its [`ModelKey`].
+pub(crate) const MODEL_KEY_HEADER: HeaderName = HeaderName::from_static("x-engine-model-key");
 pub(super) static REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 /// Longest request id that is taken over from a client.
 const REQUEST_ID_BYTES_MAX: usize = 128;
@@ -56,6 +58,21 @@ pub(crate) async fn require_key(State(serving): State<Arc<Serving>>, request: Re
         Ok(request) => next.run(request).await,
         Err(refusal) => refusal,
     }
+}
+
+/// Lets requests pass that are for this model, as far as they say. A frontend that has not heard yet of a worker's end
+/// may find another in its place, whose name for its model is the same and whose weights are others.
+pub(crate) async fn require_model(State(serving): State<Arc<Serving>>, request: Request, next: Next) -> Response {
+    let is_ours = |key: &HeaderValue| {
+        let key: Option<ModelKey> = key.to_str().ok().and_then(|key| key.parse().ok());
+        key.is_some_and(|key| key.as_bytes()[..] == serving.engine.limits().model_key[..])
+    };
+    if request.headers().get(MODEL_KEY_HEADER).is_none_or(is_ours) {
+        return next.run(request).await;
+    }
+    discard_body(request).await;
+    let message = "The request is for the worker that had this address before, whose model is another";
+    ApiError::new(StatusCode::MISDIRECTED_REQUEST, "other_model", message).into_response()
 }
 
 /// Gives the request back if it has one of the keys or there are none; else the answer that refuses it.

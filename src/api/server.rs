@@ -24,7 +24,7 @@ use crate::{telemetry::Metrics, worker::EngineHandle};
 /// How long a client may take to send a request's headers, or leave a connection idle.
 const HEADERS_TIME_MAX: Duration = Duration::from_secs(75);
 /// How long a client may take none of an answer that is ready for it.
-const WRITE_STALL_MAX: Duration = Duration::from_secs(60);
+pub(crate) const WRITE_STALL_MAX: Duration = Duration::from_secs(60);
 /// Connections that wait to be accepted.
 const BACKLOG: i32 = 1024;
 /// How long connections may take to end once everything has been answered.
@@ -33,6 +33,10 @@ const CLOSE_TIME_MAX: Duration = Duration::from_secs(5);
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 /// How long a connection counts as used before its first request: whoever has just come is not sent away for the next.
 const FIRST_REQUEST_TIME: Duration = Duration::from_secs(1);
+
+/// Connections that a server has beyond the requests it takes, unless a flag says: for those that are refused, and for
+/// probes. The flags' help repeats the number.
+pub(crate) const CONNECTIONS_BESIDE_REQUESTS: usize = 512;
 
 /// A server's limits and threads.
 #[derive(Debug)]

@@ -59,6 +59,9 @@ impl Stream for EventStream {
         loop {
             let Some(answer) = &mut this.answer else { return Poll::Ready(None) };
             match answer.poll_events(context) {
+                // Whatever is there: for a client that takes little at a time there is always something. But what is
+                // whole goes out.
+                Poll::Ready(false) if Instant::now() >= this.deadline.deadline() => this.fail(&ApiError::timeout()),
                 Poll::Ready(ended) => {
                     if answer.can_move() {
                         // A body that breaks off is what makes a frontend go elsewhere.
@@ -115,5 +118,96 @@ impl EventStream {
     fn end(&mut self) {
         self.buffer.extend_from_slice(b"data: [DONE]\n\n");
         self.answer = None;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::{
+        Arc,
+        mpsc::{self, Receiver},
+    };
+
+    use axum::{body::to_bytes, extract::Request};
+    use engine_kernels::{Batch, SampleRow, Sampled};
+    use engine_models::Tokenizer;
+    use serde_json::json;
+    use tower::ServiceExt;
+
+    use super::*;
+    use crate::{
+        api::{ApiConfig, Defaults, Parsers, Serving, router::router},
+        telemetry::Metrics,
+        worker::{Engine, EngineConfig, Runner, RunnerError},
+    };
+
+    const TIME_MAX: Duration = Duration::from_secs(60);
+
+    /// Says the same as often as it may.
+    struct Monotone(Receiver<()>);
+
+    impl Runner for Monotone {
+        fn execute<'a>(
+            &mut self,
+            _: &Batch,
+            _: &(dyn Fn(usize) -> SampleRow<'a> + Sync),
+            out: &mut [Sampled],
+            _: &mut dyn FnMut(usize),
+        ) -> Result<(), RunnerError> {
+            out.fill(Sampled::default());
+            self.0.recv().map_err(|_| RunnerError("the test is over".into()))
+        }
+    }
+
+    #[tokio::test]
+    async fn time_is_up_whatever_is_there() {
+        let bytes = json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": true});
+        let model = json!({"type": "BPE", "vocab": {"a": 0}, "merges": []});
+        let tokenizer = json!({"version": "1.0", "model": model, "decoder": bytes, "added_tokens": []});
+        let file = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(file.path(), tokenizer.to_string()).unwrap();
+        let api = ApiConfig {
+            model_names: vec!["m".into()],
+            model_root: "m".into(),
+            tokenizer: Arc::new(Tokenizer::from_file(file.path()).unwrap()),
+            template: None,
+            parsers: Parsers::default(),
+            defaults: Defaults::default(),
+            eos_token_ids: Vec::new(),
+            api_keys: Vec::new(),
+            body_bytes_max: 1 << 20,
+            request_timeout: TIME_MAX,
+            cluster_token: None,
+            allowed_origins: Vec::new(),
+        };
+        let config = EngineConfig {
+            max_num_seqs: 1,
+            max_num_batched_tokens: 16,
+            itl_target: Duration::from_millis(200),
+            max_waiting_requests: 1,
+            max_model_len: 64,
+            vocab_size: 1,
+            block_size: 16,
+            blocks: 4,
+            model_key: Vec::new(),
+        };
+        let metrics = Metrics::new();
+        let (permits, permitted) = mpsc::channel();
+        let engine = Engine::start(Monotone(permitted), config, metrics.engine.clone()).unwrap();
+        let generated = metrics.engine.generation_tokens.clone();
+        let router = router(Serving::new(api, engine, metrics));
+        let body = json!({"prompt": [0], "max_tokens": 8, "stream": true}).to_string();
+        let request = Request::post("/v1/completions").header(header::CONTENT_TYPE, "application/json");
+        let response = router.oneshot(request.body(Body::from(body)).unwrap()).await.unwrap();
+        // Some of it is there, and nobody has taken any.
+        (0..4).for_each(|_| permits.send(()).unwrap());
+        while generated.get() < 4 {
+            tokio::task::yield_now().await;
+        }
+        tokio::time::pause();
+        tokio::time::advance(TIME_MAX).await;
+        let body = to_bytes(response.into_body(), usize::MAX).await.unwrap();
+        let expected = format!("data: {}\n\ndata: [DONE]\n\n", ApiError::timeout().to_json());
+        assert_eq!(body, expected);
     }
 }

@@ -13,8 +13,8 @@ pub struct DoctorArgs {
     #[arg(long)]
     pub measure: bool,
 
-    /// Instead of all else, run every CUDA kernel on the first device and compare what it computes with the reference; with
-    /// WORDS, only the checks that have them in their names
+    /// Instead of all else, run every CUDA kernel on the first device and compare what it computes with the reference;
+    /// with WORDS, only the checks that have them in their names
     #[arg(long, value_name = "WORDS", num_args = 0..=1, require_equals = true, default_missing_value = "")]
     pub gpu: Option<String>,
 

@@ -2,7 +2,7 @@ use std::{path::PathBuf, time::Duration};
 
 use clap::{Args, builder::NonEmptyStringValueParser};
 
-use crate::api::{CallFormat, Parsers};
+use crate::api::{CONNECTIONS_BESIDE_REQUESTS, CallFormat, Parsers};
 
 use super::{
     ClusterArgs, EngineArgs, LogArgs, TransportArgs,
@@ -13,10 +13,6 @@ use super::{
 
 /// Port of a decode worker, and of a frontend.
 pub(super) const DEFAULT_PORT: u16 = 8000;
-
-/// Connections beyond the places for requests, unless a flag says how many there are in all: requests that are being
-/// read or refused need one too, and so does whoever asks whether the worker is there.
-const CONNECTIONS_BESIDE_REQUESTS: usize = 512;
 
 /// How long a step on a device may take, unless a flag says it. The largest take a second or two.
 const DEVICE_STEP_TIME_MAX: Duration = Duration::from_secs(300);
@@ -94,11 +90,24 @@ pub struct WorkerArgs {
     pub api_key: Vec<String>,
 
     /// Origins whose pages may ask from a browser, as scheme://host:port each, or * for all; may be given several times
-    #[arg(long, value_name = "ORIGIN", value_parser = parse_origin, conflicts_with = "is_prefill_worker", help_heading = "Server")]
+    #[arg(
+        long,
+        value_name = "ORIGIN",
+        value_parser = parse_origin,
+        conflicts_with = "is_prefill_worker",
+        help_heading = "Server"
+    )]
     pub allowed_origins: Vec<String>,
 
     /// Largest body of a request
-    #[arg(long, value_name = "SIZE", value_parser = parse_size, default_value = "16MiB", conflicts_with = "is_prefill_worker", help_heading = "Server")]
+    #[arg(
+        long,
+        value_name = "SIZE",
+        value_parser = parse_size,
+        default_value = "16MiB",
+        conflicts_with = "is_prefill_worker",
+        help_heading = "Server"
+    )]
     pub max_body_size: usize,
 
     /// Connections at a time; a further one gets the place of one that is idle, or waits [default: 512 more than
@@ -107,7 +116,14 @@ pub struct WorkerArgs {
     pub max_connections: Option<usize>,
 
     /// Seconds an answer may take, waiting included
-    #[arg(long, value_name = "SECONDS", value_parser = parse_seconds, default_value = "3600", conflicts_with = "is_prefill_worker", help_heading = "Server")]
+    #[arg(
+        long,
+        value_name = "SECONDS",
+        value_parser = parse_seconds,
+        default_value = "3600",
+        conflicts_with = "is_prefill_worker",
+        help_heading = "Server"
+    )]
     pub request_timeout: Duration,
 
     /// Seconds that running answers have to end after SIGTERM
@@ -158,15 +174,22 @@ pub struct DisaggArgs {
 
     /// Milliseconds between two tokens of an answer that prompts computed beside it are cut for; --disagg-policy auto
     /// sends away what would exceed it all the same
-    #[arg(long, value_name = "MS", value_parser = parse_millis, default_value = "200", conflicts_with = "is_prefill_worker")]
+    #[arg(
+        long,
+        value_name = "MS",
+        value_parser = parse_millis,
+        default_value = "200",
+        conflicts_with = "is_prefill_worker"
+    )]
     pub itl_target: Duration,
 
     /// How KV pages travel.
     #[command(flatten)]
     pub transports: TransportArgs,
 
-    /// Host memory, as 512MiB or 2GiB, that pages pass through on their way to or from a CUDA device where they cannot go
-    /// from device to device [default: 2 GiB of a decode worker, 256 MiB of a prefill worker, no more than all pages]
+    /// Host memory, as 512MiB or 2GiB, that pages pass through on their way to or from a CUDA device where they cannot
+    /// go from device to device [default: 2 GiB of a decode worker, 256 MiB of a prefill worker, no more than all
+    /// pages]
     #[arg(long, value_name = "SIZE", value_parser = parse_size, help_heading = "Transport")]
     pub kv_staging_memory: Option<usize>,
 

@@ -18,11 +18,12 @@ use super::{
     peek::Peek,
     placement::{Candidate, choose},
     upstream::{Exchange, Payload},
-    workers::{Booking, LostError, Serving, Table, Worker},
+    worker::{Booking, LostError, Worker},
+    workers::{Serving, Table},
 };
 use crate::{
     api::{
-        ApiError, CLUSTER_TOKEN_HEADER, Received,
+        ApiError, CLUSTER_TOKEN_HEADER, MODEL_KEY_HEADER, Received,
         progress::{PROGRESS_HEADER, RESUME_HEADER},
     },
     cluster::{LeaseId, ModelKey},
@@ -95,6 +96,9 @@ impl Asked {
         if let Ok(host) = HeaderValue::from_str(&worker.card.address) {
             headers.insert(header::HOST, host);
         }
+        if let Ok(key) = HeaderValue::from_str(&worker.card.model_key.to_string()) {
+            headers.insert(MODEL_KEY_HEADER, key);
+        }
         if self.streams() {
             headers.insert(PROGRESS_HEADER, HeaderValue::from_static("1"));
             if let Some(token) = token {
@@ -137,19 +141,37 @@ pub(super) struct Attempts {
     refusals: usize,
     /// Its model was served when the request came or a moment before, whether or not it is now.
     known: bool,
+    /// A worker could not be reached, because this process lacks something (files, ports, memory).
+    lacking: bool,
     /// The last refusal, and whether asking again later could help.
     refused: Option<(Failure, bool)>,
 }
 
 impl Attempts {
     /// Notes that a worker is lost; too many are the end. One that could not be reached has nothing to do with the
-    /// request.
+    /// request. One that was lost over a slow client counts, though not against the worker: the request may be sent
+    /// again as long as it gets further each time, and no longer.
     pub(super) fn lost(&mut self, worker: &Worker, error: &LostError) -> Result<(), ApiError> {
-        if !worker.avoid() {
+        if error.blames_worker() && !worker.avoid() {
             tracing::warn!(worker = %worker.lease, address = worker.card.address, %error, "lost a worker");
         }
-        self.losses += usize::from(!matches!(error, LostError::Connect(_)));
-        if self.losses < LOSSES_MAX { Ok(()) } else { Err(workers_lost()) }
+        match error {
+            LostError::Connect(_) | LostError::Replaced => {}
+            LostError::Lacking(_) => {
+                self.lacking = true;
+                if !worker.is_out_of_reach() {
+                    tracing::warn!(worker = %worker.lease, %error, "cannot ask a worker");
+                }
+            }
+            LostError::SlowClient(_) | LostError::Broken(_) | LostError::Silent(_) => self.losses += 1,
+        }
+        if self.losses >= LOSSES_MAX {
+            return Err(workers_lost());
+        }
+        if matches!(error, LostError::SlowClient(_)) {
+            tracing::info!(worker = %worker.lease, %error, "a slow client's answer is asked for again");
+        }
+        Ok(())
     }
 }
 
@@ -162,6 +184,12 @@ pub(super) fn workers_lost() -> ApiError {
 /// 503: nobody is there to answer.
 pub(super) fn no_workers() -> ApiError {
     ApiError::new(StatusCode::SERVICE_UNAVAILABLE, "no_workers", "No worker serves requests at the moment")
+}
+
+/// 503: nobody can be asked.
+fn no_connection() -> ApiError {
+    let message = "The server cannot connect to its workers at the moment; its log says what it lacks";
+    ApiError::new(StatusCode::SERVICE_UNAVAILABLE, "no_connection", message)
 }
 
 impl Frontend {
@@ -185,8 +213,8 @@ impl Frontend {
                 Pick::Nobody { lost_lately } => {
                     let taken = key.is_some() || attempts.losses > 0;
                     // Those who are there and refused say more than those who are not.
-                    let lost_lately = lost_lately && attempts.refused.is_none();
-                    let expected = taken || lost_lately || current.misses(asked.model());
+                    let unreached = (lost_lately || attempts.lacking) && attempts.refused.is_none();
+                    let expected = taken || unreached || current.misses(asked.model());
                     let hopeless = attempts.refused.as_ref().is_some_and(|(_, may_pass)| !may_pass);
                     if expected && !hopeless && Instant::now() < patience_ends {
                         if rounds.next(&mut table, patience_ends).await {
@@ -194,8 +222,14 @@ impl Frontend {
                         }
                         continue;
                     }
-                    let ours = || if taken { workers_lost() } else { no_workers() }.into();
-                    return Err(attempts.refused.take().map_or_else(ours, |(refused, _)| refused));
+                    let ours = if taken {
+                        workers_lost()
+                    } else if attempts.lacking {
+                        no_connection()
+                    } else {
+                        no_workers()
+                    };
+                    return Err(attempts.refused.take().map_or(ours.into(), |(refused, _)| refused));
                 }
             };
             if !attempts.tried.is_empty() {
@@ -222,6 +256,10 @@ impl Frontend {
                 Ok(body) => {
                     let headers = exchange.response.headers().clone();
                     worker.keep(exchange);
+                    if status == StatusCode::MISDIRECTED_REQUEST {
+                        attempts.lost(&worker, &LostError::Replaced)?;
+                        continue;
+                    }
                     let refused = Failure::Refused(status, headers, body);
                     attempts.refusals += usize::from(key.is_none());
                     if attempts.refusals >= REFUSALS_MAX {
@@ -304,7 +342,7 @@ impl Frontend {
             candidates = workers.iter().filter(open).collect();
         }
         let loads: Vec<_> =
-            candidates.iter().map(|worker| Candidate { id: worker.lease.0, load: worker.load() }).collect();
+            candidates.iter().map(|worker| Candidate { id: worker.instance, load: worker.load() }).collect();
         let affinity = asked.peek.as_ref().and_then(|peek| peek.affinity);
         Ok(match choose(&loads, affinity, rand::random()) {
             Some(index) => Pick::Worker(candidates[index].clone()),
@@ -324,10 +362,16 @@ enum Pick {
     Nobody { lost_lately: bool },
 }
 
-/// Whether another worker may answer what one has answered so: too busy, leaving, failed, or not reached by something
-/// in between. A 500 is about the request: the others would say it too.
+/// Whether another worker may answer what one has answered so: too busy, leaving, failed, another model's, or not
+/// reached by something in between. A 500 is about the request: the others would say it too.
 fn may_pass(status: StatusCode) -> bool {
-    matches!(status, StatusCode::TOO_MANY_REQUESTS | StatusCode::SERVICE_UNAVAILABLE | StatusCode::BAD_GATEWAY)
+    matches!(
+        status,
+        StatusCode::TOO_MANY_REQUESTS
+            | StatusCode::SERVICE_UNAVAILABLE
+            | StatusCode::BAD_GATEWAY
+            | StatusCode::MISDIRECTED_REQUEST
+    )
 }
 
 /// When those that were tried in vain are tried again. Each time costs them the request's body and what there is of its
@@ -362,7 +406,24 @@ impl Rounds {
 
 #[cfg(test)]
 mod tests {
+    use std::io;
+
     use super::*;
+    use crate::cluster::{Role, tests::card};
+
+    #[test]
+    fn what_is_lacking_here_neither_counts_nor_speaks_against_a_worker() {
+        let card = card(Role::Decode, ModelKey::of(b"model"), "127.0.0.1:1");
+        let worker = Worker::new(LeaseId(1), Arc::new(card));
+        let mut attempts = Attempts::default();
+        let lacking = LostError::Lacking(io::ErrorKind::OutOfMemory.into());
+        assert!((0..=LOSSES_MAX).all(|_| attempts.lost(&worker, &lacking).is_ok()));
+        assert!(attempts.lacking && !worker.is_avoided());
+        // A worker that is gone says nothing of the request.
+        let gone = LostError::Connect(io::ErrorKind::ConnectionRefused.into());
+        assert!((0..=LOSSES_MAX).all(|_| attempts.lost(&worker, &gone).is_ok()));
+        assert!(worker.is_avoided());
+    }
 
     #[tokio::test(start_paused = true)]
     async fn rounds_in_vain_grow_apart() {

@@ -1,15 +1,17 @@
 //! The cluster's HTTP edge: one address for all decode workers.
 //!
 //! A request's way: `router` reads its body, `peek` the little of it that placing needs, `placement` chooses among the
-//! live workers (`workers`, kept up to date from discovery), `dispatch` asks one after the other until one answers, and
-//! `relay` passes the answer on. A streamed answer carries comments for the frontend alone (`api::progress`), which `events`
-//! takes out; when its worker dies, they are what another needs to go on, and the client sees a pause. A whole answer is
-//! asked for again.
+//! live workers (`workers`, kept up to date from discovery), `dispatch` asks one after the other (`worker`) until one
+//! answers, and `relay` passes the answer on. A streamed answer carries comments for the frontend alone
+//! (`api::progress`), which `events` takes out; when its worker dies, they are what another needs to go on, and the
+//! client sees a pause. A whole answer is asked for again.
 //!
 //! A frontend holds no state that matters: any number of them may stand side by side, and come and go.
 
 mod dispatch;
 mod events;
+#[cfg(test)]
+mod fake;
 mod metrics;
 mod peek;
 mod placement;
@@ -17,6 +19,7 @@ mod relay;
 mod role;
 mod router;
 mod upstream;
+mod worker;
 mod workers;
 
 pub use metrics::FrontendMetrics;
@@ -25,11 +28,11 @@ pub use router::serve;
 
 use std::{sync::Arc, time::Duration};
 
-use hyper::header::HeaderValue;
-use tokio::sync::watch;
+use hyper::{StatusCode, header::HeaderValue};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 
 use crate::{
-    api::{BodyMemory, HttpToken},
+    api::{ApiError, BodyMemory, HttpToken},
     cluster::{Cluster, Role, WorkerFilter},
 };
 
@@ -38,6 +41,8 @@ use crate::{
 pub struct FrontendConfig {
     /// Clients have to know one of these; none: anyone may ask. They go on to the workers, which may have keys too.
     pub api_keys: Vec<String>,
+    /// Requests at a time; a further one is refused.
+    pub requests_max: usize,
     /// Bytes of a request's body at most.
     pub body_bytes_max: usize,
     /// Bytes of all large bodies together at most. They are kept until their answers end.
@@ -59,6 +64,8 @@ pub(crate) struct Frontend {
     metrics: FrontendMetrics,
     table: watch::Receiver<Arc<workers::Table>>,
     token: Option<HeaderValue>,
+    /// As many requests as may still be taken.
+    admitted: Arc<Semaphore>,
     bodies: BodyMemory,
     /// Start, seconds since 1970: the models' `created`.
     started: u64,
@@ -66,15 +73,32 @@ pub(crate) struct Frontend {
     in_flight: watch::Sender<()>,
 }
 
+/// Leave to be answered, which a request needs from before its body is read until its answer has ended.
+struct Admission {
+    _permit: OwnedSemaphorePermit,
+}
+
 /// Held while a request is answered; a drain waits for all of them.
 struct InFlight {
     _receiver: watch::Receiver<()>,
-    gauge: prometheus::IntGauge,
+    _admission: Admission,
+    /// Last, as it is dropped: who reads that nobody is there is admitted.
+    _counted: Counted,
 }
 
-impl Drop for InFlight {
+/// One in a gauge.
+struct Counted(prometheus::IntGauge);
+
+impl Counted {
+    fn new(gauge: prometheus::IntGauge) -> Self {
+        gauge.inc();
+        Self(gauge)
+    }
+}
+
+impl Drop for Counted {
     fn drop(&mut self) {
-        self.gauge.dec();
+        self.0.dec();
     }
 }
 
@@ -85,6 +109,7 @@ impl Frontend {
         Arc::new(Self {
             table: workers::follow(live, cluster.loads.reports(), config.patience, metrics.clone()),
             token,
+            admitted: Arc::new(Semaphore::new(config.requests_max.min(Semaphore::MAX_PERMITS))),
             bodies: BodyMemory::of(config.body_memory_max),
             config,
             metrics,
@@ -94,12 +119,22 @@ impl Frontend {
         })
     }
 
+    /// Takes a request, unless there are as many as may be. The connections beyond these stay free for those who are
+    /// refused, and for whoever asks whether the frontend is there.
+    fn admit(&self) -> Result<Admission, ApiError> {
+        let Ok(permit) = self.admitted.clone().try_acquire_owned() else {
+            let message = "The server has as many requests as it takes at a time (--max-requests); try again later";
+            return Err(ApiError::new(StatusCode::TOO_MANY_REQUESTS, "too_many_requests", message));
+        };
+        Ok(Admission { _permit: permit })
+    }
+
     /// Counts a request in, unless the frontend is going away.
-    fn enter(&self) -> Result<InFlight, crate::api::ApiError> {
+    fn enter(&self, admission: Admission) -> Result<InFlight, ApiError> {
         // Counted before the flag is looked at: whoever sets the flag and then waits for the count misses nobody.
-        self.metrics.in_flight.inc();
-        let guard = InFlight { _receiver: self.in_flight.subscribe(), gauge: self.metrics.in_flight.clone() };
-        if self.is_draining() { Err(crate::api::ApiError::draining()) } else { Ok(guard) }
+        let _counted = Counted::new(self.metrics.in_flight.clone());
+        let guard = InFlight { _receiver: self.in_flight.subscribe(), _admission: admission, _counted };
+        if self.is_draining() { Err(ApiError::draining()) } else { Ok(guard) }
     }
 
     fn is_draining(&self) -> bool {

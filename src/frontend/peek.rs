@@ -34,14 +34,16 @@ impl Peek {
     /// Reads a body. One that is not what it should be yields nothing: the worker will say what is wrong with it.
     pub(super) fn read(body: &[u8]) -> Option<Self> {
         let fields: Fields = serde_json::from_slice(body).ok()?;
-        let text = fields.prompt.or(fields.messages).unwrap_or_default();
+        let messages = fields.messages.map(|Conversation(text)| text);
+        let text = fields.prompt.or(messages).unwrap_or_default();
         // Where prompts show them, they mostly come first.
         let tools = fields.tools.unwrap_or_default();
         // Out of range is for the worker to say: here a cast cuts it.
         let wanted = fields.max_completion_tokens.or(fields.max_tokens).map_or(ANSWER_TOKENS, |tokens| tokens as u64);
         let choices = fields.n.map_or(1, |n| n as u64).clamp(1, 128);
         Some(Self {
-            model: fields.model,
+            // As for the workers, an empty one is none.
+            model: fields.model.filter(|model| !model.is_empty()),
             stream: fields.stream.unwrap_or(false),
             affinity: match (tools.affinity(), text.affinity()) {
                 (Some(tools), Some(text)) => Some(tools.rotate_left(1) ^ text),
@@ -58,7 +60,7 @@ struct Fields {
     model: Option<String>,
     stream: Option<bool>,
     prompt: Option<Text>,
-    messages: Option<Text>,
+    messages: Option<Conversation>,
     tools: Option<Text>,
     /// Numbers of any kind: a request must not go to workers of another model for one that is none here.
     max_tokens: Option<f64>,
@@ -75,6 +77,13 @@ struct Text {
 }
 
 impl Text {
+    /// Reads a value: `whole`, or what prompts show of messages.
+    fn read<'de, D: Deserializer<'de>>(deserializer: D, whole: bool) -> Result<Self, D::Error> {
+        let mut text = Self { beginning: Vec::with_capacity(BEGINNING_BYTES_MAX), bytes: 0, numbers: 0 };
+        Walk { text: &mut text, whole }.deserialize(deserializer)?;
+        Ok(text)
+    }
+
     fn string(&mut self, text: &str) {
         let room = BEGINNING_BYTES_MAX - self.beginning.len();
         self.beginning.extend_from_slice(&text.as_bytes()[..room.min(text.len())]);
@@ -102,14 +111,50 @@ impl Text {
 
 impl<'de> Deserialize<'de> for Text {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        let mut text = Self { beginning: Vec::with_capacity(BEGINNING_BYTES_MAX), bytes: 0, numbers: 0 };
-        Walk(&mut text).deserialize(deserializer)?;
-        Ok(text)
+        Self::read(deserializer, true)
     }
 }
 
+/// What prompts show of messages. What clients note beside that may be another in each request, and nested to any depth.
+struct Conversation(Text);
+
+impl<'de> Deserialize<'de> for Conversation {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        Text::read(deserializer, false).map(Self)
+    }
+}
+
+/// A field inside messages, their parts and calls.
+#[derive(Deserialize)]
+#[serde(field_identifier, rename_all = "snake_case")]
+enum Field {
+    Role,
+    Content,
+    Text,
+    Name,
+    Reasoning,
+    ReasoningContent,
+    Refusal,
+    ToolCalls,
+    ToolCallId,
+    Function,
+    Arguments,
+    #[serde(other)]
+    Note,
+}
+
 /// Goes through a value of any shape.
-struct Walk<'a>(&'a mut Text);
+struct Walk<'a> {
+    text: &'a mut Text,
+    /// Whether all of it counts, and not only what [`Field`] names.
+    whole: bool,
+}
+
+impl Walk<'_> {
+    fn inside(&mut self, whole: bool) -> Walk<'_> {
+        Walk { text: self.text, whole: self.whole || whole }
+    }
+}
 
 impl<'de> DeserializeSeed<'de> for Walk<'_> {
     type Value = ();
@@ -127,12 +172,12 @@ impl<'de> Visitor<'de> for Walk<'_> {
     }
 
     fn visit_str<E>(self, text: &str) -> Result<(), E> {
-        self.0.string(text);
+        self.text.string(text);
         Ok(())
     }
 
     fn visit_u64<E>(self, number: u64) -> Result<(), E> {
-        self.0.number(number);
+        self.text.number(number);
         Ok(())
     }
 
@@ -152,14 +197,23 @@ impl<'de> Visitor<'de> for Walk<'_> {
         Ok(())
     }
 
-    fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> Result<(), A::Error> {
-        while seq.next_element_seed(Walk(self.0))?.is_some() {}
+    fn visit_seq<A: SeqAccess<'de>>(mut self, mut seq: A) -> Result<(), A::Error> {
+        while seq.next_element_seed(self.inside(false))?.is_some() {}
         Ok(())
     }
 
-    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<(), A::Error> {
-        while map.next_key::<de::IgnoredAny>()?.is_some() {
-            map.next_value_seed(Walk(self.0))?;
+    fn visit_map<A: MapAccess<'de>>(mut self, mut map: A) -> Result<(), A::Error> {
+        if self.whole {
+            while map.next_key::<de::IgnoredAny>()?.is_some() {
+                map.next_value_seed(self.inside(true))?;
+            }
+            return Ok(());
+        }
+        while let Some(field) = map.next_key()? {
+            match field {
+                Field::Note => drop(map.next_value::<de::IgnoredAny>()?),
+                field => map.next_value_seed(self.inside(matches!(field, Field::Arguments)))?,
+            }
         }
         Ok(())
     }
@@ -176,12 +230,14 @@ mod tests {
     #[test]
     fn what_is_needed_is_read_and_the_rest_passed_over() {
         let read = peek(
-            r#"{"model": "m\u0041", "tools": [{"x": [1.5]}], "stream": true, "prompt": "12345678", "n": 2, "max_tokens": 7}"#,
+            r#"{"model": "m\u0041", "tools": [{"x": [1.5]}], "stream": true,
+                "prompt": "12345678", "n": 2, "max_tokens": 7}"#,
         );
         let expected =
             Peek { model: Some("mA".into()), stream: true, affinity: None, prompt_tokens: 2, answer_tokens: 14 };
         assert_eq!(read, expected);
         assert_eq!(peek(r#"{"prompt": [1, 2, 3]}"#).prompt_tokens, 3);
+        assert_eq!(peek(r#"{"model": ""}"#).model, None);
         assert_eq!(peek("{}").answer_tokens, ANSWER_TOKENS);
         for wrong in ["", "[]", "{\"stream\": 1}", "{\"model\": {}}", "{\"prompt\": [1,", "nul"] {
             assert_eq!(Peek::read(wrong.as_bytes()), None, "{wrong}");
@@ -219,7 +275,8 @@ mod tests {
     fn turns_of_a_conversation_begin_alike() {
         let turn = |user: &str, more: &str| {
             peek(&format!(
-                r#"{{"messages": [{{"role": "system", "content": "{}"}}, {{"role": "user", "content": "{user}"}}{more}]}}"#,
+                r#"{{"messages": [{{"role": "system", "content": "{}"}},
+                    {{"role": "user", "content": "{user}"}}{more}]}}"#,
                 "You are kind and brief. ".repeat(20)
             ))
         };
@@ -235,6 +292,24 @@ mod tests {
         assert_ne!(text(64), text(128));
         assert_eq!(text(512), text(4096));
         assert_eq!(text(56), None);
+    }
+
+    #[test]
+    fn notes_in_messages_change_nothing() {
+        let text = "You are kind and brief. ".repeat(20);
+        let with = |note: &str| {
+            let call = r#"{"function": {"name": "f", "arguments": {"city": "Rome"}}}"#;
+            peek(&format!(
+                r#"{{"messages": [{{{note} "role": "system", "content": [{{"type": "text", "text": "{text}"}}]}},
+                    {{"role": "assistant", "content": null, "tool_calls": [{call}]}}]}}"#
+            ))
+        };
+        let without = with("");
+        assert!(without.affinity.is_some());
+        assert_eq!(without.prompt_tokens, ("systemassistantfRome".len() + text.len()) as u64 / BYTES_PER_TOKEN);
+        let deep = format!(r#""trace": {}{},"#, "[".repeat(100_000), "]".repeat(100_000));
+        assert_eq!(with(r#""id": "msg-7301", "at": [1, {"content": "x"}],"#), without);
+        assert_eq!(with(&deep), without);
     }
 
     #[test]

@@ -17,9 +17,12 @@ use super::{
     Frontend, InFlight,
     dispatch::{Asked, Attempts, Failure, PULSE, Placed, workers_lost},
     events::Splitter,
-    workers::LostError,
+    worker::LostError,
 };
-use crate::{api::ApiError, cluster::ModelKey};
+use crate::{
+    api::{ApiError, WRITE_STALL_MAX},
+    cluster::ModelKey,
+};
 
 /// An answer's body. When a worker is lost it finds another to go on; when it is dropped, as happens when the client
 /// goes away, so is the connection to the worker, which cancels the request there.
@@ -31,9 +34,39 @@ pub(super) struct Relay {
     /// Continuations have to come from workers of the same model.
     key: ModelKey,
     attempts: Attempts,
-    /// When the worker and the deadline are looked at next.
+    pace: Pace,
+    /// When the worker is looked at next, at the deadline at the latest; the deadline itself is looked at by every
+    /// poll.
     pulse: Pin<Box<Sleep>>,
     _in_flight: InFlight,
+}
+
+/// How fast the client takes its answer. A worker gives up whoever takes nothing for [`WRITE_STALL_MAX`], and what a
+/// frontend takes is what its client does.
+struct Pace {
+    /// When the client last had everything that had come: at least every [`PULSE`], unless it is slow.
+    caught_up: Instant,
+    /// It was so slow since this worker answers that the worker may have given it up. That shows only once everything
+    /// that had been sent before is taken.
+    is_slow: bool,
+}
+
+impl Pace {
+    fn new() -> Self {
+        Self { caught_up: Instant::now(), is_slow: false }
+    }
+
+    /// The client has everything that there is at the moment.
+    fn catch_up(&mut self, now: Instant) {
+        self.is_slow = self.may_be_given_up(now);
+        self.caught_up = now;
+    }
+
+    /// Whether the worker may have given up the client by now.
+    fn may_be_given_up(&self, now: Instant) -> bool {
+        // Half of what ours wait: the worker may be of a build that waits for less.
+        self.is_slow || now - self.caught_up > WRITE_STALL_MAX / 2
+    }
 }
 
 enum Source {
@@ -55,6 +88,7 @@ impl Relay {
             key: placed.booking.worker.card.model_key,
             source: Source::Worker(Box::new(placed)),
             attempts: Attempts::default(),
+            pace: Pace::new(),
             pulse,
             _in_flight: in_flight,
         }
@@ -94,7 +128,11 @@ impl Relay {
             return None;
         }
         self.splitter.cut();
-        let error = error.unwrap_or(LostError::Silent("it ended its answer without saying so"));
+        let error = match error {
+            Some(LostError::Broken(error)) if self.pace.may_be_given_up(Instant::now()) => LostError::SlowClient(error),
+            Some(error) => error,
+            None => LostError::Silent("it ended its answer without saying so"),
+        };
         if let Err(error) = self.attempts.lost(&booking.worker, &error) {
             return Some(self.give_up(&error));
         }
@@ -132,14 +170,19 @@ impl Relay {
         out.freeze()
     }
 
-    /// Looks at the clock and the worker, once a second. Returns last words if time is up.
+    /// The answer has taken as long as it may. Returns last words, unless the client had the worker's.
+    fn time_is_up(&mut self) -> Option<Bytes> {
+        if self.splitter.done {
+            self.source = Source::Nobody;
+            return None;
+        }
+        Some(self.give_up(&ApiError::timeout()))
+    }
+
+    /// Looks at the worker, once a second. Returns last words if it was the last one.
     fn poll_pulse(&mut self, context: &mut Context<'_>) -> Poll<Option<Bytes>> {
         std::task::ready!(self.pulse.as_mut().poll(context));
-        let now = Instant::now();
-        if now >= self.asked.deadline {
-            return Poll::Ready(Some(self.give_up(&ApiError::timeout())));
-        }
-        self.pulse.as_mut().reset(self.asked.deadline.min(now + PULSE));
+        self.pulse.as_mut().reset(self.asked.deadline.min(Instant::now() + PULSE));
         Poll::Ready(match &self.source {
             Source::Worker(placed) if placed.booking.worker.is_silent() => {
                 self.ended(Some(LostError::Silent("it does not answer")))
@@ -156,8 +199,11 @@ impl Body for Relay {
     fn poll_frame(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Infallible>>> {
         let this = self.get_mut();
         loop {
+            let now = Instant::now();
             let polled = match &mut this.source {
                 Source::Nobody => return Poll::Ready(None),
+                // Whatever is there: for a slow client there is always something.
+                _ if now >= this.asked.deadline => Poll::Ready(this.time_is_up()),
                 Source::Worker(placed) => placed.exchange.poll_data(context).map(|data| match data {
                     Some(Ok(data)) => this.take(data),
                     Some(Err(error)) => this.ended(Some(error.into())),
@@ -170,6 +216,7 @@ impl Body for Relay {
                             this.frontend.metrics.migrations.inc();
                             tracing::info!(worker = %placed.booking.worker.lease, "continues an answer");
                             this.source = Source::Worker(Box::new(placed));
+                            this.pace = Pace::new();
                             None
                         }
                         Err(failure) => Some(this.fail(failure)),
@@ -179,12 +226,136 @@ impl Body for Relay {
             match polled {
                 Poll::Ready(Some(out)) => return Poll::Ready(Some(Ok(Frame::data(out)))),
                 Poll::Ready(None) => {}
-                Poll::Pending => match this.poll_pulse(context) {
-                    Poll::Ready(Some(out)) => return Poll::Ready(Some(Ok(Frame::data(out)))),
-                    Poll::Ready(None) => {}
-                    Poll::Pending => return Poll::Pending,
-                },
+                Poll::Pending => {
+                    this.pace.catch_up(now);
+                    match this.poll_pulse(context) {
+                        Poll::Ready(Some(out)) => return Poll::Ready(Some(Ok(Frame::data(out)))),
+                        Poll::Ready(None) => {}
+                        Poll::Pending => return Poll::Pending,
+                    }
+                }
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{
+        future::{poll_fn, ready},
+        time::Duration,
+    };
+
+    use hyper::{HeaderMap, http::uri::PathAndQuery};
+    use tokio::{
+        io::AsyncWriteExt,
+        time::{advance, pause, resume},
+    };
+
+    use super::*;
+    use crate::{
+        api::Received,
+        cluster::Cluster,
+        frontend::{
+            FrontendConfig, FrontendMetrics,
+            fake::{bound, is_asked, request},
+        },
+    };
+
+    const TIME_MAX: Duration = Duration::from_secs(3600);
+    /// The beginning of an answer, which breaks off.
+    const BROKEN: &str = "HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\na\r\ndata: {}\n\n\r\n";
+
+    /// A worker that has answered with [`BROKEN`], all of which has come.
+    async fn broken() -> Placed {
+        let (listener, worker) = bound().await;
+        let answering = async {
+            let (mut stream, _) = listener.accept().await.unwrap();
+            assert!(is_asked(&mut stream).await);
+            stream.write_all(BROKEN.as_bytes()).await.unwrap();
+        };
+        let (exchange, ()) = tokio::join!(worker.send(&request), answering);
+        Placed { exchange: exchange.unwrap(), booking: worker.book(0) }
+    }
+
+    /// The relay of a worker's answer. Nobody else is there.
+    async fn relay(placed: Placed) -> Relay {
+        let config = FrontendConfig {
+            api_keys: Vec::new(),
+            requests_max: 1,
+            body_bytes_max: 0,
+            body_memory_max: 0,
+            request_timeout: TIME_MAX,
+            patience: Duration::ZERO,
+            cluster_token: None,
+            allowed_origins: Vec::new(),
+        };
+        let frontend = Frontend::new(&Cluster::local(), config, FrontendMetrics::new());
+        let received = Received { bytes: br#"{"stream": true}"#.to_vec(), memory: None };
+        let asked = Asked::new(PathAndQuery::from_static("/"), &HeaderMap::new(), received, TIME_MAX).await;
+        let in_flight = frontend.enter(frontend.admit().unwrap()).unwrap();
+        Relay::new(frontend, Arc::new(asked), placed, in_flight)
+    }
+
+    /// What the client gets next.
+    async fn next(relay: &mut Relay) -> String {
+        let frame = poll_fn(|context| Pin::new(&mut *relay).poll_frame(context)).await.unwrap().unwrap();
+        String::from_utf8(frame.into_data().unwrap().to_vec()).unwrap()
+    }
+
+    #[tokio::test]
+    async fn a_worker_is_not_to_blame_for_giving_up_a_slow_client() {
+        for slow in [false, true] {
+            let placed = broken().await;
+            let worker = placed.booking.worker.clone();
+            let mut relay = relay(placed).await;
+            pause();
+            if slow {
+                advance(WRITE_STALL_MAX).await;
+            }
+            assert_eq!(next(&mut relay).await, "data: {}\n\n");
+            // There is nobody to go on.
+            assert!(next(&mut relay).await.contains("workers_lost"));
+            assert_eq!(worker.is_avoided(), !slow);
+            resume();
+        }
+    }
+
+    #[tokio::test]
+    async fn who_kept_one_worker_waiting_has_not_kept_the_next() {
+        let (mut relay, placed) = (relay(broken().await).await, broken().await);
+        let worker = placed.booking.worker.clone();
+        pause();
+        relay.source = Source::Search(Box::pin(ready((Ok(placed), Attempts::default()))));
+        advance(WRITE_STALL_MAX).await;
+        assert_eq!(next(&mut relay).await, "data: {}\n\n");
+        assert!(next(&mut relay).await.contains("workers_lost"));
+        assert!(worker.is_avoided());
+    }
+
+    #[tokio::test]
+    async fn time_is_up_whatever_is_there() {
+        let mut relay = relay(broken().await).await;
+        pause();
+        advance(TIME_MAX).await;
+        assert!(next(&mut relay).await.contains("timeout"));
+        assert!(poll_fn(|context| Pin::new(&mut relay).poll_frame(context)).await.is_none());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn who_was_slow_once_may_have_been_given_up_however_much_it_has_taken_since() {
+        let mut pace = Pace::new();
+        for _ in 0..100 {
+            advance(PULSE).await;
+            pace.catch_up(Instant::now());
+        }
+        assert!(!pace.may_be_given_up(Instant::now()), "it keeps up");
+        advance(WRITE_STALL_MAX).await;
+        assert!(pace.may_be_given_up(Instant::now()));
+        // It shows only once everything is taken that was sent before.
+        pace.catch_up(Instant::now());
+        advance(PULSE).await;
+        pace.catch_up(Instant::now());
+        assert!(pace.may_be_given_up(Instant::now()));
     }
 }

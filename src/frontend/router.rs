@@ -19,7 +19,9 @@ use super::{
     relay::Relay,
 };
 use crate::{
-    api::{ApiError, Json, ServerConfig, check_key, cors, fallbacks, read_body, request_id, serve_router, version},
+    api::{
+        ApiError, Json, ServerConfig, check_key, cors, discard, fallbacks, read_body, request_id, serve_router, version,
+    },
     cluster::{Cluster, WorkerCard},
 };
 
@@ -52,6 +54,8 @@ fn router(frontend: Arc<Frontend>) -> Router {
         .route_layer(from_fn_with_state(frontend.clone(), require_key));
     let router = guarded
         .route("/health", get(live))
+        .route("/v1/health", get(live))
+        .route("/ping", get(live).post(live))
         .route("/health/live", get(live))
         .route("/health/ready", get(ready))
         .route("/version", get(version))
@@ -69,8 +73,17 @@ async fn ask(
     headers: HeaderMap,
     body: Body,
 ) -> Result<Response, ApiError> {
+    // Admitted before the body is read, which takes memory; counted in after it, so that a drain waits for no slow
+    // body.
+    let admission = match frontend.admit() {
+        Ok(admission) => admission,
+        Err(error) => {
+            discard(&headers, body).await;
+            return Err(error);
+        }
+    };
     let body = read_body(&headers, body, frontend.config.body_bytes_max, &frontend.bodies).await?;
-    let in_flight = frontend.enter()?;
+    let in_flight = frontend.enter(admission)?;
     let path = uri.path_and_query().cloned().unwrap_or(PathAndQuery::from_static("/"));
     let asked = Asked::new(path, &headers, body, frontend.config.request_timeout).await;
     let mut attempts = Attempts::default();

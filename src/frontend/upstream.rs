@@ -3,7 +3,7 @@ use std::{
     future::{Future, poll_fn},
     io, mem,
     pin::{Pin, pin},
-    task::{Context, Poll, ready},
+    task::{Context, Poll, Waker, ready},
     time::Duration,
 };
 
@@ -66,6 +66,13 @@ impl Connection {
         let handshake = http1::Builder::new().handshake(TokioIo::new(stream));
         let (sender, driver) = handshake.await.map_err(io::Error::other)?;
         Ok(Self { sender, driver: Some(driver) })
+    }
+
+    /// Whether it has ended while nobody used it.
+    pub(super) fn is_closed(&mut self) -> bool {
+        // Whoever uses it next waits for it with a waker of its own.
+        drive(&mut self.driver, &mut Context::from_waker(Waker::noop()));
+        self.driver.is_none()
     }
 
     /// Sends a request and waits for the head of its answer.
@@ -153,40 +160,30 @@ impl Exchange {
 
 #[cfg(test)]
 mod tests {
-    use tokio::{
-        io::{AsyncReadExt, AsyncWriteExt},
-        net::TcpListener,
-    };
+    use tokio::io::AsyncWriteExt;
 
     use super::*;
+    use crate::frontend::fake::{bound, is_asked, request, say_ok};
 
     const TIME_MAX: Duration = Duration::from_secs(10);
 
-    fn request() -> Request<Payload> {
-        Request::builder().uri("/").header("host", "a").body(Payload::default()).unwrap()
-    }
-
     #[tokio::test]
     async fn a_kept_connection_that_its_worker_has_closed_fails_at_once() {
-        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let address = listener.local_addr().unwrap().to_string();
-        let connecting = tokio::spawn(async move { Connection::open(&address).await.unwrap() });
-        let (mut worker, _) = listener.accept().await.unwrap();
+        let (listener, worker) = bound().await;
+        let connecting = tokio::spawn(async move { Connection::open(&worker.card.address).await.unwrap() });
+        let (mut stream, _) = listener.accept().await.unwrap();
         let answering = tokio::spawn(async move {
-            let mut asked = Vec::new();
-            while !asked.ends_with(b"\r\n\r\n") {
-                assert!(worker.read_buf(&mut asked).await.unwrap() > 0);
-            }
-            worker.write_all(b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok").await.unwrap();
-            worker
+            assert!(is_asked(&mut stream).await);
+            say_ok(&mut stream).await;
+            stream
         });
         let mut exchange = connecting.await.unwrap().send(request()).await.unwrap();
         assert_eq!(exchange.collect().await.unwrap(), "ok");
         let kept = exchange.into_connection().unwrap();
         // It leaves, in good order, while nobody uses the connection.
-        let mut worker = answering.await.unwrap();
-        worker.shutdown().await.unwrap();
-        drop(worker);
+        let mut stream = answering.await.unwrap();
+        stream.shutdown().await.unwrap();
+        drop(stream);
         tokio::time::sleep(Duration::from_millis(50)).await;
         let again = timeout(TIME_MAX, kept.send(request())).await.expect("an answer of some kind");
         assert!(again.is_err());

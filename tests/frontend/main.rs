@@ -50,6 +50,7 @@ impl Front {
         let runtime = Arc::new(tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap());
         let mut config = FrontendConfig {
             api_keys: Vec::new(),
+            requests_max: 1024,
             body_bytes_max: 1 << 20,
             body_memory_max: 150 << 10,
             request_timeout: PATIENCE,
@@ -297,6 +298,23 @@ fn a_prompt_finds_the_worker_that_has_its_beginning() {
 }
 
 #[test]
+fn a_prompt_finds_its_worker_when_all_have_registered_anew() {
+    let (front, workers, leases) = with_workers(4, Options::default);
+    let cached = |application: usize| {
+        let prompt = format!("Application {application} tells the model this every time. ").repeat(6);
+        let body = json!({"model": "m", "prompt": prompt, "max_tokens": 1});
+        front.post(COMPLETIONS, &body).json()["usage"]["prompt_tokens_details"]["cached_tokens"].as_u64().unwrap()
+    };
+    (0..4).for_each(|application| assert_eq!(cached(application), 0));
+    // As when etcd stood still for longer than a lease.
+    drop(leases);
+    front.wait_until_there_are(0);
+    let _leases: Vec<_> = workers.iter().rev().map(|worker| front.register(worker.address, "m")).collect();
+    front.wait_until_there_are(4);
+    assert!((0..4).all(|application| cached(application) > 16));
+}
+
+#[test]
 fn the_edge_guards_what_is_behind_it() {
     let front = Front::with(|config| {
         config.api_keys = vec!["key".into()];
@@ -328,6 +346,48 @@ fn the_edge_guards_what_is_behind_it() {
     });
     assert_eq!(ask(&[key], "no json").error().0, 400);
     assert_eq!(client::request(front.address, "GET", "/nowhere", &[key], b"").status, 404);
+}
+
+#[test]
+fn another_model_that_has_a_workers_address_answers_nothing_in_its_place() {
+    let front = Front::start();
+    let (before, after) = (Worker::start(Options::default()), Worker::start(Options::default()));
+    let mut gone = card(after.address, "m");
+    gone.model_key = ModelKey::of(b"the weights of before");
+    let _lease = {
+        let _guard = front.runtime.enter();
+        front.cluster.discovery.register(gone)
+    };
+    front.wait_until_there_are(1);
+    let ask = || front.post(COMPLETIONS, &json!({"model": "m", "prompt": "a", "max_tokens": 1}));
+    let response = ask();
+    assert_eq!((response.status, &response.json()["error"]["code"]), (503, &json!("no_workers")));
+    let metrics = client::request(after.address, "GET", "/metrics", &[], b"").text();
+    assert!(metrics.contains("\nengine_generation_tokens_total 0\n"), "{metrics}");
+    let _lease = front.register(before.address, "m");
+    front.wait_until_there_are(2);
+    assert!((0..20).all(|_| ask().status == 200));
+}
+
+#[test]
+fn no_more_requests_than_are_allowed_are_answered_at_a_time_and_others_are_told_so() {
+    let front = Front::with(|config| config.requests_max = 1);
+    let worker = Worker::start(Options::default());
+    let _lease = front.register(worker.address, "m");
+    front.wait_until_there_are(1);
+    worker.gate.only(3);
+    // As long as it streams, and not only until it begins to.
+    let mut events = Events::open(front.address, COMPLETIONS, &streaming(COMPLETIONS));
+    events.next().unwrap();
+    let request = json!({"model": "m", "prompt": "a", "max_tokens": 1});
+    let response = front.post(COMPLETIONS, &request);
+    assert_eq!((response.status, response.header("retry-after")), (429, Some("1")), "{}", response.text());
+    assert_eq!(response.json()["error"]["code"], "too_many_requests");
+    assert_eq!(front.get("/health/live").status, 200);
+    worker.gate.open();
+    events.finish();
+    wait_until("its place is free", || front.counts("engine_frontend_requests_in_flight") == 0.0);
+    assert_eq!(front.post(COMPLETIONS, &request).status, 200);
 }
 
 #[test]

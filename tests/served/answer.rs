@@ -20,6 +20,8 @@ pub(crate) struct Choice {
     pub(crate) roles: usize,
     pub(crate) logprobs: Vec<Value>,
     pub(crate) finishes: Vec<Value>,
+    /// How many tokens there were by the latest chunk, where each tells.
+    pub(crate) tokens_told: u64,
 }
 
 impl Answer {
@@ -36,13 +38,18 @@ impl Answer {
         if !self.ids.contains(&id) {
             self.ids.push(id);
         }
-        if chunk["usage"].is_object() {
+        let choices = chunk["choices"].as_array().unwrap();
+        if chunk["usage"].is_object() && choices.is_empty() {
             self.usage.push(chunk["usage"].clone());
         }
-        for choice in chunk["choices"].as_array().unwrap() {
+        for choice in choices {
             let index = choice["index"].as_u64().unwrap() as usize;
             self.choices.resize(self.choices.len().max(index + 1), Choice::default());
             self.choices[index].take(choice);
+            if let Some(tokens) = chunk["usage"]["completion_tokens"].as_u64() {
+                let before = std::mem::replace(&mut self.choices[index].tokens_told, tokens);
+                assert!(before <= tokens, "{before} tokens, then {tokens}: {chunk}");
+            }
         }
     }
 

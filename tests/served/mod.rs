@@ -18,6 +18,7 @@ use std::{
 
 use engine::{
     api::{self, ApiConfig, ChatTemplate, Defaults, HttpToken, Parsers, ServerConfig},
+    cluster::ModelKey,
     telemetry::Metrics,
     worker::{Engine, EngineConfig, EngineHandle, Runner, RunnerError},
 };
@@ -133,6 +134,8 @@ impl Runner for Digests {
 /// How a worker differs from others.
 pub(crate) struct Options {
     pub(crate) model: &'static str,
+    /// Which of those of that name it is.
+    pub(crate) weights: &'static str,
     /// How a conversation becomes a prompt, which also tells what answers are looked through for.
     pub(crate) template: &'static str,
     pub(crate) cluster_token: Option<HttpToken>,
@@ -147,6 +150,7 @@ impl Default for Options {
     fn default() -> Self {
         Self {
             model: "m",
+            weights: "",
             template: TEMPLATE,
             cluster_token: None,
             max_model_len: 2048,
@@ -198,7 +202,7 @@ impl Worker {
             vocab_size: 49_152,
             block_size: 16,
             blocks: options.max_model_len.div_ceil(16) * 4,
-            model_key: options.model.into(),
+            model_key: ModelKey::of([options.model, options.weights].concat().as_bytes()).as_bytes().to_vec(),
         };
         let metrics = Metrics::new();
         let runner = Digests { palette, end, gate: gate.clone(), step: options.step };
