@@ -293,6 +293,19 @@ fn tokens_and_text_are_each_others_inverse() {
 }
 
 #[test]
+fn texts_beyond_the_context_are_counted() {
+    let server = Server::shared();
+    let text = "All happy families are alike. ".repeat(500);
+    let messages = json!([{"role": "user", "content": text}]);
+    for request in [json!({ "prompt": text }), json!({ "messages": messages })] {
+        let tokenized = ok(&server, "/tokenize", &request);
+        let count = tokenized["count"].as_u64().unwrap();
+        assert!(count > 2 * tokenized["max_model_len"].as_u64().unwrap(), "{count}");
+        assert_eq!(tokenized["tokens"].as_array().unwrap().len() as u64, count);
+    }
+}
+
+#[test]
 fn a_repeated_prompt_is_found_in_the_cache() {
     let server = Server::shared();
     let prompt = "In the beginning the universe was created. This has made a lot of people very angry. ".repeat(3);

@@ -57,13 +57,13 @@ fn values_out_of_range_are_refused_by_name() {
             ("n", json!({"n": 1000})),
             ("max_tokens", json!({"max_tokens": 0})),
             ("max_tokens", json!({"max_tokens": -5})),
-            ("max_tokens", json!({"max_tokens": 5000})),
             ("min_tokens", json!({"min_tokens": 5})),
+            ("min_tokens", json!({"min_tokens": 5000, "max_tokens": 5000})),
             ("logit_bias", json!({"logit_bias": {"50": 101}})),
             ("logit_bias", json!({"logit_bias": {"many": 1}})),
             ("logit_bias", json!({"logit_bias": {"99999999": 1}})),
             ("stop", json!({"stop": ""})),
-            ("stop", json!({"stop": vec!["x"; 17]})),
+            ("stop", json!({"stop": vec!["x"; 65]})),
             ("stop_token_ids", json!({"stop_token_ids": [9999999]})),
             ("stream_options", json!({"stream_options": {"include_usage": true}})),
         ];
@@ -120,7 +120,6 @@ fn wrong_types_and_unknown_fields_are_refused_by_name() {
                 "messages[0].content[0].text",
                 chat(json!({"messages": [{"role": "user", "content": [{"type": "text"}]}]})),
             ),
-            ("messages[0].colour", chat(json!({"messages": [{"role": "user", "content": "Hi", "colour": "red"}]}))),
             ("messages[0].role", chat(json!({"messages": [{"content": "Hi"}]}))),
             ("temprature", chat(json!({"temprature": 1}))),
             ("stream_options.usage", chat(json!({"stream": true, "stream_options": {"usage": true}}))),
@@ -161,6 +160,8 @@ fn what_is_not_supported_is_refused_by_name() {
             ("reasoning_effort", chat(json!({"reasoning_effort": "utmost"}))),
             ("verbosity", chat(json!({"verbosity": "low"}))),
             ("web_search_options", chat(json!({"web_search_options": {"search_context_size": "low"}}))),
+            ("moderation", chat(json!({"moderation": {"model": "m"}}))),
+            ("return_prompt_text", chat(json!({"return_prompt_text": true}))),
             ("include_reasoning", chat(json!({"include_reasoning": false}))),
             ("echo", chat(json!({"echo": true}))),
             ("documents", chat(json!({"documents": [{"text": "x"}]}))),
@@ -177,11 +178,17 @@ fn what_is_not_supported_is_refused_by_name() {
         &server,
         COMPLETIONS,
         400,
-        [("suffix", completion(json!({"suffix": "end"}))), ("best_of", completion(json!({"best_of": 3})))],
+        [
+            ("suffix", completion(json!({"suffix": "end"}))),
+            ("best_of", completion(json!({"best_of": 3}))),
+            ("prompt_embeds", completion(json!({"prompt_embeds": "AAAA"}))),
+        ],
     );
     let hi = json!([{"role": "user", "content": "Hi"}]);
     let tokenize = json!({"messages": hi, "chat_template_kwargs": {"bos_token": "x"}});
     check(&server, "/tokenize", 400, [("chat_template_kwargs.bos_token", tokenize)]);
+    let tokenize = json!({"messages": hi, "chat_template": "{{ messages }}"});
+    check(&server, "/tokenize", 400, [("chat_template", tokenize)]);
 }
 
 #[test]
@@ -195,10 +202,18 @@ fn what_only_vllm_has_is_refused_by_name_where_it_asks_for_something() {
             ("bad_words", json!({"bad_words": ["x"]})),
             ("allowed_token_ids", json!({"allowed_token_ids": [1]})),
             ("truncate_prompt_tokens", json!({"truncate_prompt_tokens": 5})),
+            ("truncation_side", json!({"truncation_side": "left"})),
+            ("logprob_token_ids", json!({"logprob_token_ids": [1]})),
             ("prompt_logprobs", json!({"prompt_logprobs": 0})),
             ("return_tokens_as_token_ids", json!({"return_tokens_as_token_ids": true})),
             ("priority", json!({"priority": 1})),
             ("kv_transfer_params", json!({"kv_transfer_params": {"do_remote_decode": true}})),
+            ("ec_transfer_params", json!({"ec_transfer_params": {"a": 1}})),
+            ("routed_experts_prompt_start", json!({"routed_experts_prompt_start": 1})),
+            ("repetition_detection", json!({"repetition_detection": {"max_pattern_size": 4}})),
+            ("watermarking", json!({"watermarking": true})),
+            ("early_stopping", json!({"early_stopping": true})),
+            ("thinking_token_budget", json!({"thinking_token_budget": 100})),
             ("guided_json", json!({"guided_json": {"type": "object"}})),
             ("guided_choice", json!({"guided_choice": ["a", "b"]})),
         ];
@@ -209,12 +224,43 @@ fn what_only_vllm_has_is_refused_by_name_where_it_asks_for_something() {
 }
 
 #[test]
+fn what_other_servers_call_otherwise_is_refused_with_a_hint() {
+    let server = Server::shared();
+    for (param, hint) in [
+        ("enable_thinking", "chat_template_kwargs"),
+        ("n_predict", "max_tokens"),
+        ("max_new_tokens", "max_tokens"),
+        ("repeat_penalty", "repetition_penalty"),
+        ("cache_prompt", "always cached"),
+        ("num_ctx", "--max-model-len"),
+    ] {
+        let (status, named, message) = server.post(CHAT, &chat(json!({ param: 1 }))).error();
+        assert_eq!((status, named.as_deref()), (400, Some(param)));
+        assert!(message.contains(hint), "{message}");
+    }
+}
+
+#[test]
+fn what_clients_note_in_messages_is_passed_over() {
+    let server = Server::shared();
+    let call = json!({"id": "c", "extra_content": {}, "function": {"name": "f", "arguments": "{}", "colour": "red"}});
+    let messages = json!([
+        {"role": "user", "content": "Hi", "colour": "red", "refusal": "no", "annotations": [{"type": "x"}]},
+        {"role": "assistant", "tool_calls": [call]},
+        {"role": "user", "content": "And?"},
+    ]);
+    let response = server.post(CHAT, &chat(json!({ "messages": messages })));
+    assert_eq!(response.status, 200, "{}", response.text());
+}
+
+#[test]
 fn harmless_fields_of_openai_are_accepted() {
     let server = Server::shared();
     let fields = json!({
-        "user": "me", "metadata": {"a": "b"}, "store": false, "service_tier": "auto", "tools": [], "tool_choice": "none",
-        "response_format": {"type": "text"}, "modalities": ["text"], "parallel_tool_calls": true, "n": null,
-        "logit_bias": null, "stop": null, "seed": 3, "prompt_cache_key": "k", "safety_identifier": "s",
+        "user": "me", "metadata": {"a": "b"}, "store": false, "service_tier": "auto", "tools": [],
+        "tool_choice": "none", "response_format": {"type": "text"}, "modalities": ["text"],
+        "parallel_tool_calls": true, "n": null, "logit_bias": null, "stop": null, "seed": 3, "prompt_cache_key": "k",
+        "safety_identifier": "s",
     });
     assert_eq!(server.post(CHAT, &chat(fields)).status, 200);
     let fields = json!({"user": "me", "suffix": null, "best_of": 1, "echo": false, "logprobs": null});
@@ -230,17 +276,31 @@ fn fields_of_vllm_that_ask_for_nothing_are_accepted() {
         "return_tokens_as_token_ids": null, "return_token_ids": false, "logits_processors": null, "cache_salt": null,
         "kv_transfer_params": null, "vllm_xargs": {}, "guided_json": null, "guided_regex": null, "guided_choice": null,
         "guided_grammar": null, "guided_decoding_backend": null, "guided_whitespace_pattern": null,
-        "structured_outputs": null, "seed": -1, "top_k": 40.0, "max_tokens": 4.0,
+        "structured_outputs": null, "seed": -1, "top_k": 40.0, "max_tokens": 4.0, "truncation_side": null,
+        "logprob_token_ids": null, "return_token_offsets": false, "return_mm_kwargs": true,
+        "routed_experts_prompt_start": 0, "ec_transfer_params": null, "repetition_detection": null,
+        "watermarking": null, "early_stopping": false, "thinking_token_budget": -1, "request_id": "r",
+        "session_id": "s", "stream_interval": 1, "prompt_cache_options": {"mode": "explicit"},
     });
-    let response = server.post(COMPLETIONS, &completion(neutral.clone()));
+    let response = server.post(COMPLETIONS, &with(completion(neutral.clone()), json!({"prompt_embeds": null})));
     assert_eq!(response.status, 200, "{}", response.text());
     let of_chats = json!({
         "include_reasoning": true, "echo": false, "documents": null, "chat_template": null,
-        "mm_processor_kwargs": null, "thinking_token_budget": null, "reasoning_effort": null,
+        "mm_processor_kwargs": null, "media_io_kwargs": null, "return_prompt_text": null, "reasoning_effort": null,
         "chat_template_kwargs": {"enable_thinking": false, "tools": null},
     });
     let response = server.post(CHAT, &with(chat(neutral), of_chats));
     assert_eq!(response.status, 200, "{}", response.text());
+    let of_tokenize = json!({"chat_template": null, "mm_processor_kwargs": null, "media_io_kwargs": null});
+    assert_eq!(server.post("/tokenize", &with(json!({"prompt": "Hi"}), of_tokenize)).status, 200);
+}
+
+#[test]
+fn a_request_that_names_no_model_gets_the_only_one() {
+    let server = Server::shared();
+    for model in [json!(""), Value::Null] {
+        assert_eq!(server.post(CHAT, &chat(json!({ "model": model }))).status, 200);
+    }
 }
 
 #[test]
@@ -284,6 +344,14 @@ fn deep_nesting_is_refused_wherever_it_stands() {
     let body =
         format!(r#"{{"model": "demo", "messages": [{{"role": "user", "content": "Hi"}}], "functions": {deep}}}"#);
     assert_eq!(post_bytes(server.address, CHAT, body.as_bytes()).error().1.as_deref(), Some("functions"));
+}
+
+#[test]
+fn what_is_passed_over_may_be_nested_to_any_depth() {
+    let server = Server::shared();
+    let deep = format!("{}{}", "[".repeat(200_000), "]".repeat(200_000));
+    let body = format!(r#"{{"messages": [{{"role": "user", "content": "Hi", "note": {deep}}}], "max_tokens": 1}}"#);
+    assert_eq!(post_bytes(server.address, CHAT, body.as_bytes()).status, 200);
 }
 
 #[test]
@@ -338,6 +406,20 @@ fn a_prompt_50_times_the_context_is_refused_while_others_are_served() {
     });
     let code = server.post(COMPLETIONS, &completion(json!({"prompt": long}))).json()["error"]["code"].clone();
     assert_eq!(code, "context_length_exceeded");
+}
+
+#[test]
+fn a_text_longer_than_what_is_counted_is_refused_by_its_bytes() {
+    let server = Server::shared();
+    // Of a thousand tokens of context, a mebibyte.
+    let text = "x".repeat((1 << 20) + 1);
+    let messages = json!([{"role": "user", "content": text}]);
+    for (param, request) in [("prompt", json!({ "prompt": text })), ("messages", json!({ "messages": messages }))] {
+        let error = server.post("/tokenize", &request).json()["error"].clone();
+        assert_eq!((&error["param"], &error["code"]), (&json!(param), &json!("invalid_value")), "{error}");
+        let message = error["message"].as_str().unwrap();
+        assert!(message.contains("1048576") && !message.contains("context"), "{message}");
+    }
 }
 
 #[test]

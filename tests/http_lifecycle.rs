@@ -111,7 +111,9 @@ fn a_key_is_needed_where_there_is_one() {
     assert_eq!(server.request("GET", "/v1/models", &key("Bearer open"), b"").error().0, 401);
     assert_eq!(server.request("GET", "/v1/models", &key("open sesame"), b"").error().0, 401);
     assert_eq!(server.request("GET", "/v1/models", &key("Bearer open sesame"), b"").status, 200);
-    assert_eq!(server.get("/health").status, 200);
+    for health in ["/health", "/v1/health", "/ping"] {
+        assert_eq!(server.get(health).status, 200);
+    }
     assert!(server.get("/metrics").text().contains("engine_requests_total{endpoint=\"/v1/models\",status=\"401\"}"));
     assert!(!server.log().contains("sesame"));
 }

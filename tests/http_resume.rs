@@ -66,7 +66,7 @@ fn assert_cuts_do_not_show(path: &str, request: Value) -> Answer {
 fn assert_cuts_do_not_show_on(start: impl Fn() -> Worker, path: &str, mut request: Value) -> Answer {
     let (first, second, third) = (start(), start(), start());
     request["stream"] = true.into();
-    request["stream_options"] = json!({"include_usage": true});
+    request["stream_options"] = json!({"include_usage": true, "continuous_usage_stats": true});
     let whole = relayed(&first, path, &request, "");
     let expected = merged(&whole);
     assert_eq!((expected.done, expected.ids.len(), expected.usage.len()), (1, 1, 1));
@@ -99,6 +99,20 @@ fn a_chat_goes_on_where_it_was_cut() {
     let answer = assert_cuts_do_not_show(CHAT, request);
     assert_eq!(answer.choices[0].finishes, ["stop"]);
     assert_eq!(answer.choices[0].logprobs.len() as u64, answer.usage[0]["completion_tokens"].as_u64().unwrap());
+}
+
+#[test]
+fn a_limit_beyond_the_context_is_what_is_left_of_it() {
+    let start = || Worker::start(Options { max_model_len: 64, step: Duration::from_micros(300), ..Options::default() });
+    let messages = json!([{"role": "user", "content": "Tell me something."}]);
+    for (path, mut request) in [(COMPLETIONS, json!({"prompt": "a"})), (CHAT, json!({ "messages": messages }))] {
+        (request["max_tokens"], request["ignore_eos"]) = (64_000.into(), true.into());
+        let answer = assert_cuts_do_not_show_on(start, path, request);
+        assert_eq!(
+            (&answer.choices[0].finishes[..], &answer.usage[0]["total_tokens"]),
+            (&[json!("length")][..], &json!(64))
+        );
+    }
 }
 
 #[test]
@@ -202,6 +216,59 @@ fn calls_and_thoughts_go_on_where_they_were() {
     assert!(answer.choices[0].text.is_empty() && answer.choices[0].thoughts.len() > 60, "{answer:?}");
 }
 
+/// Ids of a choice's prompt and of its own tokens, as the events tell them.
+fn ids(events: &[Event], index: usize) -> [Vec<Value>; 2] {
+    let mut ids = [Vec::new(), Vec::new()];
+    for event in events {
+        let Ok(chunk) = serde_json::from_str::<Value>(event.data.strip_prefix("data: ").unwrap()) else { continue };
+        for choice in chunk["choices"].as_array().unwrap().iter().filter(|choice| choice["index"] == index) {
+            for (told, all) in
+                [(&chunk["prompt_token_ids"], 0), (&choice["prompt_token_ids"], 0), (&choice["token_ids"], 1)]
+            {
+                ids[all].extend(told.as_array().into_iter().flatten().cloned());
+            }
+        }
+    }
+    ids
+}
+
+#[test]
+fn ids_of_tokens_are_told_once_wherever_an_answer_is_cut() {
+    let template = "{% if tools %}{{ tools | tojson }}{{ '<tool_call>' }}{% else %}hello{% endif %}";
+    let start = || Worker::start(Options { template, step: Duration::from_micros(300), ..Options::default() });
+    let (first, second) = (start(), start());
+    let messages = json!([{"role": "user", "content": "a"}]);
+    let tools = json!([{"type": "function", "function": {"name": "f"}}]);
+    for (path, mut request) in [
+        (COMPLETIONS, json!({"prompt": ["One and", "Two"], "n": 2, "ignore_eos": true, "max_tokens": 20})),
+        (COMPLETIONS, json!({"prompt": "One and", "logprobs": 1, "stop": ["e", "to"], "echo": true})),
+        (CHAT, json!({"messages": messages, "ignore_eos": true})),
+        (CHAT, json!({"messages": messages, "tools": tools, "tool_choice": "required", "parallel_tool_calls": false})),
+    ] {
+        request["max_tokens"] = request.get("max_tokens").cloned().unwrap_or(json!(100));
+        (request["seed"], request["return_token_ids"]) = (json!(5), json!(true));
+        let whole = client::post_bytes(first.address, path, request.to_string().as_bytes()).json();
+        let of_choice = |choice: &Value| {
+            let prompt = whole["prompt_token_ids"].as_array().or(choice["prompt_token_ids"].as_array());
+            [prompt.unwrap().clone(), choice["token_ids"].as_array().unwrap().clone()]
+        };
+        let expected: Vec<_> = whole["choices"].as_array().unwrap().iter().map(of_choice).collect();
+        let [prompts, tokens] = [0, 1].map(|which| expected.iter().map(|ids| ids[which].len() as u64).sum::<u64>());
+        let n = request["n"].as_u64().unwrap_or(1);
+        let usage = [&whole["usage"]["prompt_tokens"], &whole["usage"]["completion_tokens"]];
+        assert_eq!([prompts / n, tokens].map(|count| json!(count)).each_ref(), usage);
+        request["stream"] = true.into();
+        let events = relayed(&first, path, &request, "");
+        let told = |events: &[Event]| (0..expected.len()).map(|index| ids(events, index)).collect::<Vec<_>>();
+        assert_eq!(told(&events), expected, "{request}");
+        for cut in 1..events.len() {
+            let journal: String = events[..cut].iter().map(|event| event.progress.as_str()).collect();
+            let rest = relayed(&second, path, &request, &journal);
+            assert_eq!(told(&[&events[..cut], &rest[..]].concat()), expected, "{request} cut after {cut}");
+        }
+    }
+}
+
 #[test]
 fn nobody_else_sees_progress() {
     let worker = start();
@@ -246,6 +313,9 @@ fn a_worker_that_would_answer_otherwise_says_so() {
     assert_eq!(ask(&first, &journal, &request, journal.len()), 200);
     let shorter = Worker::start(Options { max_model_len: 1024, ..Options::default() });
     assert_eq!(ask(&shorter, &journal, &request, journal.len()), 409);
+    // Of the same name, and perhaps at the same address by now.
+    let tuned = Worker::start(Options { weights: "tuned", ..Options::default() });
+    assert_eq!(ask(&tuned, &journal, &request, journal.len()), 409);
     let mut other = request.clone();
     other["temperature"] = json!(0.5);
     assert_eq!(ask(&first, &journal, &other, journal.len()), 409);

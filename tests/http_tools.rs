@@ -216,6 +216,11 @@ fn what_the_prompt_opens_as_thoughts_is_thoughts() {
     // Nobody wants to see them.
     let hidden = answered(&server, &thinking(json!({"include_reasoning": false})));
     assert_eq!((&hidden[0]["message"]["content"], hidden[0]["message"].get("reasoning_content")), (&json!(""), None));
+    for field in ["logprobs", "return_token_ids"] {
+        let spelled = thinking(json!({"include_reasoning": false, field: true}));
+        let response = server.post(CHAT, &spelled);
+        assert_eq!((response.status, &response.json()["error"]["param"]), (400, &json!(field)));
+    }
     // What has a form begins with it.
     let of_a_form = thinking(json!({"structured_outputs": {"choice": ["yes", "no"]}}));
     let (parts, finish) = whole(&answered(&server, &of_a_form)[0]);

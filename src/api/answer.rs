@@ -1,10 +1,11 @@
+mod chunks;
+
 use std::{
     future::poll_fn,
     sync::Arc,
     task::{Context, Poll},
 };
 
-use bytes::{BufMut, BytesMut};
 use futures::StreamExt;
 use serde::Serialize;
 use tokio::runtime::{Handle, RuntimeFlavor};
@@ -18,7 +19,7 @@ use super::{
     parser::Pieces,
     progress::{self, Head, Past, ProgressWriter, Relay},
     validate::Plan,
-    wire::{ChatChoice, ChatChunkChoice, ChatMessage, CompletionChoice, Delta, Envelope, ToolCall, Usage},
+    wire::{ChatChoice, ChatMessage, CompletionChoice, Envelope, ToolCall, Usage},
 };
 use crate::{
     grammar::{LostTrack, Matcher},
@@ -44,8 +45,10 @@ struct Choice {
     /// `None` once it ended: dropping it frees its pages.
     generation: Option<Generation>,
     output: Output,
-    /// Whether a chunk was sent that tells the role.
+    /// Whether a chunk of it was sent; a chat's first one tells the role.
     opened: bool,
+    /// Tokens that had come when chunks were last written.
+    tokens_told: u32,
 }
 
 /// An answer being generated: `n` choices of each prompt.
@@ -56,8 +59,13 @@ pub(crate) struct Answer {
     created: u64,
     n: usize,
     prompt_tokens: Vec<u32>,
+    /// The prompts, if clients want the ids of tokens.
+    prompt_ids: Option<Vec<Vec<u32>>>,
     choices: Vec<Choice>,
     with_logprobs: bool,
+    /// Whether a step whose tokens show nothing gets a chunk too. Not where answers are looked through: most such
+    /// tokens are part of a call or of thoughts.
+    tells_each_step: bool,
     /// For a frontend, which alone hears of it.
     progress: Option<ProgressWriter>,
     pub(crate) include_usage: bool,
@@ -76,7 +84,7 @@ impl Answer {
         endpoint: Endpoint,
         plan: &Plan,
         prompts: Vec<PreparedPrompt>,
-        fields: (&'static str, &'static str),
+        prompt_field: &'static str,
     ) -> Result<Self, ApiError> {
         let max_model_len = serving.max_model_len();
         let wanted = prompts.len() * plan.n;
@@ -84,7 +92,7 @@ impl Answer {
         let places = limits.max_num_seqs + limits.max_waiting_requests;
         if wanted > places {
             // However often it is sent again: not a matter of the moment.
-            let field = if plan.n > 1 { "n" } else { fields.0 };
+            let field = if plan.n > 1 { "n" } else { prompt_field };
             let message = format!("'{field}' asks for {wanted} answers at once; this server takes {places} at most");
             return Err(ApiError::invalid(field, message));
         }
@@ -94,7 +102,8 @@ impl Answer {
         }
         let (head, progress) = if relay.progress || journal.is_some() {
             let echoed: Vec<_> = prompts.iter().map(|prompt| prompt.echo.is_some()).collect();
-            let digest = progress::digest(&prompts, &(endpoint, plan, max_model_len, serving.model_name(), echoed));
+            let model = (serving.model_name(), &limits.model_key);
+            let digest = progress::digest(&prompts, &(endpoint, plan, max_model_len, model, echoed));
             if journal.as_ref().is_some_and(|journal| journal.head.digest != digest) {
                 return Err(progress::incompatible());
             }
@@ -114,7 +123,8 @@ impl Answer {
         for prompt in &prompts {
             for choice in 0..plan.n {
                 let index = (choice, choices.len());
-                let request = Request { trace, ..plan.request(prompt.tokens.clone(), index, max_model_len, fields)? };
+                let request = plan.request(prompt.tokens.clone(), index, max_model_len, prompt_field)?;
+                let request = Request { trace, ..request };
                 let (tokenizer, skip_special) = (&serving.config.tokenizer, plan.skip_special_tokens);
                 let echo = prompt.echo.as_ref().map(|text| {
                     Echo::new(text.clone(), plan.logprobs.is_some(), tokenizer.decode_stream(skip_special))
@@ -128,9 +138,13 @@ impl Answer {
                 if progress.is_some() {
                     output.keep_unreported();
                 }
+                if plan.token_ids {
+                    output.keep_untold();
+                }
                 let generation = request.map(|request| serving.engine.submit(request)).transpose();
-                let generation = generation.map_err(|error| ApiError::not_taken(error, fields.0))?;
-                choices.push(Choice { generation, output, opened: past.is_some() });
+                let generation = generation.map_err(|error| ApiError::not_taken(error, prompt_field))?;
+                let tokens_told = output.tokens_told();
+                choices.push(Choice { generation, output, opened: past.is_some(), tokens_told });
             }
         }
         let usage_told = journal.is_some_and(|journal| journal.usage_told);
@@ -140,8 +154,10 @@ impl Answer {
             created,
             n: plan.n,
             prompt_tokens: prompts.iter().map(|prompt| prompt.tokens.len() as u32).collect(),
+            prompt_ids: plan.token_ids.then(|| prompts.into_iter().map(|prompt| prompt.tokens).collect()),
             choices,
             with_logprobs: plan.logprobs.is_some(),
+            tells_each_step: plan.token_ids || !plan.wanted.is_any(),
             progress,
             include_usage: plan.include_usage && !usage_told,
             continuous_usage: plan.continuous_usage,
@@ -194,10 +210,12 @@ impl Answer {
                             message: self.message(index, pieces),
                             logprobs: self.with_logprobs.then_some(ChatLogprobs(tokens, names)),
                             finish_reason: output.finish_reason(),
+                            token_ids: output.untold(),
                         }
                     })
                     .collect();
-                write(&mut body, &self.envelope("chat.completion", choices, usage))?;
+                let envelope = self.envelope("chat.completion", choices, usage);
+                write(&mut body, &Envelope { prompt_token_ids: self.prompt_ids(0), ..envelope })?;
             }
             Endpoint::Completion => {
                 let choices: Vec<_> = outputs
@@ -208,6 +226,8 @@ impl Answer {
                             text: &pieces.content,
                             logprobs: self.with_logprobs.then_some(CompletionLogprobs(tokens, names)),
                             finish_reason: output.finish_reason(),
+                            prompt_token_ids: self.prompt_ids(index),
+                            token_ids: output.untold(),
                         }
                     })
                     .collect();
@@ -225,16 +245,6 @@ impl Answer {
             reasoning_content: pieces.thoughts(),
             tool_calls: pieces.calls.iter().map(|call| ToolCall::new(&self.id, index, call, false)).collect(),
             refusal: None,
-        }
-    }
-
-    /// What a choice says next.
-    fn delta<'a>(&self, index: usize, pieces: &'a Pieces) -> Delta<'a> {
-        Delta {
-            role: None,
-            content: pieces.content(),
-            reasoning_content: pieces.thoughts(),
-            tool_calls: pieces.calls.iter().map(|call| ToolCall::new(&self.id, index, call, true)).collect(),
         }
     }
 
@@ -259,130 +269,14 @@ impl Answer {
         self.choices.iter().any(|choice| choice.output.finish == Some(finish))
     }
 
-    /// Appends server-sent events with what is new in each choice.
-    pub(crate) fn write_chunks(&mut self, buffer: &mut BytesMut) -> Result<(), ApiError> {
-        for index in 0..self.choices.len() {
-            let choice = &self.choices[index];
-            let (pieces, tokens) = choice.output.pending();
-            let ended = choice.generation.is_none();
-            if !pieces.is_empty() || !tokens.is_empty() {
-                if !choice.opened {
-                    self.write_opening(buffer, index)?;
-                }
-                self.write_progress(buffer, index, false);
-                self.write_piece(buffer, index)?;
-                let choice = &mut self.choices[index];
-                choice.opened = true;
-                choice.output.clear();
-            }
-            let choice = &self.choices[index];
-            if let Some(finish_reason) = choice.output.finish_reason()
-                && ended
-            {
-                if !choice.opened {
-                    self.write_opening(buffer, index)?;
-                }
-                self.write_progress(buffer, index, true);
-                self.write_ending(buffer, index, finish_reason)?;
-                let choice = &mut self.choices[index];
-                choice.opened = true;
-                // Said once.
-                choice.output.finish = None;
-            }
-        }
-        Ok(())
-    }
-
-    /// Appends the chunk with the token counts.
-    pub(crate) fn write_usage(&mut self, buffer: &mut BytesMut) -> Result<(), ApiError> {
-        let none: [(); 0] = [];
-        if let Some(progress) = &mut self.progress {
-            progress.usage(buffer);
-        }
-        write_event(buffer, &self.envelope(self.chunk_object(), none, Some(Some(self.usage()))))
-    }
-
-    /// Precedes an event with what a frontend needs to know about it.
-    fn write_progress(&mut self, buffer: &mut BytesMut, index: usize, last: bool) {
-        if let Some(progress) = &mut self.progress {
-            progress.choice(buffer, index, &mut self.choices[index].output, last);
-        }
-    }
-
-    /// A chat's first chunk tells who speaks.
-    fn write_opening(&mut self, buffer: &mut BytesMut, index: usize) -> Result<(), ApiError> {
-        if self.endpoint == Endpoint::Completion {
-            return Ok(());
-        }
-        if let Some(progress) = &mut self.progress {
-            progress.opening(buffer, index);
-        }
-        let delta = Delta { role: Some("assistant"), content: Some(""), ..Delta::default() };
-        let choice = ChatChunkChoice { index, delta, logprobs: None::<()>, finish_reason: None };
-        // Nothing of the answer is told yet.
-        self.write_chunk(buffer, choice, self.chunk_usage(index, 0))
-    }
-
-    fn write_piece(&self, buffer: &mut BytesMut, index: usize) -> Result<(), ApiError> {
-        let output = &self.choices[index].output;
-        let (pieces, tokens) = output.pending();
-        let names = &*self.serving.config.tokenizer;
-        let usage = self.chunk_usage(index, output.completion_tokens);
-        match self.endpoint {
-            Endpoint::Chat => {
-                let delta = self.delta(index, pieces);
-                let logprobs = self.with_logprobs.then_some(ChatLogprobs(tokens, names));
-                self.write_chunk(buffer, ChatChunkChoice { index, delta, logprobs, finish_reason: None }, usage)
-            }
-            Endpoint::Completion => {
-                let logprobs = self.with_logprobs.then_some(CompletionLogprobs(tokens, names));
-                let text = &pieces.content;
-                self.write_chunk(buffer, CompletionChoice { index, text, logprobs, finish_reason: None }, usage)
-            }
-        }
-    }
-
-    fn write_ending(&self, buffer: &mut BytesMut, index: usize, reason: &'static str) -> Result<(), ApiError> {
-        let (finish_reason, logprobs) = (Some(reason), None::<()>);
-        let usage = self.chunk_usage(index, self.choices[index].output.completion_tokens);
-        match self.endpoint {
-            Endpoint::Chat => {
-                let delta = Delta::default();
-                self.write_chunk(buffer, ChatChunkChoice { index, delta, logprobs, finish_reason }, usage)
-            }
-            Endpoint::Completion => {
-                self.write_chunk(buffer, CompletionChoice { index, text: "", logprobs, finish_reason }, usage)
-            }
-        }
-    }
-
-    fn write_chunk<C: Serialize>(
-        &self,
-        buffer: &mut BytesMut,
-        choice: C,
-        usage: Option<Usage>,
-    ) -> Result<(), ApiError> {
-        let usage = self.include_usage.then_some(usage);
-        write_event(buffer, &self.envelope(self.chunk_object(), [choice], usage))
-    }
-
-    /// Token counts so far, if each chunk tells them: as vLLM has it, those of the chunk's own choice.
-    fn chunk_usage(&self, index: usize, completion_tokens: u32) -> Option<Usage> {
-        let cached = self.choices[index].output.cached_tokens.unwrap_or(0);
-        let prompt = self.prompt_tokens[index / self.n];
-        self.continuous_usage.then(|| Usage::of_choice(prompt, cached, completion_tokens))
-    }
-
-    fn chunk_object(&self) -> &'static str {
-        match self.endpoint {
-            Endpoint::Chat => "chat.completion.chunk",
-            Endpoint::Completion => "text_completion",
-        }
+    /// Ids of the tokens that a choice follows, if they are wanted.
+    fn prompt_ids(&self, index: usize) -> Option<&[u32]> {
+        self.prompt_ids.as_ref().map(|prompts| prompts[index / self.n].as_slice())
     }
 
     fn envelope<C>(&self, object: &'static str, choices: C, usage: Option<Option<Usage>>) -> Envelope<'_, C> {
         let model = self.serving.model_name();
-        Envelope { id: &self.id, object, created: self.created, model, choices, usage }
+        Envelope { id: &self.id, object, created: self.created, model, choices, usage, prompt_token_ids: None }
     }
 
     fn usage(&self) -> Usage {
@@ -443,13 +337,6 @@ fn replayed(matcher: &mut Matcher, tokens: &[u32]) -> Result<(), LostTrack> {
         Ok(RuntimeFlavor::MultiThread) => tokio::task::block_in_place(replay),
         _ => replay(),
     }
-}
-
-fn write_event(buffer: &mut BytesMut, event: &impl Serialize) -> Result<(), ApiError> {
-    buffer.extend_from_slice(b"data: ");
-    write(buffer.writer(), event)?;
-    buffer.extend_from_slice(b"\n\n");
-    Ok(())
 }
 
 fn write(writer: impl std::io::Write, value: &impl Serialize) -> Result<(), ApiError> {

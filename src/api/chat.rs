@@ -14,7 +14,7 @@ use super::{
     extract::read_relayed,
     form::{Asked, asked},
     parser::{Thoughts, Wanted},
-    prompt::ChatOptions,
+    prompt::{ChatOptions, Purpose},
     stream::stream,
     tools::Tools,
     types::ChatRequest,
@@ -35,7 +35,10 @@ pub(crate) async fn chat_completions(
     let in_flight = serving.enter()?;
     serving.check_model(request.model.as_deref())?;
     refuse_unsupported(&request, serving.config.parsers)?;
-    let (mut plan, max_field) = plan(&mut request, &serving, relay.seed())?;
+    let mut plan = plan(&mut request, &serving, relay.seed())?;
+    if request.include_reasoning == Some(false) {
+        refuse_to_spell_thoughts(&plan)?;
+    }
     let messages = request.messages.ok_or_else(|| missing("messages"))?.0;
     let mut kwargs = request.chat_template_kwargs;
     if let Some(effort) = request.reasoning_effort.as_ref().filter(|effort| !effort.is_empty()) {
@@ -53,7 +56,7 @@ pub(crate) async fn chat_completions(
         without_thoughts: form.is_some() && parsers.thoughts,
         now: Some(relay.created()),
     };
-    let (tokens, thoughts) = serving.encode_chat(messages, options).await?;
+    let (tokens, thoughts) = serving.encode_chat(messages, options, Purpose::Answer).await?;
     plan.wanted = Wanted {
         // An answer of a given form begins with it.
         thoughts: if parsers.thoughts && form.is_none() { thoughts } else { Thoughts::No },
@@ -61,13 +64,11 @@ pub(crate) async fn chat_completions(
         calls: tools.as_ref().map(|tools| tools.format),
         calls_max: tools.as_ref().map_or(0, Tools::calls_max),
     };
-    let looks = plan.wanted.thoughts != Thoughts::No || plan.wanted.calls.is_some();
-    plan.skip_special_tokens &= !(looks && serving.marks_are_special);
+    plan.skip_special_tokens &= !(plan.wanted.is_any() && serving.marks_are_special);
     // Last: it is the dearest.
     plan.grammar = serving.compile(form).await?;
     let prompts = vec![PreparedPrompt { tokens, echo: None }];
-    let fields = ("messages", max_field);
-    let answer = Answer::start(serving, in_flight, relay, Endpoint::Chat, &plan, prompts, fields)?;
+    let answer = Answer::start(serving, in_flight, relay, Endpoint::Chat, &plan, prompts, "messages")?;
     respond(answer, plan.stream).await
 }
 
@@ -103,13 +104,13 @@ pub(crate) fn missing(field: impl Into<Cow<'static, str>>) -> ApiError {
     ApiError::invalid(field, message)
 }
 
-fn plan(request: &mut ChatRequest, serving: &Serving, seed: u64) -> Result<(Plan, &'static str), ApiError> {
+fn plan(request: &mut ChatRequest, serving: &Serving, seed: u64) -> Result<Plan, ApiError> {
     let mut plan = Plan::new(request.take_sampling(), serving.bounds(), seed)?;
     plan.logprobs = chat_logprobs(request.logprobs, request.top_logprobs)?;
     let older = max_tokens("max_tokens", request.max_tokens, 1)?;
     let newer = max_tokens("max_completion_tokens", request.max_completion_tokens, 1)?;
     plan.max_tokens = newer.or(older);
-    Ok((plan, if newer.is_some() { "max_completion_tokens" } else { "max_tokens" }))
+    Ok(plan)
 }
 
 /// Tells the template how long the model is to think, in its own words and in those of templates that know but whether:
@@ -136,11 +137,13 @@ fn refuse_unsupported(request: &ChatRequest, parsers: Parsers) -> Result<(), Api
         ("prediction", request.prediction),
         ("verbosity", request.verbosity),
         ("web_search_options", request.web_search_options),
+        ("moderation", request.moderation),
         ("echo", request.echo),
         ("documents", request.documents),
         ("chat_template", request.chat_template),
+        ("media_io_kwargs", request.media_io_kwargs),
         ("mm_processor_kwargs", request.mm_processor_kwargs),
-        ("thinking_token_budget", request.thinking_token_budget),
+        ("return_prompt_text", request.return_prompt_text),
     ] {
         refuse(field, value)?;
     }
@@ -158,6 +161,16 @@ fn refuse_unsupported(request: &ChatRequest, parsers: Parsers) -> Result<(), Api
     }
     if request.modalities.iter().flatten().any(|modality| modality != "text") {
         return Err(ApiError::unsupported("modalities", "only [\"text\"] is"));
+    }
+    Ok(())
+}
+
+/// What tells of each token tells of those that thoughts are made of too.
+fn refuse_to_spell_thoughts(plan: &Plan) -> Result<(), ApiError> {
+    for (field, asked) in [("logprobs", plan.logprobs.is_some()), ("return_token_ids", plan.token_ids)] {
+        if asked {
+            return Err(ApiError::unsupported(field, "with 'include_reasoning': false it would spell the thoughts"));
+        }
     }
     Ok(())
 }

@@ -8,6 +8,7 @@ use super::{
     chat::{missing, respond},
     extract::read_relayed,
     form::asked,
+    prompt::Purpose,
     types::{CompletionRequest, Prompt},
     validate::{CHOICES_MAX, Plan, completion_logprobs, max_tokens, refuse},
 };
@@ -25,6 +26,7 @@ pub(crate) async fn completions(
     let in_flight = serving.enter()?;
     serving.check_model(request.model.as_deref())?;
     refuse("suffix", request.suffix)?;
+    refuse("prompt_embeds", request.prompt_embeds)?;
     let mut plan = plan(&mut request, &serving, relay.seed())?;
     let prompts = request.prompt.take().ok_or_else(|| missing("prompt"))?.0;
     if prompts.is_empty() {
@@ -42,8 +44,7 @@ pub(crate) async fn completions(
     }
     // Last: it is the dearest.
     plan.grammar = serving.compile(asked(request.response_format, request.structured_outputs)?).await?;
-    let fields = ("prompt", "max_tokens");
-    let answer = Answer::start(serving, in_flight, relay, Endpoint::Completion, &plan, prepared, fields)?;
+    let answer = Answer::start(serving, in_flight, relay, Endpoint::Completion, &plan, prepared, "prompt")?;
     respond(answer, plan.stream).await
 }
 
@@ -74,7 +75,7 @@ async fn prepare(
 ) -> Result<PreparedPrompt, ApiError> {
     match prompt {
         Prompt::Text(text) => {
-            let (tokens, text) = serving.encode_text(text, add_special_tokens, "prompt").await?;
+            let (tokens, text) = serving.encode_text(text, add_special_tokens, Purpose::Answer, "prompt").await?;
             Ok(PreparedPrompt { tokens, echo: echo.then_some(text) })
         }
         Prompt::Tokens(tokens) => {

@@ -57,10 +57,14 @@ impl ApiError {
         Self { code: Some("unsupported_parameter"), ..Self::invalid(param, message) }
     }
 
-    /// 400 because `param` is no parameter of the endpoint.
-    pub(crate) fn unknown_parameter(param: &str) -> Self {
-        let message = format!("Unrecognized request argument supplied: {param}");
-        Self { code: Some("unknown_parameter"), ..Self::invalid(param.to_owned(), message) }
+    /// 400 because `param` is no parameter of the endpoint. `instead`: what to send in its place, if that is known.
+    pub(crate) fn unknown_parameter(param: String, instead: Option<&str>) -> Self {
+        let mut message = format!("Unrecognized request argument supplied: {param}");
+        if let Some(instead) = instead {
+            message.push_str("; ");
+            message.push_str(instead);
+        }
+        Self { code: Some("unknown_parameter"), ..Self::invalid(param, message) }
     }
 
     /// 404 because no such model is served.
@@ -73,7 +77,7 @@ impl ApiError {
         Self { status: StatusCode::NOT_FOUND, code: Some("model_not_found"), ..Self::invalid("model", message) }
     }
 
-    /// 400 because prompt and answer do not fit the context.
+    /// 400 because the prompt does not fit the context.
     pub(crate) fn context_length(param: &'static str, message: impl Into<String>) -> Self {
         Self { code: Some("context_length_exceeded"), ..Self::invalid(param, message) }
     }

@@ -15,6 +15,7 @@ use tokio::{
 use super::{
     ApiError, Serving,
     progress::{JOURNAL_BYTES_MAX, Journal, Relay, malformed},
+    types::instead_of,
 };
 use crate::telemetry::TraceContext;
 
@@ -225,7 +226,7 @@ pub(crate) async fn discard_body(request: Request) {
 }
 
 /// Reads a body that nobody wants, within limits, so that its sender gets to read the answer.
-async fn discard(headers: &HeaderMap, body: Body) {
+pub(crate) async fn discard(headers: &HeaderMap, body: Body) {
     // A client that waits for "100 Continue" has sent nothing: it is told at once.
     if !headers.contains_key(header::EXPECT) {
         discard_rest(&mut body.into_data_stream()).await;
@@ -276,7 +277,9 @@ fn describe(path: &str, error: &serde_json::Error) -> ApiError {
         path => format!("{path}.{field}"),
     };
     if let Some(field) = quoted("unknown field `") {
-        return ApiError::unknown_parameter(&below(&field));
+        let param = below(&field);
+        let instead = instead_of(&param);
+        return ApiError::unknown_parameter(param, instead);
     }
     if let Some(field) = quoted("missing field `") {
         let field = below(&field);

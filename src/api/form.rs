@@ -89,21 +89,33 @@ pub(crate) fn asked(
 }
 
 fn of_format(format: ResponseFormat) -> Result<Option<Asked>, ApiError> {
-    if format.json_schema.is_some() && format.kind != "json_schema" {
+    const FIELD: &str = "response_format.json_schema.schema";
+    const DIRECT: &str = "response_format.schema";
+    let ResponseFormat { kind, json_schema, schema } = format;
+    if json_schema.is_some() && kind != "json_schema" {
         let message = "'response_format.json_schema' goes with the type 'json_schema'";
         return Err(ApiError::invalid("response_format.json_schema", message));
     }
-    match &*format.kind {
-        "text" => Ok(None),
-        "json_object" => Ok(Some((Source::json_object(), "response_format"))),
-        "json_schema" => {
-            const FIELD: &str = "response_format.json_schema.schema";
-            let schema = format.json_schema.and_then(|given| given.schema);
+    if schema.is_some() && (json_schema.is_some() || kind == "text") {
+        let message = "'response_format.schema' goes with the types 'json_object' and 'json_schema', and not with \
+                       'response_format.json_schema'";
+        return Err(ApiError::invalid(DIRECT, message));
+    }
+    match (&*kind, schema) {
+        ("text", _) => Ok(None),
+        // As llama.cpp has it, an empty one says no more than the type does.
+        ("json_object", Some(Value::Object(schema))) if schema.is_empty() => {
+            Ok(Some((Source::json_object(), "response_format")))
+        }
+        ("json_object" | "json_schema", Some(schema)) => Ok(Some((Source::JsonSchema(schema), DIRECT))),
+        ("json_object", None) => Ok(Some((Source::json_object(), "response_format"))),
+        ("json_schema", None) => {
+            let schema = json_schema.and_then(|given| given.schema);
             let schema =
                 schema.ok_or_else(|| ApiError::invalid(FIELD, format!("Missing required parameter: '{FIELD}'")))?;
             Ok(Some((Source::JsonSchema(schema), FIELD)))
         }
-        other => {
+        (other, _) => {
             let kind: String = other.chars().take(SHOWN_CHARS_MAX).collect();
             let detail = format!("its type has to be 'text', 'json_object' or 'json_schema', not '{kind}'");
             Err(ApiError::unsupported("response_format", &detail))
@@ -176,6 +188,8 @@ mod tests {
                 }}}),
                 of_schema(),
             ),
+            (json!({"response_format": {"type": "json_object", "schema": schema}}), of_schema()),
+            (json!({"response_format": {"type": "json_schema", "schema": schema}}), of_schema()),
             (json!({"structured_outputs": {"json": schema}}), of_schema()),
             (json!({"structured_outputs": {"json": schema.to_string()}}), of_schema()),
             (json!({"structured_outputs": {"json_object": true}}), Source::json_object()),
@@ -206,7 +220,11 @@ mod tests {
                 "response_format.json_schema.schema",
             ),
             (format(json!({"type": "json_object", "json_schema": {}})), "response_format.json_schema"),
-            (format(json!({"type": "json_object", "schema": {}})), "response_format.schema"),
+            (format(json!({"type": "text", "schema": {}})), "response_format.schema"),
+            (
+                format(json!({"type": "json_schema", "json_schema": {"schema": {}}, "schema": {}})),
+                "response_format.schema",
+            ),
             (format(json!({})), "response_format.type"),
             (structured(json!({})), "structured_outputs"),
             (structured(json!({"json_object": false})), "structured_outputs"),

@@ -7,8 +7,8 @@ use subtle::ConstantTimeEq;
 pub const CLUSTER_TOKEN_HEADER: HeaderName = HeaderName::from_static("x-engine-cluster-token");
 
 /// What stands for the cluster's token in HTTP requests between its members, which nothing may be encrypting. The token
-/// itself opens sessions, over which KV pages are written; this, which whoever listens may learn, is derived from it and
-/// does not.
+/// itself opens sessions, over which KV pages are written; this, which whoever listens may learn, is derived from it
+/// and does not.
 #[derive(Clone, PartialEq, Eq)]
 pub struct HttpToken(blake3::Hash);
 

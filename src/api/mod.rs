@@ -2,8 +2,8 @@
 //!
 //! A request goes through `extract` (bytes to JSON, bounded), `types` (JSON to fields, unknown ones refused),
 //! `validate` (fields to a `Plan`), `prompt` (text to tokens) and `answer` (to the engine and back). What comes back
-//! becomes text in `output`, behind the stop strings of `stop`, is taken apart by `parser` (thoughts, calls of `tools`),
-//! and goes out whole or through `stream`.
+//! becomes text in `output`, behind the stop strings of `stop`, is taken apart by `parser` (thoughts, calls of
+//! `tools`), and goes out whole or through `stream`.
 
 mod answer;
 mod chat;
@@ -38,14 +38,14 @@ mod wire;
 
 pub use defaults::Defaults;
 pub use error::ApiError;
-pub(crate) use extract::{BodyMemory, Received, read_body};
+pub(crate) use extract::{BodyMemory, Received, discard, read_body};
 pub use http_token::{CLUSTER_TOKEN_HEADER, HttpToken};
 pub(crate) use info::version;
-pub(crate) use middleware::{check_key, request_id};
+pub(crate) use middleware::{MODEL_KEY_HEADER, check_key, request_id};
 pub use parser::{CallFormat, Parsers};
 pub(crate) use router::{cors, fallbacks};
-pub(crate) use server::serve_router;
 pub use server::{Bound, ServerConfig, ServerError, bind, serve};
+pub(crate) use server::{CONNECTIONS_BESIDE_REQUESTS, WRITE_STALL_MAX, serve_router};
 pub use state::ApiConfig;
 pub(crate) use state::unix_seconds;
 pub use status::{Measure, Shown, serve_status};

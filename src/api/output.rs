@@ -103,6 +103,8 @@ pub(crate) struct Output {
     /// For a frontend: tokens that its journal does not have yet; and whether it has the cached tokens.
     unreported: Option<Vec<u32>>,
     cached_reported: bool,
+    /// For a client that wants ids: tokens of which nothing was told yet.
+    untold: Option<Vec<u32>>,
     pub(crate) completion_tokens: u32,
     /// Set by whoever holds the generation, with the first token.
     pub(crate) cached_tokens: Option<u32>,
@@ -131,6 +133,7 @@ impl Output {
             bytes_elsewhere: 0,
             unreported: None,
             cached_reported: false,
+            untold: None,
             completion_tokens: 0,
             cached_tokens: None,
             finish: None,
@@ -140,6 +143,11 @@ impl Output {
     /// Keeps tokens for a frontend's journal from now on.
     pub(crate) fn keep_unreported(&mut self) {
         self.unreported = Some(Vec::new());
+    }
+
+    /// Keeps tokens for a client that wants their ids from now on.
+    pub(crate) fn keep_untold(&mut self) {
+        self.untold = Some(Vec::new());
     }
 
     /// Works through what was generated elsewhere, and forgets the text that was let out there. `end`: how the engine
@@ -171,8 +179,8 @@ impl Output {
             }
             Event::Token(token) => {
                 self.show_echo();
-                if let Some(unreported) = &mut self.unreported {
-                    unreported.push(token.token);
+                for kept in [&mut self.unreported, &mut self.untold].into_iter().flatten() {
+                    kept.push(token.token);
                 }
                 self.push_token(token);
             }
@@ -193,10 +201,20 @@ impl Output {
         (&self.pieces, &self.tokens)
     }
 
-    /// Forgets what [`Output::pending`] showed.
+    /// The tokens whose ids may be told now, if they are wanted: those that the journal gets, so that whoever continues
+    /// the answer tells the others.
+    pub(crate) fn untold(&self) -> Option<&[u32]> {
+        self.untold.as_ref().map(|tokens| &tokens[..tokens.len().saturating_sub(self.held.len())])
+    }
+
+    /// Forgets what [`Output::pending`] and [`Output::untold`] showed.
     pub(crate) fn clear(&mut self) {
         self.pieces.clear();
         self.tokens.clear();
+        let told = self.untold().map_or(0, <[u32]>::len);
+        if let Some(untold) = &mut self.untold {
+            untold.drain(..told);
+        }
     }
 
     /// Bytes of text let out, once what is pending has been.
@@ -210,6 +228,11 @@ impl Output {
             Finish::Stop if self.parser.made_calls() => "tool_calls",
             finish => finish.as_str(),
         })
+    }
+
+    /// Tokens that whoever continues the answer need not compute again.
+    pub(crate) fn tokens_told(&self) -> u32 {
+        self.completion_tokens - self.held.len() as u32
     }
 
     /// Tokens that the journal is to have with the next event. A token whose log-probability is held back is not among

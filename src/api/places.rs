@@ -32,6 +32,7 @@ struct Idle {
 
 impl Places {
     pub(super) fn new(number: usize) -> Arc<Self> {
+        let number = number.min(Semaphore::MAX_PERMITS);
         Arc::new(Self { free: Arc::new(Semaphore::new(number)), idle: Mutex::default() })
     }
 

@@ -174,7 +174,8 @@ pub(crate) fn incompatible() -> ApiError {
     ApiError::new(StatusCode::CONFLICT, "incompatible_worker", message)
 }
 
-/// Digest of everything an answer follows from, besides the weights: prompts, parameters, limits and names.
+/// Digest of everything an answer follows from: prompts, and by what `rest` says of them weights, parameters, limits
+/// and names. An address may be another process's by the time that the answer is continued there.
 pub(crate) fn digest(prompts: &[PreparedPrompt], rest: &impl std::fmt::Debug) -> String {
     let mut hasher = blake3::Hasher::new();
     for prompt in prompts {

@@ -10,12 +10,26 @@ use super::{
     validate::too_long,
 };
 
+/// Bytes of text for each token of the context whose tokens are counted: of English, four contexts.
+const COUNTED_BYTES_PER_TOKEN: usize = 16;
+/// The same however short the context is.
+const COUNTED_BYTES: usize = 1 << 20;
+
 /// What a message, a part of one or a call counts for beside its text.
 const PIECE_BYTES: usize = 64;
 
 /// Appended to a message that is to be continued, and found again in the prompt: the text itself could be found in what
 /// closes it (`<` in `<|im_end|>`). The idea is transformers'; the space at its end tells whether the template trims.
 const END_MARK: &str = "END-OF-WHAT-IS-CONTINUED-5d0c7b ";
+
+/// What a text is encoded for, which limits it.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum Purpose {
+    /// To be answered: it has to fit the context.
+    Answer,
+    /// To have its tokens counted: it may be longer.
+    Count,
+}
 
 /// How a conversation becomes a prompt.
 #[derive(Debug, Default)]
@@ -33,15 +47,16 @@ pub(crate) struct ChatOptions {
 }
 
 impl Serving {
-    /// Encodes the text of `field`. One that cannot fit the context is refused before all of it has been looked at.
+    /// Encodes the text of `field`. One that is far too long is refused before all of it has been looked at.
     pub(crate) async fn encode_text(
         self: &Arc<Self>,
         text: String,
         add_special_tokens: bool,
+        purpose: Purpose,
         field: &'static str,
     ) -> Result<(Vec<u32>, String), ApiError> {
         self.encode(text.len(), move |serving| {
-            let tokens = serving.encode_now(&text, add_special_tokens, field)?;
+            let tokens = serving.encode_now(&text, add_special_tokens, purpose, field)?;
             Ok((tokens, text))
         })
         .await?
@@ -53,6 +68,7 @@ impl Serving {
         self: &Arc<Self>,
         messages: Vec<Message>,
         options: ChatOptions,
+        purpose: Purpose,
     ) -> Result<(Vec<u32>, Thoughts), ApiError> {
         if messages.is_empty() {
             return Err(ApiError::invalid("messages", "'messages' has to have at least one message"));
@@ -80,17 +96,44 @@ impl Serving {
                 text.truncate(text.trim_end().len());
                 text.push_str(Thoughts::NONE);
             }
-            Ok((serving.encode_now(&text, options.add_special_tokens, "messages")?, thoughts))
+            Ok((serving.encode_now(&text, options.add_special_tokens, purpose, "messages")?, thoughts))
         })
         .await?
     }
 
-    fn encode_now(&self, text: &str, add_special_tokens: bool, field: &'static str) -> Result<Vec<u32>, ApiError> {
-        let limit = self.max_model_len();
-        self.config.tokenizer.encode_bounded(text, add_special_tokens, limit).map_err(|error| match error {
+    fn encode_now(
+        &self,
+        text: &str,
+        add_special_tokens: bool,
+        purpose: Purpose,
+        field: &'static str,
+    ) -> Result<Vec<u32>, ApiError> {
+        let tokenizer = &self.config.tokenizer;
+        let encoded = match purpose {
+            Purpose::Answer => tokenizer.encode_bounded(text, add_special_tokens, self.max_model_len()),
+            Purpose::Count => {
+                let (bytes, limit) = (text.len(), self.counted_bytes_max());
+                if bytes > limit {
+                    let message = format!(
+                        "'{field}' has {bytes} bytes of text, more than the {limit} whose tokens this server counts"
+                    );
+                    return Err(ApiError::invalid(field, message));
+                }
+                tokenizer.encode(text, add_special_tokens)
+            }
+        };
+        encoded.map_err(|error| match error {
             EncodeError::TooLong { at_least, limit } => too_long(field, &format!("at least {at_least}"), limit),
             failed => ApiError::invalid(field, format!("'{field}' cannot be encoded: {failed}")),
         })
+    }
+
+    /// Bytes of a text whose tokens are counted, at most. Who counts wants to know by how much a text exceeds the
+    /// context, but a limit in tokens would not bound the memory that takes: a text is encoded as a whole before all of
+    /// its tokens are known, may have one for each byte, and `tokenizers` takes hundreds of bytes for each.
+    fn counted_bytes_max(&self) -> usize {
+        let contexts = self.max_model_len().saturating_mul(COUNTED_BYTES_PER_TOKEN);
+        self.config.body_bytes_max.min(contexts.max(COUNTED_BYTES))
     }
 
     fn render(&self, messages: Vec<Message>, options: &ChatOptions) -> Result<String, ApiError> {
@@ -146,7 +189,7 @@ impl Message {
         let call = |call: &ToolCall| call.function.name.len() + call.function.arguments.as_ref().map_or(0, bytes_of);
         let calls: usize = self.tool_calls.iter().flatten().map(|each| PIECE_BYTES + call(each)).sum();
         let thoughts = text(&self.reasoning_content) + text(&self.reasoning);
-        PIECE_BYTES + content + calls + thoughts + text(&self.name) + text(&self.tool_call_id)
+        PIECE_BYTES + content + text(&self.refusal) + calls + thoughts + text(&self.name) + text(&self.tool_call_id)
     }
 
     /// All of its text.
@@ -183,12 +226,7 @@ impl Message {
                 return Err(ApiError::invalid(at("role"), message));
             }
         };
-        let refused = [
-            ("refusal", self.refusal),
-            ("audio", self.audio),
-            ("function_call", self.function_call),
-            ("annotations", self.annotations),
-        ];
+        let refused = [("audio", self.audio), ("function_call", self.function_call)];
         if let Some((field, _)) = refused.into_iter().find(|(_, value)| value.is_some_and(|value| value.asks)) {
             return Err(ApiError::unsupported(at(field), "leave it out"));
         }
@@ -209,7 +247,7 @@ impl Message {
                 message.insert("content".into(), content)
             }
             // As OpenAI has it, an assistant that calls tools may say nothing; and some have answered with nothing.
-            None if role == "assistant" => message.insert("content".into(), "".into()),
+            None if role == "assistant" => message.insert("content".into(), self.refusal.unwrap_or_default().into()),
             None => {
                 return Err(ApiError::invalid(
                     at("content"),
@@ -319,10 +357,22 @@ mod tests {
                    "tool_calls": null, "reasoning_content": null}),
             json!({"thinking_blocks": [{"type": "thinking", "thinking": "…", "signature": "s"}]}),
             json!({"reasoning": null, "reasoning_details": [{"type": "reasoning.text", "text": "…"}]}),
+            // OpenAI's after a web search; and what others note: Copilot, lm-evaluation-harness, Swarm.
+            json!({"annotations": [{"type": "url_citation"}], "refusal": "No."}),
+            json!({"copilot_cache_control": {"type": "ephemeral"}, "cot_id": "1"}),
+            json!({"type": "text", "sender": "A"}),
         ] {
             let mut message = plain.clone();
             message.as_object_mut().unwrap().extend(added.as_object().unwrap().clone());
             assert_eq!(rendered(json!([message])), Ok(vec![plain.clone()]), "{added}");
+        }
+    }
+
+    #[test]
+    fn what_would_be_lost_is_refused_by_name() {
+        for field in ["audio", "function_call"] {
+            let refused = rendered(json!([{"role": "assistant", field: {"id": "a"}}])).unwrap_err();
+            assert_eq!(refused.param(), Some(&*format!("messages[0].{field}")));
         }
     }
 
@@ -344,10 +394,20 @@ mod tests {
     }
 
     #[test]
+    fn a_refusal_is_what_an_assistant_said_where_it_said_nothing_else() {
+        let refusal = |content: Value| json!([{"role": "assistant", "content": content, "refusal": "No."}]);
+        assert_eq!(rendered(refusal(Value::Null)).unwrap()[0], json!({"role": "assistant", "content": "No."}));
+        assert_eq!(rendered(refusal(json!("Yes."))).unwrap()[0], json!({"role": "assistant", "content": "Yes."}));
+        let refused = rendered(json!([{"role": "user", "refusal": "No."}])).unwrap_err();
+        assert_eq!(refused.param(), Some("messages[0].content"));
+    }
+
+    #[test]
     fn arguments_of_a_call_are_an_object_however_they_are_sent() {
         let call = |function: Value| {
             json!([{"role": "assistant", "tool_calls": [{
-                "id": "c", "type": "function", "index": 0, "function": function, "provider_specific_fields": null,
+                "id": "c", "type": "function", "index": 0, "function": function,
+                "extra_content": {"google": {"thought_signature": "s"}},
             }]}])
         };
         let shown = |function: Value| {

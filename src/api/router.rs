@@ -16,7 +16,7 @@ use super::{
     error::SHOULD_RETRY,
     extract::discard_body,
     info::{health, metrics, model, models, version},
-    middleware::{REQUEST_ID, observe, require_key},
+    middleware::{REQUEST_ID, observe, require_key, require_model},
     tokenize::{detokenize, tokenize},
 };
 
@@ -29,10 +29,16 @@ pub(crate) fn router(serving: Arc<Serving>) -> Router {
         .route("/v1/completions", post(completions))
         .route("/tokenize", post(tokenize))
         .route("/detokenize", post(detokenize))
+        .route_layer(from_fn_with_state(serving.clone(), require_model))
         .route_layer(from_fn_with_state(serving.clone(), require_key));
     let origins = &serving.config.allowed_origins;
     let cors = (!origins.is_empty()).then(|| cors(origins));
-    let router = guarded.route("/health", get(health)).route("/version", get(version)).route("/metrics", get(metrics));
+    let router = guarded
+        .route("/health", get(health))
+        .route("/v1/health", get(health))
+        .route("/ping", get(health).post(health))
+        .route("/version", get(version))
+        .route("/metrics", get(metrics));
     let router = fallbacks(router).layer(from_fn_with_state(serving.clone(), observe));
     let router = match cors {
         Some(cors) => router.layer(cors),

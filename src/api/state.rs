@@ -118,9 +118,9 @@ impl Serving {
         self.draining.load(Ordering::SeqCst)
     }
 
-    /// Checks a request's `model`. One that names none gets the only one there is.
+    /// Checks a request's `model`. One that names none, or an empty one, gets the only one there is.
     pub(crate) fn check_model(&self, model: Option<&str>) -> Result<(), ApiError> {
-        match model {
+        match model.filter(|model| !model.is_empty()) {
             Some(model) if !self.config.model_names.iter().any(|name| name == model) => {
                 Err(ApiError::unknown_model(model, &self.config.model_names))
             }

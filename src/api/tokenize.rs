@@ -7,9 +7,10 @@ use super::{
     ApiError, Json, Serving,
     chat::missing,
     extract::read_json,
-    prompt::ChatOptions,
+    prompt::{ChatOptions, Purpose},
     tools::Tools,
     types::{DetokenizeRequest, Messages, TokenizeRequest},
+    validate::refuse,
 };
 
 /// Answer of `POST /tokenize`.
@@ -27,7 +28,7 @@ pub(crate) struct Detokenized {
     prompt: String,
 }
 
-/// `POST /tokenize`. Texts beyond the context length are refused: no prompt could be made of them.
+/// `POST /tokenize`. Texts may be longer than the context: who asks may want to know by how much.
 pub(crate) async fn tokenize(
     State(serving): State<Arc<Serving>>,
     headers: HeaderMap,
@@ -35,13 +36,21 @@ pub(crate) async fn tokenize(
 ) -> Result<Json<Tokenized>, ApiError> {
     let request: TokenizeRequest = read_json(&headers, body, &serving).await?;
     serving.check_model(request.model.as_deref())?;
+    for (field, value) in [
+        ("chat_template", request.chat_template),
+        ("media_io_kwargs", request.media_io_kwargs),
+        ("mm_processor_kwargs", request.mm_processor_kwargs),
+    ] {
+        refuse(field, value)?;
+    }
     let tokens = match (request.prompt, request.messages) {
         (Some(_), Some(_)) => {
             return Err(ApiError::invalid("messages", "'prompt' and 'messages' exclude each other"));
         }
         (None, None) => return Err(missing("prompt")),
         (Some(prompt), None) => {
-            serving.encode_text(prompt, request.add_special_tokens.unwrap_or(true), "prompt").await?.0
+            let add_special_tokens = request.add_special_tokens.unwrap_or(true);
+            serving.encode_text(prompt, add_special_tokens, Purpose::Count, "prompt").await?.0
         }
         (None, Some(Messages(messages))) => {
             let (template, parsers) = (serving.config.template.as_ref(), serving.config.parsers);
@@ -55,7 +64,7 @@ pub(crate) async fn tokenize(
                 without_thoughts: false,
                 now: None,
             };
-            serving.encode_chat(messages, options).await?.0
+            serving.encode_chat(messages, options, Purpose::Count).await?.0
         }
     };
     let token_strs = request

@@ -13,7 +13,7 @@ use crate::{grammar::Grammar, worker::Request};
 /// Answers of one HTTP request at most: prompts times `n`.
 pub(crate) const CHOICES_MAX: usize = 128;
 /// Stop strings of a request at most.
-const STOPS_MAX: usize = 16;
+const STOPS_MAX: usize = 64;
 /// Bytes of a stop string at most: its beginning is searched for at every token.
 const STOP_BYTES_MAX: usize = 512;
 /// Stop token ids of a request at most.
@@ -39,7 +39,7 @@ pub(crate) struct Plan {
     /// are drawn independently, those of equal prompts too.
     pub(crate) seeded: bool,
     pub(crate) n: usize,
-    /// `None`: what the context leaves.
+    /// `None`: what the context leaves, which is never exceeded.
     pub(crate) max_tokens: Option<u32>,
     pub(crate) min_tokens: u32,
     pub(crate) stop_token_ids: Vec<u32>,
@@ -50,6 +50,8 @@ pub(crate) struct Plan {
     /// What chats' answers are looked through for. Set when the prompt is there.
     pub(crate) wanted: Wanted,
     pub(crate) skip_special_tokens: bool,
+    /// Whether clients get the ids of tokens too.
+    pub(crate) token_ids: bool,
     pub(crate) logprobs: Option<u32>,
     pub(crate) prompt_logprobs: Option<u32>,
     pub(crate) stream: bool,
@@ -107,6 +109,7 @@ impl Plan {
             wanted: Wanted::default(),
             include_stop: fields.include_stop_str_in_output.unwrap_or(false),
             skip_special_tokens: fields.skip_special_tokens.unwrap_or(true),
+            token_ids: fields.return_token_ids.unwrap_or(false),
             logprobs: None,
             prompt_logprobs: None,
             stream,
@@ -116,34 +119,26 @@ impl Plan {
         })
     }
 
-    /// The engine's request for one choice: the `choice`-th of its prompt, and the `index`-th of all. `max_field` is
-    /// how the client calls the token limit, `prompt_field` how it calls the prompt.
+    /// The engine's request for one choice: the `choice`-th of its prompt, and the `index`-th of all. `prompt_field` is
+    /// how the client calls the prompt.
     pub(crate) fn request(
         &self,
         prompt: Vec<u32>,
         (choice, index): (usize, usize),
         max_model_len: usize,
-        (prompt_field, max_field): (&'static str, &'static str),
+        prompt_field: &'static str,
     ) -> Result<Request, ApiError> {
         let room = max_model_len.saturating_sub(prompt.len());
-        let wanted = self.max_tokens.map_or(room, |tokens| tokens as usize);
+        // Agents set limits that the context never leaves, and mean: as long as it takes.
+        let max_tokens = self.max_tokens.map_or(room, |tokens| room.min(tokens as usize));
         if prompt.is_empty() {
             return Err(ApiError::invalid(prompt_field, format!("'{prompt_field}' has no tokens")));
         }
-        if room == 0 && wanted.max(1) > room && self.max_tokens != Some(0) || prompt.len() > max_model_len {
+        if room == 0 && self.max_tokens != Some(0) || prompt.len() > max_model_len {
             return Err(too_long(prompt_field, &prompt.len().to_string(), max_model_len));
         }
-        if wanted > room {
-            let message = format!(
-                "This model's maximum context length is {max_model_len} tokens. However, you requested {} tokens \
-                 ({} in '{prompt_field}', {wanted} in '{max_field}'). Reduce one of them.",
-                wanted + prompt.len(),
-                prompt.len(),
-            );
-            return Err(ApiError::context_length(max_field, message));
-        }
-        if self.min_tokens as usize > wanted {
-            let message = format!("'min_tokens' is {}, more than the {wanted} tokens at most", self.min_tokens);
+        if self.min_tokens as usize > max_tokens {
+            let message = format!("'min_tokens' is {}, more than the {max_tokens} tokens at most", self.min_tokens);
             return Err(ApiError::invalid("min_tokens", message));
         }
         let offset = if self.seeded { choice } else { index };
@@ -151,7 +146,7 @@ impl Plan {
             prompt,
             output: Vec::new(),
             sampling: SamplingParams { seed: self.sampling.seed.wrapping_add(offset as u64), ..self.sampling.clone() },
-            max_tokens: wanted as u32,
+            max_tokens: max_tokens as u32,
             min_tokens: self.min_tokens,
             stop_token_ids: self.stop_token_ids.clone(),
             grammar: self.grammar.as_ref().map(Grammar::matcher),
@@ -308,7 +303,7 @@ mod tests {
         assert_eq!(named(SamplingFields { n: Some(129), ..fields() }), "n");
         assert_eq!(named(SamplingFields { min_tokens: Some(-1), ..fields() }), "min_tokens");
         assert_eq!(named(SamplingFields { stop: Some(Strings(vec![String::new()])), ..fields() }), "stop");
-        assert_eq!(named(SamplingFields { stop: Some(Strings(vec!["a".into(); 17])), ..fields() }), "stop");
+        assert_eq!(named(SamplingFields { stop: Some(Strings(vec!["a".into(); STOPS_MAX + 1])), ..fields() }), "stop");
         assert_eq!(named(SamplingFields { stop_token_ids: Some(vec![100]), ..fields() }), "stop_token_ids");
         assert_eq!(named(SamplingFields { stop_token_ids: Some(vec![-1]), ..fields() }), "stop_token_ids");
         assert_eq!(named(SamplingFields { logit_bias: Some(LogitBias(vec![(100, 1.0)])), ..fields() }), "logit_bias");
@@ -322,20 +317,21 @@ mod tests {
     }
 
     #[test]
-    fn prompt_and_answer_have_to_fit_the_context() {
+    fn a_prompt_has_to_fit_the_context_and_an_answer_gets_what_is_left() {
         let mut plan = plan(SamplingFields::default()).unwrap();
-        let fields = ("prompt", "max_tokens");
-        let param = |plan: &Plan, length: usize| match plan.request(vec![1; length], (0, 0), 50, fields) {
+        let param = |plan: &Plan, length: usize| match plan.request(vec![1; length], (0, 0), 50, "prompt") {
             Ok(request) => Ok(request.max_tokens),
             Err(error) => Err(error.param().unwrap().to_owned()),
         };
         assert_eq!(param(&plan, 20), Ok(30));
         assert_eq!(param(&plan, 0), Err("prompt".into()));
         assert_eq!(param(&plan, 50), Err("prompt".into()));
-        plan.max_tokens = Some(31);
-        assert_eq!(param(&plan, 20), Err("max_tokens".into()));
-        plan.max_tokens = Some(30);
-        assert_eq!(param(&plan, 20), Ok(30));
+        plan.max_tokens = Some(64_000);
+        assert_eq!(param(&plan, 20), Ok(30), "what is left");
+        assert_eq!(param(&plan, 50), Err("prompt".into()));
+        plan.max_tokens = Some(29);
+        assert_eq!(param(&plan, 20), Ok(29));
+        plan.max_tokens = Some(64_000);
         plan.min_tokens = 31;
         assert_eq!(param(&plan, 20), Err("min_tokens".into()));
         (plan.min_tokens, plan.max_tokens) = (0, Some(0));
@@ -345,8 +341,7 @@ mod tests {
     #[test]
     fn each_choice_has_a_seed_of_its_own() {
         let plan = plan(SamplingFields { seed: Some(-2), ..SamplingFields::default() }).unwrap();
-        let seed =
-            |choice, index| plan.request(vec![1], (choice, index), 50, ("prompt", "max_tokens")).unwrap().sampling.seed;
+        let seed = |choice, index| plan.request(vec![1], (choice, index), 50, "prompt").unwrap().sampling.seed;
         // A prompt's choices are the same whatever prompts stand before it.
         assert_eq!((seed(0, 0), seed(1, 1), seed(2, 2), seed(0, 3)), (u64::MAX - 1, u64::MAX, 0, u64::MAX - 1));
     }
@@ -376,8 +371,7 @@ mod tests {
     #[test]
     fn without_a_seed_no_two_choices_are_drawn_alike() {
         let plan = plan(SamplingFields::default()).unwrap();
-        let seed =
-            |choice, index| plan.request(vec![1], (choice, index), 50, ("prompt", "max_tokens")).unwrap().sampling.seed;
+        let seed = |choice, index| plan.request(vec![1], (choice, index), 50, "prompt").unwrap().sampling.seed;
         assert_ne!(seed(0, 0), seed(1, 1));
         assert_ne!(seed(0, 0), seed(0, 2), "the first choices of two prompts, which may be equal");
     }

@@ -67,6 +67,9 @@ pub(crate) struct Envelope<'a, C> {
     /// `Some(None)` is null: chunks before the last of a stream that will tell.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) usage: Option<Option<Usage>>,
+    /// Of a chat whose client wants ids of tokens.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) prompt_token_ids: Option<&'a [u32]>,
 }
 
 /// A choice of a completion, whole or the next piece of it.
@@ -76,6 +79,10 @@ pub(crate) struct CompletionChoice<'a, L> {
     pub(crate) text: &'a str,
     pub(crate) logprobs: Option<L>,
     pub(crate) finish_reason: Option<&'static str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) prompt_token_ids: Option<&'a [u32]>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) token_ids: Option<&'a [u32]>,
 }
 
 /// A choice of a chat.
@@ -85,6 +92,8 @@ pub(crate) struct ChatChoice<'a, L> {
     pub(crate) message: ChatMessage<'a>,
     pub(crate) logprobs: Option<L>,
     pub(crate) finish_reason: Option<&'static str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) token_ids: Option<&'a [u32]>,
 }
 
 /// The answer of a chat.
@@ -139,6 +148,8 @@ pub(crate) struct ChatChunkChoice<'a, L> {
     pub(crate) delta: Delta<'a>,
     pub(crate) logprobs: Option<L>,
     pub(crate) finish_reason: Option<&'static str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) token_ids: Option<&'a [u32]>,
 }
 
 /// What is new in a chat's answer.

@@ -71,6 +71,11 @@ class Chat(unittest.TestCase):
         self.assertEqual(usage.total_tokens, usage.prompt_tokens + usage.completion_tokens)
         self.assertGreaterEqual(usage.prompt_tokens_details.cached_tokens, 0)
 
+    def test_a_limit_beyond_the_context_is_what_is_left_of_it(self):
+        arguments = dict(model="demo", messages=QUESTION, temperature=0, max_tokens=64_000)
+        answer = client.chat.completions.create(**arguments, extra_body={"ignore_eos": True})
+        self.assertEqual((answer.choices[0].finish_reason, answer.usage.total_tokens), ("length", 1024))
+
     def test_an_answer_can_be_sent_back(self):
         first = client.chat.completions.create(model="demo", messages=QUESTION, temperature=0, max_tokens=32)
         messages = QUESTION + [first.choices[0].message.model_dump(), {"role": "user", "content": "And of Spain?"}]

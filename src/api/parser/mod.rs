@@ -25,8 +25,8 @@ const SPACE_MAX: usize = 64;
 pub enum CallFormat {
     /// `{"name": …, "arguments": {…}}` between `<tool_call>` and `</tool_call>`, anywhere, any number of times.
     Hermes,
-    /// An answer that is `{"name": …, "parameters": {…}}` and nothing else: Llama 3.1 and later, whose templates show no
-    /// answer with two. Several have semicolons between them.
+    /// An answer that is `{"name": …, "parameters": {…}}` and nothing else: Llama 3.1 and later, whose templates show
+    /// no answer with two. Several have semicolons between them.
     Llama3Json,
 }
 
@@ -73,6 +73,13 @@ pub(crate) struct Wanted {
     pub(crate) calls: Option<CallFormat>,
     /// Calls beyond these are left out.
     pub(crate) calls_max: usize,
+}
+
+impl Wanted {
+    /// Whether anything is, so that there may be text that is not shown as it comes.
+    pub(crate) fn is_any(&self) -> bool {
+        self.thoughts != Thoughts::No || self.calls.is_some()
+    }
 }
 
 /// Whether an answer has thoughts.

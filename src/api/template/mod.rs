@@ -2,8 +2,8 @@
 //!
 //! Templates are written against the environment that Hugging Face transformers gives them (`chat_template_utils.py`),
 //! so that environment is rebuilt here on minijinja: Python's string and dictionary methods, `tojson` as `json.dumps`,
-//! `raise_exception`, `strftime_now`, loop controls, trimmed blocks. Rendering is bounded in steps and in output, because a
-//! template is a program from a file nobody has read.
+//! `raise_exception`, `strftime_now`, loop controls, trimmed blocks. Rendering is bounded in steps and in output,
+//! because a template is a program from a file nobody has read.
 
 mod json;
 mod quiet;

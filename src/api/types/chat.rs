@@ -41,12 +41,14 @@ generating_request! {
         reasoning_effort: Option<String>,
         verbosity: Option<Refused>,
         web_search_options: Option<Refused>,
+        moderation: Option<Refused>,
         /// vLLM's, of which there is nothing here.
         echo: Option<Refused>,
         documents: Option<Refused>,
         chat_template: Option<Refused>,
+        media_io_kwargs: Option<Refused>,
         mm_processor_kwargs: Option<Refused>,
-        thinking_token_budget: Option<Refused>,
+        return_prompt_text: Option<Refused>,
         /// vLLM's: whether clients see what the model thought.
         include_reasoning: Option<bool>,
         /// Chooses among OpenAI's price classes.
@@ -128,13 +130,14 @@ fn at_most<'de, T: Deserialize<'de>, A: SeqAccess<'de>>(
     Ok(list)
 }
 
-/// One message of a conversation. Those of the assistant are mostly answers of ours, which client libraries have put
-/// into types of their own and send back with what these types have beside.
+/// One message of a conversation. Fields it does not know are passed over, here and in its calls: clients keep notes of
+/// their own in messages, and send answers of ours back with what their types have beside.
 #[derive(Debug, Deserialize)]
-#[serde(deny_unknown_fields)]
 pub(crate) struct Message {
     pub(crate) role: String,
     pub(crate) content: Option<Content>,
+    /// What an assistant said instead of content.
+    pub(crate) refusal: Option<String>,
     pub(crate) name: Option<String>,
     pub(crate) tool_calls: Option<Vec<ToolCall>>,
     pub(crate) tool_call_id: Option<String>,
@@ -142,48 +145,26 @@ pub(crate) struct Message {
     pub(crate) reasoning_content: Option<String>,
     /// vLLM's newer name for them. No alias: clients send both, one of them null.
     pub(crate) reasoning: Option<String>,
-    pub(crate) refusal: Option<Refused>,
+    /// Things said otherwise than as text, of which no prompt is made. Not passed over: they would be missing from it.
     pub(crate) audio: Option<Refused>,
     pub(crate) function_call: Option<Refused>,
-    pub(crate) annotations: Option<Refused>,
-    /// The content again, as an object of the client's: OpenAI's libraries.
-    #[serde(rename = "parsed")]
-    _parsed: Option<IgnoredAny>,
-    /// Whatever else the answer had, and thoughts in other forms: LiteLLM, OpenRouter.
-    #[serde(rename = "provider_specific_fields")]
-    _provider_specific_fields: Option<IgnoredAny>,
-    #[serde(rename = "thinking_blocks")]
-    _thinking_blocks: Option<IgnoredAny>,
-    #[serde(rename = "reasoning_details")]
-    _reasoning_details: Option<IgnoredAny>,
 }
 
 /// A call that an earlier assistant message made; templates show it.
 #[derive(Debug, Deserialize)]
-#[serde(deny_unknown_fields)]
 pub(crate) struct ToolCall {
     pub(crate) id: Option<String>,
     #[serde(rename = "type")]
     pub(crate) kind: Option<String>,
     pub(crate) function: FunctionCall,
-    #[serde(rename = "index")]
-    _index: Option<IgnoredAny>,
-    #[serde(rename = "provider_specific_fields")]
-    _provider_specific_fields: Option<IgnoredAny>,
 }
 
 /// Name and arguments of such a call.
 #[derive(Debug, Deserialize)]
-#[serde(deny_unknown_fields)]
 pub(crate) struct FunctionCall {
     pub(crate) name: String,
     /// JSON in a string; some clients send the object.
     pub(crate) arguments: Option<Value>,
-    /// The arguments again, as an object of the client's.
-    #[serde(rename = "parsed_arguments")]
-    _parsed_arguments: Option<IgnoredAny>,
-    #[serde(rename = "provider_specific_fields")]
-    _provider_specific_fields: Option<IgnoredAny>,
 }
 
 /// A message's content: a string or parts.

@@ -142,6 +142,7 @@ pub(crate) struct SamplingFields {
     pub(crate) ignore_eos: Option<bool>,
     pub(crate) include_stop_str_in_output: Option<bool>,
     pub(crate) skip_special_tokens: Option<bool>,
+    pub(crate) return_token_ids: Option<bool>,
     pub(crate) stream: Option<bool>,
     pub(crate) stream_options: Option<StreamOptions>,
     /// A parameter that asks for something of vLLM's that is not here.
@@ -180,6 +181,7 @@ macro_rules! generating_request {
             ignore_eos: Option<bool>,
             include_stop_str_in_output: Option<bool>,
             skip_special_tokens: Option<bool>,
+            return_token_ids: Option<bool>,
             stream: Option<bool>,
             stream_options: Option<crate::api::types::StreamOptions>,
             /// What form answers have; the second is vLLM's.
@@ -192,14 +194,21 @@ macro_rules! generating_request {
             bad_words: Option<crate::api::types::Refused>,
             allowed_token_ids: Option<crate::api::types::Refused>,
             truncate_prompt_tokens: Option<crate::api::types::Refused>,
+            truncation_side: Option<crate::api::types::Refused>,
             prompt_logprobs: Option<crate::api::types::Refused>,
+            logprob_token_ids: Option<crate::api::types::Refused>,
             return_tokens_as_token_ids: Option<crate::api::types::Refused>,
-            return_token_ids: Option<crate::api::types::Refused>,
             logits_processors: Option<crate::api::types::Refused>,
             cache_salt: Option<crate::api::types::Refused>,
             priority: Option<f64>,
             kv_transfer_params: Option<crate::api::types::Refused>,
+            ec_transfer_params: Option<crate::api::types::Refused>,
             vllm_xargs: Option<crate::api::types::Refused>,
+            routed_experts_prompt_start: Option<f64>,
+            repetition_detection: Option<crate::api::types::Refused>,
+            watermarking: Option<crate::api::types::Refused>,
+            early_stopping: Option<crate::api::types::Refused>,
+            thinking_token_budget: Option<f64>,
             /// Older names of what is in `structured_outputs`.
             guided_json: Option<crate::api::types::Refused>,
             guided_regex: Option<crate::api::types::Refused>,
@@ -213,6 +222,21 @@ macro_rules! generating_request {
             /// For OpenAI's dashboards.
             #[serde(rename = "metadata")]
             _metadata: Option<serde::de::IgnoredAny>,
+            /// How OpenAI keeps prompts.
+            #[serde(rename = "prompt_cache_options")]
+            _prompt_cache_options: Option<serde::de::IgnoredAny>,
+            /// vLLM's names of a request, and how many tokens it is to collect for a chunk at least.
+            #[serde(rename = "request_id")]
+            _request_id: Option<serde::de::IgnoredAny>,
+            #[serde(rename = "session_id")]
+            _session_id: Option<serde::de::IgnoredAny>,
+            #[serde(rename = "stream_interval")]
+            _stream_interval: Option<serde::de::IgnoredAny>,
+            /// These are about endpoints of vLLM's that render prompts; those that generate ignore them there too.
+            #[serde(rename = "return_token_offsets")]
+            _return_token_offsets: Option<serde::de::IgnoredAny>,
+            #[serde(rename = "return_mm_kwargs")]
+            _return_mm_kwargs: Option<serde::de::IgnoredAny>,
         }
 
         impl $name {
@@ -235,6 +259,7 @@ macro_rules! generating_request {
                     ignore_eos: self.ignore_eos,
                     include_stop_str_in_output: self.include_stop_str_in_output,
                     skip_special_tokens: self.skip_special_tokens,
+                    return_token_ids: self.return_token_ids,
                     stream: self.stream,
                     stream_options: self.stream_options,
                     foreign: self.foreign(),
@@ -251,14 +276,21 @@ macro_rules! generating_request {
                     ("bad_words", asks(self.bad_words)),
                     ("allowed_token_ids", asks(self.allowed_token_ids)),
                     ("truncate_prompt_tokens", asks(self.truncate_prompt_tokens)),
+                    ("truncation_side", asks(self.truncation_side)),
                     ("prompt_logprobs", asks(self.prompt_logprobs)),
+                    ("logprob_token_ids", asks(self.logprob_token_ids)),
                     ("return_tokens_as_token_ids", asks(self.return_tokens_as_token_ids)),
-                    ("return_token_ids", asks(self.return_token_ids)),
                     ("logits_processors", asks(self.logits_processors)),
                     ("cache_salt", asks(self.cache_salt)),
                     ("priority", self.priority.is_some_and(|priority| priority != 0.0)),
                     ("kv_transfer_params", asks(self.kv_transfer_params)),
+                    ("ec_transfer_params", asks(self.ec_transfer_params)),
                     ("vllm_xargs", asks(self.vllm_xargs)),
+                    ("routed_experts_prompt_start", self.routed_experts_prompt_start.is_some_and(|start| start != 0.0)),
+                    ("repetition_detection", asks(self.repetition_detection)),
+                    ("watermarking", asks(self.watermarking)),
+                    ("early_stopping", asks(self.early_stopping)),
+                    ("thinking_token_budget", self.thinking_token_budget.is_some_and(|budget| budget != -1.0)),
                     ("guided_json", asks(self.guided_json)),
                     ("guided_regex", asks(self.guided_regex)),
                     ("guided_choice", asks(self.guided_choice)),

@@ -23,6 +23,8 @@ generating_request! {
         #[serde(deserialize_with = "super::whole")]
         best_of: Option<i64>,
         suffix: Option<Refused>,
+        /// vLLM's, of which there is nothing here.
+        prompt_embeds: Option<Refused>,
     }
 }
 

@@ -10,6 +10,8 @@ pub(crate) struct ResponseFormat {
     #[serde(rename = "type")]
     pub(crate) kind: String,
     pub(crate) json_schema: Option<JsonSchema>,
+    /// llama.cpp's: the schema itself, with either of the types that are JSON.
+    pub(crate) schema: Option<Value>,
 }
 
 /// A schema, and what OpenAI wants to know about it.

@@ -1,7 +1,7 @@
 use serde::Deserialize;
 use serde_json::Value;
 
-use super::{Messages, ToolList};
+use super::{Messages, Refused, ToolList};
 
 /// Body of `POST /tokenize` (vLLM's): a text or a conversation.
 #[derive(Debug, Default, Deserialize)]
@@ -18,6 +18,10 @@ pub(crate) struct TokenizeRequest {
     pub(crate) add_generation_prompt: Option<bool>,
     pub(crate) continue_final_message: Option<bool>,
     pub(crate) chat_template_kwargs: Option<serde_json::Map<String, Value>>,
+    /// Of which there is nothing here.
+    pub(crate) chat_template: Option<Refused>,
+    pub(crate) media_io_kwargs: Option<Refused>,
+    pub(crate) mm_processor_kwargs: Option<Refused>,
 }
 
 /// Body of `POST /detokenize` (vLLM's).

@@ -1,0 +1,166 @@
+//! How an answer becomes server-sent events, a chunk of it each.
+
+use bytes::{BufMut, BytesMut};
+use serde::Serialize;
+
+use super::{Answer, Endpoint, write};
+use crate::api::{
+    ApiError,
+    logprobs::{ChatLogprobs, CompletionLogprobs},
+    parser::Pieces,
+    wire::{ChatChunkChoice, CompletionChoice, Delta, Envelope, ToolCall, Usage},
+};
+
+impl Answer {
+    /// Appends server-sent events with what is new in each choice.
+    pub(crate) fn write_chunks(&mut self, buffer: &mut BytesMut) -> Result<(), ApiError> {
+        for index in 0..self.choices.len() {
+            let choice = &mut self.choices[index];
+            let ended = choice.generation.is_none();
+            // A step's tokens may show nothing yet, but clients measure latency by chunks: each step gets one, the last
+            // one the ending.
+            let told_before = std::mem::replace(&mut choice.tokens_told, choice.output.tokens_told());
+            let is_step = !ended && choice.tokens_told > told_before;
+            let (pieces, tokens) = choice.output.pending();
+            let is_shown = !pieces.is_empty() || !tokens.is_empty();
+            if is_shown || is_step {
+                self.write_opening(buffer, index)?;
+            }
+            if is_shown || is_step && self.tells_each_step {
+                self.write_progress(buffer, index, false);
+                self.write_piece(buffer, index)?;
+                let choice = &mut self.choices[index];
+                choice.opened = true;
+                choice.output.clear();
+            }
+            if let Some(finish_reason) = self.choices[index].output.finish_reason()
+                && ended
+            {
+                self.write_opening(buffer, index)?;
+                self.write_progress(buffer, index, true);
+                self.write_ending(buffer, index, finish_reason)?;
+                // Said once.
+                self.choices[index].output.finish = None;
+            }
+        }
+        Ok(())
+    }
+
+    /// Appends the chunk with the token counts.
+    pub(crate) fn write_usage(&mut self, buffer: &mut BytesMut) -> Result<(), ApiError> {
+        let none: [(); 0] = [];
+        if let Some(progress) = &mut self.progress {
+            progress.usage(buffer);
+        }
+        write_event(buffer, &self.envelope(self.chunk_object(), none, Some(Some(self.usage()))))
+    }
+
+    /// Precedes an event with what a frontend needs to know about it.
+    fn write_progress(&mut self, buffer: &mut BytesMut, index: usize, last: bool) {
+        if let Some(progress) = &mut self.progress {
+            progress.choice(buffer, index, &mut self.choices[index].output, last);
+        }
+    }
+
+    /// A chat's first chunk tells who speaks.
+    fn write_opening(&mut self, buffer: &mut BytesMut, index: usize) -> Result<(), ApiError> {
+        if self.endpoint == Endpoint::Completion || self.choices[index].opened {
+            return Ok(());
+        }
+        self.choices[index].opened = true;
+        if let Some(progress) = &mut self.progress {
+            progress.opening(buffer, index);
+        }
+        let delta = Delta { role: Some("assistant"), content: Some(""), ..Delta::default() };
+        let choice = ChatChunkChoice { index, delta, logprobs: None::<()>, finish_reason: None, token_ids: None };
+        // Nothing of the answer is told yet.
+        let usage = self.include_usage.then(|| self.chunk_usage(index, 0));
+        let envelope = self.envelope(self.chunk_object(), [choice], usage);
+        write_event(buffer, &Envelope { prompt_token_ids: self.prompt_ids(index), ..envelope })
+    }
+
+    fn write_piece(&self, buffer: &mut BytesMut, index: usize) -> Result<(), ApiError> {
+        let output = &self.choices[index].output;
+        let (pieces, tokens) = output.pending();
+        let names = &*self.serving.config.tokenizer;
+        let usage = self.chunk_usage(index, output.tokens_told());
+        let (finish_reason, token_ids) = (None, output.untold());
+        match self.endpoint {
+            Endpoint::Chat => {
+                let delta = self.delta(index, pieces);
+                let logprobs = self.with_logprobs.then_some(ChatLogprobs(tokens, names));
+                self.write_chunk(buffer, ChatChunkChoice { index, delta, logprobs, finish_reason, token_ids }, usage)
+            }
+            Endpoint::Completion => {
+                let logprobs = self.with_logprobs.then_some(CompletionLogprobs(tokens, names));
+                let (text, prompt_token_ids) = (&*pieces.content, self.prompt_ids_unless_told(index));
+                let choice = CompletionChoice { index, text, logprobs, finish_reason, prompt_token_ids, token_ids };
+                self.write_chunk(buffer, choice, usage)
+            }
+        }
+    }
+
+    fn write_ending(&self, buffer: &mut BytesMut, index: usize, reason: &'static str) -> Result<(), ApiError> {
+        let (finish_reason, logprobs) = (Some(reason), None::<()>);
+        let output = &self.choices[index].output;
+        let usage = self.chunk_usage(index, output.completion_tokens);
+        let token_ids = output.untold();
+        match self.endpoint {
+            Endpoint::Chat => {
+                let delta = Delta::default();
+                self.write_chunk(buffer, ChatChunkChoice { index, delta, logprobs, finish_reason, token_ids }, usage)
+            }
+            Endpoint::Completion => {
+                let (text, prompt_token_ids) = ("", self.prompt_ids_unless_told(index));
+                let choice = CompletionChoice { index, text, logprobs, finish_reason, prompt_token_ids, token_ids };
+                self.write_chunk(buffer, choice, usage)
+            }
+        }
+    }
+
+    /// What a choice says next.
+    fn delta<'a>(&self, index: usize, pieces: &'a Pieces) -> Delta<'a> {
+        Delta {
+            role: None,
+            content: pieces.content(),
+            reasoning_content: pieces.thoughts(),
+            tool_calls: pieces.calls.iter().map(|call| ToolCall::new(&self.id, index, call, true)).collect(),
+        }
+    }
+
+    /// Ids of the prompt's tokens for a completion's next chunk: the first one tells them.
+    fn prompt_ids_unless_told(&self, index: usize) -> Option<&[u32]> {
+        self.prompt_ids(index).filter(|_| !self.choices[index].opened)
+    }
+
+    fn write_chunk<C: Serialize>(
+        &self,
+        buffer: &mut BytesMut,
+        choice: C,
+        usage: Option<Usage>,
+    ) -> Result<(), ApiError> {
+        let usage = self.include_usage.then_some(usage);
+        write_event(buffer, &self.envelope(self.chunk_object(), [choice], usage))
+    }
+
+    /// Token counts so far, if each chunk tells them: as vLLM has it, those of the chunk's own choice.
+    fn chunk_usage(&self, index: usize, completion_tokens: u32) -> Option<Usage> {
+        let cached = self.choices[index].output.cached_tokens.unwrap_or(0);
+        let prompt = self.prompt_tokens[index / self.n];
+        self.continuous_usage.then(|| Usage::of_choice(prompt, cached, completion_tokens))
+    }
+
+    fn chunk_object(&self) -> &'static str {
+        match self.endpoint {
+            Endpoint::Chat => "chat.completion.chunk",
+            Endpoint::Completion => "text_completion",
+        }
+    }
+}
+
+fn write_event(buffer: &mut BytesMut, event: &impl Serialize) -> Result<(), ApiError> {
+    buffer.extend_from_slice(b"data: ");
+    write(buffer.writer(), event)?;
+    buffer.extend_from_slice(b"\n\n");
+    Ok(())
+}

@@ -1,0 +1,11 @@
+/// What to send instead of what other servers take.
+pub(crate) fn instead_of(param: &str) -> Option<&'static str> {
+    Some(match param {
+        "enable_thinking" => "chats take it in 'chat_template_kwargs'",
+        "n_predict" | "max_new_tokens" => "answers are limited by 'max_tokens'",
+        "repeat_penalty" => "'repetition_penalty' is there, which looks at all of the context",
+        "cache_prompt" => "leave it out: what prompts have in common is always cached",
+        "num_ctx" => "the length of the context is the server's: --max-model-len",
+        _ => return None,
+    })
+}
