@@ -1,6 +1,6 @@
 //! An LLM inference server that disaggregates prefill and decode, decode first.
 //!
-//! Imports run one way: `decode → api → worker → scheduler → cache`, all over `engine_models` and `engine_kernels`.
+//! Imports run one way; ARCHITECTURE.md says which.
 
 pub mod api;
 pub mod bench;

@@ -25,9 +25,9 @@ const MAX_TOKENS: usize = 512;
 /// What a request asked for: tokens, and the bits of their log-probabilities and those of the alternatives.
 type Answer = Vec<(u32, Option<u32>, Vec<(u32, u32)>)>;
 
-/// 24 requests, no two alike: prompts from one token to beyond attention's first 256 keys, which one answer grows over, a
-/// third of them starting alike with each of two others, greedy and drawn, with penalties, biases, log-probabilities and
-/// scored prompts.
+/// 24 requests, no two alike: prompts from one token to beyond attention's first 256 keys, which one answer grows over,
+/// a third of them starting alike with each of two others, greedy and drawn, with penalties, biases, log-probabilities
+/// and scored prompts.
 fn requests(vocab_size: usize) -> Vec<Request> {
     let vocab_size = vocab_size as u32;
     let lengths = [33, 1, 64, 17, 250, 7, 96, 16, 48, 2, 110, 31, 65, 15, 97, 32, 300, 5, 80, 47, 63, 100, 30, 120];

@@ -22,9 +22,9 @@ const QUIET: Duration = Duration::from_secs(4);
 /// Prompts arrive no more often than one a second, and leave the core of a single process this much of its time.
 const INTERVAL_MIN: f64 = 1.0;
 const HEADROOM: f64 = 1.5;
-/// The same on a device. Answers grow a thousand tokens a second there: they are watched so briefly that those after are
-/// not much longer than those before, and prompts arrive so often that more than one gap in a hundred has one in it. Two
-/// processes share a device, so there is more room.
+/// The same on a device. Answers grow a thousand tokens a second there: they are watched so briefly that those after
+/// are not much longer than those before, and prompts arrive so often that more than one gap in a hundred has one in
+/// it. Two processes share a device, so there is more room.
 const QUIET_ON_DEVICE: Duration = Duration::from_millis(500);
 const INTERVAL_MIN_ON_DEVICE: f64 = 0.1;
 const HEADROOM_ON_DEVICE: f64 = 3.0;

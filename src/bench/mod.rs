@@ -5,9 +5,9 @@
 //! `config.json` is enough.
 //!
 //! - *Prefill*: the time from the submission of a prompt, by itself, until its first token is there.
-//! - *Decode*: sequences whose prompts are in the prefix cache start together; the one that starts last is watched, while
-//!   all others run as well. What a step reads at least, the weights and the keys and values of all sequences, over the
-//!   time it takes is a speed that the memory's can be compared with.
+//! - *Decode*: sequences whose prompts are in the prefix cache start together; the one that starts last is watched,
+//!   while all others run as well. What a step reads at least, the weights and the keys and values of all sequences,
+//!   over the time it takes is a speed that the memory's can be compared with.
 
 mod report;
 

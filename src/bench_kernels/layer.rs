@@ -1,6 +1,6 @@
-//! A step as the decoder computes it (`models/src/decoder.rs`), with made-up weights: whole, and as the kernels that each
-//! of its layers launches. Operations are called here and kernels noted, none of which is named: what runs is what is
-//! measured.
+//! A step as the decoder computes it (`models/src/decoder.rs`), with made-up weights: whole, and as the kernels that
+//! each of its layers launches. Operations are called here and kernels noted, none of which is named: what runs is what
+//! is measured.
 
 use anyhow::Result;
 use engine_kernels::cuda::{Activations, CudaBackend, Driver, KvCache, Noted, Vector};

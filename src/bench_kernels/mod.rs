@@ -1,7 +1,7 @@
 //! `engine bench-kernels`: how long the CUDA kernels take on the device at hand, for the shapes of real models: whole
-//! decoding steps, and each kernel that a layer launches by itself, for some numbers of rows and for prompts, beside the
-//! bandwidth that a copy reaches there. It prints rows of a table, each as it is measured, for `benches/results`. Weights
-//! are made up: no model is needed.
+//! decoding steps, and each kernel that a layer launches by itself, for some numbers of rows and for prompts, beside
+//! the bandwidth that a copy reaches there. It prints rows of a table, each as it is measured, for `benches/results`.
+//! Weights are made up: no model is needed.
 
 #[cfg(feature = "cuda")]
 mod clock;

@@ -34,9 +34,9 @@ pub(super) fn heading(device: &str, bandwidth: f64, theoretical: Option<f64>) ->
 }
 
 /// One row: time, bytes and operations, the rates that these make; and the floor, which is the longer of the bytes at a
-/// copy's bandwidth and the operations at the rate of an H100 or H200 (about 60 Tflop/s without tensor cores, 600 by mma,
-/// 800 by wgmma), by itself and as a part of the time. What is small enough for a cache may be faster than its bytes are
-/// copied.
+/// copy's bandwidth and the operations at the rate of an H100 or H200 (about 60 Tflop/s without tensor cores, 600 by
+/// mma, 800 by wgmma), by itself and as a part of the time. What is small enough for a cache may be faster than its
+/// bytes are copied.
 pub(super) fn row(what: &str, time: Time, work: Work, bandwidth: f64) -> String {
     let Time { milliseconds, is_recorded } = time;
     let mark = if is_recorded { "" } else { " †" };

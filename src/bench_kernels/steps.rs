@@ -49,8 +49,8 @@ fn decode(clock: &mut Clock, shape: Shape, model: &Model<Device>, [sequences, co
     kernels(clock, &what, &mut step)
 }
 
-/// The kernels of a layer, then those of the end of a step. Where there are two ways to compute it, all of one, and then
-/// what the other does differently.
+/// The kernels of a layer, then those of the end of a step. Where there are two ways to compute it, all of one, and
+/// then what the other does differently.
 fn kernels(clock: &mut Clock, what: &str, step: &mut Step<'_, Device>) -> Result<()> {
     let mut known = Vec::new();
     let both: &[bool] = if clock.backend.driver().has_wgmma() { &[true, false] } else { &[false] };
@@ -68,8 +68,8 @@ fn kernels(clock: &mut Clock, what: &str, step: &mut Step<'_, Device>) -> Result
     Ok(())
 }
 
-/// A row for each kernel, unless one that moves and computes as much is known by its name: of the same layer, it is timed
-/// once.
+/// A row for each kernel, unless one that moves and computes as much is known by its name: of the same layer, it is
+/// timed once.
 fn each(
     clock: &mut Clock,
     what: &str,

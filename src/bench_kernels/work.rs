@@ -1,5 +1,5 @@
-//! What each kernel of a layer is for, and the least it has to do. Which kernels there are, the layer says ([`super::layer`]);
-//! here they are recognised, and one that is not is an error rather than a row that is missing.
+//! What each kernel of a layer is for, and the least it has to do. Which kernels there are, the layer says
+//! ([`super::layer`]); here they are recognised, and one that is not is an error rather than a row that is missing.
 
 use anyhow::{Result, bail};
 use engine_kernels::cuda::Noted;

@@ -12,8 +12,8 @@ use super::{Grammar, Source};
 const KEPT_MAX: usize = 64;
 /// Bytes of a grammar's text, if it is kept: a request is not to pay for what hardly any other asks for.
 const TEXT_BYTES_MAX: usize = 16 << 10;
-/// Bytes of its lexer, about, if it is kept: of a usual schema it has some hundred thousand, and copying takes as long as
-/// there are many.
+/// Bytes of its lexer, about, if it is kept: of a usual schema it has some hundred thousand, and copying takes as long
+/// as there are many.
 const LEXER_BYTES_MAX: usize = 1 << 20;
 
 /// Grammars that were compiled lately: most requests ask for what another has asked for before.

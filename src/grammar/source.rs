@@ -29,8 +29,8 @@ pub enum Source {
     Choice(Vec<String>),
     /// Text of a context-free grammar, in llguidance's variant of Lark's syntax.
     Lark(String),
-    /// One of several JSON texts, each between two that are given; or one or more of them, if there is something to stand
-    /// between them; or another JSON text instead.
+    /// One of several JSON texts, each between two that are given; or one or more of them, if there is something to
+    /// stand between them; or another JSON text instead.
     Framed {
         /// What there is to choose from.
         frames: Vec<Frame>,
@@ -105,7 +105,8 @@ impl Source {
     }
 }
 
-/// As a grammar. Each schema is one by itself, so that what it refers to is found in it. Strings are written as in JSON.
+/// As a grammar. Each schema is one by itself, so that what it refers to is found in it. Strings are written as in
+/// JSON.
 fn framed(frames: &[Frame], between: Option<&str>, or: Option<&Value>) -> Result<String, GrammarError> {
     // What one schema may have of something, all have together.
     check(&frames.iter().map(|frame| &frame.schema).chain(or).cloned().collect())?;

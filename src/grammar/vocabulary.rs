@@ -108,14 +108,14 @@ impl Vocabulary {
         ParserLimits { max_lexer_states: self.factory.limits().max_lexer_states, ..limits }
     }
 
-    /// What was made of the same text for another request, if that was lately. Takes a fraction of a millisecond, at most
-    /// a few.
+    /// What was made of the same text for another request, if that was lately. Takes a fraction of a millisecond, at
+    /// most a few.
     pub fn compiled_lately(&self, source: &Source) -> Option<Grammar> {
         self.recent.find(source)
     }
 
-    /// Makes a grammar of what a request asks for, and works out how an answer may begin. Takes milliseconds, or as long
-    /// as somebody has found out how to make it take.
+    /// Makes a grammar of what a request asks for, and works out how an answer may begin. Takes milliseconds, or as
+    /// long as somebody has found out how to make it take.
     pub fn compile(&self, source: Source) -> Result<Grammar, GrammarError> {
         // While this request waited to be let in, another may have had the same compiled.
         if let Some(grammar) = self.compiled_lately(&source) {

@@ -31,8 +31,8 @@ pub enum HandoffPhase {
     Queue,
     /// From the claim to its answer, seen by the prefill worker.
     Claim,
-    /// From the answer to the last page being computed, seen by the prefill worker. On a device it is what whoever copies
-    /// or sends pages finds: where those before are still on their way, it is later than it was.
+    /// From the answer to the last page being computed, seen by the prefill worker. On a device it is what whoever
+    /// copies or sends pages finds: where those before are still on their way, it is later than it was.
     Compute,
     /// From there to the word in the mailbox: the part of the transfer that computing did not hide.
     Transfer,

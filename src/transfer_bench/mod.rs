@@ -1,12 +1,13 @@
 //! `engine transfer-bench`: how fast KV pages move between two processes, over the sessions that workers use.
 //!
-//! One process serves: it lends pages as a decode worker does ([`Receiver`]). The other connects and writes into them as a
-//! prefill worker does ([`Sender`]), no two pages adjacent, so that each is a write of its own, as with `ib_write_bw` or
-//! NIXL. A round is timed from the submission of its first page until the word behind the last is known to have
-//! arrived. Whether every page arrived is checked after every round, and every byte, those between the pages included,
-//! after the first rounds and the last.
+//! One process serves: it lends pages as a decode worker does ([`Receiver`]). The other connects and writes into them
+//! as a prefill worker does ([`Sender`]), no two pages adjacent, so that each is a write of its own, as with
+//! `ib_write_bw` or NIXL. A round is timed from the submission of its first page until the word behind the last is
+//! known to have arrived. Whether every page arrived is checked after every round, and every byte, those between the
+//! pages included, after the first rounds and the last.
 //!
-//! The two agree on a page size over a connection of their own (`control`), because it is part of a session's handshake.
+//! The two agree on a page size over a connection of their own (`control`), because it is part of a session's
+//! handshake.
 
 mod control;
 mod memory;

@@ -24,8 +24,8 @@ pub(super) struct Row {
 }
 
 impl Row {
-    /// From the seconds that rounds of all pages, and of one, have taken, and copies of all. There is a round of each at
-    /// least.
+    /// From the seconds that rounds of all pages, and of one, have taken, and copies of all. There is a round of each
+    /// at least.
     pub(super) fn new(transport: Transport, pages: Pages, all: &[f64], one: &[f64], copies: &[f64]) -> Self {
         let gigabytes = (pages.count() * pages.page_bytes()) as f64 / 1e9;
         let ([fastest, median, slowest], [least, middle, most]) = (spread(all), spread(one));

@@ -85,9 +85,10 @@ impl Guard {
 
     /// Returns when no job is on the queue, waiting or with anybody, while everybody is at rest.
     ///
-    /// A server that `was_killed` may say too much for good, as it writes down neither figure at once: it may store jobs
-    /// that were acked, and count jobs as under way that it stores no more. A job that is there comes to somebody, for the
-    /// first time or again, before the second [`ACK_WAIT`] is over, and is acked: what stays longer is nobody's.
+    /// A server that `was_killed` may say too much for good, as it writes down neither figure at once: it may store
+    /// jobs that were acked, and count jobs as under way that it stores no more. A job that is there comes to somebody,
+    /// for the first time or again, before the second [`ACK_WAIT`] is over, and is acked: what stays longer is
+    /// nobody's.
     pub(crate) fn wait_until_the_queue_is_empty(&self, nats: &str, was_killed: bool) {
         let started = self.clock.now();
         let (mut seen, mut since) = (None, started);

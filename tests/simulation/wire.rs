@@ -313,8 +313,8 @@ impl World {
         }
     }
 
-    /// The decode worker's transport takes a loan back. The receiver of a stream can do so alone; otherwise it takes the
-    /// peer, whose writer then says that it stopped.
+    /// The decode worker's transport takes a loan back. The receiver of a stream can do so alone; otherwise it takes
+    /// the peer, whose writer then says that it stopped.
     pub(crate) fn revoke(&mut self, session: SessionId, slot: Slot, epoch: Epoch) {
         let link = session.0 as LinkId;
         let Link { decode, transport, decode_open, .. } = self.links[link];
