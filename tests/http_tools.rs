@@ -220,6 +220,8 @@ fn what_the_prompt_opens_as_thoughts_is_thoughts() {
         let spelled = thinking(json!({"include_reasoning": false, field: true}));
         let response = server.post(CHAT, &spelled);
         assert_eq!((response.status, &response.json()["error"]["param"]), (400, &json!(field)));
+        let form = json!({"choice": ["yes", "no"]});
+        answered(&server, &thinking(json!({"include_reasoning": false, field: true, "structured_outputs": form})));
     }
     // What has a form begins with it.
     let of_a_form = thinking(json!({"structured_outputs": {"choice": ["yes", "no"]}}));

@@ -36,9 +36,6 @@ pub(crate) async fn chat_completions(
     serving.check_model(request.model.as_deref())?;
     refuse_unsupported(&request, serving.config.parsers)?;
     let mut plan = plan(&mut request, &serving, relay.seed())?;
-    if request.include_reasoning == Some(false) {
-        refuse_to_spell_thoughts(&plan)?;
-    }
     let messages = request.messages.ok_or_else(|| missing("messages"))?.0;
     let mut kwargs = request.chat_template_kwargs;
     if let Some(effort) = request.reasoning_effort.as_ref().filter(|effort| !effort.is_empty()) {
@@ -47,6 +44,10 @@ pub(crate) async fn chat_completions(
     let (template, parsers) = (serving.config.template.as_ref(), serving.config.parsers);
     let mut tools = Tools::read(request.tools, request.tool_choice, request.parallel_tool_calls, template, parsers)?;
     let form = form(asked(request.response_format, request.structured_outputs)?, tools.as_ref())?;
+    // An answer of a given form has none.
+    if request.include_reasoning == Some(false) && form.is_none() {
+        refuse_to_spell_thoughts(&plan)?;
+    }
     let options = ChatOptions {
         add_generation_prompt: request.add_generation_prompt,
         continue_final_message: request.continue_final_message.unwrap_or(false),

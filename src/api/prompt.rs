@@ -1,4 +1,4 @@
-use std::sync::Arc;
+use std::{ops::RangeInclusive, sync::Arc};
 
 use engine_models::EncodeError;
 use serde_json::{Map, Value, json};
@@ -12,8 +12,8 @@ use super::{
 
 /// Bytes of text for each token of the context whose tokens are counted: of English, four contexts.
 const COUNTED_BYTES_PER_TOKEN: usize = 16;
-/// The same however short the context is.
-const COUNTED_BYTES: usize = 1 << 20;
+/// However short the context is, and however long.
+const COUNTED_BYTES: RangeInclusive<usize> = 1 << 20..=4 << 20;
 
 /// What a message, a part of one or a call counts for beside its text.
 const PIECE_BYTES: usize = 64;
@@ -133,7 +133,7 @@ impl Serving {
     /// its tokens are known, may have one for each byte, and `tokenizers` takes hundreds of bytes for each.
     fn counted_bytes_max(&self) -> usize {
         let contexts = self.max_model_len().saturating_mul(COUNTED_BYTES_PER_TOKEN);
-        self.config.body_bytes_max.min(contexts.max(COUNTED_BYTES))
+        self.config.body_bytes_max.min(contexts.clamp(*COUNTED_BYTES.start(), *COUNTED_BYTES.end()))
     }
 
     fn render(&self, messages: Vec<Message>, options: &ChatOptions) -> Result<String, ApiError> {

@@ -156,7 +156,7 @@ impl Attempts {
             tracing::warn!(worker = %worker.lease, address = worker.card.address, %error, "lost a worker");
         }
         match error {
-            LostError::Connect(_) | LostError::Replaced => {}
+            LostError::Connect(_) | LostError::Replaced => self.lacking = false,
             LostError::Lacking(_) => {
                 self.lacking = true;
                 if !worker.is_out_of_reach() {

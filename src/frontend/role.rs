@@ -25,7 +25,7 @@ fn default_threads() -> usize {
 /// Requests at a time: as many as the flag says, if `files` open files are enough for them, each of which takes one for
 /// a connection to its worker, and for the connections of clients. Without the files, workers could not be connected
 /// to, nor clients be refused. `files` is the soft limit, which `main` has raised as far as it goes. Connections to
-/// workers that nobody uses are not counted, as they are closed when something is lacking.
+/// workers that nobody uses are not counted: they are closed when files are lacking for one to a worker.
 fn requests_max(args: &FrontendArgs, files: Option<u64>) -> usize {
     let Some(files) = files else { return args.max_requests };
     let left = usize::try_from(files).unwrap_or(usize::MAX).saturating_sub(FILES_BESIDE_CONNECTIONS);

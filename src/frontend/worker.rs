@@ -217,22 +217,28 @@ impl Worker {
                 }
             }
         }
-        let connection = match Connection::open(&self.card.address).await {
-            Ok(connection) => connection,
-            Err(error) => {
-                let error = LostError::connecting(error, &self.card.address);
-                if matches!(error, LostError::Lacking(_)) {
-                    // What is lacking may be what is kept here for others.
-                    let closed = mem::take(&mut *self.idle());
-                    drop(closed);
-                    return Err(error);
-                }
-                // A worker that had the request and is there no more may have died of it.
-                return Err(broken.map_or(error, LostError::Broken));
+        let mut opened = self.connect().await;
+        if matches!(opened, Err(LostError::Lacking(_))) {
+            // What is lacking may be what is kept here for others.
+            let closed = mem::take(&mut *self.idle());
+            if !closed.is_empty() {
+                drop(closed);
+                opened = self.connect().await;
             }
+        }
+        let connection = match opened {
+            Ok(connection) => connection,
+            Err(error @ LostError::Lacking(_)) => return Err(error),
+            // A worker that had the request and is there no more may have died of it.
+            Err(error) => return Err(broken.map_or(error, LostError::Broken)),
         };
         self.is_out_of_reach.store(false, Ordering::Relaxed);
         Ok(connection.send(request()).await?)
+    }
+
+    async fn connect(&self) -> Result<Connection, LostError> {
+        let address = &self.card.address;
+        Connection::open(address).await.map_err(|error| LostError::connecting(error, address))
     }
 
     /// Keeps a connection whose answer was read to its end.

@@ -445,11 +445,11 @@ fn serve<R: Runner>(mut engine: Engine<R>, shared: &Shared) {
         // First, so that whoever is aborted below finds it said already.
         shared.status.send_replace(EngineStatus::Failed { reason });
     }
-    // Dropping sessions and messages aborts their requests. First: the model may have to wait for its device, and a step
-    // that failed is under way until it has.
-    engine.sessions.fill_with(|| None);
-    while engine.messages.try_recv().is_ok() {}
-    drop(engine);
+    // Dropping these aborts all requests and prompts, and whoever comes later is refused. First: the model may have to wait
+    // for its device, and a step that failed is under way until it has.
+    let Engine { messages, sessions, exports, runner, lending, .. } = engine;
+    drop((messages, sessions, exports));
+    drop((runner, lending));
     shared.step.store(0, Ordering::Relaxed);
     shared.status.send_if_modified(|status| {
         let running = *status == EngineStatus::Running;

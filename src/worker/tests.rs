@@ -1,10 +1,10 @@
 use std::{
     future::Future,
-    sync::{Arc, Mutex, atomic::Ordering},
+    sync::{Arc, Mutex, atomic::Ordering, mpsc},
     task::{Context, Wake, Waker},
 };
 
-use engine_kernels::{RowTask, SampleRow, SamplingParams, SequenceId};
+use engine_kernels::{Batch, RowTask, SampleRow, Sampled, SamplingParams, SequenceId};
 use futures::{FutureExt, executor::block_on, future::join_all};
 use proptest::prelude::*;
 
@@ -67,7 +67,7 @@ pub(super) fn request(prompt: impl IntoIterator<Item = u32>, max_tokens: u32) ->
 pub(super) fn model_answer(request: &Request, max_model_len: usize) -> (Vec<Event>, FinishReason) {
     let prompt = &request.prompt[..];
     let mut events = Vec::new();
-    let output = |sampled: engine_kernels::Sampled, wanted: Option<u32>| TokenOutput {
+    let output = |sampled: Sampled, wanted: Option<u32>| TokenOutput {
         token: sampled.token,
         logprob: wanted.map(|_| sampled.logprob),
         top: sampled.top[..sampled.top_len as usize].to_vec(),
@@ -468,6 +468,40 @@ fn a_failure_aborts_every_request_and_is_told() {
         assert_eq!(handle.submit(request([1], 1)).unwrap_err(), SubmitError::ShuttingDown);
         block_on(handle.drain());
     }
+}
+
+/// Fails at once, and has a device to wait for then.
+struct Stuck(mpsc::Receiver<()>);
+
+impl Runner for Stuck {
+    fn execute<'a>(
+        &mut self,
+        _: &Batch,
+        _: &(dyn Fn(usize) -> SampleRow<'a> + Sync),
+        _: &mut [Sampled],
+        _: &mut dyn FnMut(usize),
+    ) -> Result<(), RunnerError> {
+        Err(RunnerError("a test wants this".to_owned()))
+    }
+}
+
+impl Drop for Stuck {
+    fn drop(&mut self) {
+        // Until the test drops the other end.
+        let _ = self.0.recv();
+    }
+}
+
+#[test]
+fn nobody_waits_for_the_device_of_an_engine_that_failed() {
+    let (device, waits) = mpsc::channel();
+    let handle = Engine::start(Stuck(waits), config(), Metrics::new().engine).unwrap();
+    let mut generation = handle.submit(request([1], 5)).unwrap();
+    assert_eq!(block_on(collect(&mut generation)).1, FinishReason::Aborted);
+    assert_eq!(handle.submit(request([1], 1)).unwrap_err(), SubmitError::ShuttingDown);
+    assert!(handle.stopped().now_or_never().is_none());
+    drop(device);
+    assert!(matches!(block_on(handle.stopped()), EngineStatus::Failed { .. }));
 }
 
 #[test]
