@@ -94,18 +94,24 @@ __device__ __forceinline__ void adjust(float* logits, const Row& row, Touched& t
     logits[token.id] = finite_or_impossible(logit);
 }
 
-/// Adjusts the logits of all that a row touches, and leaves the list at the row's seat for the next step: what the seat
-/// holds, or what came with the row, and the token to be counted in. Returns the list. `latest` are the tokens drawn in
-/// the step before.
-__device__ List adjust_all(float* logits, const Row& row, Touched* came, Seat* seats, const int* latest) {
+/// The tokens that a row touches, which have been counted: what its seat holds, or what came with it.
+__device__ __forceinline__ List touched_by(const Row& row, Touched* came, Seat* seats) {
+    if (row.seat >= 0) return List{seats[row.seat].tokens, seats[row.seat].listed};
+    return List{came + row.touched, row.touched_end - row.touched};
+}
+
+/// Counts in the last token that came with a row, where that is wanted, and leaves the list at the row's seat, if it has
+/// one, for this step and the next. `latest` are the tokens drawn in the step before.
+__device__ void tally(Row& row, Touched* came, Seat* seats, const int* latest) {
     __shared__ bool is_listed;
+    follow();
     came += row.touched;
     const int others = row.touched_end - row.touched - row.counts_last;
     int counted = row.counts_last ? came[others].id : -1;
     if (row.counts_last && counted < 0) counted = latest[counted & 0x7fffffff];
     Seat* seat = row.seat < 0 ? nullptr : seats + row.seat;
     const bool moves_in = seat && row.moves_in;
-    List list{seat ? seat->tokens : came, seat && !moves_in ? seat->listed : others};
+    const List list{seat ? seat->tokens : came, seat && !moves_in ? seat->listed : others};
     if (threadIdx.x == 0) is_listed = false;
     __syncthreads();
     for (int i = threadIdx.x; i < list.len; i += THREADS) {
@@ -115,20 +121,20 @@ __device__ List adjust_all(float* logits, const Row& row, Touched* came, Seat* s
             is_listed = true;
             token.marks = (token.marks | SEEN) + 1;
         }
-        adjust(logits, row, token);
     }
     __syncthreads();
-    const bool grows = row.counts_last && !is_listed;
     if (threadIdx.x == 0) {
-        if (grows) {
-            Touched& token = list.tokens[list.len];
-            token = Touched{counted, 0.0f, SEEN + 1, 0.0f};
-            adjust(logits, row, token);
-        }
+        const bool grows = row.counts_last && !is_listed;
+        if (grows) list.tokens[list.len] = Touched{counted, 0.0f, SEEN + 1, 0.0f};
         if (seat) seat->listed = list.len + grows;
+        else if (row.counts_last && is_listed) row.touched_end--;
     }
-    list.len += grows;
-    return list;
+}
+
+/// Adjusts the logits of all that a row touches.
+__device__ void adjust_all(float* logits, const Row& row, Touched* came, Seat* seats) {
+    const List list = touched_by(row, came, seats);
+    for (int i = threadIdx.x; i < list.len; i += THREADS) adjust(logits, row, list.tokens[i]);
 }
 
 /// How much of the mass `all` top_p wants.
@@ -218,14 +224,13 @@ __device__ int draw(const float* logits, int vocab, const Row& row, const Peak& 
 }
 
 __device__ void run(float* logits, int vocab, const Row& row, Touched* touched, Seat* seats, const unsigned* masks,
-                    const int* latest, int& drawn, Outcome& out) {
+                    int& drawn, Outcome& out) {
     __shared__ Few few;
     // Of the model's own distribution, which is what is reported: kept here, for most rows do not ask.
     __shared__ float max, before;
     __shared__ double log_sum;
     follow();
     const bool reports = row.alternatives >= 0, adjusts = row.seat >= 0 || row.touched < row.touched_end;
-    List adjusted{nullptr, 0};
     const unsigned* mask = row.mask < 0 ? nullptr : masks + static_cast<size_t>(row.mask) * ((vocab + 31) / 32);
     const int top_len = min(min(row.alternatives, vocab), TOP_MAX);
     const auto logprob = [&](float logit) {
@@ -234,7 +239,7 @@ __device__ void run(float* logits, int vocab, const Row& row, Touched* touched, 
     };
     // Who reports looks once before and once after.
     if (adjusts && !reports) {
-        adjust_all(logits, row, touched, seats, latest);
+        adjust_all(logits, row, touched, seats);
         __syncthreads();
     }
     Peak peak = survey(logits, vocab, reports ? nullptr : mask);
@@ -260,7 +265,7 @@ __device__ void run(float* logits, int vocab, const Row& row, Touched* touched, 
     }
     if (reports && (adjusts || mask)) {
         __syncthreads();
-        if (adjusts) adjusted = adjust_all(logits, row, touched, seats, latest);
+        if (adjusts) adjust_all(logits, row, touched, seats);
         __syncthreads();
         peak = survey(logits, vocab, mask);
     }
@@ -273,8 +278,11 @@ __device__ void run(float* logits, int vocab, const Row& row, Touched* touched, 
         // The model's own logit of the token, which adjusting may have overwritten.
         if (threadIdx.x == 0) before = logits[token];
         __syncthreads();
-        for (int i = threadIdx.x; i < adjusted.len; i += THREADS) {
-            if (adjusted.tokens[i].id == token) before = adjusted.tokens[i].before;
+        if (adjusts) {
+            const List list = touched_by(row, touched, seats);
+            for (int i = threadIdx.x; i < list.len; i += THREADS) {
+                if (list.tokens[i].id == token) before = list.tokens[i].before;
+            }
         }
         __syncthreads();
     }
@@ -289,10 +297,19 @@ __device__ void run(float* logits, int vocab, const Row& row, Touched* touched, 
 
 }  // namespace sample
 
+// tally: for each row, counts in the token that was drawn last, among those that rows touch, before their logits are
+// adjusted. What sequences have touched stays at their seats; no two rows have the same. Grid: rows. Bytes: 16 a token
+// that is listed, which come from the L2 cache: some thousands, next to the row's logits.
+extern "C" __global__ void __launch_bounds__(sample::THREADS, 1)
+    tally_rows(void* rows, void* touched, void* seats, const int* latest) {
+    sample::tally(static_cast<sample::Row*>(rows)[blockIdx.x], static_cast<sample::Touched*>(touched),
+                  static_cast<sample::Seat*>(seats), latest);
+}
+REGISTER(tally_rows);
+
 // sample: for each row of logits [rows, vocab], which it overwrites, an outcome, and its token once more in `drawn`:
-// what the next step gets as `latest`, while its own rows overwrite `outcomes`. Rows and tokens touched by biases and
-// penalties are described by the structures above; no two rows have the same seat. A mask has a bit a token, in words
-// of 32.
+// what the next step's tally gets as `latest`, while its own rows overwrite `outcomes`. Rows and tokens touched by biases and
+// penalties are described by the structures above. A mask has a bit a token, in words of 32.
 // Grid: rows. Bytes: 4 a logit and look. A greedy row is looked at once; a plain draw takes two looks, and so do top_k
 // up to 256 and top_p with a nucleus of hardly more; a longer one takes 6, a greater top_k 5, both 9, and one more for
 // each cut amid equal logits. Reports take one, and one more before penalties or a mask.
@@ -301,11 +318,11 @@ __device__ void run(float* logits, int vocab, const Row& row, Touched* touched, 
 // 11 us, less where whole warps find nothing that has weight. 256 rows are 155 MB, which no L2 cache holds: each look
 // comes from memory, 46 us at 3.35 TB/s.
 extern "C" __global__ void __launch_bounds__(sample::THREADS, 1)
-    sample_rows(float* logits, int vocab, const void* rows, void* touched, void* seats, const unsigned* masks,
-                const int* latest, int* drawn, void* outcomes) {
+    sample_rows(float* logits, int vocab, const void* rows, void* touched, void* seats, const unsigned* masks, int* drawn,
+                void* outcomes) {
     sample::run(logits + static_cast<size_t>(blockIdx.x) * padded(vocab), vocab,
                 static_cast<const sample::Row*>(rows)[blockIdx.x], static_cast<sample::Touched*>(touched),
-                static_cast<sample::Seat*>(seats), masks, latest, drawn[blockIdx.x],
+                static_cast<sample::Seat*>(seats), masks, drawn[blockIdx.x],
                 static_cast<sample::Outcome*>(outcomes)[blockIdx.x]);
 }
 REGISTER(sample_rows);

@@ -147,14 +147,21 @@ impl<D: Driver> Sampler<D> {
         let (rows, touched, masks) = (bytes_of(&self.rows), bytes_of(&self.touched), bytes_of(&self.masks));
         self.described.reserve(stream, rows.len() + touched.len() + masks.len());
         self.described.upload(stream, &[rows, touched, masks]);
+        let [at_rows, at_touched, at_masks] =
+            [0, rows.len(), rows.len() + touched.len()].map(|offset| self.described.address().offset(offset));
+        let lists = self.lists.as_ref().map_or(Address::NULL, Buffer::address);
+        if self.rows.iter().any(|row| row.seat >= 0 || row.counts_last != 0) {
+            let latest = self.tokens[1 - self.turn].address();
+            let args = [at_rows.into(), at_touched.into(), lists.into(), latest.into()];
+            stream.launch("tally_rows", [logits.rows, 1, 1], THREADS, &args);
+        }
         let args = [
             logits.address().into(),
             vocabulary.into(),
-            self.described.address().into(),
-            self.described.address().offset(rows.len()).into(),
-            self.lists.as_ref().map_or(Address::NULL, Buffer::address).into(),
-            self.described.address().offset(rows.len() + touched.len()).into(),
-            self.tokens[1 - self.turn].address().into(),
+            at_rows.into(),
+            at_touched.into(),
+            lists.into(),
+            at_masks.into(),
             self.tokens[self.turn].address().offset(first * size_of::<u32>()).into(),
             self.outcomes.address().offset(first * size_of::<Outcome>()).into(),
         ];
