@@ -44,12 +44,18 @@ pub struct FrontendArgs {
     pub max_body_memory: usize,
 
     /// Requests at a time; beyond that, 429
-    #[arg(long, value_name = "N", default_value_t = 4096, help_heading = "Server")]
+    #[arg(
+        long,
+        value_name = "N",
+        value_parser = parse_within::<1, 1_048_576>,
+        default_value_t = 4096,
+        help_heading = "Server"
+    )]
     pub max_requests: usize,
 
     /// Connections at a time; a further one gets the place of one that is idle, or waits [default: 512 more than
     /// --max-requests]
-    #[arg(long, value_name = "N", help_heading = "Server")]
+    #[arg(long, value_name = "N", value_parser = parse_within::<1, 1_048_576>, help_heading = "Server")]
     pub max_connections: Option<usize>,
 
     /// Threads that serve connections; by default one for every four processors

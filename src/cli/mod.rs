@@ -274,6 +274,19 @@ mod tests {
     }
 
     #[test]
+    fn a_server_takes_a_request_and_a_connection_at_least() {
+        for line in [
+            &["--model", "m", "--max-connections", "0"][..],
+            &["--is-prefill-worker", "--max-connections", "0"],
+            &["frontend", "--max-connections", "0"],
+            &["frontend", "--max-requests", "0"],
+        ] {
+            let refused = parse(line).unwrap_err();
+            assert!(refused.contains("'0' is not between 1 and"), "{refused}");
+        }
+    }
+
+    #[test]
     fn several_keys_may_be_given() {
         let worker = worker(&["--model", "m", "--api-key", "a", "--api-key", "b,c"]);
         assert_eq!(worker.api_key, ["a", "b", "c"]);

@@ -8,6 +8,7 @@ use super::{
     ClusterArgs, EngineArgs, LogArgs, TransportArgs,
     values::{
         DisaggPolicyArg, ReasoningParserArg, ToolCallParserArg, parse_millis, parse_origin, parse_seconds, parse_size,
+        parse_within,
     },
 };
 
@@ -112,7 +113,7 @@ pub struct WorkerArgs {
 
     /// Connections at a time; a further one gets the place of one that is idle, or waits [default: 512 more than
     /// --max-num-seqs and --max-waiting-requests together]
-    #[arg(long, value_name = "N", help_heading = "Server")]
+    #[arg(long, value_name = "N", value_parser = parse_within::<1, 1_048_576>, help_heading = "Server")]
     pub max_connections: Option<usize>,
 
     /// Seconds an answer may take, waiting included
