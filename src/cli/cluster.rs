@@ -26,15 +26,15 @@ pub struct ClusterArgs {
     pub cluster_token: Option<String>,
 
     /// Certificates (PEM) that may have signed etcd's, instead of the system's; its endpoints are then https://
-    #[arg(long, value_name = "FILE")]
+    #[arg(long, value_name = "FILE", env = "ETCD_CA")]
     pub etcd_ca: Option<PathBuf>,
 
     /// Certificate (PEM) to show to etcd
-    #[arg(long, value_name = "FILE", requires = "etcd_key")]
+    #[arg(long, value_name = "FILE", env = "ETCD_CERT", requires = "etcd_key")]
     pub etcd_cert: Option<PathBuf>,
 
     /// Key (PEM) of that certificate
-    #[arg(long, value_name = "FILE", requires = "etcd_cert")]
+    #[arg(long, value_name = "FILE", env = "ETCD_KEY", requires = "etcd_cert")]
     pub etcd_key: Option<PathBuf>,
 
     /// User of etcd
