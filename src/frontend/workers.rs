@@ -11,7 +11,7 @@ use super::{
     FrontendMetrics,
     worker::{Worker, watch_over},
 };
-use crate::cluster::{LeaseId, LoadStream, ModelKey, Role, WorkerCard, WorkerSet};
+use crate::cluster::{LeaseId, LoadStream, Role, WorkerCard, WorkerSet};
 
 /// The decode workers that are alive.
 pub(super) struct Table {
@@ -71,11 +71,11 @@ impl Table {
         }
     }
 
-    /// The workers that serve `model`, or, without a name, the only model there is.
+    /// The workers that serve `model`, or, without a name, the only model there is: of one name, or of one key.
     pub(super) fn serving(&self, model: Option<&str>) -> Serving<'_> {
-        if self.workers.is_empty() {
+        let Some(first) = self.workers.values().next() else {
             return Serving::Nobody;
-        }
+        };
         match model {
             Some(model) => match self.by_name.get(model) {
                 Some(workers) => Serving::By(workers),
@@ -83,11 +83,13 @@ impl Table {
                 None => Serving::Unknown,
             },
             None => {
-                let mut keys = self.workers.values().map(|worker| worker.card.model_key);
-                let first: Option<ModelKey> = keys.next();
-                let name = self.workers.values().next().and_then(|worker| worker.card.model.names.first());
+                let name = first.card.model.names.first();
+                // While workers are updated one by one, those of one name have different keys.
+                let is_same = |worker: &Arc<Worker>| {
+                    worker.card.model_key == first.card.model_key || worker.card.model.names.first() == name
+                };
                 match name.and_then(|name| self.by_name.get(name)) {
-                    Some(workers) if keys.all(|key| Some(key) == first) => Serving::By(workers),
+                    Some(workers) if self.workers.values().all(is_same) => Serving::By(workers),
                     _ => Serving::Ambiguous,
                 }
             }
@@ -163,7 +165,7 @@ pub(super) fn follow(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::cluster::tests::card;
+    use crate::cluster::{ModelKey, tests::card};
 
     #[tokio::test(start_paused = true)]
     async fn a_model_is_missed_for_a_while_after_its_last_worker_went() {
@@ -191,5 +193,26 @@ mod tests {
         let table = table.next(&live(&[(4, "b")]));
         assert!(matches!(table.serving(Some("a")), Serving::Unknown));
         assert!(table.gone.is_empty(), "one is back, the other forgotten");
+    }
+
+    #[tokio::test]
+    async fn a_request_that_names_no_model_is_for_the_only_name_whatever_weights_it_stands_for() {
+        let serving = |workers: &[(&str, &str)]| {
+            let card = |weights: &str, name: &str| {
+                let mut card = card(Role::Decode, ModelKey::of(weights.as_bytes()), "127.0.0.1:1");
+                card.model.names = vec![name.into()];
+                Arc::new(card)
+            };
+            let live = (1..).zip(workers).map(|(lease, &(weights, name))| (LeaseId(lease), card(weights, name)));
+            let live: WorkerSet = live.collect();
+            let table = Table::new(Duration::ZERO).next(&live);
+            match table.serving(None) {
+                Serving::By(workers) => Some(workers.len()),
+                _ => None,
+            }
+        };
+        assert_eq!(serving(&[("old", "a"), ("new", "a"), ("old", "a")]), Some(3), "in the midst of an update");
+        assert_eq!(serving(&[("w", "a"), ("w", "b")]), Some(1), "one model under two names");
+        assert_eq!(serving(&[("v", "a"), ("w", "b")]), None);
     }
 }
