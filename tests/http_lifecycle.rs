@@ -73,6 +73,7 @@ fn a_second_signal_leaves_at_once() {
     events.next().unwrap();
     server.signal("INT");
     server.wait_until("it drains", |server| server.get("/health").status == 503);
+    assert_eq!((server.get("/health/live").status, server.get("/health/ready").status), (200, 503));
     server.signal("INT");
     assert_eq!(server.wait().code(), Some(130));
 }
@@ -111,7 +112,7 @@ fn a_key_is_needed_where_there_is_one() {
     assert_eq!(server.request("GET", "/v1/models", &key("Bearer open"), b"").error().0, 401);
     assert_eq!(server.request("GET", "/v1/models", &key("open sesame"), b"").error().0, 401);
     assert_eq!(server.request("GET", "/v1/models", &key("Bearer open sesame"), b"").status, 200);
-    for health in ["/health", "/v1/health", "/ping"] {
+    for health in ["/health", "/v1/health", "/ping", "/health/live", "/health/ready"] {
         assert_eq!(server.get(health).status, 200);
     }
     assert!(server.get("/metrics").text().contains("engine_requests_total{endpoint=\"/v1/models\",status=\"401\"}"));

@@ -56,7 +56,12 @@ pub(crate) async fn model(
     Ok(Json(card(&serving, &name)))
 }
 
-/// `GET /health`: 200 while requests are taken.
+/// `GET /health/live`, and a frontend's `/health`: 200 for as long as the process runs. Restarting it helps nobody.
+pub(crate) async fn live() -> &'static str {
+    "ok\n"
+}
+
+/// `GET /health`, or `/health/ready`: 200 while requests are taken.
 pub(crate) async fn health(State(serving): State<Arc<Serving>>) -> Result<&'static str, ApiError> {
     match serving.engine.status() {
         EngineStatus::Failed { .. } => Err(ApiError::engine_failed()),

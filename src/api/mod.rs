@@ -40,7 +40,7 @@ pub use defaults::Defaults;
 pub use error::ApiError;
 pub(crate) use extract::{BodyMemory, Received, discard, read_body};
 pub use http_token::{CLUSTER_TOKEN_HEADER, HttpToken};
-pub(crate) use info::version;
+pub(crate) use info::{live, version};
 pub(crate) use middleware::{MODEL_KEY_HEADER, check_key, request_id};
 pub use parser::{CallFormat, Parsers};
 pub(crate) use router::{cors, fallbacks};

@@ -15,7 +15,7 @@ use super::{
     completions::completions,
     error::SHOULD_RETRY,
     extract::discard_body,
-    info::{health, metrics, model, models, version},
+    info::{health, live, metrics, model, models, version},
     middleware::{REQUEST_ID, observe, require_key, require_model},
     tokenize::{detokenize, tokenize},
 };
@@ -37,6 +37,8 @@ pub(crate) fn router(serving: Arc<Serving>) -> Router {
         .route("/health", get(health))
         .route("/v1/health", get(health))
         .route("/ping", get(health).post(health))
+        .route("/health/live", get(live))
+        .route("/health/ready", get(health))
         .route("/version", get(version))
         .route("/metrics", get(metrics));
     let router = fallbacks(router).layer(from_fn_with_state(serving.clone(), observe));

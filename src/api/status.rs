@@ -13,7 +13,7 @@ use tokio::{
     sync::{Mutex, watch},
 };
 
-use super::{HttpToken, Json, ServerConfig, server::serve_router};
+use super::{HttpToken, Json, ServerConfig, live, server::serve_router, version};
 use crate::{
     cluster::LeaseId,
     telemetry::Metrics,
@@ -43,8 +43,9 @@ struct Status {
     measuring: Mutex<()>,
 }
 
-/// Serves `/health` and `/metrics` of a worker that takes no requests, until `shutdown` and then `drain` have resolved.
-/// `POST /measure/{lease}` has it measure its way to the decode worker of that lease.
+/// Serves `/health`, `/version` and `/metrics` of a worker that takes no requests, under the same names as one that
+/// does, until `shutdown` and then `drain` have resolved. `POST /measure/{lease}` has it measure its way to the decode
+/// worker of that lease.
 pub async fn serve_status(
     listener: TcpListener,
     shown: Shown,
@@ -55,6 +56,11 @@ pub async fn serve_status(
     let status = Arc::new(Status { shown, measuring: Mutex::default() });
     let router = Router::new()
         .route("/health", get(health))
+        .route("/v1/health", get(health))
+        .route("/ping", get(health).post(health))
+        .route("/health/live", get(live))
+        .route("/health/ready", get(health))
+        .route("/version", get(version))
         .route("/metrics", get(render))
         .route("/measure/{lease}", post(measure_one))
         .with_state(status);

@@ -20,7 +20,8 @@ use super::{
 };
 use crate::{
     api::{
-        ApiError, Json, ServerConfig, check_key, cors, discard, fallbacks, read_body, request_id, serve_router, version,
+        ApiError, Json, ServerConfig, check_key, cors, discard, fallbacks, live, read_body, request_id, serve_router,
+        version,
     },
     cluster::{Cluster, WorkerCard},
 };
@@ -146,11 +147,6 @@ async fn model(State(frontend): State<Arc<Frontend>>, Path(name): Path<String>) 
             Err(ApiError::unknown_model(&name, &served))
         }
     }
-}
-
-/// `GET /health`: 200 for as long as the process runs. Restarting it would help nobody.
-async fn live() -> &'static str {
-    "ok\n"
 }
 
 /// `GET /health/ready`: 200 while requests can be answered.

@@ -59,6 +59,15 @@ fn two_models_in_one_cluster_keep_apart() {
 }
 
 #[test]
+fn a_prefill_worker_is_asked_how_it_is_as_any_other() {
+    let cell = Cell::of(small());
+    let prefill = cell.prefill(&cell.model.flags());
+    for path in ["/health", "/v1/health", "/ping", "/health/live", "/health/ready", "/version"] {
+        assert_eq!(prefill.get(path).status, 200, "{path}");
+    }
+}
+
+#[test]
 fn a_worker_that_is_to_use_a_device_that_is_not_there_says_so_before_it_loads_a_model() {
     let cell = Cell::of(small());
     let [etcd, nats] = cell.services();
