@@ -1,6 +1,7 @@
 //! Models by their id on the Hugging Face hub: what is in the local cache is used as it is, the rest is fetched into
 //! it. The cache is the one `huggingface_hub` keeps, so a model any other program has fetched is found.
 
+use std::fs::File;
 use std::path::{Path, PathBuf};
 
 use hf_hub::api::sync::{ApiBuilder, ApiError, ApiRepo};
@@ -145,12 +146,35 @@ impl Hub {
         if self.offline {
             return Err(HubError::Offline { id: id.into(), cache: self.cache.clone() }.into());
         }
-        self.fetch(id, revision, weights)
+        let _alone = self.alone(id)?;
+        // Whoever was waited for has fetched it.
+        match self.cached(id, revision, weights) {
+            Some(directory) => Ok(directory),
+            None => self.fetch(id, revision, weights),
+        }
+    }
+
+    /// Waits until nobody else fetches the model into this cache, and keeps others from it until the file is dropped:
+    /// hf-hub, which knows single files only, fails when it has waited five seconds for one, and else fetches it again.
+    fn alone(&self, id: &str) -> Result<File, ModelError> {
+        // `huggingface_hub` has its locks there.
+        let directory = self.cache.join(".locks").join(folder(id));
+        let path = directory.join("engine.lock");
+        let lock = || -> std::io::Result<File> {
+            std::fs::create_dir_all(&directory)?;
+            let file = File::create(&path)?;
+            if file.try_lock().is_err() {
+                tracing::info!(model = id, "another process fetches it; waiting for that");
+                file.lock()?;
+            }
+            Ok(file)
+        };
+        lock().map_err(ModelError::io(&path))
     }
 
     /// A complete copy in the cache.
     fn cached(&self, id: &str, revision: &str, weights: bool) -> Option<PathBuf> {
-        let model = self.cache.join(format!("models--{}", id.replace('/', "--")));
+        let model = self.cache.join(folder(id));
         let commit = std::fs::read_to_string(model.join("refs").join(revision));
         let commit = commit.map_or_else(|_| revision.to_owned(), |commit| commit.trim().to_owned());
         let directory = model.join("snapshots").join(commit);
@@ -233,6 +257,11 @@ impl Hub {
             _ => HubError::Unreachable { id, cache: self.cache.clone(), endpoint, problem: error.to_string() },
         }
     }
+}
+
+/// What a model's directory in the cache is called.
+fn folder(id: &str) -> String {
+    format!("models--{}", id.replace('/', "--"))
 }
 
 fn status(error: &ApiError) -> Option<u16> {

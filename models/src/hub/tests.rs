@@ -107,6 +107,21 @@ fn a_model_is_fetched_once_and_then_found_offline() {
 }
 
 #[test]
+fn a_model_that_two_want_at_once_is_fetched_for_both() {
+    let home = tempfile::tempdir().unwrap();
+    let server = FakeHub::start(&SHARDED, None);
+    let hub = server.hub(home.path(), &[]);
+    let fetch = || hub.snapshot("org/tiny", "main", true).unwrap();
+    let (one, other) = std::thread::scope(|scope| {
+        let other = scope.spawn(fetch);
+        (fetch(), other.join().unwrap())
+    });
+    assert_eq!(one, other);
+    // Its size, and then what is in it.
+    assert_eq!(server.asked.try_iter().filter(|path| path.ends_with("/config.json")).count(), 2);
+}
+
+#[test]
 fn a_branch_that_has_moved_on_is_not_mixed_with_what_is_cached() {
     let home = tempfile::tempdir().unwrap();
     let model = home.path().join("hub/models--org--tiny");
