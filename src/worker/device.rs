@@ -56,8 +56,16 @@ pub(crate) fn choose(wanted: DeviceArg) -> Result<Chosen> {
 
     let ordinal = match wanted {
         DeviceArg::Cuda(ordinal) => ordinal,
-        DeviceArg::Auto if device_count() > 0 => 0,
-        DeviceArg::Auto | DeviceArg::Cpu => return Ok(Chosen::Cpu),
+        DeviceArg::Cpu => return Ok(Chosen::Cpu),
+        DeviceArg::Auto => match device_count() {
+            Ok(0) => return Ok(Chosen::Cpu),
+            Ok(_) => 0,
+            // Who has a driver expects to be served by a device.
+            Err(error) => {
+                tracing::warn!(%error, "computing on the CPU (--device cuda:0 would end instead)");
+                return Ok(Chosen::Cpu);
+            }
+        },
     };
     Ok(Chosen::Cuda { ordinal, device: Device::new(ordinal)? })
 }

@@ -90,9 +90,15 @@ pub(super) fn bind(context: &CudaContext) -> Result<(), DriverError> {
     context.bind_to_thread().during(|| "choosing the device".into())
 }
 
-/// Devices that can be used: none without a driver, or with `CUDA_VISIBLE_DEVICES` empty.
-pub fn device_count() -> usize {
-    count().unwrap_or(0)
+/// Devices that can be used: none without a driver. One that is there and cannot be used, or is left no device by
+/// `CUDA_VISIBLE_DEVICES`, is an error.
+pub fn device_count() -> Result<usize, DriverError> {
+    if has_driver() { count() } else { Ok(0) }
+}
+
+fn has_driver() -> bool {
+    // SAFETY: loads a library by name, as every call below does.
+    unsafe { sys::is_culib_present() }
 }
 
 fn unavailable(error: result::DriverError) -> DriverError {
@@ -100,8 +106,7 @@ fn unavailable(error: result::DriverError) -> DriverError {
 }
 
 fn count() -> Result<usize, DriverError> {
-    // SAFETY: loads a library by name, as every call below does.
-    if !unsafe { sys::is_culib_present() } {
+    if !has_driver() {
         return Err(DriverError::Unavailable("libcuda is not found, which comes with NVIDIA's driver".into()));
     }
     let count = result::init().and_then(|()| CudaContext::device_count()).map_err(unavailable)?;
