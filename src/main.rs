@@ -4,7 +4,7 @@ use std::{io, process::ExitCode};
 
 use engine::{
     bench, bench_kernels,
-    cli::Role,
+    cli::{LogFormatArg, Role},
     doctor, frontend, mock,
     telemetry::init_logging,
     transfer_bench,
@@ -26,10 +26,16 @@ fn runtime(role: &Role) -> io::Result<Runtime> {
 
 fn main() -> ExitCode {
     let role = Role::from_command_line();
+    let log_format = role.log().log_format;
     match start(role) {
         Ok(code) => code,
         Err(error) => {
-            eprintln!("error: {}", told(&error));
+            // Collectors of JSON drop lines that are none. Nor may it be lost where there is no log, or a silent one.
+            if log_format == LogFormatArg::Json && tracing::enabled!(tracing::Level::ERROR) {
+                tracing::error!("{}", told(&error));
+            } else {
+                eprintln!("error: {}", told(&error));
+            }
             ExitCode::FAILURE
         }
     }

@@ -135,6 +135,10 @@ fn what_cannot_start_says_what_to_do() {
     assert!(code == Some(1) && text.contains("--port"), "{text}");
     let (code, text) = fails(&["--model", "/no/such/model.gguf", "--port", "0"]);
     assert!(code == Some(1) && text.contains("/no/such/model.gguf"), "{text}");
+    let (code, text) = fails(&["--model", "/no/such/model.gguf", "--port", "0", "--log-format", "json"]);
+    let last: serde_json::Value = serde_json::from_str(text.lines().last().unwrap()).unwrap();
+    let message = last["fields"]["message"].as_str().unwrap();
+    assert!(code == Some(1) && message.contains("/no/such/model.gguf"), "{text}");
     let (code, text) = fails(&["--model", model, "--port", "0", "--max-model-len", "100000"]);
     assert!(code == Some(1) && text.contains("--max-model-len"), "{text}");
     let (code, text) = fails(&["--model", model, "--kv-cache-memory", "lots"]);
