@@ -157,7 +157,7 @@ fn strings<'a>(file: &'a Gguf, key: &'static str) -> Result<Vec<&'a str>, Tokeni
 
 /// GPT-2's kind: words are spelled in bytes, and merged by a list of pairs.
 fn byte_level(file: &Gguf, vocabulary: &Vocabulary<'_>) -> Result<Value, TokenizerError> {
-    let name = file.string("tokenizer.ggml.pre")?.unwrap_or("default");
+    let name = pre_tokenizer_name(file, vocabulary)?;
     let pre = PRE_TOKENIZERS.iter().find(|pre| pre.names.contains(&name)).ok_or_else(|| {
         let known = PRE_TOKENIZERS.iter().flat_map(|pre| pre.names).copied().collect::<Vec<_>>().join(", ");
         TokenizerError::UnknownPreTokenizer { pre: name.into(), known }
@@ -183,6 +183,23 @@ fn byte_level(file: &Gguf, vocabulary: &Vocabulary<'_>) -> Result<Value, Tokeniz
             "fuse_unk": false, "byte_fallback": false,
         },
     }))
+}
+
+/// How words are split. Files from before that was written down are told by their model: llama.cpp takes `default` for
+/// them, and warns that answers are the worse for it.
+fn pre_tokenizer_name<'a>(file: &'a Gguf, vocabulary: &Vocabulary<'_>) -> Result<&'a str, TokenizerError> {
+    let key = "tokenizer.ggml.pre";
+    if let Some(name) = file.string(key)? {
+        if name == "default" {
+            tracing::warn!("{key} is `default`, which no model was trained with: its converter did not know the model");
+        }
+        return Ok(name);
+    }
+    match file.string("general.architecture")? {
+        Some("qwen2" | "qwen3") => Ok("qwen2"),
+        _ if vocabulary.tokens.contains(&"<|begin_of_text|>") => Ok("llama-bpe"),
+        _ => Err(TokenizerError::MissingKey { key }),
+    }
 }
 
 /// `a b`, the two sides of a merge. No side is empty, so a space at the very beginning belongs to the left one.

@@ -181,7 +181,8 @@ fn what_is_not_supported_is_named() {
     let mut writer = GgufWriter::default();
     writer.string("tokenizer.ggml.model", "gpt2").strings("tokenizer.ggml.tokens", &["a", "b", "ab"]);
     writer.strings("tokenizer.ggml.merges", &["a b"]);
-    assert_eq!(load(&writer).unwrap().encode("ab", true).unwrap(), [2]);
+    let error = load(&writer).unwrap_err().to_string();
+    assert!(error.contains("`tokenizer.ggml.pre`"), "{error}");
     writer.string("tokenizer.ggml.pre", "klingon");
     let error = load(&writer).unwrap_err().to_string();
     assert!(error.contains("`klingon`") && error.contains("qwen2"), "{error}");
@@ -195,6 +196,23 @@ fn what_is_not_supported_is_named() {
         "decoder": {"type": "WordPiece", "prefix": "##", "cleanup": true},
         "model": {"type": "BPE", "vocab": {"a": 0}, "merges": []}});
     assert!(Tokenizer::from_json(json).unwrap_err().to_string().contains("`WordPiece`"));
+}
+
+#[test]
+fn a_file_that_does_not_say_how_words_are_split_is_told_by_its_model() {
+    let ids = |architecture: &str, token: &str| {
+        let mut writer = GgufWriter::default();
+        writer.string("general.architecture", architecture).string("tokenizer.ggml.model", "gpt2");
+        writer.strings("tokenizer.ggml.tokens", &["1", "11", token]).strings("tokenizer.ggml.merges", &["1 1"]);
+        writer.bool("tokenizer.ggml.add_bos_token", false);
+        Ok::<_, TokenizerError>(load(&writer)?.encode("1111", true).unwrap())
+    };
+    // A word has one digit there, and up to three here.
+    assert_eq!(ids("qwen2", "a").unwrap(), [0, 0, 0, 0]);
+    assert_eq!(ids("qwen3", "a").unwrap(), [0, 0, 0, 0]);
+    assert_eq!(ids("llama", "<|begin_of_text|>").unwrap(), [1, 0, 0]);
+    let error = ids("llama", "a").unwrap_err().to_string();
+    assert!(error.contains("`tokenizer.ggml.pre`"), "{error}");
 }
 
 #[test]
