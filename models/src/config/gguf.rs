@@ -99,9 +99,15 @@ fn scaling(keys: &Keys<'_>, head_dim: usize, context: usize) -> Result<RopeScali
         })?;
         return Ok(RopeScaling::PerFrequency { factors: floats(DType::F32, data) });
     }
-    let factor = keys.float("rope.scaling.factor")?.unwrap_or(1.0);
-    match keys.string("rope.scaling.type")?.unwrap_or("none") {
+    // As llama.cpp has it: the second is the key's old name, zero is no scaling, and a factor without a type is linear.
+    let factor = match keys.float("rope.scaling.factor")? {
+        Some(factor) => Some(factor),
+        None => keys.float("rope.scale_linear")?,
+    };
+    let factor = factor.filter(|&factor| factor != 0.0).unwrap_or(1.0);
+    match keys.string("rope.scaling.type")?.unwrap_or("linear") {
         "none" => Ok(RopeScaling::None),
+        "linear" if factor == 1.0 => Ok(RopeScaling::None),
         "linear" => Ok(RopeScaling::Linear { factor }),
         "yarn" => {
             // llama.cpp multiplies its own temperature by the factor the file gives.

@@ -60,6 +60,29 @@ fn frequency_factors_are_read_from_their_tensor() {
 }
 
 #[test]
+fn a_factor_is_read_as_llama_cpp_reads_it() {
+    let (new, old) = ("llama.rope.scaling.factor", "llama.rope.scale_linear");
+    let scaling = |kind: Option<&str>, factors: &[(&str, f32)]| {
+        let mut scaled = writer();
+        for &(key, factor) in factors {
+            scaled.f32(key, factor);
+        }
+        if let Some(kind) = kind {
+            scaled.string("llama.rope.scaling.type", kind);
+        }
+        parse_file(&scaled).unwrap().rope.scaling
+    };
+    let linear = |factor| RopeScaling::Linear { factor };
+    assert_eq!(scaling(None, &[(new, 4.0)]), linear(4.0));
+    assert_eq!(scaling(None, &[(old, 2.0)]), linear(2.0));
+    assert_eq!(scaling(Some("linear"), &[(new, 4.0), (old, 2.0)]), linear(4.0));
+    assert_eq!(scaling(Some("none"), &[(new, 4.0)]), RopeScaling::None);
+    assert_eq!(scaling(Some("linear"), &[]), RopeScaling::None);
+    assert_eq!(scaling(None, &[(new, 1.0)]), RopeScaling::None);
+    assert_eq!(scaling(Some("linear"), &[(new, 0.0), (old, 2.0)]), RopeScaling::None);
+}
+
+#[test]
 fn yarn_has_llama_cpps_temperature() {
     let mut yarn = writer();
     yarn.string("llama.rope.scaling.type", "yarn")
