@@ -9,7 +9,7 @@ use crate::ModelError;
 use crate::bounded_file::{CONFIG_BYTES_MAX, TOKENIZER_BYTES_MAX, read_bounded};
 use crate::config::json::Fields;
 use crate::gguf::{Gguf, GgufError};
-use crate::tokenizer::TOKENIZER_FILE;
+use crate::tokenizer::{TOKENIZER_FILE, ends_answers};
 
 /// Recommended generation settings. `None` where nothing is recommended.
 #[derive(Debug, Clone, Default, PartialEq)]
@@ -40,26 +40,6 @@ pub struct ChatTemplate {
     /// Text of the token that ends one.
     pub eos_token: Option<String>,
 }
-
-/// Tokens that end an answer by their text alone, as llama.cpp has it: many files name only one end token, and another
-/// is what their chat template ends turns with.
-const END_TEXTS: [&str; 12] = [
-    "<|eot_id|>",
-    "<|im_end|>",
-    "<|end|>",
-    "<|return|>",
-    "<|call|>",
-    "<end_of_turn>",
-    "<|endoftext|>",
-    "<|eom_id|>",
-    "<|end_of_text|>",
-    "<EOT>",
-    "<end_of_utterance>",
-    "</s>",
-];
-
-/// `tokenizer.ggml.token_type` of control tokens.
-const CONTROL_TOKEN: i64 = 3;
 
 impl GenerationDefaults {
     /// From `generation_config.json` if there is one. Its end tokens, or those of `config` if it names none, and the
@@ -95,8 +75,7 @@ impl GenerationDefaults {
         let tokens = file.array("tokenizer.ggml.tokens")?.and_then(|array| array.strings());
         let kinds = file.array("tokenizer.ggml.token_type")?.and_then(|array| array.integers());
         if let Some((tokens, kinds)) = tokens.zip(kinds) {
-            let ends = tokens.zip(kinds).zip(0u32..);
-            let ends = ends.filter(|&((text, kind), _)| kind == CONTROL_TOKEN && END_TEXTS.contains(&text));
+            let ends = tokens.zip(kinds).zip(0u32..).filter(|&((text, kind), _)| ends_answers(text, kind));
             eos_token_ids.extend(ends.map(|(_, id)| id));
         }
         eos_token_ids.sort_unstable();
@@ -295,6 +274,16 @@ mod tests {
         let template = ChatTemplate::from_directory(directory(&[("tokenizer_config.json", string)]).path()).unwrap();
         let template = template.unwrap();
         assert_eq!((template.bos_token.as_deref(), template.eos_token.as_deref()), (Some("<s>"), Some("</s>")));
+    }
+
+    #[test]
+    fn gguf_ends_may_be_called_user_defined() {
+        let mut writer = GgufWriter::default();
+        writer
+            .strings("tokenizer.ggml.tokens", &["<|im_end|>", "<tool_call>", "<｜end▁of▁sentence｜>", "[EOT]", "</s>"])
+            .i32s("tokenizer.ggml.token_type", &[4, 4, 4, 3, 1]);
+        let file = Gguf::from_bytes(writer.build()).unwrap();
+        assert_eq!(GenerationDefaults::from_gguf(&file).unwrap().eos_token_ids, [0, 2, 3]);
     }
 
     #[test]

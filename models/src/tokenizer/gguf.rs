@@ -14,6 +14,28 @@ mod token_type {
     pub(super) const USER_DEFINED: i64 = 4;
 }
 
+/// Texts of tokens that end an answer, as llama.cpp has them: many files name only one end token, and another is what
+/// their chat template ends turns with. Those of architectures that are not read here are left out.
+const END_TEXTS: [&str; 17] = [
+    "<|eot_id|>",
+    "<|im_end|>",
+    "<|end|>",
+    "<|return|>",
+    "<|call|>",
+    "<end_of_turn>",
+    "<|endoftext|>",
+    "<|eom_id|>",
+    "<|end_of_text|>",
+    "<EOT>",
+    "_<EOT>",
+    "[EOT]",
+    "[EOS]",
+    "<eos>",
+    "<end_of_utterance>",
+    "<｜end▁of▁sentence｜>",
+    "</s>",
+];
+
 const GPT2: &str = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+";
 const LLAMA3: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
 const QWEN2: &str =
@@ -72,6 +94,11 @@ const PRE_TOKENIZERS: &[PreTokenizer] = &[
     },
 ];
 
+/// Whether a token of this text and type ends an answer. Some conversions have called such tokens user-defined.
+pub(crate) fn ends_answers(text: &str, kind: i64) -> bool {
+    matches!(kind, token_type::CONTROL | token_type::USER_DEFINED) && END_TEXTS.contains(&text)
+}
+
 /// Translates the metadata of a GGUF file.
 pub(super) fn tokenizer_json(file: &Gguf) -> Result<Value, TokenizerError> {
     let vocabulary = Vocabulary::read(file)?;
@@ -108,10 +135,10 @@ impl<'a> Vocabulary<'a> {
         self.tokens.iter().enumerate().map(|(id, token)| (token.to_string(), Value::from(id))).collect()
     }
 
-    /// Control tokens steer the model; user-defined ones are text that is never split.
+    /// Control tokens steer the model; user-defined ones are text that is never split, unless they end answers.
     fn added_tokens(&self) -> Value {
         let added = self.types.iter().zip(&self.tokens).enumerate().filter_map(|(id, (&kind, token))| {
-            let special = matches!(kind, token_type::CONTROL | token_type::UNKNOWN);
+            let special = matches!(kind, token_type::CONTROL | token_type::UNKNOWN) || ends_answers(token, kind);
             (special || kind == token_type::USER_DEFINED).then(|| {
                 json!({
                     "id": id, "content": token, "special": special,

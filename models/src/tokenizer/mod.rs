@@ -20,6 +20,7 @@ use serde_json::Value;
 use crate::bounded_file::{TOKENIZER_BYTES_MAX, read_bounded};
 use crate::gguf::Gguf;
 pub use error::{EncodeError, TokenizerError};
+pub(crate) use gguf::ends_answers;
 pub use stream::DecodeStream;
 use table::TokenTable;
 

@@ -177,6 +177,19 @@ fn a_file_says_which_tokens_go_around_a_text() {
 }
 
 #[test]
+fn a_user_defined_token_is_text_unless_it_ends_answers() {
+    let mut writer = GgufWriter::default();
+    writer.string("tokenizer.ggml.model", "gpt2").string("tokenizer.ggml.pre", "qwen2");
+    writer.strings("tokenizer.ggml.tokens", &["a", "<|im_end|>", "<tool_call>"]).strings("tokenizer.ggml.merges", &[]);
+    writer.i32s("tokenizer.ggml.token_type", &[1, 4, 4]);
+    let tokenizer = load(&writer).unwrap();
+    let ids = tokenizer.encode("a<tool_call><|im_end|>", true).unwrap();
+    assert_eq!(ids, [0, 2, 1]);
+    assert_eq!(tokenizer.decode(&ids, true), "a<tool_call>");
+    assert_eq!(tokenizer.decode(&ids, false), "a<tool_call><|im_end|>");
+}
+
+#[test]
 fn what_is_not_supported_is_named() {
     let mut writer = GgufWriter::default();
     writer.string("tokenizer.ggml.model", "gpt2").strings("tokenizer.ggml.tokens", &["a", "b", "ab"]);
