@@ -41,6 +41,8 @@ const LLAMA3: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{
 const QWEN2: &str =
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
 const TEKKEN: &str = r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+";
+const SEED_CODER: &str =
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s*[\r\n]+|\s+(?!\S)|\s+";
 
 /// How byte-level BPE vocabularies split text into words, by the names llama.cpp gives them (`tokenizer.ggml.pre`).
 struct PreTokenizer {
@@ -57,26 +59,27 @@ struct PreTokenizer {
 
 const PRE_TOKENIZERS: &[PreTokenizer] = &[
     PreTokenizer {
-        names: &["smollm", "starcoder", "refact", "command-r", "codeshell"],
+        names: &["smollm", "starcoder", "refact", "command-r", "codeshell", "minerva-7b"],
         patterns: &[r"\p{N}", GPT2],
         ignore_merges: false,
         nfc: false,
         add_bos: false,
     },
     PreTokenizer {
-        names: &["gpt-2", "phi-2", "olmo", "mpt"],
+        names: &["gpt-2", "phi-2", "olmo", "mpt", "mellum", "a.x-4.0", "trillion"],
         patterns: &[GPT2],
         ignore_merges: false,
         nfc: false,
         add_bos: false,
     },
     PreTokenizer {
-        names: &["llama-bpe", "llama3", "llama-v3", "falcon3"],
+        names: &["llama-bpe", "llama3", "llama-v3", "falcon3", "pixtral", "midm-2.0"],
         patterns: &[LLAMA3],
         ignore_merges: true,
         nfc: false,
         add_bos: true,
     },
+    PreTokenizer { names: &["smaug-bpe"], patterns: &[LLAMA3], ignore_merges: false, nfc: false, add_bos: false },
     PreTokenizer {
         names: &["qwen2", "deepseek-r1-qwen", "megrez"],
         patterns: &[QWEN2],
@@ -85,6 +88,14 @@ const PRE_TOKENIZERS: &[PreTokenizer] = &[
         add_bos: false,
     },
     PreTokenizer { names: &["tekken"], patterns: &[TEKKEN], ignore_merges: true, nfc: false, add_bos: true },
+    PreTokenizer { names: &["seed-coder"], patterns: &[SEED_CODER], ignore_merges: false, nfc: false, add_bos: false },
+    PreTokenizer {
+        names: &["deepseek-coder"],
+        patterns: &[r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", "[\u{800}-\u{9fa5}\u{ac00}-\u{d7ff}]+", r"\p{N}"],
+        ignore_merges: false,
+        nfc: false,
+        add_bos: false,
+    },
     PreTokenizer {
         names: &["default"],
         patterns: &[r"[\p{P}\$\+<=>\^~\|]+", GPT2, r"\p{N}+", "[0-9][0-9][0-9]"],

@@ -230,13 +230,38 @@ fn a_file_that_does_not_say_how_words_are_split_is_told_by_its_model() {
 
 #[test]
 fn every_known_pre_tokenizer_is_one_tokenizers_accepts() {
-    for pre in ["smollm", "gpt-2", "llama-bpe", "qwen2", "tekken", "default"] {
+    let names =
+        ["smollm", "gpt-2", "llama-bpe", "smaug-bpe", "qwen2", "tekken", "seed-coder", "deepseek-coder", "default"];
+    for pre in names {
         let mut writer = GgufWriter::default();
         writer.string("tokenizer.ggml.model", "gpt2").string("tokenizer.ggml.pre", pre);
         writer.strings("tokenizer.ggml.tokens", &["a", "Ġ", "1", "Ġa"]).strings("tokenizer.ggml.merges", &["Ġ a"]);
         writer.bool("tokenizer.ggml.add_bos_token", false);
         assert_eq!(load(&writer).unwrap().encode("a a1", true).unwrap(), [0, 3, 2], "{pre}");
     }
+}
+
+#[test]
+fn words_are_split_as_llama_cpp_splits_them() {
+    let ids = |pre: &str, text: &str| {
+        let mut writer = GgufWriter::default();
+        writer.string("tokenizer.ggml.model", "gpt2").string("tokenizer.ggml.pre", pre);
+        writer.strings("tokenizer.ggml.tokens", &["1", "11", "Ċ", "ĊĊ", "a", "b", "ab", "!", "!Ċ"]);
+        writer.strings("tokenizer.ggml.merges", &["1 1", "Ċ Ċ", "! Ċ"]);
+        writer.bool("tokenizer.ggml.add_bos_token", false);
+        load(&writer).unwrap().encode(text, true).unwrap()
+    };
+    for pre in ["mellum", "a.x-4.0", "trillion", "pixtral", "midm-2.0", "smaug-bpe"] {
+        assert_eq!(ids(pre, "11\n\n"), [1, 3], "{pre}");
+    }
+    assert_eq!(ids("minerva-7b", "11\n\n"), [0, 0, 3]);
+    assert_eq!(ids("seed-coder", "11\n\n"), [0, 0, 3]);
+    assert_eq!(ids("deepseek-coder", "11\n\n"), [0, 0, 2, 2]);
+    assert_eq!(ids("smaug-bpe", "!\n"), [8]);
+    assert_eq!(ids("seed-coder", "!\n"), [7, 2]);
+    // Made by no merge.
+    assert_eq!(ids("pixtral", "ab"), [6]);
+    assert_eq!(ids("smaug-bpe", "ab"), [4, 5]);
 }
 
 proptest! {
