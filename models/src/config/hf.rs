@@ -115,6 +115,8 @@ fn scaling(fields: &Fields<'_>, rope: &Fields<'_>, max_positions: usize) -> Resu
     match kind {
         "default" => Ok(RopeScaling::None),
         "linear" => Ok(RopeScaling::Linear { factor: rope.required_float("factor")? }),
+        // Stretches what is longer than `max_position_embeddings`, and no context here is.
+        "dynamic" => rope.required_float("factor").map(|_| RopeScaling::None),
         "llama3" => Ok(RopeScaling::Llama3 {
             factor: rope.required_float("factor")?,
             low_freq_factor: rope.required_float("low_freq_factor")?,

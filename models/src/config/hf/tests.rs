@@ -104,6 +104,12 @@ fn rope_parameters_of_transformers_5_are_read() {
 }
 
 #[test]
+fn dynamic_scaling_is_none_within_the_context() {
+    let config = parse_value(&with(llama(), json!({"rope_scaling": {"type": "dynamic", "factor": 2.0}}))).unwrap();
+    assert_eq!((config.rope.scaling, config.max_position_embeddings), (RopeScaling::None, 131_072));
+}
+
+#[test]
 fn yarn_takes_its_temperature_from_wherever_it_is_given() {
     let yarn = |extra: Value| {
         let scaling = with(json!({"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}), extra);
@@ -157,6 +163,7 @@ fn what_is_wrong_is_named() {
         (json!({"partial_rotary_factor": 0.5}), "partial_rotary_factor 0.5"),
         (json!({"rope_scaling": {"rope_type": "longrope"}}), "`longrope`"),
         (json!({"rope_scaling": {"rope_type": "linear"}}), "`factor` is missing"),
+        (json!({"rope_scaling": {"type": "dynamic"}}), "`factor` is missing"),
         (json!({"rope_scaling": {"rope_type": "linear", "factor": 0.0}}), "factor 0"),
     ];
     for (change, expected) in cases {
