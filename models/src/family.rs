@@ -1,5 +1,5 @@
 use crate::config::json::Fields;
-use crate::{Architecture, ModelConfig, ModelError, llama, qwen2, qwen3};
+use crate::{Architecture, ModelConfig, ModelError, llama, mistral, qwen2, qwen3};
 
 /// What one decoder family declares; everything else is common to all. Each has a file of its own.
 pub(crate) struct Family {
@@ -9,8 +9,8 @@ pub(crate) struct Family {
     pub(crate) class: &'static str,
     /// `model_type` of `config.json`.
     pub(crate) model_type: &'static str,
-    /// `general.architecture` of GGUF.
-    pub(crate) gguf: &'static str,
+    /// `general.architecture` of GGUF; `None`: that of another family.
+    pub(crate) gguf: Option<&'static str>,
     /// Whether GGUF stores query and key rows in the order of interleaved rotation.
     pub(crate) gguf_interleaved_qk: bool,
     /// Whether query and key heads are normed.
@@ -22,10 +22,10 @@ pub(crate) struct Family {
 }
 
 /// All families.
-pub(crate) const FAMILIES: [&Family; 3] = [&llama::FAMILY, &qwen2::FAMILY, &qwen3::FAMILY];
+pub(crate) const FAMILIES: [&Family; 4] = [&llama::FAMILY, &mistral::FAMILY, &qwen2::FAMILY, &qwen3::FAMILY];
 
 impl Architecture {
-    /// What the family declares.
+    /// What the family declares that gave it its name.
     pub(crate) fn family(self) -> &'static Family {
         match self {
             Self::Llama => &llama::FAMILY,

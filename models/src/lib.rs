@@ -14,6 +14,7 @@ mod fingerprint;
 pub mod gguf;
 mod hub;
 mod llama;
+mod mistral;
 mod model;
 mod qwen2;
 mod qwen3;

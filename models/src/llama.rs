@@ -10,7 +10,7 @@ pub(crate) const FAMILY: Family = Family {
     architecture: Architecture::Llama,
     class: "LlamaForCausalLM",
     model_type: "llama",
-    gguf: "llama",
+    gguf: Some("llama"),
     gguf_interleaved_qk: true,
     qk_norm: false,
     default_head_dim: None,

@@ -8,7 +8,7 @@ pub(crate) const FAMILY: Family = Family {
     architecture: Architecture::Qwen2,
     class: "Qwen2ForCausalLM",
     model_type: "qwen2",
-    gguf: "qwen2",
+    gguf: Some("qwen2"),
     gguf_interleaved_qk: false,
     qk_norm: false,
     default_head_dim: None,

@@ -9,7 +9,7 @@ pub(crate) const FAMILY: Family = Family {
     architecture: Architecture::Qwen3,
     class: "Qwen3ForCausalLM",
     model_type: "qwen3",
-    gguf: "qwen3",
+    gguf: Some("qwen3"),
     gguf_interleaved_qk: false,
     qk_norm: true,
     default_head_dim: Some(128),

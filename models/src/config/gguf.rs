@@ -17,12 +17,12 @@ pub(crate) fn parse(parts: &[Gguf], path: &Path) -> Result<ModelConfig, ModelErr
     let has_tensor = |name: &str| parts.iter().any(|part| part.tensor(name).is_some());
     let name = file.string("general.architecture").map_err(ModelError::gguf(path))?.unwrap_or("(none declared)");
     let family =
-        FAMILIES.iter().find(|family| family.gguf == name).copied().ok_or_else(|| ModelError::Architecture {
+        FAMILIES.iter().find(|family| family.gguf == Some(name)).copied().ok_or_else(|| ModelError::Architecture {
             path: path.into(),
             name: name.into(),
-            supported: FAMILIES.map(|family| family.gguf).join(", "),
+            supported: FAMILIES.iter().filter_map(|family| family.gguf).collect::<Vec<_>>().join(", "),
         })?;
-    let keys = Keys { file, parts, path, prefix: family.gguf };
+    let keys = Keys { file, parts, path, prefix: name };
 
     if keys.optional("expert_count")?.unwrap_or(0) > 0 {
         return Err(ModelError::Unsupported { path: path.into(), what: format!("{name} with experts") });
@@ -134,7 +134,7 @@ struct Keys<'a> {
     file: &'a Gguf,
     parts: &'a [Gguf],
     path: &'a Path,
-    prefix: &'static str,
+    prefix: &'a str,
 }
 
 impl<'a> Keys<'a> {

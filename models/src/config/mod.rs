@@ -12,7 +12,7 @@ use crate::ModelError;
 /// The decoder families this crate knows; each has a file of its own.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Architecture {
-    /// Llama 2 and 3, SmolLM2 and others that declare `LlamaForCausalLM`.
+    /// Llama 2 and 3, SmolLM2 and others that declare `LlamaForCausalLM`, and Mistral.
     Llama,
     /// Qwen2 and 2.5: biases on the q, k and v projections.
     Qwen2,

@@ -64,6 +64,18 @@ fn smollm2() -> Value {
     })
 }
 
+/// mistralai/Mistral-7B-Instruct-v0.3.
+fn mistral() -> Value {
+    json!({
+        "architectures": ["MistralForCausalLM"], "attention_dropout": 0.0, "bos_token_id": 1, "eos_token_id": 2,
+        "hidden_act": "silu", "hidden_size": 4096, "initializer_range": 0.02, "intermediate_size": 14336,
+        "max_position_embeddings": 32768, "model_type": "mistral", "num_attention_heads": 32, "num_hidden_layers": 32,
+        "num_key_value_heads": 8, "rms_norm_eps": 1e-05, "rope_theta": 1000000.0, "sliding_window": null,
+        "tie_word_embeddings": false, "torch_dtype": "bfloat16", "transformers_version": "4.42.0.dev0",
+        "use_cache": true, "vocab_size": 32768
+    })
+}
+
 fn with(mut base: Value, changes: Value) -> Value {
     let object = base.as_object_mut().unwrap();
     for (key, value) in changes.as_object().unwrap() {
@@ -92,6 +104,33 @@ fn real_configurations_are_understood() {
     let config = parse_value(&smollm2()).unwrap();
     assert_eq!((config.heads, config.kv_heads, config.head_dim, config.rope.theta), (9, 3, 64, 100_000.0));
     assert_eq!((config.parameters(), config.tie_word_embeddings), (134_515_008, true));
+}
+
+#[test]
+fn a_mistral_without_a_window_is_a_llama() {
+    let config = parse_value(&mistral()).unwrap();
+    assert_eq!(config, parse_value(&with(mistral(), json!({"architectures": ["LlamaForCausalLM"]}))).unwrap());
+    assert_eq!((config.architecture, config.parameters()), (Architecture::Llama, 7_248_023_552));
+    assert_eq!(config, parse_value(&with(mistral(), json!({"architectures": null}))).unwrap());
+    assert_eq!(
+        config,
+        parse_value(&with(mistral(), json!({"sliding_window": 32768, "attention_bias": true}))).unwrap()
+    );
+    // Mistral-Nemo-Instruct-2407 and Mistral-Small-24B-Instruct-2501 state it.
+    let wide = with(mistral(), json!({"hidden_size": 5120, "head_dim": 128}));
+    assert_eq!(parse_value(&wide).unwrap().head_dim, 128);
+
+    let without = |field: &str| {
+        let mut value = mistral();
+        value.as_object_mut().unwrap().remove(field);
+        parse_value(&value)
+    };
+    assert_eq!(without("num_key_value_heads").unwrap().kv_heads, 8);
+    assert_eq!(parse_value(&with(mistral(), json!({"num_key_value_heads": null}))).unwrap().kv_heads, 32);
+    let error = without("sliding_window").unwrap_err().to_string();
+    assert!(error.contains("sliding_window 4096 (sliding window attention) is not supported"), "{error}");
+    let error = parse_value(&with(mistral(), json!({"sliding_window": 16384}))).unwrap_err().to_string();
+    assert!(error.contains("sliding_window 16384"), "{error}");
 }
 
 #[test]
