@@ -52,16 +52,17 @@ struct Entry {
 }
 
 impl SafetensorsFiles {
-    /// Opens `model.safetensors`, or the files its index names. `fp8` is what the configuration says.
+    /// Opens `model.safetensors`, or where there is none the files its index names, as transformers does. `fp8` is what
+    /// the configuration says.
     pub(crate) fn open(directory: &Path, fp8: Option<Fp8>) -> Result<Self, ModelError> {
         let mut this = Self { directory: directory.into(), files: Vec::new(), tensors: HashMap::new(), fp8 };
-        let index = directory.join(INDEX_FILE);
-        if index.exists() {
+        let (single, index) = (directory.join(SINGLE_FILE), directory.join(INDEX_FILE));
+        if single.exists() {
+            this.add(&single)?;
+        } else if index.exists() {
             for name in shards(&index)? {
                 this.add(&directory.join(name))?;
             }
-        } else if directory.join(SINGLE_FILE).exists() {
-            this.add(&directory.join(SINGLE_FILE))?;
         } else {
             let problem = format!("has neither {SINGLE_FILE} nor {INDEX_FILE}; other formats have to be converted");
             return Err(ModelError::Safetensors { path: directory.into(), problem });
@@ -301,6 +302,11 @@ mod tests {
         std::fs::write(directory.path().join(INDEX_FILE), index.to_string()).unwrap();
         let files = SafetensorsFiles::open(directory.path(), None).unwrap();
         assert!(files.tensor("a", &[]).is_ok() && files.tensor("b", &[]).is_ok());
+        let single = directory.path().join(SINGLE_FILE);
+        std::fs::write(&single, file(&one("c"), &[0; 4])).unwrap();
+        let files = SafetensorsFiles::open(directory.path(), None).unwrap();
+        assert!(files.tensor("c", &[]).is_ok() && files.tensor("a", &[]).is_err(), "the single file counts");
+        std::fs::remove_file(single).unwrap();
         std::fs::remove_file(directory.path().join("m-2.safetensors")).unwrap();
         let error = || SafetensorsFiles::open(directory.path(), None).err().unwrap().to_string();
         assert!(error().contains("m-2.safetensors"), "{}", error());
