@@ -112,20 +112,50 @@ fn scaling(fields: &Fields<'_>, rope: &Fields<'_>, max_positions: usize) -> Resu
         let name = "original_max_position_embeddings";
         Ok::<_, ModelError>(fields.size(name)?.or(rope.size(name)?).unwrap_or(max_positions))
     };
-    match kind {
-        "default" => Ok(RopeScaling::None),
-        "linear" => Ok(RopeScaling::Linear { factor: rope.required_float("factor")? }),
+    let scaling = match kind {
+        "default" => RopeScaling::None,
+        "linear" => RopeScaling::Linear { factor: rope.required_float("factor")? },
         // Stretches what is longer than `max_position_embeddings`, and no context here is.
-        "dynamic" => rope.required_float("factor").map(|_| RopeScaling::None),
-        "llama3" => Ok(RopeScaling::Llama3 {
+        "dynamic" => rope.required_float("factor").map(|_| RopeScaling::None)?,
+        "llama3" => RopeScaling::Llama3 {
             factor: rope.required_float("factor")?,
             low_freq_factor: rope.required_float("low_freq_factor")?,
             high_freq_factor: rope.required_float("high_freq_factor")?,
             original_max_position: original_max_position()?,
-        }),
-        "yarn" => yarn(rope, original_max_position()?, max_positions),
-        other => Err(ModelError::Unsupported { path: fields.path().into(), what: format!("rope type `{other}`") }),
+        },
+        "yarn" => yarn(rope, original_max_position()?, max_positions)?,
+        other => {
+            let what = format!("rope type `{other}`");
+            return Err(ModelError::Unsupported { path: fields.path().into(), what });
+        }
+    };
+    let ignored = ignored_keys(rope, kind);
+    if !ignored.is_empty() {
+        tracing::warn!(path = %fields.path().display(), kind, ?ignored, "keys beside those of this rope type; ignored");
     }
+    Ok(scaling)
+}
+
+/// Keys that a rope type has no use for. transformers ignores and names them too.
+fn ignored_keys<'a>(rope: &Fields<'a>, kind: &str) -> Vec<&'a str> {
+    let own: &[&str] = match kind {
+        "linear" => &["factor"],
+        "dynamic" => &["factor", "original_max_position_embeddings"],
+        "llama3" => &["factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"],
+        "yarn" => &[
+            "factor",
+            "beta_fast",
+            "beta_slow",
+            "attention_factor",
+            "mscale",
+            "mscale_all_dim",
+            "original_max_position_embeddings",
+            "truncate",
+        ],
+        _ => &[],
+    };
+    let known = |name: &str| own.contains(&name) || ["rope_type", "type", "rope_theta"].contains(&name);
+    rope.names().filter(|name| !known(name)).collect()
 }
 
 fn yarn(rope: &Fields<'_>, original_max_position: usize, max_positions: usize) -> Result<RopeScaling, ModelError> {

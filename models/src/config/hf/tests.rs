@@ -167,6 +167,23 @@ fn yarn_takes_its_temperature_from_wherever_it_is_given() {
 }
 
 #[test]
+fn keys_a_rope_type_has_no_use_for_are_found() {
+    let ignored = |kind: &str, value: Value| {
+        let fields = Fields::new(Path::new("config.json"), &value).unwrap();
+        ignored_keys(&fields, kind).join(" ")
+    };
+    // deepseek-ai/DeepSeek-R1-0528-Qwen3-8B.
+    let yarn = json!({"attn_factor": 0.8782488562869419, "factor": 4.0, "original_max_position_embeddings": 32768,
+        "rope_type": "yarn"});
+    assert_eq!(ignored("yarn", yarn.clone()), "attn_factor");
+    let config = parse_value(&with(qwen3(), json!({"rope_scaling": yarn}))).unwrap();
+    assert!(matches!(config.rope.scaling, RopeScaling::Yarn { attention_factor: None, .. }));
+    assert_eq!(ignored("llama3", llama()["rope_scaling"].clone()), "");
+    assert_eq!(ignored("linear", json!({"type": "linear", "factor": 2.0, "beta_fast": 32})), "beta_fast");
+    assert_eq!(ignored("default", json!({"rope_type": "default", "rope_theta": 1e6})), "");
+}
+
+#[test]
 fn qwen3_heads_are_128_wide_where_nothing_is_said() {
     let value = with(qwen3(), json!({"head_dim": null, "hidden_size": 2560, "num_attention_heads": 32}));
     assert_eq!(parse_value(&value).unwrap().head_dim, 128);
