@@ -94,7 +94,7 @@ impl<B: Backend> Decoder<B> {
         let table = rope::table(config, limits.max_positions);
         let rope = loader.backend().rope(table);
         let buffers = Buffers::new(loader.backend(), config, shape, limits);
-        let report = loader.finish();
+        let report = loader.finish()?;
         Ok((Self { config: config.clone(), shape, embedding, layers, norm, head, rope, buffers }, report))
     }
 }

@@ -7,7 +7,7 @@ use engine_kernels::DType;
 use super::{ModelConfig, RopeConfig, RopeScaling};
 use crate::ModelError;
 use crate::family::FAMILIES;
-use crate::gguf::{Gguf, GgufError};
+use crate::gguf::{Gguf, GgufError, ggml_type_name};
 use crate::weights::floats;
 
 /// Reads the metadata of the first of `parts`, a file or the parts of a split one, any of which may hold the tensors
@@ -82,23 +82,39 @@ fn vocab_size(keys: &Keys<'_>) -> Result<usize, ModelError> {
         .ok_or_else(|| ModelError::MissingTensor { name: "token_embd.weight".into(), path: keys.path.into() })
 }
 
-/// Frequency factors beside the weights (Llama 3.1), or a scaling type in the metadata.
+/// Of Llama 3.1: one factor a frequency, beside the weights.
+const FREQUENCY_FACTORS: &str = "rope_freqs.weight";
+
+/// Frequency factors, or what the metadata says.
 fn scaling(keys: &Keys<'_>, head_dim: usize, context: usize) -> Result<RopeScaling, ModelError> {
-    const FACTORS: &str = "rope_freqs.weight";
-    if let Some((part, info)) = keys.parts.iter().find_map(|part| Some((part, part.tensor(FACTORS)?))) {
-        let expected = vec![head_dim / 2];
-        if info.shape != expected {
-            return Err(ModelError::TensorShape { name: FACTORS.into(), expected, actual: info.shape.clone() });
-        }
-        let data = part.data(FACTORS).filter(|_| info.dtype() == Some(DType::F32));
-        let found = || crate::gguf::ggml_type_name(info.ggml_type).to_string();
-        let data = data.ok_or_else(|| ModelError::TensorType {
-            name: FACTORS.into(),
-            found: found(),
-            advice: "; it must be F32",
-        })?;
-        return Ok(RopeScaling::PerFrequency { factors: floats(DType::F32, data) });
+    let declared = declared_scaling(keys, context)?;
+    let Some(factors) = frequency_factors(keys, head_dim)? else { return Ok(declared) };
+    if declared != RopeScaling::None {
+        // llama.cpp applies both.
+        let what = format!("`{FREQUENCY_FACTORS}` together with `{}`", keys.full("rope.scaling"));
+        return Err(ModelError::Unsupported { path: keys.path.into(), what });
     }
+    Ok(RopeScaling::PerFrequency { factors })
+}
+
+fn frequency_factors(keys: &Keys<'_>, head_dim: usize) -> Result<Option<Vec<f32>>, ModelError> {
+    let name = FREQUENCY_FACTORS;
+    let found = keys.parts.iter().find_map(|part| Some((part, part.tensor(name)?)));
+    let Some((part, info)) = found else { return Ok(None) };
+    let expected = vec![head_dim / 2];
+    if info.shape != expected {
+        return Err(ModelError::TensorShape { name: name.into(), expected, actual: info.shape.clone() });
+    }
+    let data = part.data(name).filter(|_| info.dtype() == Some(DType::F32));
+    let data = data.ok_or_else(|| ModelError::TensorType {
+        name: name.into(),
+        found: ggml_type_name(info.ggml_type).into(),
+        advice: "; it must be F32",
+    })?;
+    Ok(Some(floats(DType::F32, data)))
+}
+
+fn declared_scaling(keys: &Keys<'_>, context: usize) -> Result<RopeScaling, ModelError> {
     // As llama.cpp has it: the second is the key's old name, zero is no scaling, and a factor without a type is linear.
     let factor = match keys.float("rope.scaling.factor")? {
         Some(factor) => Some(factor),

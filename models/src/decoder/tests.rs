@@ -51,8 +51,8 @@ impl WeightSource for Lively {
         0
     }
 
-    fn unused(&self, _: &HashSet<String>) -> Vec<String> {
-        Vec::new()
+    fn unused(&self, _: &HashSet<String>) -> Result<Vec<String>, ModelError> {
+        Ok(Vec::new())
     }
 }
 

@@ -215,6 +215,20 @@ fn tensors_nobody_needs_are_counted() {
 }
 
 #[test]
+fn a_bias_of_a_gguf_file_is_used_or_refused() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("m.gguf");
+    let mut writer = gguf(&table());
+    writer.tensor("surplus.bias", &[1], 0, vec![0; 4]);
+    std::fs::write(&path, writer.build()).unwrap();
+    assert_eq!(load(&open(&path).unwrap()).unwrap().report.unused_tensors, 1);
+    writer.tensor("blk.0.attn_k.bias", &[KV_HEADS * HEAD_DIM], 0, vec![0; KV_HEADS * HEAD_DIM * 4]);
+    std::fs::write(&path, writer.build()).unwrap();
+    let error = load(&open(&path).unwrap()).err().unwrap().to_string();
+    assert!(error.contains("tensor `blk.0.attn_k.bias` is not supported"), "{error}");
+}
+
+#[test]
 fn what_is_not_a_model_is_said_so() {
     let directory = tempfile::tempdir().unwrap();
     let error = |path: &Path| open(path).err().unwrap().to_string();

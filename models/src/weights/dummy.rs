@@ -93,8 +93,8 @@ impl WeightSource for DummyWeights {
         self.bytes_as(|_, shape| shape.iter().product())
     }
 
-    fn unused(&self, _: &HashSet<String>) -> Vec<String> {
-        Vec::new()
+    fn unused(&self, _: &HashSet<String>) -> Result<Vec<String>, ModelError> {
+        Ok(Vec::new())
     }
 }
 

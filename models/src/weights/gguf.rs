@@ -45,11 +45,17 @@ impl WeightSource for GgufWeights<'_> {
         self.parts.iter().flat_map(Gguf::tensors).map(|(_, info)| info.bytes() as u64).sum()
     }
 
-    fn unused(&self, used: &HashSet<String>) -> Vec<String> {
+    fn unused(&self, used: &HashSet<String>) -> Result<Vec<String>, ModelError> {
         let used: HashSet<_> = used.iter().map(|name| file_name(name)).collect();
         let names = self.parts.iter().flat_map(Gguf::tensors).map(|(name, _)| name);
         // Read with the configuration.
-        names.filter(|&name| !used.contains(name) && name != "rope_freqs.weight").map(str::to_owned).collect()
+        let unused = names.filter(|&name| !used.contains(name) && name != "rope_freqs.weight");
+        let unused: Vec<_> = unused.map(str::to_owned).collect();
+        // No field announces a bias: where there is one, it is added.
+        match unused.iter().filter(|name| name.starts_with("blk.") && name.ends_with(".bias")).min() {
+            Some(name) => Err(ModelError::Unsupported { path: self.path.into(), what: format!("tensor `{name}`") }),
+            None => Ok(unused),
+        }
     }
 }
 
@@ -143,7 +149,7 @@ mod tests {
             .map(String::from)
             .into_iter()
             .collect();
-        let mut unused = source.unused(&used);
+        let mut unused = source.unused(&used).unwrap();
         unused.sort();
         assert_eq!(unused, ["blk.3.ffn_norm.weight", "surplus"]);
     }

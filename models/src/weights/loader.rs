@@ -144,9 +144,9 @@ impl<'a, B: Backend> Loader<'a, B> {
     }
 
     /// Sums up.
-    pub(crate) fn finish(self) -> LoadReport {
+    pub(crate) fn finish(self) -> Result<LoadReport, ModelError> {
         self.bar.finish_and_clear();
-        let unused = self.source.unused(&self.used);
+        let unused = self.source.unused(&self.used)?;
         if !unused.is_empty() {
             let examples = &unused[..unused.len().min(3)];
             tracing::warn!(
@@ -159,7 +159,7 @@ impl<'a, B: Backend> Loader<'a, B> {
         let mut dtypes: Vec<_> =
             self.elements.into_values().map(|(dtype, count)| (dtype, count as f64 / parameters as f64)).collect();
         dtypes.sort_by(|a, b| b.1.total_cmp(&a.1));
-        LoadReport {
+        Ok(LoadReport {
             parameters,
             file_bytes: self.file_bytes,
             memory_bytes: self.memory_bytes,
@@ -167,6 +167,6 @@ impl<'a, B: Backend> Loader<'a, B> {
             dtypes,
             unused_tensors: unused.len(),
             elapsed: self.started.elapsed(),
-        }
+        })
     }
 }

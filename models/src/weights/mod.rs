@@ -38,8 +38,9 @@ pub(crate) trait WeightSource {
     /// Bytes of all tensors, for progress.
     fn total_bytes(&self) -> u64;
 
-    /// Tensors in the files that `used` (canonical names) leaves over, as the files name them.
-    fn unused(&self, used: &HashSet<String>) -> Vec<String>;
+    /// Tensors in the files that `used` (canonical names) leaves over, as the files name them; an error if the model is
+    /// another without one of them.
+    fn unused(&self, used: &HashSet<String>) -> Result<Vec<String>, ModelError>;
 }
 
 /// Element type of the KV cache that suits weights with these bytes of each type: the type of most of them if it is f32

@@ -188,11 +188,11 @@ impl WeightSource for SafetensorsFiles {
         self.tensors.values().map(|entry| entry.range.len() as u64).sum()
     }
 
-    fn unused(&self, used: &HashSet<String>) -> Vec<String> {
+    fn unused(&self, used: &HashSet<String>) -> Result<Vec<String>, ModelError> {
         // Old conversions stored the rotary frequencies, which follow from the configuration.
         let is_known =
             |name: &str| used.contains(name) || name.ends_with(".rotary_emb.inv_freq") || self.is_scale(name);
-        self.tensors.keys().filter(|name| !is_known(name)).cloned().collect()
+        Ok(self.tensors.keys().filter(|name| !is_known(name)).cloned().collect())
     }
 }
 

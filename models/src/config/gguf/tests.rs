@@ -51,6 +51,14 @@ fn frequency_factors_are_read_from_their_tensor() {
     let scaling = parse(&parts, Path::new("m.gguf")).unwrap().rope.scaling;
     assert_eq!(scaling, RopeScaling::PerFrequency { factors: vec![2.0; 8] });
 
+    let mut both = writer();
+    both.f32("llama.rope.scaling.factor", 1.0).tensor("rope_freqs.weight", &[8], 0, [0, 0, 0, 64].repeat(8));
+    assert_eq!(parse_file(&both).unwrap().rope.scaling, RopeScaling::PerFrequency { factors: vec![2.0; 8] });
+    let mut both = writer();
+    both.f32("llama.rope.scaling.factor", 2.0).tensor("rope_freqs.weight", &[8], 0, [0, 0, 0, 64].repeat(8));
+    let error = parse_file(&both).unwrap_err().to_string();
+    assert!(error.contains("`rope_freqs.weight` together with `llama.rope.scaling` is not supported"), "{error}");
+
     let mut wrong = writer();
     wrong.tensor("rope_freqs.weight", &[4], 0, vec![0; 16]);
     assert!(parse_file(&wrong).unwrap_err().to_string().contains("`rope_freqs.weight` has shape [4]"));
