@@ -1,10 +1,11 @@
-/// Names the content of a full page: a digest of the model key and of every token from the start of the sequence to the
-/// page's end. Equal hashes mean equal keys and values, because those depend on nothing else.
+/// Names the content of a full page: a digest of every token from the start of the sequence to the page's end. Equal
+/// hashes of one [`PageHasher`] mean equal keys and values, because with one model those depend on nothing else.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct PageHash(pub(super) u128);
 
 /// Hashes full pages, each chained to the one before (the idea is vLLM's automatic prefix caching). BLAKE3 cut to 128
-/// bits: nobody can craft a prompt that collides with another's cached pages.
+/// bits, from a root that nobody else knows: nobody can craft prompts whose pages collide with another's, nor such as
+/// crowd a few places of the index.
 #[derive(Debug, Clone, Copy)]
 pub struct PageHasher {
     root: PageHash,
@@ -12,10 +13,10 @@ pub struct PageHasher {
 }
 
 impl PageHasher {
-    /// `model_key` tells apart models whose pages must never be mixed up.
-    pub fn new(model_key: &[u8], block_size: usize) -> Self {
+    /// `root` is what everything is chained to. Hashes never leave the process, so it may be as secret as can be.
+    pub fn new(root: &[u8], block_size: usize) -> Self {
         assert!(block_size > 0, "a page holds at least one token");
-        Self { root: truncate(blake3::hash(model_key)), block_size }
+        Self { root: truncate(blake3::hash(root)), block_size }
     }
 
     /// Tokens a page holds.
@@ -54,7 +55,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_hash_names_the_model_the_tokens_and_everything_before_them() {
+    fn a_hash_names_the_root_the_tokens_and_everything_before_them() {
         let hasher = PageHasher::new(b"a", 2);
         let first = hasher.page(None, &[1, 2]);
         assert_eq!(first, hasher.page(None, &[1, 2]));

@@ -103,7 +103,7 @@ impl<R: Runner> Engine<R> {
         lending: Option<Lending>,
     ) -> Result<EngineHandle, ConfigError> {
         config.validate()?;
-        let hasher = PageHasher::new(&config.model_key, config.block_size);
+        let hasher = PageHasher::new(&rand::random::<[u8; 32]>(), config.block_size);
         let limits = SchedulerLimits {
             max_num_seqs: config.max_num_seqs,
             max_num_batched_tokens: config.max_num_batched_tokens,

@@ -52,11 +52,10 @@ pub(super) fn channel(bounds: EventBounds, cancellations: Arc<AtomicUsize>) -> (
     (
         Outlet { events: events_in, tops: tops_in, reader: reader.clone(), cached_tokens: 0, finished: false },
         Generation {
-            finished: false,
             reader,
             tops: tops_out,
             events: events_out,
-            _farewell: Farewell { cancellations },
+            farewell: Farewell { cancellations, has_heard_all: false },
         },
     )
 }
@@ -148,12 +147,11 @@ impl Drop for Outlet {
 /// one step.
 #[derive(Debug)]
 pub struct Generation {
-    finished: bool,
     reader: Arc<Reader>,
     tops: Consumer<(u32, f32)>,
     events: Consumer<Record>,
     /// Declared after `events`, hence dropped after it: when the engine sees the count rise, it also sees who left.
-    _farewell: Farewell,
+    farewell: Farewell,
 }
 
 impl Generation {
@@ -174,7 +172,7 @@ impl Generation {
             Record::Prompt(scored) => Event::Prompt(self.output(scored)),
             Record::Token(scored) => Event::Token(self.output(scored)),
             Record::Finished { reason, cached_tokens } => {
-                self.finished = true;
+                self.farewell.has_heard_all = true;
                 Event::Finished { reason, cached_tokens }
             }
         };
@@ -182,7 +180,7 @@ impl Generation {
     }
 
     fn poll_event(&mut self, context: &mut Context<'_>) -> Poll<Option<Event>> {
-        if self.finished {
+        if self.farewell.has_heard_all {
             return Poll::Ready(None);
         }
         if let Some(event) = self.try_next() {
@@ -208,14 +206,18 @@ impl Stream for Generation {
     }
 }
 
-/// Tells the engine that some reader left.
+/// Tells the engine that some reader left before the end.
 #[derive(Debug)]
 struct Farewell {
     cancellations: Arc<AtomicUsize>,
+    has_heard_all: bool,
 }
 
 impl Drop for Farewell {
     fn drop(&mut self) {
+        if self.has_heard_all {
+            return;
+        }
         // Pairs with the engine's acquiring load: the abandoned ring is visible to whoever sees this.
         self.cancellations.fetch_add(1, Ordering::Release);
     }
