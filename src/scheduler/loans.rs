@@ -108,8 +108,6 @@ impl Scheduler {
     /// in.
     fn come_back(&mut self, slot: SlotId) {
         self.away.retain(|&other| other != slot);
-        let arrival = self.sequence(slot).arrival;
-        let at = self.running.partition_point(|&other| self.sequence(other).arrival < arrival);
-        self.running.insert(at, slot);
+        self.run(slot);
     }
 }

@@ -33,7 +33,8 @@ pub struct Loan {
     pub pages: Box<[LentPage]>,
 }
 
-/// What the next step computes: decodes first, then prefill chunks, each oldest first. Refilled, never reallocated.
+/// What the next step computes: decodes first, oldest first, then chunks of prompts, those with the least left first.
+/// Refilled, never reallocated.
 #[derive(Debug, Default)]
 pub struct StepPlan {
     entries: Vec<PlanEntry>,

@@ -1,29 +1,22 @@
 //! Planning: who takes part in the next step, and with how many tokens.
 
 use super::{Candidate, PlanEntry, Route, Router, Scheduler, SlotId, StepPlan, sequence::Place};
-use crate::cache::PageCounts;
-
-/// Which part of a step is being planned.
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Pass {
-    Decodes,
-    Prefills,
-}
+use crate::cache::{PageCounts, PageHash};
 
 impl Scheduler {
-    /// Decides what the next step computes: every sequence that decodes, then chunks of prompts, oldest first, then
-    /// whoever waits and fits. The pages for it are reserved. `router` is asked about each prompt of which nothing is
-    /// computed yet, and those it sends elsewhere leave in [`StepPlan::loans`]. The plan has no entries only if there
-    /// is nothing to do before a page, a sequence or a reader of pages comes back.
+    /// Decides what the next step computes: one token of every sequence that decodes, then chunks of prompts. The pages
+    /// for it are reserved. `router` is asked about each prompt of which nothing is computed yet, and those it sends
+    /// elsewhere leave in [`StepPlan::loans`]. The plan has no entries only if there is nothing to do before a page, a
+    /// sequence or a reader of pages comes back.
     pub fn plan(&mut self, plan: &mut StepPlan, router: &mut dyn Router) {
         plan.clear();
-        self.budget = self.limits.max_num_batched_tokens;
-        self.plan_running(Pass::Decodes, plan, router);
+        self.let_in();
+        self.plan_decodes(plan);
+        let mut budget = self.limits.max_num_batched_tokens - plan.tokens();
         if plan.tokens() > 0 {
-            self.budget = self.budget.min(plan.tokens().saturating_add(self.chunk_beside_decodes));
+            budget = budget.min(self.chunk_beside_decodes);
         }
-        self.plan_running(Pass::Prefills, plan, router);
-        self.plan_waiting(plan, router);
+        self.plan_prompts(budget, plan, router);
         debug_assert!(plan.tokens() <= self.limits.max_num_batched_tokens);
         debug_assert!(
             !plan.entries().is_empty() || self.is_empty() || self.is_held_up(),
@@ -39,45 +32,31 @@ impl Scheduler {
         elsewhere || self.running.iter().any(awaits_outcome)
     }
 
-    fn plan_running(&mut self, pass: Pass, plan: &mut StepPlan, router: &mut dyn Router) {
-        let mut at = 0;
-        while at < self.running.len() {
-            let slot = self.running[at];
-            let sequence = self.sequence(slot);
-            // One that may go to another worker needs no budget for it; if it stays, it gets its prefix hits and no more.
-            let may_leave = sequence.place == Place::Undecided && router.is_open();
-            let takes_part = (plan.tokens() < self.budget || may_leave) && !sequence.awaits_outcome();
-            if takes_part && sequence.decodes() == (pass == Pass::Decodes) {
-                self.plan_one(at, pass, plan, router);
-            }
-            // Whoever left has made room for the next one here.
-            at += usize::from(self.running.get(at) == Some(&slot));
-        }
-    }
-
-    /// Lets sequences in while there are places, tokens in the budget and pages for all of the prompt: were one let in
-    /// with less, it would take what older prompts still need, and lose it again. They come in order, but for those too
-    /// long for the pages beside those in quarantine. A prompt that another worker computes needs no budget.
-    fn plan_waiting(&mut self, plan: &mut StepPlan, router: &mut dyn Router) {
-        while self.running.len() + self.away.len() < self.limits.max_num_seqs && plan.preempted() == 0 {
-            let in_budget = plan.tokens() < self.budget;
+    /// Lets sequences in while there are places, and pages for all of the prompt: were one let in with less, it would
+    /// take what older prompts still need, and lose it again. They come in order, but for those too long for the pages
+    /// beside those in quarantine.
+    fn let_in(&mut self) {
+        while self.running.len() + self.away.len() < self.limits.max_num_seqs {
             let Some(first) = self.first_that_could_enter() else { return };
             let slot = self.waiting[first];
-            // One that was preempted while its last token was on its way is let in when it is known, at the next plan.
+            // What was on its way when one was preempted is known by the next plan.
             debug_assert!(!self.sequence(slot).is_drawn_ahead() && !self.sequence(slot).awaits_outcome());
-            if !in_budget && !router.is_open() || !self.enters(slot) {
+            if !self.enters(slot) {
                 return;
             }
             self.waiting.remove(first);
-            self.running.push(slot);
-            let at = self.settle_in(slot);
-            self.plan_one(at, Pass::Prefills, plan, router);
-            if !in_budget && self.running.get(at) == Some(&slot) {
-                // It stays here, and there is no budget: it waits on.
-                self.running.remove(at);
-                self.wait_again(slot);
-                return;
+            self.run(slot);
+        }
+    }
+
+    fn plan_decodes(&mut self, plan: &mut StepPlan) {
+        let mut at = 0;
+        while at < self.running.len() {
+            let sequence = self.sequence(self.running[at]);
+            if sequence.decodes() && !sequence.awaits_outcome() {
+                self.plan_tokens(at, 1, true, plan);
             }
+            at += 1;
         }
     }
 
@@ -108,44 +87,77 @@ impl Scheduler {
         fits(missing) || fits(1) && !self.sequence(slot).prefill_only && fits(missing - self.shared_hits(slot))
     }
 
-    /// Moves the last of the running sequences to where its arrival puts it: one that was preempted may be older than
-    /// one that was away.
-    fn settle_in(&mut self, slot: SlotId) -> usize {
+    /// Puts a sequence among those that run, where its arrival puts it.
+    pub(super) fn run(&mut self, slot: SlotId) {
         let arrival = self.sequence(slot).arrival;
-        let at =
-            self.running[..self.running.len() - 1].partition_point(|&other| self.sequence(other).arrival < arrival);
-        self.running[at..].rotate_right(1);
-        at
+        let at = self.running.partition_point(|&other| self.sequence(other).arrival < arrival);
+        self.running.insert(at, slot);
     }
 
-    /// Plans the running sequence at `at`: as many tokens as the budget and the pages allow. It may leave: for another
-    /// worker, or because all of it was found.
-    fn plan_one(&mut self, at: usize, pass: Pass, plan: &mut StepPlan, router: &mut dyn Router) {
-        let slot = self.running[at];
-        if pass == Pass::Prefills {
-            let next = self.take_hits(at);
-            self.sequence_mut(slot).awaits_away = false;
-            if next == Next::BeingComputed {
-                return;
-            }
-            if self.sequence(slot).remaining() == 0 {
-                plan.found.push(slot);
-                self.hold(slot);
-                return;
-            }
-            if self.leaves(at, router) {
-                // It waits for the page that comes from there. One that is computed here is done sooner, and may be short.
-                self.sequence_mut(slot).awaits_away = next == Next::Elsewhere;
-                if next == Next::Elsewhere || self.send_away(at, plan, router) {
-                    return;
+    /// Shares out `budget` tokens among the prompts. Half are for the oldest, so that it gets on whatever comes after
+    /// it, and the rest for those with the least left, so that a short one is not kept waiting by a long one. Where the
+    /// oldest has the least left, as among equals, all are for it. What somebody leaves is the next one's. A prompt that
+    /// another worker computes needs none.
+    fn plan_prompts(&mut self, mut budget: usize, plan: &mut StepPlan, router: &mut dyn Router) {
+        let mut prompts = std::mem::take(&mut self.prompts);
+        self.list_prompts(&mut prompts);
+        let decoding = self.running.len() - prompts.len();
+        for &slot in &prompts {
+            self.take_hits(slot, plan);
+        }
+        let ahead = |queued| Ahead { decoding, queued, oldest: None };
+        let first = prompts.iter().position(|&slot| self.stays(slot, ahead(0), plan, router));
+        if let Some(first) = first {
+            let oldest = prompts[first];
+            let others = &mut prompts[first..];
+            others.sort_unstable_by_key(|&slot| (self.sequence(slot).remaining(), self.sequence(slot).arrival));
+            let oldest_left = self.sequence(oldest).remaining();
+            let mut kept = oldest_left.min(budget - budget / 2);
+            let mut shorter = 0;
+            for &slot in &*others {
+                let left = self.sequence(slot).remaining();
+                if slot == oldest {
+                    kept = 0;
+                } else if budget == kept && !router.is_open() {
+                    continue;
+                } else {
+                    let queued = shorter + oldest_left.min(shorter + left);
+                    if !self.stays(slot, Ahead { decoding, queued, oldest: Some(oldest) }, plan, router) {
+                        continue;
+                    }
+                    shorter += left;
+                }
+                if let Some(at) = self.place(slot) {
+                    budget -= self.plan_tokens(at, budget - kept, false, plan);
                 }
             }
         }
-        let budget = self.budget - plan.tokens();
-        let wanted = self.sequence(slot).remaining().min(budget);
+        self.prompts = prompts;
+    }
+
+    /// Those that run and do not decode, in order of arrival.
+    fn list_prompts(&self, prompts: &mut Vec<SlotId>) {
+        prompts.clear();
+        prompts.extend(self.running.iter().filter(|&&slot| {
+            let sequence = self.sequence(slot);
+            !sequence.awaits_outcome() && !sequence.decodes()
+        }));
+    }
+
+    /// Where among those that run a sequence is, unless it has left them.
+    fn place(&self, slot: SlotId) -> Option<usize> {
+        let arrival = self.sequence(slot).arrival;
+        let found = self.running.binary_search_by_key(&arrival, |&other| self.sequence(other).arrival);
+        found.ok()
+    }
+
+    /// Plans the running sequence at `at`: as many tokens, `most` at most, as there are pages for. Returns how many.
+    fn plan_tokens(&mut self, at: usize, most: usize, decode: bool, plan: &mut StepPlan) -> usize {
+        let slot = self.running[at];
+        let wanted = self.sequence(slot).remaining().min(most);
         let len = self.reserve(at, wanted, plan);
         if len == 0 {
-            return;
+            return 0;
         }
         let sequence = self.sequence_mut(slot);
         sequence.cached.get_or_insert(sequence.num_computed);
@@ -161,26 +173,36 @@ impl Scheduler {
             len,
             logits_from: sequence.logits_from(start).min(start + len) - start,
             first: !sequence.started,
-            decode: pass == Pass::Decodes,
+            decode,
         });
+        len
     }
 
-    /// Asks whether another worker is to compute the prompt of the sequence at `at`: not if some of it is computed
-    /// here.
-    fn leaves(&self, at: usize, router: &mut dyn Router) -> bool {
-        let slot = self.running[at];
+    /// Whether a prompt is to be computed here, and now. It may leave for another worker, or wait for a page.
+    fn stays(&mut self, slot: SlotId, ahead: Ahead, plan: &mut StepPlan, router: &mut dyn Router) -> bool {
+        let Some(at) = self.place(slot) else { return false };
+        let next = self.next_page(slot, ahead.oldest, plan);
+        if next == Next::BeingComputed {
+            return false;
+        }
+        // It waits for the page that comes from there. One that is computed here is done sooner, and may be short.
+        let leaves = self.leaves(slot, ahead, router);
+        !(leaves && (next == Next::Elsewhere || self.send_away(at, plan, router)))
+    }
+
+    /// Asks whether another worker is to compute a prompt: not if some of it is computed here.
+    fn leaves(&self, slot: SlotId, ahead: Ahead, router: &mut dyn Router) -> bool {
         let sequence = self.sequence(slot);
         let all_but_last = sequence.tokens().len() - 1;
         let may_leave = sequence.place == Place::Undecided && router.is_open();
         if !may_leave || sequence.cacheable_tokens() < all_but_last || self.pages_to_lend(slot) == 0 {
             return false;
         }
-        let unfinished = |&&other: &&SlotId| !self.sequence(other).decodes();
         let candidate = Candidate {
             tokens: sequence.tokens().len(),
             cached: sequence.num_computed,
-            decoding: self.running.iter().filter(|other| !unfinished(other)).count(),
-            queued: self.running[..at].iter().filter(unfinished).map(|&other| self.sequence(other).remaining()).sum(),
+            decoding: ahead.decoding,
+            queued: ahead.queued,
             lost: sequence.lost,
         };
         router.route(candidate) == Route::Remote
@@ -198,42 +220,51 @@ impl Scheduler {
         true
     }
 
-    /// Gives the sequence at `at` every next page that is in the index already, and says whether the one after is on
-    /// its way.
-    fn take_hits(&mut self, at: usize) -> Next {
-        let slot = self.running[at];
+    /// Gives a prompt every next page that is in the index already. All of it may be found.
+    fn take_hits(&mut self, slot: SlotId, plan: &mut StepPlan) {
+        while let Some((_, hash)) = self.next_hash(slot)
+            && let Some(hit) = self.pool.find(hash)
+        {
+            let block_size = self.hasher.block_size();
+            let sequence = self.sequence_mut(slot);
+            sequence.table.push_shared(hit);
+            sequence.num_computed += block_size;
+        }
+        if self.sequence(slot).remaining() == 0 {
+            plan.found.push(slot);
+            self.hold(slot);
+        }
+    }
+
+    /// The next page of a prompt and its hash, if it may come from the index.
+    fn next_hash(&self, slot: SlotId) -> Option<(usize, PageHash)> {
+        let sequence = self.sequence(slot);
         let block_size = self.hasher.block_size();
-        loop {
-            let sequence = self.slots[slot.index()].as_mut().expect("a running sequence has its slot");
-            let page = sequence.num_computed / block_size;
-            let aligned = sequence.num_computed.is_multiple_of(block_size);
-            // A page of ours that could not be published is followed by none from the index.
-            let in_line = aligned && sequence.table.published() == page;
-            if !in_line || (page + 1) * block_size > sequence.cacheable_tokens() {
-                return Next::Ours;
-            }
-            let Some(&hash) = sequence.hashes.get(page) else { return Next::Ours };
-            if let Some(hit) = self.pool.find(hash) {
-                sequence.table.push_shared(hit);
-                sequence.num_computed += block_size;
-                continue;
-            }
-            // Asked anew in every step, so nothing is left behind when the other one is cancelled or preempted. Only
-            // older sequences are waited for, so the waiting has an end: the oldest waits for none, and those away come
-            // back.
-            let arrival = sequence.arrival;
-            let promises = |&other: &SlotId| {
-                let other = self.sequence(other);
-                let due = other.num_computed < (page + 1) * block_size && !other.awaits_away;
-                other.arrival < arrival && due && other.hashes.get(page) == Some(&hash)
-            };
-            return if self.running[..at].iter().any(promises) {
-                Next::BeingComputed
-            } else if self.away.iter().any(promises) {
-                Next::Elsewhere
-            } else {
-                Next::Ours
-            };
+        let page = sequence.num_computed / block_size;
+        let aligned = sequence.num_computed.is_multiple_of(block_size);
+        // A page of ours that could not be published is followed by none from the index.
+        let in_line = aligned && sequence.table.published() == page;
+        let may_come = in_line && (page + 1) * block_size <= sequence.cacheable_tokens();
+        let hash = sequence.hashes.get(page).filter(|_| may_come)?;
+        Some((page, *hash))
+    }
+
+    /// Who computes the next page of a prompt. Asked anew in every step, so nothing is left behind when another one is
+    /// cancelled or preempted. Only those that take part in this step are waited for, the oldest among them, so the
+    /// waiting has an end; and those away come back.
+    fn next_page(&self, slot: SlotId, oldest: Option<SlotId>, plan: &StepPlan) -> Next {
+        let Some((page, hash)) = self.next_hash(slot) else { return Next::Ours };
+        let promises = |other: SlotId| {
+            let other = self.sequence(other);
+            other.num_computed < (page + 1) * self.hasher.block_size() && other.hashes.get(page) == Some(&hash)
+        };
+        let prompts = plan.entries().iter().filter(|entry| !entry.decode).map(|entry| entry.slot);
+        if prompts.chain(oldest).any(promises) {
+            Next::BeingComputed
+        } else if self.away.iter().any(|&other| promises(other)) {
+            Next::Elsewhere
+        } else {
+            Next::Ours
         }
     }
 
@@ -305,10 +336,21 @@ impl Scheduler {
     }
 }
 
-/// The next page of a prefill.
+/// What comes before a prompt.
+#[derive(Clone, Copy)]
+struct Ahead {
+    /// Sequences that decode.
+    decoding: usize,
+    /// Tokens of prompts that are computed before it is, at most.
+    queued: usize,
+    /// The oldest that is computed here, if that is another one: it takes part in the step whoever else does.
+    oldest: Option<SlotId>,
+}
+
+/// The next page of a prompt.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Next {
-    /// An older sequence is computing the same page: wait for it.
+    /// Another one's step computes the same page: wait for it.
     BeingComputed,
     /// Another worker is, for an older sequence, and all of its prompt comes at once.
     Elsewhere,

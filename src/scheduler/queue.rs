@@ -28,10 +28,10 @@ pub struct SchedulerLimits {
     pub max_sequences: usize,
 }
 
-/// Who runs and who waits. First come, first served: who waits enters in order of arrival, but for one too long for the
-/// pages beside those in quarantine, and the oldest that runs progresses in every step, because pages are taken from
-/// the youngest when they run out and the pool holds the longest sequence. Only pages that are lent or in quarantine
-/// can make it wait, and those come back.
+/// Who runs and who waits. Who waits enters in order of arrival, but for one too long for the pages beside those in
+/// quarantine. The oldest that runs progresses in every step, because half of what a step has for prompts is for it,
+/// pages are taken from the youngest when they run out, and the pool holds the longest sequence. Only pages that are
+/// lent or in quarantine can make it wait, and those come back. The other half goes to prompts with little left.
 ///
 /// A sequence whose prompt another worker computes is *away*: neither running nor waiting. It keeps its slot, its
 /// prefix hits and its place among the running ones, to which it returns.
@@ -52,8 +52,8 @@ pub struct Scheduler {
     arrivals: u64,
     /// Prompt tokens of a step in which others decode, at most.
     pub(super) chunk_beside_decodes: usize,
-    /// Tokens of the step that is being planned, at most.
-    pub(super) budget: usize,
+    /// Those whose prompts the step that is being planned shares itself out among.
+    pub(super) prompts: Vec<SlotId>,
 }
 
 impl Scheduler {
@@ -73,7 +73,7 @@ impl Scheduler {
             held: Vec::with_capacity(limits.max_sequences),
             arrivals: 0,
             chunk_beside_decodes: limits.max_num_batched_tokens,
-            budget: 0,
+            prompts: Vec::with_capacity(limits.max_num_seqs),
         }
     }
 
@@ -144,6 +144,11 @@ impl Scheduler {
     /// Whether some of those that run, or the next to run, still owe log-probabilities of their prompts.
     pub fn owes_scores(&self) -> bool {
         self.running.iter().chain(self.waiting.front()).any(|&slot| self.sequence(slot).owes_scores())
+    }
+
+    /// Those among the ones that run of which no step has computed anything yet.
+    pub fn unstarted(&self) -> usize {
+        self.running.iter().filter(|&&slot| !self.sequence(slot).started).count()
     }
 
     /// Whether there is nothing to compute.

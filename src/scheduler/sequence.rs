@@ -26,8 +26,6 @@ pub struct Sequence {
     /// Prompt tokens found in the cache when it was first looked at closely.
     pub(super) cached: Option<usize>,
     pub(super) place: Place,
-    /// Whether it waits for a page that another worker computes for an older one: then it computes none for others.
-    pub(super) awaits_away: bool,
     /// How often another worker took it on and did not bring it to an end.
     pub(super) lost: u32,
     /// Whether another worker's keys and values are what it continues from.
@@ -72,7 +70,6 @@ impl Sequence {
             started: false,
             cached: None,
             place: Place::Undecided,
-            awaits_away: false,
             lost: 0,
             from_afar: false,
             lent: Vec::new(),

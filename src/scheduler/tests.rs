@@ -46,18 +46,57 @@ impl Fixture {
 }
 
 #[test]
-fn decodes_come_first_and_chunks_share_the_rest_oldest_first() {
+fn decodes_come_first_and_equal_prompts_in_order_of_arrival() {
     let mut fixture = Fixture::new(4, 10, 100);
     let a = fixture.add(0..3);
     assert_eq!(fixture.step(), [(a, 0, 3)]);
     let b = fixture.add(100..115);
-    let c = fixture.add(200..205);
+    let c = fixture.add(200..215);
     assert_eq!(fixture.step(), [(a, 3, 1), (b, 0, 9)]);
     assert_eq!(fixture.plan.decodes(), 1);
     assert_eq!(fixture.step(), [(a, 4, 1), (b, 9, 6), (c, 0, 3)]);
-    assert_eq!(fixture.step(), [(a, 5, 1), (b, 15, 1), (c, 3, 2)]);
-    assert_eq!(fixture.step(), [(a, 6, 1), (b, 16, 1), (c, 5, 1)]);
+    assert_eq!(fixture.step(), [(a, 5, 1), (b, 15, 1), (c, 3, 8)]);
+    assert_eq!(fixture.step(), [(a, 6, 1), (b, 16, 1), (c, 11, 4)]);
+    assert_eq!(fixture.step(), [(a, 7, 1), (b, 17, 1), (c, 15, 1)]);
     assert_eq!(fixture.plan.decodes(), 3);
+}
+
+#[test]
+fn half_of_a_step_goes_to_those_with_the_least_left_and_what_they_leave_to_the_oldest() {
+    let mut fixture = Fixture::new(4, 16, 100);
+    let long = fixture.add(0..100);
+    let middle = fixture.add(100..150);
+    assert_eq!(fixture.step(), [(middle, 0, 8), (long, 0, 8)]);
+    let short = fixture.add(200..205);
+    assert_eq!(fixture.step(), [(short, 0, 5), (middle, 8, 3), (long, 8, 8)]);
+    fixture.scheduler.remove(middle);
+    assert_eq!(fixture.step(), [(short, 5, 1), (long, 16, 15)]);
+}
+
+#[test]
+fn what_is_left_of_a_prompt_is_what_was_not_found() {
+    let mut fixture = Fixture::new(4, 8, 100);
+    let first = fixture.add(0..41);
+    while fixture.scheduler.sequence(first).output().is_empty() {
+        fixture.step();
+    }
+    fixture.scheduler.remove(first);
+    let long = fixture.add(100..130);
+    let found = fixture.add((0..40).chain([77]));
+    assert_eq!(fixture.step(), [(found, 40, 1), (long, 0, 7)]);
+}
+
+#[test]
+fn a_page_is_not_waited_for_from_one_that_waits_itself() {
+    let mut fixture = Fixture::new(4, 8, 100);
+    let long = fixture.add(0..30);
+    let longer = fixture.add(100..200);
+    let short = fixture.add((100..104).chain([77, 78]));
+    assert_eq!(fixture.step(), [(short, 0, 4), (long, 0, 4)]);
+    assert_eq!(fixture.step(), [(short, 4, 2), (long, 4, 6)]);
+    fixture.scheduler.remove(long);
+    fixture.scheduler.remove(short);
+    assert_eq!(fixture.step(), [(longer, 4, 8)]);
 }
 
 #[test]
@@ -113,7 +152,7 @@ fn the_youngest_gives_its_pages_and_returns_before_later_arrivals() {
     let mut fixture = Fixture::new(4, 100, 5);
     let a = fixture.add(0..7);
     let b = fixture.add(100..106);
-    assert_eq!(fixture.step(), [(a, 0, 7), (b, 0, 6)]);
+    assert_eq!(fixture.step(), [(b, 0, 6), (a, 0, 7)]);
     let c = fixture.add(200..203);
     // Two pages each and one kept in reserve: `c` waits.
     for step in 0..2 {

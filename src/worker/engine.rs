@@ -419,8 +419,9 @@ impl<R: Runner> Engine<R> {
     pub(super) fn publish_gauges(&mut self) {
         let metrics = &self.shared.metrics;
         let pages = self.scheduler.pages();
-        metrics.running.set(self.scheduler.running() as i64);
-        metrics.waiting.set((self.scheduler.waiting() + self.scheduler.away()) as i64);
+        let unstarted = self.scheduler.unstarted();
+        metrics.running.set((self.scheduler.running() - unstarted) as i64);
+        metrics.waiting.set((self.scheduler.waiting() + self.scheduler.away() + unstarted) as i64);
         let (pending, computed) = self.scheduler.tokens();
         self.shared.pending_tokens.store(pending, Ordering::Relaxed);
         self.shared.computed_tokens.store(computed, Ordering::Relaxed);

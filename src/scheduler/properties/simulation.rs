@@ -76,7 +76,6 @@ impl Router for Shape {
 /// A sequence somebody waits for.
 struct Live {
     slot: SlotId,
-    number: usize,
     max_tokens: usize,
     score: bool,
     /// Prompt positions whose logits came, which must be each once and in order.
@@ -163,7 +162,7 @@ impl Simulation {
             false => Sequence::new(&prompt, max_tokens, score, &hasher),
         };
         if let Some(slot) = self.scheduler.add(sequence) {
-            self.live.push(Live { slot, number, max_tokens, score, scored: 1 });
+            self.live.push(Live { slot, max_tokens, score, scored: 1 });
         }
     }
 
@@ -281,12 +280,12 @@ impl Simulation {
         if self.shape.prefill_only {
             assert_eq!(self.plan.preempted(), 0, "pages that are being read were taken");
         }
+        let left = |entry: &PlanEntry| self.scheduler.sequence(entry.slot).tokens().len() - entry.start;
+        let order: Vec<_> = entries.iter().map(|entry| (!entry.decode, left(entry))).collect();
+        assert!(order.is_sorted(), "decodes first, then those with the least left: {order:?}");
         if self.shape.lends() || !self.held.is_empty() {
             return;
         }
-        let number = |slot| self.live.iter().find(|live| live.slot == slot).expect("only live sequences run").number;
-        let order: Vec<_> = entries.iter().map(|entry| (!entry.decode, number(entry.slot))).collect();
-        assert!(order.is_sorted_by(|a, b| a < b), "decodes first, then prefills, oldest first: {order:?}");
         if let Some(oldest) = self.live.first()
             && !self.plan.found.contains(&oldest.slot)
             && !self.scheduler.sequence(oldest.slot).awaits_outcome()
