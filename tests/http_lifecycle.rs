@@ -100,7 +100,28 @@ fn a_request_that_takes_too_long_is_broken_off() {
     assert_eq!(chunks.last().unwrap()["error"]["code"], "timeout");
     request["stream"] = false.into();
     assert_eq!(server.post(COMPLETIONS, &request).error().0, 504);
+    assert_eq!(server.metric("engine_answers_total{outcome=\"timeout\"}"), 2.0);
     server.wait_until_idle();
+}
+
+#[test]
+fn answers_are_counted_by_how_they_end() {
+    let server = Server::start(&["--max-model-len", "1024", "--kv-blocks", "128"]);
+    let counted = |outcome: &str| server.metric(&format!("engine_answers_total{{outcome=\"{outcome}\"}}"));
+    let requests = || server.metric("engine_e2e_request_latency_seconds_count");
+    for stream in [false, true] {
+        let cut = json!({"prompt": "Hi", "max_tokens": 2, "ignore_eos": true, "n": 2, "stream": stream});
+        let whole = json!({"prompt": "Hi", "structured_outputs": {"choice": ["yes"]}, "stream": stream});
+        for request in [cut, whole] {
+            assert_eq!(server.post(COMPLETIONS, &request).status, 200);
+        }
+    }
+    assert_eq!((counted("length"), counted("stop"), requests()), (4.0, 2.0, 4.0));
+    let mut events = server.stream(COMPLETIONS, &long());
+    events.next().unwrap();
+    drop(events);
+    server.wait_until("it is counted", |_| counted("cancelled") == 1.0);
+    assert_eq!((counted("length"), counted("timeout"), requests()), (4.0, 0.0, 4.0));
 }
 
 #[test]

@@ -126,6 +126,7 @@ fn a_call_that_has_to_be_made_fits_what_was_offered_whole_and_streamed() {
         assert_fits(&parts["calls"][0]);
         assert_eq!(without_ids(streamed(&server, &request)), without_ids((parts, finish)));
     }
+    assert!(server.metric("engine_answers_total{outcome=\"tool_calls\"}") >= 6.0);
     server.wait_until_idle();
 }
 

@@ -71,7 +71,7 @@ pub(crate) struct Answer {
     pub(crate) include_usage: bool,
     continuous_usage: bool,
     pub(crate) deadline: Instant,
-    _in_flight: InFlight,
+    in_flight: InFlight,
 }
 
 impl Answer {
@@ -162,7 +162,7 @@ impl Answer {
             include_usage: plan.include_usage && !usage_told,
             continuous_usage: plan.continuous_usage,
             deadline: Instant::now() + serving.config.request_timeout,
-            _in_flight: in_flight,
+            in_flight,
             serving,
         })
     }
@@ -179,8 +179,9 @@ impl Answer {
                 }
                 news = true;
                 choice.output.cached_tokens.get_or_insert_with(|| generation.cached_tokens());
-                if choice.output.finish.is_some() {
+                if let Some(reason) = choice.output.finish_reason() {
                     choice.generation = None;
+                    self.serving.metrics.answers.with_label_values(&[reason]).inc();
                 }
             }
             ended &= choice.generation.is_none();
@@ -285,6 +286,26 @@ impl Answer {
             usage.add_prompt(tokens, choices.iter().map(|choice| &choice.output));
         }
         usage
+    }
+}
+
+impl Drop for Answer {
+    /// Counts what has not ended by itself, or else how long it all took.
+    fn drop(&mut self) {
+        let metrics = &self.serving.metrics;
+        let unfinished = self.choices.iter().filter(|choice| choice.generation.is_some()).count();
+        let failed = self.failure().is_some();
+        if unfinished > 0 {
+            let timed_out = Instant::now() >= self.deadline;
+            let outcome = match (failed, timed_out) {
+                (true, _) => "error",
+                (false, true) => "timeout",
+                (false, false) => "cancelled",
+            };
+            metrics.answers.with_label_values(&[outcome]).inc_by(unfinished as u64);
+        } else if !failed {
+            metrics.request_latency.observe(self.in_flight.since.elapsed().as_secs_f64());
+        }
     }
 }
 

@@ -7,7 +7,10 @@ use std::{
 };
 
 use engine_models::Tokenizer;
-use tokio::sync::{Semaphore, watch};
+use tokio::{
+    sync::{Semaphore, watch},
+    time::Instant,
+};
 
 use super::{ApiError, ChatTemplate, Defaults, HttpToken, Parsers, extract::BodyMemory, validate::Bounds};
 use crate::{
@@ -72,6 +75,8 @@ pub(crate) struct Serving {
 /// Held while a request is answered; a drain waits for all of them.
 pub(crate) struct InFlight {
     _receiver: watch::Receiver<()>,
+    /// When it was admitted.
+    pub(crate) since: Instant,
 }
 
 impl Serving {
@@ -97,7 +102,7 @@ impl Serving {
     /// Admits a request that generates, unless the server is going away.
     pub(crate) fn enter(&self) -> Result<InFlight, ApiError> {
         // Counted before the flag is looked at: whoever sets the flag and then waits for the count misses nobody.
-        let guard = InFlight { _receiver: self.in_flight.subscribe() };
+        let guard = InFlight { _receiver: self.in_flight.subscribe(), since: Instant::now() };
         if self.draining.load(Ordering::SeqCst) {
             return Err(ApiError::draining());
         }

@@ -14,6 +14,12 @@ const FIRST_TOKEN_BUCKETS: &[f64] =
 /// Seconds: one step, or the gap between two tokens.
 const STEP_BUCKETS: &[f64] =
     &[0.000_5, 0.001, 0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0, 2.5, 10.0];
+/// Seconds, up to the hour that `--request-timeout` is: a whole request.
+const REQUEST_BUCKETS: &[f64] =
+    &[0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 40.0, 60.0, 120.0, 300.0, 600.0, 1800.0, 3600.0];
+/// How answers end, in the words of `finish_reason` where clients hear one. After an `error` a frontend may have
+/// another worker go on.
+const OUTCOMES: [&str; 6] = ["stop", "length", "tool_calls", "cancelled", "timeout", "error"];
 
 /// All metrics of the process and the registry they are read from. Cheap to clone.
 #[derive(Debug, Clone)]
@@ -21,6 +27,10 @@ pub struct Metrics {
     registry: Registry,
     /// `engine_requests_total{endpoint,status}`: HTTP requests answered.
     pub requests: IntCounterVec,
+    /// `engine_answers_total{outcome}`: answers ended, of which a request may have several.
+    pub answers: IntCounterVec,
+    /// From a request's arrival to the end of its answers, if all of them ended as they should.
+    pub request_latency: Histogram,
     /// What the engine thread counts.
     pub engine: EngineMetrics,
     /// What is counted about sessions between workers and the pages they move.
@@ -131,6 +141,17 @@ impl Metrics {
         let pages = IntGaugeVec::new(Opts::new("engine_kv_pages", "KV pages by state."), &["state"]);
         let pages = registered(&registry, pages);
         let requests = counters(&registry, "engine_requests_total", "HTTP requests answered.", &["endpoint", "status"]);
+        let answers = counters(&registry, "engine_answers_total", "Answers by how they ended.", &["outcome"]);
+        for outcome in OUTCOMES {
+            // There from the start: a series that begins with its first event hides that one from `rate`.
+            answers.with_label_values(&[outcome]);
+        }
+        let request_latency = histogram(
+            &registry,
+            "engine_e2e_request_latency_seconds",
+            "From a request's arrival to the end of its answers, none of them cancelled or broken off.",
+            REQUEST_BUCKETS,
+        );
         let prefills = counters(&registry, "engine_prefills_total", "Prompts by who computed them.", &["where"]);
         let engine = EngineMetrics {
             running: gauge(&registry, "engine_running_requests", "Requests taking part in steps."),
@@ -169,7 +190,7 @@ impl Metrics {
             step_mixed: steps.with_label_values(&["mixed"]),
         };
         let transfer = TransferMetrics::new(&registry);
-        Self { registry, requests, engine, transfer }
+        Self { registry, requests, answers, request_latency, engine, transfer }
     }
 
     /// Everything in Prometheus' text format.
@@ -236,6 +257,9 @@ mod tests {
         let text = metrics.render();
         for expected in [
             "engine_requests_total{endpoint=\"/v1/completions\",status=\"200\"} 1",
+            "engine_answers_total{outcome=\"stop\"} 0",
+            "engine_answers_total{outcome=\"cancelled\"} 0",
+            "engine_e2e_request_latency_seconds_count 0",
             "engine_time_to_first_token_seconds_count 0",
             "engine_inter_token_latency_seconds_count 0",
             "engine_prompt_tokens_total 0",
