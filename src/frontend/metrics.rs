@@ -3,6 +3,8 @@ use prometheus::{
     core::Collector,
 };
 
+use crate::telemetry::register_build_info;
+
 /// Seconds: what a frontend adds is below the first, what a model takes is in the others.
 const FIRST_BYTE_BUCKETS: &[f64] =
     &[0.000_5, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0];
@@ -33,6 +35,7 @@ impl FrontendMetrics {
     /// Fresh metrics in a registry of their own.
     pub fn new() -> Self {
         let registry = Registry::new();
+        register_build_info(&registry);
         let counter = |name: &str, help: &str| registered(&registry, IntCounter::new(name, help));
         let gauge = |name: &str, help: &str| registered(&registry, IntGauge::new(name, help));
         let requests = Opts::new("engine_requests_total", "HTTP requests answered.");
@@ -91,6 +94,7 @@ mod tests {
         let text = metrics.render();
         for expected in [
             "engine_requests_total{endpoint=\"/v1/completions\",status=\"200\"} 1",
+            concat!("engine_build_info{version=\"", env!("CARGO_PKG_VERSION"), "\"} 1"),
             "engine_frontend_workers 0",
             "engine_frontend_requests_in_flight 0",
             "engine_frontend_retries_total 0",

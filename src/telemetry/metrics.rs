@@ -137,6 +137,7 @@ impl Metrics {
     /// Fresh metrics in a registry of their own.
     pub fn new() -> Self {
         let registry = Registry::new();
+        register_build_info(&registry);
         let steps = histograms(&registry, "engine_step_seconds", "Duration of one step.", &["kind"], STEP_BUCKETS);
         let pages = IntGaugeVec::new(Opts::new("engine_kv_pages", "KV pages by state."), &["state"]);
         let pages = registered(&registry, pages);
@@ -216,6 +217,12 @@ fn registered<C: Collector + Clone + 'static>(registry: &Registry, metric: prome
     metric
 }
 
+/// `engine_build_info{version}`, which is 1: what is running, to be joined with the rest.
+pub(crate) fn register_build_info(registry: &Registry) {
+    let info = Opts::new("engine_build_info", "1, with the version in a label.");
+    registered(registry, IntGauge::with_opts(info.const_label("version", env!("CARGO_PKG_VERSION")))).set(1);
+}
+
 pub(super) fn gauge(registry: &Registry, name: &str, help: &str) -> IntGauge {
     registered(registry, IntGauge::new(name, help))
 }
@@ -257,6 +264,7 @@ mod tests {
         let text = metrics.render();
         for expected in [
             "engine_requests_total{endpoint=\"/v1/completions\",status=\"200\"} 1",
+            concat!("engine_build_info{version=\"", env!("CARGO_PKG_VERSION"), "\"} 1"),
             "engine_answers_total{outcome=\"stop\"} 0",
             "engine_answers_total{outcome=\"cancelled\"} 0",
             "engine_e2e_request_latency_seconds_count 0",

@@ -7,5 +7,6 @@ mod trace;
 
 pub use handoffs::{HandoffMetrics, HandoffPhase};
 pub use logging::{LogFormat, LoggingError, init_logging};
+pub(crate) use metrics::register_build_info;
 pub use metrics::{EngineMetrics, Metrics, StagingMetrics, StepKind};
 pub use trace::{BadTraceContext, TraceContext};
