@@ -1,8 +1,8 @@
 use std::time::Duration;
 
-use prometheus::{Histogram, IntCounter, IntGauge, Registry};
+use prometheus::{Gauge, Histogram, IntCounter, IntGauge, Registry};
 
-use super::metrics::{counter, counters, gauge, histograms};
+use super::metrics::{counter, counters, gauge, histograms, registered};
 use crate::handoff::Outcome;
 
 /// Seconds, from a tenth of a millisecond to minutes.
@@ -16,8 +16,8 @@ const BUCKETS: &[f64] = &[
 pub struct HandoffMetrics {
     /// `engine_prefill_workers`: live prefill workers that a decode worker knows; 0 while none takes jobs.
     pub workers: IntGauge,
-    /// `engine_prefill_queue_depth`: jobs that wait for one; -1 while the queue cannot be reached.
-    pub queue_depth: IntGauge,
+    /// `engine_prefill_queue_depth`: jobs that wait for one; see [`HandoffMetrics::set_queue_depth`].
+    queue_depth: Gauge,
     /// `engine_dead_jobs_total`: jobs this prefill worker took off the queue because nobody could do them.
     pub dead_jobs: IntCounter,
     outcomes: [IntCounter; Outcome::ALL.len()],
@@ -61,19 +61,14 @@ impl HandoffMetrics {
     pub(super) fn new(registry: &Registry) -> Self {
         let outcomes = counters(registry, "engine_handoffs_total", "Remote prefills by how they ended.", &["outcome"]);
         let phases = histograms(registry, "engine_handoff_seconds", "Parts of remote prefills.", &["phase"], BUCKETS);
-        let queue_depth = gauge(
-            registry,
-            "engine_prefill_queue_depth",
-            "Jobs that wait for a prefill worker; -1 while the queue cannot be reached.",
-        );
-        queue_depth.set(-1);
-        Self {
+        let help = "Jobs that wait for a prefill worker; NaN while the queue cannot be reached.";
+        let metrics = Self {
             workers: gauge(
                 registry,
                 "engine_prefill_workers",
                 "Live prefill workers of this model; 0 while none takes jobs.",
             ),
-            queue_depth,
+            queue_depth: registered(registry, Gauge::new("engine_prefill_queue_depth", help)),
             dead_jobs: counter(
                 registry,
                 "engine_dead_jobs_total",
@@ -81,7 +76,15 @@ impl HandoffMetrics {
             ),
             outcomes: Outcome::ALL.map(|outcome| outcomes.with_label_values(&[outcome.label()])),
             phases: HandoffPhase::ALL.map(|phase| phases.with_label_values(&[phase.label()])),
-        }
+        };
+        metrics.set_queue_depth(None);
+        metrics
+    }
+
+    /// Notes how many jobs wait. `None`: the queue cannot be reached, and no number is right. NaN is one that no alert
+    /// and no `max` takes for a depth.
+    pub fn set_queue_depth(&self, depth: Option<u64>) {
+        self.queue_depth.set(depth.map_or(f64::NAN, |depth| depth as f64));
     }
 
     /// Counts a handoff's end.
@@ -96,5 +99,20 @@ impl HandoffMetrics {
         if let Some(at) = HandoffPhase::ALL.iter().position(|&known| known == phase) {
             self.phases[at].observe(duration.as_secs_f64());
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_queue_that_cannot_be_reached_has_no_depth() {
+        let metrics = HandoffMetrics::new(&Registry::new());
+        assert!(metrics.queue_depth.get().is_nan());
+        metrics.set_queue_depth(Some(3));
+        assert_eq!(metrics.queue_depth.get(), 3.0);
+        metrics.set_queue_depth(None);
+        assert!(metrics.queue_depth.get().is_nan());
     }
 }

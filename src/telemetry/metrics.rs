@@ -211,7 +211,7 @@ impl Default for Metrics {
 
 /// Registers a metric made from a constant name; both steps fail only on a malformed or repeated name, which the first
 /// test to make a [`Metrics`] would find.
-fn registered<C: Collector + Clone + 'static>(registry: &Registry, metric: prometheus::Result<C>) -> C {
+pub(super) fn registered<C: Collector + Clone + 'static>(registry: &Registry, metric: prometheus::Result<C>) -> C {
     let metric = metric.expect("metric names are well-formed constants");
     registry.register(Box::new(metric.clone())).expect("metric names are distinct constants");
     metric
@@ -288,7 +288,7 @@ mod tests {
             "engine_handoff_seconds_count{phase=\"pickup\"} 0",
             "engine_step_seconds_count{kind=\"mixed\"} 1",
             "engine_prefill_workers 0",
-            "engine_prefill_queue_depth -1",
+            "engine_prefill_queue_depth NaN",
             "engine_dead_jobs_total 0",
             "engine_transfer_bytes_total{transport=\"tcp\"} 7",
             "engine_transfer_seconds_count{transport=\"tcp\"} 1",

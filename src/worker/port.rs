@@ -87,7 +87,7 @@ impl View {
 
     fn set_depth(&self, depth: Option<u64>) {
         self.queue_depth.store(depth.unwrap_or(UNREACHABLE), Ordering::Relaxed);
-        self.metrics.queue_depth.set(depth.map_or(-1, |depth| depth as i64));
+        self.metrics.set_queue_depth(depth);
     }
 
     fn depth(&self) -> Option<u64> {
