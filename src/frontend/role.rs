@@ -103,8 +103,7 @@ pub async fn run(args: FrontendArgs) -> Result<()> {
     let _ = out.write_all(text.as_bytes()).and_then(|()| out.flush());
     let shutdown = async move {
         signals.next().await;
-        // Whoever asks twice does not want to wait.
-        tokio::spawn(async move { std::process::exit(signals.next().await) });
+        signals.leave_at_next();
     };
     serve(listener, &cluster, config, FrontendMetrics::new(), server, shutdown).await;
     Ok(())

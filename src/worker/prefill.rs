@@ -131,9 +131,11 @@ pub async fn run(mut cli: WorkerArgs, ready: impl FnOnce(Ready)) -> Result<()> {
     let failed = engine.clone();
     let shutdown = async {
         tokio::select! {
-            _ = signals.next() => signals.leave_at_next(),
+            _ = signals.next() => {}
             _ = failed.stopped() => {}
         }
+        // Whichever it was, whoever asks now does not want to wait for what still runs.
+        signals.leave_at_next();
     };
     let drain = async {
         leaving.send_replace(true);

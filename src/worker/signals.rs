@@ -24,7 +24,7 @@ impl Signals {
     }
 
     /// Leaves at once at the next one: whoever asks twice does not want to wait.
-    pub(super) fn leave_at_next(mut self) {
+    pub(crate) fn leave_at_next(mut self) {
         tokio::spawn(async move { std::process::exit(self.next().await) });
     }
 }
