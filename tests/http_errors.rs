@@ -309,7 +309,13 @@ fn an_unknown_model_or_url_is_not_found() {
     check(&server, CHAT, 404, [("model", chat(json!({"model": "gpt-4"})))]);
     check(&server, COMPLETIONS, 404, [("model", completion(json!({"model": "gpt-4"})))]);
     assert_eq!(server.get("/v1/models/gpt-4").error().0, 404);
-    assert_eq!(server.get("/v1/unknown").error().0, 404);
+    let (status, _, message) = server.get("/v1/unknown").error();
+    let served = message.strip_prefix("Unknown request URL: GET /v1/unknown; this server has: ").expect(&message);
+    assert_eq!(status, 404);
+    for endpoint in served.split(", ") {
+        let (method, path) = endpoint.split_once(' ').unwrap();
+        assert!(![404, 405].contains(&server.request(method, path, &[], b"").status), "{endpoint}");
+    }
     assert_eq!(server.get(CHAT).error().0, 405);
     assert_eq!(server.get("/v1/models/demo").json()["id"], "demo");
 }

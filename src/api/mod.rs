@@ -43,7 +43,7 @@ pub use http_token::{CLUSTER_TOKEN_HEADER, HttpToken};
 pub(crate) use info::{live, version};
 pub(crate) use middleware::{MODEL_KEY_HEADER, check_key, request_id};
 pub use parser::{CallFormat, Parsers};
-pub(crate) use router::{cors, fallbacks};
+pub(crate) use router::{SERVED, cors, fallbacks};
 pub use server::{Bound, ServerConfig, ServerError, bind, serve};
 pub(crate) use server::{CONNECTIONS_BESIDE_REQUESTS, WRITE_STALL_MAX, serve_router};
 pub use state::ApiConfig;

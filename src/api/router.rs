@@ -20,6 +20,12 @@ use super::{
     tokenize::{detokenize, tokenize},
 };
 
+/// What there is to ask of a worker or a frontend, for those who ask for something else. Other servers' names of the
+/// same are left out.
+pub(crate) const SERVED: &str = "POST /v1/chat/completions, POST /v1/completions, POST /tokenize, POST /detokenize, \
+                                 GET /v1/models, GET /health, GET /health/live, GET /health/ready, GET /version, \
+                                 GET /metrics";
+
 /// All endpoints. Those that show nothing of the model's work are open; the others want a key if there is one.
 pub(crate) fn router(serving: Arc<Serving>) -> Router {
     let guarded = Router::new()
@@ -41,7 +47,7 @@ pub(crate) fn router(serving: Arc<Serving>) -> Router {
         .route("/health/ready", get(health))
         .route("/version", get(version))
         .route("/metrics", get(metrics));
-    let router = fallbacks(router).layer(from_fn_with_state(serving.clone(), observe));
+    let router = fallbacks(router, SERVED).layer(from_fn_with_state(serving.clone(), observe));
     let router = match cors {
         Some(cors) => router.layer(cors),
         None => router,
@@ -49,14 +55,15 @@ pub(crate) fn router(serving: Arc<Serving>) -> Router {
     router.with_state(serving)
 }
 
-/// Errors of OpenAI's shape for what is not served.
-pub(crate) fn fallbacks<S: Clone + Send + Sync + 'static>(router: Router<S>) -> Router<S> {
+/// Errors of OpenAI's shape for what is not served; `served` is what is.
+pub(crate) fn fallbacks<S: Clone + Send + Sync + 'static>(router: Router<S>, served: &'static str) -> Router<S> {
+    let not_found = move |request: Request| not_found(request, served);
     router.method_not_allowed_fallback(method_not_allowed).fallback(not_found)
 }
 
-async fn not_found(request: Request) -> ApiError {
+async fn not_found(request: Request, served: &str) -> ApiError {
     let path: String = request.uri().path().chars().take(200).collect();
-    let message = format!("Unknown request URL: {} {path}", request.method());
+    let message = format!("Unknown request URL: {} {path}; this server has: {served}", request.method());
     discard_body(request).await;
     ApiError::new(StatusCode::NOT_FOUND, "unknown_url", message)
 }

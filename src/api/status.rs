@@ -13,12 +13,16 @@ use tokio::{
     sync::{Mutex, watch},
 };
 
-use super::{HttpToken, Json, ServerConfig, live, server::serve_router, version};
+use super::{HttpToken, Json, ServerConfig, fallbacks, live, server::serve_router, version};
 use crate::{
     cluster::LeaseId,
     telemetry::Metrics,
     worker::{EngineHandle, EngineStatus, Measured},
 };
+
+/// What there is to ask, for those who ask for something else: clients that took it for a worker with an API above all.
+const SERVED: &str = "GET /health, GET /health/live, GET /health/ready, GET /version, GET /metrics; it is a prefill \
+                      worker, and requests go to decode workers or a frontend";
 
 /// Measures how fast pages reach the decode worker of this lease; an error is for people.
 pub type Measure = Box<dyn Fn(LeaseId) -> BoxFuture<'static, Result<Measured, String>> + Send + Sync>;
@@ -62,9 +66,8 @@ pub async fn serve_status(
         .route("/health/ready", get(health))
         .route("/version", get(version))
         .route("/metrics", get(render))
-        .route("/measure/{lease}", post(measure_one))
-        .with_state(status);
-    serve_router(listener, router, config, shutdown, drain).await;
+        .route("/measure/{lease}", post(measure_one));
+    serve_router(listener, fallbacks(router, SERVED).with_state(status), config, shutdown, drain).await;
 }
 
 async fn health(State(status): State<Arc<Status>>) -> Response {

@@ -20,8 +20,8 @@ use super::{
 };
 use crate::{
     api::{
-        ApiError, Json, ServerConfig, check_key, cors, discard, fallbacks, live, read_body, request_id, serve_router,
-        version,
+        ApiError, Json, SERVED, ServerConfig, check_key, cors, discard, fallbacks, live, read_body, request_id,
+        serve_router, version,
     },
     cluster::{Cluster, WorkerCard},
 };
@@ -61,7 +61,7 @@ fn router(frontend: Arc<Frontend>) -> Router {
         .route("/health/ready", get(ready))
         .route("/version", get(version))
         .route("/metrics", get(metrics));
-    let router = fallbacks(router).layer(from_fn_with_state(frontend.clone(), observe));
+    let router = fallbacks(router, SERVED).layer(from_fn_with_state(frontend.clone(), observe));
     let origins = &frontend.config.allowed_origins;
     let router = if origins.is_empty() { router } else { router.layer(cors(origins)) };
     router.with_state(frontend)

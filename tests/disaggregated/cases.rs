@@ -65,6 +65,9 @@ fn a_prefill_worker_is_asked_how_it_is_as_any_other() {
     for path in ["/health", "/v1/health", "/ping", "/health/live", "/health/ready", "/version"] {
         assert_eq!(prefill.get(path).status, 200, "{path}");
     }
+    let (status, _, message) = prefill.post("/v1/completions", &json!({"prompt": "Hi"})).error();
+    assert!(status == 404 && message.contains("decode workers"), "{message}");
+    assert_eq!(prefill.post("/metrics", &json!({})).error().0, 405);
 }
 
 #[test]
