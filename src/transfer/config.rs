@@ -9,7 +9,7 @@ use super::{ClusterToken, Exported, ServerTls, Target, TransferMetrics};
 pub struct Limits {
     /// Sessions at a time, those included that are closed and not yet fenced.
     pub sessions: usize,
-    /// Connections at a time that have not proved who they are.
+    /// Connections at a time that have not proved who they are. When one more comes, the oldest of them is turned away.
     pub handshakes: usize,
     /// How long one may take for that.
     pub handshake: Duration,

@@ -79,6 +79,9 @@ pub(super) enum HandshakeError {
     /// Somebody looked whether anybody listens, as workers that start do to find sockets left behind.
     #[error("it left without a word")]
     Silent,
+    /// Others came, and it had not proved who it is for longer than all that had not either.
+    #[error("its place was needed for others")]
+    Crowded,
     /// Whatever connected is no prefill worker.
     #[error("not the session protocol: {0}")]
     Protocol(&'static str),

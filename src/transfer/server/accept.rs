@@ -9,16 +9,17 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::net::{TcpListener, UnixListener, UnixStream};
-use tokio::sync::{Semaphore, mpsc};
+use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 
+use super::doorstep::{Doorstep, Place};
 use super::loans::Loans;
 use super::session::{Reach, ServerSession};
 use super::{Admitted, Command, Peer, Shared};
 use crate::handoff::{SessionId, WorkerId};
 use crate::transfer::handshake::{self, HandshakeError, Hello, Welcome};
 use crate::transfer::rdma::Offer;
-use crate::transfer::socket::Socket;
+use crate::transfer::socket::{PeerProcess, Socket};
 use crate::transfer::tls::Tls;
 use crate::transfer::{Exported, Refusal, ServerError, Target, Transport};
 
@@ -53,16 +54,16 @@ pub(super) struct Listening {
 /// Listens wherever the configuration says.
 pub(super) async fn listen(shared: &Arc<Shared>) -> Result<Listening, ServerError> {
     let mut listening = Listening { tasks: Vec::new(), unix: None, tcp: None };
-    let handshakes = Arc::new(Semaphore::new(shared.config.limits.handshakes));
+    let doorstep = Arc::new(Doorstep::new(shared.config.limits.handshakes));
     if let Some(address) = shared.config.tcp {
         let failed = |source| ServerError::Tcp { address, source };
         let listener = TcpListener::bind(address).await.map_err(failed)?;
         let bound = listener.local_addr().map_err(failed)?;
         let host = shared.config.advertise.clone();
         listening.tcp = Some(host.map_or_else(|| bound.to_string(), |host| join_host(&host, bound)));
-        let (shared, handshakes) = (shared.clone(), handshakes.clone());
+        let (shared, doorstep) = (shared.clone(), doorstep.clone());
         listening.tasks.push(tokio::spawn(async move {
-            accept_all(&shared, &handshakes, Door::Tcp, async || {
+            accept_all(&shared, &doorstep, Door::Tcp, async || {
                 let (stream, _) = listener.accept().await?;
                 Socket::tcp(stream)
             })
@@ -74,9 +75,9 @@ pub(super) async fn listen(shared: &Arc<Shared>) -> Result<Listening, ServerErro
         remove_stale_sockets(folder);
         let (listener, path) = bind_unix(folder, &shared.instance).map_err(failed)?;
         listening.unix = Some(path);
-        let (shared, handshakes) = (shared.clone(), handshakes.clone());
+        let (shared, doorstep) = (shared.clone(), doorstep.clone());
         listening.tasks.push(tokio::spawn(async move {
-            accept_all(&shared, &handshakes, Door::Unix, async || {
+            accept_all(&shared, &doorstep, Door::Unix, async || {
                 let (stream, _) = listener.accept().await?;
                 Socket::new(UnixStream::into_std(stream)?)
             })
@@ -117,7 +118,7 @@ fn remove_stale_sockets(folder: &Path) {
 }
 
 /// Accepts for ever.
-async fn accept_all<A, F>(shared: &Arc<Shared>, handshakes: &Arc<Semaphore>, door: Door, accept: A)
+async fn accept_all<A, F>(shared: &Arc<Shared>, doorstep: &Doorstep, door: Door, accept: A)
 where
     A: Fn() -> F,
     F: Future<Output = io::Result<Socket>>,
@@ -131,16 +132,10 @@ where
                 continue;
             }
         };
-        let Ok(permit) = handshakes.clone().try_acquire_owned() else {
-            shared.config.metrics.refused.inc();
-            continue;
-        };
-        let shared = shared.clone();
+        let (shared, place) = (shared.clone(), doorstep.come());
         tokio::spawn(async move {
-            let opening = tokio::time::timeout(shared.config.limits.handshake, open(&shared, socket, door));
-            let opened = opening.await;
-            drop(permit);
-            match opened {
+            let opening = open(&shared, socket, door, place);
+            match tokio::time::timeout(shared.config.limits.handshake, opening).await {
                 Ok(Ok((session, commands))) => session.run(commands).await,
                 Ok(Err(HandshakeError::Silent)) => tracing::debug!(door = door.name(), "somebody looked in"),
                 Ok(Err(error)) => {
@@ -159,29 +154,15 @@ where
 /// Makes a connection a session.
 async fn open(
     shared: &Arc<Shared>,
-    mut socket: Socket,
+    socket: Socket,
     door: Door,
+    place: Place,
 ) -> Result<(ServerSession, mpsc::UnboundedReceiver<Command>), HandshakeError> {
-    if let (Door::Tcp, Some(tls)) = (door, &shared.config.tls) {
-        socket = socket.encrypted(Tls::server(tls)?).await?;
-    }
-    let process = match door {
-        Door::Unix => Some(socket.peer()?),
-        Door::Tcp => None,
+    // With its proof it is no stranger any more, and leaves its place to others.
+    let (socket, process, hello) = tokio::select! {
+        proved = prove(shared, socket, door) => proved?,
+        _ = place => return Err(HandshakeError::Crowded),
     };
-    let hello = handshake::accept(&socket, &shared.config.token, |hello| {
-        let shape = shared.region.shape();
-        if let Some(process) = &process {
-            if process.user != rustix::process::geteuid().as_raw() {
-                return Err(Refusal::User);
-            }
-            if process.ended.is_none() {
-                return Err(Refusal::NotShared);
-            }
-        }
-        check(shared, hello, process.is_some(), shape.layers as u64, shape.page_bytes as u64)
-    })
-    .await?;
     let reach = match (process.and_then(|process| process.ended), &shared.config.rdma) {
         (Some(ended), _) => Reach::mapped(ended),
         (None, Some(target)) if hello.transport == Transport::Rdma => {
@@ -203,6 +184,35 @@ async fn open(
     // place.
     let peer = Peer { worker: WorkerId(hello.worker), transport: hello.transport };
     Ok((ServerSession::new(shared.clone(), id, socket, reach, peer), commands))
+}
+
+/// Finds out who has connected, and whether it is one of the cluster and of this model.
+async fn prove(
+    shared: &Shared,
+    mut socket: Socket,
+    door: Door,
+) -> Result<(Socket, Option<PeerProcess>, Hello), HandshakeError> {
+    if let (Door::Tcp, Some(tls)) = (door, &shared.config.tls) {
+        socket = socket.encrypted(Tls::server(tls)?).await?;
+    }
+    let process = match door {
+        Door::Unix => Some(socket.peer()?),
+        Door::Tcp => None,
+    };
+    let hello = handshake::accept(&socket, &shared.config.token, |hello| {
+        let shape = shared.region.shape();
+        if let Some(process) = &process {
+            if process.user != rustix::process::geteuid().as_raw() {
+                return Err(Refusal::User);
+            }
+            if process.ended.is_none() {
+                return Err(Refusal::NotShared);
+            }
+        }
+        check(shared, hello, process.is_some(), shape.layers as u64, shape.page_bytes as u64)
+    })
+    .await?;
+    Ok((socket, process, hello))
 }
 
 fn check(shared: &Shared, hello: &Hello, local: bool, layers: u64, page_bytes: u64) -> Result<(), Refusal> {

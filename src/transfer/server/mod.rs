@@ -1,6 +1,7 @@
 //! The decode worker's end of sessions.
 
 mod accept;
+mod doorstep;
 mod landing;
 mod loans;
 mod session;

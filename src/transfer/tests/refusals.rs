@@ -175,13 +175,41 @@ async fn a_connection_that_says_nothing_is_hung_up_on() {
 }
 
 #[tokio::test]
-async fn connections_without_proof_have_a_limit() {
-    let decode = Decode::start_with(|config| config.limits.handshakes = 1).await;
-    let first = tcp(&decode).await;
-    // Accepted in order; the second finds the only place taken.
-    let mut second = tcp(&decode).await;
-    let _ = soon(second.read_to_end(&mut Vec::new())).await;
-    drop(first);
+async fn strangers_that_fill_the_door_keep_out_nobody_who_knows_the_token() {
+    for transport in BOTH {
+        // They would stay for as long as they like.
+        let mut decode = Decode::start_with(|config| {
+            config.limits.handshakes = 3;
+            config.limits.handshake = Duration::from_secs(24 * 60 * 60);
+        })
+        .await;
+        let (prefill, mut strangers) = (Prefill::new(transport), Vec::new());
+        for _ in 0..3 {
+            strangers.push(tcp(&decode).await);
+        }
+        let (id, mut session) = decode.session(&prefill).await;
+        // It needs no place any more, however many come.
+        for _ in 0..4 {
+            strangers.push(tcp(&decode).await);
+        }
+        // They are accepted in order, and those that came first make room.
+        let latest = strangers.split_off(4);
+        for mut oldest in strangers {
+            soon(oldest.read_to_end(&mut Vec::new())).await.unwrap();
+        }
+        for latest in latest {
+            let socket = Socket::new(latest.into_std().unwrap()).unwrap();
+            let hello = hello(decode.server.addresses(), Transport::Tcp);
+            soon(handshake::connect(&socket, &ClusterToken::new("tea"), &hello)).await.unwrap();
+            decode.opened().await;
+            drop(socket);
+            assert!(matches!(decode.event().await, SessionEvent::Closed { .. }));
+            assert!(matches!(decode.event().await, SessionEvent::Fenced { .. }));
+        }
+        decode.server.send(id, "still here".into());
+        assert_eq!(soon(session.receive()).await.unwrap(), "still here");
+        assert_eq!(decode.metrics.refused.get(), 4);
+    }
 }
 
 #[tokio::test]
