@@ -139,14 +139,14 @@ pub(super) async fn welcome(socket: &Socket, welcome: Welcome, files: &[&File]) 
     Ok(())
 }
 
-/// The prefill worker's side, from the hello to the welcome. Over shm the files of the decode worker's KV memory and
-/// mailbox come with it, over CUDA IPC that of the mailbox.
+/// The prefill worker's side, from the hello to the welcome.
 pub(super) async fn connect(
     socket: &Socket,
     token: &ClusterToken,
     hello: &Hello,
 ) -> Result<(Welcome, Vec<File>), ConnectError> {
-    connect_if(socket, token, hello, |known| known).await
+    prove(socket, token, hello).await?;
+    welcomed(socket, hello.transport).await
 }
 
 /// Connects even to a decode worker that does not know the token.
@@ -156,15 +156,22 @@ pub(super) async fn connect_unchecked(
     token: &ClusterToken,
     hello: &Hello,
 ) -> Result<(Welcome, Vec<File>), ConnectError> {
-    connect_if(socket, token, hello, |_| true).await
+    prove_if(socket, token, hello, |_| true).await?;
+    welcomed(socket, hello.transport).await
 }
 
-async fn connect_if(
+/// The prefill worker's side, from the hello to the proof. From there on the decode worker may keep a place for the
+/// session.
+pub(super) async fn prove(socket: &Socket, token: &ClusterToken, hello: &Hello) -> Result<(), ConnectError> {
+    prove_if(socket, token, hello, |known| known).await
+}
+
+async fn prove_if(
     socket: &Socket,
     token: &ClusterToken,
     hello: &Hello,
     trust: impl FnOnce(bool) -> bool,
-) -> Result<(Welcome, Vec<File>), ConnectError> {
+) -> Result<(), ConnectError> {
     let hello_bytes = write_frame(socket, hello, &[]).await?;
     let challenge: Challenge = answer(&read_frame(socket, None).await?)?;
     let transcript: [&[u8]; 2] = [&hello_bytes, &challenge.nonce];
@@ -172,8 +179,14 @@ async fn connect_if(
         return Err(ConnectError::Token);
     }
     write_frame(socket, &token.proof(Prover::Prefill, &transcript), &[]).await?;
+    Ok(())
+}
+
+/// The answer to the proof. Over shm the files of the decode worker's KV memory and mailbox come with it, over CUDA IPC
+/// that of the mailbox.
+pub(super) async fn welcomed(socket: &Socket, transport: Transport) -> Result<(Welcome, Vec<File>), ConnectError> {
     let mut files = Vec::new();
-    let keep = matches!(hello.transport, Transport::Shm | Transport::CudaIpc).then_some(&mut files);
+    let keep = matches!(transport, Transport::Shm | Transport::CudaIpc).then_some(&mut files);
     let welcome = answer(&read_frame(socket, keep).await?)?;
     Ok((welcome, files))
 }

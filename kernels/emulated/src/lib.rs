@@ -75,7 +75,7 @@ impl<const HOPPER: bool> EmulatedDevice<HOPPER> {
         lock(&self.0)
     }
 
-    /// Allocations that are open here as another process's.
+    /// Allocations that are open here as another process's, or are being opened.
     pub fn open_handles(&self) -> usize {
         self.queue().opened
     }
@@ -127,7 +127,8 @@ impl<const HOPPER: bool> EmulatedDevice<HOPPER> {
         self.queue().free = Some(bytes);
     }
 
-    /// Has whoever waits for a mark wait until this is called again with `false`: for a device that takes its time.
+    /// Has whoever waits for a mark, or opens another process's memory, wait until this is called again with `false`:
+    /// for a device that takes its time.
     pub fn keep_busy(&self, is_busy: bool) {
         let busy = self.queue().busy.clone();
         busy.set(is_busy);

@@ -105,6 +105,9 @@ impl Mover for EmulatedMover {
             return Err(failed("opening", "it is nobody's"));
         }
         queue.opened += 1;
+        let busy = queue.busy.clone();
+        drop(queue);
+        busy.wait();
         Ok(Address(start))
     }
 

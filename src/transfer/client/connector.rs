@@ -215,26 +215,29 @@ impl Connector {
         if !pages.reaches(device) {
             return Err(no("this worker's device cannot write to that one"));
         }
-        let socket = Socket::new(UnixStream::connect(path).await?.into_std()?)?;
-        let hello = self.hello(to, own, Transport::CudaIpc);
-        let (welcome, files) = handshake::connect(&socket, &self.shared.config.token, &hello).await?;
-        let opening = async {
-            let handle = welcome.device.as_deref().and_then(|handle| handle.try_into().ok()).map(IpcHandle);
-            let (Some(handle), Ok([mailbox])) = (handle, <[_; 1]>::try_from(files)) else {
-                return Err(ConnectError::Protocol("a welcome without its handle and its file".into()));
+        let socket = self.prove_on(path, &self.hello(to, own, Transport::CudaIpc)).await?;
+        let (this, pages) = (self.clone(), pages.clone());
+        to_the_end(async move {
+            let (welcome, files) = handshake::welcomed(&socket, Transport::CudaIpc).await?;
+            let opening = async {
+                let handle = welcome.device.as_deref().and_then(|handle| handle.try_into().ok()).map(IpcHandle);
+                let (Some(handle), Ok([mailbox])) = (handle, <[_; 1]>::try_from(files)) else {
+                    return Err(ConnectError::Protocol("a welcome without its handle and its file".into()));
+                };
+                let mailbox = Mailbox::open(mailbox, welcome.slots)?;
+                let shape = this.remote_shape(&welcome);
+                let opening = tokio::task::spawn_blocking(move || {
+                    let local = pages.copies()?;
+                    Ok::<_, DriverError>(PeerMapping::Device { local, remote: pages.open(&handle, shape)? })
+                });
+                let opened = opening.await.map_err(io::Error::other)?;
+                let pages = opened.map_err(|error| ConnectError::Device(error.to_string()))?;
+                Ok(PeerMemory { pages, mailbox })
             };
-            let mailbox = Mailbox::open(mailbox, welcome.slots)?;
-            let (pages, shape) = (pages.clone(), self.remote_shape(&welcome));
-            let opening = tokio::task::spawn_blocking(move || {
-                let local = pages.copies()?;
-                Ok::<_, DriverError>(PeerMapping::Device { local, remote: pages.open(&handle, shape)? })
-            });
-            let opened = opening.await.map_err(io::Error::other)?;
-            let pages = opened.map_err(|error| ConnectError::Device(error.to_string()))?;
-            Ok(PeerMemory { pages, mailbox })
-        };
-        let memory = or_unmapped(&socket, opening.await).await?;
-        Ok(self.start(socket, &welcome, own, Way::Device(memory)))
+            let memory = or_unmapped(&socket, opening.await).await?;
+            Ok(this.start(socket, &welcome, own, Way::Device(memory)))
+        })
+        .await
     }
 
     async fn connect_shm(
@@ -243,19 +246,29 @@ impl Connector {
         to: &SessionAddresses,
         own: WorkerId,
     ) -> Result<Session, ConnectError> {
-        let socket = Socket::new(UnixStream::connect(path).await?.into_std()?)?;
-        let hello = self.hello(to, own, Transport::Shm);
-        let (welcome, files) = handshake::connect(&socket, &self.shared.config.token, &hello).await?;
-        let open = || {
-            let Ok([region, mailbox]) = <[_; 2]>::try_from(files) else {
-                return Err(ConnectError::Protocol("a welcome without its two files".into()));
+        let socket = self.prove_on(path, &self.hello(to, own, Transport::Shm)).await?;
+        let this = self.clone();
+        to_the_end(async move {
+            let (welcome, files) = handshake::welcomed(&socket, Transport::Shm).await?;
+            let open = || {
+                let Ok([region, mailbox]) = <[_; 2]>::try_from(files) else {
+                    return Err(ConnectError::Protocol("a welcome without its two files".into()));
+                };
+                let remote = Region::open(region, this.remote_shape(&welcome))?;
+                let pages = PeerMapping::Host { local: this.shared.region.clone(), remote };
+                Ok(PeerMemory { pages, mailbox: Mailbox::open(mailbox, welcome.slots)? })
             };
-            let remote = Region::open(region, self.remote_shape(&welcome))?;
-            let pages = PeerMapping::Host { local: self.shared.region.clone(), remote };
-            Ok(PeerMemory { pages, mailbox: Mailbox::open(mailbox, welcome.slots)? })
-        };
-        let memory = or_unmapped(&socket, open()).await?;
-        Ok(self.start(socket, &welcome, own, Way::Shm(memory)))
+            let memory = or_unmapped(&socket, open()).await?;
+            Ok(this.start(socket, &welcome, own, Way::Shm(memory)))
+        })
+        .await
+    }
+
+    /// A connection to a decode worker of this host that has our proof.
+    async fn prove_on(&self, path: &FilePath, hello: &Hello) -> Result<Socket, ConnectError> {
+        let socket = Socket::new(UnixStream::connect(path).await?.into_std()?)?;
+        handshake::prove(&socket, &self.shared.config.token, hello).await?;
+        Ok(socket)
     }
 
     async fn connect_tcp(&self, address: &str, to: &SessionAddresses, own: WorkerId) -> Result<Session, ConnectError> {
@@ -371,6 +384,15 @@ async fn blocking<T: Send + 'static>(
 ) -> Result<T, ConnectError> {
     let ended = tokio::task::spawn_blocking(work).await;
     Ok(ended.map_err(|error| ConnectError::Io(io::Error::other(error)))??)
+}
+
+/// Opens a session to a decode worker that keeps a place for it until it hears that none of its memory is open here, or
+/// this process ends. So it goes on when nobody waits for it any more: a session that nobody takes closes what was
+/// opened, and says so.
+async fn to_the_end(
+    opening: impl Future<Output = Result<Session, ConnectError>> + Send + 'static,
+) -> Result<Session, ConnectError> {
+    tokio::spawn(opening).await.map_err(io::Error::other)?
 }
 
 /// Whether it is only RDMA that did not come about.

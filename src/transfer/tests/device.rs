@@ -100,10 +100,19 @@ async fn pages_are_staged_when_they_are_computed_whatever_way_they_go_and_throug
 
 /// A decode worker whose pages other processes may open, and a session to it.
 async fn exporting(driver: &Emulated) -> (Pages, Decode) {
+    exporting_to(driver, Limits::default().sessions).await
+}
+
+/// The same, with room for so many sessions.
+async fn exporting_to(driver: &Emulated, sessions: usize) -> (Pages, Decode) {
     let pages = Pages::new(driver);
     pages.compute(false);
     let exported = Exported::new(&pages.region).unwrap();
-    let decode = Decode::start_with(|config| config.cuda = Some(exported)).await;
+    let decode = Decode::start_with(|config| {
+        config.cuda = Some(exported);
+        config.limits.sessions = sessions;
+    })
+    .await;
     (pages, decode)
 }
 
@@ -130,6 +139,35 @@ async fn pages_go_from_device_to_device_when_they_are_computed_and_before_the_wo
     drop(session);
     decode.ended(id).await;
     assert_eq!(driver.open_handles(), 0, "fenced when it is closed, not before");
+}
+
+#[tokio::test]
+async fn memory_that_takes_too_long_to_open_is_closed_and_its_session_gives_its_place_back_when_it_is_open() {
+    let driver = Emulated::default();
+    let (_written, mut decode) = exporting_to(&driver, 1).await;
+    let (_pages, connector) = prefill(Transport::CudaIpc, &driver, 1);
+    let addresses = decode.server.addresses().clone();
+    driver.keep_busy(true);
+    {
+        let mut connecting = std::pin::pin!(connector.connect(&addresses, WorkerId(7)));
+        let begun = async {
+            while driver.open_handles() == 0 {
+                tokio::task::yield_now().await;
+            }
+        };
+        tokio::select! {
+            _ = &mut connecting => panic!("the device is busy"),
+            () = soon(begun) => {}
+        }
+        // As it is when its time is over.
+    }
+    let id = decode.opened().await;
+    assert!(decode.no_event(), "whoever has it open may write there");
+    driver.keep_busy(false);
+    decode.ended(id).await;
+    assert_eq!(driver.open_handles(), 0, "fenced when it is closed, not before");
+    let session = soon(connector.connect(&addresses, WorkerId(7))).await.unwrap();
+    assert_eq!(session.transport(), Transport::CudaIpc);
 }
 
 #[tokio::test]

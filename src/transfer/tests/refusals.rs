@@ -133,6 +133,23 @@ async fn a_server_takes_so_many_sessions() {
 }
 
 #[tokio::test]
+async fn a_peer_that_leaves_before_it_has_the_memory_gives_the_place_back() {
+    let mut decode = Decode::start_with(|config| config.limits.sessions = 1).await;
+    let (prefill, addresses) = (Prefill::new(Transport::Shm), decode.server.addresses().clone());
+    let left = {
+        let mut connecting = std::pin::pin!(prefill.connector.connect(&addresses, WorkerId(1)));
+        tokio::select! {
+            biased;
+            id = decode.opened() => id,
+            _ = &mut connecting => panic!("it has the memory before there is a session"),
+        }
+        // As it is when its time is over.
+    };
+    decode.ended(left).await;
+    decode.session(&prefill).await;
+}
+
+#[tokio::test]
 async fn garbage_on_the_port_is_hung_up_on() {
     let decode = Decode::start().await;
     let unix = decode.server.addresses().unix.clone().unwrap();
