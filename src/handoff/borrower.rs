@@ -181,10 +181,10 @@ impl Borrower {
                     self.claim(handoff, session, now, actions);
                 }
             }
-            BorrowerEvent::ConnectFailed { decode, gone } => {
+            BorrowerEvent::ConnectFailed { decode, gone, pause } => {
                 self.peers.remove(&decode);
                 for handoff in self.select(|held| held.decode == decode && matches!(held.stage, Stage::Connecting)) {
-                    if gone { self.ack(handoff, actions) } else { self.nak(handoff, actions) }
+                    if gone { self.ack(handoff, actions) } else { self.nak(handoff, pause, actions) }
                 }
             }
             BorrowerEvent::Message { session, message } => self.message(session, message, now, actions),
@@ -333,7 +333,7 @@ impl Borrower {
                 actions.push(BorrowerAction::Cancel { handoff });
                 self.ack(handoff, actions);
             } else {
-                self.nak(handoff, actions);
+                self.nak(handoff, Duration::ZERO, actions);
             }
         }
     }
@@ -357,7 +357,7 @@ impl Borrower {
             }
         }
         while let Some(handoff) = self.scratch.pop() {
-            self.nak(handoff, actions);
+            self.nak(handoff, Duration::ZERO, actions);
         }
     }
 
@@ -367,10 +367,11 @@ impl Borrower {
         }
     }
 
-    /// Back to the queue, for longer each time.
-    fn nak(&mut self, handoff: HandoffId, actions: &mut Vec<BorrowerAction>) {
+    /// Back to the queue, for longer each time, and for `pause` at least: the queue delivers a job only so often, and
+    /// no delivery is to be wasted.
+    fn nak(&mut self, handoff: HandoffId, pause: Duration, actions: &mut Vec<BorrowerAction>) {
         if let Some(Held { delivery, attempt, .. }) = self.jobs.remove(&handoff) {
-            let delay = Duration::from_millis(100 << attempt.clamp(1, 6));
+            let delay = pause.max(Duration::from_millis(100 << attempt.clamp(1, 6)));
             actions.push(BorrowerAction::Nak { delivery, delay });
         }
     }

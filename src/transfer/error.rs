@@ -79,6 +79,9 @@ pub enum ConnectError {
     /// It took too long.
     #[error("no answer within the time allowed for opening a session")]
     TimedOut,
+    /// It was not tried.
+    #[error("the decode worker did not answer a moment ago, and is left alone for a while")]
+    Silent,
     /// The network or the system.
     #[error("cannot open a session: {0}")]
     Io(io::Error),

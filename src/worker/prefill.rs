@@ -6,6 +6,7 @@ use anyhow::{Context, Result, bail};
 use clap::ValueEnum;
 use engine_kernels::KvPages;
 use prometheus::IntCounter;
+use serde::Deserialize;
 use tokio::{
     sync::{mpsc, watch},
     time::{sleep, timeout},
@@ -295,19 +296,23 @@ impl Shop {
     /// Opens a session and listens to it until it ends.
     async fn session(self, decode: WorkerId, addresses: serde_json::Value) {
         let own = WorkerId((*self.lease.borrow()).map_or(0, |lease| lease.0));
-        let opened = match serde_json::from_value::<SessionAddresses>(addresses) {
-            Ok(addresses) => self.connector.connect(&addresses, own).await.map_err(|error| error.to_string()),
-            Err(error) => Err(format!("the job's addresses cannot be read: {error}")),
+        let (opened, pause) = match SessionAddresses::deserialize(&addresses) {
+            Ok(addresses) => {
+                let opened = self.connector.connect(&addresses, own).await;
+                (opened.map_err(|error| error.to_string()), self.connector.pause(&addresses))
+            }
+            Err(error) => (Err(format!("the job's addresses cannot be read: {error}")), Duration::ZERO),
         };
         let mut session = match opened {
             Ok(session) => session,
             Err(error) => {
-                let alive = self.decode_workers.borrow().contains_key(&LeaseId(decode.0));
+                let known = self.decode_workers.borrow().clone();
+                let alive = is_listed(&known, decode, &addresses);
                 tracing::warn!(worker = %decode, %error, alive, "no session to a decode worker");
                 // That it is missing says nothing before the set is known; then the job comes again, until it was tried
                 // enough.
-                let gone = !alive && !self.decode_workers.borrow().is_empty();
-                return desk::on(&self.desk, BorrowerEvent::ConnectFailed { decode, gone });
+                let gone = !alive && !known.is_empty();
+                return desk::on(&self.desk, BorrowerEvent::ConnectFailed { decode, gone, pause });
             }
         };
         let id = session.id();
@@ -356,11 +361,40 @@ impl Shop {
     }
 }
 
+/// Whether a job's decode worker is alive: under the lease that the job names, or where it takes sessions, if it has
+/// lost that lease and is back under another.
+fn is_listed(workers: &WorkerSet, decode: WorkerId, addresses: &serde_json::Value) -> bool {
+    let instance = SessionAddresses::instance_of(addresses);
+    let is_back = |card: &Arc<WorkerCard>| SessionAddresses::instance_of(&card.session) == instance;
+    workers.contains_key(&LeaseId(decode.0)) || (instance.is_some() && workers.values().any(is_back))
+}
+
 /// Returns when no job is held any more.
 async fn emptied(desk: &SharedDesk) {
     let bell = desk::lock(desk).room_bell();
     while desk::lock(desk).held() > 0 {
         // The bell may have rung for the one who pulls.
         let _ = timeout(TICK, bell.notified()).await;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::{Value, json};
+
+    use super::*;
+    use crate::cluster::tests::card;
+
+    #[test]
+    fn a_decode_worker_that_is_back_under_another_lease_is_known_by_where_it_takes_sessions() {
+        let at = |instance: &str| json!({ "instance": instance });
+        let carded =
+            |session| Arc::new(WorkerCard { session, ..card(Role::Decode, ModelKey::of(b"m"), "10.0.0.1:8000") });
+        let workers = WorkerSet::from([(LeaseId(2), carded(at("one"))), (LeaseId(3), carded(Value::Null))]);
+        for (lease, addresses, expected) in
+            [(2, at("another"), true), (1, at("one"), true), (1, at("another"), false), (1, Value::Null, false)]
+        {
+            assert_eq!(is_listed(&workers, WorkerId(lease), &addresses), expected, "{lease} {addresses}");
+        }
     }
 }

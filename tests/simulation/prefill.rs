@@ -91,7 +91,9 @@ impl World {
         while let Some(heard) = self.prefills[prefill].inbox.pop_front() {
             let event = match heard {
                 Heard::Connected { decode, session } => BorrowerEvent::Connected { decode, session },
-                Heard::ConnectFailed { decode, gone } => BorrowerEvent::ConnectFailed { decode, gone },
+                Heard::ConnectFailed { decode, gone } => {
+                    BorrowerEvent::ConnectFailed { decode, gone, pause: Duration::ZERO }
+                }
                 Heard::Message { session, message } => BorrowerEvent::Message { session, message: *message },
                 Heard::Closed { session } => BorrowerEvent::SessionClosed { session },
                 Heard::Wrote { handoff, writes } => BorrowerEvent::Wrote { handoff, writes },

@@ -45,6 +45,8 @@ pub enum BorrowerEvent {
         decode: WorkerId,
         /// Certainly for ever: discovery has no such worker, and has others.
         gone: bool,
+        /// For how long it will not be tried again.
+        pause: Duration,
     },
     /// Something was said on a session.
     Message {

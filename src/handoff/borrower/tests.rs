@@ -242,11 +242,13 @@ fn a_session_that_closes_returns_unanswered_claims_and_uses_up_grants() {
 
 #[test]
 fn a_decode_worker_that_cannot_be_reached_is_tried_again_unless_it_is_gone() {
-    for (gone, expected) in [(false, "nak 1 for 200ms"), (true, "ack 1")] {
+    for (gone, pause, expected) in
+        [(false, Duration::ZERO, "nak 1 for 200ms"), (false, 7 * SECOND, "nak 1 for 7s"), (true, 7 * SECOND, "ack 1")]
+    {
         let mut bench = Bench::new();
         bench.deliver(1, H);
         assert_eq!(bench.deliver(2, HandoffId(8)).len(), 0, "one attempt to connect is enough");
-        let actions = bench.on(BorrowerEvent::ConnectFailed { decode: DAVE, gone });
+        let actions = bench.on(BorrowerEvent::ConnectFailed { decode: DAVE, gone, pause });
         assert_eq!(actions.len(), 2);
         assert_eq!(actions[0], expected);
     }

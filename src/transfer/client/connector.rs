@@ -13,6 +13,7 @@ use tokio::sync::mpsc;
 use super::copier::{self, Order, PeerMapping, PeerMemory, Standing, Work};
 use super::poster::Poster;
 use super::session::{ClientSession, MESSAGES_MAX, Path, Session};
+use super::silent::Silent;
 use super::stager::{self, Task};
 use super::writer::{Inner, PageSource, Writer, order};
 use crate::handoff::{SessionId, WorkerId};
@@ -64,6 +65,7 @@ struct Shared {
     orders: Sender<Order>,
     device: Option<DeviceSide>,
     next_session: AtomicU64,
+    silent: Silent,
 }
 
 /// What there is to it if the pages are in device memory.
@@ -92,17 +94,32 @@ impl Connector {
             }),
         };
         let (region, orders, host) = (pages.host().clone(), copier::start()?, host_identity()?);
-        let next_session = AtomicU64::new(1);
-        Ok(Self { shared: Arc::new(Shared { config, host, region, orders, device, next_session }) })
+        let (next_session, silent) = (AtomicU64::new(1), Silent::default());
+        Ok(Self { shared: Arc::new(Shared { config, host, region, orders, device, next_session, silent }) })
     }
 
     /// Opens a session to the decode worker at `addresses`, as the worker `own`; served by a task of the tokio runtime
     /// this is called in. Of the ways that are allowed the first that leads there: if it runs on this host and its unix
     /// socket can be reached from here, CUDA IPC if both have a device and ours can write to theirs, else shm; RDMA if
-    /// both have adapters that reach each other; TCP, which is counted and logged.
+    /// both have adapters that reach each other; TCP, which is counted and logged. One that did not answer is left
+    /// alone for a while: until then the next calls fail at once.
     pub async fn connect(&self, addresses: &SessionAddresses, own: WorkerId) -> Result<Session, ConnectError> {
-        let opening = self.connect_somehow(addresses, own);
-        tokio::time::timeout(self.shared.config.timeout, opening).await.map_err(|_| ConnectError::TimedOut)?
+        let Shared { config, silent, .. } = &*self.shared;
+        if !self.pause(addresses).is_zero() {
+            return Err(ConnectError::Silent);
+        }
+        let opening = tokio::time::timeout(config.timeout, self.connect_somehow(addresses, own));
+        let opened = opening.await.unwrap_or(Err(ConnectError::TimedOut));
+        match &opened {
+            Err(error) if is_silence(error) => silent.insert(&addresses.instance),
+            _ => silent.remove(&addresses.instance),
+        }
+        opened
+    }
+
+    /// For how much longer a decode worker is left alone that did not answer.
+    pub fn pause(&self, addresses: &SessionAddresses) -> Duration {
+        self.shared.silent.pause(&addresses.instance)
     }
 
     async fn connect_somehow(&self, addresses: &SessionAddresses, own: WorkerId) -> Result<Session, ConnectError> {
@@ -403,6 +420,17 @@ fn is_about_rdma(error: &ConnectError) -> bool {
 /// Whether it is only device memory that did not come about.
 fn is_about_device(error: &ConnectError) -> bool {
     matches!(error, ConnectError::Device(_) | ConnectError::Refused(Refusal::Transport(_)))
+}
+
+/// Whether nothing came back, which takes long to find out.
+fn is_silence(error: &ConnectError) -> bool {
+    match error {
+        ConnectError::TimedOut => true,
+        ConnectError::Io(error) | ConnectError::Rdma(RdmaError::Unreachable(error)) => {
+            matches!(error.kind(), io::ErrorKind::TimedOut | io::ErrorKind::HostUnreachable)
+        }
+        _ => false,
+    }
 }
 
 /// The host of `host:port`, without the brackets of an IPv6 address.

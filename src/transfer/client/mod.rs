@@ -7,6 +7,7 @@ mod poster;
 mod reply;
 mod revoked;
 mod session;
+mod silent;
 mod stager;
 mod writer;
 

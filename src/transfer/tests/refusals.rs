@@ -11,7 +11,9 @@ use crate::handoff::{MailboxWord, SessionId, Slot, Status, WorkerId};
 use crate::transfer::frame::{Frame, Loan, Run};
 use crate::transfer::handshake::{self, Hello, VERSION};
 use crate::transfer::socket::Socket;
-use crate::transfer::{ClusterToken, ConnectError, Refusal, RegionShape, SessionEvent, Transport};
+use crate::transfer::{
+    ClusterToken, ConnectError, ConnectorConfig, Refusal, RegionShape, SessionAddresses, SessionEvent, Transport,
+};
 
 const BOTH: [Transport; 2] = [Transport::Shm, Transport::Tcp];
 
@@ -372,6 +374,40 @@ async fn a_peer_that_hangs_is_noticed_by_either_side() {
     let (session, _silent) = tokio::join!(prefill.connector.connect(&addresses, WorkerId(1)), server);
     let mut session = session.unwrap();
     assert_eq!(soon(session.receive()).await, None);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_decode_worker_that_does_not_answer_is_not_called_again_for_a_while() {
+    // Whoever calls there gets a connection, and no word.
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    listener.set_nonblocking(true).unwrap();
+    let calls = || std::iter::from_fn(|| listener.accept().ok()).count();
+    let addresses = SessionAddresses {
+        host: "another".into(),
+        instance: "silent".into(),
+        unix: None,
+        cuda: None,
+        tcp: Some(listener.local_addr().unwrap().to_string()),
+        tls: false,
+        rdma: Vec::new(),
+    };
+    let config = ConnectorConfig { timeout: Duration::from_secs(5), ..connector_config(Transport::Tcp) };
+    let connector = Prefill::new_with(SHAPE, config).connector;
+    let failed = async || connector.connect(&addresses, WorkerId(1)).await.err().unwrap();
+    for pause in [5, 10, 10].map(Duration::from_secs) {
+        let error = failed().await;
+        assert!(matches!(error, ConnectError::TimedOut), "{error}");
+        assert_eq!((calls(), connector.pause(&addresses)), (1, pause));
+        let error = failed().await;
+        assert!(matches!(error, ConnectError::Silent), "{error}");
+        assert_eq!((calls(), connector.pause(&addresses)), (0, pause), "none but the first is a call");
+        tokio::time::advance(pause).await;
+    }
+    // That nobody is there is an answer.
+    drop(listener);
+    let error = failed().await;
+    assert!(matches!(error, ConnectError::Io(_)), "{error}");
+    assert!(connector.pause(&addresses).is_zero());
 }
 
 #[tokio::test]

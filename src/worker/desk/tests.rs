@@ -104,7 +104,7 @@ async fn the_queue_hears_that_a_job_is_worked_on_before_what_became_of_it() {
     let mut bench = Bench::new();
     bench.deliver(1, 10);
     on(&bench.desk, BorrowerEvent::Tick);
-    on(&bench.desk, BorrowerEvent::ConnectFailed { decode: DAVE, gone: true });
+    on(&bench.desk, BorrowerEvent::ConnectFailed { decode: DAVE, gone: true, pause: Duration::ZERO });
     settled(&bench.desk).await;
     let heard = async { [bench.told.recv().await, bench.told.recv().await] };
     let heard = tokio::time::timeout(Duration::from_secs(10), heard).await.expect("both are said");
