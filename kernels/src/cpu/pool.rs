@@ -20,7 +20,12 @@ const CALLER_SPINS: u32 = 2_000;
 /// A job's function: `(context, thread, chunk)`.
 type Entry = unsafe fn(*const (), usize, usize);
 
-struct Shared {
+/// A value that has its cache lines to itself. 128 bytes, because processors fetch lines in pairs.
+#[repr(align(128))]
+struct Apart<T>(T);
+
+/// What is read together to claim a chunk, hence on one cache line.
+struct Job {
     /// Job number in the upper half, chunks not yet claimed in the lower. One word, so that a claim can never mix two
     /// jobs.
     claim: AtomicU64,
@@ -28,26 +33,33 @@ struct Shared {
     entry: AtomicPtr<()>,
     context: AtomicPtr<()>,
     chunks: AtomicUsize,
-    finished: AtomicU32,
+}
+
+/// What is written during a job lies apart: a thread that finishes a chunk takes no line from those that claim one.
+struct Shared {
+    job: Apart<Job>,
+    /// Chunks of the job that have been run.
+    finished: Apart<AtomicU32>,
+    /// One a worker: set while it is parked or about to park.
+    parked: Vec<Apart<AtomicBool>>,
     panicked: AtomicBool,
     stop: AtomicBool,
-    /// One a worker: set while it is parked or about to park.
-    parked: Vec<AtomicBool>,
 }
 
 impl Shared {
     /// Works on the current job until no chunk is left to claim.
     fn help(&self, thread: usize) {
+        let job = &self.job.0;
         loop {
-            let word = self.claim.load(Acquire);
+            let word = job.claim.load(Acquire);
             if word as u32 == 0 {
                 return;
             }
             // These belong to the job in `word` if the exchange below succeeds: until its last chunk is claimed and
             // finished nobody writes them.
-            let (entry, context) = (self.entry.load(Relaxed), self.context.load(Relaxed));
-            let chunks = self.chunks.load(Relaxed);
-            if self.claim.compare_exchange_weak(word, word - 1, AcqRel, Relaxed).is_err() {
+            let (entry, context) = (job.entry.load(Relaxed), job.context.load(Relaxed));
+            let chunks = job.chunks.load(Relaxed);
+            if job.claim.compare_exchange_weak(word, word - 1, AcqRel, Relaxed).is_err() {
                 continue;
             }
             let chunk = chunks - word as u32 as usize;
@@ -58,23 +70,23 @@ impl Shared {
             if outcome.is_err() {
                 self.panicked.store(true, Relaxed);
             }
-            self.finished.fetch_add(1, Release);
+            self.finished.0.fetch_add(1, Release);
         }
     }
 
     fn work(&self, thread: usize) {
-        let parked = &self.parked[thread - 1];
+        let (claim, parked) = (&self.job.0.claim, &self.parked[thread - 1].0);
         loop {
             let mut spins = 0;
-            while self.claim.load(Acquire) as u32 == 0 && spins < WORKER_SPINS && !self.stop.load(Relaxed) {
+            while claim.load(Acquire) as u32 == 0 && spins < WORKER_SPINS && !self.stop.load(Relaxed) {
                 spin_loop();
                 spins += 1;
             }
-            if self.claim.load(Acquire) as u32 == 0 {
+            if claim.load(Acquire) as u32 == 0 {
                 // Announce first, look again, then park; the caller publishes first and then looks for the
                 // announcement.
                 parked.store(true, SeqCst);
-                while parked.load(SeqCst) && self.claim.load(SeqCst) as u32 == 0 && !self.stop.load(SeqCst) {
+                while parked.load(SeqCst) && claim.load(SeqCst) as u32 == 0 && !self.stop.load(SeqCst) {
                     thread::park();
                 }
                 parked.store(false, SeqCst);
@@ -97,14 +109,16 @@ impl Pool {
     /// A pool of `threads` in all, the caller's included. If the system refuses some, there are fewer.
     pub(crate) fn new(threads: usize) -> Self {
         let shared = Arc::new(Shared {
-            claim: AtomicU64::new(0),
-            entry: AtomicPtr::new(std::ptr::null_mut()),
-            context: AtomicPtr::new(std::ptr::null_mut()),
-            chunks: AtomicUsize::new(0),
-            finished: AtomicU32::new(0),
+            job: Apart(Job {
+                claim: AtomicU64::new(0),
+                entry: AtomicPtr::new(std::ptr::null_mut()),
+                context: AtomicPtr::new(std::ptr::null_mut()),
+                chunks: AtomicUsize::new(0),
+            }),
+            finished: Apart(AtomicU32::new(0)),
+            parked: (1..threads).map(|_| Apart(AtomicBool::new(false))).collect(),
             panicked: AtomicBool::new(false),
             stop: AtomicBool::new(false),
-            parked: (1..threads).map(|_| AtomicBool::new(false)).collect(),
         });
         let spawn = |thread| {
             let shared = Arc::clone(&shared);
@@ -136,13 +150,14 @@ impl Pool {
         }
         let shared = &*self.shared;
         let count = u32::try_from(chunks).expect("operations split into far fewer chunks");
-        shared.entry.store(enter::<F> as *mut (), Relaxed);
-        shared.context.store(std::ptr::from_ref(job).cast_mut().cast(), Relaxed);
-        shared.chunks.store(chunks, Relaxed);
-        shared.finished.store(0, Relaxed);
-        let epoch = (shared.claim.load(Relaxed) >> 32).wrapping_add(1);
-        shared.claim.store(epoch << 32 | u64::from(count), SeqCst);
-        for (parked, (worker, _)) in shared.parked.iter().zip(&self.workers).take(chunks - 1) {
+        let slot = &shared.job.0;
+        slot.entry.store(enter::<F> as *mut (), Relaxed);
+        slot.context.store(std::ptr::from_ref(job).cast_mut().cast(), Relaxed);
+        slot.chunks.store(chunks, Relaxed);
+        shared.finished.0.store(0, Relaxed);
+        let epoch = (slot.claim.load(Relaxed) >> 32).wrapping_add(1);
+        slot.claim.store(epoch << 32 | u64::from(count), SeqCst);
+        for (Apart(parked), (worker, _)) in shared.parked.iter().zip(&self.workers).take(chunks - 1) {
             if parked.load(SeqCst) && parked.swap(false, SeqCst) {
                 worker.unpark();
             }
@@ -150,7 +165,7 @@ impl Pool {
         // Panics are caught within, so nothing unwinds past a job that workers may still be in.
         shared.help(0);
         let mut looks = 0u32;
-        while shared.finished.load(Acquire) != count {
+        while shared.finished.0.load(Acquire) != count {
             looks += 1;
             if looks < CALLER_SPINS {
                 spin_loop();
@@ -216,7 +231,7 @@ mod tests {
     fn a_parked_pool_wakes_up() {
         let mut pool = Pool::new(2);
         for _ in 0..50 {
-            while !pool.shared.parked[0].load(SeqCst) {
+            while !pool.shared.parked[0].0.load(SeqCst) {
                 thread::yield_now();
             }
             let done = AtomicUsize::new(0);
@@ -225,6 +240,22 @@ mod tests {
             });
             assert_eq!(done.into_inner(), 8);
         }
+    }
+
+    #[test]
+    fn what_threads_write_while_others_claim_is_on_other_cache_lines() {
+        fn line_of<T>(value: &T) -> usize {
+            std::ptr::from_ref(value).addr() / 64
+        }
+        let pool = Pool::new(3);
+        let Shared { job: Apart(job), finished, parked, stop, .. } = &*pool.shared;
+        let claim = line_of(&job.claim);
+        assert_eq!([line_of(&job.entry), line_of(&job.context), line_of(&job.chunks)], [claim; 3]);
+        let mut lines = vec![claim, line_of(finished), line_of(stop)];
+        lines.extend(parked.iter().map(line_of));
+        lines.sort_unstable();
+        lines.dedup();
+        assert_eq!(lines.len(), 5);
     }
 
     #[test]
