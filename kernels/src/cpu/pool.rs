@@ -3,19 +3,25 @@
 //! [`Pool::run`] publishes a job and works on it itself; workers help. Chunks are claimed one by one from a counter,
 //! and the caller waits for chunks to be finished, not for workers to arrive: on shared cores a worker that the system
 //! has put aside delays nothing but the chunk it holds. A job costs no allocation, no lock and, while workers are
-//! awake, no system call. Workers spin for a moment after a job, because the next is usually microseconds away, then
-//! park.
+//! awake, the caller no system call. Workers look for the next job for a while after one, because it is usually
+//! microseconds away, then park.
 
 use std::hint::spin_loop;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU32, AtomicU64, AtomicUsize, Ordering::*};
 use std::thread::{self, JoinHandle, Thread};
+use std::time::{Duration, Instant};
 
-/// Times a worker looks for new work before it parks: some tens of microseconds.
-const WORKER_SPINS: u32 = 2_000;
-/// Times the caller looks for the last chunks before it starts to give up its core between looks.
-const CALLER_SPINS: u32 = 2_000;
+/// Times a thread looks for what it waits for before it starts to give up its core between looks: some tens of
+/// microseconds, longer than most waits within a step.
+const SPINS: u32 = 2_000;
+/// How long from then on a worker looks for work before it parks. Between two steps the engine's thread draws tokens,
+/// delivers them and plans, for 50 to 200 µs and with large batches a few times that. Had workers parked by then, each
+/// would cost it a system call at the start of the next step, and come late by the time it takes to wake. Whoever else
+/// wants the core gets it at the next look, so that more threads than cores, or those that serve HTTP, are not kept
+/// waiting. After longer pauses than this there is no steady decoding to be quick for.
+const PATIENCE: Duration = Duration::from_millis(1);
 
 /// A job's function: `(context, thread, chunk)`.
 type Entry = unsafe fn(*const (), usize, usize);
@@ -74,19 +80,37 @@ impl Shared {
         }
     }
 
-    fn work(&self, thread: usize) {
-        let (claim, parked) = (&self.job.0.claim, &self.parked[thread - 1].0);
-        loop {
-            let mut spins = 0;
-            while claim.load(Acquire) as u32 == 0 && spins < WORKER_SPINS && !self.stop.load(Relaxed) {
-                spin_loop();
-                spins += 1;
+    /// Whether there is anything for a worker to do, if only to stop.
+    fn is_wanted(&self) -> bool {
+        self.job.0.claim.load(SeqCst) as u32 != 0 || self.stop.load(SeqCst)
+    }
+
+    /// Looks for something to do until there is, or until a worker's patience ends; says whether there is.
+    fn look_around(&self) -> bool {
+        for _ in 0..SPINS {
+            if self.is_wanted() {
+                return true;
             }
-            if claim.load(Acquire) as u32 == 0 {
+            spin_loop();
+        }
+        let start = Instant::now();
+        while start.elapsed() < PATIENCE {
+            if self.is_wanted() {
+                return true;
+            }
+            thread::yield_now();
+        }
+        false
+    }
+
+    fn work(&self, thread: usize) {
+        let parked = &self.parked[thread - 1].0;
+        loop {
+            if !self.look_around() {
                 // Announce first, look again, then park; the caller publishes first and then looks for the
                 // announcement.
                 parked.store(true, SeqCst);
-                while parked.load(SeqCst) && claim.load(SeqCst) as u32 == 0 && !self.stop.load(SeqCst) {
+                while parked.load(SeqCst) && !self.is_wanted() {
                     thread::park();
                 }
                 parked.store(false, SeqCst);
@@ -167,7 +191,7 @@ impl Pool {
         let mut looks = 0u32;
         while shared.finished.0.load(Acquire) != count {
             looks += 1;
-            if looks < CALLER_SPINS {
+            if looks < SPINS {
                 spin_loop();
             } else {
                 thread::yield_now();
