@@ -9,7 +9,7 @@ use super::buffer::Shared;
 use super::isa::{Isa, Kernel, LANES};
 use super::kv::KvCache;
 use super::tile::Quarter;
-use crate::{AttentionShape, Batch, KvDType, RopeTable};
+use crate::{AttentionShape, Batch, KvDType, RopeTable, SequenceSpan};
 
 /// Calls `$body` for each sixteen (in the end fewer) of `$len` elements, with the start and the count.
 macro_rules! each_vector {
@@ -135,6 +135,51 @@ impl Kernel for SiluMul<'_> {
     }
 }
 
+/// A batch's tokens in bands, of which no two write to the same cache line of a page: threads that do take the line
+/// from each other at every store.
+pub(crate) struct TokenBands<'a> {
+    batch: &'a Batch,
+    /// [`KvCache::tokens_a_line`].
+    line: usize,
+    /// Tokens of a band, before it is cut where it may be.
+    tokens: usize,
+}
+
+impl<'a> TokenBands<'a> {
+    /// Bands of about `tokens` tokens, and no shorter than what sequences have in a line on average, for most would
+    /// come out empty.
+    pub(crate) fn new(batch: &'a Batch, line: usize, tokens: usize) -> Self {
+        let run = line.min(batch.tokens.len() / batch.sequences.len().max(1)).max(1);
+        Self { batch, line, tokens: tokens.max(1).next_multiple_of(run) }
+    }
+
+    /// How many there are.
+    pub(crate) fn count(&self) -> usize {
+        self.batch.tokens.len().div_ceil(self.tokens)
+    }
+
+    /// The tokens of one, possibly none.
+    pub(crate) fn tokens(&self, band: usize) -> Range<usize> {
+        self.cut(band * self.tokens)..self.cut((band + 1) * self.tokens)
+    }
+
+    /// The first place from `token` on where a line begins: every `line` positions of a sequence and, as a page that is
+    /// written has but one sequence, between two of them.
+    fn cut(&self, token: usize) -> usize {
+        let Batch { tokens, positions, sequences, .. } = self.batch;
+        if token >= tokens.len() {
+            return tokens.len();
+        }
+        let end = |span: &SequenceSpan| (span.query_start + span.query_len) as usize;
+        let span = &sequences[sequences.partition_point(|span| end(span) <= token)];
+        if span.query_start as usize == token {
+            return token;
+        }
+        let position = positions[token] as usize;
+        (token + position.next_multiple_of(self.line) - position).min(end(span))
+    }
+}
+
 /// Norms and rotates queries and keys of some tokens, and stores keys and values.
 pub(crate) struct RopeAndCache<'a> {
     pub(crate) qkv: Shared<'a, f32>,
@@ -252,4 +297,60 @@ unsafe fn scatter<I: Isa>(isa: I, x: &[f32], dtype: KvDType, to: *mut u8, start:
             unsafe { to.cast::<u16>().add(start + (at + i) * stride).write(half) };
         }
     });
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::HashMap;
+
+    use super::*;
+
+    /// Sequences of `(position, tokens)`, each with pages of 16 tokens of its own.
+    fn batch(spans: &[(u32, usize)]) -> Batch {
+        let mut batch = Batch::default();
+        for (i, &(position, tokens)) in spans.iter().enumerate() {
+            let pages: Vec<u32> =
+                (0..(position as usize + tokens).div_ceil(16) as u32).map(|page| page + 100 * i as u32).collect();
+            batch.push(&vec![0; tokens], position, &pages, tokens);
+        }
+        batch
+    }
+
+    #[test]
+    fn bands_hold_each_token_once_and_share_no_line_of_a_page() {
+        for spans in [
+            &[(0, 300)][..],
+            &[(7, 90), (0, 1), (31, 1), (16, 40), (5, 3)],
+            &[(9, 1), (10, 1), (11, 1), (12, 1), (13, 1), (14, 1), (15, 1)],
+            &[(3, 10), (40, 7), (15, 2)],
+        ] {
+            let batch = batch(spans);
+            for (line, wanted) in [(16, 1), (16, 4), (16, 17), (8, 4), (8, 100)] {
+                let bands = TokenBands::new(&batch, line, wanted);
+                let mut next = 0;
+                let mut owners = HashMap::new();
+                for band in 0..bands.count() {
+                    let tokens = bands.tokens(band);
+                    assert_eq!(tokens.start, next);
+                    next = tokens.end;
+                    for token in tokens {
+                        let sequence = batch.sequences.iter().rposition(|span| span.query_start as usize <= token);
+                        let place = (sequence, batch.positions[token] as usize / line);
+                        assert_eq!(*owners.entry(place).or_insert(band), band, "{spans:?}, {line} a line, {place:?}");
+                    }
+                }
+                assert_eq!(next, batch.tokens.len());
+            }
+        }
+    }
+
+    #[test]
+    fn a_prompt_is_cut_by_lines_and_decoding_by_tokens() {
+        let prompt = batch(&[(0, 64)]);
+        let bands = TokenBands::new(&prompt, 16, 4);
+        assert_eq!((bands.count(), bands.tokens(1)), (4, 16..32));
+        let decoding = batch(&[(9, 1); 12]);
+        let bands = TokenBands::new(&decoding, 16, 4);
+        assert_eq!((bands.count(), bands.tokens(1)), (3, 4..8));
+    }
 }

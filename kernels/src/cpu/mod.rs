@@ -26,7 +26,7 @@ pub use linear::Linear;
 
 use attention::Attention;
 use buffer::{PerThread, Shared};
-use elementwise::{Norm, NormInput, RopeAndCache, SiluMul};
+use elementwise::{Norm, NormInput, RopeAndCache, SiluMul, TokenBands};
 use isa::Dispatch;
 use pool::Pool;
 use sample::{SampleScratch, sample_row};
@@ -220,12 +220,13 @@ impl Backend for CpuBackend {
         batch: &Batch,
     ) {
         assert!(qkv.cols() == shape.qkv_width() && qkv.rows() == batch.tokens.len());
-        let (rows, cols, dispatch) = (qkv.rows(), qkv.cols(), self.dispatch);
+        let dispatch = self.dispatch;
+        let bands = TokenBands::new(batch, cache.tokens_a_line(), CHUNK_ELEMENTS / qkv.cols());
         let norm = norm.map(|norm| (&norm.q[..], &norm.k[..], norm.eps));
         let qkv = Shared::new(qkv.values_mut());
         let cache = &*cache;
-        self.by_rows(rows, cols, |first, count| {
-            let tokens = first..first + count;
+        self.pool.run(bands.count(), &|_, band| {
+            let tokens = bands.tokens(band);
             dispatch.run(RopeAndCache { qkv, shape, norm, rope, cache, layer, batch, tokens });
         });
     }
