@@ -5,29 +5,50 @@
 //! `acc = fma(m_w, d_a × Σq, acc)`. The order is the same for one row or many and on every instruction set, so the bits
 //! are too.
 //!
-//! A few rows (decoding) read the packed weights directly and are bound by memory. For more rows (prefill) 4-bit
-//! weights are unpacked once into a panel that stays in the first-level cache while all rows pass by.
+//! A few rows (decoding) read the packed weights directly and are bound by memory. More rows (prefill) are bound by
+//! arithmetic if caches keep up: a row's block takes some 15 (4 bits) or 24 cycles (8 bits) a group, counted in Zen 3's
+//! instructions, and needs at least its own 56 bytes of the second-level cache. (Were activations to stay and weights
+//! to come, in tiles of four rows, it would be 160 or 136.) To need no more, a range of `k` is taken at a time:
+//!
+//! - Its weights of one group, 4-bit ones unpacked into a panel, stay in the first-level cache while all rows pass by.
+//!   All `k` of 8-bit weights stay only if that is less than 1,300 or so; otherwise 136 bytes come along every time.
+//! - Its activations, 168 KiB for 128 rows, stay in the second-level cache while several groups take their turn. All
+//!   `k` of them stay in 512 KiB only if that is less than 2,300; otherwise the 56 bytes come from the third level for
+//!   each group instead of once for sixteen.
+//! - The sums of these groups, 128 KiB, wait for the next range beside them: 128 bytes a row for 24 blocks.
 
 use std::ops::Range;
 
 use super::buffer::{Aligned, Shared};
 use super::isa::{Isa, Kernel, LANES};
-use super::linear::Part;
+use super::linear::{Part, ROWS_PER_CHUNK};
 use super::pack::Format;
 use super::quant::{BLOCK, BlockInfo, QuantizedView};
 
-/// Blocks of 32 `k` in a panel: 15 KiB, half of a common first-level data cache.
+/// Blocks of 32 `k` in a range: a panel of 15 KiB, half of a common first-level data cache.
 const PANEL_BLOCKS: usize = 24;
 /// A panel's block: 512 weights as bytes, 16 scales and 16 minimums as f32.
 const PANEL_STRIDE: usize = 512 + 2 * 4 * LANES;
-/// Rows from which unpacking into a panel pays: measured on Zen 3, where at 16 rows unpacking each time is 20 % faster.
+/// Rows from which ranges and unpacking into a panel pay: measured on Zen 3, where at 16 rows unpacking each time is
+/// 20 % faster.
 const PANEL_ROWS: usize = 33;
+/// Groups of columns that a range's activations meet before the next range's turn.
+const GROUPS_PER_PASS: usize = 16;
 /// How far ahead of a product its weights are asked for.
 const PREFETCH_BYTES: usize = 2560;
 
-/// Space for one thread's panel.
-pub(crate) fn panel() -> Aligned<u8> {
-    Aligned::zeroed(PANEL_BLOCKS * PANEL_STRIDE)
+/// One thread's working space.
+pub(crate) struct Space {
+    panel: Aligned<u8>,
+    /// Sums of the ranges so far, `[GROUPS_PER_PASS][rows][16]`.
+    sums: Aligned<f32>,
+}
+
+impl Space {
+    pub(crate) fn new() -> Self {
+        let panel = Aligned::zeroed(PANEL_BLOCKS * PANEL_STRIDE);
+        Self { panel, sums: Aligned::zeroed(GROUPS_PER_PASS * ROWS_PER_CHUNK * LANES) }
+    }
 }
 
 /// Computes rows `rows` and column groups `groups` of one part of a weight.
@@ -41,7 +62,7 @@ pub(crate) struct QuantizedGemm<'a> {
     /// `[rows, out_cols]`; nobody else touches the named columns of the named rows.
     pub(crate) out: Shared<'a, f32>,
     pub(crate) out_cols: usize,
-    pub(crate) panel: &'a mut Aligned<u8>,
+    pub(crate) space: &'a mut Space,
 }
 
 /// What tells the formats apart, known when a kernel is compiled.
@@ -95,6 +116,17 @@ struct Operands {
     infos_stride: usize,
 }
 
+/// Where a tile stands.
+#[derive(Clone, Copy)]
+struct Place {
+    group: usize,
+    row: usize,
+    /// The sums of the rows' earlier ranges of `k`, unless this is the first, and room for them, unless it is the last.
+    sums: *mut f32,
+    is_first: bool,
+    is_last: bool,
+}
+
 impl QuantizedGemm<'_> {
     #[inline(always)]
     fn product<I: Isa, L: Layout>(self, isa: I) {
@@ -103,58 +135,71 @@ impl QuantizedGemm<'_> {
         assert!(group_bytes == L::FORMAT.group_bytes(self.x.cols));
         assert!(self.groups.end * group_bytes <= self.part.data.len());
         assert!(self.rows.end * self.x.cols <= self.x.bytes.len() && self.rows.end * blocks <= self.x.infos.len());
-        let panel = self.panel.as_mut_ptr();
-        let use_panel = L::U4 && self.rows.len() >= PANEL_ROWS;
-        let step = if use_panel { PANEL_BLOCKS } else { blocks };
-        for group in self.groups.clone() {
-            let weights = self.part.data[group * group_bytes..].as_ptr();
+        assert!(self.rows.len() <= ROWS_PER_CHUNK);
+        let (panel, sums) = (self.space.panel.as_mut_ptr(), self.space.sums.as_mut_ptr());
+        let in_ranges = self.rows.len() >= PANEL_ROWS;
+        let step = if in_ranges { PANEL_BLOCKS } else { blocks };
+        let mut pass = self.groups.start;
+        while pass < self.groups.end {
+            let groups = pass..self.groups.end.min(pass + GROUPS_PER_PASS);
             let mut first = 0;
             while first < blocks {
                 let count = step.min(blocks - first);
-                // SAFETY: the assertions above bound group, rows and blocks; a panel has room for PANEL_BLOCKS.
-                unsafe {
-                    let packed = weights.add(first * L::FORMAT.unit().0);
-                    let w = if use_panel {
-                        unpack_panel(isa, packed, count, panel);
-                        panel.cast_const()
-                    } else {
-                        packed
-                    };
-                    let mut row = self.rows.start;
-                    while row < self.rows.end {
-                        let operands = Operands {
-                            w,
-                            blocks: count,
-                            bytes: self.x.bytes.as_ptr().add(row * self.x.cols + first * BLOCK),
-                            bytes_stride: self.x.cols,
-                            infos: self.x.infos.as_ptr().add(row * blocks + first),
-                            infos_stride: blocks,
-                        };
-                        let place = (group, row, first == 0, first + count == blocks);
-                        row += if use_panel {
-                            self.some_rows::<I, L, true>(isa, operands, place)
+                for group in groups.clone() {
+                    // SAFETY: the assertions above bound group, rows and blocks; a panel has room for PANEL_BLOCKS,
+                    // and the sums for the groups of a pass and the rows of a chunk.
+                    unsafe {
+                        let weights = self.part.data[group * group_bytes..].as_ptr();
+                        let packed = weights.add(first * L::FORMAT.unit().0);
+                        let w = if L::U4 && in_ranges {
+                            unpack_panel(isa, packed, count, panel);
+                            panel.cast_const()
                         } else {
-                            self.some_rows::<I, L, false>(isa, operands, place)
+                            packed
                         };
+                        let mut row = self.rows.start;
+                        while row < self.rows.end {
+                            let operands = Operands {
+                                w,
+                                blocks: count,
+                                bytes: self.x.bytes.as_ptr().add(row * self.x.cols + first * BLOCK),
+                                bytes_stride: self.x.cols,
+                                infos: self.x.infos.as_ptr().add(row * blocks + first),
+                                infos_stride: blocks,
+                            };
+                            let waiting = (group - pass) * self.rows.len() + row - self.rows.start;
+                            let place = Place {
+                                group,
+                                row,
+                                sums: sums.add(waiting * LANES),
+                                is_first: first == 0,
+                                is_last: first + count == blocks,
+                            };
+                            row += if L::U4 && in_ranges {
+                                self.some_rows::<I, L, true>(isa, operands, place)
+                            } else {
+                                self.some_rows::<I, L, false>(isa, operands, place)
+                            };
+                        }
                     }
                 }
                 first += count;
             }
+            pass = groups.end;
         }
     }
 
-    /// The next rows, as many as a tile takes; returns how many. `place`: column group, row, whether these are the
-    /// first blocks of `k`, and whether they are the last.
+    /// The next rows, as many as a tile takes; returns how many.
     #[inline(always)]
     unsafe fn some_rows<I: Isa, L: Layout, const PANEL: bool>(
         &self,
         isa: I,
         operands: Operands,
-        place: (usize, usize, bool, bool),
+        place: Place,
     ) -> usize {
-        // SAFETY: the caller vouches for the operands of all rows that are left.
+        // SAFETY: the caller vouches for the operands and sums of all rows that are left.
         unsafe {
-            match self.rows.end - place.1 {
+            match self.rows.end - place.row {
                 8.. if I::ROWS_MAX >= 8 => self.tile::<I, L, 8, PANEL>(isa, operands, place),
                 4.. if I::ROWS_MAX >= 4 => self.tile::<I, L, 4, PANEL>(isa, operands, place),
                 3 if I::ROWS_MAX >= 4 => self.tile::<I, L, 3, PANEL>(isa, operands, place),
@@ -169,31 +214,36 @@ impl QuantizedGemm<'_> {
         &self,
         isa: I,
         operands: Operands,
-        (group, row, is_first, is_last): (usize, usize, bool, bool),
+        place: Place,
     ) -> usize {
-        let column = group * LANES;
-        let lanes = LANES.min(self.part.rows - column);
-        let column = self.part.row_start + column;
-        // Sums of the blocks so far wait in the output itself.
-        // SAFETY: these columns of these rows are this chunk's alone.
-        let place = |r: usize| unsafe { self.out.slice((row + r) * self.out_cols + column, lanes).as_mut_ptr() };
         let mut acc = [isa.zero(); R];
-        if !is_first {
+        if !place.is_first {
             for (r, acc) in acc.iter_mut().enumerate() {
-                // SAFETY: `place` points to `lanes` values.
-                *acc = unsafe { if lanes == LANES { isa.load(place(r)) } else { isa.load_partial(place(r), lanes) } };
+                // SAFETY: the caller vouches for sixteen sums of each row.
+                *acc = unsafe { isa.load(place.sums.add(r * LANES)) };
             }
         }
         // SAFETY: the caller vouches for the operands.
         unsafe { accumulate::<I, L, R, PANEL>(isa, operands, &mut acc) };
+        if !place.is_last {
+            for (r, &acc) in acc.iter().enumerate() {
+                // SAFETY: as above.
+                unsafe { isa.store(place.sums.add(r * LANES), acc) };
+            }
+            return R;
+        }
+        let column = place.group * LANES;
+        let lanes = LANES.min(self.part.rows - column);
+        let column = self.part.row_start + column;
         for (r, &acc) in acc.iter().enumerate() {
-            // SAFETY: `place` points to `lanes` values; a bias is as long as an output row.
+            // SAFETY: these columns of these rows are this chunk's alone; a bias is as long as an output row.
             unsafe {
+                let out = self.out.slice((place.row + r) * self.out_cols + column, lanes).as_mut_ptr();
                 let value = match self.bias {
-                    Some(bias) if is_last => isa.add(acc, isa.load_partial(bias[column..][..lanes].as_ptr(), lanes)),
-                    _ => acc,
+                    Some(bias) => isa.add(acc, isa.load_partial(bias[column..][..lanes].as_ptr(), lanes)),
+                    None => acc,
                 };
-                if lanes == LANES { isa.store(place(r), value) } else { isa.store_partial(place(r), value, lanes) }
+                if lanes == LANES { isa.store(out, value) } else { isa.store_partial(out, value, lanes) }
             }
         }
         R

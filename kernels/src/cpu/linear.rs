@@ -9,8 +9,8 @@ use super::pool::Pool;
 use super::quant::{BLOCK, QuantizedRows, quantize};
 use crate::{KernelError, Matrix};
 
-/// Rows that pass by one panel: as many as leave their activations in a second-level cache.
-const ROWS_PER_CHUNK: usize = 128;
+/// Rows that pass by one panel: as many as leave their activations of a panel's `k` in a second-level cache.
+pub(crate) const ROWS_PER_CHUNK: usize = 128;
 /// Multiply-adds below which waking other threads costs more than it saves.
 const SERIAL_WORK: usize = 1 << 15;
 /// Chunks a thread gets on average: enough to even out a thread that is slowed down.
@@ -44,7 +44,7 @@ pub struct Linear {
 
 /// One thread's working space.
 struct Panels {
-    quantized: Aligned<u8>,
+    quantized: gemm_q::Space,
     float: Aligned<f32>,
 }
 
@@ -56,7 +56,7 @@ pub(crate) struct Scratch {
 
 impl Scratch {
     pub(crate) fn new(threads: usize) -> Self {
-        let panels = || Panels { quantized: gemm_q::panel(), float: gemm_f::panel() };
+        let panels = || Panels { quantized: gemm_q::Space::new(), float: gemm_f::panel() };
         Self { quantized: QuantizedRows::new(), panels: PerThread::new(threads, panels) }
     }
 
@@ -163,7 +163,7 @@ impl Linear {
                         bias,
                         out: shared,
                         out_cols,
-                        panel: &mut panels.quantized,
+                        space: &mut panels.quantized,
                     });
                 } else {
                     dispatch.run(FloatGemm {

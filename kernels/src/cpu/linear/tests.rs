@@ -68,8 +68,12 @@ fn bytes(dtype: DType, elements: usize) -> Vec<u8> {
 
 /// 37 output features: two whole groups of columns and a part of one.
 fn weight(pool: &mut Pool, dtype: DType, cols: usize) -> Linear {
-    let bytes = bytes(dtype, 37 * cols);
-    Linear::new(pool, &[Matrix::new(dtype, 37, cols, &bytes).expect("matrix")]).expect("weight")
+    weight_of(pool, dtype, 37, cols)
+}
+
+fn weight_of(pool: &mut Pool, dtype: DType, features: usize, cols: usize) -> Linear {
+    let bytes = bytes(dtype, features * cols);
+    Linear::new(pool, &[Matrix::new(dtype, features, cols, &bytes).expect("matrix")]).expect("weight")
 }
 
 #[test]
@@ -86,6 +90,23 @@ fn one_row_gives_the_bits_it_gives_among_many() {
             let first = 135 - rows;
             let some = machine.product(&x[first * cols..], &weight, &bias);
             assert!(some == all[first * 37..], "{dtype:?}: {rows} rows");
+        }
+    }
+}
+
+#[test]
+fn a_row_among_many_gives_its_bits_where_one_thread_has_more_groups_than_wait_at_once() {
+    // 21 whole groups of columns and a part of one, and three ranges of `k`.
+    let (features, cols) = (341, 1792);
+    let mut machine = Machine::new(Level::detect(), 1).expect("detected");
+    for dtype in ALL.into_iter().filter(|&dtype| Format::of(dtype).is_quantized()) {
+        let weight = weight_of(&mut machine.pool, dtype, features, cols);
+        let (x, bias) = (noise(39 * cols, 9), noise(features, 10));
+        let all = machine.product(&x, &weight, &bias);
+        assert!(all.iter().all(|v| v.is_finite()), "{dtype:?}");
+        for first in [0, 20, 36] {
+            let some = machine.product(&x[first * cols..(first + 3) * cols], &weight, &bias);
+            assert!(some == all[first * features..(first + 3) * features], "{dtype:?}: rows from {first}");
         }
     }
 }
