@@ -4,6 +4,11 @@
 //! accumulator. A few rows read the packed weights directly, several column groups at a time so that enough sums are
 //! under way to hide the latency of an addition. For more rows narrower weights are widened once into a panel in the
 //! first-level cache. An E4M3 weight is `q × scale`, rounded to f32, wherever it is widened.
+//!
+//! As there, several groups take their turn before the next panel's `k`. A row's 256 `k` are 1 KiB and keep Zen 3 busy
+//! for 256 cycles a group; of 128 rows they are 128 KiB, which stay in the second-level cache meanwhile. All `k` of
+//! them stay in 512 KiB only if that is less than 1,000, and would otherwise come from the third level for each group;
+//! what comes in their stead is 128 bytes of the sums, which wait in the output.
 
 use std::ops::Range;
 
@@ -17,6 +22,10 @@ use super::tile::{Half, tile, tile_f8, tile_pairs};
 const PANEL_DEPTH: usize = 256;
 /// Rows from which widening into a panel pays.
 const PANEL_ROWS: usize = 5;
+/// Most activations that stay in a second-level cache for the next group, all `k` of them: half of 512 KiB.
+const CACHED_MAX: usize = 1 << 16;
+/// Groups of columns that more activations meet before the `k` of the next panel have their turn.
+const GROUPS_PER_PASS: usize = 16;
 
 /// Space for one thread's panel.
 pub(crate) fn panel() -> Aligned<f32> {
@@ -103,24 +112,30 @@ impl FloatGemm<'_> {
 
     #[inline(always)]
     fn many_rows<I: Isa>(&mut self, isa: I) {
-        for group in self.groups.clone() {
+        let taken = if self.rows.len() * self.depth > CACHED_MAX { GROUPS_PER_PASS } else { 1 };
+        let mut pass = self.groups.start;
+        while pass < self.groups.end {
+            let groups = pass..self.groups.end.min(pass + taken);
             let mut first = 0;
             while first < self.depth {
                 let k = first..(first + PANEL_DEPTH).min(self.depth);
-                let panel = self.panel_of(isa, group, &k);
-                let mut row = self.rows.start;
-                while row < self.rows.end {
-                    let place = Place { group, row, k: k.clone() };
-                    row += match self.rows.end - row {
-                        12.. if I::ROWS_MAX >= 12 => self.paneled::<I, 12>(isa, panel, &place),
-                        6.. if I::ROWS_MAX >= 6 => self.paneled::<I, 6>(isa, panel, &place),
-                        4.. if I::ROWS_MAX >= 6 => self.paneled::<I, 4>(isa, panel, &place),
-                        2.. if I::ROWS_MAX >= 6 => self.paneled::<I, 2>(isa, panel, &place),
-                        _ => self.paneled::<I, 1>(isa, panel, &place),
-                    };
+                for group in groups.clone() {
+                    let panel = self.panel_of(isa, group, &k);
+                    let mut row = self.rows.start;
+                    while row < self.rows.end {
+                        let place = Place { group, row, k: k.clone() };
+                        row += match self.rows.end - row {
+                            12.. if I::ROWS_MAX >= 12 => self.paneled::<I, 12>(isa, panel, &place),
+                            6.. if I::ROWS_MAX >= 6 => self.paneled::<I, 6>(isa, panel, &place),
+                            4.. if I::ROWS_MAX >= 6 => self.paneled::<I, 4>(isa, panel, &place),
+                            2.. if I::ROWS_MAX >= 6 => self.paneled::<I, 2>(isa, panel, &place),
+                            _ => self.paneled::<I, 1>(isa, panel, &place),
+                        };
+                    }
                 }
                 first = k.end;
             }
+            pass = groups.end;
         }
     }
 
