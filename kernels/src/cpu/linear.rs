@@ -1,5 +1,6 @@
 //! A weight matrix and its product: packing at load, splitting over threads in a step.
 
+use super::arena::{Arena, Piece};
 use super::buffer::{Activations, Aligned, PerThread, Shared};
 use super::gemm_f::{self, FloatGemm};
 use super::gemm_q::{self, QuantizedGemm};
@@ -26,7 +27,7 @@ pub(crate) struct Part {
     /// Bytes of sixteen of them.
     pub(crate) group_bytes: usize,
     /// The groups, one after the other.
-    pub(crate) data: Aligned<u8>,
+    pub(crate) data: Piece,
 }
 
 impl Part {
@@ -67,8 +68,8 @@ impl Scratch {
 }
 
 impl Linear {
-    /// Repacks `parts`, stacked along their rows.
-    pub(crate) fn new(pool: &mut Pool, parts: &[Matrix<'_>]) -> Result<Self, KernelError> {
+    /// Repacks `parts`, stacked along their rows, into memory from `arena`.
+    pub(crate) fn new(pool: &mut Pool, arena: &mut Arena, parts: &[Matrix<'_>]) -> Result<Self, KernelError> {
         let cols = parts.first().map_or(0, Matrix::cols);
         let mut packed = Vec::with_capacity(parts.len());
         let mut rows = 0;
@@ -79,7 +80,7 @@ impl Linear {
             let format = Format::of(matrix.dtype());
             let group_bytes = format.group_bytes(cols);
             let groups = matrix.rows().div_ceil(LANES);
-            let mut data = Aligned::zeroed(groups * group_bytes);
+            let mut data = arena.take(groups * group_bytes);
             let shared = Shared::new(&mut data);
             pool.run(groups, &|_, group| {
                 // SAFETY: each group is packed by one chunk.

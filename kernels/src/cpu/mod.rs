@@ -5,6 +5,7 @@
 //! (`pool`). Every output is summed in one accumulator in a fixed order, so a row's bits depend neither on the batch
 //! nor on the threads nor on the processor.
 
+mod arena;
 mod attention;
 mod buffer;
 mod elementwise;
@@ -24,6 +25,7 @@ pub use isa::Level;
 pub use kv::KvCache;
 pub use linear::Linear;
 
+use arena::Arena;
 use attention::Attention;
 use buffer::{PerThread, Shared};
 use elementwise::{Norm, NormInput, RopeAndCache, SiluMul, TokenBands};
@@ -59,6 +61,7 @@ pub struct CpuBackend {
     dispatch: Dispatch,
     level: Level,
     pool: Pool,
+    weights: Arena,
     linear: linear::Scratch,
     attention: attention::Scratch,
     samplers: PerThread<SampleScratch>,
@@ -82,6 +85,7 @@ impl CpuBackend {
             dispatch,
             level,
             pool,
+            weights: Arena::default(),
             linear: linear::Scratch::new(threads),
             attention: attention::Scratch::new(threads),
             samplers: PerThread::new(threads, || SampleScratch::new(0)),
@@ -122,7 +126,7 @@ impl Backend for CpuBackend {
     type KvCache = KvCache;
 
     fn linear_weight(&mut self, parts: &[Matrix<'_>]) -> Result<Linear, KernelError> {
-        Linear::new(&mut self.pool, parts)
+        Linear::new(&mut self.pool, &mut self.weights, parts)
     }
 
     fn linear_bytes(&self, weight: &Linear) -> usize {

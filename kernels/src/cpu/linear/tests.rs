@@ -73,7 +73,8 @@ fn weight(pool: &mut Pool, dtype: DType, cols: usize) -> Linear {
 
 fn weight_of(pool: &mut Pool, dtype: DType, features: usize, cols: usize) -> Linear {
     let bytes = bytes(dtype, features * cols);
-    Linear::new(pool, &[Matrix::new(dtype, features, cols, &bytes).expect("matrix")]).expect("weight")
+    let matrix = Matrix::new(dtype, features, cols, &bytes).expect("matrix");
+    Linear::new(pool, &mut Arena::default(), &[matrix]).expect("weight")
 }
 
 #[test]
@@ -165,7 +166,8 @@ fn the_largest_quants_do_not_overflow() {
             block[..head].fill(0);
             block[1] = 0x3c; // a scale of 1
             let bytes = block.repeat(16 * cols / 32);
-            let weight = Linear::new(&mut machine.pool, &[Matrix::new(dtype, 16, cols, &bytes).expect("matrix")]);
+            let matrix = Matrix::new(dtype, 16, cols, &bytes).expect("matrix");
+            let weight = Linear::new(&mut machine.pool, &mut Arena::default(), &[matrix]);
             for sign in [1.0, -1.0] {
                 let x = vec![sign * 127.0; cols];
                 let product = machine.product(&x, weight.as_ref().expect("weight"), &[0.0; 16]);
