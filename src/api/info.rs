@@ -83,6 +83,11 @@ pub(crate) async fn version() -> Json<Version> {
 
 /// `GET /metrics`, in Prometheus' text format.
 pub(crate) async fn metrics(State(serving): State<Arc<Serving>>) -> Response {
-    let text = HeaderValue::from_static("text/plain; version=0.0.4; charset=utf-8");
-    ([(header::CONTENT_TYPE, text)], serving.metrics.render()).into_response()
+    exposition(serving.metrics.render())
+}
+
+/// The answer with a process's metrics.
+pub(crate) fn exposition(text: String) -> Response {
+    let kind = HeaderValue::from_static("text/plain; version=0.0.4; charset=utf-8");
+    ([(header::CONTENT_TYPE, kind)], text).into_response()
 }

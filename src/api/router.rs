@@ -3,6 +3,7 @@ use std::sync::Arc;
 use axum::{
     Router,
     extract::Request,
+    handler::Handler,
     http::{HeaderValue, StatusCode, header},
     middleware::from_fn_with_state,
     routing::{get, post},
@@ -39,20 +40,29 @@ pub(crate) fn router(serving: Arc<Serving>) -> Router {
         .route_layer(from_fn_with_state(serving.clone(), require_key));
     let origins = &serving.config.allowed_origins;
     let cors = (!origins.is_empty()).then(|| cors(origins));
-    let router = guarded
-        .route("/health", get(health))
-        .route("/v1/health", get(health))
-        .route("/ping", get(health).post(health))
-        .route("/health/live", get(live))
-        .route("/health/ready", get(health))
-        .route("/version", get(version))
-        .route("/metrics", get(metrics));
+    let router = probes(guarded, health, health).route("/metrics", get(metrics));
     let router = fallbacks(router, SERVED).layer(from_fn_with_state(serving.clone(), observe));
     let router = match cors {
         Some(cors) => router.layer(cors),
         None => router,
     };
     router.with_state(serving)
+}
+
+/// Adds what every process answers to those that look after it; `health` under each name that they may know for it.
+pub(crate) fn probes<S, T, U>(router: Router<S>, health: impl Handler<T, S>, ready: impl Handler<U, S>) -> Router<S>
+where
+    S: Clone + Send + Sync + 'static,
+    T: 'static,
+    U: 'static,
+{
+    router
+        .route("/health", get(health.clone()))
+        .route("/v1/health", get(health.clone()))
+        .route("/ping", get(health.clone()).post(health))
+        .route("/health/live", get(live))
+        .route("/health/ready", get(ready))
+        .route("/version", get(version))
 }
 
 /// Errors of OpenAI's shape for what is not served; `served` is what is.

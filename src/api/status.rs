@@ -3,7 +3,7 @@ use std::{future::Future, sync::Arc};
 use axum::{
     Router,
     extract::{Path, State},
-    http::{HeaderMap, HeaderValue, StatusCode, header},
+    http::{HeaderMap, StatusCode},
     response::{IntoResponse, Response},
     routing::{get, post},
 };
@@ -13,7 +13,7 @@ use tokio::{
     sync::{Mutex, watch},
 };
 
-use super::{HttpToken, Json, ServerConfig, fallbacks, live, server::serve_router, version};
+use super::{HttpToken, Json, ServerConfig, exposition, fallbacks, probes, server::serve_router};
 use crate::{
     cluster::LeaseId,
     telemetry::Metrics,
@@ -58,16 +58,9 @@ pub async fn serve_status(
     drain: impl Future<Output = ()>,
 ) {
     let status = Arc::new(Status { shown, measuring: Mutex::default() });
-    let router = Router::new()
-        .route("/health", get(health))
-        .route("/v1/health", get(health))
-        .route("/ping", get(health).post(health))
-        .route("/health/live", get(live))
-        .route("/health/ready", get(health))
-        .route("/version", get(version))
-        .route("/metrics", get(render))
-        .route("/measure/{lease}", post(measure_one));
-    serve_router(listener, fallbacks(router, SERVED).with_state(status), config, shutdown, drain).await;
+    let router = Router::new().route("/metrics", get(metrics)).route("/measure/{lease}", post(measure_one));
+    let router = fallbacks(probes(router, health, health), SERVED).with_state(status);
+    serve_router(listener, router, config, shutdown, drain).await;
 }
 
 async fn health(State(status): State<Arc<Status>>) -> Response {
@@ -78,9 +71,8 @@ async fn health(State(status): State<Arc<Status>>) -> Response {
     }
 }
 
-async fn render(State(status): State<Arc<Status>>) -> Response {
-    let text = HeaderValue::from_static("text/plain; version=0.0.4; charset=utf-8");
-    ([(header::CONTENT_TYPE, text)], status.shown.metrics.render()).into_response()
+async fn metrics(State(status): State<Arc<Status>>) -> Response {
+    exposition(status.shown.metrics.render())
 }
 
 async fn measure_one(State(status): State<Arc<Status>>, Path(lease): Path<String>, headers: HeaderMap) -> Response {

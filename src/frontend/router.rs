@@ -6,7 +6,7 @@ use axum::{
     extract::{MatchedPath, Path, Request, State},
     http::{HeaderMap, HeaderValue, StatusCode, Uri, header, uri::PathAndQuery},
     middleware::{Next, from_fn_with_state},
-    response::{IntoResponse, Response},
+    response::Response,
     routing::{get, post},
 };
 use bytes::Bytes;
@@ -20,8 +20,8 @@ use super::{
 };
 use crate::{
     api::{
-        ApiError, Json, SERVED, ServerConfig, check_key, cors, discard, fallbacks, live, read_body, request_id,
-        serve_router, version,
+        ApiError, Json, SERVED, ServerConfig, check_key, cors, discard, exposition, fallbacks, live, probes, read_body,
+        request_id, serve_router,
     },
     cluster::{Cluster, WorkerCard},
 };
@@ -53,14 +53,7 @@ fn router(frontend: Arc<Frontend>) -> Router {
         .route("/tokenize", post(ask))
         .route("/detokenize", post(ask))
         .route_layer(from_fn_with_state(frontend.clone(), require_key));
-    let router = guarded
-        .route("/health", get(live))
-        .route("/v1/health", get(live))
-        .route("/ping", get(live).post(live))
-        .route("/health/live", get(live))
-        .route("/health/ready", get(ready))
-        .route("/version", get(version))
-        .route("/metrics", get(metrics));
+    let router = probes(guarded, live, ready).route("/metrics", get(metrics));
     let router = fallbacks(router, SERVED).layer(from_fn_with_state(frontend.clone(), observe));
     let origins = &frontend.config.allowed_origins;
     let router = if origins.is_empty() { router } else { router.layer(cors(origins)) };
@@ -162,9 +155,8 @@ async fn ready(State(frontend): State<Arc<Frontend>>) -> Result<&'static str, Ap
 
 /// `GET /metrics`, in Prometheus' text format.
 async fn metrics(State(frontend): State<Arc<Frontend>>) -> Response {
-    let text = HeaderValue::from_static("text/plain; version=0.0.4; charset=utf-8");
     frontend.metrics.body_bytes.set(frontend.bodies.used() as i64);
-    ([(header::CONTENT_TYPE, text)], frontend.metrics.render()).into_response()
+    exposition(frontend.metrics.render())
 }
 
 /// Lets requests with one of the keys pass; all, if there are none.
@@ -195,6 +187,8 @@ async fn observe(State(frontend): State<Arc<Frontend>>, mut request: Request, ne
 
 #[cfg(test)]
 mod tests {
+    use axum::response::IntoResponse;
+
     use super::*;
 
     #[test]
