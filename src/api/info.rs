@@ -12,7 +12,7 @@ use crate::worker::EngineStatus;
 
 /// A model in `/v1/models`.
 #[derive(Serialize)]
-pub(crate) struct ModelCard {
+pub(crate) struct ListedModel {
     id: String,
     object: &'static str,
     created: u64,
@@ -22,38 +22,42 @@ pub(crate) struct ModelCard {
     max_model_len: usize,
 }
 
+impl ListedModel {
+    pub(crate) fn new(name: &str, created: u64, root: &str, max_model_len: usize) -> Self {
+        let (id, root) = (name.to_owned(), root.to_owned());
+        Self { id, object: "model", created, owned_by: "engine", root, parent: None, max_model_len }
+    }
+}
+
 /// `/v1/models`.
 #[derive(Serialize)]
 pub(crate) struct ModelList {
     object: &'static str,
-    data: Vec<ModelCard>,
+    data: Vec<ListedModel>,
 }
 
-fn card(serving: &Serving, name: &str) -> ModelCard {
-    ModelCard {
-        id: name.to_owned(),
-        object: "model",
-        created: serving.started,
-        owned_by: "engine",
-        root: serving.config.model_root.clone(),
-        parent: None,
-        max_model_len: serving.max_model_len(),
+impl ModelList {
+    pub(crate) fn of(models: impl Iterator<Item = ListedModel>) -> Self {
+        Self { object: "list", data: models.collect() }
     }
+}
+
+fn listed(serving: &Serving, name: &str) -> ListedModel {
+    ListedModel::new(name, serving.started, &serving.config.model_root, serving.max_model_len())
 }
 
 /// `GET /v1/models`.
 pub(crate) async fn models(State(serving): State<Arc<Serving>>) -> Json<ModelList> {
-    let data = serving.config.model_names.iter().map(|name| card(&serving, name)).collect();
-    Json(ModelList { object: "list", data })
+    Json(ModelList::of(serving.config.model_names.iter().map(|name| listed(&serving, name))))
 }
 
 /// `GET /v1/models/{id}`; ids may have slashes.
 pub(crate) async fn model(
     State(serving): State<Arc<Serving>>,
     Path(name): Path<String>,
-) -> Result<Json<ModelCard>, ApiError> {
+) -> Result<Json<ListedModel>, ApiError> {
     serving.check_model(Some(&name))?;
-    Ok(Json(card(&serving, &name)))
+    Ok(Json(listed(&serving, &name)))
 }
 
 /// `GET /health/live`, and a frontend's `/health`: 200 for as long as the process runs. Restarting it helps nobody.

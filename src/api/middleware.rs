@@ -52,14 +52,6 @@ pub(crate) fn request_id(request: &Request) -> HeaderValue {
     given.or_else(fresh).unwrap_or(HeaderValue::from_static("req"))
 }
 
-/// Lets requests with one of the keys pass; all, if there are none.
-pub(crate) async fn require_key(State(serving): State<Arc<Serving>>, request: Request, next: Next) -> Response {
-    match check_key(&serving.config.api_keys, request).await {
-        Ok(request) => next.run(request).await,
-        Err(refusal) => refusal,
-    }
-}
-
 /// Lets requests pass that are for this model, as far as they say. A frontend that has not heard yet of a worker's end
 /// may find another in its place, whose name for its model is the same and whose weights are others.
 pub(crate) async fn require_model(State(serving): State<Arc<Serving>>, request: Request, next: Next) -> Response {
@@ -75,23 +67,23 @@ pub(crate) async fn require_model(State(serving): State<Arc<Serving>>, request: 
     ApiError::new(StatusCode::MISDIRECTED_REQUEST, "other_model", message).into_response()
 }
 
-/// Gives the request back if it has one of the keys or there are none; else the answer that refuses it.
-pub(crate) async fn check_key(keys: &[String], request: Request) -> Result<Request, Response> {
+/// Lets requests with one of the keys pass; all, if there are none.
+pub(crate) async fn require_key(State(keys): State<Arc<[String]>>, request: Request, next: Next) -> Response {
     // A browser asks for permission without the key.
     if keys.is_empty() || request.method() == Method::OPTIONS {
-        return Ok(request);
+        return next.run(request).await;
     }
     let bearer = request.headers().get(header::AUTHORIZATION).and_then(|value| {
         let (scheme, key) = value.as_bytes().split_at_checked(7)?;
         scheme.eq_ignore_ascii_case(b"bearer ").then_some(key)
     });
     let message = match bearer {
-        Some(key) if is_one_of(key, keys) => return Ok(request),
+        Some(key) if is_one_of(key, &keys) => return next.run(request).await,
         Some(_) => "Incorrect API key provided",
         None => "You didn't provide an API key; send it as 'Authorization: Bearer KEY'",
     };
     discard_body(request).await;
-    Err(ApiError::new(StatusCode::UNAUTHORIZED, "invalid_api_key", message).into_response())
+    ApiError::new(StatusCode::UNAUTHORIZED, "invalid_api_key", message).into_response()
 }
 
 /// Compares in a time that depends neither on where the key differs nor on how long it is: digests of all are compared.

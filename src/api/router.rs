@@ -29,6 +29,7 @@ pub(crate) const SERVED: &str = "POST /v1/chat/completions, POST /v1/completions
 
 /// All endpoints. Those that show nothing of the model's work are open; the others want a key if there is one.
 pub(crate) fn router(serving: Arc<Serving>) -> Router {
+    let keys: Arc<[String]> = serving.config.api_keys.clone().into();
     let guarded = Router::new()
         .route("/v1/models", get(models))
         .route("/v1/models/{*id}", get(model))
@@ -37,7 +38,7 @@ pub(crate) fn router(serving: Arc<Serving>) -> Router {
         .route("/tokenize", post(tokenize))
         .route("/detokenize", post(detokenize))
         .route_layer(from_fn_with_state(serving.clone(), require_model))
-        .route_layer(from_fn_with_state(serving.clone(), require_key));
+        .route_layer(from_fn_with_state(keys, require_key));
     let origins = &serving.config.allowed_origins;
     let cors = (!origins.is_empty()).then(|| cors(origins));
     let router = probes(guarded, health, health).route("/metrics", get(metrics));

@@ -13,7 +13,7 @@ use tokio::{
     sync::{Mutex, watch},
 };
 
-use super::{HttpToken, Json, ServerConfig, exposition, fallbacks, probes, server::serve_router};
+use super::{HttpToken, Json, ServerConfig, exposition, fallbacks, probes, serve_router};
 use crate::{
     cluster::LeaseId,
     telemetry::Metrics,

@@ -10,7 +10,6 @@ use axum::{
     routing::{get, post},
 };
 use bytes::Bytes;
-use serde_json::{Value, json};
 use tokio::net::TcpListener;
 
 use super::{
@@ -20,8 +19,8 @@ use super::{
 };
 use crate::{
     api::{
-        ApiError, Json, SERVED, ServerConfig, check_key, cors, discard, exposition, fallbacks, live, probes, read_body,
-        request_id, serve_router,
+        ApiError, Json, ListedModel, ModelList, SERVED, ServerConfig, cors, discard, exposition, fallbacks, live,
+        probes, read_body, request_id, require_key, serve_router,
     },
     cluster::{Cluster, WorkerCard},
 };
@@ -45,6 +44,7 @@ pub async fn serve(
 }
 
 fn router(frontend: Arc<Frontend>) -> Router {
+    let keys: Arc<[String]> = frontend.config.api_keys.clone().into();
     let guarded = Router::new()
         .route("/v1/models", get(models))
         .route("/v1/models/{*id}", get(model))
@@ -52,7 +52,7 @@ fn router(frontend: Arc<Frontend>) -> Router {
         .route("/v1/completions", post(ask))
         .route("/tokenize", post(ask))
         .route("/detokenize", post(ask))
-        .route_layer(from_fn_with_state(frontend.clone(), require_key));
+        .route_layer(from_fn_with_state(keys, require_key));
     let router = probes(guarded, live, ready).route("/metrics", get(metrics));
     let router = fallbacks(router, SERVED).layer(from_fn_with_state(frontend.clone(), observe));
     let origins = &frontend.config.allowed_origins;
@@ -115,26 +115,22 @@ fn passed_back(status: StatusCode, headers: &HeaderMap, body: Body) -> Response 
     response
 }
 
-fn model_card(frontend: &Frontend, name: &str, card: &WorkerCard) -> Value {
-    json!({
-        "id": name, "object": "model", "created": frontend.started, "owned_by": "engine",
-        "root": card.model.source, "parent": null, "max_model_len": card.model.max_model_len,
-    })
+fn listed(frontend: &Frontend, name: &str, card: &WorkerCard) -> ListedModel {
+    ListedModel::new(name, frontend.started, &card.model.source, card.model.max_model_len)
 }
 
 /// `GET /v1/models`: those of all workers.
-async fn models(State(frontend): State<Arc<Frontend>>) -> Json<Value> {
+async fn models(State(frontend): State<Arc<Frontend>>) -> Json<ModelList> {
     let table = frontend.table.borrow().clone();
-    let data: Vec<_> = table.models().iter().map(|(name, card)| model_card(&frontend, name, card)).collect();
-    Json(json!({"object": "list", "data": data}))
+    Json(ModelList::of(table.models().into_iter().map(|(name, card)| listed(&frontend, name, card))))
 }
 
 /// `GET /v1/models/{id}`; ids may have slashes.
-async fn model(State(frontend): State<Arc<Frontend>>, Path(name): Path<String>) -> Result<Json<Value>, ApiError> {
+async fn model(State(frontend): State<Arc<Frontend>>, Path(name): Path<String>) -> Result<Json<ListedModel>, ApiError> {
     let table = frontend.table.borrow().clone();
     let models: BTreeMap<&str, &WorkerCard> = table.models();
     match models.get(name.as_str()) {
-        Some(card) => Ok(Json(model_card(&frontend, &name, card))),
+        Some(card) => Ok(Json(listed(&frontend, &name, card))),
         None => {
             let served: Vec<String> = models.into_keys().map(str::to_owned).collect();
             Err(ApiError::unknown_model(&name, &served))
@@ -157,14 +153,6 @@ async fn ready(State(frontend): State<Arc<Frontend>>) -> Result<&'static str, Ap
 async fn metrics(State(frontend): State<Arc<Frontend>>) -> Response {
     frontend.metrics.body_bytes.set(frontend.bodies.used() as i64);
     exposition(frontend.metrics.render())
-}
-
-/// Lets requests with one of the keys pass; all, if there are none.
-async fn require_key(State(frontend): State<Arc<Frontend>>, request: Request, next: Next) -> Response {
-    match check_key(&frontend.config.api_keys, request).await {
-        Ok(request) => next.run(request).await,
-        Err(refused) => refused,
-    }
 }
 
 /// Gives every request an id that its worker logs too, counts it and logs it.
