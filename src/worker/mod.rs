@@ -57,12 +57,16 @@ pub use staging::StagedPages;
 pub use ways::Ways;
 
 #[cfg(test)]
-mod constrained;
+mod ahead_tests;
+#[cfg(test)]
+mod constrained_tests;
+#[cfg(test)]
+mod ending_tests;
 #[cfg(test)]
 mod fake;
 #[cfg(test)]
 mod remote_tests;
 #[cfg(test)]
-mod resumed;
+mod resumed_tests;
 #[cfg(test)]
 mod tests;

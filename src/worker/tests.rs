@@ -1,15 +1,13 @@
-use std::{
-    future::Future,
-    sync::{Arc, Mutex, atomic::Ordering, mpsc},
-    task::{Context, Wake, Waker},
-};
+//! The engine thread with a made-up model, and what its tests share.
 
-use engine_kernels::{Batch, RowTask, SampleRow, Sampled, SamplingParams, SequenceId};
-use futures::{FutureExt, executor::block_on, future::join_all};
+use std::sync::{Arc, atomic::Ordering};
+
+use engine_kernels::{RowTask, SampleRow, Sampled, SamplingParams, SequenceId};
+use futures::{executor::block_on, future::join_all};
 use proptest::prelude::*;
 
 use super::{
-    fake::{Control, FakeRunner, Fault, NOTHING_FOLLOWS, VOCAB_SIZE, expected},
+    fake::{Control, FakeRunner, NOTHING_FOLLOWS, VOCAB_SIZE, expected},
     *,
 };
 use crate::telemetry::Metrics;
@@ -37,13 +35,13 @@ pub(super) fn start(config: EngineConfig) -> (EngineHandle, Arc<Control>) {
 }
 
 /// The same with a runner that runs ahead.
-fn start_ahead(config: EngineConfig) -> (EngineHandle, Arc<Control>) {
+pub(super) fn start_ahead(config: EngineConfig) -> (EngineHandle, Arc<Control>) {
     let control = Arc::new(Control::default());
     let runner = FakeRunner::new(config.blocks, config.block_size, control.clone()).ahead();
     (Engine::start(runner, config, Metrics::new().engine).unwrap(), control)
 }
 
-pub(super) type Start = fn(EngineConfig) -> (EngineHandle, Arc<Control>);
+type Start = fn(EngineConfig) -> (EngineHandle, Arc<Control>);
 
 /// Both ways to compute steps.
 pub(super) const STARTS: [Start; 2] = [start, start_ahead];
@@ -271,103 +269,6 @@ fn a_reader_that_leaves_frees_its_pages_within_a_step() {
 }
 
 #[test]
-fn a_step_that_runs_ahead_is_not_waited_for_and_one_more_is_for_nobody() {
-    let (handle, control) = start_ahead(config());
-    let mut two = vec![request(0..5, 6), request(10..15, 6)];
-    // The first ends with its third token, which only that one tells.
-    let Event::Token(third) = &model_answer(&two[0], 128).0[2] else { panic!() };
-    two[0].stop_token_ids.push(third.token);
-    assert_eq!(model_answer(&two[0], 128).0.len(), 3);
-    assert_answers(&handle, &two);
-    block_on(handle.drain());
-    // It takes part in one step more; how many tokens follow the other's last is known before.
-    assert_eq!(control.computed.load(Ordering::Relaxed), (5 + 2 + 1) + (5 + 5));
-    assert_eq!(handle.snapshot().pages_owned, 0);
-}
-
-#[test]
-fn steps_run_ahead_again_once_a_prompt_is_scored() {
-    let (handle, control) = start_ahead(config());
-    let mut scored = Request { prompt_logprobs: Some(0), ..request(0..5, 6) };
-    let answer = model_answer(&scored, 128).0;
-    let Event::Token(third) = &answer[5 + 2] else { panic!() };
-    scored.stop_token_ids.push(third.token);
-    assert_answers(&handle, &[scored]);
-    block_on(handle.drain());
-    // As without, one step more than its tokens take.
-    assert_eq!(control.computed.load(Ordering::Relaxed), 5 + 2 + 1);
-}
-
-/// Submits a request, on the engine thread, as soon as the reader of another is woken.
-struct Follower {
-    handle: EngineHandle,
-    request: Mutex<Option<Request>>,
-    submitted: Mutex<Option<Generation>>,
-}
-
-impl Wake for Follower {
-    fn wake(self: Arc<Self>) {
-        if let Some(request) = self.request.lock().unwrap().take() {
-            *self.submitted.lock().unwrap() = Some(self.handle.submit(request).unwrap());
-        }
-    }
-}
-
-#[test]
-fn what_was_computed_in_vain_for_one_is_not_taken_for_another_s_in_its_place() {
-    let (handle, control) = start_ahead(config());
-    let mut ends = request(0..5, 9);
-    let Event::Token(third) = &model_answer(&ends, 128).0[2] else { panic!() };
-    ends.stop_token_ids.push(third.token);
-    let others = [request(100..105, 30), request(40..47, 9)];
-    control.close();
-    let mut stays = handle.submit(others[0].clone()).unwrap();
-    let mut leaves = handle.submit(ends.clone()).unwrap();
-    let mut events = Vec::new();
-    while events.len() < 2 {
-        control.let_one();
-        control.wait_until_held();
-        events.extend(std::iter::from_fn(|| leaves.next().now_or_never().flatten()));
-    }
-    // The next step ends the answer, and the one behind it, in which it takes part in vain, is launched when its slot
-    // goes to the one that follows.
-    let (request, submitted) = (Mutex::new(Some(others[1].clone())), Mutex::new(None));
-    let follower = Arc::new(Follower { handle: handle.clone(), request, submitted });
-    let waker = Waker::from(follower.clone());
-    let pending = std::pin::pin!(leaves.next()).poll(&mut Context::from_waker(&waker)).is_pending();
-    assert!(pending, "two steps gave three tokens");
-    control.open();
-    let mut follows = loop {
-        match follower.submitted.lock().unwrap().take() {
-            Some(generation) => break generation,
-            None => std::thread::yield_now(),
-        }
-    };
-    let (rest, reason, _) = block_on(collect(&mut leaves));
-    events.extend(rest);
-    assert_eq!((events, reason), model_answer(&ends, 128));
-    for (generation, request) in [(&mut stays, &others[0]), (&mut follows, &others[1])] {
-        let (events, reason, _) = block_on(collect(generation));
-        assert_eq!((events, reason), model_answer(request, 128));
-    }
-    block_on(handle.drain());
-    assert_eq!(handle.snapshot().pages_owned, 0);
-}
-
-#[test]
-fn a_step_for_nobody_is_finished_too_and_then_the_engine_sleeps() {
-    let (handle, control) = start_ahead(config());
-    let mut ends = request(0..5, 9);
-    let Event::Token(third) = &model_answer(&ends, 128).0[2] else { panic!() };
-    ends.stop_token_ids.push(third.token);
-    assert_answers(&handle, &[ends]);
-    while control.computed.load(Ordering::Relaxed) < 5 + 2 + 1 {
-        std::thread::yield_now();
-    }
-    assert_answers(&handle, &[request(0..5, 2)]);
-}
-
-#[test]
 fn one_that_waits_can_leave_too() {
     for start in STARTS {
         let (handle, control) = start(EngineConfig { max_num_seqs: 1, ..config() });
@@ -403,105 +304,6 @@ fn more_requests_than_may_wait_are_refused() {
         }
     };
     assert_eq!(block_on(collect(&mut accepted)).1, FinishReason::Length);
-}
-
-#[test]
-fn draining_finishes_what_runs_and_refuses_the_rest() {
-    for start in STARTS {
-        let (handle, control) = start(config());
-        control.close();
-        let mut running = handle.submit(request(0..5, 9)).unwrap();
-        control.wait_until_held();
-        let mut draining = std::pin::pin!(handle.drain());
-        assert!(draining.as_mut().now_or_never().is_none());
-        assert_eq!(handle.status(), EngineStatus::Draining);
-        assert_eq!(handle.submit(request(0..5, 9)).unwrap_err(), SubmitError::ShuttingDown);
-        control.open();
-        block_on(draining);
-        assert_eq!(block_on(collect(&mut running)).0.len(), 9);
-        assert_eq!(handle.snapshot().pages_owned, 0);
-        handle.stop();
-        assert_eq!(block_on(handle.stopped()), EngineStatus::Stopped);
-    }
-}
-
-#[test]
-fn stopping_aborts_everything() {
-    for start in STARTS {
-        let (handle, control) = start(EngineConfig { max_num_seqs: 1, ..config() });
-        control.close();
-        let mut generations: Vec<_> = (0..3).map(|i| handle.submit(request([i], 100)).unwrap()).collect();
-        control.wait_until_held();
-        handle.stop();
-        control.open();
-        assert_eq!(block_on(handle.stopped()), EngineStatus::Stopped);
-        for generation in &mut generations {
-            assert_eq!(block_on(collect(generation)).1, FinishReason::Aborted);
-        }
-        assert_eq!(handle.submit(request([1], 1)).unwrap_err(), SubmitError::ShuttingDown);
-        block_on(handle.drain());
-    }
-}
-
-#[test]
-fn an_idle_engine_stops() {
-    let (handle, _) = start(config());
-    handle.stop();
-    assert_eq!(block_on(handle.stopped()), EngineStatus::Stopped);
-}
-
-#[test]
-fn a_failure_aborts_every_request_and_is_told() {
-    for (start, fault) in STARTS.into_iter().flat_map(|start| [(start, Fault::Panic), (start, Fault::Error)]) {
-        let (handle, control) = start(EngineConfig { max_num_seqs: 2, ..config() });
-        control.close();
-        let mut generations: Vec<_> = (0..5).map(|i| handle.submit(request([i], 50)).unwrap()).collect();
-        control.wait_until_held();
-        control.fail(fault);
-        control.open();
-        for generation in &mut generations {
-            assert_eq!(block_on(collect(generation)).1, FinishReason::Aborted);
-            assert!(matches!(handle.status(), EngineStatus::Failed { .. }));
-        }
-        let EngineStatus::Failed { reason } = block_on(handle.stopped()) else { panic!() };
-        assert!(reason.contains("a test wants this"), "{reason}");
-        assert_eq!(handle.submit(request([1], 1)).unwrap_err(), SubmitError::ShuttingDown);
-        block_on(handle.drain());
-    }
-}
-
-/// Fails at once, and has a device to wait for then.
-struct Stuck(mpsc::Receiver<()>);
-
-impl Runner for Stuck {
-    fn execute<'a>(
-        &mut self,
-        _: &Batch,
-        _: &(dyn Fn(usize) -> SampleRow<'a> + Sync),
-        _: &mut [Sampled],
-        _: &mut dyn FnMut(usize),
-    ) -> Result<(), RunnerError> {
-        Err(RunnerError("a test wants this".to_owned()))
-    }
-}
-
-impl Drop for Stuck {
-    fn drop(&mut self) {
-        // Until the test drops the other end.
-        let _ = self.0.recv();
-    }
-}
-
-#[test]
-fn nobody_waits_for_the_device_of_an_engine_that_failed() {
-    let (device, waits) = mpsc::channel();
-    let handle = Engine::start(Stuck(waits), config(), Metrics::new().engine).unwrap();
-    let mut generation = handle.submit(request([1], 5)).unwrap();
-    assert_eq!(block_on(collect(&mut generation)).1, FinishReason::Aborted);
-    assert_eq!(handle.submit(request([1], 1)).unwrap_err(), SubmitError::ShuttingDown);
-    assert!(handle.stopped().now_or_never().is_none());
-    drop(device);
-    assert!(matches!(block_on(handle.stopped()), EngineStatus::Failed { .. }));
 }
 
 #[test]
