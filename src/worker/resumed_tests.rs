@@ -1,47 +1,23 @@
 //! Answers that were begun elsewhere.
 
-use std::sync::Arc;
-
 use engine_kernels::SamplingParams;
 use futures::executor::block_on;
 
 use super::{
-    fake::{Control, FakeRunner, VOCAB_SIZE},
+    fake::VOCAB_SIZE,
+    tests::{self, config},
     *,
 };
-use crate::telemetry::Metrics;
 
 const MODEL_LEN: usize = 96;
 
 fn start() -> EngineHandle {
-    let config = EngineConfig {
-        max_num_seqs: 4,
-        max_num_batched_tokens: 16,
-        itl_target: std::time::Duration::from_millis(200),
-        max_waiting_requests: 100,
-        max_model_len: MODEL_LEN,
-        vocab_size: VOCAB_SIZE,
-        block_size: 4,
-        blocks: 48,
-        model_key: b"fake".to_vec(),
-    };
-    let runner = FakeRunner::new(config.blocks, config.block_size, Arc::new(Control::default()));
-    Engine::start(runner, config, Metrics::new().engine).unwrap()
+    tests::start(EngineConfig { max_num_batched_tokens: 16, max_model_len: MODEL_LEN, blocks: 48, ..config() }).0
 }
 
 fn request(prompt: u32, max_tokens: u32) -> Request {
-    Request {
-        prompt: (0..prompt).collect(),
-        output: Vec::new(),
-        sampling: SamplingParams { seed: 7, ..SamplingParams::default() },
-        max_tokens,
-        min_tokens: 0,
-        stop_token_ids: Vec::new(),
-        grammar: None,
-        logprobs: Some(1),
-        prompt_logprobs: None,
-        trace: None,
-    }
+    let sampling = SamplingParams { seed: 7, ..SamplingParams::default() };
+    Request { sampling, logprobs: Some(1), ..tests::request(0..prompt, max_tokens) }
 }
 
 fn answer(handle: &EngineHandle, request: &Request) -> (Vec<TokenOutput>, FinishReason) {
