@@ -67,7 +67,7 @@ impl Fatbin {
         let said = String::from_utf8_lossy(&done.stdout) + String::from_utf8_lossy(&done.stderr);
         print!("{said}");
         assert!(done.status.success(), "{nvcc} failed ({}); its own words are above", done.status);
-        // (C7510) and its like: products on tensor cores that are made to go on by themselves would wait for each other.
+        // (C7510) and its like: products on tensor cores made to go on by themselves would wait for each other.
         let as_written = !said.contains("Potential Performance Loss");
         assert!(as_written, "{}.cu does not become what it says; nvcc's words are above", self.name);
     }

@@ -11,9 +11,9 @@
 // Both do the same operations in the same order, so a row's bits depend on that row alone: not on the batch, on chunks,
 // on pages, or on how the host cut the work.
 //
-// Where all rows of a step decode, this also does what rope.cu does otherwise: each block norms and rotates its queries,
-// and the one that has the row's last partition its key, which it stores with the value, and reads from shared memory.
-// (A row of a prompt reads keys of others in the same step, which have to be there first.)
+// Where all rows of a step decode, this also does what rope.cu does otherwise: each block norms and rotates its
+// queries, and the one that has the row's last partition its key, which it stores with the value, and reads from shared
+// memory. (A row of a prompt reads keys of others in the same step, which have to be there first.)
 
 #include "pages.cuh"
 #include "rotation.cuh"
@@ -468,8 +468,8 @@ constexpr int blocks(int heads, int lanes) {
 // the keys up to the row's position. items: [items, 4] with a row, the first of its partitions and the one after the
 // last, and the slot the first one's result goes to, the others' following (-1: none, these are all of the row's
 // partitions); row -1 is no work. arrived: zeros, and zeros again afterwards, one for each slot and block of the
-// grid's second side. With cos and sin, of [positions, pairs], queries and the row's key and value are as projected, and
-// are normed, rotated and stored as by rope_and_cache; no other row of the step may be of the same sequence then.
+// grid's second side. With cos and sin, of [positions, pairs], queries and the row's key and value are as projected,
+// and are normed, rotated and stored as by rope_and_cache; no other row of the step may be of the same sequence then.
 // qkv: [rows, (heads + 2 kv_heads) * head_dim]; out: [rows, heads * head_dim], or instead of it the same as a product
 // with bf16 weights takes it, rounded.
 // Grid: (items, kv_heads * ceil(heads / kv_heads / heads a block)). Bytes: keys and values of each row's context, once

@@ -19,8 +19,8 @@ constexpr int OUTCOME_WORDS = 44;
 constexpr unsigned ALL_LANES = ~0u;
 
 /// Waits until the kernel before this one has ended, and what it wrote is there; then the one after this may start.
-/// Every thread of every kernel calls this, once, and before it does touches nothing but what no kernel writes: weights,
-/// and the step's plan, whose copy to the device all kernels of the step come after.
+/// Every thread of every kernel calls this, once, and before it does touches nothing but what no kernel writes:
+/// weights, and the step's plan, whose copy to the device all kernels of the step come after.
 ///
 /// From compute capability 9.0 on, kernels are launched such that they start while the one before still runs
 /// (programmatic dependent launch), so that their blocks are there, and the first weights on their way, when it ends.

@@ -196,8 +196,8 @@ __device__ __forceinline__ void compute(Signals& signals, unsigned queries, unsi
     const int my_steps = work.steps<Tile>(group_row + GROUP_ROWS - 1);
     const uint64_t all_queries = operand(queries + group_row * BOX_ROW);
     const uint64_t all_keys = operand(slots), all_values = operand_across(slots, Tile::COLUMNS);
-    // Of whole boxes: an operand that lies across and ends amid the 64 columns of a swizzle is one that nobody else has,
-    // nor the PTX ISA speaks of. What is beyond the head is zeros.
+    // Of whole boxes: an operand that lies across and ends amid the 64 columns of a swizzle is one that nobody else
+    // has, nor the PTX ISA speaks of. What is beyond the head is zeros.
     float scores[KEYS / 2], sums[Tile::BOXES * BOX_COLS / 2] = {}, rescale[2];
     unsigned weights[KEYS / PRODUCT_COLS][4];
     Softmax softmax;

@@ -100,8 +100,8 @@ __device__ __forceinline__ List touched_by(const Row& row, Touched* came, Seat* 
     return List{came + row.touched, row.touched_end - row.touched};
 }
 
-/// Counts in the last token that came with a row, where that is wanted, and leaves the list at the row's seat, if it has
-/// one, for this step and the next. `latest` are the tokens drawn in the step before.
+/// Counts in the last token that came with a row, where that is wanted, and leaves the list at the row's seat, if it
+/// has one, for this step and the next. `latest` are the tokens drawn in the step before.
 __device__ void tally(Row& row, Touched* came, Seat* seats, const int* latest) {
     __shared__ bool is_listed;
     follow();
@@ -308,8 +308,8 @@ extern "C" __global__ void __launch_bounds__(sample::THREADS, 1)
 REGISTER(tally_rows);
 
 // sample: for each row of logits [rows, vocab], which it overwrites, an outcome, and its token once more in `drawn`:
-// what the next step's tally gets as `latest`, while its own rows overwrite `outcomes`. Rows and tokens touched by biases and
-// penalties are described by the structures above. A mask has a bit a token, in words of 32.
+// what the next step's tally gets as `latest`, while its own rows overwrite `outcomes`. Rows and tokens touched by
+// biases and penalties are described by the structures above. A mask has a bit a token, in words of 32.
 // Grid: rows. Bytes: 4 a logit and look. A greedy row is looked at once; a plain draw takes two looks, and so do top_k
 // up to 256 and top_p with a nucleus of hardly more; a longer one takes 6, a greater top_k 5, both 9, and one more for
 // each cut amid equal logits. Reports take one, and one more before penalties or a mask.
@@ -318,8 +318,8 @@ REGISTER(tally_rows);
 // 11 us, less where whole warps find nothing that has weight. 256 rows are 155 MB, which no L2 cache holds: each look
 // comes from memory, 46 us at 3.35 TB/s.
 extern "C" __global__ void __launch_bounds__(sample::THREADS, 1)
-    sample_rows(float* logits, int vocab, const void* rows, void* touched, void* seats, const unsigned* masks, int* drawn,
-                void* outcomes) {
+    sample_rows(float* logits, int vocab, const void* rows, void* touched, void* seats, const unsigned* masks,
+                int* drawn, void* outcomes) {
     sample::run(logits + static_cast<size_t>(blockIdx.x) * padded(vocab), vocab,
                 static_cast<const sample::Row*>(rows)[blockIdx.x], static_cast<sample::Touched*>(touched),
                 static_cast<sample::Seat*>(seats), masks, drawn[blockIdx.x],

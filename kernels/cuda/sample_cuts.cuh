@@ -55,8 +55,8 @@ __device__ int find_in_order(const float* logits, int vocab, const Measure& meas
 /// the likeliest token down: eleven bits of the logit at a time, then the id among those with the same logit.
 template <class Measure>
 __device__ Cut find_from_top(const float* logits, int vocab, const Measure& measure, u64 wanted) {
-    // Sums in halves, because shared memory adds 32 bits by itself and 64 in a loop of attempts, which the few bins that
-    // logits fall into at first would make a long one.
+    // Sums in halves, because shared memory adds 32 bits by itself and 64 in a loop of attempts, which the few bins
+    // that logits fall into at first would make a long one.
     __shared__ unsigned lows[BINS], highs[BINS];
     __shared__ u64 left, held;
     __shared__ unsigned digit;

@@ -118,8 +118,8 @@ struct Warp {
 struct Machine {
     unsigned char* stacks;
     std::vector<Fiber> fibers{BLOCK_MAX};
-    /// Of each fiber, what is asked for at every turn, and so lies close together: what it waits for, at which line, and
-    /// how many exchanges it has taken part in, whose places take turns.
+    /// Of each fiber, what is asked for at every turn, and so lies close together: what it waits for, at which line,
+    /// and how many exchanges it has taken part in, whose places take turns.
     Wait waits[BLOCK_MAX];
     int lines[BLOCK_MAX];
     unsigned char exchanges[BLOCK_MAX];

@@ -12,8 +12,8 @@
 //
 // Into that file goes too what a worker should have done before it takes requests: memory that is allocated, and
 // kernels that are launched without having been loaded. STANDIN_MPS=yes has processes share the device by MPS, and with
-// STANDIN_DEVICE=other it is another one than that of processes without. STANDIN_HANGS names a file for as long as which
-// exists the device hangs.
+// STANDIN_DEVICE=other it is another one than that of processes without. STANDIN_HANGS names a file for as long as
+// which exists the device hangs.
 
 #include "emulate.cpp"
 

@@ -130,8 +130,8 @@ impl Device {
     /// Device number `ordinal` among those that `CUDA_VISIBLE_DEVICES` leaves.
     pub fn new(ordinal: usize) -> Result<Self, DriverError> {
         let count = count()?;
-        // Functions that an older driver lacks are not there to be called, and what it would say of the kernels explains
-        // nothing.
+        // Functions that an older driver lacks are not there to be called, and what it would say of the kernels
+        // explains nothing.
         let version = driver_version()?;
         if version < CUDA_VERSION_MIN {
             return Err(DriverError::DriverTooOld { cuda: cuda_version(version) });

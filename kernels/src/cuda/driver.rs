@@ -97,9 +97,9 @@ pub enum DriverError {
     Unavailable(String),
     /// The driver is older than what the kernels were compiled with.
     #[error(
-        "the NVIDIA driver is one for CUDA {cuda}, and the kernels take one for CUDA 13, of release 580 or later: update it \
-         (for data-centre GPUs NVIDIA's package cuda-compat-13-0, with its folder in LD_LIBRARY_PATH, does without), or run \
-         with --device cpu"
+        "the NVIDIA driver is one for CUDA {cuda}, and the kernels take one for CUDA 13, of release 580 or later: \
+         update it (for data-centre GPUs NVIDIA's package cuda-compat-13-0, with its folder in LD_LIBRARY_PATH, does \
+         without), or run with --device cpu"
     )]
     DriverTooOld {
         /// The CUDA version the driver is for.
@@ -107,8 +107,8 @@ pub enum DriverError {
     },
     /// There is no code for such a device.
     #[error(
-        "{name} is a device of compute capability {capability}, and the kernels take 8.0 (Ampere) or later: choose another \
-         with --device cuda:N, or run with --device cpu"
+        "{name} is a device of compute capability {capability}, and the kernels take 8.0 (Ampere) or later: choose \
+         another with --device cuda:N, or run with --device cpu"
     )]
     DeviceTooOld {
         /// What it is called.

@@ -277,8 +277,8 @@ pub(crate) fn wide_products_match_the_reference<B: Subject>() {
 }
 
 pub(crate) fn products_that_fill_a_device_match_the_reference<B: Subject>() {
-    // As many output features as make devices of 20 to 170 multiprocessors take each kernel there is, for each form that
-    // weights have there.
+    // As many output features as make devices of 20 to 170 multiprocessors take each kernel there is, for each form
+    // that weights have there.
     let mut random = Random::new(11);
     for dtype in [DType::F32, DType::F16, DType::BF16, DType::Q4_0, DType::Q8_0, DType::Q6K, DType::F8] {
         for (i, rows) in [1, 2, 3, 5, 9].into_iter().enumerate() {

@@ -245,7 +245,7 @@ pub(crate) fn attention_that_is_added_gives_the_bits_of_its_parts<B: Subject>() 
         (16, 1, 64, 8, KvDType::F16, 48, DType::Q4_0),
         (6, 3, 128, 48, KvDType::F8, 128, DType::F8),
         (5, 1, 256, 16, KvDType::BF16, 64, DType::F16),
-        // Neither normed nor as wide as lanes are: only barriers keep heads apart that a warp turns one after the other.
+        // Neither normed nor as wide as lanes are: only barriers keep heads apart that a warp turns one after another.
         (16, 2, 80, 24, KvDType::F16, 80, DType::BF16),
         (8, 4, 128, 64, KvDType::BF16, 120, DType::BF16),
     ];
