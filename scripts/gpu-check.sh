@@ -1,8 +1,8 @@
 #!/bin/bash
 # Runs all that has to be seen on a GPU, and writes a page of results into the folder that OUT names, or this one. It is
-# the program `run` in the folder that `make gpu-check` makes, which is carried as a whole to a machine with a GPU. There
-# it needs a driver of release 580 or later, for the comparison with PyTorch also that and transformers (PYTHON names
-# the python3 that has them), and no network.
+# the program `run` in the folder that `make gpu-check` makes, which is carried as a whole to a machine with a GPU.
+# There it needs a driver of release 580 or later, for the comparison with PyTorch also that and transformers (PYTHON
+# names the python3 that has them), and no network.
 #
 #   run         whether the kernels are right and how fast they are, what matters most first, within LIMIT seconds
 #               (200); what there is no time for, it says

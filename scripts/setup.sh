@@ -12,7 +12,7 @@ need() { # need <Debian package> <command that succeeds if it is there>
 }
 
 if ! command -v cargo >/dev/null 2>&1; then
-    echo "setup: Rust is not installed (no cargo on the PATH). Install it as https://rustup.rs says, then run this again." >&2
+    echo "setup: Rust is not installed (no cargo on PATH). Install it as https://rustup.rs says, and try again." >&2
     exit 1
 fi
 
@@ -80,7 +80,10 @@ else
     exit 1
 fi
 echo "setup: installing$missing (a minute or two)"
-case $missing in *-server*) echo "setup: Debian starts its etcd and NATS as services, which do no harm; 'systemctl disable' them if you like" ;; esac
+case $missing in *-server*)
+    echo "setup: Debian starts its etcd and NATS as services, which do no harm; 'systemctl disable' them if you like"
+    ;;
+esac
 log=$(mktemp)
 trap 'rm -f "$log"' EXIT
 # shellcheck disable=SC2086 # a list of words

@@ -172,7 +172,10 @@ fn penalties_and_seeds_go_on_where_they_were() {
 fn an_answer_goes_on_in_its_grammar() {
     let schema = json!({
         "type": "object", "additionalProperties": false, "required": ["a", "b"],
-        "properties": {"a": {"enum": ["Grüße", "stop"]}, "b": {"type": "array", "items": {"type": "boolean"}, "maxItems": 3}},
+        "properties": {
+            "a": {"enum": ["Grüße", "stop"]},
+            "b": {"type": "array", "items": {"type": "boolean"}, "maxItems": 3},
+        },
     });
     let format = json!({"type": "json_schema", "json_schema": {"name": "s", "schema": schema}});
     let request = json!({"prompt": "a", "max_tokens": 300, "response_format": format, "n": 2, "seed": 1});
@@ -197,7 +200,8 @@ fn calls_and_thoughts_go_on_where_they_were() {
     let template = "{% if tools %}{{ tools | tojson }}{{ '<tool_call>' }}{% else %}<think>{% endif %}";
     let start = || Worker::start(Options { template, step: Duration::from_micros(300), ..Options::default() });
     let parameters = json!({
-        "type": "object", "additionalProperties": false, "required": ["a"], "properties": {"a": {"enum": ["Grüße", "stop"]}},
+        "type": "object", "additionalProperties": false, "required": ["a"],
+        "properties": {"a": {"enum": ["Grüße", "stop"]}},
     });
     let tools = json!([{"type": "function", "function": {"name": "f", "parameters": parameters}}]);
     let messages = json!([{"role": "user", "content": "a"}]);

@@ -14,8 +14,8 @@ const CHAT: &str = "/v1/chat/completions";
 const TEMPLATE: &str = "{% if tools %}<|im_start|>system\nAnswer with {{ '<tool_call>' }} of one of these: \
     {{ tools | tojson }}<|im_end|>\n{% endif %}{% for message in messages %}<|im_start|>{{ message.role }}\n\
     {{ message.content }}{% for call in message.tool_calls or [] %}{{ call.function | tojson }}{% endfor %}<|im_end|>\n\
-    {% endfor %}<|im_start|>assistant\n{% if enable_thinking %}<think>\n{% elif enable_thinking is defined %}<think>\n\n\
-    </think>\n\n{% endif %}";
+    {% endfor %}<|im_start|>assistant\n{% if enable_thinking %}<think>\n{% elif enable_thinking is defined %}<think>\n\
+    \n</think>\n\n{% endif %}";
 
 fn server() -> Arc<Server> {
     let file = tempfile::NamedTempFile::new().unwrap();

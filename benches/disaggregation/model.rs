@@ -63,8 +63,8 @@ impl Model {
         let vocabulary: serde_json::Map<_, _> = (0..VOCABULARY).map(|id| (format!("w{id}"), json!(id))).collect();
         let tokenizer = json!({
             "version": "1.0", "added_tokens": [], "normalizer": null, "post_processor": null,
-            "pre_tokenizer": { "type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": true },
-            "decoder": { "type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": true },
+            "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": true},
+            "decoder": {"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": true},
             "model": { "type": "BPE", "vocab": vocabulary, "merges": [] },
         });
         std::fs::write(files.path().join("config.json"), config.to_string())?;

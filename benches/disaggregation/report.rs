@@ -56,8 +56,8 @@ impl Report {
             Some(device) => writeln!(text, "- All workers compute on {device}, each in a process of its own"),
             None => writeln!(
                 text,
-                "- Every worker is held to its cores (taskset) and has one computing thread on each; etcd, nats-server\n  \
-                 and the clients run on whichever core is free"
+                "- Every worker is held to its cores (taskset) and has one computing thread on each; etcd, \
+                 nats-server\n  and the clients run on whichever core is free"
             ),
         }
     }
@@ -119,8 +119,8 @@ fn write_answers(text: &mut String, alike: &Alike) -> std::fmt::Result {
     writeln!(
         text,
         "\n## The same tokens\n\n\
-         {equal} of {answers} greedy answers of {tokens} tokens, to prompts that were handed off, are those of one process,\n\
-         token for token. Where one parts, the two tokens were {margin_max:.4} nat apart at most."
+         {equal} of {answers} greedy answers of {tokens} tokens, to prompts that were handed off, are those of one \
+         process,\ntoken for token. Where one parts, the two tokens were {margin_max:.4} nat apart at most."
     )
 }
 
@@ -149,7 +149,8 @@ fn write_streams(text: &mut String, seen: &Seen) -> std::fmt::Result {
     writeln!(text, "All rounds together; ITL is the time between two tokens of an answer, in milliseconds.\n")?;
     writeln!(
         text,
-        "| | ITL p50 / p99 / max, no prompts | ITL p50 / p99 / max, prompts arriving | tokens/s of the {STREAMS} | TTFT of the prompts, p50 / max, s | handed off |"
+        "| | ITL p50 / p99 / max, no prompts | ITL p50 / p99 / max, prompts arriving | tokens/s of the {STREAMS} \
+         | TTFT of the prompts, p50 / max, s | handed off |"
     )?;
     writeln!(text, "| --- | --- | --- | --- | --- | --- |")?;
     let spread = |gaps: &[f64]| {

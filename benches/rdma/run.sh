@@ -17,7 +17,8 @@ cc -std=c11 -D_GNU_SOURCE -O2 -Wall -Wextra -Werror benches/rdma/word.c -libverb
 {
     printf '60 word %q rxe0 1 %s\n' "$word" "$rounds"
     printf '500 turns %q %q %s\n' "$PWD/benches/rdma/turns.sh" "$engine" "$turns"
-} | LIMIT=600 MEMORY=3072 tests/rdma/guest.sh "$PWD/benches/rdma/turns.sh" "$engine" "$(command -v ib_write_bw)" "$word" |
+} | LIMIT=600 MEMORY=3072 tests/rdma/guest.sh \
+    "$PWD/benches/rdma/turns.sh" "$engine" "$(command -v ib_write_bw)" "$word" |
     tee "$log"
 
 python3 - "$log" "$turns" "$rounds" "$(dpkg-query -W -f '${Version}' perftest)" <<'PYTHON'
@@ -52,7 +53,8 @@ lines = [
 ]
 for size, ours, theirs in map(row, (65536, 1048576)):
     ratio = statistics.median(ours) / statistics.median(theirs)
-    lines.append(f"| {f'{size >> 20} MiB' if size >> 20 else f'{size >> 10} KiB'} | {spread(ours)} | {spread(theirs)} | {ratio:.2f}× | 0.9× |")
+    page = f"{size >> 20} MiB" if size >> 20 else f"{size >> 10} KiB"
+    lines.append(f"| {page} | {spread(ours)} | {spread(theirs)} | {ratio:.2f}× | 0.9× |")
 
 words = {}
 for way, *figures in re.findall(r"^word (\w+) (\S+) (\S+) (\S+)$", log, re.MULTILINE):
@@ -68,7 +70,8 @@ lines += [
     "| | from posting until it is found | a look that finds nothing | to make ready for the next |",
     "| --- | --- | --- | --- |",
 ]
-for way, title in ("write", "a write, found in memory"), ("immediate", "with immediate data, found in a completion queue"):
+titles = {"write": "a write, found in memory", "immediate": "with immediate data, found in a completion queue"}
+for way, title in titles.items():
     found, look, ready = (statistics.median(column) for column in zip(*words[way]))
     lines.append(f"| {title} | {found:,.0f} | {look:.1f} | {ready:,.0f} |")
 

@@ -67,7 +67,8 @@ impl Report {
         for (threads, bandwidth) in &self.bandwidth {
             writeln!(
                 text,
-                "- Memory read by {threads} thread(s): {:.1} GB/s; at {:.1} MB of weights a token no more than {:.0} tokens/s at batch 1",
+                "- Memory read by {threads} thread(s): {:.1} GB/s; at {:.1} MB of weights a token no more than \
+                 {:.0} tokens/s at batch 1",
                 bandwidth / 1e9,
                 self.model_bytes as f64 / 1e6,
                 bandwidth / self.model_bytes as f64,

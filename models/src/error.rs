@@ -9,7 +9,8 @@ use crate::gguf::GgufError;
 pub enum ModelError {
     /// Neither a path nor something that could be a model on the hub.
     #[error(
-        "`{model}` is neither a directory with a config.json, nor a .gguf file, nor a model id of the form `organisation/name`"
+        "`{model}` is neither a directory with a config.json, nor a .gguf file, nor a model id of the form \
+         `organisation/name`"
     )]
     NotFound {
         /// What was asked for.

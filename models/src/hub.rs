@@ -20,8 +20,8 @@ const SMALL_FILES: [&str; 5] =
 pub enum HubError {
     /// Not to be fetched, and not there.
     #[error(
-        "`{id}` is not a local path, the cache {} holds no complete copy of it, and HF_HUB_OFFLINE is set; unset it, or fetch \
-         the model where there is a network (`hf download {id}`) and copy it here",
+        "`{id}` is not a local path, the cache {} holds no complete copy of it, and HF_HUB_OFFLINE is set; unset it, \
+         or fetch the model where there is a network (`hf download {id}`) and copy it here",
         cache.display()
     )]
     Offline {
@@ -32,9 +32,9 @@ pub enum HubError {
     },
     /// No answer.
     #[error(
-        "`{id}` is not a local path or in the cache {}, and {endpoint} cannot be reached ({problem}); without a network, give \
-         a directory or .gguf file, set HF_ENDPOINT to a mirror, or fetch the model elsewhere (`hf download {id}`) and copy \
-         the cache here",
+        "`{id}` is not a local path or in the cache {}, and {endpoint} cannot be reached ({problem}); without a \
+         network, give a directory or .gguf file, set HF_ENDPOINT to a mirror, or fetch the model elsewhere \
+         (`hf download {id}`) and copy the cache here",
         cache.display()
     )]
     Unreachable {

@@ -101,9 +101,9 @@ impl ApiError {
 
     /// 400: the answer broke off where its grammar took too much to follow. It would there again.
     pub(crate) fn lost_track() -> Self {
-        let message = "The answer broke off: its grammar became too complex to follow (too many ways to go on, or too many \
-                       states of its regular expressions), or left no token that the request lets be drawn. Make it \
-                       simpler.";
+        let message = "The answer broke off: its grammar became too complex to follow (too many ways to go on, or too \
+                       many states of its regular expressions), or left no token that the request lets be drawn. Make \
+                       it simpler.";
         Self::new(StatusCode::BAD_REQUEST, "grammar_too_complex", message)
     }
 

@@ -319,8 +319,8 @@ mod tests {
         parse_json::<Outer>(json.as_bytes()).unwrap_err().param().map(str::to_owned)
     }
 
-    /// Where serde_json's feature `raw_value` is on, which one crate's wish turns on for all, such a text is parsed as if
-    /// it stood there, with a depth of its own: sixty of them within each other, in 50 kB, are more than a stack takes.
+    /// Where serde_json's feature `raw_value` is on, as one crate's wish has it for all, such a text is parsed as if it
+    /// stood there, with a depth of its own: sixty of them within each other, in 50 kB, are more than a stack takes.
     #[test]
     fn a_text_stays_a_text_whatever_its_field_is_called() {
         let value: serde_json::Value = parse_json(br#"{"$serde_json::private::RawValue": "[1]"}"#).unwrap();

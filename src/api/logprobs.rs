@@ -155,7 +155,10 @@ mod tests {
         let tokens = [ScoredToken { token: 0, logprob: Some(-0.5), top: vec![(1, f32::NEG_INFINITY)], text_offset: 0 }];
         assert_eq!(
             serde_json::to_string(&ChatLogprobs(&tokens, &Names)).unwrap(),
-            r#"{"content":[{"token":"é","logprob":-0.5,"bytes":[195,169],"top_logprobs":[{"token":"�","logprob":-9999.0,"bytes":[226,130]}]}],"refusal":null}"#
+            concat!(
+                r#"{"content":[{"token":"é","logprob":-0.5,"bytes":[195,169],"#,
+                r#""top_logprobs":[{"token":"�","logprob":-9999.0,"bytes":[226,130]}]}],"refusal":null}"#
+            )
         );
     }
 
@@ -179,7 +182,10 @@ mod tests {
         ];
         assert_eq!(
             serde_json::to_string(&CompletionLogprobs(&tokens, &Names)).unwrap(),
-            r#"{"tokens":["a","é"],"token_logprobs":[null,-2.0],"top_logprobs":[null,{"bytes:\\xe2\\x82":-1.0,"é":-2.0}],"text_offset":[0,1]}"#
+            concat!(
+                r#"{"tokens":["a","é"],"token_logprobs":[null,-2.0],"#,
+                r#""top_logprobs":[null,{"bytes:\\xe2\\x82":-1.0,"é":-2.0}],"text_offset":[0,1]}"#
+            )
         );
     }
 }

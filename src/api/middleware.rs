@@ -32,7 +32,10 @@ pub(crate) async fn observe(State(serving): State<Arc<Serving>>, request: Reques
     serving.metrics.requests.with_label_values(&[endpoint, status.as_str()]).inc();
     let headers_ms = started.elapsed().as_millis() as u64;
     let trace = trace.as_ref().and_then(|value| value.to_str().ok()).unwrap_or_default();
-    tracing::debug!(%method, trace, endpoint, status = status.as_u16(), id = id.to_str().unwrap_or_default(), headers_ms, "answered");
+    tracing::debug!(
+        %method, trace, endpoint, status = status.as_u16(), id = id.to_str().unwrap_or_default(), headers_ms,
+        "answered"
+    );
     let headers = response.headers_mut();
     headers.insert(&REQUEST_ID, id);
     if serving.is_draining() || status == StatusCode::PAYLOAD_TOO_LARGE {

@@ -275,7 +275,8 @@ mod tests {
     #[test]
     fn lines_add_up_to_where_each_choice_is() {
         let lines = format!(
-            "{HEAD}\n{{\"i\":0}}\n{{\"i\":1,\"t\":[4],\"b\":2,\"c\":16}}\n{{\"i\":1,\"t\":[5,6],\"b\":9,\"f\":true}}\n{{\"u\":true}}\n"
+            "{HEAD}\n{{\"i\":0}}\n{{\"i\":1,\"t\":[4],\"b\":2,\"c\":16}}\n\
+             {{\"i\":1,\"t\":[5,6],\"b\":9,\"f\":true}}\n{{\"u\":true}}\n"
         );
         let journal = Journal::parse(lines.as_bytes(), 7).unwrap();
         assert_eq!((journal.head.seed, journal.head.created), (u64::MAX, 5));

@@ -84,8 +84,8 @@ async fn decode(alone: &Alone, prompts: &mut Prompts, sequences: usize, args: &B
     let pages = sequences * (args.context + LEAD_MAX + 1 + args.steps).div_ceil(limits.block_size);
     ensure!(
         pages <= limits.blocks,
-        "{sequences} sequences of {} tokens may need {pages} KV pages, and there are {}: raise --kv-cache-memory, or lower \
-         --decode or --context",
+        "{sequences} sequences of {} tokens may need {pages} KV pages, and there are {}: raise --kv-cache-memory, or \
+         lower --decode or --context",
         args.context + args.steps,
         limits.blocks
     );

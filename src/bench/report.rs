@@ -92,8 +92,8 @@ impl Report {
         let Alone { name, device, step_bytes, token_bytes, .. } = alone;
         let limits = alone.engine.limits();
         println!(
-            "engine {}, {name} on {device}: {:.1} MB of weights a step, {:.1} KB of keys and values a token, pages of {} \
-             tokens, steps of up to {}; medians of {} rounds",
+            "engine {}, {name} on {device}: {:.1} MB of weights a step, {:.1} KB of keys and values a token, pages of \
+             {} tokens, steps of up to {}; medians of {} rounds",
             env!("CARGO_PKG_VERSION"),
             *step_bytes as f64 / 1e6,
             *token_bytes as f64 / 1e3,

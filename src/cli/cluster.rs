@@ -10,11 +10,23 @@ use crate::cluster::{ClusterOptions, EtcdOptions, NatsAuth, NatsOptions};
 #[command(next_help_heading = "Cluster")]
 pub struct ClusterArgs {
     /// etcd's endpoints, as http://host:2379 [default: 127.0.0.1:2379, if etcd and NATS answer there]
-    #[arg(long, value_name = "URL", env = "ETCD_ENDPOINTS", value_delimiter = ',', value_parser = NonEmptyStringValueParser::new())]
+    #[arg(
+        long,
+        value_name = "URL",
+        env = "ETCD_ENDPOINTS",
+        value_delimiter = ',',
+        value_parser = NonEmptyStringValueParser::new()
+    )]
     pub etcd: Vec<String>,
 
     /// NATS's servers, as nats://host:4222 [default: 127.0.0.1:4222, if etcd and NATS answer there]
-    #[arg(long, value_name = "URL", env = "NATS_SERVER", value_delimiter = ',', value_parser = NonEmptyStringValueParser::new())]
+    #[arg(
+        long,
+        value_name = "URL",
+        env = "NATS_SERVER",
+        value_delimiter = ',',
+        value_parser = NonEmptyStringValueParser::new()
+    )]
     pub nats: Vec<String>,
 
     /// Which of the clusters that share etcd and NATS to join
@@ -22,7 +34,13 @@ pub struct ClusterArgs {
     pub namespace: String,
 
     /// Secret that all workers and frontends of a cluster share, and without which none takes another's word
-    #[arg(long, value_name = "TOKEN", env = "ENGINE_CLUSTER_TOKEN", hide_env_values = true, value_parser = NonEmptyStringValueParser::new())]
+    #[arg(
+        long,
+        value_name = "TOKEN",
+        env = "ENGINE_CLUSTER_TOKEN",
+        hide_env_values = true,
+        value_parser = NonEmptyStringValueParser::new()
+    )]
     pub cluster_token: Option<String>,
 
     /// Certificates (PEM) that may have signed etcd's, instead of the system's; its endpoints are then https://

@@ -48,7 +48,13 @@ pub struct EngineArgs {
     pub block_size: Option<usize>,
 
     /// KV pages [default: as --kv-cache-memory says]
-    #[arg(long, alias = "num-gpu-blocks-override", value_name = "PAGES", value_parser = parse_within::<1, 268_435_456>, help_heading = "KV cache")]
+    #[arg(
+        long,
+        alias = "num-gpu-blocks-override",
+        value_name = "PAGES",
+        value_parser = parse_within::<1, 268_435_456>,
+        help_heading = "KV cache"
+    )]
     pub kv_blocks: Option<usize>,
 
     /// Part of a CUDA device's memory that is used, by others too; what weights leave of it becomes KV pages
@@ -56,7 +62,14 @@ pub struct EngineArgs {
     pub gpu_memory_utilization: f64,
 
     /// Memory of the KV cache, as 2GiB or 512MiB [default: on a CPU a quarter of what is free, at most 4 GiB]
-    #[arg(long, alias = "kv-cache-memory-bytes", value_name = "SIZE", value_parser = parse_size, conflicts_with = "kv_blocks", help_heading = "KV cache")]
+    #[arg(
+        long,
+        alias = "kv-cache-memory-bytes",
+        value_name = "SIZE",
+        value_parser = parse_size,
+        conflicts_with = "kv_blocks",
+        help_heading = "KV cache"
+    )]
     pub kv_cache_memory: Option<usize>,
 
     /// Element type of the KV cache; auto: that of the weights that are not quantised, f16 for GGUF's quantised ones

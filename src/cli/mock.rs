@@ -20,11 +20,23 @@ pub struct MockArgs {
     pub prefill_workers: usize,
 
     /// Milliseconds a step takes
-    #[arg(long, value_name = "MILLISECONDS", value_parser = parse_step_time, default_value = "10", help_heading = "Mock")]
+    #[arg(
+        long,
+        value_name = "MILLISECONDS",
+        value_parser = parse_step_time,
+        default_value = "10",
+        help_heading = "Mock"
+    )]
     pub step_time: Duration,
 
     /// Microseconds each token of a prompt takes in addition
-    #[arg(long, value_name = "MICROSECONDS", value_parser = parse_token_time, default_value = "50", help_heading = "Mock")]
+    #[arg(
+        long,
+        value_name = "MICROSECONDS",
+        value_parser = parse_token_time,
+        default_value = "50",
+        help_heading = "Mock"
+    )]
     pub prompt_token_time: Duration,
 
     /// Tokens of a prompt and its answer together

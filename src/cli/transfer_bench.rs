@@ -46,7 +46,13 @@ pub struct TransferBenchArgs {
     pub json: bool,
 
     /// Secret that both have to know
-    #[arg(long, value_name = "TOKEN", env = "ENGINE_CLUSTER_TOKEN", hide_env_values = true, value_parser = NonEmptyStringValueParser::new())]
+    #[arg(
+        long,
+        value_name = "TOKEN",
+        env = "ENGINE_CLUSTER_TOKEN",
+        hide_env_values = true,
+        value_parser = NonEmptyStringValueParser::new()
+    )]
     pub cluster_token: Option<String>,
 
     /// How pages travel: whoever connects chooses, and whoever serves may rule ways out.

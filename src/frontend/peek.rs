@@ -115,7 +115,7 @@ impl<'de> Deserialize<'de> for Text {
     }
 }
 
-/// What prompts show of messages. What clients note beside that may be another in each request, and nested to any depth.
+/// What prompts show of messages. What clients note beside may be another in each request, and nested to any depth.
 struct Conversation(Text);
 
 impl<'de> Deserialize<'de> for Conversation {

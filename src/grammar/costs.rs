@@ -81,8 +81,9 @@ fn what_masks_cost() {
             };
             let (masks, takes) = (later.0.concat(), later.1.concat());
             println!(
-                "{name}, {what}, {} tokens: compiled in {compiled:?}, for another request copied in {copied:?}; masks of the \
-                 first answer, µs p50 {:.0} max {:.0}; of later ones p50 {:.0} p99 {:.0} max {:.0}; a token p50 {:.1}",
+                "{name}, {what}, {} tokens: compiled in {compiled:?}, for another request copied in {copied:?}; masks \
+                 of the first answer, µs p50 {:.0} max {:.0}; of later ones p50 {:.0} p99 {:.0} max {:.0}; a token p50 \
+                 {:.1}",
                 tokens.len(),
                 at(&first, 0.5),
                 at(&first, 1.0),

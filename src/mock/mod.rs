@@ -85,7 +85,8 @@ async fn run_workers(args: &MockArgs, folder: &Path) -> Result<()> {
 fn announcement(args: &MockArgs, address: SocketAddr) -> String {
     let MockArgs { decode_workers, prefill_workers, .. } = args;
     format!(
-        "engine {} mocks {decode_workers} decode and {prefill_workers} prefill workers; the first is http://{address}\n",
+        "engine {} mocks {decode_workers} decode and {prefill_workers} prefill workers; the first is \
+         http://{address}\n",
         env!("CARGO_PKG_VERSION"),
     )
 }

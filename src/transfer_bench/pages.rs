@@ -21,7 +21,8 @@ impl Pages {
         ensure!(count > 0 && bytes > 0, "there is nothing to measure without pages");
         ensure!(
             bytes.is_multiple_of(Self::WORD_BYTES) && total.is_some_and(|total| total <= BYTES_MAX),
-            "{count} pages of {bytes} bytes: a page must be a multiple of 8 bytes, and twice as many pages at most {} GiB",
+            "{count} pages of {bytes} bytes: a page must be a multiple of 8 bytes, and twice as many pages at most {} \
+             GiB",
             BYTES_MAX >> 30
         );
         Ok(Self { count, bytes })

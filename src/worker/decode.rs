@@ -194,7 +194,9 @@ fn chat_template(cli: &WorkerArgs, source: &ModelSource) -> Result<Option<ChatTe
     match template() {
         Ok(template) => Ok(Some(template)),
         Err(error) => {
-            tracing::warn!(%error, "chats are refused, completions served; --chat-template FILE gives another template");
+            tracing::warn!(
+                %error, "chats are refused, completions served; --chat-template FILE gives another template"
+            );
             Ok(None)
         }
     }
@@ -204,21 +206,14 @@ fn chat_template(cli: &WorkerArgs, source: &ModelSource) -> Result<Option<ChatTe
 fn announcement(config: &ApiConfig, address: SocketAddr) -> String {
     let name = &config.model_names[0];
     let key = if config.api_keys.is_empty() { "" } else { " -H \"Authorization: Bearer $ENGINE_API_KEY\"" };
-    let (path, body) = match config.template {
-        Some(_) => (
-            "chat/completions",
-            format!(
-                r#"{{"model": "{name}", "messages": [{{"role": "user", "content": "Why is the sky blue?"}}], "stream": true}}"#
-            ),
-        ),
-        None => (
-            "completions",
-            format!(r#"{{"model": "{name}", "prompt": "The sky is blue because", "max_tokens": 64, "stream": true}}"#),
-        ),
+    let (path, prompt) = match config.template {
+        Some(_) => ("chat/completions", r#""messages": [{"role": "user", "content": "Why is the sky blue?"}]"#),
+        None => ("completions", r#""prompt": "The sky is blue because", "max_tokens": 64"#),
     };
     format!(
         "engine {} serves {name} on http://{address}\n\
-         Try it:\n  curl -N http://{address}/v1/{path} -H 'Content-Type: application/json'{key} -d '{body}'\n",
+         Try it:\n  curl -N http://{address}/v1/{path} -H 'Content-Type: application/json'{key} \
+         -d '{{\"model\": \"{name}\", {prompt}, \"stream\": true}}'\n",
         env!("CARGO_PKG_VERSION"),
     )
 }

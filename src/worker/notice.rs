@@ -80,9 +80,9 @@ mod tests {
         let all = [Transport::CudaIpc, Transport::Shm, Transport::Rdma, Transport::Tcp];
         assert_eq!(
             text(&all, true, Some(&DIRECTLY)),
-            "but over cuda-ipc and rdma pages are staged on their way to the device, in 2 MiB of host memory (8 pages), \
-             because shared memory and TCP reach host memory alone; adapters reach pages on the device themselves \
-             (dma-buf, flushed before use)"
+            "but over cuda-ipc and rdma pages are staged on their way to the device, in 2 MiB of host memory (8 \
+             pages), because shared memory and TCP reach host memory alone; adapters reach pages on the device \
+             themselves (dma-buf, flushed before use)"
         );
         let refused = Err(Unreached::from(RdmaError::Peer));
         let staged = text(&all, false, Some(&refused));

@@ -25,8 +25,8 @@ use crate::{
     transfer::{Mailbox, SessionEvent, SessionServer, Sink},
 };
 
-/// Between two looks at how long the queue is while it is not empty, or prompts are long enough for it to matter. Jobs of
-/// our own are counted as they go.
+/// Between two looks at how long the queue is while it is not empty, or prompts are long enough for it to matter. Jobs
+/// of our own are counted as they go.
 const DEPTH_PERIOD: Duration = Duration::from_millis(250);
 /// As many periods pass between two looks while it does not matter: each look of each decode worker is a question to
 /// NATS.
@@ -243,7 +243,8 @@ pub(super) fn sink(post: Post, sessions: Weak<OnceLock<SessionServer>>) -> Sink 
         let mut peers = peers.lock().unwrap_or_else(PoisonError::into_inner);
         match event {
             SessionEvent::Opened { session, peer } => {
-                tracing::info!(worker = %peer.worker, transport = peer.transport.name(), "a prefill worker opened a session");
+                let transport = peer.transport.name();
+                tracing::info!(worker = %peer.worker, transport, "a prefill worker opened a session");
                 peers.insert(session, peer.worker);
             }
             SessionEvent::Message { session, message } => {
@@ -251,7 +252,10 @@ pub(super) fn sink(post: Post, sessions: Weak<OnceLock<SessionServer>>) -> Sink 
                 match ToDecode::decode(&message) {
                     Ok(message) => {
                         if let ToDecode::Failed { handoff, reason, .. } = &message {
-                            tracing::warn!(%worker, %handoff, %reason, "a prompt is prefilled here: it is beyond a prefill worker");
+                            tracing::warn!(
+                                %worker, %handoff, %reason,
+                                "a prompt is prefilled here: it is beyond a prefill worker"
+                            );
                         }
                         post.lender(LenderEvent::Message { session, worker, message });
                     }
@@ -369,7 +373,9 @@ pub(super) async fn follow_limits(cluster: Cluster, key: ModelKey, view: Arc<Vie
                 *current = limits;
             }
             Err(error) => {
-                tracing::warn!(%error, model_key = %key, "the cluster's limits cannot be used; the last good ones stay");
+                tracing::warn!(
+                    %error, model_key = %key, "the cluster's limits cannot be used; the last good ones stay"
+                );
             }
         }
         if config.changed().await.is_err() {

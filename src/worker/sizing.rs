@@ -114,14 +114,15 @@ pub fn size_kv(
         return Err(SizingError::ContextTooLong { asked, needed, needed_mib, blocks, fits: tokens });
     }
     let mut explanation = format!(
-        "KV cache: {blocks} pages of {page_tokens} tokens = {tokens} tokens, {} MiB ({why}); holds {:.1} sequences of the \
-         full {max_model_len} tokens",
+        "KV cache: {blocks} pages of {page_tokens} tokens = {tokens} tokens, {} MiB ({why}); holds {:.1} sequences of \
+         the full {max_model_len} tokens",
         mib(blocks.saturating_mul(page)),
         tokens as f64 / max_model_len as f64,
     );
     if max_model_len < longest {
         explanation.push_str(&format!(
-            "; the context is cut from the model's {longest} tokens to what the pages hold: raise --kv-cache-memory for more"
+            "; the context is cut from the model's {longest} tokens to what the pages hold: raise --kv-cache-memory \
+             for more"
         ));
     }
     Ok(KvSizing { blocks, max_model_len, explanation })

@@ -1,19 +1,21 @@
 #!/bin/bash
-# Runs the kernels' tests on an emulated processor with AVX-512 and VNNI, for machines that have none: Bochs with its Ice
-# Lake model, in which Debian's cloud kernel boots with nothing but the tests. Takes minutes a test, on one core.
+# Runs the kernels' tests on an emulated processor with AVX-512 and VNNI, for machines that have none: Bochs with its
+# Ice Lake model, in which Debian's cloud kernel boots with nothing but the tests. Takes minutes a test, on one core.
 #
-#   tests/avx512/run.sh [FILTER...]     names of tests, as cargo takes them; without any, those that use the instructions
+#   tests/avx512/run.sh [FILTER...]   names of tests, as cargo takes them; without any, those that use the instructions
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 
 LIMIT=${LIMIT:-7200}
 packages="bochs bochsbios busybox-static cpio grub-pc-bin linux-image-cloud-amd64 xorriso"
 # shellcheck disable=SC2086
-missing=$(dpkg-query -W -f '${db:Status-Status} ${Package}\n' $packages 2>&1 | grep -v '^installed' | grep -o '[^ ]*$' || true)
+missing=$(dpkg-query -W -f '${db:Status-Status} ${Package}\n' $packages 2>&1 | grep -v '^installed' |
+    grep -o '[^ ]*$' || true)
 [ -z "$missing" ] || { echo "this needs some packages: apt-get install --no-install-recommends $packages" >&2; exit 1; }
 
 filters=("$@")
-[ $# -gt 0 ] || filters=(every_instruction_set cpu::linear:: cpu::quant:: cpu::attention:: cpu::rowwise:: cpu::rope:: cpu::sample::scan::)
+[ $# -gt 0 ] ||
+    filters=(every_instruction_set cpu::{linear,quant,attention,rowwise,rope,sample::scan}::)
 programs=$(cargo test --workspace --locked --no-run --message-format json | python3 -c '
 import json, sys
 for line in sys.stdin:
@@ -61,7 +63,8 @@ chmod +x "$root/init"
 
 # A bootable disc. Nothing in the guest may depend on how fast the emulation is, and Linux is told to leave alone what
 # this model of a processor announces and then does not do right: with protection keys and compacted XSAVE it gives up
-# the wide registers, and with the rest (one at least of PCID, INVPCID, FSGSBASE, SMAP, SMEP, UMIP, ERMS, FSRM) it faults for ever.
+# the wide registers, and with the rest (one at least of PCID, INVPCID, FSGSBASE, SMAP, SMEP, UMIP, ERMS, FSRM) it
+# faults for ever.
 kernel=$(printf '%s\n' /boot/vmlinuz-*cloud* | sort -V | tail -n 1)
 cp "$kernel" "$work/disc/boot/vmlinuz"
 cat >"$work/disc/boot/grub/grub.cfg" <<'END'

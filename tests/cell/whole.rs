@@ -17,8 +17,8 @@ const COMPLETIONS: &str = "/v1/completions";
 fn questions(cell: &Cell) -> Vec<Value> {
     let question = |(number, &length): (usize, &usize)| {
         json!({
-            "prompt": cell.prompt(number, length), "max_tokens": 8 + number, "ignore_eos": true, "logprobs": 3, "seed": number,
-            "temperature": if number % 3 == 1 { 0.9 } else { 0.0 }, "stream": number % 2 == 1,
+            "prompt": cell.prompt(number, length), "max_tokens": 8 + number, "ignore_eos": true, "logprobs": 3,
+            "seed": number, "temperature": if number % 3 == 1 { 0.9 } else { 0.0 }, "stream": number % 2 == 1,
         })
     };
     LENGTHS.iter().enumerate().map(question).collect()

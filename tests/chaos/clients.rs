@@ -373,8 +373,8 @@ impl fmt::Display for Tally {
         let troubled: usize = trouble.values().sum();
         write!(
             f,
-            "{whole} answers whole and right, {left} hung up on, {given_up} given up after three lost workers, {troubled} other errors \
-             ({excused} excused), {} wrong, {} late; the slowest took {slowest:?}",
+            "{whole} answers whole and right, {left} hung up on, {given_up} given up after three lost workers, \
+             {troubled} other errors ({excused} excused), {} wrong, {} late; the slowest took {slowest:?}",
             wrong.len(),
             late.len()
         )?;

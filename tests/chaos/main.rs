@@ -7,7 +7,7 @@
 //! ```sh
 //! cargo test --test chaos                                                       # half a minute
 //! SOAK_SECONDS=600 cargo test --release --test chaos -- --ignored --nocapture   # ten minutes
-//! CHAOS_SEED=4711 cargo test --test chaos -- --nocapture                        # the same mischief, if not to the microsecond
+//! CHAOS_SEED=4711 cargo test --test chaos -- --nocapture                        # the same mischief, nearly
 //! ```
 
 #[path = "../cell/mod.rs"]

@@ -41,7 +41,7 @@ fn adapters_move_pages_from_device_to_device_or_else_staged_ones_with_the_same_a
             let log = worker.log();
             assert_eq!((log.contains(THERE), log.contains("pages are staged")), (reached, !reached), "{log}");
         }
-        // What was tried: both ways by either, and by the one that takes flushes one, and one for what an adapter wrote.
+        // What was tried: both ways by either; by the one that takes flushes one, and one for what an adapter wrote.
         let before = calls(&log, "flush");
         let tried = [calls(&log, "dma-buf"), calls(&log, "sync-memops"), before];
         assert_eq!(tried, if reached { [2, 4, 2] } else { [0; 3] });

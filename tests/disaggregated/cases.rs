@@ -42,7 +42,9 @@ fn two_models_in_one_cluster_keep_apart() {
     let listed = frontend.get("/v1/models").json();
     let listed: Vec<_> = listed["data"].as_array().unwrap().iter().map(|model| model["id"].clone()).collect();
     assert_eq!(listed, ["first", "second"]);
-    let question = |name: &str| json!({"model": name, "prompt": cell.prompt(1, 300), "max_tokens": 8, "temperature": 0, "logprobs": 3});
+    let prompt = cell.prompt(1, 300);
+    let question =
+        |name: &str| json!({"model": name, "prompt": prompt, "max_tokens": 8, "temperature": 0, "logprobs": 3});
     let answers = models.map(|(_, name)| answer_to(&frontend, &question(name)));
     assert_ne!(answers[0], answers[1]);
     for ((model, _), answer) in models.iter().zip(&answers) {

@@ -36,7 +36,8 @@ if [ ! -f "$target/modules/order" ]; then
     trap 'exit 130' INT TERM
     cd "$work"
     # What apt knows may be older than the archive, which does not keep what it has replaced.
-    apt-get -o APT::Sandbox::User=root download -qq "$package" >&2 || { update; apt-get -o APT::Sandbox::User=root download -qq "$package" >&2; }
+    download() { apt-get -o APT::Sandbox::User=root download -qq "$package" >&2; }
+    download || { update; download; }
     dpkg-deb --extract "$package"_*.deb .
     version=$(ls lib/modules)
     depmod --basedir . "$version"

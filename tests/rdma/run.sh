@@ -9,7 +9,7 @@ cd "$(dirname "$0")/../.."
 PATH=$PATH:/usr/sbin:/usr/local/sbin
 
 executables() { # executables <further arguments of cargo test>: a name and a path each
-    # Of the whole workspace, as `make test` builds them: one package has other features, and all would be compiled again.
+    # Of the whole workspace, as `make test` builds them: one package alone has other features, and compiles all anew.
     cargo test --workspace --locked --no-run --message-format json-render-diagnostics "$@" | python3 -c '
 import json, sys
 names = {("engine", "lib", True): "transport", ("engine", "bin", False): "engine", ("rdma", "test", True): "cluster",
@@ -31,7 +31,8 @@ export CUDA_HOME
 programs+=$'\n'$(executables --features cuda --test device_pages)
 standin=$(scripts/build-libcuda.sh)
 program() {
-    awk -v name="$1" '$1 == name && !found++ { print substr($0, length(name) + 2) } END { exit !found }' <<<"$programs" ||
+    awk -v name="$1" '$1 == name && !found++ { print substr($0, length(name) + 2) } END { exit !found }' \
+        <<<"$programs" ||
         { echo "cargo built no program for: $1" >&2; exit 1; }
 }
 transport=$(program transport) engine=$(program engine) cluster=$(program cluster) device=$(program device)
@@ -40,7 +41,9 @@ tokenizer=$PWD/tests/reference/models/qwen3
 
 plan() { # plan <step>
     case $1 in
-    transport) printf '400 transport %q %q transfer::rdma --ignored --test-threads 1 --nocapture\n' "$some" "$transport" ;;
+    transport)
+        printf '400 transport %q %q transfer::rdma --ignored --test-threads 1 --nocapture\n' "$some" "$transport"
+        ;;
     cluster) printf '400 cluster %q %q --ignored --test-threads 1 --nocapture\n' "$some" "$cluster" ;;
     device)
         printf '400 device LD_LIBRARY_PATH=%q %q %q rdma:: --ignored --test-threads 1 --nocapture\n' \

@@ -1,6 +1,6 @@
 #!/bin/sh
-# Makes all goldens and fixtures of this folder anew. Needs the demo model and Qwen3's tokenizer (`make demo-model test-assets`)
-# and, the first time, the network: PyTorch and transformers go into an environment in the cache folder.
+# Makes all goldens and fixtures of this folder anew. Needs the demo model and Qwen3's tokenizer (`make demo-model
+# test-assets`) and, the first time, the network: PyTorch and transformers go into an environment in the cache folder.
 set -eu
 
 cd "$(dirname "$0")"

@@ -48,7 +48,10 @@ fn number(variable: &str) -> Option<u64> {
 
 fn play(seed: u64) -> Tally {
     World::play(seed, None, false).unwrap_or_else(|violation| {
-        panic!("seed {seed}: {violation}\nTo see it again: SIMULATION_SEED={seed} cargo test --test simulation schedules -- --nocapture")
+        panic!(
+            "seed {seed}: {violation}\n\
+             To see it again: SIMULATION_SEED={seed} cargo test --test simulation schedules -- --nocapture"
+        )
     })
 }
 

@@ -121,7 +121,7 @@ proptest! {
     }
 
     #[test]
-    fn a_damaged_file_never_panics(damage in proptest::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 1..8)) {
+    fn a_damaged_file_never_panics(damage in prop::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 1..8)) {
         let mut bytes = small_file();
         for (at, value) in damage {
             let at = at.index(bytes.len());

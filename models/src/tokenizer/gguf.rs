@@ -204,7 +204,10 @@ fn byte_level(file: &Gguf, vocabulary: &Vocabulary<'_>) -> Result<Value, Tokeniz
     let merges = strings(file, key)?;
     let merges: Option<Vec<_>> = merges.iter().map(|merge| split_merge(merge)).collect();
     let merges = merges.ok_or(TokenizerError::Metadata { key, problem: "an entry is not a pair".into() })?;
-    let split = |pattern: &&str| json!({"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": false});
+    let split = |pattern: &&str| {
+        let pattern = json!({"Regex": pattern});
+        json!({"type": "Split", "pattern": pattern, "behavior": "Isolated", "invert": false})
+    };
     let mut steps: Vec<Value> = pre.patterns.iter().map(split).collect();
     let bytes = json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": false});
     steps.push(bytes.clone());

@@ -205,8 +205,8 @@ fn what_is_not_supported_is_named() {
     assert!(load(&writer).unwrap_err().to_string().contains("`bert`"));
     assert!(load(&GgufWriter::default()).unwrap_err().to_string().contains("tokenizer.ggml.tokens"));
 
-    let json = json!({"version": "1.0", "added_tokens": [], "normalizer": null, "pre_tokenizer": null, "post_processor": null,
-        "decoder": {"type": "WordPiece", "prefix": "##", "cleanup": true},
+    let json = json!({"version": "1.0", "added_tokens": [], "normalizer": null, "pre_tokenizer": null,
+        "post_processor": null, "decoder": {"type": "WordPiece", "prefix": "##", "cleanup": true},
         "model": {"type": "BPE", "vocab": {"a": 0}, "merges": []}});
     assert!(Tokenizer::from_json(json).unwrap_err().to_string().contains("`WordPiece`"));
 }

@@ -196,7 +196,8 @@ fn an_answer_that_is_json_may_be_calls() {
     let read = |text: &str| told(wanted(Thoughts::No, Some(CallFormat::Llama3Json)), text);
     let made = vec![call("f", "{\"a\":1}"), call("g", "{}")];
     assert_eq!(read("{\"name\": \"f\", \"parameters\": {\"a\": 1}}").2, made[..1]);
-    let both = "\n{\"type\": \"function\", \"name\": \"f\", \"parameters\": {\"a\": 1}}; {\"name\": \"g\", \"arguments\": {}}\n";
+    let both = "\n{\"type\": \"function\", \"name\": \"f\", \"parameters\": {\"a\": 1}}; \
+                {\"name\": \"g\", \"arguments\": {}}\n";
     assert_eq!(read(both), (String::new(), String::new(), made));
     assert_eq!(read("{\"name\": \"f\", \"parameters\": null}").2, [call("f", "{}")]);
     for text in ["{\"a\": 1}", "{\"name\": \"Ada\", \"born\": 1815}", "{\"name\": \"f\"", "f: {\"name\": \"f\"}", " 7"]
@@ -264,7 +265,7 @@ proptest! {
         let calls: usize = pieces.calls.iter().map(|call| letters(&call.arguments)).sum();
         let dropped = wanted.calls_max == 1;
         // The `a`s of `name` and `arguments` are not told.
-        let inside = text.matches("\"name\"").count() + text.matches("\"arguments\"").count() + text.matches("tool_ca").count();
+        let inside: usize = ["\"name\"", "\"arguments\"", "tool_ca"].map(|key| text.matches(key).count()).iter().sum();
         let told = letters(&pieces.thoughts) + letters(&pieces.content) + calls;
         prop_assert!(told <= letters(&text) && (dropped || told + inside >= letters(&text)), "{:?}", pieces);
     }

@@ -187,7 +187,7 @@ macro_rules! generating_request {
             /// What form answers have; the second is vLLM's.
             pub(crate) response_format: Option<crate::api::types::ResponseFormat>,
             pub(crate) structured_outputs: Option<crate::api::types::StructuredOutputs>,
-            /// vLLM's, of which there is nothing here: clients that know vLLM send them with values that ask for nothing.
+            /// vLLM's, of which nothing is here: clients that know vLLM send them with values that ask for nothing.
             use_beam_search: Option<crate::api::types::Refused>,
             length_penalty: Option<f64>,
             spaces_between_special_tokens: Option<bool>,

@@ -58,7 +58,8 @@ mod tests {
 
     #[test]
     fn a_whole_number_may_be_written_as_a_fraction_of_nothing() {
-        let body = br#"{"max_tokens": 100.0, "top_k": 4e1, "seed": -2.0, "n": 1, "stop_token_ids": [2.0, 3], "best_of": null}"#;
+        let body = br#"{"max_tokens": 100.0, "top_k": 4e1, "seed": -2.0, "n": 1, "stop_token_ids": [2.0, 3],
+            "best_of": null}"#;
         let mut request: CompletionRequest = parse_json(body).unwrap();
         assert_eq!((request.max_tokens, request.best_of, request.logprobs), (Some(100), None, None));
         let fields = request.take_sampling();

@@ -84,8 +84,8 @@ impl Mirror {
         }
     }
 
-    /// Whether more has come than was told. Between a list and what the watch tells from where it ended, keys go back to
-    /// what they were for a moment: only what is left in the end is worth telling.
+    /// Whether more has come than was told. Between a list and what the watch tells from where it ended, keys go back
+    /// to what they were for a moment: only what is left in the end is worth telling.
     pub(super) fn has_more(&self) -> bool {
         !self.pending.is_empty()
     }

@@ -109,8 +109,10 @@ fn library(facts: &RdmaFacts, wanted: Wanted) -> Finding {
     let found = |level, seen: String| Finding::new(Area::Rdma, "libibverbs", level, seen);
     match &facts.library {
         Ok(()) => found(Level::Ok, "found".to_owned()),
-        Err(error) => found(wanted.broken_rdma(), error.clone())
-            .remedy("apt-get install libibverbs1 ibverbs-providers, or your distribution's rdma-core; in the container's image too"),
+        Err(error) => found(wanted.broken_rdma(), error.clone()).remedy(
+            "apt-get install libibverbs1 ibverbs-providers, or your distribution's rdma-core; in the container's \
+             image too",
+        ),
     }
 }
 

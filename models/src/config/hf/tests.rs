@@ -13,11 +13,11 @@ fn parse_value(value: &Value) -> Result<ModelConfig, ModelError> {
 /// meta-llama/Llama-3.2-1B-Instruct.
 fn llama() -> Value {
     json!({
-        "architectures": ["LlamaForCausalLM"], "attention_bias": false, "attention_dropout": 0.0, "bos_token_id": 128000,
-        "eos_token_id": [128001, 128008, 128009], "head_dim": 64, "hidden_act": "silu", "hidden_size": 2048,
-        "initializer_range": 0.02, "intermediate_size": 8192, "max_position_embeddings": 131072, "mlp_bias": false,
-        "model_type": "llama", "num_attention_heads": 32, "num_hidden_layers": 16, "num_key_value_heads": 8,
-        "pretraining_tp": 1, "rms_norm_eps": 1e-05,
+        "architectures": ["LlamaForCausalLM"], "attention_bias": false, "attention_dropout": 0.0,
+        "bos_token_id": 128000, "eos_token_id": [128001, 128008, 128009], "head_dim": 64, "hidden_act": "silu",
+        "hidden_size": 2048, "initializer_range": 0.02, "intermediate_size": 8192, "max_position_embeddings": 131072,
+        "mlp_bias": false, "model_type": "llama", "num_attention_heads": 32, "num_hidden_layers": 16,
+        "num_key_value_heads": 8, "pretraining_tp": 1, "rms_norm_eps": 1e-05,
         "rope_scaling": {"factor": 32.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0,
             "original_max_position_embeddings": 8192, "rope_type": "llama3"},
         "rope_theta": 500000.0, "tie_word_embeddings": true, "torch_dtype": "bfloat16",
@@ -40,13 +40,13 @@ fn qwen2() -> Value {
 /// Qwen/Qwen3-0.6B.
 fn qwen3() -> Value {
     json!({
-        "architectures": ["Qwen3ForCausalLM"], "attention_bias": false, "attention_dropout": 0.0, "bos_token_id": 151643,
-        "eos_token_id": 151645, "head_dim": 128, "hidden_act": "silu", "hidden_size": 1024, "initializer_range": 0.02,
-        "intermediate_size": 3072, "max_position_embeddings": 40960, "max_window_layers": 28, "model_type": "qwen3",
-        "num_attention_heads": 16, "num_hidden_layers": 28, "num_key_value_heads": 8, "rms_norm_eps": 1e-06,
-        "rope_scaling": null, "rope_theta": 1000000, "sliding_window": null, "tie_word_embeddings": true,
-        "torch_dtype": "bfloat16", "transformers_version": "4.51.0", "use_cache": true, "use_sliding_window": false,
-        "vocab_size": 151936
+        "architectures": ["Qwen3ForCausalLM"], "attention_bias": false, "attention_dropout": 0.0,
+        "bos_token_id": 151643, "eos_token_id": 151645, "head_dim": 128, "hidden_act": "silu", "hidden_size": 1024,
+        "initializer_range": 0.02, "intermediate_size": 3072, "max_position_embeddings": 40960, "max_window_layers": 28,
+        "model_type": "qwen3", "num_attention_heads": 16, "num_hidden_layers": 28, "num_key_value_heads": 8,
+        "rms_norm_eps": 1e-06, "rope_scaling": null, "rope_theta": 1000000, "sliding_window": null,
+        "tie_word_embeddings": true, "torch_dtype": "bfloat16", "transformers_version": "4.51.0", "use_cache": true,
+        "use_sliding_window": false, "vocab_size": 151936
     })
 }
 
@@ -232,12 +232,14 @@ proptest! {
     #[test]
     fn no_value_of_any_field_makes_parsing_panic(
         field in prop::sample::select(vec![
-            "architectures", "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim", "num_hidden_layers",
-            "rope_scaling", "rope_theta", "rms_norm_eps", "max_position_embeddings", "vocab_size", "intermediate_size",
+            "architectures", "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim",
+            "num_hidden_layers", "rope_scaling", "rope_theta", "rms_norm_eps", "max_position_embeddings",
+            "vocab_size", "intermediate_size",
         ]),
         value in prop_oneof![
-            Just(Value::Null), Just(json!([])), Just(json!({})), Just(json!([["x"]])), Just(json!("x")), Just(json!(true)),
-            any::<i64>().prop_map(|n| json!(n)), any::<u64>().prop_map(|n| json!(n)), any::<f64>().prop_map(|x| json!(x)),
+            Just(Value::Null), Just(json!([])), Just(json!({})), Just(json!([["x"]])), Just(json!("x")),
+            Just(json!(true)), any::<i64>().prop_map(|n| json!(n)), any::<u64>().prop_map(|n| json!(n)),
+            any::<f64>().prop_map(|x| json!(x)),
             any::<f32>().prop_map(|x| json!({"rope_type": "yarn", "factor": x, "original_max_position_embeddings": 0})),
             any::<u64>().prop_map(|n| json!({"type": "llama3", "factor": n, "original_max_position_embeddings": n})),
         ],

@@ -21,7 +21,8 @@ fn qwen3() -> Value {
 fn compressed() -> Value {
     json!({
         "config_groups": {"group_0": {
-            "input_activations": {"dynamic": true, "num_bits": 8, "strategy": "token", "symmetric": true, "type": "float"},
+            "input_activations": {"dynamic": true, "num_bits": 8, "strategy": "token", "symmetric": true,
+                "type": "float"},
             "output_activations": null, "targets": ["Linear"],
             "weights": {"actorder": null, "block_structure": null, "dynamic": false, "group_size": null, "num_bits": 8,
                 "observer": "minmax", "strategy": "channel", "symmetric": true, "type": "float"},
