@@ -1,6 +1,6 @@
 //! The little a frontend reads of a request's body.
 
-use std::fmt;
+use std::{borrow::Cow, fmt};
 
 use serde::{
     Deserialize, Deserializer,
@@ -34,8 +34,7 @@ impl Peek {
     /// Reads a body. One that is not what it should be yields nothing: the worker will say what is wrong with it.
     pub(super) fn read(body: &[u8]) -> Option<Self> {
         let fields: Fields = serde_json::from_slice(body).ok()?;
-        let messages = fields.messages.map(|Conversation(text)| text);
-        let text = fields.prompt.or(messages).unwrap_or_default();
+        let text = fields.prompt.unwrap_or(fields.messages);
         // Where prompts show them, they mostly come first.
         let tools = fields.tools.unwrap_or_default();
         // Out of range is for the worker to say: here a cast cuts it.
@@ -60,7 +59,8 @@ struct Fields {
     model: Option<String>,
     stream: Option<bool>,
     prompt: Option<Text>,
-    messages: Option<Conversation>,
+    #[serde(default, deserialize_with = "Text::of_messages")]
+    messages: Text,
     tools: Option<Text>,
     /// Numbers of any kind: a request must not go to workers of another model for one that is none here.
     max_tokens: Option<f64>,
@@ -77,11 +77,15 @@ struct Text {
 }
 
 impl Text {
-    /// Reads a value: `whole`, or what prompts show of messages.
-    fn read<'de, D: Deserializer<'de>>(deserializer: D, whole: bool) -> Result<Self, D::Error> {
+    fn read<'de, D: Deserializer<'de>>(deserializer: D, place: Place) -> Result<Self, D::Error> {
         let mut text = Self { beginning: Vec::with_capacity(BEGINNING_BYTES_MAX), bytes: 0, numbers: 0 };
-        Walk { text: &mut text, whole }.deserialize(deserializer)?;
+        Walk { text: &mut text, place }.deserialize(deserializer)?;
         Ok(text)
+    }
+
+    /// What prompts show of messages.
+    fn of_messages<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        Self::read(deserializer, Place::Message)
     }
 
     fn string(&mut self, text: &str) {
@@ -111,48 +115,53 @@ impl Text {
 
 impl<'de> Deserialize<'de> for Text {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        Self::read(deserializer, true)
+        Self::read(deserializer, Place::Shown)
     }
 }
 
-/// What prompts show of messages. What clients note beside may be another in each request, and nested to any depth.
-struct Conversation(Text);
-
-impl<'de> Deserialize<'de> for Conversation {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        Text::read(deserializer, false).map(Self)
-    }
-}
-
-/// A field inside messages, their parts and calls.
-#[derive(Deserialize)]
-#[serde(field_identifier, rename_all = "snake_case")]
-enum Field {
-    Role,
-    Content,
-    Text,
-    Name,
-    Reasoning,
-    ReasoningContent,
-    Refusal,
-    ToolCalls,
-    ToolCallId,
+/// Where a value is, which says what of it prompts show.
+#[derive(Clone, Copy)]
+enum Place {
+    /// Where they show all of it.
+    Shown,
+    Message,
+    /// In a message's content.
+    Part,
+    /// In a message's calls.
+    Call,
     Function,
-    Arguments,
-    #[serde(other)]
-    Note,
 }
+
+impl Place {
+    /// Where a field of an object that is here is. What clients note beside the fields that prompts show may be another
+    /// in each request, and nested to any depth.
+    fn within(self, field: &str) -> Option<Self> {
+        match (self, field) {
+            (Self::Message, "content") => Some(Self::Part),
+            (Self::Message, "tool_calls") => Some(Self::Call),
+            (Self::Call, "function") => Some(Self::Function),
+            (Self::Shown, _)
+            | (Self::Message, "role" | "name" | "reasoning" | "reasoning_content" | "refusal" | "tool_call_id")
+            | (Self::Part, "text")
+            | (Self::Function, "name" | "arguments") => Some(Self::Shown),
+            _ => None,
+        }
+    }
+}
+
+/// A field's name, where it stands if nothing in it is escaped.
+#[derive(Deserialize)]
+struct Key<'a>(#[serde(borrow)] Cow<'a, str>);
 
 /// Goes through a value of any shape.
 struct Walk<'a> {
     text: &'a mut Text,
-    /// Whether all of it counts, and not only what [`Field`] names.
-    whole: bool,
+    place: Place,
 }
 
 impl Walk<'_> {
-    fn inside(&mut self, whole: bool) -> Walk<'_> {
-        Walk { text: self.text, whole: self.whole || whole }
+    fn at(&mut self, place: Place) -> Walk<'_> {
+        Walk { text: self.text, place }
     }
 }
 
@@ -198,21 +207,15 @@ impl<'de> Visitor<'de> for Walk<'_> {
     }
 
     fn visit_seq<A: SeqAccess<'de>>(mut self, mut seq: A) -> Result<(), A::Error> {
-        while seq.next_element_seed(self.inside(false))?.is_some() {}
+        while seq.next_element_seed(self.at(self.place))?.is_some() {}
         Ok(())
     }
 
     fn visit_map<A: MapAccess<'de>>(mut self, mut map: A) -> Result<(), A::Error> {
-        if self.whole {
-            while map.next_key::<de::IgnoredAny>()?.is_some() {
-                map.next_value_seed(self.inside(true))?;
-            }
-            return Ok(());
-        }
-        while let Some(field) = map.next_key()? {
-            match field {
-                Field::Note => drop(map.next_value::<de::IgnoredAny>()?),
-                field => map.next_value_seed(self.inside(matches!(field, Field::Arguments)))?,
+        while let Some(Key(field)) = map.next_key()? {
+            match self.place.within(&field) {
+                Some(place) => map.next_value_seed(self.at(place))?,
+                None => drop(map.next_value::<de::IgnoredAny>()?),
             }
         }
         Ok(())
@@ -300,7 +303,7 @@ mod tests {
         let with = |note: &str| {
             let call = r#"{"function": {"name": "f", "arguments": {"city": "Rome"}}}"#;
             peek(&format!(
-                r#"{{"messages": [{{{note} "role": "system", "content": [{{"type": "text", "text": "{text}"}}]}},
+                r#"{{"messages": [{{{note} "role": "system", "content": [{{{note} "type": "text", "text": "{text}"}}]}},
                     {{"role": "assistant", "content": null, "tool_calls": [{call}]}}]}}"#
             ))
         };
@@ -308,7 +311,7 @@ mod tests {
         assert!(without.affinity.is_some());
         assert_eq!(without.prompt_tokens, ("systemassistantfRome".len() + text.len()) as u64 / BYTES_PER_TOKEN);
         let deep = format!(r#""trace": {}{},"#, "[".repeat(100_000), "]".repeat(100_000));
-        assert_eq!(with(r#""id": "msg-7301", "at": [1, {"content": "x"}],"#), without);
+        assert_eq!(with(r#""id": "msg-7301", "at": [1, {"content": "x"}], "function": {"name": "x"},"#), without);
         assert_eq!(with(&deep), without);
     }
 
