@@ -1,4 +1,4 @@
-use std::{borrow::Cow, sync::Arc};
+use std::sync::Arc;
 
 use axum::{
     body::Body,
@@ -11,6 +11,7 @@ use serde_json::{Map, Value};
 use super::{
     ApiError, ChatTemplate, Parsers, Serving,
     answer::{Answer, Endpoint, PreparedPrompt},
+    error::shown,
     extract::read_relayed,
     form::{Asked, asked},
     parser::{Thoughts, Wanted},
@@ -36,7 +37,7 @@ pub(crate) async fn chat_completions(
     serving.check_model(request.model.as_deref())?;
     refuse_unsupported(&request, serving.config.parsers)?;
     let mut plan = plan(&mut request, &serving, relay.seed())?;
-    let messages = request.messages.ok_or_else(|| missing("messages"))?.0;
+    let messages = request.messages.ok_or_else(|| ApiError::missing("messages"))?.0;
     let mut kwargs = request.chat_template_kwargs;
     if let Some(effort) = request.reasoning_effort.as_ref().filter(|effort| !effort.is_empty()) {
         set_effort(effort, kwargs.get_or_insert_default(), serving.config.template.as_ref())?;
@@ -98,13 +99,6 @@ pub(crate) async fn respond(answer: Answer, as_stream: bool) -> Result<Response,
     Ok(([(header::CONTENT_TYPE, json)], body).into_response())
 }
 
-/// 400: `field` is needed.
-pub(crate) fn missing(field: impl Into<Cow<'static, str>>) -> ApiError {
-    let field = field.into();
-    let message = format!("Missing required parameter: '{field}'");
-    ApiError::invalid(field, message)
-}
-
 fn plan(request: &mut ChatRequest, serving: &Serving, seed: u64) -> Result<Plan, ApiError> {
     let mut plan = Plan::new(request.take_sampling(), serving.bounds(), seed)?;
     plan.logprobs = chat_logprobs(request.logprobs, request.top_logprobs)?;
@@ -119,8 +113,7 @@ fn plan(request: &mut ChatRequest, serving: &Serving, seed: u64) -> Result<Plan,
 fn set_effort(effort: &str, kwargs: &mut Map<String, Value>, template: Option<&ChatTemplate>) -> Result<(), ApiError> {
     const FIELD: &str = "reasoning_effort";
     if !EFFORTS.contains(&effort) {
-        let shown: String = effort.chars().take(40).collect();
-        let message = format!("'{FIELD}' is '{shown}', but has to be one of '{}'", EFFORTS.join("', '"));
+        let message = format!("'{FIELD}' is '{}', but has to be one of '{}'", shown(effort), EFFORTS.join("', '"));
         return Err(ApiError::invalid(FIELD, message));
     }
     if !template.is_some_and(ChatTemplate::reads_effort) {

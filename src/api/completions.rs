@@ -5,7 +5,7 @@ use axum::{body::Body, extract::State, http::HeaderMap, response::Response};
 use super::{
     ApiError, Serving,
     answer::{Answer, Endpoint, PreparedPrompt},
-    chat::{missing, respond},
+    chat::respond,
     extract::read_relayed,
     form::asked,
     prompt::Purpose,
@@ -28,7 +28,7 @@ pub(crate) async fn completions(
     refuse("suffix", request.suffix)?;
     refuse("prompt_embeds", request.prompt_embeds)?;
     let mut plan = plan(&mut request, &serving, relay.seed())?;
-    let prompts = request.prompt.take().ok_or_else(|| missing("prompt"))?.0;
+    let prompts = request.prompt.take().ok_or_else(|| ApiError::missing("prompt"))?.0;
     if prompts.is_empty() {
         return Err(ApiError::invalid("prompt", "'prompt' is an empty list"));
     }

@@ -17,6 +17,14 @@ pub struct ApiError {
     code: Option<&'static str>,
 }
 
+/// Characters of what a client sent that a message repeats.
+const SHOWN_CHARS_MAX: usize = 40;
+
+/// What a client sent, as far as a message repeats it.
+pub(crate) fn shown(text: &str) -> String {
+    text.chars().take(SHOWN_CHARS_MAX).collect()
+}
+
 /// Header by which OpenAI's clients are told whether to try again; without it they do after any 5xx.
 pub(super) const SHOULD_RETRY: HeaderName = HeaderName::from_static("x-should-retry");
 
@@ -48,6 +56,13 @@ impl ApiError {
             param: Some(param.into().into_owned()),
             code: Some("invalid_value"),
         }
+    }
+
+    /// 400 because the field `param` is needed.
+    pub(crate) fn missing(param: impl Into<Cow<'static, str>>) -> Self {
+        let param = param.into();
+        let message = format!("Missing required parameter: '{param}'");
+        Self::invalid(param, message)
     }
 
     /// 400 because `param` asks for something this server does not do.
@@ -142,7 +157,7 @@ impl ApiError {
         }
     }
 
-    /// The code, for tests and logs.
+    /// The field that is to blame.
     #[cfg(test)]
     pub(crate) fn param(&self) -> Option<&str> {
         self.param.as_deref()

@@ -14,6 +14,7 @@ use tokio::{
 
 use super::{
     ApiError, Serving,
+    error::shown,
     progress::{JOURNAL_BYTES_MAX, Journal, Relay, malformed},
     types::instead_of,
 };
@@ -162,8 +163,8 @@ async fn receive(headers: &HeaderMap, body: Body, limits: &BodyLimits<'_>) -> Re
     let limit = limits.bytes;
     if let Some(encoding) = encoding(headers) {
         discard(headers, body).await;
-        let shown: String = encoding.chars().take(40).collect();
-        let message = format!("Send the request body uncompressed, without the header 'Content-Encoding: {shown}'");
+        let encoding = shown(encoding);
+        let message = format!("Send the request body uncompressed, without the header 'Content-Encoding: {encoding}'");
         return Err(ApiError::new(StatusCode::UNSUPPORTED_MEDIA_TYPE, "unsupported_media_type", message));
     }
     let declared = headers.get(header::CONTENT_LENGTH).and_then(|value| value.to_str().ok()?.parse::<u64>().ok());
@@ -282,9 +283,7 @@ fn describe(path: &str, error: &serde_json::Error) -> ApiError {
         return ApiError::unknown_parameter(param, instead);
     }
     if let Some(field) = quoted("missing field `") {
-        let field = below(&field);
-        let message = format!("Missing required parameter: '{field}'");
-        return ApiError::invalid(field, message);
+        return ApiError::missing(below(&field));
     }
     match path {
         "" => ApiError::new(StatusCode::BAD_REQUEST, "invalid_json", format!("Invalid request body: {message}")),
@@ -301,7 +300,7 @@ mod tests {
 
     #[derive(Debug, Deserialize)]
     #[serde(deny_unknown_fields)]
-    #[allow(dead_code)] // Only parsed.
+    #[allow(dead_code, reason = "only parsed")]
     struct Outer {
         number: f64,
         inner: Option<Vec<Inner>>,
@@ -310,7 +309,7 @@ mod tests {
 
     #[derive(Debug, Deserialize)]
     #[serde(deny_unknown_fields)]
-    #[allow(dead_code)] // Only parsed.
+    #[allow(dead_code, reason = "only parsed")]
     struct Inner {
         name: String,
     }

@@ -1,13 +1,13 @@
 //! What form an answer is to have: from a request's fields to a grammar.
 
-use std::sync::Arc;
-use std::time::Duration;
+use std::{sync::Arc, time::Duration};
 
 use serde_json::Value;
 use tokio::{sync::Semaphore, time::timeout};
 
 use super::{
     ApiError, Serving,
+    error::shown,
     types::{ResponseFormat, StructuredOutputs},
     validate::refuse,
 };
@@ -15,8 +15,6 @@ use crate::grammar::{Grammar, GrammarError, Source, Vocabulary};
 
 /// How long a grammar may take to compile, and how long a place for that is waited for.
 const COMPILE_TIME_MAX: Duration = Duration::from_secs(10);
-/// Characters of a name in a message.
-const SHOWN_CHARS_MAX: usize = 40;
 
 /// What a request asks for, and the field that says so.
 pub(crate) type Asked = (Source, &'static str);
@@ -110,14 +108,11 @@ fn of_format(format: ResponseFormat) -> Result<Option<Asked>, ApiError> {
         ("json_object" | "json_schema", Some(schema)) => Ok(Some((Source::JsonSchema(schema), DIRECT))),
         ("json_object", None) => Ok(Some((Source::json_object(), "response_format"))),
         ("json_schema", None) => {
-            let schema = json_schema.and_then(|given| given.schema);
-            let schema =
-                schema.ok_or_else(|| ApiError::invalid(FIELD, format!("Missing required parameter: '{FIELD}'")))?;
+            let schema = json_schema.and_then(|given| given.schema).ok_or_else(|| ApiError::missing(FIELD))?;
             Ok(Some((Source::JsonSchema(schema), FIELD)))
         }
         (other, _) => {
-            let kind: String = other.chars().take(SHOWN_CHARS_MAX).collect();
-            let detail = format!("its type has to be 'text', 'json_object' or 'json_schema', not '{kind}'");
+            let detail = format!("its type has to be 'text', 'json_object' or 'json_schema', not '{}'", shown(other));
             Err(ApiError::unsupported("response_format", &detail))
         }
     }

@@ -5,6 +5,7 @@ use serde_json::{Map, Value, json};
 
 use super::{
     ApiError, RESERVED_NAMES, RenderOptions, Serving, TemplateError,
+    error::shown,
     parser::Thoughts,
     types::{Content, ContentPart, MESSAGES_MAX, Message, ToolCall},
     validate::too_long,
@@ -218,10 +219,10 @@ impl Message {
             "developer" => "system",
             role @ ("system" | "user" | "assistant" | "tool") => role,
             other => {
-                let shown: String = other.chars().take(40).collect();
                 let message = format!(
-                    "'{}' is '{shown}', but has to be one of 'system', 'developer', 'user', 'assistant', 'tool'",
-                    at("role")
+                    "'{}' is '{}', but has to be one of 'system', 'developer', 'user', 'assistant', 'tool'",
+                    at("role"),
+                    shown(other)
                 );
                 return Err(ApiError::invalid(at("role"), message));
             }
@@ -248,12 +249,7 @@ impl Message {
             }
             // As OpenAI has it, an assistant that calls tools may say nothing; and some have answered with nothing.
             None if role == "assistant" => message.insert("content".into(), self.refusal.unwrap_or_default().into()),
-            None => {
-                return Err(ApiError::invalid(
-                    at("content"),
-                    format!("Missing required parameter: '{}'", at("content")),
-                ));
-            }
+            None => return Err(ApiError::missing(at("content"))),
         };
         if !calls.is_empty() {
             let calls = calls.into_iter().enumerate().map(|(call_index, call)| {
@@ -285,14 +281,12 @@ fn bytes_of(value: &Value) -> usize {
 
 fn check_part(part: &ContentPart, at: impl Fn() -> String) -> Result<(), ApiError> {
     if part.kind != "text" {
-        let kind: String = part.kind.chars().take(40).collect();
-        return Err(ApiError::unsupported(format!("{}.type", at()), &format!("'{kind}' parts; this model reads text")));
+        let detail = format!("'{}' parts; this model reads text", shown(&part.kind));
+        return Err(ApiError::unsupported(format!("{}.type", at()), &detail));
     }
     match part.text {
         Some(_) => Ok(()),
-        None => {
-            Err(ApiError::invalid(format!("{}.text", at()), format!("Missing required parameter: '{}.text'", at())))
-        }
+        None => Err(ApiError::missing(format!("{}.text", at()))),
     }
 }
 

@@ -5,7 +5,6 @@ use serde::Serialize;
 
 use super::{
     ApiError, Json, Serving,
-    chat::missing,
     extract::read_json,
     prompt::{ChatOptions, Purpose},
     tools::Tools,
@@ -47,7 +46,7 @@ pub(crate) async fn tokenize(
         (Some(_), Some(_)) => {
             return Err(ApiError::invalid("messages", "'prompt' and 'messages' exclude each other"));
         }
-        (None, None) => return Err(missing("prompt")),
+        (None, None) => return Err(ApiError::missing("prompt")),
         (Some(prompt), None) => {
             let add_special_tokens = request.add_special_tokens.unwrap_or(true);
             serving.encode_text(prompt, add_special_tokens, Purpose::Count, "prompt").await?.0

@@ -2,7 +2,7 @@
 
 use serde_json::{Map, Value, json};
 
-use super::{ApiError, ChatTemplate, Parsers, chat::missing, parser::CallFormat, types::ToolList};
+use super::{ApiError, ChatTemplate, Parsers, error::shown, parser::CallFormat, types::ToolList};
 use crate::grammar::{Frame, Source};
 
 /// Functions at most where an answer has to fit one: each is a grammar.
@@ -67,8 +67,7 @@ impl Tools {
                     ApiError::invalid("tool_choice", message)
                 })?;
                 let Some(index) = names.iter().position(|known| *known == name) else {
-                    let shown: String = name.chars().take(40).collect();
-                    let message = format!("'tool_choice' names '{shown}', which is none of 'tools'");
+                    let message = format!("'tool_choice' names '{}', which is none of 'tools'", shown(name));
                     return Err(ApiError::invalid("tool_choice", message));
                 };
                 Choice::One(index)
@@ -154,12 +153,12 @@ fn name_of(tool: &Value, index: usize) -> Result<&str, ApiError> {
         Some(Value::String(kind)) if kind == "function" => {}
         Some(Value::String(_)) => return Err(ApiError::unsupported(at(".type"), "only 'function' is")),
         Some(_) => return wrong(".type", "'function'"),
-        None => return Err(missing(at(".type"))),
+        None => return Err(ApiError::missing(at(".type"))),
     }
     let function = match fields.get("function") {
         Some(Value::Object(function)) => function,
         Some(_) => return wrong(".function", "an object"),
-        None => return Err(missing(at(".function"))),
+        None => return Err(ApiError::missing(at(".function"))),
     };
     if !matches!(function.get("parameters"), None | Some(Value::Null | Value::Object(_))) {
         return wrong(".function.parameters", "an object: a JSON schema");
@@ -167,7 +166,7 @@ fn name_of(tool: &Value, index: usize) -> Result<&str, ApiError> {
     match function.get("name") {
         Some(Value::String(name)) if (1..=NAME_BYTES_MAX).contains(&name.len()) => Ok(name),
         Some(_) => wrong(".function.name", &format!("a text of 1 to {NAME_BYTES_MAX} bytes")),
-        None => Err(missing(at(".function.name"))),
+        None => Err(ApiError::missing(at(".function.name"))),
     }
 }
 

@@ -5,6 +5,8 @@ use serde::{
     de::{self, IgnoredAny, MapAccess, SeqAccess, Visitor},
 };
 
+use crate::api::error::shown;
+
 /// A field of OpenAI's API, or vLLM's, that this server does not have. It is read only to tell whether it asks for
 /// anything: null, `false`, an empty string, list or object do not.
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
@@ -95,10 +97,9 @@ impl<'de> Deserialize<'de> for LogitBias {
             fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Self::Value, A::Error> {
                 let mut biases = Vec::new();
                 while let Some(key) = map.next_key::<String>()? {
-                    let token = key.parse().map_err(|_| {
-                        let shown: String = key.chars().take(40).collect();
-                        de::Error::custom(format_args!("{shown:?} is not a token id"))
-                    })?;
+                    let token = key
+                        .parse()
+                        .map_err(|_| de::Error::custom(format_args!("{:?} is not a token id", shown(&key))))?;
                     biases.push((token, map.next_value()?));
                 }
                 Ok(biases)
