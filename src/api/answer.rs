@@ -8,8 +8,10 @@ use std::{
 
 use futures::StreamExt;
 use serde::Serialize;
-use tokio::runtime::{Handle, RuntimeFlavor};
-use tokio::time::Instant;
+use tokio::{
+    runtime::{Handle, RuntimeFlavor},
+    time::Instant,
+};
 use uuid::Uuid;
 
 use super::{

@@ -2,8 +2,6 @@ use std::{path::PathBuf, time::Duration};
 
 use clap::{Args, builder::NonEmptyStringValueParser};
 
-use crate::api::{CONNECTIONS_BESIDE_REQUESTS, CallFormat, Parsers};
-
 use super::{
     ClusterArgs, EngineArgs, LogArgs, TransportArgs,
     values::{
@@ -11,6 +9,7 @@ use super::{
         parse_within,
     },
 };
+use crate::api::{CONNECTIONS_BESIDE_REQUESTS, CallFormat, Parsers};
 
 /// Port of a decode worker, and of a frontend.
 pub(super) const DEFAULT_PORT: u16 = 8000;

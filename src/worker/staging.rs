@@ -15,8 +15,10 @@ use anyhow::{Context, Result};
 use engine_kernels::{DeviceRegion, LockedRegion, PageRun, RegionShape, cuda::Mark};
 
 use super::Stage;
-use crate::telemetry::StagingMetrics;
-use crate::transfer::{Reached, Region, Transport, lock_for_device};
+use crate::{
+    telemetry::StagingMetrics,
+    transfer::{Reached, Region, Transport, lock_for_device},
+};
 
 /// Pages of the pool that one loan has. They are given back by value, once.
 #[derive(Debug, PartialEq, Eq)]

@@ -1,5 +1,7 @@
-use minijinja::value::{Value, ValueKind};
-use minijinja::{Error, ErrorKind};
+use minijinja::{
+    Error, ErrorKind,
+    value::{Value, ValueKind},
+};
 
 /// Objects and lists deeper than this are refused rather than followed; request bodies are limited to 128 anyway.
 const MAX_DEPTH: usize = 200;

@@ -10,13 +10,17 @@ mod quiet;
 #[cfg(test)]
 mod tests;
 
-use std::fmt::Write as _;
-use std::io::{self, Write};
+use std::{
+    fmt::Write as _,
+    io::{self, Write},
+};
 
 use chrono::TimeZone;
-use minijinja::syntax::SyntaxConfig;
-use minijinja::value::{Kwargs, Value};
-use minijinja::{Environment, Error, ErrorKind};
+use minijinja::{
+    Environment, Error, ErrorKind,
+    syntax::SyntaxConfig,
+    value::{Kwargs, Value},
+};
 
 /// Steps every rendering may take; Qwen3's template takes about 200 for a short chat.
 const FUEL_BASE: u64 = 2_000_000;
