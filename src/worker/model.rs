@@ -147,25 +147,14 @@ pub(super) fn load(cli: &EngineArgs, source: &ModelSource, purpose: &Purpose) ->
         max_logit_rows: logit_rows.min(cli.max_num_batched_tokens).max(1),
         max_positions: sizing.max_model_len,
     };
-    if let Some(model) = &cli.mock {
-        let region = KvRegion::shared(layout.region_shape()).context("cannot reserve a mock's pages")?;
-        let runner = Box::new(MockRunner::new(model.clone(), region.clone(), layout.block_size));
-        let device = device.to_string();
-        return Ok(Loaded {
-            runner,
-            config,
-            device,
-            step_bytes: 0,
-            pages: Some(region.into()),
-            key,
-            layout,
-            page_order,
-            fingerprint,
-        });
-    }
     let name = device.to_string();
-    let (runner, pages, step_bytes) = match device {
-        Chosen::Cpu => {
+    let (runner, pages, step_bytes) = match (&cli.mock, device) {
+        (Some(model), _) => {
+            let region = KvRegion::shared(layout.region_shape()).context("cannot reserve a mock's pages")?;
+            let runner: Box<dyn Runner> = Box::new(MockRunner::new(model.clone(), region.clone(), layout.block_size));
+            (runner, Some(KvPages::from(region)), 0)
+        }
+        (None, Chosen::Cpu) => {
             if cli.enforce_eager {
                 tracing::warn!("--enforce-eager does nothing on a CPU, which records no steps");
             }
@@ -176,7 +165,7 @@ pub(super) fn load(cli: &EngineArgs, source: &ModelSource, purpose: &Purpose) ->
             load_into(backend, source, limits, layout, &config, purpose.decodes)?
         }
         #[cfg(feature = "cuda")]
-        Chosen::Cuda { device, .. } => {
+        (None, Chosen::Cuda { device, .. }) => {
             device.load_kernels()?;
             let mut backend = engine_kernels::cuda::CudaBackend::new(device);
             if cli.enforce_eager {
