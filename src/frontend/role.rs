@@ -1,5 +1,3 @@
-use std::io::Write;
-
 use anyhow::{Context, Result};
 use rustix::process::{Resource, getrlimit};
 
@@ -8,7 +6,7 @@ use crate::{
     api::{CONNECTIONS_BESIDE_REQUESTS, ConnectionThreads, HttpToken, ServerConfig, bind},
     cli::FrontendArgs,
     cluster::{Needs, join},
-    worker::Signals,
+    worker::{Ready, Signals},
 };
 
 /// Open files that a frontend needs beside its connections to clients and workers: those to the cluster's services, and
@@ -92,15 +90,13 @@ pub async fn run(args: FrontendArgs) -> Result<()> {
         );
     }
     let listener = bound.listen()?;
+    let address = listener.local_addr()?;
     let text = format!(
-        "engine {} frontend of the cluster `{}` on http://{}\n",
+        "engine {} frontend of the cluster `{}` on http://{address}\n",
         env!("CARGO_PKG_VERSION"),
         args.cluster.namespace,
-        listener.local_addr()?
     );
-    // Nobody may be reading; the frontend serves all the same.
-    let mut out = std::io::stdout();
-    let _ = out.write_all(text.as_bytes()).and_then(|()| out.flush());
+    Ready { address, text }.print();
     let shutdown = async move {
         signals.next().await;
         signals.leave_at_next();

@@ -1,6 +1,6 @@
 use std::{io::Write, net::SocketAddr};
 
-/// A worker that has begun to serve.
+/// A worker or frontend that has begun to serve.
 #[derive(Debug)]
 pub struct Ready {
     /// Where its HTTP server listens.
