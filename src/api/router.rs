@@ -39,14 +39,10 @@ pub(crate) fn router(serving: Arc<Serving>) -> Router {
         .route("/detokenize", post(detokenize))
         .route_layer(from_fn_with_state(serving.clone(), require_model))
         .route_layer(from_fn_with_state(keys, require_key));
-    let origins = &serving.config.allowed_origins;
-    let cors = (!origins.is_empty()).then(|| cors(origins));
     let router = probes(guarded, health, health).route("/metrics", get(metrics));
     let router = fallbacks(router, SERVED).layer(from_fn_with_state(serving.clone(), observe));
-    let router = match cors {
-        Some(cors) => router.layer(cors),
-        None => router,
-    };
+    let origins = &serving.config.allowed_origins;
+    let router = if origins.is_empty() { router } else { router.layer(cors(origins)) };
     router.with_state(serving)
 }
 

@@ -6,7 +6,7 @@ use prometheus::{
 use crate::telemetry::register_build_info;
 
 /// Seconds: what a frontend adds is below the first, what a model takes is in the others.
-const FIRST_BYTE_BUCKETS: &[f64] =
+const FIRST_DATA_BUCKETS: &[f64] =
     &[0.000_5, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0];
 
 /// What a frontend counts. Cheap to clone.
@@ -54,7 +54,7 @@ impl FrontendMetrics {
                 "Answers broken off for want of a worker to continue them.",
             ),
             body_bytes: gauge("engine_frontend_body_bytes", "Bytes of large requests kept until they are answered."),
-            first_data: registered(&registry, Histogram::with_opts(first_data.buckets(FIRST_BYTE_BUCKETS.to_vec()))),
+            first_data: registered(&registry, Histogram::with_opts(first_data.buckets(FIRST_DATA_BUCKETS.to_vec()))),
             registry,
         }
     }

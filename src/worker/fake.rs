@@ -11,7 +11,7 @@ use std::{
 
 use engine_kernels::{Batch, RowTask, SampleRow, Sampled, SamplingParams, SequenceId};
 
-use super::{Runner, RunnerError, RunsAhead};
+use super::{Runner, RunnerError, RunsAhead, mock_runner::mix};
 
 pub(super) const VOCAB_SIZE: usize = 1000;
 /// The seed of requests whose logits are of no use, as a model's are when it gives NaN.
@@ -164,10 +164,6 @@ impl FakeRunner {
     pub(super) fn ahead(self) -> Self {
         Self { runs_ahead: true, ..self }
     }
-}
-
-fn mix(state: u64, value: u64) -> u64 {
-    (state ^ value).wrapping_mul(0x9E37_79B9_7F4A_7C15).rotate_left(29)
 }
 
 fn cell(token: u32, position: usize) -> u64 {

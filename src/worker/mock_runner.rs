@@ -34,7 +34,8 @@ pub(super) struct MockRunner {
     block_size: usize,
 }
 
-fn mix(state: u64, value: u64) -> u64 {
+/// A digest of a digest and what follows.
+pub(super) fn mix(state: u64, value: u64) -> u64 {
     (state ^ value).wrapping_mul(0x9e37_79b9_7f4a_7c15).rotate_left(29)
 }
 
