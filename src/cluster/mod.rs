@@ -37,7 +37,7 @@ pub use queue::{Consumer, Delivery, Queue, QueueDepth, QueueError, Settle};
 #[cfg(test)]
 pub(crate) use card::tests;
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 
 /// A worker's or frontend's way to the others. Cheap to clone.
 #[derive(Clone)]
@@ -56,6 +56,11 @@ impl Cluster {
         let local = Arc::new(Local::new());
         Self { discovery: local.clone(), queue: local.clone(), loads: local }
     }
+}
+
+/// Something between half of `duration` and all of it: processes that lost the same server do not come back in step.
+fn jitter(duration: Duration) -> Duration {
+    duration.mul_f64(rand::random_range(0.5..1.0))
 }
 
 impl std::fmt::Debug for Cluster {

@@ -1,10 +1,9 @@
 use std::{path::PathBuf, sync::Arc, time::Duration};
 
 use etcd_client::{Certificate, Client, ConnectOptions, Error, Identity, TlsOptions};
-use rand::RngExt;
 use tokio::{sync::Mutex, time::timeout};
 
-use crate::cluster::ClusterError;
+use crate::cluster::{ClusterError, jitter};
 
 /// How long one call may take. Well under a third of a lease's life, so that a lost answer does not cost the lease.
 pub(super) const CALL_TIMEOUT: Duration = Duration::from_secs(2);
@@ -152,9 +151,4 @@ impl Backoff {
         }
         *self = Self::new();
     }
-}
-
-/// Something between half of `duration` and all of it.
-pub(super) fn jitter(duration: Duration) -> Duration {
-    duration.mul_f64(rand::rng().random_range(0.5..1.0))
 }

@@ -6,8 +6,8 @@ use tokio::{
     time::timeout,
 };
 
-use super::connection::{Backoff, CALL_TIMEOUT, Connection, describe, jitter};
-use crate::cluster::LeaseId;
+use super::connection::{Backoff, CALL_TIMEOUT, Connection, describe};
+use crate::cluster::{LeaseId, jitter};
 
 /// Longest pause before a lost registration is made anew: those who lost theirs together do not come back together.
 const REGRANT_SPREAD: Duration = Duration::from_secs(1);

@@ -5,10 +5,9 @@ use std::{
 };
 
 use async_nats::{Client, ConnectOptions, Event, ServerAddr, connection::State};
-use rand::RngExt;
 use tokio::sync::watch;
 
-use crate::cluster::{ClusterError, QueueError};
+use crate::cluster::{ClusterError, QueueError, jitter};
 
 /// How long a connection attempt may take.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
@@ -151,7 +150,7 @@ impl Connection {
 /// The pause before the `attempt`th attempt: a little longer each time, and not the same in all processes.
 fn reconnect_pause(attempt: usize) -> Duration {
     let longest = Duration::from_millis(100).saturating_mul(attempt as u32).min(RECONNECT_PAUSE_MAX);
-    longest.mul_f64(rand::rng().random_range(0.5..1.0))
+    jitter(longest)
 }
 
 /// What is wrong is said once, not at every attempt.
