@@ -16,8 +16,10 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 use engine_kernels::SamplingParams;
 
-use crate::cli::BenchArgs;
-use crate::worker::{Alone, Event, FinishReason, Generation, Request};
+use crate::{
+    cli::BenchArgs,
+    worker::{Alone, Event, FinishReason, Generation, Request},
+};
 use report::{Report, Row};
 
 /// Rounds that are not counted: they meet memory that nobody has touched, and steps that were not recorded yet.

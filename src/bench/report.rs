@@ -3,8 +3,7 @@
 use serde::Serialize;
 
 use super::Steps;
-use crate::cli::BenchArgs;
-use crate::worker::Alone;
+use crate::{cli::BenchArgs, worker::Alone};
 
 /// One measurement.
 #[derive(Debug, Clone, PartialEq, Serialize)]

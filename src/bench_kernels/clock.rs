@@ -3,8 +3,10 @@
 use std::time::{Duration, Instant};
 
 use anyhow::Result;
-use engine_kernels::Backend;
-use engine_kernels::cuda::{CudaBackend, Device, Driver, DriverError};
+use engine_kernels::{
+    Backend,
+    cuda::{CudaBackend, Device, Driver, DriverError},
+};
 
 use super::row::{Time, Work, heading, row};
 

@@ -3,12 +3,16 @@
 //! is measured.
 
 use anyhow::Result;
-use engine_kernels::cuda::{Activations, CudaBackend, Driver, KvCache, Noted, Vector};
-use engine_kernels::{Attention, Backend, Batch, KvDType, KvLayout, Projection, QkNorm, Residual, RmsNorm};
+use engine_kernels::{
+    Attention, Backend, Batch, KvDType, KvLayout, Projection, QkNorm, Residual, RmsNorm,
+    cuda::{Activations, CudaBackend, Driver, KvCache, Noted, Vector},
+};
 
-use super::Shape;
-use super::model::{COPIES_MAX, Model, copies};
-use super::work::Size;
+use super::{
+    Shape,
+    model::{COPIES_MAX, Model, copies},
+    work::Size,
+};
 
 /// Tokens of a page, as workers have them by default.
 const BLOCK_SIZE: usize = 64;

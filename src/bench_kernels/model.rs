@@ -1,8 +1,10 @@
 //! Weights of a model, made up.
 
 use anyhow::Result;
-use engine_kernels::cuda::{CudaBackend, Driver, Linear, Rope, Vector};
-use engine_kernels::{Backend, DType, Matrix, RopeTable};
+use engine_kernels::{
+    Backend, DType, Matrix, RopeTable,
+    cuda::{CudaBackend, Driver, Linear, Rope, Vector},
+};
 
 use super::Shape;
 

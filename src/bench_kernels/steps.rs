@@ -3,12 +3,14 @@
 use anyhow::{Result, ensure};
 use engine_kernels::cuda::{Device, Driver, Noted};
 
-use super::Shape;
-use super::clock::Clock;
-use super::layer::{Kernels, Step};
-use super::model::Model;
-use super::row::{MMA_PER_MS, WGMMA_PER_MS, Work};
-use super::work::Purpose;
+use super::{
+    Shape,
+    clock::Clock,
+    layer::{Kernels, Step},
+    model::Model,
+    row::{MMA_PER_MS, WGMMA_PER_MS, Work},
+    work::Purpose,
+};
 
 /// Sequences, and tokens of each: what matters most first, as there may be no time for all.
 const DECODES: [[usize; 2]; 7] = [[1, 512], [64, 512], [16, 512], [4, 512], [256, 512], [1, 8192], [1, 65_536]];

@@ -4,8 +4,10 @@
 use anyhow::{Result, bail};
 use engine_kernels::cuda::Noted;
 
-use super::Shape;
-use super::row::{FMA_PER_MS, MMA_PER_MS, WGMMA_PER_MS, Work};
+use super::{
+    Shape,
+    row::{FMA_PER_MS, MMA_PER_MS, WGMMA_PER_MS, Work},
+};
 
 /// Bytes of an element of activations.
 const WIDE: usize = 4;

@@ -15,8 +15,10 @@ pub use finding::{Area, Finding, Level, Report};
 
 use anyhow::Result;
 
-use crate::cli::{DoctorArgs, TransportArg};
-use crate::worker::{Gauge, Ways, default_kv_bytes};
+use crate::{
+    cli::{DoctorArgs, TransportArg},
+    worker::{Gauge, Ways, default_kv_bytes},
+};
 use checks::Wanted;
 use facts::{GpuFacts, HostFacts, RdmaFacts, ServicesFacts, measure_pairs};
 

@@ -2,12 +2,16 @@
 
 use anyhow::{Context, Result, bail, ensure};
 use serde::{Deserialize, Serialize};
-use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
-use tokio::net::TcpStream;
+use tokio::{
+    io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader},
+    net::TcpStream,
+};
 
 use super::{Pages, Place, Receiver};
-use crate::transfer::{ClusterToken, SessionAddresses};
-use crate::worker::Ways;
+use crate::{
+    transfer::{ClusterToken, SessionAddresses},
+    worker::Ways,
+};
 
 /// Bytes of a line.
 const LINE_MAX: u64 = 1 << 16;

@@ -1,15 +1,18 @@
 //! Where pages lie: in host memory, or in a device's.
 
-use std::os::unix::fs::FileExt;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::{
+    os::unix::fs::FileExt,
+    sync::{Arc, Mutex, PoisonError},
+};
 
 use anyhow::{Context, Result, bail, ensure};
-use engine_kernels::cuda::Driver;
-use engine_kernels::{DeviceRegion, KvPages, KvRegion, PageCopies, PageRun, RegionShape};
+use engine_kernels::{DeviceRegion, KvPages, KvRegion, PageCopies, PageRun, RegionShape, cuda::Driver};
 
 use super::Pages;
-use crate::cli::DeviceArg;
-use crate::worker::{Chosen, choose};
+use crate::{
+    cli::DeviceArg,
+    worker::{Chosen, choose},
+};
 
 /// Takes memory of a device for pages of a shape.
 type Reserve = Arc<dyn Fn(RegionShape) -> Result<DeviceRegion> + Send + Sync>;

@@ -26,9 +26,11 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 use tokio::net::TcpListener;
 
-use crate::cli::{TransferBenchArgs, TransportArg};
-use crate::transfer::ClusterToken;
-use crate::worker::Ways;
+use crate::{
+    cli::{TransferBenchArgs, TransportArg},
+    transfer::ClusterToken,
+    worker::Ways,
+};
 use report::Row;
 
 /// In place of a digest of a model: whoever measures has none.

@@ -1,20 +1,24 @@
 //! The one that is written to: a decode worker without a model.
 
-use std::net::IpAddr;
-use std::sync::{Arc, mpsc};
-use std::thread;
+use std::{
+    net::IpAddr,
+    sync::{Arc, mpsc},
+    thread,
+};
 
 use anyhow::{Context, Result};
 use engine_kernels::{KvPages, KvRegion, RegionShape};
 use serde::{Deserialize, Serialize};
 
 use super::{MODEL_KEY, Pages, Place, memory::Readback};
-use crate::handoff::{Epoch, SessionId, Slot};
-use crate::transfer::{
-    ClusterToken, Exported, Limits, Mailbox, ServerConfig, SessionAddresses, SessionEvent, SessionServer, Target,
-    TransferMetrics, runtime_directory,
+use crate::{
+    handoff::{Epoch, SessionId, Slot},
+    transfer::{
+        ClusterToken, Exported, Limits, Mailbox, ServerConfig, SessionAddresses, SessionEvent, SessionServer, Target,
+        TransferMetrics, runtime_directory,
+    },
+    worker::Ways,
 };
-use crate::worker::Ways;
 
 /// The loan there is, again and again under another epoch.
 pub(super) const SLOT: Slot = Slot(0);

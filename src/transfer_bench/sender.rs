@@ -1,7 +1,6 @@
 //! The one that writes: a prefill worker without a model.
 
-use std::sync::mpsc;
-use std::time::Instant;
+use std::{sync::mpsc, time::Instant};
 
 use anyhow::{Context, Result, anyhow, ensure};
 use engine_kernels::KvPages;
@@ -12,12 +11,14 @@ use super::{
     memory::Yardstick,
     receiver::{Answer, Ask, SLOT},
 };
-use crate::handoff::{Epoch, MailboxWord, Status, WorkerId};
-use crate::transfer::{
-    ClusterToken, Connector, ConnectorConfig, LocalPages, Session, SessionAddresses, Source, StagingRing,
-    TransferMetrics, Transport, WriteError,
+use crate::{
+    handoff::{Epoch, MailboxWord, Status, WorkerId},
+    transfer::{
+        ClusterToken, Connector, ConnectorConfig, LocalPages, Session, SessionAddresses, Source, StagingRing,
+        TransferMetrics, Transport, WriteError,
+    },
+    worker::Ways,
 };
-use crate::worker::Ways;
 
 /// A session to a [`Receiver`](super::Receiver), and pages to write.
 pub struct Sender {

@@ -1,8 +1,10 @@
 use engine_kernels::cpu;
 
 use super::{Area, Finding, Level, size};
-use crate::doctor::facts::{Container, HostFacts};
-use crate::worker::default_kv_bytes;
+use crate::{
+    doctor::facts::{Container, HostFacts},
+    worker::default_kv_bytes,
+};
 
 /// Connections and sessions that a worker takes at a time by default, and files beside them.
 const OPEN_FILES_WANTED: u64 = 4096;

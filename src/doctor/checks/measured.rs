@@ -1,6 +1,5 @@
 use super::{Area, Finding, Level, Wanted};
-use crate::doctor::facts::Pair;
-use crate::transfer::Transport;
+use crate::{doctor::facts::Pair, transfer::Transport};
 
 /// Of what the link can do, the share below which something is amiss.
 const SHARE_WANTED: f64 = 0.5;

@@ -1,9 +1,11 @@
 use std::collections::BTreeMap;
 
 use super::{Area, Finding, Level, Wanted};
-use crate::cluster::{Role, WorkerCard};
-use crate::doctor::facts::Worker;
-use crate::transfer::SessionAddresses;
+use crate::{
+    cluster::{Role, WorkerCard},
+    doctor::facts::Worker,
+    transfer::SessionAddresses,
+};
 
 /// How pages would travel between two workers.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]

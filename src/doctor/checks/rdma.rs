@@ -1,6 +1,8 @@
 use super::{Area, Finding, Level, Wanted};
-use crate::doctor::facts::RdmaFacts;
-use crate::transfer::rdma::{Choice, Device, Gid, GidKind, Link, Port, PortState};
+use crate::{
+    doctor::facts::RdmaFacts,
+    transfer::rdma::{Choice, Device, Gid, GidKind, Link, Port, PortState},
+};
 
 /// Bytes of an Ethernet packet that let RDMA packets have their largest payload, 4096 bytes.
 const MTU_WANTED: u32 = 4200;

@@ -1,6 +1,8 @@
 use super::{Area, Finding, Level};
-use crate::cluster::NatsServer;
-use crate::doctor::facts::{ServiceState, ServicesFacts};
+use crate::{
+    cluster::NatsServer,
+    doctor::facts::{ServiceState, ServicesFacts},
+};
 
 /// Oldest versions the engine is tested with.
 const ETCD_TESTED: (u32, u32) = (3, 4);

@@ -4,8 +4,10 @@ use super::{
     Area, Finding, Level,
     services::{CLOCKS_APART, clock},
 };
-use crate::cluster::{ModelCard, ModelKey, Role, WorkerCard};
-use crate::doctor::facts::{ServicesFacts, Worker};
+use crate::{
+    cluster::{ModelCard, ModelKey, Role, WorkerCard},
+    doctor::facts::{ServicesFacts, Worker},
+};
 
 /// The workers of a cluster: whether they answer, and who can work with whom.
 pub(in crate::doctor) fn workers(facts: &ServicesFacts) -> Vec<Finding> {

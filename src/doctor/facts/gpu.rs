@@ -1,7 +1,6 @@
 //! NVIDIA GPUs, as far as the kernel shows them.
 
-use std::fs;
-use std::path::Path;
+use std::{fs, path::Path};
 
 use super::text;
 use crate::transfer::rdma;
