@@ -69,7 +69,7 @@ pub(crate) async fn live() -> &'static str {
 pub(crate) async fn health(State(serving): State<Arc<Serving>>) -> Result<&'static str, ApiError> {
     match serving.engine.status() {
         EngineStatus::Failed { .. } => Err(ApiError::engine_failed()),
-        EngineStatus::Running if !serving.is_draining() => Ok("ok\n"),
+        EngineStatus::Running if !serving.drain.has_begun() => Ok("ok\n"),
         _ => Err(ApiError::draining()),
     }
 }

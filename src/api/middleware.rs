@@ -38,7 +38,7 @@ pub(crate) async fn observe(State(serving): State<Arc<Serving>>, request: Reques
     );
     let headers = response.headers_mut();
     headers.insert(&REQUEST_ID, id);
-    if serving.is_draining() || status == StatusCode::PAYLOAD_TOO_LARGE {
+    if serving.drain.has_begun() || status == StatusCode::PAYLOAD_TOO_LARGE {
         headers.insert(header::CONNECTION, HeaderValue::from_static("close"));
     }
     response

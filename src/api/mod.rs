@@ -9,6 +9,7 @@ mod answer;
 mod chat;
 mod completions;
 mod defaults;
+mod drain;
 mod error;
 mod extract;
 mod form;
@@ -37,6 +38,7 @@ mod validate;
 mod wire;
 
 pub use defaults::Defaults;
+pub(crate) use drain::{Drain, InFlight};
 pub use error::ApiError;
 pub(crate) use extract::{BodyMemory, Received, discard, read_body};
 pub use http_token::{CLUSTER_TOKEN_HEADER, HttpToken};
@@ -53,4 +55,4 @@ pub use template::{ChatTemplate, RESERVED_NAMES, RenderOptions, TemplateError};
 pub use threads::ConnectionThreads;
 pub(crate) use wire::Json;
 
-use state::{InFlight, Serving};
+use state::Serving;

@@ -127,7 +127,7 @@ pub async fn serve(
 ) {
     let serving = Serving::new(api, engine, metrics);
     let drained = serving.clone();
-    serve_router(listener, router(serving), config, shutdown, async move { drained.drain().await }).await;
+    serve_router(listener, router(serving), config, shutdown, async move { drained.drain.run().await }).await;
 }
 
 /// Serves `router` until `shutdown` resolves; then `drain` is to refuse new requests, and to resolve when the running

@@ -1,18 +1,14 @@
 use std::{
-    sync::{
-        Arc, OnceLock,
-        atomic::{AtomicBool, Ordering},
-    },
+    sync::{Arc, OnceLock},
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
 use engine_models::Tokenizer;
-use tokio::{
-    sync::{Semaphore, watch},
-    time::Instant,
-};
+use tokio::sync::Semaphore;
 
-use super::{ApiError, ChatTemplate, Defaults, HttpToken, Parsers, extract::BodyMemory, validate::Bounds};
+use super::{
+    ApiError, ChatTemplate, Defaults, Drain, HttpToken, InFlight, Parsers, extract::BodyMemory, validate::Bounds,
+};
 use crate::{
     grammar::{GrammarError, Vocabulary},
     telemetry::Metrics,
@@ -68,15 +64,7 @@ pub(crate) struct Serving {
     encoders: Arc<Semaphore>,
     /// The same for grammars, which may take longer: prompts do not wait for them.
     pub(super) compilers: Arc<Semaphore>,
-    draining: AtomicBool,
-    in_flight: watch::Sender<()>,
-}
-
-/// Held while a request is answered; a drain waits for all of them.
-pub(crate) struct InFlight {
-    _receiver: watch::Receiver<()>,
-    /// When it was admitted.
-    pub(crate) since: Instant,
+    pub(super) drain: Drain,
 }
 
 impl Serving {
@@ -94,33 +82,18 @@ impl Serving {
             marks_are_special,
             encoders: Arc::new(Semaphore::new(threads)),
             compilers: Arc::new(Semaphore::new(threads)),
-            draining: AtomicBool::new(false),
-            in_flight: watch::Sender::new(()),
+            drain: Drain::new(),
         })
     }
 
     /// Admits a request that generates, unless the server is going away.
     pub(crate) fn enter(&self) -> Result<InFlight, ApiError> {
-        // Counted before the flag is looked at: whoever sets the flag and then waits for the count misses nobody.
-        let guard = InFlight { _receiver: self.in_flight.subscribe(), since: Instant::now() };
-        if self.draining.load(Ordering::SeqCst) {
-            return Err(ApiError::draining());
-        }
+        let in_flight = self.drain.enter()?;
         match self.engine.status() {
-            EngineStatus::Running => Ok(guard),
+            EngineStatus::Running => Ok(in_flight),
             EngineStatus::Draining | EngineStatus::Stopped => Err(ApiError::draining()),
             EngineStatus::Failed { .. } => Err(ApiError::engine_failed()),
         }
-    }
-
-    /// Refuses new requests from now on and returns when the last answer has been handed to its connection.
-    pub(crate) async fn drain(&self) {
-        self.draining.store(true, Ordering::SeqCst);
-        self.in_flight.closed().await;
-    }
-
-    pub(crate) fn is_draining(&self) -> bool {
-        self.draining.load(Ordering::SeqCst)
     }
 
     /// Checks a request's `model`. One that names none, or an empty one, gets the only one there is.

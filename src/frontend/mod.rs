@@ -32,7 +32,7 @@ use hyper::{StatusCode, header::HeaderValue};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 
 use crate::{
-    api::{ApiError, BodyMemory, HttpToken},
+    api::{self, ApiError, BodyMemory, Drain, HttpToken, unix_seconds},
     cluster::{Cluster, Role, WorkerFilter},
 };
 
@@ -69,8 +69,7 @@ pub(crate) struct Frontend {
     bodies: BodyMemory,
     /// Start, seconds since 1970: the models' `created`.
     started: u64,
-    draining: std::sync::atomic::AtomicBool,
-    in_flight: watch::Sender<()>,
+    drain: Drain,
 }
 
 /// Leave to be answered, which a request needs from before its body is read until its answer has ended.
@@ -78,9 +77,9 @@ struct Admission {
     _permit: OwnedSemaphorePermit,
 }
 
-/// Held while a request is answered; a drain waits for all of them.
+/// Held while a request is answered.
 struct InFlight {
-    _receiver: watch::Receiver<()>,
+    _drain_waits: api::InFlight,
     _admission: Admission,
     /// Last, as it is dropped: who reads that nobody is there is admitted.
     _counted: Counted,
@@ -113,9 +112,8 @@ impl Frontend {
             bodies: BodyMemory::of(config.body_memory_max),
             config,
             metrics,
-            started: crate::api::unix_seconds(),
-            draining: false.into(),
-            in_flight: watch::Sender::new(()),
+            started: unix_seconds(),
+            drain: Drain::new(),
         })
     }
 
@@ -131,19 +129,8 @@ impl Frontend {
 
     /// Counts a request in, unless the frontend is going away.
     fn enter(&self, admission: Admission) -> Result<InFlight, ApiError> {
-        // Counted before the flag is looked at: whoever sets the flag and then waits for the count misses nobody.
+        let _drain_waits = self.drain.enter()?;
         let _counted = Counted::new(self.metrics.in_flight.clone());
-        let guard = InFlight { _receiver: self.in_flight.subscribe(), _admission: admission, _counted };
-        if self.is_draining() { Err(ApiError::draining()) } else { Ok(guard) }
-    }
-
-    fn is_draining(&self) -> bool {
-        self.draining.load(std::sync::atomic::Ordering::SeqCst)
-    }
-
-    /// Refuses new requests from now on and returns when the last answer has been handed to its connection.
-    async fn drain(&self) {
-        self.draining.store(true, std::sync::atomic::Ordering::SeqCst);
-        self.in_flight.closed().await;
+        Ok(InFlight { _drain_waits, _admission: admission, _counted })
     }
 }

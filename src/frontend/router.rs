@@ -39,7 +39,7 @@ pub async fn serve(
 ) {
     let frontend = Frontend::new(cluster, config, metrics);
     let drained = frontend.clone();
-    let drain = async move { drained.drain().await };
+    let drain = async move { drained.drain.run().await };
     serve_router(listener, router(frontend), server, shutdown, drain).await;
 }
 
@@ -140,7 +140,7 @@ async fn model(State(frontend): State<Arc<Frontend>>, Path(name): Path<String>) 
 
 /// `GET /health/ready`: 200 while requests can be answered.
 async fn ready(State(frontend): State<Arc<Frontend>>) -> Result<&'static str, ApiError> {
-    if frontend.is_draining() {
+    if frontend.drain.has_begun() {
         return Err(ApiError::draining());
     }
     if frontend.table.borrow().len() == 0 {
@@ -167,7 +167,7 @@ async fn observe(State(frontend): State<Arc<Frontend>>, mut request: Request, ne
     tracing::debug!(endpoint, status = status.as_u16(), id = id.to_str().unwrap_or_default(), "answered");
     let headers = response.headers_mut();
     headers.insert("x-request-id", id);
-    if frontend.is_draining() || status == StatusCode::PAYLOAD_TOO_LARGE {
+    if frontend.drain.has_begun() || status == StatusCode::PAYLOAD_TOO_LARGE {
         headers.insert(header::CONNECTION, HeaderValue::from_static("close"));
     }
     response
