@@ -10,8 +10,8 @@ use super::GrammarError;
 const PATTERN_PROPERTIES_MAX: usize = 32;
 /// Members of all `oneOf` and `allOf` together, which are compared too.
 const MEMBERS_MAX: usize = 256;
-/// `pattern`s that one text may have to match at once, as members of `allOf`: each more may double the
-/// time, a tenth of a second for these and minutes for twice as many.
+/// `pattern`s that one text may have to match at once, as members of `allOf`: each more may double the time, a tenth of
+/// a second for these and minutes for twice as many.
 const PATTERNS_AT_ONCE_MAX: usize = 16;
 /// Bytes of a `pattern`, as of a regular expression.
 pub(super) const REGEX_BYTES_MAX: usize = 4096;

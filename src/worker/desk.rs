@@ -28,7 +28,7 @@ use crate::{
 
 /// What to do with a delivery of the queue.
 #[derive(Debug)]
-pub(super) enum Verdict {
+enum Verdict {
     Ack,
     Nak(Duration),
     InProgress,

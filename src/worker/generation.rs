@@ -167,7 +167,7 @@ impl Generation {
     }
 
     /// The next event if there is one already.
-    pub fn try_next(&mut self) -> Option<Event> {
+    fn try_next(&mut self) -> Option<Event> {
         let event = match self.events.pop().ok()? {
             Record::Prompt(scored) => Event::Prompt(self.output(scored)),
             Record::Token(scored) => Event::Token(self.output(scored)),

@@ -1,4 +1,4 @@
-use super::{Area, Finding, Level, Wanted};
+use super::{Area, Finding, Level, MISSED_RDMA, Wanted};
 use crate::{doctor::facts::Pair, transfer::Transport};
 
 /// Of what the link can do, the share below which something is amiss.
@@ -31,14 +31,9 @@ fn one(pair: &Pair, wanted: Wanted) -> Finding {
         measured.transport.name(),
     );
     match (measured.transport, pair.link_gbps) {
-        (Transport::Tcp, _) if wanted != Wanted::NoRdma => found(
-            Level::Failure,
-            format!("{speed}: NOT OVER RDMA BUT OVER TCP, THE SLOWEST WAY"),
-        )
-        .remedy(
-            "run engine doctor --require-rdma on both hosts to see what RDMA lacks there; if TCP is all there is, say \
-             so with --transport tcp",
-        ),
+        (Transport::Tcp, _) if wanted != Wanted::NoRdma => {
+            found(Level::Failure, format!("{speed}: NOT OVER RDMA BUT OVER TCP, THE SLOWEST WAY")).remedy(MISSED_RDMA)
+        }
         (Transport::Rdma, Some(link_gbps)) if link_gbps > 0.0 => {
             let share = measured.gigabytes_per_second * 8.0 / link_gbps;
             let seen = format!("{speed}: {:.0} % of the link's {link_gbps} Gb/s", share * 100.0);

@@ -50,6 +50,10 @@ impl Wanted {
     }
 }
 
+/// What to do where pages go over TCP.
+const MISSED_RDMA: &str = "run engine doctor --require-rdma on both hosts to see what RDMA lacks there; if TCP is all \
+                           there is, say so with --transport tcp";
+
 /// Bytes as people read them.
 fn size(bytes: u64) -> String {
     let (unit, name) = match bytes {

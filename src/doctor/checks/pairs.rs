@@ -1,6 +1,6 @@
 use std::collections::BTreeMap;
 
-use super::{Area, Finding, Level, Wanted};
+use super::{Area, Finding, Level, MISSED_RDMA, Wanted};
 use crate::{
     cluster::{Role, WorkerCard},
     doctor::facts::Worker,
@@ -47,10 +47,7 @@ fn finding(way: Way, pairs: &[String], wanted: Wanted) -> Finding {
         Way::Shm => found(Level::Ok, format!("shared memory: {named}")),
         Way::Rdma => found(Level::Ok, format!("RDMA: {named}")),
         Way::Tcp if wanted == Wanted::NoRdma => found(Level::Ok, format!("TCP, as wanted: {named}")),
-        Way::Tcp => found(Level::Failure, format!("TCP, THE SLOWEST WAY: {named}")).remedy(
-            "run engine doctor --require-rdma on both hosts to see what RDMA lacks there; if TCP is all there is, \
-             say so with --transport tcp",
-        ),
+        Way::Tcp => found(Level::Failure, format!("TCP, THE SLOWEST WAY: {named}")).remedy(MISSED_RDMA),
         Way::None(why) => found(Level::Failure, format!("no way for pages, {why}: {named}"))
             .remedy("see --transport, --session-host and --advertise-host of these workers"),
     }
