@@ -63,8 +63,9 @@ fn fit(args: &mut BenchArgs) {
     let sequences = args.decode.iter().copied().max().unwrap_or(1);
     let engine = &mut args.engine;
     engine.max_model_len = engine.max_model_len.or(Some(longest));
-    engine.max_num_seqs = engine.max_num_seqs.max(sequences);
-    engine.max_num_batched_tokens = engine.max_num_batched_tokens.max(engine.max_num_seqs);
+    let sequences = engine.max_num_seqs.map_or(sequences, |seqs| seqs.max(sequences));
+    engine.max_num_seqs = Some(sequences);
+    engine.max_num_batched_tokens = engine.max_num_batched_tokens.map(|tokens| tokens.max(sequences));
 }
 
 /// Seconds until the first token of prompts that nobody has seen before.
@@ -201,13 +202,16 @@ mod tests {
 
     #[test]
     fn limits_are_raised_to_what_is_measured_and_no_further() {
-        let mut fitting = args(&["--prefill", "100,4000", "--decode", "1,600", "--context", "50", "--steps", "10"]);
-        fit(&mut fitting);
-        let engine = &fitting.engine;
-        assert_eq!((engine.max_model_len, engine.max_num_seqs, engine.max_num_batched_tokens), (Some(4001), 600, 600));
-        let mut set = args(&["--max-model-len", "9000"]);
-        fit(&mut set);
-        assert_eq!(set.engine.max_model_len, Some(9000));
+        let fitted = |line: &[&str]| {
+            let mut args = args(line);
+            fit(&mut args);
+            (args.engine.max_model_len, args.engine.max_num_seqs, args.engine.max_num_batched_tokens)
+        };
+        let measured = ["--prefill", "100,4000", "--decode", "1,600", "--context", "50", "--steps", "10"];
+        assert_eq!(fitted(&measured), (Some(4001), Some(600), None));
+        let limited = [&measured[..], &["--max-num-batched-tokens", "100"]].concat();
+        assert_eq!(fitted(&limited), (Some(4001), Some(600), Some(600)));
+        assert_eq!(fitted(&["--max-model-len", "9000"]).0, Some(9000));
     }
 
     #[test]

@@ -23,13 +23,14 @@ pub struct EngineArgs {
     #[arg(long, value_name = "TOKENS", help_heading = "Engine")]
     pub max_model_len: Option<usize>,
 
-    /// Sequences computed at the same time
-    #[arg(long, value_name = "N", default_value_t = 64, help_heading = "Engine")]
-    pub max_num_seqs: usize,
+    /// Sequences computed at the same time [default: 64, on a CUDA device 256]
+    #[arg(long, value_name = "N", help_heading = "Engine")]
+    pub max_num_seqs: Option<usize>,
 
-    /// Tokens computed in one step: longer prompts are prefilled in several, between which others generate
-    #[arg(long, value_name = "TOKENS", default_value_t = 512, help_heading = "Engine")]
-    pub max_num_batched_tokens: usize,
+    /// Tokens computed in one step: longer prompts are prefilled in several, between which others generate [default:
+    /// 512, on a CUDA device 2048, and no less than --max-num-seqs]
+    #[arg(long, value_name = "TOKENS", help_heading = "Engine")]
+    pub max_num_batched_tokens: Option<usize>,
 
     /// What computes: cpu, cuda:N, or auto for the first CUDA device if there is one
     #[arg(long, value_name = "DEVICE", value_parser = parse_device, default_value = "auto", help_heading = "Engine")]

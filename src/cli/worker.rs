@@ -213,19 +213,9 @@ impl WorkerArgs {
         self.step_timeout.or(on_device.then_some(DEVICE_STEP_TIME_MAX))
     }
 
-    /// Connections at a time.
-    pub fn connections_max(&self) -> usize {
-        self.max_connections.unwrap_or_else(|| self.request_places().saturating_add(CONNECTIONS_BESIDE_REQUESTS))
-    }
-
-    /// Whether requests that have places may leave no connection to refuse others on, or to ask for its health.
-    pub fn lacks_connections(&self) -> bool {
-        self.connections_max() <= self.request_places()
-    }
-
-    /// Requests that run or wait, at most.
-    fn request_places(&self) -> usize {
-        self.engine.max_num_seqs.saturating_add(self.max_waiting_requests)
+    /// Connections at a time, where so many requests run or wait at most.
+    pub fn connections_max(&self, requests_max: usize) -> usize {
+        self.max_connections.unwrap_or_else(|| requests_max.saturating_add(CONNECTIONS_BESIDE_REQUESTS))
     }
 
     /// What is looked for in answers to conversations, where `by_template` is what the model was taught.

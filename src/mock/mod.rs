@@ -103,8 +103,8 @@ fn worker(args: &MockArgs, folder: &Path, role: &[OsString]) -> Result<WorkerArg
     worker.disagg.transports = args.transports.clone();
     let engine = &mut worker.engine;
     engine.max_model_len = Some(args.max_model_len);
-    engine.max_num_seqs = args.max_num_seqs;
-    engine.max_num_batched_tokens = args.max_num_batched_tokens;
+    engine.max_num_seqs = Some(args.max_num_seqs);
+    engine.max_num_batched_tokens = Some(args.max_num_batched_tokens);
     // Pages for a few of the longest, or for all at an eighth of the length.
     let tokens = args.max_model_len.max(args.max_num_seqs * args.max_model_len.div_ceil(8));
     engine.block_size = Some(BLOCK_SIZE);

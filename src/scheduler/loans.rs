@@ -34,6 +34,10 @@ impl Scheduler {
         sequence.lost += u32::from(again);
         sequence.place = if again { Place::Undecided } else { Place::HereForGood };
         self.come_back(slot);
+        // Were it to run, it would take the pages of all that came after it, and wait for those it lacks.
+        if self.missing_pages(slot) > self.pages_within_reach() {
+            self.step_back(slot);
+        }
     }
 
     /// Takes pages that nobody needs, at most `wished` and an eighth of those that are to be had, for somebody who

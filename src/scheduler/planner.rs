@@ -10,7 +10,7 @@ impl Scheduler {
     /// sequence or a reader of pages comes back.
     pub fn plan(&mut self, plan: &mut StepPlan, router: &mut dyn Router) {
         plan.clear();
-        self.let_in();
+        self.let_in(plan);
         self.plan_decodes(plan);
         let mut budget = self.limits.max_num_batched_tokens - plan.tokens();
         if plan.tokens() > 0 {
@@ -35,7 +35,7 @@ impl Scheduler {
     /// Lets sequences in while there are places, and pages for all of the prompt: were one let in with less, it would
     /// take what older prompts still need, and lose it again. They come in order, but for those too long for the pages
     /// beside those in quarantine.
-    fn let_in(&mut self) {
+    fn let_in(&mut self, plan: &mut StepPlan) {
         while self.running.len() + self.away.len() < self.limits.max_num_seqs {
             let Some(first) = self.first_that_could_enter() else { return };
             let slot = self.waiting[first];
@@ -46,6 +46,8 @@ impl Scheduler {
             }
             self.waiting.remove(first);
             self.run(slot);
+            // It was let in with what it shares with others.
+            self.take_hits(slot, plan);
         }
     }
 
@@ -60,15 +62,17 @@ impl Scheduler {
         }
     }
 
-    /// The first who waits and is not too long for the pages there are when all that runs is gone. Those in quarantine
-    /// are not among them: how long they stay there is up to somebody else.
+    /// The first who waits and is not too long for the pages within reach.
     fn first_that_could_enter(&self) -> Option<usize> {
-        let PageCounts { free, cached, owned, lent, quarantined } = self.pages();
-        if quarantined == 0 {
-            return (!self.waiting.is_empty()).then_some(0);
-        }
-        let pages = free + cached + owned + lent;
+        let pages = self.pages_within_reach();
         self.waiting.iter().position(|&slot| self.missing_pages(slot) <= pages)
+    }
+
+    /// Pages there are when all that runs is gone. Those in quarantine are not among them: how long they stay there is
+    /// up to somebody else.
+    pub(super) fn pages_within_reach(&self) -> usize {
+        let PageCounts { free, cached, owned, lent, quarantined: _ } = self.pages();
+        free + cached + owned + lent
     }
 
     /// Pages that those who run or are away still need, and one beside for each: it may need it for its very next
@@ -84,7 +88,7 @@ impl Scheduler {
         let fits = |needed| spoken_for + needed <= self.pool.available();
         // Hits are looked up only if there is any room at all.
         let missing = self.missing_pages(slot);
-        fits(missing) || fits(1) && !self.sequence(slot).prefill_only && fits(missing - self.shared_hits(slot))
+        fits(missing) || fits(1) && fits(missing - self.shared_hits(slot))
     }
 
     /// Puts a sequence among those that run, where its arrival puts it.
@@ -307,9 +311,15 @@ impl Scheduler {
     }
 
     /// Has one that runs, and holds no pages yet, wait until there are pages for all of it.
-    pub fn step_back(&mut self, slot: SlotId) {
+    pub(super) fn step_back(&mut self, slot: SlotId) {
         self.running.retain(|&other| other != slot);
         self.wait_again(slot);
+    }
+
+    /// The same with one that was to leave for another worker, and now may again.
+    pub fn stay_for_now(&mut self, slot: SlotId) {
+        self.step_back(slot);
+        self.sequence_mut(slot).place = Place::Undecided;
     }
 
     /// Takes a sequence's pages and queues it where its arrival puts it.
@@ -323,7 +333,7 @@ impl Scheduler {
     }
 
     /// Pages a sequence still needs for the tokens it has.
-    fn missing_pages(&self, slot: SlotId) -> usize {
+    pub(super) fn missing_pages(&self, slot: SlotId) -> usize {
         let sequence = self.sequence(slot);
         self.pages_for(sequence.tokens().len()) - sequence.table.len() - sequence.lent.len()
     }

@@ -131,9 +131,11 @@ impl Scheduler {
         })
     }
 
-    /// Whether pages may run out with the next tokens of those that run.
+    /// Whether there are too few pages for the tokens of those that run, and nearly none left.
     pub fn is_short(&self) -> bool {
-        self.pool.available() < self.running.len()
+        let available = self.pool.available();
+        available < self.running.len()
+            && available < self.running.iter().map(|&slot| self.missing_pages(slot)).sum::<usize>()
     }
 
     /// When the oldest of those that run arrived.

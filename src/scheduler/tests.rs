@@ -372,6 +372,45 @@ fn a_prompt_too_long_beside_pages_in_quarantine_keeps_nobody_out() {
 }
 
 #[test]
+fn nor_does_one_that_came_back_without_its_pages() {
+    let mut fixture = Fixture::new(4, 100, 10);
+    let lost = fixture.add(0..25);
+    let loan = fixture.step_with_worker().1.pop().unwrap();
+    fixture.scheduler.restart(lost, None, true);
+    let short = fixture.add(200..205);
+    assert_eq!(fixture.step(), [(short, 0, 5)]);
+    assert_eq!((fixture.scheduler.running(), fixture.scheduler.waiting()), (1, 1));
+    fixture.scheduler.free_lent(loan.pages);
+    assert_eq!(fixture.step(), [(short, 5, 1), (lost, 0, 25)]);
+}
+
+#[test]
+fn one_whose_pages_are_called_back_may_leave_again_when_there_is_room() {
+    let mut fixture = Fixture::new(4, 100, 10);
+    let a = fixture.add(0..7);
+    fixture.step();
+    let b = fixture.add(100..117);
+    let loan = fixture.step_with_worker().1.pop().unwrap();
+    assert_eq!(loan.slot, b);
+    fixture.scheduler.restart(b, Some(loan.pages), false);
+    fixture.scheduler.stay_for_now(b);
+    fixture.scheduler.check_integrity();
+    assert_eq!((fixture.scheduler.running(), fixture.scheduler.waiting()), (1, 1));
+    let (entries, loans) = fixture.step_with_worker();
+    assert_eq!((entries, loans[0].slot), (vec![(a, 8, 1)], b));
+}
+
+#[test]
+fn those_let_in_together_share_what_is_found() {
+    let mut fixture = Fixture::new(4, 100, 13);
+    let first = fixture.add(0..33);
+    fixture.step();
+    // Eight pages of eleven are shared: each of these lacks one, and has one beside for its next token.
+    let (a, b) = (fixture.add((0..32).chain([77])), fixture.add((0..32).chain([78])));
+    assert_eq!(fixture.step(), [(first, 33, 1), (a, 32, 1), (b, 32, 1)]);
+}
+
+#[test]
 fn whoever_measures_gets_no_page_that_a_prompt_still_needs() {
     let mut fixture = Fixture::new(4, 4, 32);
     fixture.add(0..100);

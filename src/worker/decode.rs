@@ -27,13 +27,6 @@ pub async fn run(cli: WorkerArgs, ready: impl FnOnce(Ready)) -> Result<()> {
     // An address that cannot be had is said now, not after minutes of loading.
     let bound = api::bind(&cli.host, cli.port()).await?;
     let limits = limits(&cli.disagg)?;
-    if cli.lacks_connections() {
-        tracing::warn!(
-            "--max-connections {} is no more than --max-num-seqs and --max-waiting-requests together: with that many \
-             requests, others wait for a connection instead of hearing 429, and so do probes of /health",
-            cli.connections_max()
-        );
-    }
     let cluster = cluster(&cli).await?;
     let ways = match &cluster {
         Some(_) => Some(Ways::of(&cli.disagg.transports)?.open().await?),
@@ -59,6 +52,14 @@ pub async fn run(cli: WorkerArgs, ready: impl FnOnce(Ready)) -> Result<()> {
         (Engine::start(loaded.runner, loaded.config, metrics.engine.clone())?, None)
     };
     watchdog::watch(&engine, step_time_max);
+    let requests_max = engine.limits().max_requests();
+    let connections_max = cli.connections_max(requests_max);
+    if connections_max <= requests_max {
+        tracing::warn!(
+            "--max-connections {connections_max} is no more than --max-num-seqs and --max-waiting-requests together: \
+             with that many requests, others wait for a connection instead of hearing 429, and so do probes of /health"
+        );
+    }
     let listener = bound.listen()?;
     let address = listener.local_addr()?;
     let lease = cluster.zip(lender).map(|(cluster, lender)| {
@@ -70,11 +71,8 @@ pub async fn run(cli: WorkerArgs, ready: impl FnOnce(Ready)) -> Result<()> {
         lease
     });
     ready(Ready { address, text: announcement(&config, address) });
-    let server = ServerConfig {
-        connections_max: cli.connections_max(),
-        drain_timeout: cli.shutdown_timeout,
-        threads: ConnectionThreads::default(),
-    };
+    let server =
+        ServerConfig { connections_max, drain_timeout: cli.shutdown_timeout, threads: ConnectionThreads::default() };
     let failed = engine.clone();
     let shutdown = async move {
         tokio::select! {

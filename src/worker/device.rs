@@ -4,7 +4,7 @@ use std::fmt;
 
 use anyhow::Result;
 
-use crate::cli::DeviceArg;
+use crate::cli::{DeviceArg, EngineArgs};
 
 /// What was chosen.
 pub(crate) enum Chosen {
@@ -33,6 +33,18 @@ impl fmt::Display for Chosen {
 }
 
 impl Chosen {
+    /// Sequences and tokens of one step at most, as far as nobody has said. Decoding is bound by memory up to a few
+    /// hundred sequences on a device, and products of fewer than a thousand rows or so do not fill one.
+    pub(super) fn step_limits(&self, args: &EngineArgs) -> (usize, usize) {
+        let (sequences, tokens) = match self {
+            Self::Cpu => (64, 512),
+            #[cfg(feature = "cuda")]
+            Self::Cuda { .. } => (256, 2048),
+        };
+        let sequences = args.max_num_seqs.unwrap_or(sequences);
+        (sequences, args.max_num_batched_tokens.unwrap_or(tokens.max(sequences)))
+    }
+
     /// Bytes of a device's memory that are left for pages once weights and others have taken their part; `None` for the
     /// CPU, whose memory is everybody's.
     #[cfg_attr(not(feature = "cuda"), allow(unused_variables, reason = "the CPU asks for none of them"))]

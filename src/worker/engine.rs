@@ -201,7 +201,6 @@ impl<R: Runner> Engine<R> {
     /// Counts a step, and learns from how long it took.
     pub(super) fn take_note(&mut self, took: Duration) {
         let Self { step: Step { plan, .. }, scheduler, pace, shared, .. } = self;
-        shared.metrics.preemptions.inc_by(plan.preempted() as u64);
         let (prompt_tokens, decodes) = (plan.prompt_tokens(), plan.decodes());
         shared.metrics.observe_step(StepKind::of(plan.entries().len(), decodes), took);
         pace.stepped(prompt_tokens, decodes, took);
@@ -210,7 +209,7 @@ impl<R: Runner> Engine<R> {
 
     /// Decides what the next step computes, and sends away what others compute.
     fn plan(&mut self) {
-        let Self { scheduler, sessions, step: Step { plan, .. }, pace, lending, exports, .. } = self;
+        let Self { scheduler, sessions, step: Step { plan, .. }, pace, lending, exports, shared, .. } = self;
         let trace = |slot: SlotId| sessions[slot.index()].as_ref().and_then(Session::trace);
         match lending {
             None => scheduler.plan(plan, &mut AllLocal),
@@ -224,6 +223,7 @@ impl<R: Runner> Engine<R> {
         for &slot in &plan.found {
             exports.found(slot, scheduler);
         }
+        shared.metrics.preemptions.inc_by(plan.preempted() as u64);
     }
 
     /// Looks after what is lent and takes in what arrived; sleeps if there is nothing else to do.
@@ -399,7 +399,7 @@ impl<R: Runner> Engine<R> {
         if let Some(lending) = &mut self.lending {
             lending.withdraw(slot, &mut self.scheduler);
         }
-        self.publish_gauges();
+        self.publish_counts();
         if let Some(terms) = self.terms[slot.index()].take() {
             self.scoring -= usize::from(terms.scores_prompt());
             self.constrained -= usize::from(terms.is_constrained());
@@ -416,15 +416,21 @@ impl<R: Runner> Engine<R> {
         }
     }
 
-    pub(super) fn publish_gauges(&mut self) {
+    /// What is known of those that run or wait: how many, and of how many tokens.
+    fn publish_gauges(&self) {
+        self.publish_counts();
+        let (pending, computed) = self.scheduler.tokens();
+        self.shared.pending_tokens.store(pending, Ordering::Relaxed);
+        self.shared.computed_tokens.store(computed, Ordering::Relaxed);
+    }
+
+    /// The part of it that takes no look at all who wait: many may end in one step.
+    fn publish_counts(&self) {
         let metrics = &self.shared.metrics;
         let pages = self.scheduler.pages();
         let unstarted = self.scheduler.unstarted();
         metrics.running.set((self.scheduler.running() - unstarted) as i64);
         metrics.waiting.set((self.scheduler.waiting() + self.scheduler.away() + unstarted) as i64);
-        let (pending, computed) = self.scheduler.tokens();
-        self.shared.pending_tokens.store(pending, Ordering::Relaxed);
-        self.shared.computed_tokens.store(computed, Ordering::Relaxed);
         metrics.pages_free.set(pages.free as i64);
         metrics.pages_cached.set(pages.cached as i64);
         metrics.pages_owned.set(pages.owned as i64);

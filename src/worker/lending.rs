@@ -369,7 +369,7 @@ impl Lending {
             self.lender.on(LenderEvent::EnqueueFailed { handoff }, now - self.started, &mut self.actions);
             self.perform(scheduler, now);
             if self.away[slot.index()].is_none() {
-                scheduler.step_back(slot);
+                scheduler.stay_for_now(slot);
             }
         }
     }

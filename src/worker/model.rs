@@ -119,13 +119,14 @@ pub(super) fn load(cli: &EngineArgs, source: &ModelSource, purpose: &Purpose) ->
         max_model_len: cli.max_model_len,
         device_bytes: device.bytes_for_pages(cli.gpu_memory_utilization, weights)?,
     };
+    let (max_num_seqs, max_num_batched_tokens) = device.step_limits(cli);
     let available = available_memory().unwrap_or(0).saturating_sub(weights);
-    let sizing = size_kv(wish, layout, model.max_position_embeddings, cli.max_num_seqs, available)?;
+    let sizing = size_kv(wish, layout, model.max_position_embeddings, max_num_seqs, available)?;
     tracing::info!("{}", sizing.explanation);
     layout.blocks = sizing.blocks;
     let config = EngineConfig {
-        max_num_seqs: cli.max_num_seqs,
-        max_num_batched_tokens: cli.max_num_batched_tokens,
+        max_num_seqs,
+        max_num_batched_tokens,
         itl_target: purpose.itl_target,
         max_waiting_requests: purpose.max_waiting_requests,
         max_model_len: sizing.max_model_len,
@@ -138,13 +139,13 @@ pub(super) fn load(cli: &EngineArgs, source: &ModelSource, purpose: &Purpose) ->
     let logit_rows = match device {
         Chosen::Cpu => LOGIT_ROWS_MAX,
         #[cfg(feature = "cuda")]
-        Chosen::Cuda { .. } if purpose.decodes => cli.max_num_seqs.clamp(LOGIT_ROWS_MAX, DEVICE_LOGIT_ROWS_MAX),
+        Chosen::Cuda { .. } if purpose.decodes => max_num_seqs.clamp(LOGIT_ROWS_MAX, DEVICE_LOGIT_ROWS_MAX),
         #[cfg(feature = "cuda")]
         Chosen::Cuda { .. } => LOGIT_ROWS_MAX,
     };
     let limits = ForwardLimits {
-        max_tokens: cli.max_num_batched_tokens,
-        max_logit_rows: logit_rows.min(cli.max_num_batched_tokens).max(1),
+        max_tokens: max_num_batched_tokens,
+        max_logit_rows: logit_rows.min(max_num_batched_tokens).max(1),
         max_positions: sizing.max_model_len,
     };
     let name = device.to_string();

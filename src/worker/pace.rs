@@ -10,9 +10,11 @@ const CHUNK_MIN: usize = 16;
 const WEIGHT: f64 = 0.2;
 /// Prompt tokens of a step that tells as much about each as more would.
 const TELLING_TOKENS: f64 = 32.0;
-/// Steps with prompts beside decodes after which one goes nearly without, to see what decoding takes by now: while
+/// Steps with prompts beside decodes after which two go nearly without, to see what decoding takes by now: while
 /// prompts keep coming there would be none.
 const MIXED_MAX: u32 = 32;
+/// How many times as long as was expected a step may take, before what is more was something else's.
+const STALL: f64 = 4.0;
 
 /// What steps take on this machine with this model, as measured, and what follows for prompts.
 ///
@@ -32,11 +34,13 @@ pub(super) struct Pace {
     prompt_token: Option<f64>,
     /// Steps with both since the last that only decoded.
     mixed: u32,
+    /// What the first of the two took that go nearly without after many of these.
+    probe: Option<f64>,
 }
 
 impl Pace {
     pub(super) fn new(target: Duration, step_max: usize) -> Self {
-        Self { target: target.as_secs_f64(), step_max, decode_step: None, prompt_token: None, mixed: 0 }
+        Self { target: target.as_secs_f64(), step_max, decode_step: None, prompt_token: None, mixed: 0, probe: None }
     }
 
     /// How long a step should take from now on.
@@ -49,28 +53,43 @@ impl Pace {
         let took = took.as_secs_f64();
         // One prompt token, such as the last of a prompt that was found, is one answer more.
         if prompt_tokens <= 1 {
-            // What was known before so many steps with prompts is of the past.
-            if self.mixed >= MIXED_MAX {
-                self.decode_step = None;
-            }
-            observe(&mut self.decode_step, took, WEIGHT);
-            self.mixed = 0;
-            return;
+            return self.decoded(took);
         }
+        let tokens = prompt_tokens as f64;
         // What a step takes whatever it computes weighs the more on a token the fewer there are.
-        let weight = WEIGHT * (prompt_tokens as f64 / TELLING_TOKENS).min(1.0);
+        let telling = (tokens / TELLING_TOKENS).min(1.0);
         if decodes == 0 {
-            observe(&mut self.prompt_token, took / prompt_tokens as f64, weight);
-            return;
+            return observe(&mut self.prompt_token, took / tokens, WEIGHT * telling);
         }
         self.mixed += 1;
-        match &mut self.decode_step {
-            // Decoding cannot take longer than the same and a prompt: there was a stall, or more to decode.
-            Some(decoding) if took < *decoding => *decoding = took,
-            decoding => {
-                observe(&mut self.prompt_token, (took - decoding.unwrap_or(0.0)) / prompt_tokens as f64, weight);
+        match (&mut self.decode_step, &mut self.prompt_token) {
+            // Nobody knows which of the two it was that took longer or shorter: both did, in proportion.
+            (Some(decoding), Some(token)) if *token > 0.0 => {
+                let expected = *decoding + *token * tokens;
+                let change = WEIGHT * ((took / expected).min(STALL) - 1.0);
+                *decoding *= 1.0 + change;
+                *token *= 1.0 + change * telling;
+            }
+            (decoding, token) => {
+                let rest = (took - decoding.unwrap_or(0.0)).max(0.0);
+                observe(token, rest / tokens, WEIGHT * telling);
             }
         }
+    }
+
+    /// A step that only decoded took so many seconds.
+    fn decoded(&mut self, took: f64) {
+        if self.mixed < MIXED_MAX {
+            let took = self.decode_step.map_or(took, |decoding| took.min(STALL * decoding));
+            observe(&mut self.decode_step, took, WEIGHT);
+        } else if let Some(first) = self.probe.take() {
+            // What was known before so many steps with prompts is of the past. One of the two may have been held up.
+            self.decode_step = Some(first.min(took));
+        } else {
+            self.probe = Some(took);
+            return;
+        }
+        self.mixed = 0;
     }
 
     /// Prompt tokens of the next step in which others decode.
@@ -91,8 +110,12 @@ impl Pace {
         let decoding = self.decode_step.unwrap_or(0.0);
         Some(Forecast {
             first_token: seconds(computing + tokens.div_ceil(chunk) as f64 * decoding)?,
-            // Those before it are computed here in any case.
-            gap: Some(seconds(decoding + chunk.min(own) as f64 * prompt_token)?),
+            // Those before it are computed here in any case. And where decoding alone takes longer than it should, that
+            // is no prompt's fault.
+            gap: match decoding < self.target {
+                true => Some(seconds(decoding + chunk.min(own) as f64 * prompt_token)?),
+                false => None,
+            },
         })
     }
 
@@ -141,24 +164,56 @@ mod tests {
         assert_eq!(Pace::new(Duration::from_millis(200), 512).chunk(), CHUNK_MIN);
     }
 
+    /// Steps beside decodes with as many prompt tokens as it says, each taking what `cost` says, in milliseconds, of the
+    /// step's number and those tokens. Returns what they took, and the tokens of all.
+    fn run(pace: &mut Pace, steps: usize, mut cost: impl FnMut(usize, f64) -> f64) -> (Vec<f64>, usize) {
+        let mut tokens = 0;
+        let took = (0..steps).map(|step| {
+            let chunk = pace.chunk();
+            tokens += chunk;
+            let took = cost(step, chunk as f64);
+            pace.stepped(chunk, 64, Duration::from_secs_f64(took / 1e3));
+            took
+        });
+        (took.collect(), tokens)
+    }
+
+    fn longer_than(ms: f64, steps: &[f64]) -> usize {
+        steps.iter().filter(|&&took| took > ms).count()
+    }
+
     #[test]
     fn prompts_that_keep_coming_get_their_time_however_many_are_decoded_by_now() {
         let mut pace = pace(20, 2);
-        let mut tokens = 0;
-        for _ in 0..100 {
-            let chunk = pace.chunk();
-            tokens += chunk;
-            pace.stepped(chunk, 64, Duration::from_millis(300 + 2 * chunk as u64));
-        }
+        let (_, tokens) = run(&mut pace, 98, |_, chunk| 300.0 + 2.0 * chunk);
         assert!(pace.chunk() > 50 && tokens > 100 * CHUNK_MIN, "{} and {tokens}", pace.chunk());
     }
 
     #[test]
-    fn after_a_stall_decoding_is_known_again_with_the_next_step() {
+    fn a_stall_of_a_step_that_decodes_makes_few_steps_longer() {
         let mut pace = pace(50, 2);
         pace.stepped(0, 8, Duration::from_secs(10));
-        pace.stepped(70, 8, Duration::from_millis(190));
-        assert!((90..=110).contains(&pace.chunk()), "{}", pace.chunk());
+        let (steps, _) = run(&mut pace, 150, |_, chunk| 50.0 + 2.0 * chunk);
+        assert_eq!(longer_than(250.0, &steps), 0, "{steps:?}");
+    }
+
+    #[test]
+    fn nor_does_one_of_a_step_that_is_to_tell_what_decoding_takes() {
+        let mut pace = pace(50, 2);
+        let mut probes = 0;
+        let (steps, _) = run(&mut pace, 150, |_, chunk| {
+            probes += usize::from(chunk == 1.0);
+            let held_up = chunk == 1.0 && probes % 2 == 1;
+            50.0 + 2.0 * chunk + if held_up { 250.0 } else { 0.0 }
+        });
+        assert!(probes >= 8 && longer_than(250.0, &steps) == probes / 2, "{steps:?}");
+    }
+
+    #[test]
+    fn when_many_answers_end_steps_are_soon_what_they_should_be() {
+        let mut pace = pace(180, 2);
+        let (steps, _) = run(&mut pace, 150, |step, chunk| if step < 10 { 180.0 } else { 30.0 } + 2.0 * chunk);
+        assert!(longer_than(250.0, &steps[10..]) <= 10, "{steps:?}");
     }
 
     #[test]
@@ -208,5 +263,8 @@ mod tests {
         assert_eq!(pace.forecast(prompt(1_200, 0, 8)), takes(2_400 + 20 * 120, Some(240)));
         pace.set_target(Duration::from_millis(320));
         assert_eq!(pace.forecast(prompt(1_200, 0, 8)), takes(2_400 + 12 * 120, Some(320)));
+        // Decoding alone does that here, whatever becomes of the prompt.
+        pace.set_target(Duration::from_millis(100));
+        assert_eq!(pace.forecast(prompt(1_200, 0, 8)), takes(2_400 + 20 * 120, None));
     }
 }

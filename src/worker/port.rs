@@ -365,12 +365,14 @@ pub(super) async fn follow_limits(cluster: Cluster, key: ModelKey, view: Arc<Vie
         let json = config.borrow_and_update().clone();
         match json.as_deref().map_or(Ok(base), |json| base.overridden_by(json)) {
             Ok(limits) => {
+                // The engine thread reads them and does not wait for a log.
                 let mut current = view.limits.write().unwrap_or_else(PoisonError::into_inner);
-                if *current != limits {
+                let before = std::mem::replace(&mut *current, limits);
+                drop(current);
+                if before != limits {
                     tracing::info!(%limits, model_key = %key, "the limits of disaggregation have changed");
                     post.itl_target(limits.itl_target());
                 }
-                *current = limits;
             }
             Err(error) => {
                 tracing::warn!(

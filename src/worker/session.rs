@@ -91,7 +91,7 @@ pub(super) struct Session {
     with_logprobs: bool,
     with_prompt: bool,
     trace: Option<TraceContext>,
-    _place: Place,
+    place: Place,
 }
 
 impl Session {
@@ -103,7 +103,7 @@ impl Session {
             with_logprobs: request.logprobs.is_some(),
             with_prompt: request.prompt_logprobs.is_some(),
             trace: request.trace,
-            _place: place,
+            place,
         }
     }
 
@@ -157,6 +157,9 @@ impl Session {
 
     /// Says the last word.
     pub(super) fn finish(self, reason: FinishReason) {
-        self.outlet.finish(reason);
+        let Self { outlet, place, .. } = self;
+        // Who hears of it may send the next request.
+        drop(place);
+        outlet.finish(reason);
     }
 }
