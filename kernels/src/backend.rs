@@ -311,7 +311,7 @@ pub trait Backend: Send + 'static {
 /// the host learns of them later.
 ///
 /// A step is [`Backend::step`], [`DrawsAhead::draw`] for all of its rows, and [`DrawsAhead::fetch`]. One more may be
-/// enqueued before its samples are collected.
+/// enqueued before its samples are collected, or as much of one as does not hang on these.
 pub trait DrawsAhead<A> {
     /// Makes room for the samples of steps of up to so many rows. Everything that was fetched is collected before, as
     /// it is before [`Backend::sample`].

@@ -22,9 +22,22 @@ impl<R: Runner> Engine<R> {
         self.is_under_way = true;
     }
 
-    /// Whether the step under way draws for a sequence with a grammar: what comes next cannot be drawn before that is
-    /// known.
-    pub(super) fn awaits_token(&self) -> bool {
+    /// Has the step that was launched drawn from. What a grammar lets be drawn hangs on the token before, which is waited
+    /// for; the device computes meanwhile what is drawn from.
+    pub(super) fn draw(&mut self) -> Result<(), RunnerError> {
+        if self.awaits_token() {
+            self.finish_under_way()?;
+        }
+        let Self { runner, scheduler, terms, step: Step { batch, rows, .. }, .. } = self;
+        let (scheduler, terms, rows) = (&*scheduler, &**terms, &*rows);
+        match runner.ahead() {
+            Some(ahead) => ahead.draw(batch, &|i| rows.task(i, scheduler, terms)),
+            None => Ok(()),
+        }
+    }
+
+    /// Whether the step under way draws for a sequence with a grammar.
+    fn awaits_token(&self) -> bool {
         let Self { scheduler, terms, under_way, is_under_way, constrained, .. } = self;
         *is_under_way
             && *constrained > 0

@@ -1,10 +1,12 @@
 //! Answers with grammars, beside others, on runners that wait for each step and on those that run ahead.
 
+use std::sync::atomic::Ordering;
+
 use futures::executor::block_on;
 
 use super::{
     fake::VOCAB_SIZE,
-    tests::{STARTS, assert_answers, collect, config, request},
+    tests::{self, STARTS, assert_answers, collect, config, request},
     *,
 };
 use crate::grammar::{Grammar, Source, Vocabulary};
@@ -50,6 +52,18 @@ fn answers_follow_their_grammars_beside_others_that_have_none() {
         assert_answers(&handle, &requests);
         assert_eq!(handle.status(), EngineStatus::Running);
     }
+}
+
+#[test]
+fn steps_are_launched_before_the_tokens_are_known_that_their_grammars_wait_for() {
+    let (handle, control) = tests::start_ahead(config());
+    let requests = [with_grammar(1, "[ab]{20}", 60), with_grammar(2, "[ab]{30}", 60), request([1], 5)];
+    assert_answers(&handle, &requests);
+    block_on(handle.drain());
+    // All but the first, and one for nobody behind the last token.
+    let longest = requests.iter().map(|request| tests::model_answer(request, 128).0.len()).max().unwrap();
+    assert_eq!(control.ahead.load(Ordering::Relaxed), longest);
+    assert_eq!(handle.snapshot().pages_owned, 0);
 }
 
 #[test]

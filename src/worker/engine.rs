@@ -150,9 +150,8 @@ impl<R: Runner> Engine<R> {
                 self.finish_under_way()?;
                 continue;
             }
-            // Launching one in which a prompt is scored may take as long as computing it. And what a grammar lets be drawn
-            // hangs on the token before.
-            if self.scoring > 0 && self.scheduler.owes_scores() || self.awaits_token() {
+            // Launching one in which a prompt is scored may take as long as computing it.
+            if self.scoring > 0 && self.scheduler.owes_scores() {
                 self.finish_under_way()?;
             }
             self.plan();
@@ -330,16 +329,22 @@ impl<R: Runner> Engine<R> {
 
     fn compute(&mut self) -> Result<(), RunnerError> {
         self.begin();
-        let Self { runner, scheduler, terms, exports, step: Step { plan, batch, rows, out, times }, .. } = self;
-        let (scheduler, terms, rows, plan) = (&*scheduler, &**terms, &*rows, &*plan);
         let launched = Instant::now();
-        let row = |i| rows.task(i, scheduler, terms).expect("a planned sequence has its terms");
+        let Self { runner, scheduler, terms, exports, step: Step { plan, batch, rows, out, .. }, .. } = self;
+        let (scheduler, plan) = (&*scheduler, &*plan);
         let mut layer_done = |layer| exports.layer(layer, plan.entries(), scheduler);
         match runner.ahead() {
-            Some(ahead) => ahead.launch(batch, &row, &mut layer_done)?,
-            None => runner.execute(batch, &row, &mut out[..rows.len()], &mut layer_done)?,
+            Some(ahead) => {
+                ahead.launch(batch, &mut layer_done)?;
+                self.draw()?;
+            }
+            None => {
+                let (terms, rows) = (&**terms, &*rows);
+                let row = |i| rows.task(i, scheduler, terms);
+                runner.execute(batch, &row, &mut out[..rows.len()], &mut layer_done)?;
+            }
         }
-        *times = launched..Instant::now();
+        self.step.times = launched..Instant::now();
         Ok(())
     }
 

@@ -24,6 +24,8 @@ pub(super) struct Control {
     changed: Condvar,
     /// Tokens computed in all steps.
     pub(super) computed: AtomicUsize,
+    /// Steps that were launched while the one before was under way.
+    pub(super) ahead: AtomicUsize,
     /// What the pages hold, `[page][token]`. Tests play the workers that fill lent ones.
     pub(super) cache: Mutex<Vec<u64>>,
     /// Of a runner that runs ahead.
@@ -113,7 +115,8 @@ pub(super) struct FakeRunner {
 /// A step as it was when it was launched.
 struct Launched {
     batch: Batch,
-    rows: Vec<Wish>,
+    /// Not before it is drawn.
+    rows: Option<Vec<Wish>>,
     block_size: usize,
 }
 
@@ -248,10 +251,15 @@ impl Control {
         Ok(())
     }
 
-    /// Computes the earliest step that was launched and is not computed. False if there is none.
+    /// Computes the earliest step that was launched and is not computed. False if there is none that is drawn too.
     fn compute_launched(&self) -> Result<bool, RunnerError> {
         let mut device = self.device.lock().unwrap();
-        let Some(Launched { mut batch, mut rows, block_size }) = device.launched.pop_front() else { return Ok(false) };
+        if device.launched.front().is_none_or(|launched| launched.rows.is_none()) {
+            return Ok(false);
+        }
+        let Some(Launched { mut batch, rows: Some(mut rows), block_size }) = device.launched.pop_front() else {
+            return Ok(false);
+        };
         let told = batch.tokens.iter_mut().chain(rows.iter_mut().flat_map(|wish| &mut wish.output));
         for token in told.filter(|token| **token & Batch::DRAWN != 0) {
             *token = device.drawn[(*token & !Batch::DRAWN) as usize];
@@ -286,18 +294,22 @@ impl Runner for FakeRunner {
 }
 
 impl RunsAhead for FakeRunner {
-    fn launch<'a>(
-        &mut self,
-        batch: &Batch,
-        row: &(dyn Fn(usize) -> SampleRow<'a> + Sync),
-        layer_done: &mut dyn FnMut(usize),
-    ) -> Result<(), RunnerError> {
+    fn launch(&mut self, batch: &Batch, layer_done: &mut dyn FnMut(usize)) -> Result<(), RunnerError> {
+        let mut device = self.control.device.lock().unwrap();
+        device.launched.push_back(Launched { batch: copy(batch), rows: None, block_size: self.block_size });
+        let under_way = device.launched.len() + device.computed.len();
+        drop(device);
+        assert!(under_way <= 2, "no more than one step ahead");
+        self.control.ahead.fetch_add(under_way - 1, Ordering::Relaxed);
+        layer_done(0);
+        Ok(())
+    }
+
+    fn draw<'a>(&mut self, batch: &Batch, row: &(dyn Fn(usize) -> SampleRow<'a> + Sync)) -> Result<(), RunnerError> {
         let rows = (0..batch.logit_rows.len()).map(|i| Wish::of(&row(i))).collect();
         let mut device = self.control.device.lock().unwrap();
-        device.launched.push_back(Launched { batch: copy(batch), rows, block_size: self.block_size });
-        assert!(device.launched.len() + device.computed.len() <= 2, "no more than one step ahead");
-        drop(device);
-        layer_done(0);
+        let launched = device.launched.back_mut().expect("what is drawn was launched");
+        assert!(launched.rows.replace(rows).is_none(), "a step is drawn once");
         Ok(())
     }
 

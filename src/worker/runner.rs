@@ -27,16 +27,15 @@ pub trait Runner: Send + 'static {
 
 /// A runner whose device computes on its own, so that the next step can be planned and launched meanwhile.
 pub trait RunsAhead {
-    /// Does what [`Runner::execute`] does but wait. Two steps may be on their way at a time. In the second, tokens that
-    /// the first draws are [`Batch::DRAWN`], those of the batch and those that rows' outputs end with.
-    fn launch<'a>(
-        &mut self,
-        batch: &Batch,
-        row: &(dyn Fn(usize) -> SampleRow<'a> + Sync),
-        layer_done: &mut dyn FnMut(usize),
-    ) -> Result<(), RunnerError>;
+    /// Does what [`Runner::execute`] does but sample, and wait. Two steps may be on their way at a time. In the second,
+    /// tokens that the first draws are [`Batch::DRAWN`].
+    fn launch(&mut self, batch: &Batch, layer_done: &mut dyn FnMut(usize)) -> Result<(), RunnerError>;
 
-    /// Waits for the earlier one, and says what was sampled.
+    /// Samples what was launched last, without waiting. Rows' outputs may end with what the step before draws, as
+    /// [`Batch::DRAWN`].
+    fn draw<'a>(&mut self, batch: &Batch, row: &(dyn Fn(usize) -> SampleRow<'a> + Sync)) -> Result<(), RunnerError>;
+
+    /// Waits for the earlier one, and says what was sampled. The later one need not be drawn yet.
     fn collect(&mut self, out: &mut [Sampled]) -> Result<(), RunnerError>;
 }
 
@@ -115,14 +114,13 @@ impl<B: Backend> Runner for ModelRunner<B> {
 }
 
 impl<B: Backend> RunsAhead for ModelRunner<B> {
-    fn launch<'a>(
-        &mut self,
-        batch: &Batch,
-        row: &(dyn Fn(usize) -> SampleRow<'a> + Sync),
-        layer_done: &mut dyn FnMut(usize),
-    ) -> Result<(), RunnerError> {
-        let Self { backend, model, cache, max_logit_rows } = self;
-        model.forward(backend, cache, batch, layer_done);
+    fn launch(&mut self, batch: &Batch, layer_done: &mut dyn FnMut(usize)) -> Result<(), RunnerError> {
+        self.model.forward(&mut self.backend, &mut self.cache, batch, layer_done);
+        self.backend.check().map_err(|error| RunnerError(error.to_string()))
+    }
+
+    fn draw<'a>(&mut self, batch: &Batch, row: &(dyn Fn(usize) -> SampleRow<'a> + Sync)) -> Result<(), RunnerError> {
+        let Self { backend, model, max_logit_rows, .. } = self;
         for (tile, rows) in batch.logit_rows.chunks(*max_logit_rows).enumerate() {
             let first = tile * *max_logit_rows;
             let logits = model.logits(backend, rows);

@@ -1,6 +1,6 @@
 use std::{ops::Range, time::Instant};
 
-use engine_kernels::{Batch, SampleRow, Sampled};
+use engine_kernels::{Batch, RowTask, SampleRow, Sampled, SequenceId};
 
 use super::{handle::EngineConfig, session::Terms};
 use crate::scheduler::{PlanEntry, Scheduler, SlotId, StepPlan};
@@ -77,14 +77,18 @@ impl Rows {
         &self.counts
     }
 
-    /// What is wanted of row `i`.
-    pub(super) fn task<'a>(
-        &self,
-        i: usize,
-        scheduler: &'a Scheduler,
-        terms: &'a [Option<Terms>],
-    ) -> Option<SampleRow<'a>> {
+    /// What is wanted of row `i`. Of a sequence that has ended since the step was planned, nothing: the least there is.
+    pub(super) fn task<'a>(&self, i: usize, scheduler: &'a Scheduler, terms: &'a [Option<Terms>]) -> SampleRow<'a> {
         let Row { slot, position } = self.rows[i];
-        Some(terms[slot.index()].as_ref()?.row(scheduler.sequence(slot), position))
+        match &terms[slot.index()] {
+            Some(terms) => terms.row(scheduler.sequence(slot), position),
+            None => SampleRow {
+                task: RowTask::Score { token: 0 },
+                sequence: SequenceId(u64::MAX),
+                prompt: &[],
+                output: &[],
+                logprobs: None,
+            },
+        }
     }
 }
