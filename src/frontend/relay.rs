@@ -103,14 +103,15 @@ impl Relay {
         };
         if self.splitter.started && !started {
             self.frontend.metrics.first_data.observe(self.asked.arrived.elapsed().as_secs_f64());
-            if let (Source::Worker(placed), Some(peek)) = (&mut self.source, &self.asked.peek) {
-                placed.booking.reduce(peek.answer_tokens);
-            }
         }
         if self.splitter.progress() != progress {
             // It got further: what was tried before counts no more. A sign of life is no progress: a prompt that kills
             // its workers may take them long enough for some.
             self.attempts = Attempts::default();
+            // This worker has computed the prompt, be it the first or one after it.
+            if let (Source::Worker(placed), Some(peek)) = (&mut self.source, &self.asked.peek) {
+                placed.booking.reduce(peek.answer_tokens);
+            }
         }
         (!out.is_empty()).then_some(out)
     }
@@ -263,19 +264,23 @@ mod tests {
     };
 
     const TIME_MAX: Duration = Duration::from_secs(3600);
-    /// The beginning of an answer, which breaks off.
-    const BROKEN: &str = "HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\na\r\ndata: {}\n\n\r\n";
+    /// The event that an answer begins with, and breaks off after.
+    const EVENT: &str = ": {\"i\":0,\"t\":[1]}\ndata: {}\n\n";
+    /// Tokens that a request is taken to have.
+    const BOOKED: u64 = 10_000;
 
-    /// A worker that has answered with [`BROKEN`], all of which has come.
+    /// A worker whose answer has broken off after [`EVENT`], all of which has come.
     async fn broken() -> Placed {
         let (listener, worker) = bound().await;
         let answering = async {
             let (mut stream, _) = listener.accept().await.unwrap();
             assert!(is_asked(&mut stream).await);
-            stream.write_all(BROKEN.as_bytes()).await.unwrap();
+            let head = "HTTP/1.1 200 OK\r\ntransfer-encoding: chunked";
+            let answer = format!("{head}\r\n\r\n{:x}\r\n{EVENT}\r\n", EVENT.len());
+            stream.write_all(answer.as_bytes()).await.unwrap();
         };
         let (exchange, ()) = tokio::join!(worker.send(&request), answering);
-        Placed { exchange: exchange.unwrap(), booking: worker.book(0) }
+        Placed { exchange: exchange.unwrap(), booking: worker.book(BOOKED) }
     }
 
     /// The relay of a worker's answer. Nobody else is there.
@@ -331,6 +336,18 @@ mod tests {
         assert_eq!(next(&mut relay).await, "data: {}\n\n");
         assert!(next(&mut relay).await.contains("workers_lost"));
         assert!(worker.is_avoided());
+    }
+
+    #[tokio::test]
+    async fn once_a_worker_has_computed_the_prompt_the_answer_alone_is_its_load_also_after_a_move() {
+        let (mut relay, second) = (relay(broken().await).await, broken().await);
+        let answer_tokens = relay.asked.peek.as_ref().unwrap().answer_tokens;
+        assert_eq!(next(&mut relay).await, "data: {}\n\n");
+        let worker = second.booking.worker.clone();
+        relay.source = Source::Search(Box::pin(ready((Ok(second), Attempts::default()))));
+        assert_eq!(worker.load(), BOOKED);
+        assert_eq!(next(&mut relay).await, "data: {}\n\n");
+        assert_eq!(worker.load(), answer_tokens);
     }
 
     #[tokio::test]
