@@ -321,6 +321,11 @@ impl Frontend {
                     let served: Vec<String> = table.models().into_keys().map(str::to_owned).collect();
                     return Err(ApiError::unknown_model(asked.model().unwrap_or_default(), &served));
                 }
+                // Whoever has the model that began the answer.
+                Serving::Ambiguous if key.is_some() => {
+                    anybody = table.anybody();
+                    &anybody
+                }
                 Serving::Ambiguous => {
                     let message = "Several models are served: name one in 'model'";
                     return Err(ApiError::invalid("model", message));

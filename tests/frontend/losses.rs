@@ -41,6 +41,24 @@ fn a_worker_killed_mid_answer_shows_as_a_pause() {
 }
 
 #[test]
+fn an_answer_that_names_no_model_goes_on_though_another_model_has_come() {
+    let (front, mut workers, _leases) = with_workers(2, slow);
+    let other = Worker::start(Options { model: "n/2", ..Options::default() });
+    // Its answer is not at its end when it dies.
+    workers.iter().for_each(|worker| worker.gate.only(10));
+    let mut request = streaming(COMPLETIONS);
+    request.as_object_mut().unwrap().remove("model");
+    let mut events = Events::open(front.address, COMPLETIONS, &request);
+    (0..3).for_each(|_| drop(events.next().unwrap()));
+    let _other = front.register(other.address, "n/2");
+    front.wait_until_there_are(3);
+    let at = workers.iter().position(busy).unwrap();
+    workers.remove(at).kill();
+    workers[0].gate.open();
+    assert_eq!(answer(&events.finish()), undisturbed(COMPLETIONS, &request));
+}
+
+#[test]
 fn a_worker_killed_before_it_said_anything_costs_nothing() {
     for stream in [true, false] {
         let (front, mut workers, _leases) = with_workers(2, Options::default);
