@@ -79,7 +79,14 @@ enum Source {
 }
 
 impl Relay {
-    pub(super) fn new(frontend: Arc<Frontend>, asked: Arc<Asked>, placed: Placed, in_flight: InFlight) -> Self {
+    /// Relays what `placed` answers, found after `attempts`.
+    pub(super) fn new(
+        frontend: Arc<Frontend>,
+        asked: Arc<Asked>,
+        placed: Placed,
+        attempts: Attempts,
+        in_flight: InFlight,
+    ) -> Self {
         let pulse = Box::pin(sleep_until(asked.deadline.min(Instant::now() + PULSE)));
         Self {
             frontend,
@@ -87,7 +94,7 @@ impl Relay {
             splitter: Splitter::default(),
             key: placed.booking.worker.card.model_key,
             source: Source::Worker(Box::new(placed)),
-            attempts: Attempts::default(),
+            attempts,
             pace: Pace::new(),
             pulse,
             _in_flight: in_flight,
@@ -299,7 +306,7 @@ mod tests {
         let received = Received { bytes: br#"{"stream": true}"#.to_vec(), memory: None };
         let asked = Asked::new(PathAndQuery::from_static("/"), &HeaderMap::new(), received, TIME_MAX).await;
         let in_flight = frontend.enter(frontend.admit().unwrap()).unwrap();
-        Relay::new(frontend, Arc::new(asked), placed, in_flight)
+        Relay::new(frontend, Arc::new(asked), placed, Attempts::default(), in_flight)
     }
 
     /// What the client gets next.

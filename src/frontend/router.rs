@@ -90,7 +90,8 @@ async fn ask(
         };
         let (status, headers) = (exchange.response.status(), exchange.response.headers().clone());
         if asked.streams() && status == StatusCode::OK {
-            let relay = Relay::new(frontend, Arc::new(asked), Placed { exchange, booking }, in_flight);
+            let placed = Placed { exchange, booking };
+            let relay = Relay::new(frontend, Arc::new(asked), placed, attempts, in_flight);
             return Ok(passed_back(status, &headers, Body::new(relay)));
         }
         // Whole before any of it goes on: if the worker dies over it, another can be asked.

@@ -2,7 +2,11 @@
 
 use std::{
     net::TcpListener,
-    sync::{Mutex, mpsc},
+    sync::{
+        Mutex,
+        atomic::{AtomicBool, Ordering},
+        mpsc,
+    },
 };
 
 use super::{
@@ -230,6 +234,22 @@ fn a_model_that_does_not_come_back_in_time_is_not_one_that_does_not_exist() {
 fn a_prompt_that_kills_its_workers_does_not_go_through_the_cluster_for_their_signs_of_life() {
     let front = Front::with(|config| config.request_timeout = Duration::from_secs(20));
     let workers: Vec<_> = (0..5).map(|_| Door::start(|| ALIVE)).collect();
+    let _leases: Vec<_> = workers.iter().map(|worker| front.register(worker.address, "m")).collect();
+    front.wait_until_there_are(5);
+    let events = Events::open(front.address, COMPLETIONS, &streaming(COMPLETIONS)).finish();
+    assert_eq!(events.last().unwrap()["error"]["code"], "workers_lost", "{events:?}");
+    assert_eq!(workers.iter().map(Door::asked).sum::<usize>(), 3);
+}
+
+#[test]
+fn a_worker_lost_before_its_answers_head_counts_as_one_lost_after_it_does() {
+    let front = Front::with(|config| config.request_timeout = Duration::from_secs(20));
+    let is_first = Arc::new(AtomicBool::new(true));
+    let door = || {
+        let is_first = is_first.clone();
+        Door::start(move || if is_first.swap(false, Ordering::SeqCst) { "" } else { ALIVE })
+    };
+    let workers: Vec<_> = (0..5).map(|_| door()).collect();
     let _leases: Vec<_> = workers.iter().map(|worker| front.register(worker.address, "m")).collect();
     front.wait_until_there_are(5);
     let events = Events::open(front.address, COMPLETIONS, &streaming(COMPLETIONS)).finish();
