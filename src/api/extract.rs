@@ -36,7 +36,9 @@ const DISCARD_TIME_MAX: Duration = Duration::from_secs(5);
 /// Longest message of the parser that is passed on: it may quote what the client sent.
 const MESSAGE_CHARS_MAX: usize = 300;
 
-/// Memory for bodies. The small ones are bounded by the number of connections.
+/// Memory for bodies, or for what else is kept of requests. Small bodies are bounded by the number of connections.
+/// Cheap to clone.
+#[derive(Clone)]
 pub(crate) struct BodyMemory {
     free: Arc<Semaphore>,
     bytes: usize,
@@ -54,7 +56,13 @@ impl BodyMemory {
         Self { free: Arc::new(Semaphore::new(bytes)), bytes }
     }
 
-    /// Bytes of the large bodies that are kept at the moment.
+    /// Leave to keep so many bytes more, if there is any. Nobody waits for it: whoever has some already would wait for
+    /// those who wait for it.
+    pub(crate) fn leave(&self, bytes: usize) -> Option<OwnedSemaphorePermit> {
+        self.free.clone().try_acquire_many_owned(u32::try_from(bytes).ok()?).ok()
+    }
+
+    /// Bytes that are kept at the moment.
     pub(crate) fn used(&self) -> usize {
         self.bytes - self.free.available_permits()
     }
@@ -196,10 +204,7 @@ async fn receive(headers: &HeaderMap, body: Body, limits: &BodyLimits<'_>) -> Re
                 let total = bytes.len() + piece.len();
                 if total > SMALL_BODY_BYTES {
                     let missing = total - memory.as_ref().map_or(0, OwnedSemaphorePermit::num_permits);
-                    // Not waited for: whoever has some of it already would wait for those who wait for it.
-                    let free = limits.memory.free.clone();
-                    let more = u32::try_from(missing).ok().and_then(|n| free.try_acquire_many_owned(n).ok());
-                    let Some(more) = more else {
+                    let Some(more) = limits.memory.leave(missing) else {
                         discard_rest(&mut pieces).await;
                         let message = "Too many large request bodies at a time; try again later";
                         return Err(ApiError::new(StatusCode::TOO_MANY_REQUESTS, "bodies_too_large", message));

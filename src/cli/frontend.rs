@@ -39,7 +39,8 @@ pub struct FrontendArgs {
     #[arg(long, value_name = "SIZE", value_parser = parse_size, default_value = "16MiB", help_heading = "Server")]
     pub max_body_size: usize,
 
-    /// All bodies of more than 64 KiB together, which are kept until their answers end; beyond it, 429
+    /// All bodies of more than 64 KiB together, which are kept until their answers end; beyond it, 429. As much again
+    /// is for what answers need to outlive their workers; beyond it, they end with them
     #[arg(long, value_name = "SIZE", value_parser = parse_size, default_value = "1GiB", help_heading = "Server")]
     pub max_body_memory: usize,
 

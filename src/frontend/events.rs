@@ -2,22 +2,32 @@ use std::mem;
 
 use bytes::{Bytes, BytesMut};
 use memchr::{memchr, memmem};
+use tokio::sync::OwnedSemaphorePermit;
 
-use crate::api::progress::{JOURNAL_BYTES_MAX, PROGRESS_PREFIX};
+use crate::api::{
+    BodyMemory,
+    progress::{JOURNAL_BYTES_MAX, PROGRESS_PREFIX},
+};
 
 /// Bytes of an event that has not ended; far above what one can have, log-probabilities included.
 const EVENT_BYTES_MAX: usize = 64 << 20;
+/// Memory of a journal at first. It doubles as the journal grows.
+const JOURNAL_BYTES_MIN: usize = 4 << 10;
 
 /// Takes a worker's stream apart: events go on to the client, comments about progress into the journal. It looks for
 /// the ends of lines and at their first bytes, at nothing else. A journal line counts once its event is whole, and only
 /// whole events go on: whatever a worker's death cuts in two was neither delivered nor noted.
-#[derive(Debug, Default)]
 pub(super) struct Splitter {
     /// The beginning of an event.
     partial: BytesMut,
     /// All progress so far, a line each.
     journal: Vec<u8>,
-    /// Whether the journal lacks something, for having grown too long.
+    /// Leave to keep it, as far as it has room.
+    leave: Option<OwnedSemaphorePermit>,
+    /// What all answers' journals share.
+    memory: BodyMemory,
+    /// Whether the journal was given up, for having grown too long or for want of memory. The answer goes on, and
+    /// cannot move any more.
     incomplete: bool,
     /// Whether any data has gone on to the client.
     pub(super) started: bool,
@@ -30,6 +40,19 @@ pub(super) struct Splitter {
 pub(super) struct Malformed;
 
 impl Splitter {
+    /// Keeps its journal in `memory`.
+    pub(super) fn new(memory: BodyMemory) -> Self {
+        Self {
+            partial: BytesMut::new(),
+            journal: Vec::new(),
+            leave: None,
+            memory,
+            incomplete: false,
+            started: false,
+            done: false,
+        }
+    }
+
     /// Takes bytes as they come, and returns what is for the client; nothing, perhaps.
     pub(super) fn push(&mut self, data: Bytes) -> Result<Bytes, Malformed> {
         if self.partial.is_empty() {
@@ -68,15 +91,39 @@ impl Splitter {
     }
 
     fn note(&mut self, comments: &[u8]) {
-        if self.journal.len() + comments.len() > JOURNAL_BYTES_MAX {
-            self.incomplete = true;
+        if self.incomplete {
+            return;
+        }
+        if !self.make_room(comments.len()) {
+            (self.journal, self.leave, self.incomplete) = (Vec::new(), None, true);
+            return;
         }
         let mut rest = comments;
-        while let (false, Some(end)) = (self.incomplete, memchr(b'\n', rest)) {
+        while let Some(end) = memchr(b'\n', rest) {
             // Without the colon and the space.
             self.journal.extend_from_slice(&rest[2..=end]);
             rest = &rest[end + 1..];
         }
+    }
+
+    /// Lets the journal have so many bytes more. Returns whether it may.
+    fn make_room(&mut self, bytes: usize) -> bool {
+        let room = self.leave.as_ref().map_or(0, OwnedSemaphorePermit::num_permits);
+        let needed = self.journal.len() + bytes;
+        if needed <= room {
+            return true;
+        }
+        if needed > JOURNAL_BYTES_MAX {
+            return false;
+        }
+        let wanted = needed.next_power_of_two().max(JOURNAL_BYTES_MIN);
+        let Some(more) = self.memory.leave(wanted - room) else { return false };
+        self.journal.reserve_exact(wanted - self.journal.len());
+        match &mut self.leave {
+            Some(leave) => leave.merge(more),
+            None => self.leave = Some(more),
+        }
+        true
     }
 
     /// How far the answer has got: another value whenever it gets further.
@@ -162,13 +209,17 @@ mod tests {
                           data: [DONE]\n\n";
     const JOURNAL: &str = "{\"id\":\"a\"}\n{\"i\":0}\n{\"i\":0,\"t\":[1,2]}\n{\"i\":0,\"f\":true}\n";
 
+    fn fresh() -> Splitter {
+        Splitter::new(BodyMemory::of(1 << 20))
+    }
+
     fn push(splitter: &mut Splitter, bytes: &[u8]) -> Vec<u8> {
         splitter.push(Bytes::copy_from_slice(bytes)).unwrap().to_vec()
     }
 
     #[test]
     fn progress_is_kept_and_the_rest_goes_on() {
-        let mut splitter = Splitter::default();
+        let mut splitter = fresh();
         assert_eq!(push(&mut splitter, STREAM.as_bytes()), CLIENT.as_bytes());
         assert_eq!(splitter.journal, JOURNAL.as_bytes());
         assert!(splitter.done && splitter.journal().is_none());
@@ -177,7 +228,7 @@ mod tests {
     #[test]
     fn an_event_on_its_own_is_not_copied() {
         let data = Bytes::from_static(b": {\"i\":0}\ndata: x\n\n");
-        let out = Splitter::default().push(data.clone()).unwrap();
+        let out = fresh().push(data.clone()).unwrap();
         assert_eq!(out.as_ptr(), data[10..].as_ptr());
         assert_eq!(&out[..], b"data: x\n\n");
     }
@@ -185,12 +236,12 @@ mod tests {
     #[test]
     fn half_an_event_is_neither_delivered_nor_noted() {
         for cut in 0..STREAM.len() {
-            let mut splitter = Splitter::default();
+            let mut splitter = fresh();
             let out = push(&mut splitter, &STREAM.as_bytes()[..cut]);
             // As many events went out as the journal has.
             assert!(CLIENT.as_bytes().starts_with(&out));
             let whole = STREAM[..cut].rfind("\n\n").map_or(0, |end| end + 2);
-            let mut reference = Splitter::default();
+            let mut reference = fresh();
             assert_eq!(push(&mut reference, &STREAM.as_bytes()[..whole]), out);
             assert_eq!(reference.journal, splitter.journal);
             splitter.cut();
@@ -201,7 +252,7 @@ mod tests {
 
     #[test]
     fn an_answer_without_progress_cannot_be_continued_once_begun() {
-        let mut splitter = Splitter::default();
+        let mut splitter = fresh();
         assert_eq!(splitter.journal(), Some(Bytes::new()));
         push(&mut splitter, b": keep-alive\n\n");
         assert_eq!(splitter.journal(), Some(Bytes::new()));
@@ -211,7 +262,7 @@ mod tests {
 
     #[test]
     fn a_comment_is_no_progress_and_an_event_is() {
-        let mut splitter = Splitter::default();
+        let mut splitter = fresh();
         let mut goes_on = |bytes: &[u8]| {
             let before = splitter.progress();
             push(&mut splitter, bytes);
@@ -224,13 +275,44 @@ mod tests {
         assert!(goes_on(b": {\"i\":0,\"t\":[1]}\ndata: y\n\n"));
     }
 
+    #[test]
+    fn an_answer_without_memory_for_its_journal_goes_on_and_cannot_move() {
+        let memory = BodyMemory::of(3 * JOURNAL_BYTES_MIN);
+        let [mut long, mut short] = [(); 2].map(|()| Splitter::new(memory.clone()));
+        let line = |bytes: usize| format!(": {{{}}}\ndata: x\n\n", "1".repeat(bytes));
+        let goes_on = |splitter: &mut Splitter, bytes: usize| {
+            assert_eq!(push(splitter, line(bytes).as_bytes()), b"data: x\n\n");
+            (splitter.journal().is_some(), memory.used())
+        };
+        assert_eq!(goes_on(&mut short, 1), (true, JOURNAL_BYTES_MIN));
+        assert_eq!(goes_on(&mut long, JOURNAL_BYTES_MIN), (true, 3 * JOURNAL_BYTES_MIN));
+        assert_eq!(goes_on(&mut long, JOURNAL_BYTES_MIN), (false, JOURNAL_BYTES_MIN), "it has freed what it had");
+        assert_eq!(goes_on(&mut long, 1), (false, JOURNAL_BYTES_MIN), "it would lack something");
+        assert_eq!(goes_on(&mut short, JOURNAL_BYTES_MIN), (true, 2 * JOURNAL_BYTES_MIN));
+        drop(short);
+        assert_eq!(memory.used(), 0);
+    }
+
+    #[test]
+    fn a_journal_that_grows_too_long_frees_its_memory() {
+        let memory = BodyMemory::of(2 * JOURNAL_BYTES_MAX);
+        let mut splitter = Splitter::new(memory.clone());
+        let event = format!(": {{{}}}\ndata: x\n\n", "1".repeat(8 << 20));
+        let event = Bytes::from(event);
+        (0..7).for_each(|_| drop(splitter.push(event.clone()).unwrap()));
+        assert!(splitter.journal().is_some());
+        assert_eq!(memory.used(), JOURNAL_BYTES_MAX);
+        assert_eq!(splitter.push(event).unwrap(), "data: x\n\n");
+        assert_eq!((splitter.journal(), memory.used()), (None, 0));
+    }
+
     proptest! {
         #[test]
         fn pieces_may_be_cut_anywhere(cuts in prop::collection::vec(0..STREAM.len(), 0..8)) {
             let mut cuts = cuts;
             cuts.extend([0, STREAM.len()]);
             cuts.sort_unstable();
-            let (mut splitter, mut out) = (Splitter::default(), Vec::new());
+            let (mut splitter, mut out) = (fresh(), Vec::new());
             for pair in cuts.windows(2) {
                 out.extend(push(&mut splitter, &STREAM.as_bytes()[pair[0]..pair[1]]));
             }

@@ -45,7 +45,8 @@ pub struct FrontendConfig {
     pub requests_max: usize,
     /// Bytes of a request's body at most.
     pub body_bytes_max: usize,
-    /// Bytes of all large bodies together at most. They are kept until their answers end.
+    /// Bytes of all large bodies together at most, and as many of what is needed to continue answers elsewhere. Both
+    /// are kept until the answers end.
     pub body_memory_max: usize,
     /// How long an answer may take from its request, moves to other workers included.
     pub request_timeout: Duration,
@@ -67,6 +68,8 @@ pub(crate) struct Frontend {
     /// As many requests as may still be taken.
     admitted: Arc<Semaphore>,
     bodies: BodyMemory,
+    /// What answers need to go on elsewhere.
+    journals: BodyMemory,
     /// Start, seconds since 1970: the models' `created`.
     started: u64,
     drain: Drain,
@@ -110,6 +113,7 @@ impl Frontend {
             token,
             admitted: Arc::new(Semaphore::new(config.requests_max.min(Semaphore::MAX_PERMITS))),
             bodies: BodyMemory::of(config.body_memory_max),
+            journals: BodyMemory::of(config.body_memory_max),
             config,
             metrics,
             started: unix_seconds(),

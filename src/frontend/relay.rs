@@ -89,9 +89,9 @@ impl Relay {
     ) -> Self {
         let pulse = Box::pin(sleep_until(asked.deadline.min(Instant::now() + PULSE)));
         Self {
+            splitter: Splitter::new(frontend.journals.clone()),
             frontend,
             asked,
-            splitter: Splitter::default(),
             key: placed.booking.worker.card.model_key,
             source: Source::Worker(Box::new(placed)),
             attempts,
@@ -296,7 +296,7 @@ mod tests {
             api_keys: Vec::new(),
             requests_max: 1,
             body_bytes_max: 0,
-            body_memory_max: 0,
+            body_memory_max: 1 << 20,
             request_timeout: TIME_MAX,
             patience: Duration::ZERO,
             cluster_token: None,
