@@ -195,7 +195,7 @@ fn no_connection() -> ApiError {
 impl Frontend {
     /// Gets a request to a worker that answers it, until its head. With `key` it continues the answer of `journal`, on
     /// a worker of that model. A request that some worker has taken already waits a while for another to come, and so
-    /// does any while those who would answer it have been lost for no longer than that.
+    /// does any while those who would answer it have been lost for no longer than that, or are back and refuse it.
     pub(super) async fn place(
         &self,
         asked: &Asked,
@@ -206,6 +206,7 @@ impl Frontend {
         let patience_ends = (Instant::now() + self.config.patience).min(asked.deadline);
         let mut table = self.table.clone();
         let mut rounds = Rounds::default();
+        let mut waited = false;
         loop {
             let current = table.borrow_and_update().clone();
             let worker = match self.pick(asked, key, &current, attempts)? {
@@ -214,7 +215,9 @@ impl Frontend {
                     let taken = key.is_some() || attempts.losses > 0;
                     // Those who are there and refused say more than those who are not.
                     let unreached = (lost_lately || attempts.lacking) && attempts.refused.is_none();
-                    let expected = taken || unreached || current.misses(asked.model());
+                    // The first to come back gets all who have waited. Whom it refuses waits for those after it.
+                    waited |= unreached || current.misses(asked.model());
+                    let expected = taken || waited;
                     let hopeless = attempts.refused.as_ref().is_some_and(|(_, may_pass)| !may_pass);
                     if expected && !hopeless && Instant::now() < patience_ends {
                         if rounds.next(&mut table, patience_ends).await {
@@ -261,7 +264,7 @@ impl Frontend {
                         continue;
                     }
                     let refused = Failure::Refused(status, headers, body);
-                    attempts.refusals += usize::from(key.is_none());
+                    attempts.refusals += usize::from(key.is_none() && !waited);
                     if attempts.refusals >= REFUSALS_MAX {
                         return Err(refused);
                     }

@@ -10,7 +10,7 @@ use std::{
 };
 
 use super::{
-    door::{ALIVE, Door, FULL},
+    door::{ALIVE, Door, FULL, OTHER_MODEL},
     served::NOTHING_FOLLOWS,
     *,
 };
@@ -152,6 +152,25 @@ fn a_request_that_comes_just_after_the_last_worker_went_waits_for_it_to_come_bac
     let response = thread::scope(|scope| {
         let asked = scope.spawn(|| front.post(COMPLETIONS, &json!({"model": "m", "prompt": "a", "max_tokens": 1})));
         wait_until("it has come", || front.counts("engine_frontend_requests_in_flight") == 1.0);
+        let _lease = front.register(worker.address, "m");
+        asked.join().unwrap()
+    });
+    assert_eq!(response.status, 200, "{}", response.text());
+}
+
+#[test]
+fn a_request_that_waited_for_workers_to_come_back_is_not_for_the_first_of_them_to_refuse() {
+    let front = Front::with(|config| config.patience = PATIENCE);
+    let (gone, worker) = (Door::start(|| OTHER_MODEL), Worker::start(Options::default()));
+    // As many as refuse any other request for good.
+    let full: Vec<_> = (0..3).map(|_| Door::start(|| FULL)).collect();
+    let _gone = front.register(gone.address, "m");
+    front.wait_until_there_are(1);
+    let response = thread::scope(|scope| {
+        let asked = scope.spawn(|| front.post(COMPLETIONS, &json!({"model": "m", "prompt": "a", "max_tokens": 1})));
+        wait_until("it waits", || gone.asked() > 1);
+        let _first: Vec<_> = full.iter().map(|full| front.register(full.address, "m")).collect();
+        wait_until("it was refused", || full.iter().all(|full| full.asked() > 0));
         let _lease = front.register(worker.address, "m");
         asked.join().unwrap()
     });
