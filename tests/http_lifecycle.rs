@@ -88,6 +88,10 @@ fn too_many_requests_are_told_to_come_back() {
     let refused = server.post(COMPLETIONS, &json!({"prompt": "Hi"}));
     assert_eq!(refused.error().0, 429);
     assert_eq!(refused.header("retry-after"), Some("1"));
+    // It is not prepared, so what is wrong with it is not found.
+    let unprepared = server.post(COMPLETIONS, &json!({"prompt": "Hi", "max_tokens": -1}));
+    assert_eq!(unprepared.error(), refused.error());
+    assert!(unprepared.header("retry-after").is_some());
     drop((running, waiting));
     server.wait_until("there is room", |server| server.post(COMPLETIONS, &json!({"prompt": "Hi"})).status == 200);
 }

@@ -86,11 +86,15 @@ impl Serving {
         })
     }
 
-    /// Admits a request that generates, unless the server is going away.
+    /// Admits a request that generates, unless the server is going away or full: before it is prepared, which may take
+    /// long.
     pub(crate) fn enter(&self) -> Result<InFlight, ApiError> {
         let in_flight = self.drain.enter()?;
         match self.engine.status() {
-            EngineStatus::Running => Ok(in_flight),
+            EngineStatus::Running => {
+                self.engine.check_place().map_err(|error| ApiError::not_taken(error, "prompt"))?;
+                Ok(in_flight)
+            }
             EngineStatus::Draining | EngineStatus::Stopped => Err(ApiError::draining()),
             EngineStatus::Failed { .. } => Err(ApiError::engine_failed()),
         }

@@ -192,19 +192,25 @@ impl Shared {
 
     /// Takes a place among the live requests, if there is one.
     fn enter(self: &Arc<Self>) -> Result<Place, SubmitError> {
-        let mut refused = None;
+        let mut place = Ok(());
         self.live.send_if_modified(|live| {
-            if self.draining.load(Ordering::Acquire) {
-                refused = Some(SubmitError::ShuttingDown);
-            } else if *live >= self.config.max_requests() {
-                let running = self.metrics.running.get().max(0) as usize;
-                refused = Some(SubmitError::QueueFull { waiting: live.saturating_sub(running) });
-            } else {
-                *live += 1;
-            }
-            refused.is_none()
+            place = self.check_place(*live);
+            *live += usize::from(place.is_ok());
+            place.is_ok()
         });
-        refused.map_or_else(|| Ok(Place(self.clone())), Err)
+        place.map(|()| Place(self.clone()))
+    }
+
+    /// Whether there is one for a further request beside so many.
+    fn check_place(&self, live: usize) -> Result<(), SubmitError> {
+        if self.draining.load(Ordering::Acquire) {
+            return Err(SubmitError::ShuttingDown);
+        }
+        if live >= self.config.max_requests() {
+            let running = self.metrics.running.get().max(0) as usize;
+            return Err(SubmitError::QueueFull { waiting: live.saturating_sub(running) });
+        }
+        Ok(())
     }
 }
 
@@ -252,6 +258,12 @@ impl EngineHandle {
             true => Ok(generation),
             false => Err(SubmitError::ShuttingDown),
         }
+    }
+
+    /// Whether there is a place for a request at the moment: without one, it need not be prepared. Whether there still
+    /// is one then, [`EngineHandle::submit`] says.
+    pub fn check_place(&self) -> Result<(), SubmitError> {
+        self.shared.check_place(*self.shared.live.borrow())
     }
 
     /// Hands the engine a prompt to compute for a decode worker. Never waits. The pages are kept until the handle is

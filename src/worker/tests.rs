@@ -292,8 +292,11 @@ fn more_requests_than_may_wait_are_refused() {
     control.close();
     let _one = handle.submit(request(0..5, 3)).unwrap();
     control.wait_until_held();
+    assert_eq!(handle.check_place(), Ok(()));
     let rest: Vec<_> = (0..4).map(|_| handle.submit(request(0..5, 3)).unwrap()).collect();
-    assert!(matches!(handle.submit(request(0..5, 3)), Err(SubmitError::QueueFull { .. })));
+    let refused = handle.submit(request(0..5, 3)).err();
+    assert!(matches!(refused, Some(SubmitError::QueueFull { .. })));
+    assert_eq!(handle.check_place().err(), refused, "nor need it be prepared");
     control.open();
     drop(rest);
     let mut accepted = loop {
