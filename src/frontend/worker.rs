@@ -146,8 +146,10 @@ impl Worker {
         self.reported_ms.store(self.now_ms(), Ordering::Relaxed);
     }
 
-    /// Counts a request's tokens until the booking is dropped.
+    /// Counts a request's tokens until the booking is dropped: one at least, as a worker that has none before it is not
+    /// looked after.
     pub(super) fn book(self: &Arc<Self>, tokens: u64) -> Booking {
+        let tokens = tokens.max(1);
         self.outstanding.fetch_add(tokens, Ordering::Relaxed);
         Booking { worker: self.clone(), tokens }
     }
@@ -323,7 +325,7 @@ pub(super) struct Booking {
 impl Booking {
     /// The prompt is computed: only so many tokens are left.
     pub(super) fn reduce(&mut self, tokens: u64) {
-        let done = self.tokens.saturating_sub(tokens);
+        let done = self.tokens.saturating_sub(tokens.max(1));
         self.worker.outstanding.fetch_sub(done, Ordering::Relaxed);
         self.tokens -= done;
     }
@@ -516,6 +518,21 @@ mod tests {
         let unnamed = |address| Arc::new(card(Role::Decode, ModelKey::of(b"model"), address));
         assert_eq!(instance(1, &unnamed("127.0.0.1:1")), instance(2, &unnamed("127.0.0.1:1")));
         assert_ne!(instance(1, &unnamed("127.0.0.1:1")), instance(1, &unnamed("127.0.0.1:2")));
+    }
+
+    #[tokio::test]
+    async fn a_worker_has_something_to_do_as_long_as_anything_is_asked_of_it() {
+        let (_, worker) = bound().await;
+        let mut unread = worker.book(0);
+        assert_eq!(worker.load(), 1);
+        let mut booking = worker.book(1000);
+        for tokens in [100, 0, 0] {
+            booking.reduce(tokens);
+            unread.reduce(tokens);
+            assert_eq!(worker.load(), tokens.max(1) + 1);
+        }
+        drop((unread, booking));
+        assert_eq!(worker.load(), 0);
     }
 
     #[tokio::test]
