@@ -235,7 +235,7 @@ impl Frontend {
                     return Err(attempts.refused.take().map_or(ours.into(), |(refused, _)| refused));
                 }
             };
-            if !attempts.tried.is_empty() {
+            if key.is_none() && !attempts.tried.is_empty() {
                 self.metrics.retries.inc();
             }
             attempts.tried.push(worker.lease);

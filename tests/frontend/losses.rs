@@ -288,15 +288,18 @@ fn full_workers_are_asked_to_continue_an_answer_ever_less_often() {
     first.gate.only(10);
     let mut events = Events::open(front.address, COMPLETIONS, &streaming(COMPLETIONS));
     (0..3).for_each(|_| drop(events.next().unwrap()));
-    let full = Door::start(|| FULL);
-    let _lease_of_full = front.register(full.address, "m");
-    front.wait_until_there_are(2);
+    let full = [(); 2].map(|()| Door::start(|| FULL));
+    let _leases_of_full: Vec<_> = full.iter().map(|full| front.register(full.address, "m")).collect();
+    front.wait_until_there_are(3);
     // Nobody else is asked: a worker that is about to be gone may be lost once more, which would end the answer.
     drop(lease);
-    front.wait_until_there_are(1);
+    front.wait_until_there_are(2);
     first.kill();
     assert_eq!(events.finish().pop().unwrap()["error"]["code"], "workers_lost");
-    assert!((1..=ROUNDS_MAX).contains(&full.asked()), "{} times", full.asked());
+    for full in full {
+        assert!((1..=ROUNDS_MAX).contains(&full.asked()), "{} times", full.asked());
+    }
+    assert_eq!(front.counts("engine_frontend_retries_total"), 0.0, "the client had something");
 }
 
 #[test]
