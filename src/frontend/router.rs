@@ -4,7 +4,7 @@ use axum::{
     Router,
     body::Body,
     extract::{MatchedPath, Path, Request, State},
-    http::{HeaderMap, HeaderValue, StatusCode, Uri, header, uri::PathAndQuery},
+    http::{HeaderMap, HeaderName, HeaderValue, StatusCode, Uri, header, uri::PathAndQuery},
     middleware::{Next, from_fn_with_state},
     response::Response,
     routing::{get, post},
@@ -25,8 +25,17 @@ use crate::{
     cluster::{Cluster, WorkerCard},
 };
 
-/// Headers of an answer that are about its connection, or that are set again.
-const NOT_PASSED_BACK: [header::HeaderName; 3] = [header::CONNECTION, header::TRANSFER_ENCODING, header::DATE];
+/// Headers of an answer that are about its connection (RFC 9110, 7.6.1), or that are set again.
+const NOT_PASSED_BACK: [HeaderName; 8] = [
+    header::CONNECTION,
+    HeaderName::from_static("keep-alive"),
+    HeaderName::from_static("proxy-connection"),
+    header::TE,
+    header::TRAILER,
+    header::TRANSFER_ENCODING,
+    header::UPGRADE,
+    header::DATE,
+];
 
 /// Serves until `shutdown` resolves, then drains: new requests get 503, running ones end, the connections close.
 pub async fn serve(
@@ -111,7 +120,11 @@ async fn ask(
 fn passed_back(status: StatusCode, headers: &HeaderMap, body: Body) -> Response {
     let mut response = Response::new(body);
     *response.status_mut() = status;
-    let passed = headers.iter().filter(|(name, _)| !NOT_PASSED_BACK.contains(name));
+    // Those that it names are about the connection too.
+    let named = headers.get_all(header::CONNECTION).iter().filter_map(|value| value.to_str().ok());
+    let named: Vec<&str> = named.flat_map(|value| value.split(',')).map(str::trim).collect();
+    let is_named = |name: &HeaderName| named.iter().any(|named| named.eq_ignore_ascii_case(name.as_str()));
+    let passed = headers.iter().filter(|(name, _)| !NOT_PASSED_BACK.contains(name) && !is_named(name));
     response.headers_mut().extend(passed.map(|(name, value)| (name.clone(), value.clone())));
     response
 }
@@ -186,5 +199,24 @@ mod tests {
         let passed = passed_back(worker.status(), worker.headers(), Body::empty());
         assert_eq!(passed.status(), worker.status());
         assert_eq!(passed.headers()["x-should-retry"], "false");
+    }
+
+    #[test]
+    fn what_is_about_the_workers_connection_does_not_reach_the_client() {
+        let mut headers = HeaderMap::new();
+        for (name, value) in [
+            ("connection", "close, X-Hop"),
+            ("connection", "x-other-hop"),
+            ("x-hop", "1"),
+            ("x-other-hop", "1"),
+            ("keep-alive", "timeout=60"),
+            ("trailer", "x-sum"),
+            ("upgrade", "h2c"),
+            ("content-type", "text/plain"),
+        ] {
+            headers.append(name, HeaderValue::from_static(value));
+        }
+        let passed = passed_back(StatusCode::OK, &headers, Body::empty());
+        assert_eq!(passed.headers().keys().collect::<Vec<_>>(), ["content-type"]);
     }
 }
