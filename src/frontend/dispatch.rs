@@ -65,8 +65,9 @@ impl Asked {
         let body = Bytes::from(bytes);
         let mut headers = HeaderMap::with_capacity(PASSED_ON.len());
         for name in PASSED_ON {
-            if let Some(value) = given.get(name) {
-                headers.insert(name, value.clone());
+            // Of some there may be several: a `tracestate` may come in parts.
+            for value in given.get_all(name) {
+                headers.append(name, value.clone());
             }
         }
         let peek = if body.len() <= PEEKED_HERE_MAX {
@@ -417,7 +418,24 @@ mod tests {
     use std::io;
 
     use super::*;
-    use crate::cluster::{Role, tests::card};
+    use crate::{
+        cluster::{Role, tests::card},
+        frontend::fake::bound,
+    };
+
+    #[tokio::test]
+    async fn of_a_header_that_comes_in_parts_workers_get_all() {
+        let mut given = HeaderMap::new();
+        for part in ["a=1", "b=2"] {
+            given.append("tracestate", HeaderValue::from_static(part));
+        }
+        let received = Received { bytes: b"{}".to_vec(), memory: None };
+        let asked = Asked::new(PathAndQuery::from_static("/"), &given, received, Duration::ZERO).await;
+        let (_, worker) = bound().await;
+        let request = asked.request(&worker, &Bytes::new(), None);
+        let passed: Vec<_> = request.headers().get_all("tracestate").iter().collect();
+        assert_eq!(passed, ["a=1", "b=2"]);
+    }
 
     #[test]
     fn what_is_lacking_here_neither_counts_nor_speaks_against_a_worker() {
