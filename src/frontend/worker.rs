@@ -43,9 +43,10 @@ pub(super) struct Worker {
     pub(super) instance: u64,
     /// Tokens that requests through this frontend still have before them.
     outstanding: AtomicU64,
-    /// As the worker told last, in tokens, and when, in milliseconds since `started`.
+    /// As the worker told last, in tokens, and when, in milliseconds since `started`; and what was outstanding then.
     reported: AtomicU64,
     reported_ms: AtomicU64,
+    outstanding_then: AtomicU64,
     started: Instant,
     /// Since when others are preferred, in milliseconds since `started`: a connection to it failed, and it has not
     /// answered since. 0: they are not.
@@ -117,6 +118,7 @@ impl Worker {
             outstanding: AtomicU64::new(0),
             reported: AtomicU64::new(0),
             reported_ms: AtomicU64::new(0),
+            outstanding_then: AtomicU64::new(0),
             started: Instant::now(),
             avoided_ms: AtomicU64::new(0),
             probes_failed: AtomicU32::new(0),
@@ -125,13 +127,16 @@ impl Worker {
         })
     }
 
-    /// Tokens it has to work on: what this frontend has sent it, or what it says itself where that is more, because
-    /// others send it work too.
+    /// Tokens it has to work on: what this frontend has sent it, or what it has said itself, and was sent from here
+    /// since, where that is more, because others send it work too.
     pub(super) fn load(&self) -> u64 {
+        let outstanding = self.outstanding.load(Ordering::Relaxed);
         let age = self.now_ms().saturating_sub(self.reported_ms.load(Ordering::Relaxed));
-        let fresh = u128::from(age) < REPORT_TIME_MAX.as_millis();
-        let reported = if fresh { self.reported.load(Ordering::Relaxed) } else { 0 };
-        reported.max(self.outstanding.load(Ordering::Relaxed))
+        if u128::from(age) >= REPORT_TIME_MAX.as_millis() {
+            return outstanding;
+        }
+        let since = outstanding.saturating_sub(self.outstanding_then.load(Ordering::Relaxed));
+        self.reported.load(Ordering::Relaxed).saturating_add(since).max(outstanding)
     }
 
     fn now_ms(&self) -> u64 {
@@ -143,6 +148,7 @@ impl Worker {
         let requests = u64::from(report.running) + u64::from(report.waiting);
         let tokens = report.prompt_tokens.saturating_add(requests.saturating_mul(TOKENS_PER_REQUEST));
         self.reported.store(tokens, Ordering::Relaxed);
+        self.outstanding_then.store(self.outstanding.load(Ordering::Relaxed), Ordering::Relaxed);
         self.reported_ms.store(self.now_ms(), Ordering::Relaxed);
     }
 
@@ -341,7 +347,7 @@ impl Drop for Booking {
 mod tests {
     use std::sync::atomic::{AtomicBool, AtomicUsize};
 
-    use tokio::task::yield_now;
+    use tokio::{task::yield_now, time::advance};
 
     use super::*;
     use crate::{
@@ -535,12 +541,32 @@ mod tests {
         assert_eq!(worker.load(), 0);
     }
 
+    #[tokio::test(start_paused = true)]
+    async fn what_is_sent_after_a_report_is_added_to_it() {
+        let worker = Worker::new(LeaseId(1), Arc::new(card(Role::Decode, ModelKey::of(b"model"), "127.0.0.1:1")));
+        let before = worker.book(100);
+        worker.note(&LoadReport { prompt_tokens: 1000, ..LoadReport::default() });
+        assert_eq!(worker.load(), 1000);
+        let after = worker.book(10);
+        assert_eq!(worker.load(), 1010);
+        drop(before);
+        assert_eq!(worker.load(), 1000, "until it says otherwise");
+        let much = worker.book(5000);
+        assert_eq!(worker.load(), 1000 + 5010 - 100);
+        worker.note(&LoadReport::default());
+        assert_eq!(worker.load(), 5010);
+        advance(REPORT_TIME_MAX).await;
+        drop((after, much));
+        assert_eq!(worker.load(), 0);
+    }
+
     #[tokio::test]
     async fn any_load_may_be_told() {
         let (_, worker) = bound().await;
         let report =
             LoadReport { running: u32::MAX, waiting: u32::MAX, prompt_tokens: u64::MAX, ..LoadReport::default() };
         worker.note(&report);
+        let _booking = worker.book(1);
         assert_eq!(worker.load(), u64::MAX);
     }
 }
