@@ -1,4 +1,4 @@
-use std::borrow::Cow;
+use std::{borrow::Cow, ops::RangeInclusive};
 
 use axum::{
     http::{HeaderName, HeaderValue, StatusCode, header},
@@ -17,6 +17,8 @@ pub struct ApiError {
     code: Option<&'static str>,
 }
 
+/// When whoever is refused may come back.
+const RETRY_AFTER_SECONDS: RangeInclusive<u16> = 1..=3;
 /// Characters of what a client sent that a message repeats.
 const SHOWN_CHARS_MAX: usize = 40;
 
@@ -184,7 +186,8 @@ impl IntoResponse for ApiError {
         let headers = response.headers_mut();
         headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
         if matches!(self.status, StatusCode::TOO_MANY_REQUESTS | StatusCode::SERVICE_UNAVAILABLE) {
-            headers.insert(header::RETRY_AFTER, HeaderValue::from_static("1"));
+            // Not at the same time as everybody else who hears of it now.
+            headers.insert(header::RETRY_AFTER, rand::random_range(RETRY_AFTER_SECONDS).into());
         }
         // It would end there again, and as late.
         if matches!(self.code, Some("no_possible_token" | "timeout")) {
@@ -199,6 +202,8 @@ impl IntoResponse for ApiError {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::HashSet;
+
     use super::*;
 
     #[test]
@@ -215,7 +220,7 @@ mod tests {
         for error in [ApiError::draining(), ApiError::aborted(), ApiError::engine_failed()] {
             let response = error.into_response();
             assert_eq!(response.status(), StatusCode::SERVICE_UNAVAILABLE);
-            assert_eq!(response.headers()[header::RETRY_AFTER], "1");
+            assert!(response.headers().contains_key(header::RETRY_AFTER));
         }
         assert!(!ApiError::impossible().into_response().headers().contains_key(header::RETRY_AFTER));
     }
@@ -224,8 +229,16 @@ mod tests {
     fn a_full_queue_says_when_to_come_back() {
         let response = ApiError::not_taken(SubmitError::QueueFull { waiting: 3 }, "prompt").into_response();
         assert_eq!(response.status(), StatusCode::TOO_MANY_REQUESTS);
-        assert_eq!(response.headers()[header::RETRY_AFTER], "1");
+        assert!(response.headers().contains_key(header::RETRY_AFTER));
         assert!(!response.headers().contains_key(SHOULD_RETRY), "it should");
+    }
+
+    #[test]
+    fn those_who_are_refused_together_do_not_come_back_together() {
+        let told = |_| ApiError::draining().into_response().headers()[header::RETRY_AFTER].as_bytes().to_vec();
+        let told: HashSet<Vec<u8>> = (0..200).map(told).collect();
+        let expected: HashSet<Vec<u8>> = RETRY_AFTER_SECONDS.map(|seconds| seconds.to_string().into_bytes()).collect();
+        assert_eq!(told, expected);
     }
 
     #[test]

@@ -19,6 +19,11 @@ impl Response {
         self.headers.iter().find(|(known, _)| known.eq_ignore_ascii_case(name)).map(|(_, value)| value.as_str())
     }
 
+    /// Whether it says when to come back.
+    pub(crate) fn says_when_to_come_back(&self) -> bool {
+        matches!(self.header("retry-after"), Some("1" | "2" | "3"))
+    }
+
     pub(crate) fn text(&self) -> String {
         String::from_utf8(self.body.clone()).expect("answers are UTF-8")
     }
