@@ -157,7 +157,11 @@ impl Attempts {
             tracing::warn!(worker = %worker.lease, address = worker.card.address, %error, "lost a worker");
         }
         match error {
-            LostError::Connect(_) | LostError::Replaced => self.lacking = false,
+            LostError::Connect(_) => self.lacking = false,
+            LostError::Replaced => {
+                self.lacking = false;
+                worker.note_replaced();
+            }
             LostError::Lacking(_) => {
                 self.lacking = true;
                 if !worker.is_out_of_reach() {

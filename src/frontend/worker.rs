@@ -54,6 +54,9 @@ pub(super) struct Worker {
     /// Probes that it has failed in a row. From [`PROBES_FAILED_MIN`] on it does not answer at all: its answers in
     /// progress are continued elsewhere.
     probes_failed: AtomicU32,
+    /// Whether another model's worker was found at its address: what answers there says nothing of this one any more.
+    /// Its lease will run out, and whoever has a new card is a new [`Worker`].
+    is_replaced: AtomicBool,
     /// Whether the last attempt to connect failed for what this process lacks.
     is_out_of_reach: AtomicBool,
     idle: Mutex<Vec<Idle>>,
@@ -122,6 +125,7 @@ impl Worker {
             started: Instant::now(),
             avoided_ms: AtomicU64::new(0),
             probes_failed: AtomicU32::new(0),
+            is_replaced: AtomicBool::new(false),
             is_out_of_reach: AtomicBool::new(false),
             idle: Mutex::default(),
         })
@@ -172,6 +176,11 @@ impl Worker {
     pub(super) fn avoid(&self) -> bool {
         let now = self.now_ms().max(1);
         self.avoided_ms.compare_exchange(0, now, Ordering::Relaxed, Ordering::Relaxed).is_err()
+    }
+
+    /// Lets no probe speak for it any more: another model's worker answers in its place.
+    pub(super) fn note_replaced(&self) {
+        self.is_replaced.store(true, Ordering::Relaxed);
     }
 
     /// Notes that this process lacks what a connection to it takes. Returns whether that is known already.
@@ -284,7 +293,9 @@ impl Worker {
         let was_silent = self.is_silent();
         match answer {
             Ok(()) => {
-                self.avoided_ms.store(0, Ordering::Relaxed);
+                if !self.is_replaced.load(Ordering::Relaxed) {
+                    self.avoided_ms.store(0, Ordering::Relaxed);
+                }
                 self.probes_failed.store(0, Ordering::Relaxed);
             }
             Err(error) if error.blames_worker() => {
@@ -352,7 +363,10 @@ mod tests {
     use super::*;
     use crate::{
         cluster::{ModelKey, Role, tests::card},
-        frontend::fake::{bound, is_asked, request, say_ok},
+        frontend::{
+            dispatch::Attempts,
+            fake::{bound, is_asked, request, say_ok},
+        },
     };
 
     /// What is known of a worker that serves connections side by side.
@@ -414,6 +428,15 @@ mod tests {
             worker.probe().await;
             assert_eq!((worker.is_avoided(), worker.is_silent()), (avoided, silent));
         }
+    }
+
+    #[tokio::test]
+    async fn a_worker_that_was_replaced_stays_avoided_whoever_answers_there() {
+        let (worker, _served) = served().await;
+        Attempts::default().lost(&worker, &LostError::Replaced).unwrap();
+        worker.probe().await;
+        assert!(worker.is_avoided());
+        assert!(!worker.is_silent());
     }
 
     #[tokio::test]
