@@ -91,7 +91,9 @@ __device__ __forceinline__ void attention(const float* qkv, Rows rows, const int
     constexpr int WIDTH = LANES * 8;
     // Keys side by side in a warp, loads for all of them, and loads at a time.
     constexpr int SIDES = WARP / LANES, LOADS = SHARE / SIDES, WORDS = sizeof(Raw) / 4;
-    constexpr int ROOM = HEADS == 4 && LANES == 16 && (sizeof(T) == 4 || IS_OLD) ? 16 : 32;
+    constexpr bool IS_TIGHT = (HEADS == 4 && LANES == 16 && (sizeof(T) == 4 || IS_OLD)) ||
+                              (HEADS == 1 && LANES == 32 && sizeof(T) == 1);
+    constexpr int ROOM = IS_TIGHT ? 16 : 32;
     constexpr int AT_A_TIME = LOADS <= ROOM / WORDS ? LOADS : ROOM / WORDS;
     // Loads whose scores are added up over the lanes together: more at a time would take no fewer exchanges.
     constexpr int GROUP = AT_A_TIME <= 8 / HEADS ? AT_A_TIME : 8 / HEADS, SCORES = GROUP * HEADS;
@@ -110,16 +112,17 @@ __device__ __forceinline__ void attention(const float* qkv, Rows rows, const int
     alignas(16) __shared__ T own_key[WIDTH], own_value[WIDTH];
 
     // Where there is no work: as row 0, but for what follows the plan.
-    const int planned = items[4 * blockIdx.x], row = max(planned, 0);
-    const int begin = items[4 * blockIdx.x + 1], end = items[4 * blockIdx.x + 2], slot = items[4 * blockIdx.x + 3];
+    const int* const item = items + 4 * blockIdx.x;
+    const int planned = planned_word(item), row = max(planned, 0);
+    const int begin = planned_word(item + 1), end = planned_word(item + 2), slot = planned_word(item + 3);
     // That the warp is that of its first lane, the compiler knows to be the same for all lanes.
     const int thread = threadIdx.x, warp = __shfl_sync(ALL_LANES, warp_id(), 0), lane = lane_id();
     const int kv_heads = pages.kv_heads, head_dim = pages.head_dim, shared_by = heads / kv_heads;
     const int chunks = (shared_by + HEADS - 1) / HEADS;
     const int kv_head = blockIdx.y / chunks, first_of_chunk = blockIdx.y % chunks * HEADS;
     const int first = kv_head * shared_by + first_of_chunk, count = min(HEADS, shared_by - first_of_chunk);
-    const int keys = rows.positions[row] + 1;
-    const int* table = rows.block_tables + rows.table_starts[row];
+    const int keys = rows.position(row) + 1;
+    const int* table = rows.table(row);
 
     // Where a lane's elements of the first row of all keys and values lie; those of others are a `stride` a row behind.
     // Single loads have no conditions, as the compiler would copy what they give: lanes that have no elements find
@@ -154,7 +157,7 @@ __device__ __forceinline__ void attention(const float* qkv, Rows rows, const int
     const auto place = [&](int number) { return (number * kv_heads + kv_head) * 2 * block_size + token; };
     // Loads are under way before anything else is asked for.
     Raw key_bits[AT_A_TIME], value_bits[AT_A_TIME];
-    int places = place(table[max(min(page, last_page), 0)]);
+    int places = place(planned_word(table + max(min(page, last_page), 0)));
     follow();
     if (planned < 0) return;
     fetch(key_bits, places, 0, keys_of(begin));

@@ -35,6 +35,18 @@ __device__ __forceinline__ void follow() {
 #endif
 }
 
+/// A word of the step's plan, as it may be read before `follow`: past the L1 cache. Each step's plan lies where the one
+/// before did, and that no old copy of it is left there is promised only to what is read after `follow`. The L2 cache
+/// has what was copied to the device last.
+__device__ __forceinline__ int planned_word(const int* from) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+    // Where kernels do not start early.
+    return *from;
+#else
+    return __ldcg(from);
+#endif
+}
+
 /// Columns of a row as it lies in memory.
 __device__ __forceinline__ int padded(int cols) { return (cols + 7) / 8 * 8; }
 

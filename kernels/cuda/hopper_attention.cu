@@ -110,7 +110,7 @@ struct Copier {
     /// Looks up the pages of the next tile of keys, which are those of values too. (Pages have 2^shift tokens, so that
     /// no address takes a division.)
     __device__ __forceinline__ void look_up() {
-        if (copies()) page = table[key() >> (__ffs(block_size) - 1)];
+        if (copies()) page = planned_word(table + (key() >> (__ffs(block_size) - 1)));
     }
     __device__ __forceinline__ void copy() {
         Barrier* const full = signals.full + turn.slot;
@@ -300,11 +300,12 @@ __device__ __forceinline__ void attention(const TensorMap& pages, const float* q
     unsigned char* const slots = queries + Tile::QUERIES;
     // Where lanes of a warp could part, as far as the compiler knows, it has each product waited for.
     const int warp = __shfl_sync(ALL_LANES, warp_id(), 0), block = static_cast<int>(blockIdx.x);
-    const int first = tiles[block / heads * 2], count = tiles[block / heads * 2 + 1];
-    const int position = rows.positions[first];
+    const int* const planned = tiles + block / heads * 2;
+    const int first = planned_word(planned), count = planned_word(planned + 1);
+    const int position = rows.position(first);
     const Work work{block % heads, first, count, position, position + count - 1};
     const int steps = work.steps<Tile>(ROWS - 1);
-    Copier<Tile> copier{pages,    signals,    slots,         rows.block_tables + rows.table_starts[first],
+    Copier<Tile> copier{pages,    signals,    slots,         rows.table(first),
                         kv_heads, work.head / (heads / kv_heads), block_size, work.last, 2 * steps};
     if (warp == COPIER) {
         if (lane_id() == 0) {

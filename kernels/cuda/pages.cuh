@@ -13,6 +13,12 @@ struct Rows {
     /// Where in `block_tables` the table of its sequence starts.
     const int* table_starts;
     const int* block_tables;
+
+    __device__ __forceinline__ int position(int row) const { return planned_word(positions + row); }
+    /// The block table of a row's sequence.
+    __device__ __forceinline__ const int* table(int row) const {
+        return block_tables + planned_word(table_starts + row);
+    }
 };
 
 /// The pages of one layer.

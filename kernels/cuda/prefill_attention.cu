@@ -62,10 +62,11 @@ __device__ __forceinline__ void attention(const float* qkv, Rows rows, const int
     Chunk* const slots = shared_chunks<SLOTS * SLOT>();
     const int thread = static_cast<int>(threadIdx.x), lane = lane_id();
     const int block = static_cast<int>(blockIdx.x), head = block % heads;
-    const int first = tiles[block / heads * 2], count = tiles[block / heads * 2 + 1];
-    const int position = rows.positions[first], last = position + count - 1, steps = last / KEYS + 1;
+    const int* const planned = tiles + block / heads * 2;
+    const int first = planned_word(planned), count = planned_word(planned + 1);
+    const int position = rows.position(first), last = position + count - 1, steps = last / KEYS + 1;
     // Pages have 2^shift tokens, so that no address takes a division.
-    const int* const table = rows.block_tables + rows.table_starts[first];
+    const int* const table = rows.table(first);
     const int shift = __ffs(block_size) - 1, page_elements = 2 * kv_heads * block_size * HEAD_DIM;
     const Stored* const of_head = base + 2 * (head / (heads / kv_heads)) * block_size * HEAD_DIM;
 
@@ -80,7 +81,9 @@ __device__ __forceinline__ void attention(const float* qkv, Rows rows, const int
     int numbers[CHUNKS];
     const auto look_up = [&](int step) {
 #pragma unroll
-        for (int i = 0; i < CHUNKS; i++) numbers[i] = table[min(position_of(step, i), last) >> shift];
+        for (int i = 0; i < CHUNKS; i++) {
+            numbers[i] = planned_word(table + (min(position_of(step, i), last) >> shift));
+        }
     };
     const auto bring = [&](int tile) {
 #pragma unroll

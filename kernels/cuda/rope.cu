@@ -15,8 +15,8 @@ __device__ __forceinline__ void rope_and_cache(float* qkv, Rows rows, const Rota
                                                int heads) {
     __shared__ float vectors[WARPS][HEAD_DIM_MAX];
     const int row = blockIdx.x, head = blockIdx.y * WARPS + warp_id();
-    const int kv_heads = pages.kv_heads, head_dim = pages.head_dim, position = rows.positions[row];
-    const int* const table = rows.block_tables + rows.table_starts[row];
+    const int kv_heads = pages.kv_heads, head_dim = pages.head_dim, position = rows.position(row);
+    const int* const table = rows.table(row);
     follow();
     if (position < 0 || head >= heads + 2 * kv_heads) return;
     float* x = qkv + static_cast<size_t>(row) * padded((heads + 2 * kv_heads) * head_dim) + head * head_dim;
