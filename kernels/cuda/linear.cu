@@ -78,8 +78,8 @@ __device__ __forceinline__ void tiled(Matrix matrix, const float* x, const float
 template <class Matrix>
 __device__ __forceinline__ void embed(Matrix matrix, const int* tokens, const int* drawn, float* out, int cols,
                                       int features, int first) {
-    const int given = tokens[blockIdx.x];
     follow();
+    const int given = tokens[blockIdx.x];
     const int row = (given < 0 ? drawn[(given & 0x7fffffff) * OUTCOME_WORDS] : given) - first;
     if (row < 0 || row >= features) return;
     const size_t start = static_cast<size_t>(row) * padded(cols), to = static_cast<size_t>(blockIdx.x) * padded(cols);
