@@ -83,8 +83,8 @@ __device__ __forceinline__ void sum_over_sides(float (&values)[8]) {
 /// HEADS query heads of one row over some of its partitions, LANES lanes across a head.
 template <class T, int HEADS, int LANES>
 __device__ __forceinline__ void attention(const float* qkv, Rows rows, const int* items, const Rotation& rotation,
-                                          Pages<T> pages, int heads, float scale, Partials partials, int* arrived,
-                                          float* out, Brain* rounded) {
+                                          Pages<T> pages, int heads, int shared_by, float scale, Partials partials,
+                                          int* arrived, float* out, Brain* rounded) {
     static_assert(HEADS <= WARPS && HEADS <= LANES, "a warp a head when merging, a lane when scores are added up");
     using Eight = Streamed<Floats<T>>;
     using Raw = typename Eight::Raw;
@@ -117,9 +117,8 @@ __device__ __forceinline__ void attention(const float* qkv, Rows rows, const int
     const int begin = planned_word(item + 1), end = planned_word(item + 2), slot = planned_word(item + 3);
     // That the warp is that of its first lane, the compiler knows to be the same for all lanes.
     const int thread = threadIdx.x, warp = __shfl_sync(ALL_LANES, warp_id(), 0), lane = lane_id();
-    const int kv_heads = pages.kv_heads, head_dim = pages.head_dim, shared_by = heads / kv_heads;
-    const int chunks = (shared_by + HEADS - 1) / HEADS;
-    const int kv_head = blockIdx.y / chunks, first_of_chunk = blockIdx.y % chunks * HEADS;
+    const int kv_heads = pages.kv_heads, head_dim = pages.head_dim;
+    const int kv_head = blockIdx.z, first_of_chunk = blockIdx.y * HEADS;
     const int first = kv_head * shared_by + first_of_chunk, count = min(HEADS, shared_by - first_of_chunk);
     const int keys = rows.position(row) + 1;
     const int* table = rows.table(row);
@@ -386,7 +385,7 @@ __device__ __forceinline__ void attention(const float* qkv, Rows rows, const int
             // What the block left is there for all before it is said to be, and what others left before this one reads
             // it: a fence is for all that its thread knows of, by barriers too (it is cumulative), so one thread's do.
             __threadfence();
-            int* count_of_row = arrived + first_slot * gridDim.y + blockIdx.y;
+            int* count_of_row = arrived + first_slot * heads + first;
             is_last = atomicAdd(count_of_row, end - begin) + end - begin == all;
             if (is_last) *count_of_row = 0;
             __threadfence();
@@ -470,25 +469,26 @@ constexpr int blocks(int heads, int lanes) {
 // attention_{heads a block}x{lanes across a head}_{type of the cache}: out[t, h] = softmax(scale * q[t, h] . K) V over
 // the keys up to the row's position. items: [items, 4] with a row, the first of its partitions and the one after the
 // last, and the slot the first one's result goes to, the others' following (-1: none, these are all of the row's
-// partitions); row -1 is no work. arrived: zeros, and zeros again afterwards, one for each slot and block of the
-// grid's second side. With cos and sin, of [positions, pairs], queries and the row's key and value are as projected,
-// and are normed, rotated and stored as by rope_and_cache; no other row of the step may be of the same sequence then.
+// partitions); row -1 is no work. arrived: zeros, and zeros again afterwards, one for each slot and query head, of
+// which a block counts at its first. shared_by: heads / kv_heads. With cos and sin, of [positions, pairs], queries and
+// the row's key and value are as projected, and are normed, rotated and stored as by rope_and_cache; no other row of
+// the step may be of the same sequence then.
 // qkv: [rows, (heads + 2 kv_heads) * head_dim]; out: [rows, heads * head_dim], or instead of it the same as a product
 // with bf16 weights takes it, rounded.
-// Grid: (items, kv_heads * ceil(heads / kv_heads / heads a block)). Bytes: keys and values of each row's context, once
-// for the query heads a block computes, and twice 4 (head_dim + 2) for a query head and partition that goes to a slot.
-// Operations: 4 a key, query head and element, in single precision. Floor at decoding: the context's keys and values
-// over the bandwidth.
+// Grid: (items, ceil(shared_by / heads a block), kv_heads), which saves blocks two divisions before their first loads.
+// Bytes: keys and values of each row's context, once for the query heads a block computes, and twice 4 (head_dim + 2)
+// for a query head and partition that goes to a slot. Operations: 4 a key, query head and element, in single precision.
+// Floor at decoding: the context's keys and values over the bandwidth.
 #define ATTENTION(HEADS, LANES, SUFFIX, T)                                                                             \
     extern "C" __global__ void __launch_bounds__(attention::THREADS, attention::blocks<T>(HEADS, LANES))               \
         attention_##HEADS##x##LANES##_##SUFFIX(                                                                        \
         const float* qkv, const int* positions, const int* table_starts, const int* block_tables, const int* items,    \
         const float* cos, const float* sin, int pairs, const float* q_norm, const float* k_norm, float eps,            \
-        void* pages, int heads, int kv_heads, int head_dim, int block_size, float scale, float* partials,              \
-        int* arrived, float* out, Brain* rounded) {                                                                    \
+        void* pages, int heads, int kv_heads, int shared_by, int head_dim, int block_size, float scale,                \
+        float* partials, int* arrived, float* out, Brain* rounded) {                                                   \
         attention::attention<T, HEADS, LANES>(                                                                         \
             qkv, Rows{positions, table_starts, block_tables}, items, Rotation{cos, sin, pairs, q_norm, k_norm, eps},   \
-            Pages<T>{static_cast<T*>(pages), kv_heads, head_dim, block_size}, heads, scale,                            \
+            Pages<T>{static_cast<T*>(pages), kv_heads, head_dim, block_size}, heads, shared_by, scale,                 \
             attention::Partials{partials, heads, head_dim}, arrived, out, rounded);                                    \
     }                                                                                                                  \
     REGISTER(attention_##HEADS##x##LANES##_##SUFFIX);

@@ -194,6 +194,7 @@ impl<D: Driver> CudaBackend<D> {
         assert_eq!(qkv.cols, shape.qkv_width(), "columns of queries, keys and values");
         self.check_plan(qkv.rows, batch);
         let AttentionShape { heads, kv_heads, head_dim } = shape;
+        let shared_by = heads / kv_heads;
         assert!(
             rounded == Address::NULL || decodes_all(&self.plan, &cache.layout),
             "prompts' attention is not rounded"
@@ -222,6 +223,7 @@ impl<D: Driver> CudaBackend<D> {
             cache.layer(layer).into(),
             heads.into(),
             kv_heads.into(),
+            shared_by.into(),
             head_dim.into(),
             cache.layout.block_size.into(),
             scale.into(),
@@ -233,7 +235,7 @@ impl<D: Driver> CudaBackend<D> {
         let (kernel, at_a_time) = kernel(shape, cache.layout.dtype);
         let tiled = prefill_kernel(&cache.layout);
         let items = if tiled.is_some() { planned.decode_items } else { planned.items };
-        let grid = [items, kv_heads * (heads / kv_heads).div_ceil(at_a_time), 1];
+        let grid = [items, shared_by.div_ceil(at_a_time), kv_heads];
         self.stream.launch(kernel, grid, ATTENTION_THREADS, &args);
         let Some(kernel) = tiled.filter(|_| planned.tiles > 0) else { return };
         let grid = [planned.tiles * heads, 1, 1];
