@@ -114,6 +114,21 @@ fn a_worker_that_has_rehearsed_records_nothing_more_and_answers_as_ever() {
 }
 
 #[test]
+fn who_decodes_makes_room_to_remember_sequences_at_start_even_if_nothing_is_recorded() {
+    for graphs_max in [0, 100] {
+        for decodes in [false, true] {
+            let backend = backend().with_graphs_max(graphs_max);
+            let driver = backend.driver().clone();
+            let mut runner = load(backend);
+            let before = driver.bytes_allocated();
+            runner.rehearse(&config(), decodes).unwrap();
+            let made = driver.bytes_allocated() - before;
+            assert_eq!(made >= 64 << 20, decodes, "{made} bytes, at most {graphs_max} recordings");
+        }
+    }
+}
+
+#[test]
 fn a_worker_that_runs_ahead_answers_as_one_that_waits_for_each_token() {
     // Some end when nobody knew that they would, and for some the tokens before count.
     let ends_anywhere = |i: usize, request: Request| Request {

@@ -317,6 +317,10 @@ pub trait DrawsAhead<A> {
     /// it is before [`Backend::sample`].
     fn make_room(&mut self, rows: usize);
 
+    /// Makes room for what is remembered of sequences with penalties from one step to the next, if there is some to
+    /// spare. Otherwise that is done for the first of them.
+    fn make_room_for_penalties(&mut self);
+
     /// Enqueues sampling or scoring of each row of `logits`, which it may overwrite, as the rows from `first` on of the
     /// step's samples; `row(i)` describes row `i` of `logits`.
     fn draw<'a>(&mut self, logits: &mut A, first: usize, row: &(dyn Fn(usize) -> SampleRow<'a> + Sync));

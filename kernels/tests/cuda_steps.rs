@@ -125,6 +125,32 @@ fn a_step_that_is_launched_waits_for_nothing_and_one_that_is_collected_for_no_ot
 }
 
 #[test]
+fn room_to_remember_sequences_is_made_where_some_is_left_to_others() {
+    const LISTS: usize = 64 << 20;
+    const SPARE: usize = 256 << 20;
+    let made = |limit: &dyn Fn(&Emulated)| {
+        let mut backend = EmulatedBackend::new(Emulated::default());
+        limit(backend.driver());
+        backend.make_room_for_penalties();
+        backend.check().unwrap();
+        backend.driver().bytes_allocated()
+    };
+    assert_eq!(made(&|device| device.leave_free(LISTS + SPARE)), LISTS);
+    assert_eq!(made(&|device| device.leave_free(LISTS + SPARE - 1)), 0);
+    // Although there was said to be enough.
+    assert_eq!(made(&|device| device.leave_no_room_for(LISTS)), 0);
+}
+
+#[test]
+fn room_to_remember_sequences_that_fails_to_be_made_is_a_failure() {
+    let mut backend = EmulatedBackend::new(Emulated::default());
+    backend.driver().begin_capture().unwrap();
+    backend.make_room_for_penalties();
+    let error = backend.check().unwrap_err().to_string();
+    assert!(error.contains("a recording is under way"), "{error}");
+}
+
+#[test]
 #[should_panic = "what was fetched is collected first"]
 fn nothing_else_is_sampled_while_a_step_is_under_way() {
     let mut layer = device();

@@ -13,9 +13,15 @@ const PROGRESS_PAUSE: Duration = Duration::from_secs(2);
 
 impl<B: Backend> ModelRunner<B> {
     /// Prepares for all steps within `config`, if the backend gains by it: on CUDA devices, memory is made for the
-    /// largest there can be, and, for whoever `decodes`, steps in which sequences do are recorded as graphs. Says in
-    /// the log how far it is and what it took. No page is touched.
+    /// largest there can be, and, for whoever `decodes`, for what is remembered of sequences with penalties; and steps
+    /// in which sequences decode are recorded as graphs. Says in the log how far it is and what it took. No page is
+    /// touched.
     pub fn rehearse(&mut self, config: &EngineConfig, decodes: bool) -> Result<Rehearsed, RunnerError> {
+        if decodes && let Some(ahead) = self.backend.ahead() {
+            // Whether or not anything is recorded.
+            ahead.make_room_for_penalties();
+            self.backend.check().map_err(|error| RunnerError(error.to_string()))?;
+        }
         let sizes = self.backend.sizes_to_rehearse(config.max_num_seqs);
         let Some(&largest) = sizes.last() else { return Ok(Rehearsed::default()) };
         let started = Instant::now();
@@ -23,7 +29,7 @@ impl<B: Backend> ModelRunner<B> {
         // The largest step first: what room is made for it then lies where it will ever be, as recordings rely on.
         let pages = config.max_num_seqs * config.max_model_len.div_ceil(config.block_size);
         batch.push(&vec![0; config.max_num_batched_tokens], 0, &vec![0; pages], 0);
-        let mut all = self.rehearse_step(&batch, config.vocab_size, decodes)?;
+        let mut all = self.rehearse_step(&batch, config.vocab_size)?;
         if !decodes {
             tracing::info!(
                 "made room for steps of {} tokens: {} MiB of the device's memory",
@@ -37,7 +43,7 @@ impl<B: Backend> ModelRunner<B> {
         for size in sizes {
             batch.clear();
             (0..size).for_each(|_| batch.push(&[0], config.max_model_len as u32 - 1, &[0], 0));
-            let Rehearsed { recorded, device_bytes } = self.rehearse_step(&batch, config.vocab_size, decodes)?;
+            let Rehearsed { recorded, device_bytes } = self.rehearse_step(&batch, config.vocab_size)?;
             all.recorded += recorded;
             all.device_bytes += device_bytes;
             if said.elapsed() > PROGRESS_PAUSE {
@@ -61,15 +67,13 @@ impl<B: Backend> ModelRunner<B> {
     }
 
     /// One size of steps, and logits and tokens behind it.
-    fn rehearse_step(&mut self, batch: &Batch, vocab_size: usize, decodes: bool) -> Result<Rehearsed, RunnerError> {
+    fn rehearse_step(&mut self, batch: &Batch, vocab_size: usize) -> Result<Rehearsed, RunnerError> {
         let Self { backend, model, cache, max_logit_rows } = self;
         let rehearsed = model.rehearse(backend, cache, batch);
         let rows = &batch.logit_rows[..batch.logit_rows.len().min(*max_logit_rows)];
         let logits = model.logits(backend, rows);
-        // Who decodes has room made for what is remembered of sequences with penalties.
-        let params =
-            SamplingParams { repetition_penalty: if decodes { 2.0 } else { 1.0 }, ..SamplingParams::default() };
-        // And for the masks of as many rows, should all have grammars.
+        let params = SamplingParams::default();
+        // Room is made for the masks of as many rows, should all have grammars.
         let mask = vec![u32::MAX; vocab_size.div_ceil(32)];
         let task = RowTask::Sample { params: &params, suppress: &[], mask: Some(&mask) };
         let row = |_| SampleRow { task, sequence: NOBODY, prompt: &[], output: &[], logprobs: None };

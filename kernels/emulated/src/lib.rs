@@ -127,6 +127,16 @@ impl<const HOPPER: bool> EmulatedDevice<HOPPER> {
         self.queue().free = Some(bytes);
     }
 
+    /// From now on there is no room for so many bytes in one piece, whatever it says is free.
+    pub fn leave_no_room_for(&self, bytes: usize) {
+        self.queue().too_large = Some(bytes);
+    }
+
+    /// Bytes of all allocations there are.
+    pub fn bytes_allocated(&self) -> usize {
+        self.queue().bytes_allocated()
+    }
+
     /// Has whoever waits for a mark, or opens another process's memory, wait until this is called again with `false`:
     /// for a device that takes its time.
     pub fn keep_busy(&self, is_busy: bool) {
@@ -147,6 +157,9 @@ impl<const HOPPER: bool> EmulatedDevice<HOPPER> {
     fn memory(&self, bytes: usize) -> Result<EmulatedMemory, DriverError> {
         if self.queue().captured.is_some() {
             return Err(failed("allocating", "a recording is under way"));
+        }
+        if self.queue().too_large.is_some_and(|too_large| bytes >= too_large) {
+            return Err(DriverError::OutOfMemory { bytes });
         }
         let memory = Guarded::new(bytes).ok_or(DriverError::OutOfMemory { bytes })?;
         self.queue().allocated(memory.start(), bytes);

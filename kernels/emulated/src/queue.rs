@@ -78,6 +78,8 @@ pub(crate) struct Queue {
     pub(crate) refusal: Option<Refusal>,
     /// Bytes it says are free; all, if nothing is set.
     pub(crate) free: Option<usize>,
+    /// So many bytes are more than any allocation has, if a test says so.
+    pub(crate) too_large: Option<usize>,
     /// Recordings that were asked for.
     pub(crate) recordings: u64,
     /// Start and length of everything that is allocated.
@@ -174,6 +176,10 @@ impl Queue {
 
     pub(crate) fn freed(&mut self, start: usize) {
         self.allocations.remove(&start);
+    }
+
+    pub(crate) fn bytes_allocated(&self) -> usize {
+        self.allocations.values().sum()
     }
 
     /// Whether `bytes` from `start` on are all in one allocation.

@@ -428,6 +428,10 @@ impl<D: Driver> DrawsAhead<Activations<D>> for CudaBackend<D> {
         }
     }
 
+    fn make_room_for_penalties(&mut self) {
+        self.sampler.make_lists(&self.stream);
+    }
+
     fn draw<'a>(&mut self, logits: &mut Activations<D>, first: usize, row: &(dyn Fn(usize) -> SampleRow<'a> + Sync)) {
         self.sampler.draw(&self.stream, logits, first, row);
     }

@@ -2,11 +2,16 @@
 
 use std::sync::Arc;
 
-use super::driver::{Address, Driver, HostMemory, Memory};
+use super::driver::{Address, Driver, DriverError, HostMemory, Memory};
 use super::plan::bucket;
 use super::stream::Stream;
 use super::weight::{Form, Unpacked};
 use crate::{KernelError, KvLayout, Matrix};
+
+/// What is left free of the device's memory by what steps can do without, recordings and the like. Requests want some
+/// too, for copies, events, and where nobody has loaded all kernels, for those that come first; and a step does not do
+/// without those.
+pub(super) const SPARE_BYTES: usize = 256 << 20;
 
 /// Device memory that may be missing: after a failure, nothing more is allocated or launched.
 pub(super) struct Buffer<D: Driver>(Option<Arc<D::Memory>>);
@@ -20,9 +25,21 @@ impl<D: Driver> Buffer<D> {
         Self(stream.attempt(|driver| driver.allocate(bytes.max(16))).map(Arc::new))
     }
 
-    /// The same, unless the device has no room for it: then it is missing, and nothing has failed.
+    /// The same, unless the device has no room for it, or would have little left: then it is missing, and nothing has
+    /// failed.
     pub(super) fn zeroed_if_there_is_room(stream: &Stream<D>, bytes: usize) -> Self {
-        Self(stream.driver().allocate(bytes).ok().map(Arc::new))
+        let memory = stream.attempt(|driver| {
+            let (free, _) = driver.memory()?;
+            if free < bytes + SPARE_BYTES {
+                return Ok(None);
+            }
+            match driver.allocate(bytes) {
+                // Others were faster, or what is free is in pieces.
+                Err(DriverError::OutOfMemory { .. }) => Ok(None),
+                memory => memory.map(Some),
+            }
+        });
+        Self(memory.flatten().map(Arc::new))
     }
 
     pub(super) fn holding(stream: &Stream<D>, bytes: &[u8]) -> Self {

@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::panic::{self, AssertUnwindSafe};
 
 use super::backend::CudaBackend;
-use super::buffer::bytes_of;
+use super::buffer::{SPARE_BYTES, bytes_of};
 use super::driver::{Driver, DriverError};
 use super::plan::{RECORDED_ROWS_MAX, Shape, bucket};
 use crate::{Batch, Rehearsed};
@@ -14,11 +14,6 @@ use crate::{Batch, Rehearsed};
 /// alone. But each recording holds a node for every kernel of a step, some hundred kilobytes of the host's and the
 /// device's memory together, so there has to be an end.
 pub(super) const GRAPHS_MAX: usize = 128;
-
-/// What recordings leave free of the device's memory. Requests want some too, for copies, events, and where nobody has
-/// loaded all kernels, for those that come first; and while a step does without its recording, it does not without
-/// those.
-const SPARE_BYTES: usize = 256 << 20;
 
 /// What is known of steps, by their shape.
 pub(super) struct Graphs<D: Driver> {

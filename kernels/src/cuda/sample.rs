@@ -81,7 +81,7 @@ pub(super) struct Sampler<D: Driver> {
     places: Vec<u32>,
     described: Staged<D>,
     seats: Seats,
-    /// What is listed at each seat, once somebody wants one, if there is room for it.
+    /// What is listed at each seat, once somebody wants that, if there is room for it.
     lists: Option<Buffer<D>>,
     outcomes: Fetched<D>,
     /// The tokens of a step by themselves, for the next one's penalties: two steps in turns, since rows are drawn side
@@ -115,6 +115,23 @@ impl<D: Driver> Sampler<D> {
             self.tokens = [(); 2].map(|()| Buffer::zeroed(stream, bytes));
         }
         elsewhere
+    }
+
+    /// Makes lists, unless somebody wanted them before. Whether there are any: without, everything is sent in each step.
+    pub(super) fn make_lists(&mut self, stream: &Stream<D>) -> bool {
+        let lists = self.lists.get_or_insert_with(|| {
+            let bytes = SEATS * (1 + SEAT_TOKENS) * size_of::<Touched>();
+            let lists = Buffer::zeroed_if_there_is_room(stream, bytes);
+            if lists.address() == Address::NULL && stream.check().is_ok() {
+                tracing::warn!(
+                    mib = bytes >> 20,
+                    "the device has little memory left: all tokens of a sequence with penalties are sent to it for each \
+                     that is drawn (a smaller KV cache leaves more)"
+                );
+            }
+            lists
+        });
+        lists.address() != Address::NULL
     }
 
     /// Where the outcomes of the step before are: its rows' tokens, for the step that is enqueued next.
@@ -248,7 +265,7 @@ impl<D: Driver> Sampler<D> {
         suppress: &[u32],
         row: &SampleRow<'_>,
     ) -> Seating {
-        if !params.penalises() || !self.has_lists(stream) {
+        if !params.penalises() || !self.make_lists(stream) {
             let counts_last = self.touch(params, suppress, row);
             return Seating { counts_last, ..Seating::default() };
         }
@@ -263,13 +280,6 @@ impl<D: Driver> Sampler<D> {
         let counts_last = self.touch(params, suppress, row);
         let seat = self.seats.move_in(sequence, tokens, self.touched.len() - first, suppress);
         Seating { seat, moves_in: true, counts_last }
-    }
-
-    /// Whether there is room for lists. Without, everything is sent in each step.
-    fn has_lists(&mut self, stream: &Stream<D>) -> bool {
-        let bytes = SEATS * (1 + SEAT_TOKENS) * size_of::<Touched>();
-        let lists = self.lists.get_or_insert_with(|| Buffer::zeroed_if_there_is_room(stream, bytes));
-        lists.address() != Address::NULL
     }
 
     /// Lists each token whose logit a request changes, once. Whether one is listed last that the host does not know
