@@ -2,7 +2,9 @@
 //! and how they fail. What they compute is in the suite.
 
 use engine_cuda_emulated::{Emulated, EmulatedBackend, EmulatedHopper};
-use engine_kernel_suite::steps::{BLOCK_SIZE, BLOCKS, HIDDEN, Layer, ROWS_MAX, SHAPE, VOCABULARY, decode, numbers};
+use engine_kernel_suite::steps::{
+    BLOCK_SIZE, BLOCKS, HIDDEN, Layer, ROWS_MAX, SHAPE, VOCABULARY, decode, draw_alike, numbers,
+};
 use engine_kernels::cuda::{CudaBackend, Driver};
 use engine_kernels::{
     Attention, AttentionShape, Backend, Batch, DType, DrawsAhead, KernelError, KvDType, KvLayout, Matrix, Projection,
@@ -122,6 +124,19 @@ fn a_step_that_is_launched_waits_for_nothing_and_one_that_is_collected_for_no_ot
     let one = layer.backend.driver().launches() - before;
     layer.drawn(3);
     assert_eq!(layer.backend.driver().launches(), before + 2 * one);
+}
+
+#[test]
+fn penalties_are_right_where_there_is_no_room_to_remember_what_they_hang_on() {
+    const LISTS: usize = 64 << 20;
+    let expected = draw_alike(&mut device(), &mut device());
+    let (mut ahead, mut told) = (device(), device());
+    [&ahead, &told].iter().for_each(|layer| layer.backend.driver().leave_no_room_for(LISTS));
+    assert_eq!(draw_alike(&mut ahead, &mut told), expected);
+    for layer in [&mut ahead, &mut told] {
+        layer.backend.check().unwrap();
+        assert!(layer.backend.driver().bytes_allocated() < LISTS);
+    }
 }
 
 #[test]

@@ -117,7 +117,7 @@ impl<D: Driver> Sampler<D> {
         elsewhere
     }
 
-    /// Makes lists, unless somebody wanted them before. Whether there are any: without, everything is sent in each step.
+    /// Makes lists, unless somebody wanted them before. Whether there are any: without, everything is sent each step.
     pub(super) fn make_lists(&mut self, stream: &Stream<D>) -> bool {
         let lists = self.lists.get_or_insert_with(|| {
             let bytes = SEATS * (1 + SEAT_TOKENS) * size_of::<Touched>();
@@ -125,8 +125,8 @@ impl<D: Driver> Sampler<D> {
             if lists.address() == Address::NULL && stream.check().is_ok() {
                 tracing::warn!(
                     mib = bytes >> 20,
-                    "the device has little memory left: all tokens of a sequence with penalties are sent to it for each \
-                     that is drawn (a smaller KV cache leaves more)"
+                    "the device has little memory left: for each token of a sequence with penalties, all before it are \
+                     sent again (a smaller KV cache leaves more)"
                 );
             }
             lists

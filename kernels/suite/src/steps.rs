@@ -151,29 +151,38 @@ impl<B: Backend> Layer<B> {
 
 impl<D: Driver> Layer<CudaBackend<D>> {
     /// Enqueues a step and the drawing of a token for each of its rows: in every second none that is in its output, in
-    /// the others less likely those that are there often.
+    /// the others less likely those that are there often, but in the third and the last only those that are there.
     pub fn draw(&mut self, batch: &Batch, outputs: &[Vec<u32>]) {
         self.with_step(batch, |backend, operations| backend.step(batch, operations));
         let Self { backend, table, residual, logits, .. } = self;
         backend.linear(residual.normed(), table, None, logits);
-        let params: Vec<_> = (0..batch.tokens.len() as u64)
-            .map(|seed| SamplingParams {
-                // High enough for many tokens to have a chance, of those whose logit is not 10,000 lower.
-                temperature: 100.0,
-                presence_penalty: if seed % 2 == 0 { 10_000.0 } else { 0.0 },
-                frequency_penalty: if seed % 2 == 0 { 0.0 } else { 100.0 },
-                // Some are drawn again and again, and listed for other reasons too.
-                logit_bias: (0..VOCABULARY as u32).step_by(8).map(|token| (token, 300.0)).collect(),
-                seed,
-                ..SamplingParams::default()
-            })
-            .collect();
-        let row = |i: usize| SampleRow {
-            task: RowTask::Sample { params: &params[i], suppress: &[], mask: None },
-            sequence: SequenceId(i as u64),
-            prompt: &[0],
-            output: &outputs[i],
-            logprobs: Some(0),
+        let rows = batch.tokens.len();
+        let params = |i: usize| SamplingParams {
+            // High enough for many tokens to have a chance, of those whose logit is not 10,000 lower.
+            temperature: 100.0,
+            presence_penalty: if i == 2 || i + 1 == rows {
+                // A single token that is not counted in shows soon.
+                -10_000.0
+            } else if i % 2 == 0 {
+                10_000.0
+            } else {
+                0.0
+            },
+            frequency_penalty: if i % 2 == 0 { 0.0 } else { 100.0 },
+            // Some are drawn again and again, and listed for other reasons too.
+            logit_bias: (0..VOCABULARY as u32).step_by(8).map(|token| (token, 300.0)).collect(),
+            seed: i as u64,
+            ..SamplingParams::default()
+        };
+        let params: Vec<_> = (0..rows).map(params).collect();
+        let row = |i: usize| {
+            // What must not be drawn changes: all that the row touches is sent anew then, the latest token among it.
+            let suppress: &[u32] = if i == 2 && outputs[i].len() % 3 == 1 { &[1] } else { &[] };
+            // The last row says that it is of the first one's sequence, as no two rows may: nothing is remembered of it
+            // then, as of a sequence that there is no room for.
+            let sequence = SequenceId(if i + 1 == rows { 0 } else { i as u64 });
+            let task = RowTask::Sample { params: &params[i], suppress, mask: None };
+            SampleRow { task, sequence, prompt: &[0], output: &outputs[i], logprobs: Some(0) }
         };
         backend.draw(logits, 0, &row);
         backend.fetch(batch.tokens.len());
@@ -298,10 +307,25 @@ pub(crate) fn rehearsed_steps_of_whole_layers_compute_what_others_do<D: Start>()
 }
 
 pub(crate) fn tokens_drawn_ahead_are_what_the_next_step_reads<D: Start>() {
+    let [mut ahead, mut told] = [(); 2].map(|()| device::<D>());
+    draw_alike(&mut ahead, &mut told);
+    assert_eq!(ahead.backend.graphs(), 1);
+    watched::held();
+}
+
+/// Draws for sequences in steps that are enqueued one ahead of what is known, and in steps that are told each token;
+/// what was drawn in each.
+///
+/// # Panics
+///
+/// That is not the same, or not what penalties allow.
+pub fn draw_alike<D: Driver>(
+    ahead: &mut Layer<CudaBackend<D>>,
+    told: &mut Layer<CudaBackend<D>>,
+) -> Vec<Vec<(u32, u32)>> {
     const ROWS: usize = 5;
     const STEPS: usize = 8;
-    let [mut ahead, mut told] = [(); 2].map(|()| device::<D>());
-    [&mut ahead, &mut told].into_iter().for_each(|layer| layer.backend.make_room(ROWS_MAX));
+    [&mut *ahead, &mut *told].into_iter().for_each(|layer| layer.backend.make_room(ROWS_MAX));
     // Each row goes on with the token of the row after it. The first steps are recorded.
     let after = |row: usize| (row + 1) % ROWS;
     let start = || (decode(&[40; ROWS], 0), vec![Vec::new(); ROWS]);
@@ -316,12 +340,17 @@ pub(crate) fn tokens_drawn_ahead_are_what_the_next_step_reads<D: Start>() {
     for _ in 0..STEPS {
         told.draw(&batch, &outputs);
         let drawn = told.drawn(ROWS);
-        for ((token, _), output) in drawn.iter().zip(&outputs).step_by(2) {
-            assert!(!output.contains(token), "{token} was drawn again after {output:?}");
+        for (row, is_drawn_again) in [(0, false), (2, true), (ROWS - 1, true)] {
+            let (token, output) = (drawn[row].0, &outputs[row]);
+            assert!(output.is_empty() || output.contains(&token) == is_drawn_again, "{token} after {output:?}");
         }
         next(&mut batch, &mut outputs, std::array::from_fn(|row| drawn[after(row)].0));
         expected.push(drawn);
     }
+    // Of the row that nothing is remembered of, some are listed for their bias before they are counted in, some not.
+    let counted = &outputs[ROWS - 1][..STEPS - 1];
+    let biased = counted.iter().filter(|&token| token % 8 == 0).count();
+    assert!((1..counted.len()).contains(&biased), "{counted:?}");
 
     let (mut batch, mut outputs) = start();
     let mut drawn = Vec::new();
@@ -339,8 +368,7 @@ pub(crate) fn tokens_drawn_ahead_are_what_the_next_step_reads<D: Start>() {
     }
     drawn.push(ahead.drawn(ROWS));
     assert_eq!(drawn, expected);
-    assert_eq!(ahead.backend.graphs(), 1);
-    watched::held();
+    expected
 }
 
 pub(crate) fn contexts_of_several_partitions_are_split_replayed_and_merged<D: Start>() {
