@@ -9,9 +9,18 @@ use std::{
 use futures::{FutureExt, executor::block_on};
 
 use super::{
+    fake::Control,
     tests::{assert_answers, collect, config, model_answer, request, start_ahead},
     *,
 };
+
+/// Tokens computed, when there are as many at least: the step for nobody is computed when the readers are gone.
+fn computed(control: &Control, least: usize) -> usize {
+    while control.computed.load(Ordering::Relaxed) < least {
+        std::thread::yield_now();
+    }
+    control.computed.load(Ordering::Relaxed)
+}
 
 #[test]
 fn a_step_that_runs_ahead_is_not_waited_for_and_one_more_is_for_nobody() {
@@ -24,7 +33,7 @@ fn a_step_that_runs_ahead_is_not_waited_for_and_one_more_is_for_nobody() {
     assert_answers(&handle, &two);
     block_on(handle.drain());
     // It takes part in one step more; how many tokens follow the other's last is known before.
-    assert_eq!(control.computed.load(Ordering::Relaxed), (5 + 2 + 1) + (5 + 5));
+    assert_eq!(computed(&control, (5 + 2 + 1) + (5 + 5)), (5 + 2 + 1) + (5 + 5));
     assert_eq!(handle.snapshot().pages_owned, 0);
 }
 
@@ -38,7 +47,7 @@ fn steps_run_ahead_again_once_a_prompt_is_scored() {
     assert_answers(&handle, &[scored]);
     block_on(handle.drain());
     // As without, one step more than its tokens take.
-    assert_eq!(control.computed.load(Ordering::Relaxed), 5 + 2 + 1);
+    assert_eq!(computed(&control, 5 + 2 + 1), 5 + 2 + 1);
 }
 
 /// Submits a request, on the engine thread, as soon as the reader of another is woken.
@@ -104,8 +113,6 @@ fn a_step_for_nobody_is_finished_too_and_then_the_engine_sleeps() {
     let Event::Token(third) = &model_answer(&ends, 128).0[2] else { panic!() };
     ends.stop_token_ids.push(third.token);
     assert_answers(&handle, &[ends]);
-    while control.computed.load(Ordering::Relaxed) < 5 + 2 + 1 {
-        std::thread::yield_now();
-    }
+    computed(&control, 5 + 2 + 1);
     assert_answers(&handle, &[request(0..5, 2)]);
 }
