@@ -163,12 +163,12 @@ impl<D: Driver> Layer<CudaBackend<D>> {
             presence_penalty: if i == 2 || i + 1 == rows {
                 // A single token that is not counted in shows soon.
                 -10_000.0
-            } else if i % 2 == 0 {
+            } else if i.is_multiple_of(2) {
                 10_000.0
             } else {
                 0.0
             },
-            frequency_penalty: if i % 2 == 0 { 0.0 } else { 100.0 },
+            frequency_penalty: if i.is_multiple_of(2) { 0.0 } else { 100.0 },
             // Some are drawn again and again, and listed for other reasons too.
             logit_bias: (0..VOCABULARY as u32).step_by(8).map(|token| (token, 300.0)).collect(),
             seed: i as u64,
