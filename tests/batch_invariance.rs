@@ -57,7 +57,7 @@ fn requests(vocab_size: usize) -> Vec<Request> {
             prompt: (0..length).map(token).collect(),
             output: Vec::new(),
             sampling,
-            max_tokens: 18 + i * 5 % 12,
+            max_tokens: 24 + i * 5 % 20,
             min_tokens: 4,
             stop_token_ids: (0..vocab_size).filter(|token| i % 8 == 4 && token % 23 == i % 23).collect(),
             grammar: None,
