@@ -343,8 +343,10 @@ impl Booking {
     /// The prompt is computed: only so many tokens are left.
     pub(super) fn reduce(&mut self, tokens: u64) {
         let done = self.tokens.saturating_sub(tokens.max(1));
-        self.worker.outstanding.fetch_sub(done, Ordering::Relaxed);
-        self.tokens -= done;
+        if done > 0 {
+            self.worker.outstanding.fetch_sub(done, Ordering::Relaxed);
+            self.tokens -= done;
+        }
     }
 }
 
