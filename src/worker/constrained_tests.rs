@@ -60,9 +60,9 @@ fn steps_are_launched_before_the_tokens_are_known_that_their_grammars_wait_for()
     let requests = [with_grammar(1, "[ab]{20}", 60), with_grammar(2, "[ab]{30}", 60), request([1], 5)];
     assert_answers(&handle, &requests);
     block_on(handle.drain());
-    // All but the first, and one for nobody behind the last token.
+    // Each step of the longest answer but the first, and one for nobody behind its last token, at least.
     let longest = requests.iter().map(|request| tests::model_answer(request, 128).0.len()).max().unwrap();
-    assert_eq!(control.ahead.load(Ordering::Relaxed), longest);
+    assert!(longest > 10 && control.ahead.load(Ordering::Relaxed) >= longest);
     assert_eq!(handle.snapshot().pages_owned, 0);
 }
 

@@ -295,8 +295,10 @@ impl Runner for FakeRunner {
 
 impl RunsAhead for FakeRunner {
     fn launch(&mut self, batch: &Batch, layer_done: &mut dyn FnMut(usize)) -> Result<(), RunnerError> {
+        // A prompt for another worker may be waited for before it is drawn from: there is nothing to draw.
+        let rows = batch.logit_rows.is_empty().then(Vec::new);
         let mut device = self.control.device.lock().unwrap();
-        device.launched.push_back(Launched { batch: copy(batch), rows: None, block_size: self.block_size });
+        device.launched.push_back(Launched { batch: copy(batch), rows, block_size: self.block_size });
         let under_way = device.launched.len() + device.computed.len();
         drop(device);
         assert!(under_way <= 2, "no more than one step ahead");
@@ -306,6 +308,9 @@ impl RunsAhead for FakeRunner {
     }
 
     fn draw<'a>(&mut self, batch: &Batch, row: &(dyn Fn(usize) -> SampleRow<'a> + Sync)) -> Result<(), RunnerError> {
+        if batch.logit_rows.is_empty() {
+            return Ok(());
+        }
         let rows = (0..batch.logit_rows.len()).map(|i| Wish::of(&row(i))).collect();
         let mut device = self.control.device.lock().unwrap();
         let launched = device.launched.back_mut().expect("what is drawn was launched");
