@@ -156,6 +156,7 @@ fn jobs_that_are_stale_or_cannot_be_read_harm_nobody() {
     };
     let mut nowhere = card.session.clone();
     (nowhere["unix"], nowhere["tcp"]) = (json!("/no/such/socket"), json!("127.0.0.1:1"));
+    nowhere["instance"] = json!("of another run");
     // All else about it may have stayed the same, and mean something else.
     let newer = String::from_utf8(job(5, &card.session, 5).encode()).unwrap();
     let newer = newer.replace(r#""schema":1,"#, r#""schema":99,"#).into_bytes();
