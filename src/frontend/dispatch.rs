@@ -146,6 +146,8 @@ pub(super) struct Attempts {
     lacking: bool,
     /// The last refusal, and whether asking again later could help.
     refused: Option<(Failure, bool)>,
+    /// It has waited for workers to come back.
+    waited: bool,
 }
 
 impl Attempts {
@@ -211,7 +213,6 @@ impl Frontend {
         let patience_ends = (Instant::now() + self.config.patience).min(asked.deadline);
         let mut table = self.table.clone();
         let mut rounds = Rounds::default();
-        let mut waited = false;
         loop {
             let current = table.borrow_and_update().clone();
             let worker = match self.pick(asked, key, &current, attempts)? {
@@ -220,9 +221,10 @@ impl Frontend {
                     let taken = key.is_some() || attempts.losses > 0;
                     // Those who are there and refused say more than those who are not.
                     let unreached = (lost_lately || attempts.lacking) && attempts.refused.is_none();
+                    let missed = unreached || current.misses(asked.model());
+                    attempts.waited |= missed;
                     // The first to come back gets all who have waited. Whom it refuses waits for those after it.
-                    waited |= unreached || current.misses(asked.model());
-                    let expected = taken || waited;
+                    let expected = taken || missed || attempts.waited && attempts.refused.is_some();
                     let hopeless = attempts.refused.as_ref().is_some_and(|(_, may_pass)| !may_pass);
                     if expected && !hopeless && Instant::now() < patience_ends {
                         if rounds.next(&mut table, patience_ends).await {
@@ -269,7 +271,7 @@ impl Frontend {
                         continue;
                     }
                     let refused = Failure::Refused(status, headers, body);
-                    attempts.refusals += usize::from(key.is_none() && !waited);
+                    attempts.refusals += usize::from(key.is_none() && !attempts.waited);
                     if attempts.refusals >= REFUSALS_MAX {
                         return Err(refused);
                     }

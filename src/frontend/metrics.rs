@@ -27,6 +27,7 @@ pub struct FrontendMetrics {
     pub(super) broken: IntCounter,
     /// Bytes of large requests' bodies that are kept until their answers end.
     pub(super) body_bytes: IntGauge,
+    pub(super) journal_bytes: IntGauge,
     /// From a request's arrival to the first data for its client.
     pub(super) first_data: Histogram,
 }
@@ -54,6 +55,7 @@ impl FrontendMetrics {
                 "Answers broken off for want of a worker to continue them.",
             ),
             body_bytes: gauge("engine_frontend_body_bytes", "Bytes of large requests kept until they are answered."),
+            journal_bytes: gauge("engine_frontend_journal_bytes", "Bytes kept of answers so that they can move."),
             first_data: registered(&registry, Histogram::with_opts(first_data.buckets(FIRST_DATA_BUCKETS.to_vec()))),
             registry,
         }
@@ -101,6 +103,7 @@ mod tests {
             "engine_frontend_migrations_total 0",
             "engine_frontend_broken_total 0",
             "engine_frontend_body_bytes 0",
+            "engine_frontend_journal_bytes 0",
             "engine_frontend_time_to_first_data_seconds_count 1",
         ] {
             assert!(text.contains(expected), "{expected} not in\n{text}");

@@ -166,6 +166,7 @@ async fn ready(State(frontend): State<Arc<Frontend>>) -> Result<&'static str, Ap
 /// `GET /metrics`, in Prometheus' text format.
 async fn metrics(State(frontend): State<Arc<Frontend>>) -> Response {
     frontend.metrics.body_bytes.set(frontend.bodies.used() as i64);
+    frontend.metrics.journal_bytes.set(frontend.journals.used() as i64);
     exposition(frontend.metrics.render())
 }
 

@@ -138,6 +138,11 @@ where
             match tokio::time::timeout(shared.config.limits.handshake, opening).await {
                 Ok(Ok((session, commands))) => session.run(commands).await,
                 Ok(Err(HandshakeError::Silent)) => tracing::debug!(door = door.name(), "somebody looked in"),
+                // Strangers could fill the log with no more than connections.
+                Ok(Err(error @ HandshakeError::Crowded)) => {
+                    shared.config.metrics.refused.inc();
+                    tracing::debug!(%error, door = door.name(), "no session");
+                }
                 Ok(Err(error)) => {
                     shared.config.metrics.refused.inc();
                     tracing::warn!(%error, door = door.name(), "no session");
