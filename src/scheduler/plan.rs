@@ -90,9 +90,9 @@ impl StepPlan {
         self.entries.push(entry);
     }
 
-    /// Takes out a preempted sequence.
-    pub(super) fn preempt(&mut self, slot: SlotId) {
-        self.preempted += 1;
+    /// Takes out a preempted sequence, which had so many pages: perhaps none, as one that was let in and not begun.
+    pub(super) fn preempt(&mut self, slot: SlotId, pages: usize) {
+        self.preempted += usize::from(pages > 0);
         if let Some(at) = self.entries.iter().position(|entry| entry.slot == slot) {
             self.tokens -= self.entries.remove(at).len;
         }

@@ -10,6 +10,8 @@ impl Scheduler {
     /// sequence or a reader of pages comes back.
     pub fn plan(&mut self, plan: &mut StepPlan, router: &mut dyn Router) {
         plan.clear();
+        // First, since one that is found from end to end makes room.
+        self.find_prompts(plan);
         self.let_in(plan);
         self.plan_decodes(plan);
         let mut budget = self.limits.max_num_batched_tokens - plan.tokens();
@@ -100,15 +102,12 @@ impl Scheduler {
 
     /// Shares out `budget` tokens among the prompts. Half are for the oldest, so that it gets on whatever comes after
     /// it, and the rest for those with the least left, so that a short one is not kept waiting by a long one. Where the
-    /// oldest has the least left, as among equals, all are for it. What somebody leaves is the next one's. A prompt that
-    /// another worker computes needs none.
+    /// oldest has the least left, as among equals, all are for it. What somebody leaves is the next one's. A prompt
+    /// that another worker computes needs none.
     fn plan_prompts(&mut self, mut budget: usize, plan: &mut StepPlan, router: &mut dyn Router) {
         let mut prompts = std::mem::take(&mut self.prompts);
         self.list_prompts(&mut prompts);
         let decoding = self.running.len() - prompts.len();
-        for &slot in &prompts {
-            self.take_hits(slot, plan);
-        }
         let ahead = |queued| Ahead { decoding, queued, oldest: None };
         let first = prompts.iter().position(|&slot| self.stays(slot, ahead(0), plan, router));
         if let Some(first) = first {
@@ -135,6 +134,16 @@ impl Scheduler {
                     budget -= self.plan_tokens(at, budget - kept, false, plan);
                 }
             }
+        }
+        self.prompts = prompts;
+    }
+
+    /// Gives the prompts that run what has come into the index since.
+    fn find_prompts(&mut self, plan: &mut StepPlan) {
+        let mut prompts = std::mem::take(&mut self.prompts);
+        self.list_prompts(&mut prompts);
+        for &slot in &prompts {
+            self.take_hits(slot, plan);
         }
         self.prompts = prompts;
     }
@@ -306,7 +315,7 @@ impl Scheduler {
 
     fn preempt(&mut self, at: usize, plan: &mut StepPlan) {
         let slot = self.running.remove(at);
-        plan.preempt(slot);
+        plan.preempt(slot, self.sequence(slot).table.len());
         self.wait_again(slot);
     }
 
@@ -318,7 +327,10 @@ impl Scheduler {
 
     /// The same with one that was to leave for another worker, and now may again.
     pub fn stay_for_now(&mut self, slot: SlotId) {
-        self.step_back(slot);
+        // It waits already if it is too long for the pages within reach.
+        if self.place(slot).is_some() {
+            self.step_back(slot);
+        }
         self.sequence_mut(slot).place = Place::Undecided;
     }
 

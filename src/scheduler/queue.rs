@@ -143,11 +143,6 @@ impl Scheduler {
         self.running.first().map(|&slot| self.sequence(slot).arrival)
     }
 
-    /// Whether some of those that run, or the next to run, still owe log-probabilities of their prompts.
-    pub fn owes_scores(&self) -> bool {
-        self.running.iter().chain(self.waiting.front()).any(|&slot| self.sequence(slot).owes_scores())
-    }
-
     /// Those among the ones that run of which no step has computed anything yet.
     pub fn unstarted(&self) -> usize {
         self.running.iter().filter(|&&slot| !self.sequence(slot).started).count()

@@ -401,6 +401,39 @@ fn one_whose_pages_are_called_back_may_leave_again_when_there_is_room() {
 }
 
 #[test]
+fn nor_is_it_in_the_queue_twice_if_there_are_too_few_pages_within_reach() {
+    let mut fixture = Fixture::new(4, 100, 14);
+    let a = fixture.add(0..13);
+    let b = fixture.add(100..133);
+    let loans = fixture.step_with_worker().1;
+    let mut pages: Vec<_> = loans.into_iter().map(|loan| (loan.slot, loan.pages)).collect();
+    let of_b = pages.remove(pages.iter().position(|(slot, _)| *slot == b).unwrap()).1;
+    // The other one is lost twice: six pages of fourteen are in quarantine, and this one needs nine.
+    fixture.scheduler.restart(a, None, true);
+    pages.extend(fixture.step_with_worker().1.into_iter().map(|loan| (loan.slot, loan.pages)));
+    fixture.scheduler.restart(a, None, false);
+    assert_eq!(fixture.scheduler.pages().quarantined, 6);
+    fixture.scheduler.restart(b, Some(of_b), false);
+    fixture.scheduler.stay_for_now(b);
+    fixture.scheduler.check_integrity();
+    assert_eq!(fixture.step(), [(a, 0, 13)]);
+    pages.into_iter().for_each(|(_, pages)| fixture.scheduler.free_lent(pages));
+    assert_eq!(fixture.step_with_worker().1[0].slot, b);
+}
+
+#[test]
+fn one_found_from_end_to_end_makes_room_for_the_next_at_once() {
+    let mut fixture = Fixture::new(4, 100, 20);
+    let prompt = |start: u32| -> Vec<u32> { (start..start + 32).collect() };
+    let mut add = |tokens: &[u32]| fixture.scheduler.add(Sequence::prefill_only(tokens, &fixture.hasher)).unwrap();
+    let slots = [add(&prompt(0)), add(&prompt(0)), add(&prompt(100))];
+    assert_eq!(fixture.plan(), [(slots[0], 0, 32)]);
+    fixture.scheduler.commit(&fixture.plan);
+    assert_eq!(fixture.plan(), [(slots[2], 0, 32)]);
+    assert_eq!(fixture.plan.found, [slots[1]]);
+}
+
+#[test]
 fn those_let_in_together_share_what_is_found() {
     let mut fixture = Fixture::new(4, 100, 13);
     let first = fixture.add(0..33);

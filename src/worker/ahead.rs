@@ -3,6 +3,7 @@
 use std::time::Instant;
 
 use super::{Engine, Runner, RunnerError, session::Terms, step::Step};
+use crate::scheduler::SlotId;
 
 impl<R: Runner> Engine<R> {
     /// Leaves the step under way, so that the next is planned and launched before it is known what this one gives. A
@@ -22,10 +23,10 @@ impl<R: Runner> Engine<R> {
         self.is_under_way = true;
     }
 
-    /// Has the step that was launched drawn from. What a grammar lets be drawn hangs on the token before, which is waited
-    /// for; the device computes meanwhile what is drawn from.
+    /// Has the step that was launched drawn from, before the one under way is finished, unless that would keep the
+    /// readers of its tokens waiting, or hangs on one of these. The device computes meanwhile what is drawn from.
     pub(super) fn draw(&mut self) -> Result<(), RunnerError> {
-        if self.awaits_token() {
+        if self.awaits_token() || self.scores_prompt() {
             self.finish_under_way()?;
         }
         let Self { runner, scheduler, terms, step: Step { batch, rows, .. }, .. } = self;
@@ -36,7 +37,16 @@ impl<R: Runner> Engine<R> {
         }
     }
 
-    /// Whether the step under way draws for a sequence with a grammar.
+    /// Whether a prompt is scored in the step that was launched: enqueuing that may take as long as computing it.
+    fn scores_prompt(&self) -> bool {
+        let Self { terms, step: Step { plan, rows, .. }, scoring, .. } = self;
+        let is_scored = |slot: SlotId| terms[slot.index()].as_ref().is_some_and(Terms::scores_prompt);
+        let mut entries = plan.entries().iter().zip(rows.counts());
+        *scoring > 0 && entries.any(|(entry, &rows)| rows > 0 && !entry.decode && is_scored(entry.slot))
+    }
+
+    /// Whether the step under way draws for a sequence with a grammar, and so what a grammar lets be drawn next is not
+    /// known.
     fn awaits_token(&self) -> bool {
         let Self { scheduler, terms, under_way, is_under_way, constrained, .. } = self;
         *is_under_way

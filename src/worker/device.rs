@@ -41,7 +41,9 @@ impl Chosen {
             #[cfg(feature = "cuda")]
             Self::Cuda { .. } => (256, 2048),
         };
-        let sequences = args.max_num_seqs.unwrap_or(sequences);
+        // What was said of tokens is not to be refused for what nobody said of sequences.
+        let fit = args.max_num_batched_tokens.map_or(sequences, |tokens| sequences.min(tokens.max(1)));
+        let sequences = args.max_num_seqs.unwrap_or(fit);
         (sequences, args.max_num_batched_tokens.unwrap_or(tokens.max(sequences)))
     }
 

@@ -150,10 +150,6 @@ impl<R: Runner> Engine<R> {
                 self.finish_under_way()?;
                 continue;
             }
-            // Launching one in which a prompt is scored may take as long as computing it.
-            if self.scoring > 0 && self.scheduler.owes_scores() {
-                self.finish_under_way()?;
-            }
             self.plan();
             if self.step.plan.entries().is_empty() {
                 self.held_up = !self.is_under_way;
@@ -457,8 +453,8 @@ fn serve<R: Runner>(mut engine: Engine<R>, shared: &Shared) {
         // First, so that whoever is aborted below finds it said already.
         shared.status.send_replace(EngineStatus::Failed { reason });
     }
-    // Dropping these aborts all requests and prompts, and whoever comes later is refused. First: the model may have to wait
-    // for its device, and a step that failed is under way until it has.
+    // Dropping these aborts all requests and prompts, and whoever comes later is refused. First: the model may have to
+    // wait for its device, and a step that failed is under way until it has.
     let Engine { messages, sessions, exports, runner, lending, .. } = engine;
     drop((messages, sessions, exports));
     drop((runner, lending));

@@ -164,8 +164,8 @@ mod tests {
         assert_eq!(Pace::new(Duration::from_millis(200), 512).chunk(), CHUNK_MIN);
     }
 
-    /// Steps beside decodes with as many prompt tokens as it says, each taking what `cost` says, in milliseconds, of the
-    /// step's number and those tokens. Returns what they took, and the tokens of all.
+    /// Steps beside decodes with as many prompt tokens as it says, each taking what `cost` says, in milliseconds, of
+    /// the step's number and those tokens. Returns what they took, and the tokens of all.
     fn run(pace: &mut Pace, steps: usize, mut cost: impl FnMut(usize, f64) -> f64) -> (Vec<f64>, usize) {
         let mut tokens = 0;
         let took = (0..steps).map(|step| {

@@ -1,8 +1,8 @@
 use std::{ops::Range, time::Instant};
 
-use engine_kernels::{Batch, RowTask, SampleRow, Sampled, SequenceId};
+use engine_kernels::{Batch, RowTask, SampleRow, Sampled};
 
-use super::{handle::EngineConfig, session::Terms};
+use super::{handle::EngineConfig, rehearsal::NOBODY, session::Terms};
 use crate::scheduler::{PlanEntry, Scheduler, SlotId, StepPlan};
 
 /// A row of logits and whose it is: what comes after `position` is wanted.
@@ -84,7 +84,7 @@ impl Rows {
             Some(terms) => terms.row(scheduler.sequence(slot), position),
             None => SampleRow {
                 task: RowTask::Score { token: 0 },
-                sequence: SequenceId(u64::MAX),
+                sequence: NOBODY,
                 prompt: &[],
                 output: &[],
                 logprobs: None,
