@@ -57,7 +57,7 @@ pub struct Engine<R> {
     messages: Receiver<Message>,
     shared: Arc<Shared>,
     /// Requests that want log-probabilities of their prompts.
-    scoring: usize,
+    pub(super) scoring: usize,
     /// Requests with a grammar.
     pub(super) constrained: usize,
     /// Cancellations looked after so far.
