@@ -53,6 +53,7 @@ impl Scheduler {
         }
     }
 
+    /// A token for each that decodes. For lack of pages, the youngest may lose theirs to those before them.
     fn plan_decodes(&mut self, plan: &mut StepPlan) {
         let mut at = 0;
         while at < self.running.len() {
@@ -112,12 +113,12 @@ impl Scheduler {
         let first = prompts.iter().position(|&slot| self.stays(slot, ahead(0), plan, router));
         if let Some(first) = first {
             let oldest = prompts[first];
-            let others = &mut prompts[first..];
-            others.sort_unstable_by_key(|&slot| (self.sequence(slot).remaining(), self.sequence(slot).arrival));
+            let in_turn = &mut prompts[first..];
+            in_turn.sort_unstable_by_key(|&slot| (self.sequence(slot).remaining(), self.sequence(slot).arrival));
             let oldest_left = self.sequence(oldest).remaining();
             let mut kept = oldest_left.min(budget - budget / 2);
             let mut shorter = 0;
-            for &slot in &*others {
+            for &slot in &*in_turn {
                 let left = self.sequence(slot).remaining();
                 if slot == oldest {
                     kept = 0;
