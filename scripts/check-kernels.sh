@@ -5,7 +5,7 @@
 # that go with them, or asynchronous copies, or if the compiler has done afterwards what is made to be done beside
 # products; or, from compute capability 9.0 on, if one does not wait for the kernel before, or loads something but
 # weights before that. Prints what each uses. (That products wait for each other which are made to go on by themselves,
-# the build refuses itself: kernels/build.rs.)
+# the build refuses itself: kernels/device/build.rs.)
 set -eu
 cd "$(dirname "$0")/.."
 
@@ -17,7 +17,7 @@ trap 'rm -rf "$work"' EXIT
 # It says where the build script has put the kernels.
 cargo clippy --workspace --features cuda --lib --bin engine --test device_pages --test device_doctor --locked \
     --message-format json-render-diagnostics -- -D warnings >"$work/built"
-built=$(sed -n 's/.*"reason":"build-script-executed".*#engine-kernels@.*"out_dir":"\([^"]*\)".*/\1/p' "$work/built")
+built=$(sed -n 's/.*"reason":"build-script-executed".*#engine-cuda-device@.*"out_dir":"\([^"]*\)".*/\1/p' "$work/built")
 for kernels in kernels hopper; do
     (cd "$work" && "$CUDA_HOME/bin/cuobjdump" -xelf all "$built/$kernels.fatbin" >/dev/null)
 done

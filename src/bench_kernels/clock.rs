@@ -3,9 +3,10 @@
 use std::time::{Duration, Instant};
 
 use anyhow::Result;
+use engine_cuda_device::Device;
 use engine_kernels::{
     Backend,
-    cuda::{CudaBackend, Device, Driver, DriverError},
+    cuda::{CudaBackend, Driver, DriverError},
 };
 
 use super::row::{Time, Work, heading, row};

@@ -1,7 +1,8 @@
 //! Whole steps that decode and of prompts, and the kernels of their layers, each by itself.
 
 use anyhow::{Result, ensure};
-use engine_kernels::cuda::{Device, Driver, Noted};
+use engine_cuda_device::Device;
+use engine_kernels::cuda::{Driver, Noted};
 
 use super::{
     Shape,

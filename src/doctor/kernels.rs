@@ -36,8 +36,9 @@ fn look(_: &str, told: &mut Told) {
 
 #[cfg(feature = "cuda")]
 fn look(words: &str, told: &mut Told) {
+    use engine_cuda_device::Device;
     use engine_kernel_suite::{OnDevice, backend_checks, device_checks, kernels_run};
-    use engine_kernels::cuda::{Device, Driver};
+    use engine_kernels::cuda::Driver;
     use std::time::Instant;
 
     // Kept until the end: whoever uses a device last takes down what it takes a fraction of a second to set up.
@@ -131,7 +132,8 @@ fn by_itself(topic: &str, sentence: &str) -> Result<(), String> {
 
 #[cfg(feature = "cuda")]
 fn still_works() -> Result<(), engine_kernels::cuda::DriverError> {
-    use engine_kernels::cuda::{Device, Driver, Memory};
+    use engine_cuda_device::Device;
+    use engine_kernels::cuda::{Driver, Memory};
     let device = Device::new(0)?;
     let memory = device.allocate(16)?;
     device.write(&[1; 16], memory.address())

@@ -16,7 +16,7 @@ pub(crate) enum Chosen {
         /// Its number.
         ordinal: usize,
         /// The device.
-        device: engine_kernels::cuda::Device,
+        device: engine_cuda_device::Device,
     },
 }
 
@@ -66,7 +66,7 @@ impl Chosen {
 /// Opens the device that `--device` names; `auto` takes the first CUDA device if there is one.
 #[cfg(feature = "cuda")]
 pub(crate) fn choose(wanted: DeviceArg) -> Result<Chosen> {
-    use engine_kernels::cuda::{Device, device_count};
+    use engine_cuda_device::{Device, device_count};
 
     let ordinal = match wanted {
         DeviceArg::Cuda(ordinal) => ordinal,

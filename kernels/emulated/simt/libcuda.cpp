@@ -1,4 +1,4 @@
-// A stand-in for libcuda: the part of its interface that src/cuda/device.rs and mover.rs use, over the emulation. It is
+// A stand-in for libcuda: the part of its interface that device/src/device.rs and mover.rs use, over the emulation. It is
 // for seeing, on a machine without a GPU, that the real driver's code makes the right calls (scripts/check-driver.sh),
 // and that workers move each other's pages (tests/device_pages). What is enqueued runs when somebody waits for it and
 // not before, each stream for itself: whoever does not wait for another stream's work reads what was there before.

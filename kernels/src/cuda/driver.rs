@@ -70,7 +70,7 @@ pub struct Boxes {
 pub struct TensorMap(pub [u64; 16]);
 
 /// Most arguments that a kernel takes, matrices included: drivers have room for as many.
-pub(super) const ARGS_MAX: usize = 24;
+pub const ARGS_MAX: usize = 24;
 
 /// A grid of blocks running one kernel. None is launched if a side of the grid is 0.
 #[derive(Debug, Clone, Copy, PartialEq, Default)]

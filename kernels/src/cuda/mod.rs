@@ -1,21 +1,15 @@
 //! The CUDA backend.
 //!
 //! Kernels (`kernels/cuda/*.cu`) and what enqueues them ([`CudaBackend`]) know of the device only what [`Driver`] says,
-//! of which two run kernels: the real one, and one that compiles the same kernels for the host and runs their threads
-//! as fibers (`kernels/emulated`), for tests without a GPU. (Others remember launches or take times.)
+//! of which two run kernels: the real one (`kernels/device`), and one that compiles the same kernels for the host and
+//! runs their threads as fibers (`kernels/emulated`), for tests without a GPU. (Others remember launches or take times.)
 
 mod attention;
 mod backend;
 mod buffer;
-#[cfg(feature = "cuda")]
-mod device;
 mod driver;
 mod graphs;
 mod hopper_attention;
-#[cfg(feature = "cuda")]
-mod modules;
-#[cfg(feature = "cuda")]
-mod mover;
 mod moving;
 mod noted;
 mod plan;
@@ -31,9 +25,7 @@ mod wide;
 
 pub use backend::CudaBackend;
 pub use buffer::{Activations, KvCache, Linear, Rope, Vector};
-#[cfg(feature = "cuda")]
-pub use device::{Device, DeviceGraph, DeviceMemory, PinnedMemory, device_count};
-pub use driver::{Address, Arg, Boxes, Driver, DriverError, HostMemory, Launch, Memory, TensorMap};
+pub use driver::{ARGS_MAX, Address, Arg, Boxes, Driver, DriverError, HostMemory, Launch, Memory, TensorMap};
 pub use moving::{AdapterAccess, CopySpan, CopyStream, DeviceId, IpcHandle, Mark, Mover};
 pub use noted::Noted;
 pub use weight::weight_bytes;

@@ -12,13 +12,6 @@ pub trait Start: Driver + Sized {
     fn start() -> Result<Self, DriverError>;
 }
 
-#[cfg(feature = "cuda")]
-impl Start for engine_kernels::cuda::Device {
-    fn start() -> Result<Self, DriverError> {
-        Self::new(0)
-    }
-}
-
 /// What this thread did on devices. A check runs on one thread.
 #[derive(Debug, Default)]
 struct Memory {

@@ -8,10 +8,13 @@ use std::sync::Arc;
 
 use cudarc::driver::{CudaContext, CudaEvent, CudaGraph, CudaStream, result, sys};
 
-use super::driver::{ARGS_MAX, Address, Arg, Boxes, Driver, DriverError, HostMemory, Launch, Memory, TensorMap};
-use super::modules::{Modules, is_set};
-use super::mover::{DeviceMover, id_of};
-use super::moving::{DeviceId, Mover};
+use engine_kernel_suite::Start;
+use engine_kernels::cuda::{
+    ARGS_MAX, Address, Arg, Boxes, DeviceId, Driver, DriverError, HostMemory, Launch, Memory, Mover, TensorMap,
+};
+
+use crate::modules::{Modules, is_set};
+use crate::mover::{DeviceMover, id_of};
 
 /// The CUDA version that the kernels are compiled with (`scripts/fetch-nvcc.sh`), as drivers give theirs. NVIDIA
 /// promises that a driver runs what was compiled with its own major version or an earlier one, and nothing beyond.
@@ -40,6 +43,12 @@ pub struct Device {
 
 // SAFETY: handles of the driver may be used from any thread, one at a time: `Device` is not `Sync`.
 unsafe impl Send for Device {}
+
+impl Start for Device {
+    fn start() -> Result<Self, DriverError> {
+        Self::new(0)
+    }
+}
 
 /// Device memory of a [`Device`].
 pub struct DeviceMemory {
@@ -70,7 +79,7 @@ impl fmt::Debug for Device {
 }
 
 /// Says what was asked for when something fails.
-pub(super) trait During<T> {
+pub(crate) trait During<T> {
     fn during(self, operation: impl FnOnce() -> String) -> Result<T, DriverError>;
 }
 
@@ -83,7 +92,7 @@ impl<T> During<T> for Result<T, result::DriverError> {
 /// Makes the context the thread's current one. What cudarc could not give back, on whatever thread (an event, say, that
 /// the driver did not destroy), it keeps for whoever calls it next: that call has not failed. What is the matter with
 /// the device itself, the driver says to every call.
-pub(super) fn bind(context: &CudaContext) -> Result<(), DriverError> {
+pub(crate) fn bind(context: &CudaContext) -> Result<(), DriverError> {
     if let Err(error) = context.check_err() {
         tracing::debug!(%error, "something on the device could not be given back");
     }

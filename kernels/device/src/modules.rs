@@ -23,7 +23,7 @@ const WITHOUT_WGMMA: &str = "ENGINE_CUDA_WITHOUT_WGMMA";
 const SHARED_BYTES: usize = 48 << 10;
 
 /// Whether an environment variable is set, and not empty.
-pub(super) fn is_set(variable: &str) -> bool {
+pub(crate) fn is_set(variable: &str) -> bool {
     std::env::var_os(variable).is_some_and(|value| !value.is_empty())
 }
 
@@ -62,7 +62,7 @@ impl Drop for Loaded {
 }
 
 /// The kernels of a device. Its context is the current one whenever something is asked of them.
-pub(super) struct Modules {
+pub(crate) struct Modules {
     loaded: Arc<Loaded>,
     /// Kernels that were launched before, and the shared memory that each may ask for.
     functions: RefCell<HashMap<String, (sys::CUfunction, usize)>>,
@@ -70,7 +70,7 @@ pub(super) struct Modules {
 
 impl Modules {
     /// The modules for a device of this compute capability.
-    pub(super) fn load(context: &Arc<CudaContext>, capability: (i32, i32)) -> Result<Self, DriverError> {
+    pub(crate) fn load(context: &Arc<CudaContext>, capability: (i32, i32)) -> Result<Self, DriverError> {
         let mut known = LOADED.lock().unwrap_or_else(PoisonError::into_inner);
         known.retain(|loaded| loaded.strong_count() > 0);
         let same = |loaded: &Arc<Loaded>| loaded.context.cu_ctx() == context.cu_ctx();
@@ -95,12 +95,12 @@ impl Modules {
     }
 
     /// Whether [`HOPPER_KERNELS`] are among them.
-    pub(super) fn have_wgmma(&self) -> bool {
+    pub(crate) fn have_wgmma(&self) -> bool {
         self.loaded.hopper.is_some()
     }
 
     /// A kernel that may be launched with so many bytes of shared memory.
-    pub(super) fn function(&self, kernel: &str, shared: usize) -> Result<sys::CUfunction, DriverError> {
+    pub(crate) fn function(&self, kernel: &str, shared: usize) -> Result<sys::CUfunction, DriverError> {
         let known = self.functions.borrow().get(kernel).copied();
         if let Some((function, allowed)) = known
             && shared <= allowed
@@ -144,7 +144,7 @@ impl Modules {
     }
 
     /// Names of all kernels.
-    pub(super) fn kernels(&self) -> Result<Vec<String>, DriverError> {
+    pub(crate) fn kernels(&self) -> Result<Vec<String>, DriverError> {
         let name = |function| {
             let mut name = std::ptr::null();
             // SAFETY: a function of a module; the driver points to a string that lives as long as that, or fails.
@@ -156,7 +156,7 @@ impl Modules {
     }
 
     /// Brings all kernels to the device, those that were not launched yet too.
-    pub(super) fn load_functions(&self) -> Result<(), DriverError> {
+    pub(crate) fn load_functions(&self) -> Result<(), DriverError> {
         // SAFETY: functions of the modules.
         self.functions()?.into_iter().try_for_each(|function| unsafe { sys::cuFuncLoad(function) }.result())
     }

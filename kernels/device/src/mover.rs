@@ -10,17 +10,19 @@ use std::time::{Duration, Instant};
 
 use cudarc::driver::{CudaContext, CudaStream, result, sys};
 
-use super::device::{During, bind};
-use super::driver::{Address, DriverError};
-use super::modules::is_set;
-use super::moving::{AdapterAccess, CopySpan, CopyStream, DeviceId, IpcHandle, Mark, Mover};
-use crate::KvRegion;
+use engine_kernels::KvRegion;
+use engine_kernels::cuda::{
+    AdapterAccess, Address, CopySpan, CopyStream, DeviceId, DriverError, IpcHandle, Mark, Mover,
+};
+
+use crate::device::{During, bind};
+use crate::modules::is_set;
 
 /// The device of a [`Device`](super::Device), and the stream that it computes on.
-pub(super) struct DeviceMover {
-    pub(super) context: Arc<CudaContext>,
-    pub(super) computing: Arc<CudaStream>,
-    pub(super) id: DeviceId,
+pub(crate) struct DeviceMover {
+    pub(crate) context: Arc<CudaContext>,
+    pub(crate) computing: Arc<CudaStream>,
+    pub(crate) id: DeviceId,
 }
 
 impl fmt::Debug for DeviceMover {
@@ -354,6 +356,6 @@ impl CopyStream for Copies {
 }
 
 /// Which device this is.
-pub(super) fn id_of(device: sys::CUdevice) -> Result<DeviceId, result::DriverError> {
+pub(crate) fn id_of(device: sys::CUdevice) -> Result<DeviceId, result::DriverError> {
     Ok(DeviceId(result::device::get_uuid(device)?.bytes.map(|byte| byte as u8)))
 }

@@ -17,7 +17,7 @@ fn main() {
     if env::var_os("CARGO_FEATURE_CUDA").is_none() {
         return;
     }
-    println!("cargo:rerun-if-changed=cuda");
+    println!("cargo:rerun-if-changed=../cuda");
     println!("cargo:rerun-if-env-changed=CUDA_HOME");
     let Some(nvcc) = find_nvcc() else {
         panic!(
@@ -25,7 +25,7 @@ fn main() {
         )
     };
     let out = PathBuf::from(env::var_os("OUT_DIR").expect("cargo sets it"));
-    // target/debug/build/engine-kernels-0123456789abcdef/out
+    // target/debug/build/engine-cuda-device-0123456789abcdef/out
     let kept = out.ancestors().nth(4).expect("cargo puts it there").join("kernels");
     for (name, targets) in [("kernels", TARGETS), ("hopper", HOPPER)] {
         Fatbin::new(name, targets).make(&nvcc, &kept, &out);
@@ -42,7 +42,7 @@ impl Fatbin {
     fn new(name: &'static str, targets: &[&str]) -> Self {
         let mut arguments: Vec<String> = ["-std=c++17", "-O3", "-fatbin", "--threads", "0"].map(String::from).into();
         arguments.extend(targets.iter().flat_map(|target| ["-gencode".into(), (*target).into()]));
-        arguments.push(format!("cuda/{name}.cu"));
+        arguments.push(format!("../cuda/{name}.cu"));
         Self { name, arguments }
     }
 
@@ -78,7 +78,7 @@ impl Fatbin {
         let version = Command::new(nvcc).arg("--version").output().expect("it was found");
         (&self.arguments, version.stdout).hash(&mut key);
         let mut sources: Vec<_> =
-            fs::read_dir("cuda").expect("it is here").map(|entry| entry.expect("it is here").path()).collect();
+            fs::read_dir("../cuda").expect("it is here").map(|entry| entry.expect("it is here").path()).collect();
         sources.sort();
         for source in sources {
             (&source, fs::read(&source).expect("it is a file")).hash(&mut key);
