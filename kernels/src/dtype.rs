@@ -21,25 +21,35 @@ pub enum DType {
     Q5_1,
     /// 32 weights: f16 scale, 8-bit signed values.
     Q8_0,
+    /// 256 weights: f16 super-scale, 16 sub-blocks with signed 6-bit scales, 3-bit values offset by 4.
+    Q3K,
     /// 256 weights: f16 super-scale and super-minimum, 8 sub-blocks with 6-bit scales and minimums, 4-bit values.
     Q4K,
     /// As [`DType::Q4K`] with 5-bit values.
     Q5K,
     /// 256 weights: f16 super-scale, 16 sub-blocks with signed 8-bit scales, 6-bit values offset by 32.
     Q6K,
+    /// 32 weights: f16 scale, and for each four bits that say which of sixteen uneven values it has.
+    IQ4NL,
+    /// 256 weights: f16 super-scale, 8 sub-blocks with signed 6-bit scales, values as in [`DType::IQ4NL`].
+    IQ4XS,
     /// 128 weights: f32 scale, E4M3 values (Micikevicius et al. 2022), none of them NaN. A row's last block may be
     /// filled up with zeros, so rows are of any length. Files have the values apart from the scales, which are one for
     /// a matrix, for a row, or for a block, mostly of 128 by 128: in this form they are all alike.
     F8,
 }
 
+/// The values that four bits stand for in [`DType::IQ4NL`] and [`DType::IQ4XS`]: closer to each other near zero, where
+/// most weights are.
+pub(crate) const IQ4_VALUES: [i8; 16] = [-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113];
+
 impl DType {
     /// Elements in one block; 1 for the float types.
     pub const fn block_len(self) -> usize {
         match self {
             Self::F32 | Self::F16 | Self::BF16 => 1,
-            Self::Q4_0 | Self::Q4_1 | Self::Q5_0 | Self::Q5_1 | Self::Q8_0 => 32,
-            Self::Q4K | Self::Q5K | Self::Q6K => 256,
+            Self::Q4_0 | Self::Q4_1 | Self::Q5_0 | Self::Q5_1 | Self::Q8_0 | Self::IQ4NL => 32,
+            Self::Q3K | Self::Q4K | Self::Q5K | Self::Q6K | Self::IQ4XS => 256,
             Self::F8 => 128,
         }
     }
@@ -54,9 +64,12 @@ impl DType {
             Self::Q5_0 => 22,
             Self::Q5_1 => 24,
             Self::Q8_0 => 34,
+            Self::Q3K => 110,
             Self::Q4K => 144,
             Self::Q5K => 176,
             Self::Q6K => 210,
+            Self::IQ4NL => 18,
+            Self::IQ4XS => 136,
             Self::F8 => 4 + 128,
         }
     }

@@ -4,16 +4,17 @@ dequantised to float32.
     python make_gguf_goldens.py
 
 gguf/NAME.gguf is a one-layer model; gguf/NAME.safetensors has ids [n] and logits [n, vocab]. The gguf package quantises the
-32-element types; for the K-quants, which it can only read, random blocks are made (every bit pattern of a block is a valid
-weight, so these cover more than a quantiser would produce). Scales are chosen so that weights look like a trained model's.
+32-element types; for the K-quants and IQ4, which it can only read, random blocks are made (every bit pattern of a block is
+a valid weight, so these cover more than a quantiser would produce). Scales are chosen so that weights look like a trained
+model's.
 """
 
 import pathlib
 
 import numpy as np
 import torch
+from gguf import GGML_QUANT_SIZES, GGUFWriter, dequantize, quantize
 from gguf import GGMLQuantizationType as T
-from gguf import GGUFWriter, dequantize, quantize
 from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
@@ -31,17 +32,28 @@ FILES = {
     "q4_k-q5_k": ("llama", T.Q4_K, [T.Q4_K] * 4, [T.Q5_K] * 3),
     # As the mixed recipes of llama.cpp do it: q, k and v of different types, f16, bf16 and f32 among them.
     "mixed": ("llama", T.F16, [T.Q4_0, T.BF16, T.Q6_K, T.F16], [T.Q4_K, T.Q5_0, T.F32]),
+    "q3_k-iq4": ("llama", T.Q3_K, [T.Q3_K, T.IQ4_NL, T.IQ4_XS, T.IQ4_XS], [T.IQ4_NL, T.Q3_K, T.IQ4_XS]),
+}
+
+
+# Of types whose blocks have one scale: bytes of a block but for it, whether it comes first, and the deviation of what it
+# multiplies where all bits are random.
+ONE_SCALE = {
+    T.Q3_K: (108, False, 18.5 * 2.35),
+    T.Q6_K: (208, False, 74 * 18.5),
+    T.IQ4_NL: (16, True, 67.4),
+    T.IQ4_XS: (134, True, 18.5 * 67.4),
 }
 
 
 def random_blocks(kind, rows, cols, rng):
-    """Random K-quant blocks whose values have a mean near 0 and a deviation near 1/16."""
-    blocks = rows * cols // 256
-    if kind == T.Q6_K:
-        scale = (1 / 16) / (74 * 18.5)
-        parts = [rng.integers(256, size=(blocks, 208), dtype=np.uint8)]
-        scales = [np.full((blocks, 1), scale, np.float16).view(np.uint8)]
-        data = np.concatenate(parts + scales, axis=1)
+    """Random blocks of a K-quant or IQ4 whose values have a mean near 0 and a deviation near 1/16."""
+    blocks = rows * cols // GGML_QUANT_SIZES[kind][0]
+    if kind in ONE_SCALE:
+        size, first, deviation = ONE_SCALE[kind]
+        bits = rng.integers(256, size=(blocks, size), dtype=np.uint8)
+        scales = np.full((blocks, 1), (1 / 16) / deviation, np.float16).view(np.uint8)
+        data = np.concatenate([scales, bits] if first else [bits, scales], axis=1)
     else:
         quants, middle = (128, 7.5) if kind == T.Q4_K else (160, 15.5)
         scale = (1 / 16) / (32 * middle)
@@ -52,7 +64,7 @@ def random_blocks(kind, rows, cols, rng):
 
 def make_tensor(kind, rows, cols, rng):
     """Bytes of a random tensor of a type, and the weights they stand for."""
-    if kind in (T.Q4_K, T.Q5_K, T.Q6_K):
+    if kind in ONE_SCALE or kind in (T.Q4_K, T.Q5_K):
         data = random_blocks(kind, rows, cols, rng)
     else:
         data = quantize(rng.standard_normal((rows, cols), dtype=np.float32) * 1.2 / cols**0.5, kind)

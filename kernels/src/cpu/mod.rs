@@ -24,6 +24,7 @@ pub use buffer::Activations;
 pub use isa::Level;
 pub use kv::KvCache;
 pub use linear::Linear;
+pub use pack::weight_bytes;
 
 use arena::Arena;
 use attention::Attention;

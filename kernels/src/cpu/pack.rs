@@ -6,14 +6,15 @@
 //! | format | a block of 16 columns | from |
 //! | --- | --- | --- |
 //! | `U4` | 4 × 64 bytes, 16 f16 scales, 16 f16 minimums | Q4_0, Q4_1, Q4_K |
-//! | `I8` | 8 × 64 bytes, 16 f16 scales | Q8_0, Q5_0 |
+//! | `I8` | 8 × 64 bytes, 16 f16 scales | Q8_0, Q5_0, IQ4_NL, IQ4_XS |
 //! | `I8Min` | the same, 16 f16 minimums | Q5_1, Q5_K |
-//! | `I8Halves` | 8 × 64 bytes, 2 × 16 f16 scales: of the first and second sixteen `k` | Q6_K |
+//! | `I8Halves` | 8 × 64 bytes, 2 × 16 f16 scales: of the first and second sixteen `k` | Q6_K, Q3_K |
 //!
 //! 64 bytes are 16 columns × 4 consecutive `k`; in `U4` they are two such groups, the first in the low nibbles. A
-//! weight is `scale × q + minimum`. K-quants' two-level scales are multiplied out and rounded to f16: one part in 2,000
-//! of what a 4-bit weight is uncertain by anyway, and Q4_0's `-8 × scale` is exact. Float weights stay as they are,
-//! `[k][16]`; bf16 in pairs of `k`, `[k / 2][16][2]`; E4M3 in blocks of 128 `k`, 16 f32 scales and then `[k][16]`.
+//! weight is `scale × q + minimum`. Two-level scales, those of K-quants and IQ4_XS, are multiplied out and rounded to
+//! f16: one part in 2,000 of what a 4-bit weight is uncertain by anyway, and Q4_0's `-8 × scale` is exact. Float
+//! weights stay as they are, `[k][16]`; bf16 in pairs of `k`, `[k / 2][16][2]`; E4M3 in blocks of 128 `k`, 16 f32
+//! scales and then `[k][16]`.
 
 use float8::F8E4M3;
 use half::f16;
@@ -47,9 +48,9 @@ impl Format {
     pub(crate) fn of(dtype: DType) -> Self {
         match dtype {
             DType::Q4_0 | DType::Q4_1 | DType::Q4K => Self::U4,
-            DType::Q8_0 | DType::Q5_0 => Self::I8,
+            DType::Q8_0 | DType::Q5_0 | DType::IQ4NL | DType::IQ4XS => Self::I8,
             DType::Q5_1 | DType::Q5K => Self::I8Min,
-            DType::Q6K => Self::I8Halves,
+            DType::Q6K | DType::Q3K => Self::I8Halves,
             DType::BF16 => Self::Bf16,
             DType::F16 => Self::F16,
             DType::F32 => Self::F32,
@@ -80,6 +81,14 @@ impl Format {
         let (bytes, step) = self.unit();
         k.div_ceil(step) * bytes
     }
+}
+
+/// Bytes that a tensor takes in this backend, which for some quantised ones is more than in their files.
+pub fn weight_bytes(dtype: DType, shape: &[usize]) -> usize {
+    let Some((&cols, others)) = shape.split_last() else { return 0 };
+    let (bytes, step) = Format::of(dtype).unit();
+    let of_a_row = cols.div_ceil(step).saturating_mul(bytes / LANES);
+    others.iter().product::<usize>().saturating_mul(of_a_row)
 }
 
 fn half(bytes: &[u8], at: usize) -> f16 {
@@ -193,6 +202,7 @@ mod tests {
             (DType::Q5_1, GgmlDType::Q5_1, 0.0),
             (DType::Q8_0, GgmlDType::Q8_0, 0.0),
             // The f16 rounding of multiplied-out scales.
+            (DType::Q3K, GgmlDType::Q3K, 1e-3),
             (DType::Q4K, GgmlDType::Q4K, 1e-3),
             (DType::Q5K, GgmlDType::Q5K, 1e-3),
             (DType::Q6K, GgmlDType::Q6K, 1e-3),

@@ -38,8 +38,8 @@ impl Form {
             DType::F16 => Self::F16,
             DType::BF16 => Self::BF16,
             DType::Q4_0 | DType::Q4_1 | DType::Q4K => Self::Nibbles,
-            DType::Q5_0 | DType::Q8_0 => Self::Bytes,
-            DType::Q5_1 | DType::Q5K | DType::Q6K => Self::FineBytes,
+            DType::Q5_0 | DType::Q8_0 | DType::IQ4NL | DType::IQ4XS => Self::Bytes,
+            DType::Q5_1 | DType::Q3K | DType::Q5K | DType::Q6K => Self::FineBytes,
         }
     }
 
@@ -177,8 +177,9 @@ mod tests {
 
     #[test]
     fn weights_take_the_bytes_that_are_said() {
-        use DType::{BF16, F8, F16, F32, Q4_0, Q4_1, Q4K, Q5_0, Q5_1, Q5K, Q6K, Q8_0};
-        let wide = [F32, F16, BF16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q4K, Q5K, Q6K, F8].map(|dtype| (dtype, 512));
+        use DType::{BF16, F8, F16, F32, IQ4NL, IQ4XS, Q3K, Q4_0, Q4_1, Q4K, Q5_0, Q5_1, Q5K, Q6K, Q8_0};
+        let wide = [F32, F16, BF16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q3K, Q4K, Q5K, Q6K, IQ4NL, IQ4XS, F8];
+        let wide = wide.map(|dtype| (dtype, 512));
         // Eight-bit floats of such a width become f16.
         for (dtype, cols) in wide.into_iter().chain([(F8, 200), (F8, 160)]) {
             let rows = 4;

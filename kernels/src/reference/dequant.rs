@@ -1,6 +1,7 @@
 use float8::F8E4M3;
 use half::{bf16, f16};
 
+use crate::dtype::IQ4_VALUES;
 use crate::{DType, Matrix};
 
 /// All elements of a matrix in single precision, row-major.
@@ -27,9 +28,12 @@ pub fn dequantize_row(dtype: DType, bytes: &[u8], out: &mut Vec<f32>) {
         DType::Q5_0 => blocks.for_each(|b| q5_0(b, out)),
         DType::Q5_1 => blocks.for_each(|b| q5_1(b, out)),
         DType::Q8_0 => blocks.for_each(|b| q8_0(b, out)),
+        DType::Q3K => blocks.for_each(|b| q3_k(b, out)),
         DType::Q4K => blocks.for_each(|b| q4_k(b, out)),
         DType::Q5K => blocks.for_each(|b| q5_k(b, out)),
         DType::Q6K => blocks.for_each(|b| q6_k(b, out)),
+        DType::IQ4NL => blocks.for_each(|b| iq4_nl(b, out)),
+        DType::IQ4XS => blocks.for_each(|b| iq4_xs(b, out)),
         DType::F8 => blocks.for_each(|b| f8(b, out)),
     }
 }
@@ -83,6 +87,24 @@ fn q5_1(block: &[u8], out: &mut Vec<f32>) {
 fn q8_0(block: &[u8], out: &mut Vec<f32>) {
     let scale = half_at(block, 0);
     out.extend(block[2..34].iter().map(|&q| q as i8 as f32 * scale));
+}
+
+/// `[0..32]` third bits (bit `r` of byte `i`: value `i` of run `r`), `[32..96]` low two bits, `[96..108]` scales of 16
+/// sub-blocks of 16, `[108..110]` scale of scales: value `d · (scale - 32) · (q - 4)`. Of the eight runs of 32 values,
+/// four share 32 bytes of low bits. Scales have six bits: the low four are the low nibbles of bytes 0..8, then the high
+/// ones; the high two of scale `i` are in byte `8 + i % 4`, the lowest for the first four.
+fn q3_k(block: &[u8], out: &mut Vec<f32>) {
+    let d = half_at(block, 108);
+    let scales = &block[96..108];
+    for run in 0..8 {
+        for i in 0..32 {
+            let sub_block = 2 * run + i / 16;
+            let nibble = if sub_block < 8 { scales[sub_block] & 15 } else { scales[sub_block - 8] >> 4 };
+            let scale = nibble | (scales[8 + sub_block % 4] >> (2 * (sub_block / 4)) & 3) << 4;
+            let q = block[32 + 32 * (run / 4) + i] >> (2 * (run % 4)) & 3 | (block[i] >> run & 1) << 2;
+            out.push(d * (scale as f32 - 32.0) * (q as f32 - 4.0));
+        }
+    }
 }
 
 /// Scale and minimum (6 bits each) of sub-block `i` of eight, out of the 12 bytes that hold them in Q4_K and Q5_K:
@@ -141,6 +163,23 @@ fn q6_k(block: &[u8], out: &mut Vec<f32>) {
     }
 }
 
+/// `[0..2]` scale, `[2..18]` nibbles: value `scale · VALUES[q]`.
+fn iq4_nl(block: &[u8], out: &mut Vec<f32>) {
+    let scale = half_at(block, 0);
+    out.extend(nibbles(&block[2..18]).map(|q| scale * IQ4_VALUES[q as usize] as f32));
+}
+
+/// `[0..2]` scale of scales, `[2..4]` high two bits of the scales of 8 sub-blocks of 32, the lowest those of the first,
+/// `[4..8]` their low nibbles, `[8..136]` nibbles, 16 bytes for each sub-block: value `d · (scale - 32) · VALUES[q]`.
+fn iq4_xs(block: &[u8], out: &mut Vec<f32>) {
+    let d = half_at(block, 0);
+    for (sub_block, bytes) in block[8..136].chunks_exact(16).enumerate() {
+        let high = block[2 + sub_block / 4] >> (2 * (sub_block % 4)) & 3;
+        let scale = block[4 + sub_block / 2] >> (4 * (sub_block % 2)) & 15 | high << 4;
+        out.extend(nibbles(bytes).map(|q| d * (scale as f32 - 32.0) * IQ4_VALUES[q as usize] as f32));
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use std::borrow::Cow;
@@ -150,13 +189,14 @@ mod tests {
 
     use super::*;
 
-    const QUANTIZED: [(DType, GgmlDType, &[usize]); 8] = [
+    const QUANTIZED: [(DType, GgmlDType, &[usize]); 9] = [
         // With where the half precision scales lie.
         (DType::Q4_0, GgmlDType::Q4_0, &[0]),
         (DType::Q4_1, GgmlDType::Q4_1, &[0, 2]),
         (DType::Q5_0, GgmlDType::Q5_0, &[0]),
         (DType::Q5_1, GgmlDType::Q5_1, &[0, 2]),
         (DType::Q8_0, GgmlDType::Q8_0, &[0]),
+        (DType::Q3K, GgmlDType::Q3K, &[108]),
         (DType::Q4K, GgmlDType::Q4K, &[0, 2]),
         (DType::Q5K, GgmlDType::Q5K, &[0, 2]),
         (DType::Q6K, GgmlDType::Q6K, &[208]),
@@ -196,10 +236,33 @@ mod tests {
             let quantized = QTensor::quantize(&tensor, ggml).unwrap();
             let bytes = quantized.data().unwrap();
             let decoded = dequantize(&Matrix::new(dtype, 1, 512, &bytes).unwrap());
+            // Three bits are half as many steps as four.
+            let tolerance = if dtype == DType::Q3K { 0.3 } else { 0.15 };
             for (value, decoded) in values.iter().zip(&decoded) {
-                assert!((value - decoded).abs() < 0.15, "{dtype:?}: {value} became {decoded}");
+                assert!((value - decoded).abs() < tolerance, "{dtype:?}: {value} became {decoded}");
             }
         }
+    }
+
+    #[test]
+    fn four_bits_of_iq4_are_looked_up_and_multiplied_by_their_block_s_scale() {
+        // candle does not read these types: values and places are those of ggml-common.h and ggml-quants.c.
+        let values = [-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113].map(|v: i16| v as f32);
+        // Each value once, upwards, and in the high nibbles once more, downwards.
+        let nibbles = std::array::from_fn::<u8, 16, _>(|i| (i | (15 - i) << 4) as u8);
+        let both_ways = |scale: f32| values.iter().chain(values.iter().rev()).map(move |value| scale * value);
+
+        let half = |x: f32| f16::from_f32(x).to_le_bytes();
+        let blocks = [&half(0.5)[..], &nibbles, &half(-3.0), &nibbles].concat();
+        let want: Vec<f32> = both_ways(0.5).chain(both_ways(-3.0)).collect();
+        assert_eq!(dequantize(&Matrix::new(DType::IQ4NL, 2, 32, &blocks).unwrap()), want);
+
+        let scales = [0.0, 63.0, 32.0, 33.0, 17.0, 46.0, 5.0, 60.0];
+        // Their high two bits are 0, 3, 2, 2, 1, 2, 0, 3, and the low four 0, 15, 0, 1, 1, 14, 5, 12.
+        let block =
+            [&half(0.25)[..], &0xc9ac_u16.to_le_bytes(), &[0xf0, 0x10, 0xe1, 0xc5], &nibbles.repeat(8)].concat();
+        let want: Vec<f32> = scales.into_iter().flat_map(|scale| both_ways(0.25 * (scale - 32.0))).collect();
+        assert_eq!(dequantize(&Matrix::new(DType::IQ4XS, 1, 256, &block).unwrap()), want);
     }
 
     #[test]

@@ -13,7 +13,7 @@ pub trait Subject: Backend + Sized {
     /// quantised to integers.
     const ROUNDS_ACTIVATIONS: bool;
 
-    /// Whether the two levels of scales of K-quants are multiplied out and rounded to f16.
+    /// Whether two levels of scales, as K-quants and IQ4_XS have them, are multiplied out and rounded to f16.
     const ROUNDS_SCALES: bool;
 
     /// Up to so many rows, products add up in another order than for more, so that only within the two are the bits the
@@ -152,8 +152,20 @@ impl Random {
 }
 
 pub(crate) const FLOATS: [DType; 3] = [DType::F32, DType::F16, DType::BF16];
-pub(crate) const QUANTIZED: [DType; 9] =
-    [DType::Q4_0, DType::Q4_1, DType::Q5_0, DType::Q5_1, DType::Q8_0, DType::Q4K, DType::Q5K, DType::Q6K, DType::F8];
+pub(crate) const QUANTIZED: [DType; 12] = [
+    DType::Q4_0,
+    DType::Q4_1,
+    DType::Q5_0,
+    DType::Q5_1,
+    DType::Q8_0,
+    DType::Q4K,
+    DType::Q5K,
+    DType::Q6K,
+    DType::F8,
+    DType::Q3K,
+    DType::IQ4NL,
+    DType::IQ4XS,
+];
 
 /// A weight as it would stand in a file.
 pub(crate) struct Weight {
@@ -180,9 +192,12 @@ impl Weight {
                 DType::Q5_0 => (&[0], 16.0),
                 DType::Q5_1 => (&[0, 2], 32.0),
                 DType::Q8_0 => (&[0], 128.0),
+                DType::Q3K => (&[108], 4.0 * 32.0),
                 DType::Q4K => (&[0, 2], 16.0 * 64.0),
                 DType::Q5K => (&[0, 2], 32.0 * 64.0),
                 DType::Q6K => (&[208], 32.0 * 128.0),
+                DType::IQ4NL => (&[0], 127.0),
+                DType::IQ4XS => (&[0], 127.0 * 32.0),
                 DType::F8 => (&[0], 448.0),
                 DType::F32 | DType::F16 | DType::BF16 => unreachable!("not quantised"),
             };
@@ -238,7 +253,9 @@ pub(crate) fn narrowed(x: &[f32], cols: usize, dtype: DType, is_weight: bool) ->
 /// than the two roundings of llama.cpp, may differ in the last bit.
 pub(crate) fn weight_tolerance<B: Subject>(dtype: DType, value: f32) -> f32 {
     match dtype {
-        DType::Q4K | DType::Q5K | DType::Q6K if B::ROUNDS_SCALES => (value.abs() + 0.25) / 2048.0 + 1e-6,
+        DType::Q3K | DType::Q4K | DType::Q5K | DType::Q6K | DType::IQ4XS if B::ROUNDS_SCALES => {
+            (value.abs() + 0.25) / 2048.0 + 1e-6
+        }
         _ => 5e-7,
     }
 }

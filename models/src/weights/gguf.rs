@@ -26,7 +26,8 @@ impl WeightSource for GgufWeights<'_> {
             return Err(ModelError::TensorType {
                 found: format!("{} (GGML type {})", ggml_type_name(info.ggml_type), info.ggml_type),
                 name: stored,
-                advice: "; requantise to F32, F16, BF16, Q8_0, Q4_0, Q4_1, Q5_0, Q5_1, Q4_K, Q5_K or Q6_K",
+                advice: "; take another file of the model: those of F32, F16, BF16, Q8_0, Q4_0, Q4_1, Q5_0, Q5_1, \
+                         Q3_K, Q4_K, Q5_K, Q6_K, IQ4_NL and IQ4_XS are read",
             });
         };
         let query_or_key = name.contains(".q_proj.") || name.contains(".k_proj.");
@@ -142,6 +143,7 @@ mod tests {
 
         let error = source.tensor("model.layers.3.self_attn.v_proj.weight", &[]).err().unwrap().to_string();
         assert!(error.contains("`blk.3.attn_v.weight` has type IQ2_XXS (GGML type 16)"), "{error}");
+        assert!(error.contains("take another file of the model"), "{error}");
         let error = source.tensor("lm_head.weight", &[]).err().unwrap().to_string();
         assert_eq!(error, "tensor `output.weight` is missing from m.gguf");
 

@@ -10,7 +10,7 @@ const F32_MODELS: [&str; 7] =
     ["llama-gqa", "llama-rope-llama3", "llama-rope-linear", "llama-bias", "qwen2", "qwen3", "qwen3-yarn"];
 const HALF_MODELS: [&str; 3] = ["llama-f16", "llama-bf16", "qwen3-bf16"];
 const FP8_MODELS: [&str; 3] = ["qwen3-fp8", "llama-fp8", "qwen2-fp8-static"];
-const GGUF_FILES: [&str; 5] = ["q4_0-q4_1", "q5_0-q5_1", "q8_0-q6_k", "q4_k-q5_k", "mixed"];
+const GGUF_FILES: [&str; 6] = ["q4_0-q4_1", "q5_0-q5_1", "q8_0-q6_k", "q4_k-q5_k", "mixed", "q3_k-iq4"];
 const PROMPTS: usize = 3;
 const POSITIONS: usize = 400;
 

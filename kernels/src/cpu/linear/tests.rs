@@ -1,8 +1,9 @@
 use super::*;
 use crate::DType;
 use crate::cpu::isa::Level;
+use crate::cpu::pack::weight_bytes;
 
-const ALL: [DType; 12] = [
+const ALL: [DType; 15] = [
     DType::F32,
     DType::F16,
     DType::BF16,
@@ -11,9 +12,12 @@ const ALL: [DType; 12] = [
     DType::Q5_0,
     DType::Q5_1,
     DType::Q8_0,
+    DType::Q3K,
     DType::Q4K,
     DType::Q5K,
     DType::Q6K,
+    DType::IQ4NL,
+    DType::IQ4XS,
     DType::F8,
 ];
 
@@ -56,8 +60,13 @@ fn bytes(dtype: DType, elements: usize) -> Vec<u8> {
         }),
         DType::F16 | DType::BF16 => bytes.chunks_exact_mut(2).for_each(|v| v[1] = v[1] & 0x83 | 0x38),
         _ => {
+            let heads = match dtype {
+                DType::Q3K => [109, 109],
+                DType::Q6K => [209, 209],
+                _ => [1, 3],
+            };
             for block in bytes.chunks_exact_mut(dtype.block_bytes()) {
-                for at in if dtype == DType::Q6K { [209, 209] } else { [1, 3] } {
+                for at in heads {
                     block[at] = block[at] & 0x83 | 0x20;
                 }
             }
@@ -75,6 +84,17 @@ fn weight_of(pool: &mut Pool, dtype: DType, features: usize, cols: usize) -> Lin
     let bytes = bytes(dtype, features * cols);
     let matrix = Matrix::new(dtype, features, cols, &bytes).expect("matrix");
     Linear::new(pool, &mut Arena::default(), &[matrix]).expect("weight")
+}
+
+#[test]
+fn weights_take_the_bytes_that_are_said() {
+    let mut pool = Pool::new(1);
+    for dtype in ALL {
+        for cols in if dtype.is_quantized() { [512, 256] } else { [512, 6] } {
+            let weight = weight_of(&mut pool, dtype, 48, cols);
+            assert_eq!(weight_bytes(dtype, &[48, cols]), weight.bytes(), "{dtype:?} of {cols} columns");
+        }
+    }
 }
 
 #[test]
