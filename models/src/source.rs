@@ -236,18 +236,9 @@ impl ModelSource {
         Ok(fingerprint.finish())
     }
 
-    /// Bytes of its weights as its files have them, which is about what they take once loaded.
-    pub fn weight_bytes(&self) -> u64 {
-        match &self.files {
-            Files::Safetensors(files) => files.total_bytes(),
-            Files::Dummy(weights) => weights.total_bytes(),
-            Files::Gguf(parts) => parts.iter().flat_map(Gguf::tensors).map(|(_, info)| info.bytes() as u64).sum(),
-        }
-    }
-
-    /// The same where a tensor of a type and shape takes `stored` bytes in memory. Only quantised ones take others than
-    /// in their files.
-    pub fn weight_bytes_as(&self, stored: impl Fn(DType, &[usize]) -> usize) -> u64 {
+    /// Bytes of its weights in memory, where a tensor of a type and shape takes `stored` bytes. Only quantised ones
+    /// take others than in their files.
+    pub fn weight_bytes(&self, stored: impl Fn(DType, &[usize]) -> usize) -> u64 {
         let parts = match &self.files {
             Files::Safetensors(files) => return files.bytes_as(stored),
             Files::Dummy(weights) => return weights.bytes_as(stored),

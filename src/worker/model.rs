@@ -108,9 +108,9 @@ pub(super) fn load(cli: &EngineArgs, source: &ModelSource, purpose: &Purpose) ->
         ModelKey::new(&fingerprint, &layout, page_order, Versions { sessions: SESSION_VERSION, jobs: Job::SCHEMA });
     // Before loading: what cannot be is said at once, and the model's tables are no longer than what is served.
     let weights = match device {
-        Chosen::Cpu => source.weight_bytes(),
+        Chosen::Cpu => source.weight_bytes(engine_kernels::cpu::weight_bytes),
         #[cfg(feature = "cuda")]
-        Chosen::Cuda { .. } => source.weight_bytes_as(engine_kernels::cuda::weight_bytes),
+        Chosen::Cuda { .. } => source.weight_bytes(engine_kernels::cuda::weight_bytes),
     };
     let weights = usize::try_from(weights).unwrap_or(usize::MAX);
     let wish = KvRequest {

@@ -1,6 +1,8 @@
 //! Tiny random models in every architecture, dtype and tensor type.
 
+use engine_kernels::cpu::weight_bytes;
 use engine_kernels::{Backend, KvDType};
+use engine_models::{ForwardLimits, ModelSource, OpenOptions};
 
 use crate::golden::{Goldens, reference};
 use crate::runner::{Runner, cpu_backend, cuda_backend, reference_backend};
@@ -117,6 +119,18 @@ fn every_gguf_type_means_what_it_means_to_llama_cpp() {
         let error = relative_error(&ours, &theirs);
         println!("{name}: largest error {error:.1e} of the range");
         assert!(error <= 1e-3, "{name}: {error} of the logits' range");
+    }
+}
+
+#[test]
+fn weights_of_every_gguf_type_take_the_memory_on_cpus_that_is_foreseen() {
+    for name in GGUF_FILES {
+        let path = reference(&format!("gguf/{name}.gguf"));
+        let source = ModelSource::open(path.to_str().unwrap(), &OpenOptions::default()).unwrap();
+        // What is loaded is told of matrices alone.
+        let foreseen = source.weight_bytes(|dtype, shape| if shape.len() > 1 { weight_bytes(dtype, shape) } else { 0 });
+        let limits = ForwardLimits { max_tokens: 8, max_logit_rows: 8, max_positions: POSITIONS };
+        assert_eq!(source.load(&mut cpu_backend(), limits).unwrap().report.memory_bytes, foreseen, "{name}");
     }
 }
 
