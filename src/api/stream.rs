@@ -125,26 +125,33 @@ impl EventStream {
 mod tests {
     use std::sync::{
         Arc,
-        mpsc::{self, Receiver},
+        mpsc::{self, Receiver, Sender},
     };
 
-    use axum::{body::to_bytes, extract::Request};
+    use axum::{
+        Router,
+        body::{BodyDataStream, to_bytes},
+        extract::Request,
+    };
     use engine_kernels::{Batch, SampleRow, Sampled};
     use engine_models::Tokenizer;
-    use serde_json::json;
+    use futures::StreamExt;
+    use serde_json::{Value, json};
     use tower::ServiceExt;
 
     use super::*;
     use crate::{
-        api::{ApiConfig, Defaults, Parsers, Serving, router::router},
+        api::{ApiConfig, ChatTemplate, Defaults, Parsers, Serving, router::router},
         telemetry::Metrics,
         worker::{Engine, EngineConfig, Runner, RunnerError},
     };
 
     const TIME_MAX: Duration = Duration::from_secs(60);
+    const CHAT: &str = "/v1/chat/completions";
+    const COMPLETIONS: &str = "/v1/completions";
 
-    /// Says the same as often as it may.
-    struct Monotone(Receiver<()>);
+    /// Says the same as often as it may. Each step is told of as it begins, so the ones before it have been delivered.
+    struct Monotone(Sender<()>, Receiver<()>);
 
     impl Runner for Monotone {
         fn execute<'a>(
@@ -155,59 +162,119 @@ mod tests {
             _: &mut dyn FnMut(usize),
         ) -> Result<(), RunnerError> {
             out.fill(Sampled::default());
-            self.0.recv().map_err(|_| RunnerError("the test is over".into()))
+            let over = || RunnerError("the test is over".into());
+            self.0.send(()).map_err(|_| over())?;
+            self.1.recv().map_err(|_| over())
+        }
+    }
+
+    /// A server whose model computes one sequence at a time.
+    struct Server {
+        router: Router,
+        begun: Receiver<()>,
+        permits: Sender<()>,
+    }
+
+    impl Server {
+        fn start() -> Self {
+            let bytes =
+                json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": true});
+            let model = json!({"type": "BPE", "vocab": {"a": 0}, "merges": []});
+            let tokenizer = json!({"version": "1.0", "model": model, "decoder": bytes, "added_tokens": []});
+            let file = tempfile::NamedTempFile::new().unwrap();
+            std::fs::write(file.path(), tokenizer.to_string()).unwrap();
+            let api = ApiConfig {
+                model_names: vec!["m".into()],
+                model_root: "m".into(),
+                tokenizer: Arc::new(Tokenizer::from_file(file.path()).unwrap()),
+                template: Some(ChatTemplate::new("a", "", "").unwrap()),
+                parsers: Parsers::default(),
+                defaults: Defaults::default(),
+                eos_token_ids: Vec::new(),
+                api_keys: Vec::new(),
+                body_bytes_max: 1 << 20,
+                request_timeout: TIME_MAX,
+                cluster_token: None,
+                allowed_origins: Vec::new(),
+            };
+            let config = EngineConfig {
+                max_num_seqs: 1,
+                max_num_batched_tokens: 16,
+                itl_target: Duration::from_millis(200),
+                max_waiting_requests: 1,
+                max_model_len: 64,
+                vocab_size: 1,
+                block_size: 16,
+                blocks: 4,
+                model_key: Vec::new(),
+            };
+            let metrics = Metrics::new();
+            let ((begins, begun), (permits, permitted)) = (mpsc::channel(), mpsc::channel());
+            let engine = Engine::start(Monotone(begins, permitted), config, metrics.engine.clone()).unwrap();
+            Self { router: router(Serving::new(api, engine, metrics)), begun, permits }
+        }
+
+        /// The stream that answers with `tokens` tokens.
+        async fn ask(&self, path: &str, tokens: usize) -> Body {
+            let messages = json!([{"role": "user", "content": "a"}]);
+            let mut body = if path == CHAT { json!({ "messages": messages }) } else { json!({"prompt": [0]}) };
+            (body["max_tokens"], body["stream"]) = (tokens.into(), true.into());
+            let request = Request::post(path).header(header::CONTENT_TYPE, "application/json");
+            let request = request.body(Body::from(body.to_string())).unwrap();
+            let response = self.router.clone().oneshot(request).await.unwrap();
+            assert_eq!(response.status(), 200);
+            response.into_body()
+        }
+
+        /// Lets the step that has begun end, and the next begin.
+        fn step(&self) {
+            self.permits.send(()).unwrap();
+            self.begun.recv().unwrap();
         }
     }
 
     #[tokio::test]
     async fn time_is_up_whatever_is_there() {
-        let bytes = json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": true});
-        let model = json!({"type": "BPE", "vocab": {"a": 0}, "merges": []});
-        let tokenizer = json!({"version": "1.0", "model": model, "decoder": bytes, "added_tokens": []});
-        let file = tempfile::NamedTempFile::new().unwrap();
-        std::fs::write(file.path(), tokenizer.to_string()).unwrap();
-        let api = ApiConfig {
-            model_names: vec!["m".into()],
-            model_root: "m".into(),
-            tokenizer: Arc::new(Tokenizer::from_file(file.path()).unwrap()),
-            template: None,
-            parsers: Parsers::default(),
-            defaults: Defaults::default(),
-            eos_token_ids: Vec::new(),
-            api_keys: Vec::new(),
-            body_bytes_max: 1 << 20,
-            request_timeout: TIME_MAX,
-            cluster_token: None,
-            allowed_origins: Vec::new(),
-        };
-        let config = EngineConfig {
-            max_num_seqs: 1,
-            max_num_batched_tokens: 16,
-            itl_target: Duration::from_millis(200),
-            max_waiting_requests: 1,
-            max_model_len: 64,
-            vocab_size: 1,
-            block_size: 16,
-            blocks: 4,
-            model_key: Vec::new(),
-        };
-        let metrics = Metrics::new();
-        let (permits, permitted) = mpsc::channel();
-        let engine = Engine::start(Monotone(permitted), config, metrics.engine.clone()).unwrap();
-        let generated = metrics.engine.generation_tokens.clone();
-        let router = router(Serving::new(api, engine, metrics));
-        let body = json!({"prompt": [0], "max_tokens": 8, "stream": true}).to_string();
-        let request = Request::post("/v1/completions").header(header::CONTENT_TYPE, "application/json");
-        let response = router.oneshot(request.body(Body::from(body)).unwrap()).await.unwrap();
+        let server = Server::start();
+        let answer = server.ask(COMPLETIONS, 8).await;
+        server.begun.recv().unwrap();
         // Some of it is there, and nobody has taken any.
-        (0..4).for_each(|_| permits.send(()).unwrap());
-        while generated.get() < 4 {
-            tokio::task::yield_now().await;
-        }
+        (0..4).for_each(|_| server.step());
         tokio::time::pause();
         tokio::time::advance(TIME_MAX).await;
-        let body = to_bytes(response.into_body(), usize::MAX).await.unwrap();
+        let body = to_bytes(answer, usize::MAX).await.unwrap();
         let expected = format!("data: {}\n\ndata: [DONE]\n\n", ApiError::timeout().to_json());
         assert_eq!(body, expected);
+    }
+
+    /// The first choice of each chunk that is there now.
+    async fn next_choices(pieces: &mut BodyDataStream) -> Vec<Value> {
+        let piece = pieces.next().await.unwrap().unwrap();
+        let events = std::str::from_utf8(&piece).unwrap().split_terminator("\n\n");
+        let data = events.map(|event| event.strip_prefix("data: ").unwrap()).filter(|data| *data != "[DONE]");
+        data.map(|data| serde_json::from_str::<Value>(data).unwrap()["choices"][0].clone()).collect()
+    }
+
+    #[tokio::test]
+    async fn each_step_has_a_chunk_and_the_last_ones_says_how_the_answer_ended_too() {
+        const TOKENS: usize = 4;
+        for path in [CHAT, COMPLETIONS] {
+            let server = Server::start();
+            let mut pieces = server.ask(path, TOKENS).await.into_data_stream();
+            // Once its turn has come, the first answer has ended for certain.
+            let _next = server.ask(path, 1).await;
+            server.begun.recv().unwrap();
+            for token in 1..=TOKENS {
+                server.step();
+                let mut choices = next_choices(&mut pieces).await;
+                if path == CHAT && token == 1 {
+                    assert_eq!(choices.remove(0)["delta"], json!({"role": "assistant", "content": ""}));
+                }
+                let [choice] = &choices[..] else { panic!("{path}, token {token}: {choices:?}") };
+                assert_eq!(choice["text"].as_str().or(choice["delta"]["content"].as_str()), Some("a"), "{choice}");
+                let end = if token == TOKENS { json!("length") } else { Value::Null };
+                assert_eq!(choice["finish_reason"], end);
+            }
+        }
     }
 }

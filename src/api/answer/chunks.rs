@@ -23,22 +23,18 @@ impl Answer {
             let is_step = !ended && choice.tokens_told > told_before;
             let (pieces, tokens) = choice.output.pending();
             let is_shown = !pieces.is_empty() || !tokens.is_empty();
-            if is_shown || is_step {
+            let finish_reason = choice.output.finish_reason().filter(|_| ended);
+            // The last piece tells how the answer ended, or clients would take that for a token that took no time. But
+            // a call goes first: OpenAI's clients would not know it to be whole.
+            let is_last = finish_reason.is_some() && pieces.calls.is_empty();
+            if is_shown || is_step || finish_reason.is_some() {
                 self.write_opening(buffer, index)?;
             }
-            if is_shown || is_step && self.tells_each_step {
-                self.write_progress(buffer, index, false);
-                self.write_piece(buffer, index)?;
-                let choice = &mut self.choices[index];
-                choice.opened = true;
-                choice.output.clear();
+            if is_shown && !is_last || is_step && self.tells_each_step {
+                self.write_piece(buffer, index, None)?;
             }
-            if let Some(finish_reason) = self.choices[index].output.finish_reason()
-                && ended
-            {
-                self.write_opening(buffer, index)?;
-                self.write_progress(buffer, index, true);
-                self.write_ending(buffer, index, finish_reason)?;
+            if finish_reason.is_some() {
+                self.write_piece(buffer, index, finish_reason)?;
                 // Said once.
                 self.choices[index].output.finish = None;
             }
@@ -53,13 +49,6 @@ impl Answer {
             progress.usage(buffer);
         }
         write_event(buffer, &self.envelope(self.chunk_object(), none, Some(Some(self.usage()))))
-    }
-
-    /// Precedes an event with what a frontend needs to know about it.
-    fn write_progress(&mut self, buffer: &mut BytesMut, index: usize, last: bool) {
-        if let Some(progress) = &mut self.progress {
-            progress.choice(buffer, index, &mut self.choices[index].output, last);
-        }
     }
 
     /// A chat's first chunk tells who speaks.
@@ -79,43 +68,41 @@ impl Answer {
         write_event(buffer, &Envelope { prompt_token_ids: self.prompt_ids(index), ..envelope })
     }
 
-    fn write_piece(&self, buffer: &mut BytesMut, index: usize) -> Result<(), ApiError> {
+    /// What is pending of a choice, and how it ended if this is the last of it, preceded by what a frontend needs to
+    /// know about that.
+    fn write_piece(
+        &mut self,
+        buffer: &mut BytesMut,
+        index: usize,
+        finish_reason: Option<&'static str>,
+    ) -> Result<(), ApiError> {
+        if let Some(progress) = &mut self.progress {
+            progress.choice(buffer, index, &mut self.choices[index].output, finish_reason.is_some());
+        }
         let output = &self.choices[index].output;
         let (pieces, tokens) = output.pending();
+        let says_something = finish_reason.is_none() || !pieces.is_empty() || !tokens.is_empty();
+        let with_logprobs = self.with_logprobs && says_something;
         let names = &*self.serving.config.tokenizer;
         let usage = self.chunk_usage(index, output.tokens_told());
-        let (finish_reason, token_ids) = (None, output.untold());
-        match self.endpoint {
-            Endpoint::Chat => {
-                let delta = self.delta(index, pieces);
-                let logprobs = self.with_logprobs.then_some(ChatLogprobs(tokens, names));
-                self.write_chunk(buffer, ChatChunkChoice { index, delta, logprobs, finish_reason, token_ids }, usage)
-            }
-            Endpoint::Completion => {
-                let logprobs = self.with_logprobs.then_some(CompletionLogprobs(tokens, names));
-                let (text, prompt_token_ids) = (&*pieces.content, self.prompt_ids_unless_told(index));
-                let choice = CompletionChoice { index, text, logprobs, finish_reason, prompt_token_ids, token_ids };
-                self.write_chunk(buffer, choice, usage)
-            }
-        }
-    }
-
-    fn write_ending(&self, buffer: &mut BytesMut, index: usize, reason: &'static str) -> Result<(), ApiError> {
-        let (finish_reason, logprobs) = (Some(reason), None::<()>);
-        let output = &self.choices[index].output;
-        let usage = self.chunk_usage(index, output.completion_tokens);
         let token_ids = output.untold();
         match self.endpoint {
             Endpoint::Chat => {
-                let delta = Delta::default();
-                self.write_chunk(buffer, ChatChunkChoice { index, delta, logprobs, finish_reason, token_ids }, usage)
+                let delta = if says_something { self.delta(index, pieces) } else { Delta::default() };
+                let logprobs = with_logprobs.then_some(ChatLogprobs(tokens, names));
+                self.write_chunk(buffer, ChatChunkChoice { index, delta, logprobs, finish_reason, token_ids }, usage)?;
             }
             Endpoint::Completion => {
-                let (text, prompt_token_ids) = ("", self.prompt_ids_unless_told(index));
+                let logprobs = with_logprobs.then_some(CompletionLogprobs(tokens, names));
+                let (text, prompt_token_ids) = (&*pieces.content, self.prompt_ids_unless_told(index));
                 let choice = CompletionChoice { index, text, logprobs, finish_reason, prompt_token_ids, token_ids };
-                self.write_chunk(buffer, choice, usage)
+                self.write_chunk(buffer, choice, usage)?;
             }
         }
+        let choice = &mut self.choices[index];
+        choice.opened = true;
+        choice.output.clear();
+        Ok(())
     }
 
     /// What a choice says next.
