@@ -17,7 +17,7 @@ use tokio::time::{Instant, Sleep};
 
 use super::{ApiError, answer::Answer};
 
-/// After this long without an event a comment is sent, so that proxies keep the connection.
+/// After this long without an event something is sent that is none, so that proxies keep the connection.
 const SILENCE_MAX: Duration = Duration::from_secs(15);
 /// Room for the chunks of a step.
 const BUFFER_BYTES: usize = 4096;
@@ -81,7 +81,9 @@ impl Stream for EventStream {
                     }
                     let now = Instant::now();
                     if now >= this.spoken + SILENCE_MAX {
-                        this.buffer.extend_from_slice(b": keep-alive\n\n");
+                        // An empty line, which ends no event where none has begun. `vllm bench serve` strips each
+                        // piece that it receives: what follows a comment would be a part of it.
+                        this.buffer.extend_from_slice(b"\n");
                         this.spoken = now;
                     }
                     this.pulse.as_mut().reset(this.spoken + SILENCE_MAX);
@@ -245,6 +247,19 @@ mod tests {
         let body = to_bytes(answer, usize::MAX).await.unwrap();
         let expected = format!("data: {}\n\ndata: [DONE]\n\n", ApiError::timeout().to_json());
         assert_eq!(body, expected);
+    }
+
+    #[tokio::test]
+    async fn a_sign_of_life_is_no_part_of_what_follows_for_clients_that_strip_each_piece() {
+        let server = Server::start();
+        let mut pieces = server.ask(COMPLETIONS, 2).await.into_data_stream();
+        server.begun.recv().unwrap();
+        tokio::time::pause();
+        tokio::time::advance(SILENCE_MAX).await;
+        let piece = pieces.next().await.unwrap().unwrap();
+        assert!(!piece.is_empty() && piece.trim_ascii().is_empty(), "{piece:?}");
+        server.step();
+        assert!(pieces.next().await.unwrap().unwrap().starts_with(b"data: {"));
     }
 
     /// The first choice of each chunk that is there now.

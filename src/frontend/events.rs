@@ -201,11 +201,11 @@ mod tests {
     use super::*;
 
     const STREAM: &str = ": {\"id\":\"a\"}\n: {\"i\":0}\ndata: {\"x\":1}\n\n\
-                          : keep-alive\n\n\
+                          \n\
                           : {\"i\":0,\"t\":[1,2]}\ndata: {\"text\":\": {\"}\n\n\
                           data: plain\n\n\
                           : {\"i\":0,\"f\":true}\ndata: end\n\ndata: [DONE]\n\n";
-    const CLIENT: &str = "data: {\"x\":1}\n\n: keep-alive\n\ndata: {\"text\":\": {\"}\n\ndata: plain\n\ndata: end\n\n\
+    const CLIENT: &str = "data: {\"x\":1}\n\n\ndata: {\"text\":\": {\"}\n\ndata: plain\n\ndata: end\n\n\
                           data: [DONE]\n\n";
     const JOURNAL: &str = "{\"id\":\"a\"}\n{\"i\":0}\n{\"i\":0,\"t\":[1,2]}\n{\"i\":0,\"f\":true}\n";
 
@@ -254,25 +254,25 @@ mod tests {
     fn an_answer_without_progress_cannot_be_continued_once_begun() {
         let mut splitter = fresh();
         assert_eq!(splitter.journal(), Some(Bytes::new()));
-        push(&mut splitter, b": keep-alive\n\n");
+        push(&mut splitter, b"\n");
         assert_eq!(splitter.journal(), Some(Bytes::new()));
         push(&mut splitter, b"data: x\n\n");
         assert_eq!(splitter.journal(), None);
     }
 
     #[test]
-    fn a_comment_is_no_progress_and_an_event_is() {
+    fn a_sign_of_life_is_no_progress_and_an_event_is() {
         let mut splitter = fresh();
         let mut goes_on = |bytes: &[u8]| {
             let before = splitter.progress();
             push(&mut splitter, bytes);
             splitter.progress() != before
         };
-        assert!(!goes_on(b": keep-alive\n\n"));
+        assert!(!goes_on(b"\n"));
         assert!(!goes_on(b": {\"id\":\"a\"}\ndata:"), "it is not whole");
         assert!(goes_on(b" x\n\n"));
-        assert!(!goes_on(b": keep-alive\n\n"));
-        assert!(goes_on(b": {\"i\":0,\"t\":[1]}\ndata: y\n\n"));
+        assert!(!goes_on(b"\n"));
+        assert!(goes_on(b"\n: {\"i\":0,\"t\":[1]}\ndata: y\n\n"), "both came in one piece");
     }
 
     #[test]

@@ -239,7 +239,7 @@ impl Question {
         loop {
             while let Some(end) = text.find("\n\n") {
                 let event: String = text.drain(..end + 2).collect();
-                let Some(data) = event.trim_end().strip_prefix("data: ") else { continue };
+                let Some(data) = event.trim().strip_prefix("data: ") else { continue };
                 if data == "[DONE]" {
                     return Ok(Outcome::Whole);
                 }

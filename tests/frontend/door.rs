@@ -14,7 +14,7 @@ use std::{
 const HEALTHY: &str = "HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: 3\r\n\r\nok\n";
 /// The beginning of a stream whose worker ends before it has computed anything.
 pub(super) const ALIVE: &str = "HTTP/1.1 200 OK\r\nContent-Type: text/event-stream; charset=utf-8\r\n\
-                     Transfer-Encoding: chunked\r\n\r\ne\r\n: keep-alive\n\n\r\n";
+                     Transfer-Encoding: chunked\r\n\r\n1\r\n\n\r\n";
 pub(super) const FULL: &str = "HTTP/1.1 429 Too Many Requests\r\nRetry-After: 1\r\nConnection: close\r\n\
                     Content-Length: 2\r\n\r\n{}";
 pub(super) const OTHER_MODEL: &str =

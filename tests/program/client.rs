@@ -159,11 +159,10 @@ impl Iterator for Events {
     /// The next event; `None` after `[DONE]`, which has to be the last.
     fn next(&mut self) -> Option<Value> {
         loop {
+            // Signs of life are empty lines, which begin no event.
+            self.text.drain(..self.text.len() - self.text.trim_start_matches('\n').len());
             if let Some(end) = self.text.find("\n\n") {
                 let event: String = self.text.drain(..end + 2).collect();
-                if event.starts_with(':') {
-                    continue;
-                }
                 let data = event.trim_end().strip_prefix("data: ").unwrap_or_else(|| panic!("no event: {event:?}"));
                 if data == "[DONE]" {
                     assert!(self.text.is_empty() && read_chunk(&mut self.reader).is_none(), "more after [DONE]");
