@@ -363,5 +363,9 @@ fn replayed(matcher: &mut Matcher, tokens: &[u32]) -> Result<(), LostTrack> {
 }
 
 fn write(writer: impl std::io::Write, value: &impl Serialize) -> Result<(), ApiError> {
-    serde_json::to_writer(writer, value).map_err(|_| ApiError::internal("The answer could not be written as JSON"))
+    serde_json::to_writer(writer, value).map_err(unwritable)
+}
+
+fn unwritable(_: serde_json::Error) -> ApiError {
+    ApiError::internal("The answer could not be written as JSON")
 }

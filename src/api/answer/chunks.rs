@@ -1,9 +1,13 @@
 //! How an answer becomes server-sent events, a chunk of it each.
 
-use bytes::{BufMut, BytesMut};
-use serde::Serialize;
+use std::io;
 
-use super::{Answer, Endpoint, write};
+use bytes::{BufMut, BytesMut};
+use memchr::memchr2_iter;
+use serde::Serialize;
+use serde_json::ser::Formatter;
+
+use super::{Answer, Endpoint, unwritable};
 use crate::api::{
     ApiError,
     logprobs::{ChatLogprobs, CompletionLogprobs},
@@ -147,7 +151,51 @@ impl Answer {
 
 fn write_event(buffer: &mut BytesMut, event: &impl Serialize) -> Result<(), ApiError> {
     buffer.extend_from_slice(b"data: ");
-    write(buffer.writer(), event)?;
+    let mut json = serde_json::Serializer::with_formatter(buffer.writer(), OneLine);
+    event.serialize(&mut json).map_err(unwritable)?;
     buffer.extend_from_slice(b"\n\n");
     Ok(())
+}
+
+/// JSON with three characters escaped that it need not escape: Python takes them for ends of lines, and clients in
+/// Python split streams into lines as it does.
+struct OneLine;
+
+impl Formatter for OneLine {
+    fn write_string_fragment<W: ?Sized + io::Write>(&mut self, writer: &mut W, fragment: &str) -> io::Result<()> {
+        let bytes = fragment.as_bytes();
+        let mut written = 0;
+        // What these three begin with, as other characters do.
+        for at in memchr2_iter(0xc2, 0xe2, bytes) {
+            let (escape, length) = match &bytes[at..] {
+                [0xc2, 0x85, ..] => (b"\\u0085", 2),
+                [0xe2, 0x80, 0xa8, ..] => (b"\\u2028", 3),
+                [0xe2, 0x80, 0xa9, ..] => (b"\\u2029", 3),
+                _ => continue,
+            };
+            writer.write_all(&bytes[written..at])?;
+            writer.write_all(escape)?;
+            written = at + length;
+        }
+        writer.write_all(&bytes[written..])
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::{Value, json};
+
+    use super::*;
+
+    #[test]
+    fn an_event_is_one_line_to_clients_in_python_too() {
+        let text = "a\u{2028}b\u{2028}\u{2029}\u{85}c\n\u{a0}é — “ü”\u{2027}\u{202a}🙂\u{2029}";
+        let mut buffer = BytesMut::new();
+        write_event(&mut buffer, &json!({ "text": text, text: "" })).unwrap();
+        let event = std::str::from_utf8(&buffer).unwrap();
+        let data = event.strip_prefix("data: ").and_then(|event| event.strip_suffix("\n\n")).unwrap();
+        assert!(!data.contains(['\u{85}', '\u{2028}', '\u{2029}', '\n']), "{data:?}");
+        assert!(data.contains("\u{a0}é — “ü”\u{2027}\u{202a}🙂"), "what is no end of a line is as it was: {data:?}");
+        assert_eq!(serde_json::from_str::<Value>(data).unwrap(), json!({ "text": text, text: "" }));
+    }
 }
