@@ -60,7 +60,8 @@ fn streamed(server: &Server, request: &Value) -> (Value, Value) {
     for chunk in server.stream(CHAT, &request).finish() {
         for choice in chunk["choices"].as_array().unwrap() {
             let delta = &choice["delta"];
-            thoughts += delta["reasoning_content"].as_str().unwrap_or_default();
+            assert_eq!(delta["reasoning"], delta["reasoning_content"]);
+            thoughts += delta["reasoning"].as_str().unwrap_or_default();
             content += delta["content"].as_str().unwrap_or_default();
             for call in delta["tool_calls"].as_array().into_iter().flatten() {
                 assert_eq!(call["index"], calls.len());
@@ -82,7 +83,8 @@ fn whole(choice: &Value) -> (Value, Value) {
     let message = &choice["message"];
     let text = |field: &str| message[field].as_str().unwrap_or_default();
     let calls = message["tool_calls"].as_array().cloned().unwrap_or_default();
-    let parts = json!({"thoughts": text("reasoning_content"), "content": text("content"), "calls": calls});
+    assert_eq!(message["reasoning"], message["reasoning_content"]);
+    let parts = json!({"thoughts": text("reasoning"), "content": text("content"), "calls": calls});
     (parts, choice["finish_reason"].clone())
 }
 
@@ -120,7 +122,7 @@ fn a_call_that_has_to_be_made_fits_what_was_offered_whole_and_streamed() {
         }));
         let choices = answered(&server, &request);
         let message = &choices[0]["message"];
-        assert_eq!((&message["content"], message.get("reasoning_content")), (&Value::Null, None));
+        assert_eq!((&message["content"], message.get("reasoning")), (&Value::Null, None));
         let (parts, finish) = whole(&choices[0]);
         assert_eq!((parts["calls"].as_array().unwrap().len(), &finish), (1, &json!("tool_calls")));
         assert_fits(&parts["calls"][0]);
@@ -216,7 +218,7 @@ fn what_the_prompt_opens_as_thoughts_is_thoughts() {
     assert_eq!(streamed(&server, &thinking(json!({}))).0, parts);
     // Nobody wants to see them.
     let hidden = answered(&server, &thinking(json!({"include_reasoning": false})));
-    assert_eq!((&hidden[0]["message"]["content"], hidden[0]["message"].get("reasoning_content")), (&json!(""), None));
+    assert_eq!((&hidden[0]["message"]["content"], hidden[0]["message"].get("reasoning")), (&json!(""), None));
     for field in ["logprobs", "return_token_ids"] {
         let spelled = thinking(json!({"include_reasoning": false, field: true}));
         let response = server.post(CHAT, &spelled);

@@ -245,6 +245,7 @@ impl Answer {
         ChatMessage {
             role: "assistant",
             content: pieces.content(),
+            reasoning: pieces.thoughts(),
             reasoning_content: pieces.thoughts(),
             tool_calls: pieces.calls.iter().map(|call| ToolCall::new(&self.id, index, call, false)).collect(),
             refusal: None,

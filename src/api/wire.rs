@@ -102,6 +102,10 @@ pub(crate) struct ChatMessage<'a> {
     pub(crate) role: &'static str,
     /// Null where there is something else instead.
     pub(crate) content: Option<&'a str>,
+    /// vLLM's name of the thoughts.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) reasoning: Option<&'a str>,
+    /// DeepSeek's and older vLLM's, with the same text.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) reasoning_content: Option<&'a str>,
     #[serde(skip_serializing_if = "Vec::is_empty")]
@@ -159,6 +163,10 @@ pub(crate) struct Delta<'a> {
     pub(crate) role: Option<&'static str>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) content: Option<&'a str>,
+    /// vLLM's name of the thoughts.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) reasoning: Option<&'a str>,
+    /// DeepSeek's and older vLLM's, with the same text.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) reasoning_content: Option<&'a str>,
     #[serde(skip_serializing_if = "Vec::is_empty")]

@@ -271,6 +271,7 @@ class Functions(unittest.TestCase):
         thoughts = [getattr(chunk.choices[0].delta, "reasoning_content", None) or "" for chunk in chunks]
         self.assertEqual("".join(thoughts), message.reasoning_content)
         self.assertTrue(message.reasoning_content)
+        self.assertEqual(message.reasoning, message.reasoning_content)
 
 
 class Errors(unittest.TestCase):

@@ -68,7 +68,8 @@ impl Choice {
     fn take(&mut self, choice: &Value) {
         let delta = &choice["delta"];
         self.text += choice["text"].as_str().or(delta["content"].as_str()).unwrap_or_default();
-        self.thoughts += delta["reasoning_content"].as_str().unwrap_or_default();
+        assert_eq!(delta["reasoning"], delta["reasoning_content"]);
+        self.thoughts += delta["reasoning"].as_str().unwrap_or_default();
         self.calls.extend(delta["tool_calls"].as_array().into_iter().flatten().cloned());
         self.roles += usize::from(delta["role"].is_string());
         let logprobs = &choice["logprobs"];

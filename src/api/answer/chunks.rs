@@ -114,6 +114,7 @@ impl Answer {
         Delta {
             role: None,
             content: pieces.content(),
+            reasoning: pieces.thoughts(),
             reasoning_content: pieces.thoughts(),
             tool_calls: pieces.calls.iter().map(|call| ToolCall::new(&self.id, index, call, true)).collect(),
         }
