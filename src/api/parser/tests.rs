@@ -103,7 +103,7 @@ fn call(name: &str, arguments: &str) -> (String, String) {
 fn calls_stand_between_marks_anywhere_in_an_answer() {
     let read = |text: &str| told(wanted(Thoughts::IfOpened, Some(CallFormat::Hermes)), text);
     let one = "<tool_call>\n{\"name\": \"f\", \"arguments\": {\"b\": 1.5, \"a\": [\"</tool_call>\"]}}\n</tool_call>";
-    let made = || call("f", "{\"b\":1.5,\"a\":[\"</tool_call>\"]}");
+    let made = || call("f", "{\"b\": 1.5, \"a\": [\"</tool_call>\"]}");
     assert_eq!(read(one), (String::new(), String::new(), vec![made()]));
     assert_eq!(read(&format!("{one}\n{one}")), (String::new(), String::new(), vec![made(), made()]));
     let text = format!("<think>\nI call f.\n</think>\n\nOne moment.\n\n{one}\nDone\n");
@@ -122,6 +122,22 @@ fn calls_stand_between_marks_anywhere_in_an_answer() {
     ] {
         let text = format!("<tool_call>{written}</tool_call>");
         assert_eq!(read(&text), (String::new(), String::new(), vec![call("f", arguments)]), "{text}");
+    }
+}
+
+#[test]
+fn arguments_are_told_as_they_were_written() {
+    let arguments = "{\"id\": 123456789012345678901234567890, \"price\": 0.10, \"a\": [1e3 ,-0]}";
+    for written in [
+        format!("{{\"name\": \"f\", \"arguments\": {arguments}}}"),
+        format!("{{ \"id\": {{\"arguments\": 1}}, \"p\\u0061rameters\" :\n{arguments} , \"name\": \"f\" }}"),
+        format!("{{\"more\": 7, \"parameters\":{arguments},\"name\":\"f\"}}"),
+    ] {
+        let between_marks = format!("<tool_call>\n{written}\n</tool_call>");
+        let hermes = told(wanted(Thoughts::No, Some(CallFormat::Hermes)), &between_marks);
+        assert_eq!(hermes.2, [call("f", arguments)], "{written}");
+        let bare = told(wanted(Thoughts::No, Some(CallFormat::Llama3Json)), &format!("{written}; {written}"));
+        assert_eq!(bare.2, [call("f", arguments), call("f", arguments)], "{written}");
     }
 }
 
@@ -194,7 +210,7 @@ fn marks_in_a_text_among_the_arguments_do_not_make_a_call_dear() {
 #[test]
 fn an_answer_that_is_json_may_be_calls() {
     let read = |text: &str| told(wanted(Thoughts::No, Some(CallFormat::Llama3Json)), text);
-    let made = vec![call("f", "{\"a\":1}"), call("g", "{}")];
+    let made = vec![call("f", "{\"a\": 1}"), call("g", "{}")];
     assert_eq!(read("{\"name\": \"f\", \"parameters\": {\"a\": 1}}").2, made[..1]);
     let both = "\n{\"type\": \"function\", \"name\": \"f\", \"parameters\": {\"a\": 1}}; \
                 {\"name\": \"g\", \"arguments\": {}}\n";
