@@ -102,11 +102,18 @@ fn a_chat_goes_on_where_it_was_cut() {
 }
 
 #[test]
-fn a_limit_beyond_the_context_is_what_is_left_of_it() {
+fn a_limit_beyond_the_context_or_none_is_what_is_left_of_it() {
     let start = || Worker::start(Options { max_model_len: 64, step: Duration::from_micros(300), ..Options::default() });
     let messages = json!([{"role": "user", "content": "Tell me something."}]);
-    for (path, mut request) in [(COMPLETIONS, json!({"prompt": "a"})), (CHAT, json!({ "messages": messages }))] {
-        (request["max_tokens"], request["ignore_eos"]) = (64_000.into(), true.into());
+    let completion = json!({"prompt": "a"});
+    let chat = json!({ "messages": messages });
+    for (path, mut request, field, limit) in [
+        (COMPLETIONS, completion.clone(), "max_tokens", 64_000),
+        (COMPLETIONS, completion, "max_tokens", -1),
+        (CHAT, chat.clone(), "max_tokens", 64_000),
+        (CHAT, chat, "max_completion_tokens", -1),
+    ] {
+        (request[field], request["ignore_eos"]) = (limit.into(), true.into());
         let answer = assert_cuts_do_not_show_on(start, path, request);
         assert_eq!(
             (&answer.choices[0].finishes[..], &answer.usage[0]["total_tokens"]),

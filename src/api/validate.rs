@@ -22,6 +22,8 @@ const STOP_TOKENS_MAX: usize = 256;
 const BIASES_MAX: usize = 300;
 /// A seed that stands for none, as in vLLM and llama.cpp.
 const NO_SEED: i64 = -1;
+/// A token limit that stands for none, as in llama.cpp.
+const NO_LIMIT: i64 = -1;
 
 /// What does not depend on the request: the model's own defaults and bounds.
 #[derive(Debug, Clone, Copy)]
@@ -176,6 +178,7 @@ pub(crate) fn refuse(field: &'static str, value: Option<Refused>) -> Result<(), 
 
 /// The token limit of a request, at least `min`.
 pub(crate) fn max_tokens(field: &'static str, value: Option<i64>, min: i64) -> Result<Option<u32>, ApiError> {
+    let value = value.filter(|&value| value != NO_LIMIT);
     value.map(|value| Ok(integer(field, Some(value), min..=i64::from(u32::MAX), 0)? as u32)).transpose()
 }
 
@@ -351,6 +354,12 @@ mod tests {
         let without = plan(SamplingFields::default()).unwrap();
         assert_eq!(plan(SamplingFields { seed: Some(-1), ..SamplingFields::default() }).unwrap(), without);
         assert!(!without.seeded);
+    }
+
+    #[test]
+    fn a_token_limit_of_minus_one_is_none() {
+        let limit = |value: i64| max_tokens("max_tokens", Some(value), 1).map_err(|error| error.param().is_some());
+        assert_eq!([limit(7), limit(-1), limit(-2)], [Ok(Some(7)), Ok(None), Err(true)]);
     }
 
     #[test]

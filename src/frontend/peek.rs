@@ -37,8 +37,9 @@ impl Peek {
         let text = fields.prompt.unwrap_or(fields.messages);
         // Where prompts show them, they mostly come first.
         let tools = fields.tools.unwrap_or_default();
-        // Out of range is for the worker to say: here a cast cuts it.
-        let wanted = fields.max_completion_tokens.or(fields.max_tokens).map_or(ANSWER_TOKENS, |tokens| tokens as u64);
+        // One below zero is none. Out of range is for the worker to say: here a cast cuts it.
+        let limit = fields.max_completion_tokens.or(fields.max_tokens).filter(|&tokens| tokens >= 0.0);
+        let wanted = limit.map_or(ANSWER_TOKENS, |tokens| tokens as u64);
         let choices = fields.n.map_or(1, |n| n as u64).clamp(1, 128);
         Some(Self {
             // As for the workers, an empty one is none.
@@ -250,7 +251,7 @@ mod tests {
     #[test]
     fn a_number_that_makes_no_sense_does_not_hide_the_model() {
         for (numbers, answer_tokens) in [
-            (r#""max_tokens": -1"#, 0),
+            (r#""max_tokens": -1"#, ANSWER_TOKENS),
             (r#""max_tokens": 100.0, "n": 2.0"#, 200),
             (r#""max_completion_tokens": 1e300, "n": 1e300"#, ANSWER_TOKENS * 128),
             (r#""n": -3, "max_tokens": 1.5"#, 1),
