@@ -293,6 +293,15 @@ fn tokens_and_text_are_each_others_inverse() {
 }
 
 #[test]
+fn tokens_are_called_what_the_vocabulary_calls_them() {
+    let server = Server::shared();
+    // None of them is text by itself.
+    let tokenized = ok(&server, "/tokenize", &json!({"prompt": "🙂", "return_token_strs": true}));
+    let names = tokenized["token_strs"].as_array().unwrap();
+    assert!(names.len() > 1 && names.iter().all(|name| name.as_str().is_some_and(|name| !name.contains('\u{fffd}'))));
+}
+
+#[test]
 fn texts_beyond_the_context_are_counted() {
     let server = Server::shared();
     let text = "All happy families are alike. ".repeat(500);

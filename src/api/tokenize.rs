@@ -18,7 +18,8 @@ pub(crate) struct Tokenized {
     count: usize,
     max_model_len: usize,
     tokens: Vec<u32>,
-    token_strs: Option<Vec<String>>,
+    /// Their names in the vocabulary.
+    token_strs: Option<Vec<Option<String>>>,
 }
 
 /// Answer of `POST /detokenize`.
@@ -69,7 +70,7 @@ pub(crate) async fn tokenize(
     let token_strs = request
         .return_token_strs
         .unwrap_or(false)
-        .then(|| tokens.iter().map(|&token| serving.config.tokenizer.token_text(token)).collect());
+        .then(|| tokens.iter().map(|&token| serving.config.tokenizer.token_name(token)).collect());
     Ok(Json(Tokenized { count: tokens.len(), max_model_len: serving.max_model_len(), tokens, token_strs }))
 }
 

@@ -96,6 +96,6 @@ mod tests {
         assert_eq!(tokens.len(), text.len());
         assert_eq!(tokenizer.decode(&tokens, true), text);
         assert_eq!(tokenizer.token_to_id(END), Some(256));
-        assert!(tokenizer.token_text(VOCAB_SIZE as u32 - 1).starts_with(' '));
+        assert!(tokenizer.token_bytes(VOCAB_SIZE as u32 - 1).starts_with(b" "));
     }
 }

@@ -116,9 +116,9 @@ impl Tokenizer {
         self.table.bytes(id)
     }
 
-    /// The text `id` adds, with U+FFFD for what is not UTF-8 by itself.
-    pub fn token_text(&self, id: u32) -> String {
-        String::from_utf8_lossy(self.token_bytes(id)).into_owned()
+    /// The name of a token in the vocabulary, of which each has one of its own; none for an id outside it.
+    pub fn token_name(&self, id: u32) -> Option<String> {
+        self.inner.id_to_token(id)
     }
 
     /// The id of a token by its name in the vocabulary (`<|im_end|>`, `Ġthe`).

@@ -57,13 +57,22 @@ fn qwen3s_ids_are_those_of_hugging_face() {
 fn special_tokens_have_names_and_ids() {
     let end = DEMO.token_to_id("<|im_end|>").unwrap();
     assert!(DEMO.is_special(end) && !DEMO.is_special(1000) && !DEMO.is_special(u32::MAX));
-    assert_eq!(DEMO.token_text(end), "<|im_end|>");
+    assert_eq!(DEMO.token_name(end).as_deref(), Some("<|im_end|>"));
     assert_eq!(DEMO.vocab_size(), 49_152);
     assert_eq!(DEMO.token_bytes(u32::MAX), b"");
     // Qwen3's tool call marks are added tokens, but text.
     let call = QWEN3.token_to_id("<tool_call>").unwrap();
     assert!(!QWEN3.is_special(call));
     assert_eq!(QWEN3.decode(&[call], true), "<tool_call>");
+}
+
+#[test]
+fn tokens_that_are_no_text_by_themselves_have_names_of_their_own() {
+    let ids = DEMO.encode("🙂", false).unwrap();
+    assert!(ids.len() > 1 && DEMO.token_name(u32::MAX).is_none());
+    for &id in &ids {
+        assert_eq!(DEMO.token_to_id(&DEMO.token_name(id).unwrap()), Some(id));
+    }
 }
 
 #[test]
@@ -148,7 +157,7 @@ fn sentence_piece_merges_by_score_and_falls_back_to_bytes() {
     let tokenizer = load(&sentence_piece()).unwrap();
     let names = |text: &str| -> Vec<String> {
         let ids = tokenizer.encode(text, true).unwrap();
-        ids.iter().map(|&id| tokenizer.inner.id_to_token(id).unwrap()).collect()
+        ids.iter().map(|&id| tokenizer.token_name(id).unwrap()).collect()
     };
     // `▁w` scores better than `or`, and so keeps `wor` from ever being made.
     assert_eq!(names("hello world"), ["<s>", "▁hello", "▁w", "or", "ld"]);

@@ -13,7 +13,7 @@ pub(crate) struct TokenizeRequest {
     pub(crate) tools: Option<ToolList>,
     /// Default: true for a text, false for a conversation, whose template writes special tokens itself.
     pub(crate) add_special_tokens: Option<bool>,
-    /// Whether the answer also has each token as text.
+    /// Whether the answer also has each token's name in the vocabulary.
     pub(crate) return_token_strs: Option<bool>,
     pub(crate) add_generation_prompt: Option<bool>,
     pub(crate) continue_final_message: Option<bool>,
