@@ -123,6 +123,7 @@ fn wrong_types_and_unknown_fields_are_refused_by_name() {
             ("messages[0].role", chat(json!({"messages": [{"content": "Hi"}]}))),
             ("temprature", chat(json!({"temprature": 1}))),
             ("stream_options.usage", chat(json!({"stream": true, "stream_options": {"usage": true}}))),
+            ("nvext.top_k", chat(json!({"nvext": {"top_k": 1}}))),
         ],
     );
     check(
@@ -214,6 +215,7 @@ fn what_only_vllm_has_is_refused_by_name_where_it_asks_for_something() {
             ("watermarking", json!({"watermarking": true})),
             ("early_stopping", json!({"early_stopping": true})),
             ("thinking_token_budget", json!({"thinking_token_budget": 100})),
+            ("nvext.annotations", json!({"nvext": {"annotations": ["request_id"]}})),
             ("guided_json", json!({"guided_json": {"type": "object"}})),
             ("guided_choice", json!({"guided_choice": ["a", "b"]})),
         ];
@@ -277,7 +279,8 @@ fn fields_of_vllm_that_ask_for_nothing_are_accepted() {
         "kv_transfer_params": null, "vllm_xargs": {}, "guided_json": null, "guided_regex": null, "guided_choice": null,
         "guided_grammar": null, "guided_decoding_backend": null, "guided_whitespace_pattern": null,
         "structured_outputs": null, "seed": -1, "top_k": 40.0, "max_tokens": 4.0, "truncation_side": null,
-        "logprob_token_ids": null, "return_token_offsets": false, "return_mm_kwargs": true,
+        "logprob_token_ids": null, "return_token_offsets": false, "return_mm_kwargs": true, "mm_payload": "none",
+        "nvext": {"annotations": []},
         "routed_experts_prompt_start": 0, "ec_transfer_params": null, "repetition_detection": null,
         "watermarking": null, "early_stopping": false, "thinking_token_budget": -1, "request_id": "r",
         "session_id": "s", "stream_interval": 1, "prompt_cache_options": {"mode": "explicit"},

@@ -124,6 +124,15 @@ pub(crate) struct StreamOptions {
     pub(crate) include_obfuscation: Option<Refused>,
 }
 
+/// `nvext`, in which Dynamo's benchmarks ask for answers of full length.
+#[derive(Debug, Clone, Copy, Default, Deserialize, PartialEq)]
+#[serde(deny_unknown_fields, default)]
+pub(crate) struct Nvext {
+    pub(crate) ignore_eos: Option<bool>,
+    /// Which events of Dynamo's own a stream is to have.
+    pub(crate) annotations: Option<Refused>,
+}
+
 /// How text is drawn and where it stops: the fields that both generating endpoints share, unchecked.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub(crate) struct SamplingFields {
@@ -210,6 +219,7 @@ macro_rules! generating_request {
             watermarking: Option<crate::api::types::Refused>,
             early_stopping: Option<crate::api::types::Refused>,
             thinking_token_budget: Option<f64>,
+            nvext: Option<crate::api::types::Nvext>,
             /// Older names of what is in `structured_outputs`.
             guided_json: Option<crate::api::types::Refused>,
             guided_regex: Option<crate::api::types::Refused>,
@@ -238,6 +248,9 @@ macro_rules! generating_request {
             _return_token_offsets: Option<serde::de::IgnoredAny>,
             #[serde(rename = "return_mm_kwargs")]
             _return_mm_kwargs: Option<serde::de::IgnoredAny>,
+            /// A newer name of the same.
+            #[serde(rename = "mm_payload")]
+            _mm_payload: Option<serde::de::IgnoredAny>,
         }
 
         impl $name {
@@ -257,7 +270,7 @@ macro_rules! generating_request {
                     min_tokens: self.min_tokens,
                     stop: self.stop.take(),
                     stop_token_ids: self.stop_token_ids.take(),
-                    ignore_eos: self.ignore_eos,
+                    ignore_eos: self.ignore_eos.or(self.nvext.and_then(|nvext| nvext.ignore_eos)),
                     include_stop_str_in_output: self.include_stop_str_in_output,
                     skip_special_tokens: self.skip_special_tokens,
                     return_token_ids: self.return_token_ids,
@@ -292,6 +305,7 @@ macro_rules! generating_request {
                     ("watermarking", asks(self.watermarking)),
                     ("early_stopping", asks(self.early_stopping)),
                     ("thinking_token_budget", self.thinking_token_budget.is_some_and(|budget| budget != -1.0)),
+                    ("nvext.annotations", asks(self.nvext.and_then(|nvext| nvext.annotations))),
                     ("guided_json", asks(self.guided_json)),
                     ("guided_regex", asks(self.guided_regex)),
                     ("guided_choice", asks(self.guided_choice)),
@@ -305,3 +319,21 @@ macro_rules! generating_request {
     };
 }
 pub(crate) use generating_request;
+
+#[cfg(test)]
+mod tests {
+    use crate::api::{extract::parse_json, types::CompletionRequest};
+
+    #[test]
+    fn dynamo_asks_for_answers_of_full_length_in_a_place_of_its_own() {
+        for (body, ignore_eos) in [
+            (r#"{"nvext": {"ignore_eos": true}}"#, Some(true)),
+            (r#"{"nvext": {"ignore_eos": true, "annotations": []}, "ignore_eos": false}"#, Some(false)),
+            (r#"{"nvext": {}}"#, None),
+            (r#"{"nvext": null}"#, None),
+        ] {
+            let mut request: CompletionRequest = parse_json(body.as_bytes()).unwrap();
+            assert_eq!(request.take_sampling().ignore_eos, ignore_eos, "{body}");
+        }
+    }
+}

@@ -12,7 +12,7 @@ mod whole;
 #[cfg(test)]
 pub(crate) use chat::TOOLS_MAX;
 pub(crate) use chat::{ChatRequest, Content, ContentPart, MESSAGES_MAX, Message, Messages, ToolCall, ToolList};
-pub(crate) use common::{LogitBias, Refused, SamplingFields, StreamOptions, Strings, generating_request};
+pub(crate) use common::{LogitBias, Nvext, Refused, SamplingFields, StreamOptions, Strings, generating_request};
 pub(crate) use completion::{CompletionRequest, Prompt};
 pub(crate) use form::{ResponseFormat, StructuredOutputs};
 pub(crate) use instead::instead_of;
