@@ -131,16 +131,14 @@ impl Scheduler {
         })
     }
 
-    /// Whether there are too few pages for the tokens of those that run, and nearly none left.
-    pub fn is_short(&self) -> bool {
+    /// Whether there are too few pages for the tokens of those that run and came before `arrival`, and nearly none
+    /// left.
+    pub fn is_short(&self, arrival: u64) -> bool {
+        let before = &self.running[..self.running.partition_point(|&slot| self.sequence(slot).arrival < arrival)];
+        // One whose last token is on its way needs no page for it.
+        let missing = |&slot: &SlotId| if self.sequence(slot).awaits_outcome() { 0 } else { self.missing_pages(slot) };
         let available = self.pool.available();
-        available < self.running.len()
-            && available < self.running.iter().map(|&slot| self.missing_pages(slot)).sum::<usize>()
-    }
-
-    /// When the oldest of those that run arrived.
-    pub fn oldest(&self) -> Option<u64> {
-        self.running.first().map(|&slot| self.sequence(slot).arrival)
+        available < before.len() && available < before.iter().map(missing).sum::<usize>()
     }
 
     /// Those among the ones that run of which no step has computed anything yet.

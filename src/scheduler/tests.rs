@@ -401,6 +401,22 @@ fn one_whose_pages_are_called_back_may_leave_again_when_there_is_room() {
 }
 
 #[test]
+fn pages_are_not_called_back_for_those_that_came_later() {
+    let mut fixture = Fixture::new(4, 100, 9);
+    fixture.add(0..4);
+    let away = fixture.add(100..117);
+    fixture.add(200..203);
+    let _loan = fixture.step_with_worker().1.pop();
+    for _ in 0..5 {
+        fixture.step();
+    }
+    // The oldest has just got its third page, the youngest needs its third.
+    assert_eq!((fixture.scheduler.pages().free, fixture.scheduler.pages().cached), (0, 0));
+    assert!(fixture.scheduler.is_short(u64::MAX));
+    assert!(!fixture.scheduler.is_short(fixture.scheduler.sequence(away).arrival()));
+}
+
+#[test]
 fn nor_is_it_in_the_queue_twice_if_there_are_too_few_pages_within_reach() {
     let mut fixture = Fixture::new(4, 100, 14);
     let a = fixture.add(0..13);
