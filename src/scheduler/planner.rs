@@ -199,7 +199,7 @@ impl Scheduler {
         if next == Next::BeingComputed {
             return false;
         }
-        // It waits for the page that comes from there. One that is computed here is done sooner, and may be short.
+        // It waits for the pages that come from there. One that is computed here is done sooner, and may be short.
         let leaves = self.leaves(slot, ahead, router);
         !(leaves && (next == Next::Elsewhere || self.send_away(at, plan, router)))
     }
@@ -268,18 +268,29 @@ impl Scheduler {
     /// waiting has an end; and those away come back.
     fn next_page(&self, slot: SlotId, oldest: Option<SlotId>, plan: &StepPlan) -> Next {
         let Some((page, hash)) = self.next_hash(slot) else { return Next::Ours };
-        let promises = |other: SlotId| {
-            let other = self.sequence(other);
-            other.num_computed < (page + 1) * self.hasher.block_size() && other.hashes.get(page) == Some(&hash)
-        };
-        let prompts = plan.entries().iter().filter(|entry| !entry.decode).map(|entry| entry.slot);
-        if prompts.chain(oldest).any(promises) {
+        let mut prompts = plan.entries().iter().filter(|entry| !entry.decode).map(|entry| entry.slot).chain(oldest);
+        if prompts.any(|other| self.promises(other, page, hash)) {
             Next::BeingComputed
-        } else if self.away.iter().any(|&other| promises(other)) {
+        } else if self.away.iter().any(|&other| self.brings_half(other, slot, page)) {
             Next::Elsewhere
         } else {
             Next::Ours
         }
+    }
+
+    /// Whether a page will be there once this prompt is computed, and is not yet.
+    fn promises(&self, slot: SlotId, page: usize, hash: PageHash) -> bool {
+        let sequence = self.sequence(slot);
+        sequence.num_computed < (page + 1) * self.hasher.block_size() && sequence.hashes.get(page) == Some(&hash)
+    }
+
+    /// Whether a prompt that is away brings half at least of the full pages that another one still lacks, from `page`
+    /// on. Hashes are chained: who has the page in the middle has those before it.
+    fn brings_half(&self, away: SlotId, slot: SlotId, page: usize) -> bool {
+        let sequence = self.sequence(slot);
+        let end = sequence.cacheable_tokens() / self.hasher.block_size();
+        let middle = (page + end - 1) / 2;
+        sequence.hashes.get(middle).is_some_and(|&hash| self.promises(away, middle, hash))
     }
 
     /// Reserves pages for the next `wanted` tokens of the sequence at `at`, from those that arrived after it if need
@@ -375,7 +386,7 @@ struct Ahead {
 enum Next {
     /// Another one's step computes the same page: wait for it.
     BeingComputed,
-    /// Another worker is, for an older sequence, and all of its prompt comes at once.
+    /// Another worker is, and half of what is missing at least: all of it comes at once.
     Elsewhere,
     /// Nobody else is.
     Ours,

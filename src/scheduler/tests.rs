@@ -334,6 +334,17 @@ fn equal_prompts_are_lent_once() {
 }
 
 #[test]
+fn one_waits_for_half_of_its_pages_to_come_and_not_for_less() {
+    for (common, loans) in [(8, 1), (4, 2)] {
+        let mut fixture = Fixture::new(4, 100, 100);
+        // Four pages each, but for the last token.
+        fixture.add((0..common).chain(100..117 - common));
+        fixture.add((0..common).chain(200..217 - common));
+        assert_eq!(fixture.step_with_worker().1.len(), loans, "of the first {common} tokens");
+    }
+}
+
+#[test]
 fn a_short_prompt_does_not_wait_for_a_page_of_one_that_is_away() {
     let mut fixture = Fixture::new(4, 100, 100);
     let long = fixture.add((0..4).chain(100..117));
@@ -348,9 +359,9 @@ fn a_short_prompt_does_not_wait_for_a_page_of_one_that_is_away() {
 #[test]
 fn nor_for_one_that_waits_for_it() {
     let mut fixture = Fixture::new(4, 100, 100);
-    let away = fixture.add((0..4).chain(100..117));
+    let away = fixture.add(0..21);
     // It would be sent away as well, once it is known what it finds.
-    fixture.add((0..4).chain(200..217));
+    fixture.add((0..16).chain(200..205));
     let short = fixture.add((0..4).chain([77]));
     let (entries, loans) = fixture.step_with_worker();
     assert_eq!((loans.len(), loans[0].slot, entries), (1, away, vec![(short, 0, 5)]));
