@@ -78,16 +78,17 @@ impl Scheduler {
         free + cached + owned + lent
     }
 
-    /// Pages that those who run or are away still need, and one beside for each: it may need it for its very next
-    /// token.
-    pub(super) fn spoken_for(&self) -> usize {
-        let all = self.running.iter().chain(&self.away);
-        all.map(|&slot| self.missing_pages(slot) + 1).sum()
+    /// Pages that those who run or are away and came before `arrival` still need, and one beside for each: it may need
+    /// it for its very next token.
+    pub(super) fn spoken_for(&self, arrival: u64) -> usize {
+        let before = |slot: &&SlotId| self.sequence(**slot).arrival < arrival;
+        let older = self.running.iter().chain(&self.away).filter(before);
+        older.map(|&slot| self.missing_pages(slot) + 1).sum()
     }
 
     /// Whether there are pages for all of a waiting sequence's prompt.
     fn enters(&self, slot: SlotId) -> bool {
-        let spoken_for = self.spoken_for();
+        let spoken_for = self.spoken_for(u64::MAX);
         let fits = |needed| spoken_for + needed <= self.pool.available();
         // Hits are looked up only if there is any room at all.
         let missing = self.missing_pages(slot);

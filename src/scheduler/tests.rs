@@ -396,6 +396,21 @@ fn nor_does_one_that_came_back_without_its_pages() {
 }
 
 #[test]
+fn pages_that_an_older_one_needs_are_not_lent() {
+    let mut fixture = Fixture::new(4, 100, 10);
+    let older = fixture.add(0..4);
+    fixture.step();
+    let lost = fixture.add(100..117);
+    let _loan = fixture.step_with_worker().1.pop();
+    fixture.scheduler.restart(lost, None, true);
+    // Four pages are in quarantine, and were four more lent, nobody could take them back for the older one.
+    for _ in 0..10 {
+        let (entries, loans) = fixture.step_with_worker();
+        assert!(loans.is_empty() && entries.iter().any(|entry| entry.0 == older));
+    }
+}
+
+#[test]
 fn one_whose_pages_are_called_back_may_leave_again_when_there_is_room() {
     let mut fixture = Fixture::new(4, 100, 10);
     let a = fixture.add(0..7);
