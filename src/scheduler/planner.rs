@@ -110,8 +110,13 @@ impl Scheduler {
         let mut prompts = std::mem::take(&mut self.prompts);
         self.list_prompts(&mut prompts);
         let decoding = self.running.len() - prompts.len();
-        let ahead = |queued| Ahead { decoding, queued, oldest: None };
-        let first = prompts.iter().position(|&slot| self.stays(slot, ahead(0), plan, router));
+        let first = (0..prompts.len()).find(|&at| {
+            // While it gets its half, those with less left get the other.
+            let left = self.sequence(prompts[at]).remaining();
+            let later = prompts[at + 1..].iter().map(|&slot| self.sequence(slot).remaining());
+            let queued = left.min(later.filter(|&other| other < left).sum());
+            self.stays(prompts[at], Ahead { decoding, queued, oldest: None }, plan, router)
+        });
         if let Some(first) = first {
             let oldest = prompts[first];
             let in_turn = &mut prompts[first..];
@@ -376,7 +381,7 @@ impl Scheduler {
 struct Ahead {
     /// Sequences that decode.
     decoding: usize,
-    /// Tokens of prompts that are computed before it is, at most.
+    /// Tokens of other prompts that are computed before all of it is, at most.
     queued: usize,
     /// The oldest that is computed here, if that is another one: it takes part in the step whoever else does.
     oldest: Option<SlotId>,

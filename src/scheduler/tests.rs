@@ -288,6 +288,33 @@ fn a_prompt_that_a_worker_lost_goes_where_the_router_says_which_hears_of_it() {
     assert_eq!(fixture.step_with_worker().0, [(a, 0, 17)]);
 }
 
+/// Computes everything here, and notes what it was asked.
+#[derive(Default)]
+struct Asked(Vec<Candidate>);
+
+impl Router for Asked {
+    fn is_open(&self) -> bool {
+        true
+    }
+
+    fn route(&mut self, candidate: Candidate) -> Route {
+        self.0.push(candidate);
+        Route::Local
+    }
+}
+
+#[test]
+fn the_router_hears_what_is_computed_here_before_a_prompt_ends_the_oldest_too() {
+    let mut fixture = Fixture::new(4, 16, 100);
+    fixture.add(0..100);
+    fixture.add(100..130);
+    fixture.add(200..220);
+    let mut asked = Asked::default();
+    fixture.scheduler.plan(&mut fixture.plan, &mut asked);
+    let heard: Vec<_> = asked.0.iter().map(|candidate| (candidate.tokens, candidate.queued)).collect();
+    assert_eq!(heard, [(100, 50), (20, 20), (30, 70)]);
+}
+
 #[test]
 fn a_prompt_that_came_back_is_sent_away_again_however_full_the_step_is() {
     let mut fixture = Fixture::new(4, 4, 100);
