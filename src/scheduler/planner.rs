@@ -333,7 +333,9 @@ impl Scheduler {
 
     fn preempt(&mut self, at: usize, plan: &mut StepPlan) {
         let slot = self.running.remove(at);
-        plan.preempt(slot, self.sequence(slot).table.len());
+        let sequence = self.sequence(slot);
+        // One that was let in and not begun has nothing, and one whose last token is on its way never starts again.
+        plan.preempt(slot, !sequence.table.is_empty() && !sequence.awaits_outcome());
         self.wait_again(slot);
     }
 

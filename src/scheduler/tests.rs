@@ -176,6 +176,22 @@ fn the_youngest_gives_its_pages_and_returns_before_later_arrivals() {
 }
 
 #[test]
+fn one_whose_last_token_is_on_its_way_gives_its_pages_and_loses_nothing() {
+    let mut fixture = Fixture::new(4, 100, 3);
+    let a = fixture.add(0..3);
+    let prompt: Vec<u32> = (100..104).collect();
+    let b = fixture.scheduler.add(Sequence::new(&prompt, 2, false, &fixture.hasher)).unwrap();
+    assert_eq!(fixture.step(), [(a, 0, 3), (b, 0, 4)]);
+    assert_eq!(fixture.plan(), [(a, 3, 1), (b, 4, 1)]);
+    fixture.scheduler.commit(&fixture.plan);
+    fixture.scheduler.push_token(a, 9999);
+    fixture.scheduler.push_drawn(b, 1);
+    // `a` needs a second page, and `b` has two.
+    assert_eq!(fixture.step(), [(a, 4, 1)]);
+    assert_eq!((fixture.scheduler.waiting(), fixture.plan.preempted()), (1, 0));
+}
+
+#[test]
 fn a_prompt_is_let_in_when_there_are_pages_for_all_of_it() {
     let mut fixture = Fixture::new(4, 6, 8);
     let a = fixture.add(0..20);
