@@ -65,7 +65,7 @@ impl Scheduler {
         debug_assert!(self.sequence(slot).prefill_only, "only what is computed for another worker is held");
         if !self.held.contains(&slot) {
             self.running.retain(|&other| other != slot);
-            self.waiting.retain(|&other| other != slot);
+            self.stop_waiting(slot);
             self.held.push(slot);
         }
     }

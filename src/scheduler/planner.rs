@@ -39,14 +39,13 @@ impl Scheduler {
     /// beside those in quarantine.
     fn let_in(&mut self, plan: &mut StepPlan) {
         while self.running.len() + self.away.len() < self.limits.max_num_seqs {
-            let Some(first) = self.first_that_could_enter() else { return };
-            let slot = self.waiting[first];
+            let Some(slot) = self.first_that_could_enter() else { return };
             // What was on its way when one was preempted is known by the next plan.
             debug_assert!(!self.sequence(slot).is_drawn_ahead() && !self.sequence(slot).awaits_outcome());
             if !self.enters(slot) {
                 return;
             }
-            self.waiting.remove(first);
+            self.stop_waiting(slot);
             self.run(slot);
             // It was let in with what it shares with others.
             self.take_hits(slot, plan);
@@ -66,9 +65,9 @@ impl Scheduler {
     }
 
     /// The first who waits and is not too long for the pages within reach.
-    fn first_that_could_enter(&self) -> Option<usize> {
+    fn first_that_could_enter(&self) -> Option<SlotId> {
         let pages = self.pages_within_reach();
-        self.waiting.iter().position(|&slot| self.missing_pages(slot) <= pages)
+        self.waiting.iter().copied().find(|&slot| self.missing_pages(slot) <= pages)
     }
 
     /// Pages there are when all that runs is gone. Those in quarantine are not among them: how long they stay there is
@@ -359,6 +358,7 @@ impl Scheduler {
         let sequence = self.slots[slot.index()].as_mut().expect("a running sequence has its slot");
         sequence.table.release(&mut self.pool);
         sequence.restart();
+        self.waiting_tokens += sequence.remaining();
         let arrival = sequence.arrival;
         let at = self.waiting.partition_point(|&other| self.sequence(other).arrival < arrival);
         self.waiting.insert(at, slot);

@@ -45,6 +45,8 @@ pub struct Scheduler {
     /// Both in order of arrival.
     pub(super) running: Vec<SlotId>,
     pub(super) waiting: VecDeque<SlotId>,
+    /// Tokens of all that wait, which may be many: each step asks for the sum.
+    pub(super) waiting_tokens: usize,
     /// Sequences whose prompt another worker computes.
     pub(super) away: Vec<SlotId>,
     /// Prefill-only sequences that are computed, or stopped, and whose pages somebody reads.
@@ -69,6 +71,7 @@ impl Scheduler {
             free_slots: (0..max_sequences).rev().map(SlotId).collect(),
             running: Vec::with_capacity(limits.max_num_seqs),
             waiting: VecDeque::with_capacity(limits.max_sequences),
+            waiting_tokens: 0,
             away: Vec::with_capacity(limits.max_num_seqs),
             held: Vec::with_capacity(limits.max_sequences),
             arrivals: 0,
@@ -88,6 +91,7 @@ impl Scheduler {
         let slot = self.free_slots.pop()?;
         sequence.arrival = self.arrivals;
         self.arrivals += 1;
+        self.waiting_tokens += sequence.remaining();
         self.slots[slot.index()] = Some(sequence);
         self.waiting.push_back(slot);
         Some(slot)
@@ -97,14 +101,22 @@ impl Scheduler {
     /// until [`Scheduler::free_lent`].
     pub fn remove(&mut self, slot: SlotId) -> Option<Sequence> {
         self.recall(slot);
+        self.stop_waiting(slot);
         let mut sequence = self.slots[slot.index()].take()?;
         self.running.retain(|&other| other != slot);
-        self.waiting.retain(|&other| other != slot);
         self.away.retain(|&other| other != slot);
         self.held.retain(|&other| other != slot);
         self.free_slots.push(slot);
         sequence.table.release(&mut self.pool);
         Some(sequence)
+    }
+
+    /// Takes a sequence out of the queue, if it is there.
+    pub(super) fn stop_waiting(&mut self, slot: SlotId) {
+        if let Some(at) = self.waiting.iter().position(|&other| other == slot) {
+            self.waiting.remove(at);
+            self.waiting_tokens -= self.sequence(slot).remaining();
+        }
     }
 
     /// The sequence in a slot that is taken.
@@ -124,8 +136,8 @@ impl Scheduler {
 
     /// Tokens of all sequences: those still to be computed, and those that are.
     pub fn tokens(&self) -> (usize, usize) {
-        let queues = self.running.iter().chain(&self.waiting).chain(&self.away);
-        queues.fold((0, 0), |(pending, computed), &slot| {
+        let others = self.running.iter().chain(&self.away);
+        others.fold((self.waiting_tokens, 0), |(pending, computed), &slot| {
             let sequence = self.sequence(slot);
             (pending + sequence.remaining(), computed + sequence.num_computed)
         })
@@ -236,6 +248,8 @@ impl Scheduler {
         for &slot in &self.waiting {
             assert!(self.sequence(slot).table.is_empty(), "a waiting sequence holds pages");
         }
+        let tokens: usize = self.waiting.iter().map(|&slot| self.sequence(slot).remaining()).sum();
+        assert_eq!(tokens, self.waiting_tokens, "tokens that wait are counted wrongly");
         for &slot in &self.running {
             let sequence = self.sequence(slot);
             assert_eq!(sequence.table.len(), self.pages_for(sequence.num_computed), "pages and tokens disagree");

@@ -192,6 +192,21 @@ fn one_whose_last_token_is_on_its_way_gives_its_pages_and_loses_nothing() {
 }
 
 #[test]
+fn tokens_are_counted_of_those_that_wait_too() {
+    let mut fixture = Fixture::new(1, 100, 100);
+    fixture.add(0..5);
+    let b = fixture.add(100..120);
+    let c = fixture.add(200..230);
+    assert_eq!(fixture.scheduler.tokens(), (55, 0));
+    fixture.step();
+    assert_eq!(fixture.scheduler.tokens(), (1 + 50, 5));
+    fixture.scheduler.remove(b);
+    assert_eq!(fixture.scheduler.tokens(), (1 + 30, 5));
+    fixture.scheduler.remove(c);
+    assert_eq!(fixture.scheduler.tokens(), (1, 5));
+}
+
+#[test]
 fn a_prompt_is_let_in_when_there_are_pages_for_all_of_it() {
     let mut fixture = Fixture::new(4, 6, 8);
     let a = fixture.add(0..20);

@@ -425,7 +425,7 @@ impl<R: Runner> Engine<R> {
         self.shared.computed_tokens.store(computed, Ordering::Relaxed);
     }
 
-    /// The part of it that takes no look at all who wait: many may end in one step.
+    /// The part of it that adds up no tokens: many may end in one step.
     fn publish_counts(&self) {
         let metrics = &self.shared.metrics;
         let pages = self.scheduler.pages();
