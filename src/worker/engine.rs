@@ -32,6 +32,9 @@ use crate::{
 /// without waking anybody.
 const MAILBOX_PAUSE: Duration = Duration::from_micros(300);
 
+/// For how long nobody has to have come before all pages are looked at, which takes milliseconds.
+pub(super) const QUIET: Duration = Duration::from_millis(100);
+
 /// Why an engine ends whose device does not say when adapters' writes are over.
 const LOST_PAGES: &str = "the device cannot be made to wait for what RDMA adapters wrote to its memory, so pages could \
                           change under whatever is computed in them; see what its driver says in the log; with \
@@ -243,8 +246,11 @@ impl<R: Runner> Engine<R> {
                     Err(RecvTimeoutError::Disconnected) => return Turn::Stop,
                 }
             } else if self.scheduler.is_empty() || self.lending.is_none() {
-                self.check_integrity();
-                let received = self.messages.recv();
+                let mut received = self.messages.recv_timeout(QUIET);
+                if matches!(received, Err(RecvTimeoutError::Timeout)) {
+                    self.check_integrity();
+                    received = self.messages.recv().map_err(RecvTimeoutError::from);
+                }
                 self.begin();
                 match received {
                     Ok(message) => self.take(message),
