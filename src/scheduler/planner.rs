@@ -14,10 +14,8 @@ impl Scheduler {
         self.find_prompts(plan);
         self.let_in(plan);
         self.plan_decodes(plan);
-        let mut budget = self.limits.max_num_batched_tokens - plan.tokens();
-        if plan.tokens() > 0 {
-            budget = budget.min(self.chunk_beside_decodes);
-        }
+        let chunk = if plan.tokens() > 0 { self.chunk_beside_decodes } else { self.chunk_alone };
+        let budget = chunk.min(self.limits.max_num_batched_tokens - plan.tokens());
         self.plan_prompts(budget, plan, router);
         debug_assert!(plan.tokens() <= self.limits.max_num_batched_tokens);
         debug_assert!(

@@ -54,6 +54,8 @@ pub struct Scheduler {
     arrivals: u64,
     /// Prompt tokens of a step in which others decode, at most.
     pub(super) chunk_beside_decodes: usize,
+    /// Prompt tokens of a step in which nobody decodes, at most.
+    pub(super) chunk_alone: usize,
     /// Those whose prompts the step that is being planned shares itself out among.
     pub(super) prompts: Vec<SlotId>,
 }
@@ -76,14 +78,20 @@ impl Scheduler {
             held: Vec::with_capacity(limits.max_sequences),
             arrivals: 0,
             chunk_beside_decodes: limits.max_num_batched_tokens,
+            chunk_alone: limits.max_num_batched_tokens,
             prompts: Vec::with_capacity(limits.max_num_seqs),
         }
     }
 
     /// From now on prompts get at most so many tokens, at least one, of a step in which others decode, and have to wait
-    /// for it. Without decodes a step is as large as the limits say.
+    /// for it.
     pub fn cut_chunks_beside_decodes(&mut self, tokens: usize) {
         self.chunk_beside_decodes = tokens.max(1);
+    }
+
+    /// The same for steps in which nobody decodes.
+    pub fn cut_chunks_alone(&mut self, tokens: usize) {
+        self.chunk_alone = tokens.max(1);
     }
 
     /// Queues a sequence, last. `None`: all slots are taken, and the sequence is gone.

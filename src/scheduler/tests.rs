@@ -364,6 +364,17 @@ fn a_prompt_that_came_back_is_sent_away_again_however_full_the_step_is() {
 }
 
 #[test]
+fn alone_a_prompt_gets_the_chunk_it_is_given_for_that() {
+    let mut fixture = Fixture::new(4, 20, 100);
+    fixture.scheduler.cut_chunks_alone(6);
+    let a = fixture.add(0..10);
+    assert_eq!(fixture.step(), [(a, 0, 6)]);
+    assert_eq!(fixture.step(), [(a, 6, 4)]);
+    let b = fixture.add(100..140);
+    assert_eq!(fixture.step(), [(a, 10, 1), (b, 0, 19)]);
+}
+
+#[test]
 fn beside_decodes_a_prompt_gets_the_chunk_it_is_given_and_alone_all_of_the_step() {
     let mut fixture = Fixture::new(4, 20, 100);
     fixture.scheduler.cut_chunks_beside_decodes(6);

@@ -203,6 +203,7 @@ impl<R: Runner> Engine<R> {
         shared.metrics.observe_step(StepKind::of(plan.entries().len(), decodes), took);
         pace.stepped(prompt_tokens, decodes, took);
         scheduler.cut_chunks_beside_decodes(pace.chunk());
+        scheduler.cut_chunks_alone(pace.chunk_alone());
     }
 
     /// Decides what the next step computes, and sends away what others compute.
