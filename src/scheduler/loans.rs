@@ -75,8 +75,8 @@ impl Scheduler {
         self.away.len()
     }
 
-    /// Lends the running sequence at `at` all pages that its prompt still needs, and sends it away, if there are as many
-    /// beside those that older ones need: once somebody has claimed them, nobody can take them back.
+    /// Lends the running sequence at `at` all pages that its prompt still needs, and sends it away, if there are as
+    /// many beside those that older ones need: once somebody has claimed them, nobody can take them back.
     pub(super) fn lend(&mut self, at: usize) -> Option<Loan> {
         let slot = self.running[at];
         let needed = self.pages_to_lend(slot);

@@ -194,6 +194,17 @@ fn one_whose_last_token_is_on_its_way_gives_its_pages_and_loses_nothing() {
 }
 
 #[test]
+fn nor_does_it_need_a_page_for_that_token() {
+    let mut fixture = Fixture::new(4, 100, 1);
+    let ends = fixture.scheduler.add(Sequence::new(&[0, 1, 2], 2, false, &fixture.hasher)).unwrap();
+    fixture.step();
+    fixture.plan();
+    fixture.scheduler.commit(&fixture.plan);
+    fixture.scheduler.push_drawn(ends, 0);
+    assert!(!fixture.scheduler.is_short(u64::MAX));
+}
+
+#[test]
 fn tokens_are_counted_of_those_that_wait_too() {
     let mut fixture = Fixture::new(1, 100, 100);
     fixture.add(0..5);
