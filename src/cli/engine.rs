@@ -27,8 +27,8 @@ pub struct EngineArgs {
     #[arg(long, value_name = "N", help_heading = "Engine")]
     pub max_num_seqs: Option<usize>,
 
-    /// Tokens computed in one step: longer prompts are prefilled in several, between which others generate [default:
-    /// 512, on a CUDA device 2048, and no less than --max-num-seqs]
+    /// Tokens computed in one step at most: longer prompts are prefilled in several, between which others generate
+    /// [default: 512, on a CUDA device 2048, and no less than --max-num-seqs]
     #[arg(long, value_name = "TOKENS", help_heading = "Engine")]
     pub max_num_batched_tokens: Option<usize>,
 

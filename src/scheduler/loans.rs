@@ -43,7 +43,7 @@ impl Scheduler {
     /// Takes pages that nobody needs, at most `wished` and an eighth of those that are to be had, for somebody who
     /// measures. They are in quarantine until [`Scheduler::free_lent`].
     pub fn lend_scratch(&mut self, wished: usize) -> Box<[LentPage]> {
-        let count = wished.min(self.pool.available().saturating_sub(self.spoken_for()) / 8);
+        let count = wished.min(self.pool.available().saturating_sub(self.spoken_for(u64::MAX)) / 8);
         let Self { pool, .. } = self;
         let pages: Box<[_]> = (0..count).filter_map(|_| pool.allocate().map(|page| pool.lend(page))).collect();
         for page in &pages {
@@ -65,7 +65,7 @@ impl Scheduler {
         debug_assert!(self.sequence(slot).prefill_only, "only what is computed for another worker is held");
         if !self.held.contains(&slot) {
             self.running.retain(|&other| other != slot);
-            self.waiting.retain(|&other| other != slot);
+            self.stop_waiting(slot);
             self.held.push(slot);
         }
     }
@@ -75,12 +75,12 @@ impl Scheduler {
         self.away.len()
     }
 
-    /// Lends the running sequence at `at` all pages that its prompt still needs, if there are as many, and sends it
-    /// away.
+    /// Lends the running sequence at `at` all pages that its prompt still needs, and sends it away, if there are as
+    /// many beside those that older ones need: once somebody has claimed them, nobody can take them back.
     pub(super) fn lend(&mut self, at: usize) -> Option<Loan> {
         let slot = self.running[at];
         let needed = self.pages_to_lend(slot);
-        if self.pool.available() < needed {
+        if self.pool.available() < needed + self.spoken_for(self.sequence(slot).arrival) {
             return None;
         }
         let Self { pool, slots, .. } = self;

@@ -67,7 +67,7 @@ impl StepPlan {
         self.entries.iter().filter(|entry| !entry.decode).map(|entry| entry.len).sum()
     }
 
-    /// Sequences that lost their pages to older ones.
+    /// Sequences that lost what was computed of them to older ones.
     pub fn preempted(&self) -> usize {
         self.preempted
     }
@@ -90,9 +90,9 @@ impl StepPlan {
         self.entries.push(entry);
     }
 
-    /// Takes out a preempted sequence, which had so many pages: perhaps none, as one that was let in and not begun.
-    pub(super) fn preempt(&mut self, slot: SlotId, pages: usize) {
-        self.preempted += usize::from(pages > 0);
+    /// Takes out a preempted sequence, which is to compute again what it `loses`, if that is anything.
+    pub(super) fn preempt(&mut self, slot: SlotId, loses: bool) {
+        self.preempted += usize::from(loses);
         if let Some(at) = self.entries.iter().position(|entry| entry.slot == slot) {
             self.tokens -= self.entries.remove(at).len;
         }

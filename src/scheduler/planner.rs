@@ -14,10 +14,8 @@ impl Scheduler {
         self.find_prompts(plan);
         self.let_in(plan);
         self.plan_decodes(plan);
-        let mut budget = self.limits.max_num_batched_tokens - plan.tokens();
-        if plan.tokens() > 0 {
-            budget = budget.min(self.chunk_beside_decodes);
-        }
+        let chunk = if plan.tokens() > 0 { self.chunk_beside_decodes } else { self.chunk_alone };
+        let budget = chunk.min(self.limits.max_num_batched_tokens - plan.tokens());
         self.plan_prompts(budget, plan, router);
         debug_assert!(plan.tokens() <= self.limits.max_num_batched_tokens);
         debug_assert!(
@@ -39,14 +37,13 @@ impl Scheduler {
     /// beside those in quarantine.
     fn let_in(&mut self, plan: &mut StepPlan) {
         while self.running.len() + self.away.len() < self.limits.max_num_seqs {
-            let Some(first) = self.first_that_could_enter() else { return };
-            let slot = self.waiting[first];
+            let Some(slot) = self.first_that_could_enter() else { return };
             // What was on its way when one was preempted is known by the next plan.
             debug_assert!(!self.sequence(slot).is_drawn_ahead() && !self.sequence(slot).awaits_outcome());
             if !self.enters(slot) {
                 return;
             }
-            self.waiting.remove(first);
+            self.stop_waiting(slot);
             self.run(slot);
             // It was let in with what it shares with others.
             self.take_hits(slot, plan);
@@ -66,9 +63,9 @@ impl Scheduler {
     }
 
     /// The first who waits and is not too long for the pages within reach.
-    fn first_that_could_enter(&self) -> Option<usize> {
+    fn first_that_could_enter(&self) -> Option<SlotId> {
         let pages = self.pages_within_reach();
-        self.waiting.iter().position(|&slot| self.missing_pages(slot) <= pages)
+        self.waiting.iter().copied().find(|&slot| self.missing_pages(slot) <= pages)
     }
 
     /// Pages there are when all that runs is gone. Those in quarantine are not among them: how long they stay there is
@@ -78,16 +75,17 @@ impl Scheduler {
         free + cached + owned + lent
     }
 
-    /// Pages that those who run or are away still need, and one beside for each: it may need it for its very next
-    /// token.
-    pub(super) fn spoken_for(&self) -> usize {
-        let all = self.running.iter().chain(&self.away);
-        all.map(|&slot| self.missing_pages(slot) + 1).sum()
+    /// Pages that those who run or are away and came before `arrival` still need, and one beside for each: it may need
+    /// it for its very next token.
+    pub(super) fn spoken_for(&self, arrival: u64) -> usize {
+        let before = |slot: &&SlotId| self.sequence(**slot).arrival < arrival;
+        let older = self.running.iter().chain(&self.away).filter(before);
+        older.map(|&slot| self.missing_pages(slot) + 1).sum()
     }
 
     /// Whether there are pages for all of a waiting sequence's prompt.
     fn enters(&self, slot: SlotId) -> bool {
-        let spoken_for = self.spoken_for();
+        let spoken_for = self.spoken_for(u64::MAX);
         let fits = |needed| spoken_for + needed <= self.pool.available();
         // Hits are looked up only if there is any room at all.
         let missing = self.missing_pages(slot);
@@ -109,8 +107,13 @@ impl Scheduler {
         let mut prompts = std::mem::take(&mut self.prompts);
         self.list_prompts(&mut prompts);
         let decoding = self.running.len() - prompts.len();
-        let ahead = |queued| Ahead { decoding, queued, oldest: None };
-        let first = prompts.iter().position(|&slot| self.stays(slot, ahead(0), plan, router));
+        let first = (0..prompts.len()).find(|&at| {
+            // While it gets its half, those with less left get the other.
+            let left = self.sequence(prompts[at]).remaining();
+            let later = prompts[at + 1..].iter().map(|&slot| self.sequence(slot).remaining());
+            let queued = left.min(later.filter(|&other| other < left).sum());
+            self.stays(prompts[at], Ahead { decoding, queued, oldest: None }, plan, router)
+        });
         if let Some(first) = first {
             let oldest = prompts[first];
             let in_turn = &mut prompts[first..];
@@ -199,7 +202,7 @@ impl Scheduler {
         if next == Next::BeingComputed {
             return false;
         }
-        // It waits for the page that comes from there. One that is computed here is done sooner, and may be short.
+        // It waits for the pages that come from there. One that is computed here is done sooner, and may be short.
         let leaves = self.leaves(slot, ahead, router);
         !(leaves && (next == Next::Elsewhere || self.send_away(at, plan, router)))
     }
@@ -268,18 +271,29 @@ impl Scheduler {
     /// waiting has an end; and those away come back.
     fn next_page(&self, slot: SlotId, oldest: Option<SlotId>, plan: &StepPlan) -> Next {
         let Some((page, hash)) = self.next_hash(slot) else { return Next::Ours };
-        let promises = |other: SlotId| {
-            let other = self.sequence(other);
-            other.num_computed < (page + 1) * self.hasher.block_size() && other.hashes.get(page) == Some(&hash)
-        };
-        let prompts = plan.entries().iter().filter(|entry| !entry.decode).map(|entry| entry.slot);
-        if prompts.chain(oldest).any(promises) {
+        let mut prompts = plan.entries().iter().filter(|entry| !entry.decode).map(|entry| entry.slot).chain(oldest);
+        if prompts.any(|other| self.promises(other, page, hash)) {
             Next::BeingComputed
-        } else if self.away.iter().any(|&other| promises(other)) {
+        } else if self.away.iter().any(|&other| self.brings_half(other, slot, page)) {
             Next::Elsewhere
         } else {
             Next::Ours
         }
+    }
+
+    /// Whether a page will be there once this prompt is computed, and is not yet.
+    fn promises(&self, slot: SlotId, page: usize, hash: PageHash) -> bool {
+        let sequence = self.sequence(slot);
+        sequence.num_computed < (page + 1) * self.hasher.block_size() && sequence.hashes.get(page) == Some(&hash)
+    }
+
+    /// Whether a prompt that is away brings half at least of the full pages that another one still lacks, from `page`
+    /// on. Hashes are chained: who has the page in the middle has those before it.
+    fn brings_half(&self, away: SlotId, slot: SlotId, page: usize) -> bool {
+        let sequence = self.sequence(slot);
+        let end = sequence.cacheable_tokens() / self.hasher.block_size();
+        let middle = (page + end - 1) / 2;
+        sequence.hashes.get(middle).is_some_and(|&hash| self.promises(away, middle, hash))
     }
 
     /// Reserves pages for the next `wanted` tokens of the sequence at `at`, from those that arrived after it if need
@@ -316,7 +330,9 @@ impl Scheduler {
 
     fn preempt(&mut self, at: usize, plan: &mut StepPlan) {
         let slot = self.running.remove(at);
-        plan.preempt(slot, self.sequence(slot).table.len());
+        let sequence = self.sequence(slot);
+        // One that was let in and not begun has nothing, and one whose last token is on its way never starts again.
+        plan.preempt(slot, !sequence.table.is_empty() && !sequence.awaits_outcome());
         self.wait_again(slot);
     }
 
@@ -340,6 +356,7 @@ impl Scheduler {
         let sequence = self.slots[slot.index()].as_mut().expect("a running sequence has its slot");
         sequence.table.release(&mut self.pool);
         sequence.restart();
+        self.waiting_tokens += sequence.remaining();
         let arrival = sequence.arrival;
         let at = self.waiting.partition_point(|&other| self.sequence(other).arrival < arrival);
         self.waiting.insert(at, slot);
@@ -364,7 +381,7 @@ impl Scheduler {
 struct Ahead {
     /// Sequences that decode.
     decoding: usize,
-    /// Tokens of prompts that are computed before it is, at most.
+    /// Tokens of other prompts that are computed before all of it is, at most.
     queued: usize,
     /// The oldest that is computed here, if that is another one: it takes part in the step whoever else does.
     oldest: Option<SlotId>,
@@ -375,7 +392,7 @@ struct Ahead {
 enum Next {
     /// Another one's step computes the same page: wait for it.
     BeingComputed,
-    /// Another worker is, for an older sequence, and all of its prompt comes at once.
+    /// Another worker is, and half of what is missing at least: all of it comes at once.
     Elsewhere,
     /// Nobody else is.
     Ours,

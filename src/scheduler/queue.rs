@@ -45,6 +45,8 @@ pub struct Scheduler {
     /// Both in order of arrival.
     pub(super) running: Vec<SlotId>,
     pub(super) waiting: VecDeque<SlotId>,
+    /// Tokens of all that wait, which may be many: each step asks for the sum.
+    pub(super) waiting_tokens: usize,
     /// Sequences whose prompt another worker computes.
     pub(super) away: Vec<SlotId>,
     /// Prefill-only sequences that are computed, or stopped, and whose pages somebody reads.
@@ -52,6 +54,8 @@ pub struct Scheduler {
     arrivals: u64,
     /// Prompt tokens of a step in which others decode, at most.
     pub(super) chunk_beside_decodes: usize,
+    /// Prompt tokens of a step in which nobody decodes, at most.
+    pub(super) chunk_alone: usize,
     /// Those whose prompts the step that is being planned shares itself out among.
     pub(super) prompts: Vec<SlotId>,
 }
@@ -69,18 +73,25 @@ impl Scheduler {
             free_slots: (0..max_sequences).rev().map(SlotId).collect(),
             running: Vec::with_capacity(limits.max_num_seqs),
             waiting: VecDeque::with_capacity(limits.max_sequences),
+            waiting_tokens: 0,
             away: Vec::with_capacity(limits.max_num_seqs),
             held: Vec::with_capacity(limits.max_sequences),
             arrivals: 0,
             chunk_beside_decodes: limits.max_num_batched_tokens,
+            chunk_alone: limits.max_num_batched_tokens,
             prompts: Vec::with_capacity(limits.max_num_seqs),
         }
     }
 
     /// From now on prompts get at most so many tokens, at least one, of a step in which others decode, and have to wait
-    /// for it. Without decodes a step is as large as the limits say.
+    /// for it.
     pub fn cut_chunks_beside_decodes(&mut self, tokens: usize) {
         self.chunk_beside_decodes = tokens.max(1);
+    }
+
+    /// The same for steps in which nobody decodes.
+    pub fn cut_chunks_alone(&mut self, tokens: usize) {
+        self.chunk_alone = tokens.max(1);
     }
 
     /// Queues a sequence, last. `None`: all slots are taken, and the sequence is gone.
@@ -88,6 +99,7 @@ impl Scheduler {
         let slot = self.free_slots.pop()?;
         sequence.arrival = self.arrivals;
         self.arrivals += 1;
+        self.waiting_tokens += sequence.remaining();
         self.slots[slot.index()] = Some(sequence);
         self.waiting.push_back(slot);
         Some(slot)
@@ -97,14 +109,22 @@ impl Scheduler {
     /// until [`Scheduler::free_lent`].
     pub fn remove(&mut self, slot: SlotId) -> Option<Sequence> {
         self.recall(slot);
+        self.stop_waiting(slot);
         let mut sequence = self.slots[slot.index()].take()?;
         self.running.retain(|&other| other != slot);
-        self.waiting.retain(|&other| other != slot);
         self.away.retain(|&other| other != slot);
         self.held.retain(|&other| other != slot);
         self.free_slots.push(slot);
         sequence.table.release(&mut self.pool);
         Some(sequence)
+    }
+
+    /// Takes a sequence out of the queue, if it is there.
+    pub(super) fn stop_waiting(&mut self, slot: SlotId) {
+        if let Some(at) = self.waiting.iter().position(|&other| other == slot) {
+            self.waiting.remove(at);
+            self.waiting_tokens -= self.sequence(slot).remaining();
+        }
     }
 
     /// The sequence in a slot that is taken.
@@ -124,23 +144,21 @@ impl Scheduler {
 
     /// Tokens of all sequences: those still to be computed, and those that are.
     pub fn tokens(&self) -> (usize, usize) {
-        let queues = self.running.iter().chain(&self.waiting).chain(&self.away);
-        queues.fold((0, 0), |(pending, computed), &slot| {
+        let others = self.running.iter().chain(&self.away);
+        others.fold((self.waiting_tokens, 0), |(pending, computed), &slot| {
             let sequence = self.sequence(slot);
             (pending + sequence.remaining(), computed + sequence.num_computed)
         })
     }
 
-    /// Whether there are too few pages for the tokens of those that run, and nearly none left.
-    pub fn is_short(&self) -> bool {
+    /// Whether there are too few pages for the tokens of those that run and came before `arrival`, and nearly none
+    /// left.
+    pub fn is_short(&self, arrival: u64) -> bool {
+        let before = &self.running[..self.running.partition_point(|&slot| self.sequence(slot).arrival < arrival)];
+        // One whose last token is on its way needs no page for it.
+        let missing = |&slot: &SlotId| if self.sequence(slot).awaits_outcome() { 0 } else { self.missing_pages(slot) };
         let available = self.pool.available();
-        available < self.running.len()
-            && available < self.running.iter().map(|&slot| self.missing_pages(slot)).sum::<usize>()
-    }
-
-    /// When the oldest of those that run arrived.
-    pub fn oldest(&self) -> Option<u64> {
-        self.running.first().map(|&slot| self.sequence(slot).arrival)
+        available < before.len() && available < before.iter().map(missing).sum::<usize>()
     }
 
     /// Those among the ones that run of which no step has computed anything yet.
@@ -238,6 +256,8 @@ impl Scheduler {
         for &slot in &self.waiting {
             assert!(self.sequence(slot).table.is_empty(), "a waiting sequence holds pages");
         }
+        let tokens: usize = self.waiting.iter().map(|&slot| self.sequence(slot).remaining()).sum();
+        assert_eq!(tokens, self.waiting_tokens, "tokens that wait are counted wrongly");
         for &slot in &self.running {
             let sequence = self.sequence(slot);
             assert_eq!(sequence.table.len(), self.pages_for(sequence.num_computed), "pages and tokens disagree");

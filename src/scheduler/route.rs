@@ -7,8 +7,8 @@ pub struct Candidate {
     pub cached: usize,
     /// Sequences that are generating, which a local prefill slows down.
     pub decoding: usize,
-    /// Prompt tokens of other sequences that are computed here before it is: at most so many, as some may be found, or
-    /// leave.
+    /// Prompt tokens of other sequences that are computed here before all of it is: at most so many, as some may be
+    /// found, or leave.
     pub queued: usize,
     /// How often another worker took it on and did not bring it to an end.
     pub lost: u32,

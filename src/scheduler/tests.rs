@@ -1,3 +1,5 @@
+mod loans;
+
 use super::*;
 use crate::cache::PageHasher;
 
@@ -176,6 +178,48 @@ fn the_youngest_gives_its_pages_and_returns_before_later_arrivals() {
 }
 
 #[test]
+fn one_whose_last_token_is_on_its_way_gives_its_pages_and_loses_nothing() {
+    let mut fixture = Fixture::new(4, 100, 3);
+    let a = fixture.add(0..3);
+    let prompt: Vec<u32> = (100..104).collect();
+    let b = fixture.scheduler.add(Sequence::new(&prompt, 2, false, &fixture.hasher)).unwrap();
+    assert_eq!(fixture.step(), [(a, 0, 3), (b, 0, 4)]);
+    assert_eq!(fixture.plan(), [(a, 3, 1), (b, 4, 1)]);
+    fixture.scheduler.commit(&fixture.plan);
+    fixture.scheduler.push_token(a, 9999);
+    fixture.scheduler.push_drawn(b, 1);
+    // `a` needs a second page, and `b` has two.
+    assert_eq!(fixture.step(), [(a, 4, 1)]);
+    assert_eq!((fixture.scheduler.waiting(), fixture.plan.preempted()), (1, 0));
+}
+
+#[test]
+fn nor_does_it_need_a_page_for_that_token() {
+    let mut fixture = Fixture::new(4, 100, 1);
+    let ends = fixture.scheduler.add(Sequence::new(&[0, 1, 2], 2, false, &fixture.hasher)).unwrap();
+    fixture.step();
+    fixture.plan();
+    fixture.scheduler.commit(&fixture.plan);
+    fixture.scheduler.push_drawn(ends, 0);
+    assert!(!fixture.scheduler.is_short(u64::MAX));
+}
+
+#[test]
+fn tokens_are_counted_of_those_that_wait_too() {
+    let mut fixture = Fixture::new(1, 100, 100);
+    fixture.add(0..5);
+    let b = fixture.add(100..120);
+    let c = fixture.add(200..230);
+    assert_eq!(fixture.scheduler.tokens(), (55, 0));
+    fixture.step();
+    assert_eq!(fixture.scheduler.tokens(), (1 + 50, 5));
+    fixture.scheduler.remove(b);
+    assert_eq!(fixture.scheduler.tokens(), (1 + 30, 5));
+    fixture.scheduler.remove(c);
+    assert_eq!(fixture.scheduler.tokens(), (1, 5));
+}
+
+#[test]
 fn a_prompt_is_let_in_when_there_are_pages_for_all_of_it() {
     let mut fixture = Fixture::new(4, 6, 8);
     let a = fixture.add(0..20);
@@ -191,118 +235,42 @@ fn a_prompt_is_let_in_when_there_are_pages_for_all_of_it() {
     assert_eq!(fixture.step(), [(b, 0, 6)]);
 }
 
-/// Sends away whatever has more than so many uncached tokens.
-struct Threshold(usize);
+/// Computes everything here, and notes what it was asked.
+#[derive(Default)]
+struct Asked(Vec<Candidate>);
 
-impl Router for Threshold {
+impl Router for Asked {
     fn is_open(&self) -> bool {
         true
     }
 
     fn route(&mut self, candidate: Candidate) -> Route {
-        if candidate.tokens - candidate.cached > self.0 { Route::Remote } else { Route::Local }
-    }
-}
-
-impl Fixture {
-    /// Plans a step with another worker for prompts of more than 8 tokens; returns who takes part and what is lent.
-    fn step_with_worker(&mut self) -> (Vec<(SlotId, usize, usize)>, Vec<Loan>) {
-        self.scheduler.plan(&mut self.plan, &mut Threshold(8));
-        let loans = std::mem::take(&mut self.plan.loans);
-        self.commit();
-        (self.plan.entries().iter().map(|entry| (entry.slot, entry.start, entry.len)).collect(), loans)
+        self.0.push(candidate);
+        Route::Local
     }
 }
 
 #[test]
-fn a_long_prompt_leaves_and_comes_back_before_its_last_token_in_order_of_arrival() {
-    let mut fixture = Fixture::new(4, 100, 100);
-    let a = fixture.add(0..17);
-    let b = fixture.add(100..105);
-    let (entries, mut loans) = fixture.step_with_worker();
-    assert_eq!(entries, [(b, 0, 5)]);
-    let loan = loans.pop().unwrap();
-    assert_eq!((loan.slot, loan.first, loan.pages.len()), (a, 0, 4));
-    assert_eq!((fixture.scheduler.pages().lent, fixture.scheduler.away()), (4, 1));
-    assert_eq!(fixture.step_with_worker().0, [(b, 5, 1)]);
-    fixture.scheduler.resume(a, loan.pages);
-    assert!(fixture.scheduler.sequence(a).is_from_afar());
-    assert_eq!(fixture.step_with_worker().0, [(a, 16, 1), (b, 6, 1)]);
-    // What another worker computed is found by others.
-    let c = fixture.add(0..17);
-    assert_eq!(fixture.step_with_worker().0, [(a, 17, 1), (b, 7, 1), (c, 16, 1)]);
+fn the_router_hears_what_is_computed_here_before_a_prompt_ends_the_oldest_too() {
+    let mut fixture = Fixture::new(4, 16, 100);
+    fixture.add(0..100);
+    fixture.add(100..130);
+    fixture.add(200..220);
+    let mut asked = Asked::default();
+    fixture.scheduler.plan(&mut fixture.plan, &mut asked);
+    let heard: Vec<_> = asked.0.iter().map(|candidate| (candidate.tokens, candidate.queued)).collect();
+    assert_eq!(heard, [(100, 50), (20, 20), (30, 70)]);
 }
 
 #[test]
-fn only_what_was_not_found_is_lent() {
-    let mut fixture = Fixture::new(4, 100, 100);
-    let a = fixture.add(0..9);
-    fixture.step();
-    let b = fixture.add((0..8).chain(50..62));
-    let (entries, mut loans) = fixture.step_with_worker();
-    assert_eq!(entries, [(a, 9, 1)]);
-    let loan = loans.pop().unwrap();
-    assert_eq!((loan.slot, loan.first, loan.pages.len()), (b, 8, 3));
-    fixture.scheduler.resume(b, loan.pages);
-    assert_eq!(fixture.scheduler.sequence(b).cached_tokens(), 8);
-    assert_eq!(fixture.step_with_worker().0, [(a, 10, 1), (b, 19, 1)]);
-}
-
-#[test]
-fn a_prompt_found_from_end_to_end_is_not_lent() {
-    let mut fixture = Fixture::new(4, 100, 100);
-    let a = fixture.add(0..33);
-    fixture.step();
-    fixture.scheduler.remove(a);
-    let b = fixture.add(0..33);
-    let (entries, loans) = fixture.step_with_worker();
-    assert_eq!(entries, [(b, 32, 1)]);
-    assert!(loans.is_empty());
-}
-
-#[test]
-fn a_prompt_that_no_worker_finished_is_computed_here_and_its_pages_wait() {
-    let mut fixture = Fixture::new(4, 100, 100);
-    let a = fixture.add(0..17);
-    let loan = fixture.step_with_worker().1.pop().unwrap();
-    fixture.scheduler.restart(a, None, false);
-    let pages = fixture.scheduler.pages();
-    assert_eq!((pages.lent, pages.quarantined), (0, 4));
-    assert_eq!(fixture.step_with_worker().0, [(a, 0, 17)]);
-    fixture.scheduler.free_lent(loan.pages);
-    assert_eq!(fixture.scheduler.pages().quarantined, 0);
-    fixture.scheduler.check_integrity();
-}
-
-#[test]
-fn a_prompt_that_a_worker_lost_goes_where_the_router_says_which_hears_of_it() {
-    let mut fixture = Fixture::new(4, 100, 100);
-    let a = fixture.add(0..17);
-    for lost in 0..3 {
-        let loan = fixture.step_with_worker().1.pop().unwrap();
-        assert_eq!(fixture.scheduler.sequence(a).lost, lost);
-        fixture.scheduler.restart(a, Some(loan.pages), true);
-    }
-    let loan = fixture.step_with_worker().1.pop().unwrap();
-    fixture.scheduler.restart(a, Some(loan.pages), false);
-    assert_eq!(fixture.step_with_worker().0, [(a, 0, 17)]);
-}
-
-#[test]
-fn a_prompt_that_came_back_is_sent_away_again_however_full_the_step_is() {
-    let mut fixture = Fixture::new(4, 4, 100);
-    let a = fixture.add(0..3);
-    fixture.step();
-    let b = fixture.add(200..208);
-    let c = fixture.add(100..117);
-    let (entries, mut loans) = fixture.step_with_worker();
-    assert_eq!(entries, [(a, 3, 1), (b, 0, 3)]);
-    let loan = loans.pop().unwrap();
-    assert_eq!(loan.slot, c);
-    fixture.scheduler.restart(c, Some(loan.pages), true);
-    let (entries, loans) = fixture.step_with_worker();
-    assert_eq!(entries, [(a, 4, 1), (b, 3, 3)]);
-    assert_eq!(loans[0].slot, c);
+fn alone_a_prompt_gets_the_chunk_it_is_given_for_that() {
+    let mut fixture = Fixture::new(4, 20, 100);
+    fixture.scheduler.cut_chunks_alone(6);
+    let a = fixture.add(0..10);
+    assert_eq!(fixture.step(), [(a, 0, 6)]);
+    assert_eq!(fixture.step(), [(a, 6, 4)]);
+    let b = fixture.add(100..140);
+    assert_eq!(fixture.step(), [(a, 10, 1), (b, 0, 19)]);
 }
 
 #[test]
@@ -323,117 +291,6 @@ fn beside_decodes_a_prompt_gets_the_chunk_it_is_given_and_alone_all_of_the_step(
 }
 
 #[test]
-fn equal_prompts_are_lent_once() {
-    let mut fixture = Fixture::new(4, 100, 100);
-    let slots = [(); 3].map(|()| fixture.add(0..17));
-    let (entries, mut loans) = fixture.step_with_worker();
-    assert!(entries.is_empty());
-    assert_eq!(loans.len(), 1);
-    fixture.scheduler.resume(slots[0], loans.pop().unwrap().pages);
-    assert_eq!(fixture.step_with_worker().0, slots.map(|slot| (slot, 16, 1)));
-}
-
-#[test]
-fn a_short_prompt_does_not_wait_for_a_page_of_one_that_is_away() {
-    let mut fixture = Fixture::new(4, 100, 100);
-    let long = fixture.add((0..4).chain(100..117));
-    let short = fixture.add((0..4).chain([77]));
-    let (entries, mut loans) = fixture.step_with_worker();
-    assert_eq!((loans[0].slot, entries), (long, vec![(short, 0, 5)]));
-    // And what comes back has a page that is there already.
-    fixture.scheduler.resume(long, loans.pop().unwrap().pages);
-    assert_eq!(fixture.step_with_worker().0, [(long, 20, 1), (short, 5, 1)]);
-}
-
-#[test]
-fn nor_for_one_that_waits_for_it() {
-    let mut fixture = Fixture::new(4, 100, 100);
-    let away = fixture.add((0..4).chain(100..117));
-    // It would be sent away as well, once it is known what it finds.
-    fixture.add((0..4).chain(200..217));
-    let short = fixture.add((0..4).chain([77]));
-    let (entries, loans) = fixture.step_with_worker();
-    assert_eq!((loans.len(), loans[0].slot, entries), (1, away, vec![(short, 0, 5)]));
-}
-
-#[test]
-fn a_prompt_too_long_beside_pages_in_quarantine_keeps_nobody_out() {
-    let mut fixture = Fixture::new(4, 100, 10);
-    let lost = fixture.add(0..17);
-    let loan = fixture.step_with_worker().1.pop().unwrap();
-    fixture.scheduler.remove(lost);
-    let long = fixture.add(100..130);
-    let short = fixture.add(200..205);
-    assert_eq!(fixture.step(), [(short, 0, 5)]);
-    fixture.scheduler.remove(short);
-    assert_eq!(fixture.step(), []);
-    fixture.scheduler.free_lent(loan.pages);
-    assert_eq!(fixture.step(), [(long, 0, 30)]);
-}
-
-#[test]
-fn nor_does_one_that_came_back_without_its_pages() {
-    let mut fixture = Fixture::new(4, 100, 10);
-    let lost = fixture.add(0..25);
-    let loan = fixture.step_with_worker().1.pop().unwrap();
-    fixture.scheduler.restart(lost, None, true);
-    let short = fixture.add(200..205);
-    assert_eq!(fixture.step(), [(short, 0, 5)]);
-    assert_eq!((fixture.scheduler.running(), fixture.scheduler.waiting()), (1, 1));
-    fixture.scheduler.free_lent(loan.pages);
-    assert_eq!(fixture.step(), [(short, 5, 1), (lost, 0, 25)]);
-}
-
-#[test]
-fn one_whose_pages_are_called_back_may_leave_again_when_there_is_room() {
-    let mut fixture = Fixture::new(4, 100, 10);
-    let a = fixture.add(0..7);
-    fixture.step();
-    let b = fixture.add(100..117);
-    let loan = fixture.step_with_worker().1.pop().unwrap();
-    assert_eq!(loan.slot, b);
-    fixture.scheduler.restart(b, Some(loan.pages), false);
-    fixture.scheduler.stay_for_now(b);
-    fixture.scheduler.check_integrity();
-    assert_eq!((fixture.scheduler.running(), fixture.scheduler.waiting()), (1, 1));
-    let (entries, loans) = fixture.step_with_worker();
-    assert_eq!((entries, loans[0].slot), (vec![(a, 8, 1)], b));
-}
-
-#[test]
-fn nor_is_it_in_the_queue_twice_if_there_are_too_few_pages_within_reach() {
-    let mut fixture = Fixture::new(4, 100, 14);
-    let a = fixture.add(0..13);
-    let b = fixture.add(100..133);
-    let loans = fixture.step_with_worker().1;
-    let mut pages: Vec<_> = loans.into_iter().map(|loan| (loan.slot, loan.pages)).collect();
-    let of_b = pages.remove(pages.iter().position(|(slot, _)| *slot == b).unwrap()).1;
-    // The other one is lost twice: six pages of fourteen are in quarantine, and this one needs nine.
-    fixture.scheduler.restart(a, None, true);
-    pages.extend(fixture.step_with_worker().1.into_iter().map(|loan| (loan.slot, loan.pages)));
-    fixture.scheduler.restart(a, None, false);
-    assert_eq!(fixture.scheduler.pages().quarantined, 6);
-    fixture.scheduler.restart(b, Some(of_b), false);
-    fixture.scheduler.stay_for_now(b);
-    fixture.scheduler.check_integrity();
-    assert_eq!(fixture.step(), [(a, 0, 13)]);
-    pages.into_iter().for_each(|(_, pages)| fixture.scheduler.free_lent(pages));
-    assert_eq!(fixture.step_with_worker().1[0].slot, b);
-}
-
-#[test]
-fn one_found_from_end_to_end_makes_room_for_the_next_at_once() {
-    let mut fixture = Fixture::new(4, 100, 20);
-    let prompt = |start: u32| -> Vec<u32> { (start..start + 32).collect() };
-    let mut add = |tokens: &[u32]| fixture.scheduler.add(Sequence::prefill_only(tokens, &fixture.hasher)).unwrap();
-    let slots = [add(&prompt(0)), add(&prompt(0)), add(&prompt(100))];
-    assert_eq!(fixture.plan(), [(slots[0], 0, 32)]);
-    fixture.scheduler.commit(&fixture.plan);
-    assert_eq!(fixture.plan(), [(slots[2], 0, 32)]);
-    assert_eq!(fixture.plan.found, [slots[1]]);
-}
-
-#[test]
 fn those_let_in_together_share_what_is_found() {
     let mut fixture = Fixture::new(4, 100, 13);
     let first = fixture.add(0..33);
@@ -441,48 +298,4 @@ fn those_let_in_together_share_what_is_found() {
     // Eight pages of eleven are shared: each of these lacks one, and has one beside for its next token.
     let (a, b) = (fixture.add((0..32).chain([77])), fixture.add((0..32).chain([78])));
     assert_eq!(fixture.step(), [(first, 33, 1), (a, 32, 1), (b, 32, 1)]);
-}
-
-#[test]
-fn whoever_measures_gets_no_page_that_a_prompt_still_needs() {
-    let mut fixture = Fixture::new(4, 4, 32);
-    fixture.add(0..100);
-    fixture.step();
-    // 24 are spoken for, and one for the token after.
-    assert_eq!(fixture.scheduler.pages().free, 31);
-    assert!(fixture.scheduler.lend_scratch(100).is_empty());
-}
-
-#[test]
-fn one_that_leaves_while_away_leaves_its_pages_in_quarantine() {
-    let mut fixture = Fixture::new(4, 100, 100);
-    let a = fixture.add(0..17);
-    let loan = fixture.step_with_worker().1.pop().unwrap();
-    fixture.scheduler.remove(a);
-    assert_eq!(fixture.scheduler.pages().quarantined, 4);
-    fixture.scheduler.free_lent(loan.pages);
-    assert_eq!(fixture.scheduler.pages().free, 100);
-}
-
-#[test]
-fn one_computed_for_another_worker_keeps_its_pages_until_it_is_removed() {
-    let mut fixture = Fixture::new(4, 8, 100);
-    let prompt: Vec<u32> = (0..13).collect();
-    let a = fixture.scheduler.add(Sequence::prefill_only(&prompt, &fixture.hasher)).unwrap();
-    assert_eq!(fixture.plan(), [(a, 0, 8)]);
-    assert_eq!(fixture.plan.entries()[0].logits_from, 8);
-    fixture.scheduler.commit(&fixture.plan);
-    assert_eq!(fixture.plan(), [(a, 8, 5)]);
-    assert_eq!(fixture.plan.entries()[0].logits_from, 5);
-    fixture.scheduler.commit(&fixture.plan);
-    assert!(fixture.plan().is_empty() && fixture.scheduler.is_empty());
-    assert_eq!(fixture.scheduler.pages().owned, 4);
-    fixture.scheduler.remove(a);
-    assert_eq!((fixture.scheduler.pages().owned, fixture.scheduler.pages().cached), (0, 3));
-    // All of the pages are found again: there is nothing to compute.
-    let again = fixture.scheduler.add(Sequence::prefill_only(&prompt[..12], &fixture.hasher)).unwrap();
-    assert!(fixture.plan().is_empty());
-    assert_eq!(fixture.plan.found, [again]);
-    fixture.scheduler.remove(again);
-    fixture.scheduler.check_integrity();
 }

@@ -32,6 +32,9 @@ use crate::{
 /// without waking anybody.
 const MAILBOX_PAUSE: Duration = Duration::from_micros(300);
 
+/// For how long nobody has to have come before all pages are looked at, which takes milliseconds.
+pub(super) const QUIET: Duration = Duration::from_millis(100);
+
 /// Why an engine ends whose device does not say when adapters' writes are over.
 const LOST_PAGES: &str = "the device cannot be made to wait for what RDMA adapters wrote to its memory, so pages could \
                           change under whatever is computed in them; see what its driver says in the log; with \
@@ -200,6 +203,7 @@ impl<R: Runner> Engine<R> {
         shared.metrics.observe_step(StepKind::of(plan.entries().len(), decodes), took);
         pace.stepped(prompt_tokens, decodes, took);
         scheduler.cut_chunks_beside_decodes(pace.chunk());
+        scheduler.cut_chunks_alone(pace.chunk_alone());
     }
 
     /// Decides what the next step computes, and sends away what others compute.
@@ -243,8 +247,11 @@ impl<R: Runner> Engine<R> {
                     Err(RecvTimeoutError::Disconnected) => return Turn::Stop,
                 }
             } else if self.scheduler.is_empty() || self.lending.is_none() {
-                self.check_integrity();
-                let received = self.messages.recv();
+                let mut received = self.messages.recv_timeout(QUIET);
+                if matches!(received, Err(RecvTimeoutError::Timeout)) {
+                    self.check_integrity();
+                    received = self.messages.recv().map_err(RecvTimeoutError::from);
+                }
                 self.begin();
                 match received {
                     Ok(message) => self.take(message),
@@ -425,7 +432,7 @@ impl<R: Runner> Engine<R> {
         self.shared.computed_tokens.store(computed, Ordering::Relaxed);
     }
 
-    /// The part of it that takes no look at all who wait: many may end in one step.
+    /// The part of it that adds up no tokens: many may end in one step.
     fn publish_counts(&self) {
         let metrics = &self.shared.metrics;
         let pages = self.scheduler.pages();

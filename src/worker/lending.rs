@@ -358,19 +358,21 @@ impl Lending {
     /// nothing is lost with it, as there is with one that runs. It waits until there are enough for all of them. The
     /// mailbox is not looked into: what comes back may not be computed with before [`Lending::has_failed`] was asked.
     pub(super) fn make_room(&mut self, scheduler: &mut Scheduler) {
-        if !self.is_open() || !scheduler.is_short() {
+        if !self.is_open() || !scheduler.is_short(u64::MAX) {
             return;
         }
         let arrival = |away: &&Away| scheduler.sequence(away.slot).arrival();
         let queued = self.away.iter().flatten().filter(|away| away.granted.is_none());
-        let youngest = queued.filter(|away| scheduler.oldest().is_some_and(|oldest| oldest < arrival(away)));
-        if let Some(&Away { slot, handoff, .. }) = youngest.max_by_key(arrival) {
-            let now = Instant::now();
-            self.lender.on(LenderEvent::EnqueueFailed { handoff }, now - self.started, &mut self.actions);
-            self.perform(scheduler, now);
-            if self.away[slot.index()].is_none() {
-                scheduler.stay_for_now(slot);
-            }
+        let Some(&Away { slot, handoff, .. }) = queued.max_by_key(arrival) else { return };
+        // If those before the youngest have enough, so have those before any other.
+        if !scheduler.is_short(scheduler.sequence(slot).arrival()) {
+            return;
+        }
+        let now = Instant::now();
+        self.lender.on(LenderEvent::EnqueueFailed { handoff }, now - self.started, &mut self.actions);
+        self.perform(scheduler, now);
+        if self.away[slot.index()].is_none() {
+            scheduler.stay_for_now(slot);
         }
     }
 

@@ -15,13 +15,16 @@ const TELLING_TOKENS: f64 = 32.0;
 const MIXED_MAX: u32 = 32;
 /// How many times as long as was expected a step may take, before what is more was something else's.
 const STALL: f64 = 4.0;
+/// Seconds of a step in which nobody decodes, about: who comes meanwhile waits for its end, be it a short prompt or a
+/// prefill worker that claims a job, which soon gives up.
+const ALONE_MAX: f64 = 1.0;
 
 /// What steps take on this machine with this model, as measured, and what follows for prompts.
 ///
 /// It cuts them into chunks such that a step in which others decode takes about as long as their readers accept between
 /// two tokens: 512 are milliseconds on one machine and seconds on another. (A token budget from a target for the time
-/// between tokens is Sarathi-Serve's.) And it predicts what a prompt would take here. Only where and when tokens are
-/// computed depends on it, never which ones.
+/// between tokens is Sarathi-Serve's.) Where nobody decodes, a step is to take no more than about a second. And it
+/// predicts what a prompt would take here. Only where and when tokens are computed depends on it, never which ones.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Pace {
     /// Seconds a step should take.
@@ -36,11 +39,14 @@ pub(super) struct Pace {
     mixed: u32,
     /// What the first of the two took that go nearly without after many of these.
     probe: Option<f64>,
+    /// Prompt tokens of a step in which nobody decodes.
+    alone: usize,
 }
 
 impl Pace {
     pub(super) fn new(target: Duration, step_max: usize) -> Self {
-        Self { target: target.as_secs_f64(), step_max, decode_step: None, prompt_token: None, mixed: 0, probe: None }
+        let target = target.as_secs_f64();
+        Self { target, step_max, decode_step: None, prompt_token: None, mixed: 0, probe: None, alone: step_max }
     }
 
     /// How long a step should take from now on.
@@ -59,6 +65,9 @@ impl Pace {
         // What a step takes whatever it computes weighs the more on a token the fewer there are.
         let telling = (tokens / TELLING_TOKENS).min(1.0);
         if decodes == 0 {
+            // Only a step that took too long says that it was too large: a few tokens take a while too.
+            let fit = ((ALONE_MAX * tokens / took) as usize).max(CHUNK_MIN).min(self.step_max);
+            self.alone = if took > ALONE_MAX { fit } else { self.alone.max(fit) };
             return observe(&mut self.prompt_token, took / tokens, WEIGHT * telling);
         }
         self.mixed += 1;
@@ -95,6 +104,11 @@ impl Pace {
     /// Prompt tokens of the next step in which others decode.
     pub(super) fn chunk(&self) -> usize {
         if self.mixed >= MIXED_MAX { 1 } else { self.fair_chunk() }
+    }
+
+    /// Prompt tokens of the next step in which nobody decodes.
+    pub(super) fn chunk_alone(&self) -> usize {
+        self.alone
     }
 
     /// What prefilling a prompt here would take, once that was measured.
@@ -233,6 +247,26 @@ mod tests {
         let mut pace = Pace::new(Duration::from_millis(200), 512);
         pace.stepped(512, 0, Duration::ZERO);
         assert_eq!(pace.chunk(), 512);
+    }
+
+    #[test]
+    fn a_step_in_which_nobody_decodes_is_cut_where_one_took_more_than_a_second() {
+        let mut pace = Pace::new(Duration::from_millis(200), 512);
+        assert_eq!(pace.chunk_alone(), 512);
+        pace.stepped(512, 0, Duration::from_millis(8_500));
+        assert_eq!(pace.chunk_alone(), 60);
+        pace.stepped(60, 0, Duration::from_millis(1_250));
+        assert_eq!(pace.chunk_alone(), 48);
+        // The end of a prompt is short, and takes a while all the same.
+        pace.stepped(3, 0, Duration::from_millis(600));
+        assert_eq!(pace.chunk_alone(), 48);
+        pace.stepped(48, 0, Duration::from_millis(500));
+        assert_eq!(pace.chunk_alone(), 96);
+        pace.stepped(2, 0, Duration::from_secs(10));
+        assert_eq!(pace.chunk_alone(), CHUNK_MIN);
+        // That was something else's.
+        pace.stepped(CHUNK_MIN, 0, Duration::from_millis(10));
+        assert_eq!(pace.chunk_alone(), 512);
     }
 
     fn prompt(tokens: usize, queued: usize, decoding: usize) -> Candidate {
