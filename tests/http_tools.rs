@@ -46,6 +46,13 @@ fn ask(fields: Value) -> Value {
     request
 }
 
+/// The same of an answer that is of a form from its beginning on.
+fn formed(fields: Value) -> Value {
+    let mut request = ask(fields);
+    request["include_reasoning"] = false.into();
+    request
+}
+
 fn answered(server: &Server, request: &Value) -> Value {
     let response = server.post(CHAT, request);
     assert_eq!(response.status, 200, "{request}: {}", response.text());
@@ -270,4 +277,35 @@ fn a_function_whose_schema_is_none_is_refused() {
     let broken = json!({"type": "function", "function": {"name": "f", "parameters": {"type": "nonsense"}}});
     let (status, param, _) = server.post(CHAT, &ask(json!({"tools": [broken], "tool_choice": "required"}))).error();
     assert_eq!((status, param.as_deref()), (400, Some("tools")));
+}
+
+#[test]
+fn what_a_schema_says_that_cannot_be_followed_is_refused_where_the_function_is_strict() {
+    let server = server();
+    let parameters = json!({
+        "type": "object",
+        "properties": {
+            "tags": {"type": "array", "items": {"enum": ["a", "b"]}, "maxItems": 3, "uniqueItems": true},
+            "path": {"type": "string", "format": "path", "maxLength": 9},
+            "price": {"type": "string", "pattern": "^(?!^[-+.]*$)[+-]?[0-9]*$", "maxLength": 9},
+        },
+        "required": ["tags", "path", "price"], "additionalProperties": false,
+    });
+    let asked = |strict: Value| {
+        let function = json!({"name": "f", "parameters": parameters, "strict": strict});
+        let tools = json!([{"type": "function", "function": function}]);
+        let fields = json!({"tools": tools, "tool_choice": "required", "parallel_tool_calls": false, "seed": 1});
+        server.post(CHAT, &formed(fields))
+    };
+    for strict in [Value::Null, json!(false)] {
+        let response = asked(strict);
+        assert_eq!(response.status, 200, "{}", response.text());
+        let call = &response.json()["choices"][0]["message"]["tool_calls"][0]["function"];
+        let arguments: Value = serde_json::from_str(call["arguments"].as_str().unwrap()).unwrap();
+        let tags = arguments["tags"].as_array().unwrap();
+        assert!(tags.len() <= 3 && tags.iter().all(|tag| tag == "a" || tag == "b"), "{arguments}");
+        assert!(arguments["path"].is_string() && arguments["price"].is_string(), "{arguments}");
+    }
+    let (status, param, message) = asked(json!(true)).error();
+    assert_eq!((status, param.as_deref()), (400, Some("tools")), "{message}");
 }

@@ -125,6 +125,7 @@ impl Tools {
                 before: format!("{open}{{\"name\": {}, \"{arguments}\": ", function["name"]),
                 schema: function["parameters"].as_object().map_or_else(none, arguments_of),
                 after: close.to_owned(),
+                strict: function["strict"] == true,
             }
         };
         let frames = chosen.iter().map(frame).collect();
@@ -239,6 +240,7 @@ mod tests {
         assert_eq!((frames[0].schema["properties"]["city"]["type"].as_str(), frames.len()), (Some("string"), 2));
         let none = json!({"type": "object", "additionalProperties": false});
         assert_eq!((&frames[1].schema, &*frames[1].after), (&none, "}\n</tool_call>"));
+        assert_eq!((frames[0].strict, frames[1].strict), (false, true), "as the functions say");
         assert_eq!(between.as_deref(), Some("\n"));
         let time = json!({"type": "function", "function": {"name": "time"}});
         let (frames, between) = form(CallFormat::Llama3Json, time, json!(true)).unwrap();

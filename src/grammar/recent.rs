@@ -87,7 +87,8 @@ fn key(source: &Source) -> Option<Hash> {
         }
         Source::Framed { frames, between, or } => {
             text.hasher.update(b"framed");
-            let frames: Vec<_> = frames.iter().map(|frame| (&frame.before, &frame.schema, &frame.after)).collect();
+            let parts = frames.iter().map(|frame| (&frame.before, &frame.schema, &frame.after, frame.strict));
+            let frames: Vec<_> = parts.collect();
             serde_json::to_writer(&mut text, &(between, or, frames)).ok()?;
         }
     }
@@ -169,8 +170,8 @@ mod tests {
             let properties: serde_json::Value = serde_json::from_str(&of_both).unwrap();
             Source::JsonSchema(json!({"type": "object", "properties": properties, "required": ["a", "b"]}))
         };
-        let framed = |before: &str, after: &str, between: Option<&str>| Source::Framed {
-            frames: vec![Frame { before: before.into(), schema: json!({"type": "null"}), after: after.into() }],
+        let framed = |before: &str, after: &str, between: Option<&str>, strict| Source::Framed {
+            frames: vec![Frame { before: before.into(), schema: json!({"type": "null"}), after: after.into(), strict }],
             between: between.map(str::to_owned),
             or: None,
         };
@@ -183,9 +184,10 @@ mod tests {
             Source::Lark("start: \"a\"".to_owned()),
             Source::Choice(vec!["ab".into(), "c".into()]),
             Source::Choice(vec!["a".into(), "bc".into()]),
-            framed("a", "b", None),
-            framed("ab", "", None),
-            framed("a", "b", Some("b")),
+            framed("a", "b", None, true),
+            framed("a", "b", None, false),
+            framed("ab", "", None, true),
+            framed("a", "b", Some("b"), true),
         ];
         for source in sources {
             assert!(vocabulary.compiled_lately(&source).is_none(), "{source:?}");

@@ -57,6 +57,23 @@ pub(super) fn check(schema: &Value) -> Result<(), GrammarError> {
     at_most("'pattern' beside 'allOf'", patterns.min(in_all), PATTERNS_AT_ONCE_MAX)
 }
 
+/// Takes out the patterns that look around, which no lexer can follow. Here too names of properties are taken for
+/// keywords.
+pub(super) fn without_lookaround(schema: &mut Value) {
+    match schema {
+        Value::Object(fields) => {
+            fields.retain(|keyword, value| keyword != "pattern" || !value.as_str().is_some_and(looks_around));
+            fields.values_mut().for_each(without_lookaround);
+        }
+        Value::Array(all) => all.iter_mut().for_each(without_lookaround),
+        Value::Null | Value::Bool(_) | Value::Number(_) | Value::String(_) => {}
+    }
+}
+
+fn looks_around(pattern: &str) -> bool {
+    ["(?=", "(?!", "(?<=", "(?<!"].iter().any(|group| pattern.contains(group))
+}
+
 /// Refuses more of `what` than there may be.
 pub(super) fn at_most(what: &str, count: usize, limit: usize) -> Result<(), GrammarError> {
     if count > limit { Err(too_large(format!("{count} {what}"), limit)) } else { Ok(()) }

@@ -3,11 +3,14 @@ use serde_json::{Value, json};
 
 use super::{
     GrammarError,
-    schema::{REGEX_BYTES_MAX, at_most, check},
+    schema::{REGEX_BYTES_MAX, at_most, check, without_lookaround},
 };
 
 /// Bytes of a grammar's text at most. A schema of this size has about a thousand properties.
 const BYTES_MAX: usize = 64 << 10;
+/// Bytes of all texts with a frame together, each of which may have as many as a grammar: descriptions are most of
+/// them, of which nothing is compiled.
+const FRAMED_BYTES_MAX: usize = 512 << 10;
 /// Choices at most.
 const CHOICES_MAX: usize = 1024;
 /// Texts with a frame at most: each has a compiler's work of its own.
@@ -50,6 +53,23 @@ pub struct Frame {
     pub schema: Value,
     /// Stands behind it.
     pub after: String,
+    /// Whether all that the schema says has to be followed. Else what is not known, or cannot be, says nothing.
+    pub strict: bool,
+}
+
+impl Frame {
+    fn bytes(&self) -> usize {
+        self.before.len() + self.schema.to_string().len() + self.after.len()
+    }
+
+    /// What of the schema is followed.
+    fn followed(&self) -> Value {
+        let mut schema = self.schema.clone();
+        if !self.strict {
+            without_lookaround(&mut schema);
+        }
+        schema
+    }
 }
 
 impl Source {
@@ -58,24 +78,27 @@ impl Source {
         Self::JsonSchema(json!({"type": "object"}))
     }
 
-    /// How long its text is.
-    pub(super) fn bytes(&self) -> usize {
-        match self {
+    /// Refuses what is too large to be looked at.
+    fn check_bytes(&self) -> Result<(), GrammarError> {
+        let bytes = match self {
             Self::JsonSchema(schema) => schema.to_string().len(),
             Self::Regex(text) | Self::Lark(text) => text.len(),
             Self::Choice(choices) => choices.iter().map(String::len).sum(),
             Self::Framed { frames, or, .. } => {
-                let bytes = |frame: &Frame| frame.before.len() + frame.schema.to_string().len() + frame.after.len();
-                frames.iter().map(bytes).chain(or.iter().map(|schema| schema.to_string().len())).sum()
+                let each = frames.iter().map(Frame::bytes).chain(or.iter().map(|schema| schema.to_string().len()));
+                let each: Vec<usize> = each.collect();
+                at_most("bytes", each.iter().sum(), FRAMED_BYTES_MAX)?;
+                each.into_iter().max().unwrap_or(0)
             }
-        }
+        };
+        at_most("bytes", bytes, BYTES_MAX)
     }
 
     /// As llguidance takes it. What is too large to be looked at is refused.
     pub(super) fn for_compiler(&self) -> Result<TopLevelGrammar, GrammarError> {
-        at_most("bytes", self.bytes(), BYTES_MAX)?;
+        self.check_bytes()?;
         match self {
-            Self::JsonSchema(schema) => Ok(TopLevelGrammar::from_json_schema(with_options(schema)?)),
+            Self::JsonSchema(schema) => Ok(TopLevelGrammar::from_json_schema(with_options(schema, true)?)),
             Self::Regex(regex) => {
                 at_most("bytes", regex.len(), REGEX_BYTES_MAX)?;
                 Ok(TopLevelGrammar::from_regex(without_anchors(regex)))
@@ -109,7 +132,8 @@ impl Source {
 /// JSON.
 fn framed(frames: &[Frame], between: Option<&str>, or: Option<&Value>) -> Result<String, GrammarError> {
     // What one schema may have of something, all have together.
-    check(&frames.iter().map(|frame| &frame.schema).chain(or).cloned().collect())?;
+    let schemas: Vec<Value> = frames.iter().map(Frame::followed).collect();
+    check(&schemas.iter().chain(or).cloned().collect())?;
     let rules: Vec<String> = (0..frames.len()).map(|index| format!("frame_{index}")).collect();
     // As JSON has it, but for a character that a grammar's text may not have.
     let literal = |text: &str| Value::from(text).to_string().replace('\u{7f}', "\\u007f");
@@ -117,18 +141,19 @@ fn framed(frames: &[Frame], between: Option<&str>, or: Option<&Value>) -> Result
     let instead = or.map_or("", |_| " | instead");
     let mut grammar = format!("start: frame{more}{instead}\nframe: {}\n", rules.join(" | "));
     if let Some(schema) = or {
-        grammar += &format!("instead: %json {}\n", with_options(schema)?);
+        grammar += &format!("instead: %json {}\n", with_options(schema, true)?);
     }
-    for (rule, Frame { before, schema, after }) in rules.iter().zip(frames) {
-        let (before, after) = (literal(before), literal(after));
-        grammar += &format!("{rule}: {before} json_{rule} {after}\njson_{rule}: %json {}\n", with_options(schema)?);
+    for (rule, (frame, schema)) in rules.iter().zip(frames.iter().zip(&schemas)) {
+        let (before, after) = (literal(&frame.before), literal(&frame.after));
+        let schema = with_options(schema, frame.strict)?;
+        grammar += &format!("{rule}: {before} json_{rule} {after}\njson_{rule}: %json {schema}\n");
     }
     Ok(grammar)
 }
 
-/// The schema, saying what whitespace there may be, and that one of several is any of them where nobody can tell that
-/// they exclude each other.
-fn with_options(schema: &Value) -> Result<Value, GrammarError> {
+/// The schema, saying what whitespace there may be, that one of several is any of them where nobody can tell that they
+/// exclude each other, and whether what llguidance does not know is to be passed over.
+fn with_options(schema: &Value, strict: bool) -> Result<Value, GrammarError> {
     let mut schema = match schema {
         Value::Object(_) => schema.clone(),
         Value::Bool(true) => json!({}),
@@ -137,7 +162,7 @@ fn with_options(schema: &Value) -> Result<Value, GrammarError> {
     };
     check(&schema)?;
     if let Some(fields) = schema.as_object_mut() {
-        let options = json!({"whitespace_pattern": WHITESPACE, "coerce_one_of": true});
+        let options = json!({"whitespace_pattern": WHITESPACE, "coerce_one_of": true, "lenient": !strict});
         if fields.insert("x-guidance".to_owned(), options).is_some() {
             return Err(GrammarError::Invalid("'x-guidance' is not for requests to say".to_owned()));
         }

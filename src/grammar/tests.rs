@@ -127,8 +127,12 @@ fn a_grammar_of_rules_is_followed() {
 
 #[test]
 fn json_texts_stand_in_their_frames() {
-    let frame =
-        |before: &str, schema: serde_json::Value| Frame { before: before.into(), schema, after: "}\n</b>".into() };
+    let frame = |before: &str, schema: serde_json::Value| Frame {
+        before: before.into(),
+        schema,
+        after: "}\n</b>".into(),
+        strict: true,
+    };
     let integer = json!({"$ref": "#/$defs/n", "$defs": {"n": {"type": "integer", "minimum": 0, "maximum": 9}}});
     let frames = vec![
         frame("<b>\n{\"é\\\u{7f}\u{1}\u{2028} %json\": ", integer),
@@ -154,6 +158,54 @@ fn json_texts_stand_in_their_frames() {
     ] {
         assert!(!fits(&several, text), "{text}");
     }
+}
+
+/// JSON in brackets.
+fn bracketed(schema: serde_json::Value, strict: bool) -> Source {
+    let frames = vec![Frame { before: "(".into(), schema, after: ")".into(), strict }];
+    Source::Framed { frames, between: None, or: None }
+}
+
+#[test]
+fn what_a_schema_says_that_cannot_be_followed_says_nothing_unless_it_is_strict() {
+    let object = |field: serde_json::Value| {
+        let properties = json!({"field": field});
+        json!({"type": "object", "properties": properties, "required": ["field"], "additionalProperties": false})
+    };
+    for (field, fitting, other) in [
+        (json!({"type": "array", "items": {"enum": ["a"]}, "uniqueItems": true}), r#"["a","a"]"#, r#"["b"]"#),
+        (json!({"type": "array", "items": {"type": "null"}, "contains": {"type": "null"}}), "[null]", "[1]"),
+        (json!({"type": "object", "propertyNames": {"pattern": "^(?!x)"}}), r#"{"x":1}"#, "1"),
+        (json!({"type": "object", "dependentRequired": {"a": ["b"]}}), r#"{"a":1}"#, "[]"),
+        (json!({"type": "integer", "not": {"const": 1}}), "1", "1.5"),
+        (json!({"type": "string", "format": "path"}), r#""/a b""#, "1"),
+        (json!({"type": "string", "format": "binary", "maxLength": 2}), r#""ab""#, r#""abc""#),
+        (json!({"anyOf": [{"type": "string", "pattern": r"^(?!^[-+.]*$)\d*$"}]}), r#""+""#, "1"),
+        (json!({"type": "string", "pattern": "(?<=a)b"}), r#""c""#, "1"),
+    ] {
+        let matcher = matcher(bracketed(object(field.clone()), false));
+        assert!(fits(&matcher, &format!("({{\"field\":{fitting}}})")), "{field}");
+        assert!(!fits(&matcher, &format!("({{\"field\":{other}}})")), "{field}");
+        assert!(!refusal(bracketed(object(field), true)).is_empty());
+    }
+    // What can be followed is.
+    let pattern = json!({"type": "string", "pattern": "^[ab]$"});
+    let matcher = matcher(bracketed(pattern, false));
+    assert!(fits(&matcher, r#"("a")"#) && !fits(&matcher, r#"("c")"#));
+}
+
+#[test]
+fn each_of_several_texts_may_be_as_long_as_a_grammar() {
+    let described = |bytes| json!({"type": "null", "description": "a".repeat(bytes)});
+    let frame = |bytes, digit| Frame { before: digit, schema: described(bytes), after: String::new(), strict: false };
+    let of = |bytes: usize, texts: usize| Source::Framed {
+        frames: (0..texts).map(|index| frame(bytes, format!("{index:02}"))).collect(),
+        between: None,
+        or: None,
+    };
+    assert!(fits(&matcher(of(60_000, 8)), "07null"));
+    assert!(refusal(of(70_000, 1)).contains("too large"));
+    assert!(refusal(of(30_000, 20)).contains("too large"));
 }
 
 #[test]
