@@ -234,6 +234,8 @@ fn what_other_servers_call_otherwise_is_refused_with_a_hint() {
         ("max_new_tokens", "max_tokens"),
         ("repeat_penalty", "repetition_penalty"),
         ("cache_prompt", "always cached"),
+        ("grammar", "Lark's syntax"),
+        ("json_schema", "'response_format' takes it"),
         ("num_ctx", "--max-model-len"),
     ] {
         let (status, named, message) = server.post(CHAT, &chat(json!({ param: 1 }))).error();

@@ -136,7 +136,13 @@ fn of_outputs(outputs: StructuredOutputs) -> Result<Asked, ApiError> {
     }
     given.extend(outputs.regex.map(|regex| (Source::Regex(regex), "structured_outputs.regex")));
     given.extend(outputs.choice.map(|choices| (Source::Choice(choices), "structured_outputs.choice")));
-    given.extend(outputs.grammar.map(|grammar| (Source::Lark(grammar), "structured_outputs.grammar")));
+    if let Some(grammar) = outputs.grammar {
+        if looks_like_ebnf(&grammar) {
+            let detail = "it looks like EBNF ('::='); grammars here are Lark's (':')";
+            return Err(ApiError::unsupported("structured_outputs.grammar", detail));
+        }
+        given.push((Source::Lark(grammar), "structured_outputs.grammar"));
+    }
     match given.pop() {
         Some(asked) if given.is_empty() => Ok(asked),
         _ => {
@@ -145,6 +151,12 @@ fn of_outputs(outputs: StructuredOutputs) -> Result<Asked, ApiError> {
             Err(ApiError::invalid("structured_outputs", message))
         }
     }
+}
+
+/// Whether a grammar's rules begin as in EBNF, which vLLM takes too: by this it tells one from the other.
+fn looks_like_ebnf(grammar: &str) -> bool {
+    let is_name = |text: &str| !text.is_empty() && text.chars().all(|c| c.is_alphanumeric() || "_-<>".contains(c));
+    grammar.lines().any(|line| line.split_once("::=").is_some_and(|(name, _)| is_name(name.trim())))
 }
 
 /// A schema that may be given as text.
@@ -235,6 +247,19 @@ mod tests {
             ),
         ] {
             assert_eq!(ask(body.clone()).unwrap_err().param(), Some(param), "{body}");
+        }
+    }
+
+    #[test]
+    fn a_grammar_as_others_write_it_is_told_from_lark() {
+        let of = |grammar: &str| ask(json!({"structured_outputs": {"grammar": grammar}}));
+        for ebnf in ["root ::= \"a\"", "# sums\n  <sum> ::=\n    number\n", "select-list::=\"*\""] {
+            let refused = of(ebnf).unwrap_err();
+            assert_eq!(refused.param(), Some("structured_outputs.grammar"), "{ebnf}");
+            assert!(refused.to_json().contains("looks like EBNF ('::=')"), "{refused:?}");
+        }
+        for lark in ["start: \"root ::= a\"", "# root ::= \"a\"\nstart: \"a\"", "start: /b::=c/ // d ::= e"] {
+            assert_eq!(of(lark).unwrap().map(|(source, _)| source), Some(Source::Lark(lark.into())));
         }
     }
 
