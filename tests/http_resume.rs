@@ -214,7 +214,7 @@ fn calls_and_thoughts_go_on_where_they_were() {
     let messages = json!([{"role": "user", "content": "a"}]);
     let request = json!({
         "messages": messages, "tools": tools, "tool_choice": "required", "parallel_tool_calls": false, "seed": 1,
-        "max_tokens": 200, "logprobs": true, "n": 2,
+        "max_tokens": 200, "logprobs": true, "n": 2, "include_reasoning": false,
     });
     let answer = assert_cuts_do_not_show_on(start, CHAT, request);
     for choice in &answer.choices {

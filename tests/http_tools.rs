@@ -5,7 +5,7 @@ mod support;
 
 use std::sync::Arc;
 
-use program::Server;
+use program::{Server, client};
 use serde_json::{Value, json};
 
 const CHAT: &str = "/v1/chat/completions";
@@ -124,7 +124,7 @@ fn assert_fits(call: &Value) {
 fn a_call_that_has_to_be_made_fits_what_was_offered_whole_and_streamed() {
     let server = server();
     for seed in 0..3 {
-        let request = ask(json!({
+        let request = formed(json!({
             "tools": tools(), "tool_choice": "required", "parallel_tool_calls": false, "seed": seed,
         }));
         let choices = answered(&server, &request);
@@ -143,7 +143,7 @@ fn a_call_that_has_to_be_made_fits_what_was_offered_whole_and_streamed() {
 fn one_function_may_be_asked_for_by_name_and_several_calls_be_made() {
     let server = server();
     let named = json!({"type": "function", "function": {"name": "time"}});
-    let choices = answered(&server, &ask(json!({"tools": tools(), "tool_choice": named, "n": 3})));
+    let choices = answered(&server, &formed(json!({"tools": tools(), "tool_choice": named, "n": 3})));
     let mut ids = Vec::new();
     for choice in choices.as_array().unwrap() {
         let (parts, finish) = whole(choice);
@@ -155,7 +155,7 @@ fn one_function_may_be_asked_for_by_name_and_several_calls_be_made() {
     ids.dedup();
     assert_eq!(ids.len(), 3);
     let several = (0..4).map(|seed| {
-        whole(&answered(&server, &ask(json!({"tools": tools(), "tool_choice": "required", "seed": seed})))[0]).0
+        whole(&answered(&server, &formed(json!({"tools": tools(), "tool_choice": "required", "seed": seed})))[0]).0
     });
     let several: Vec<Value> = several.collect();
     let calls = |parts: &Value| parts["calls"].as_array().unwrap().clone();
@@ -204,7 +204,7 @@ fn functions_are_part_of_the_prompt_unless_none_may_be_called() {
 fn a_call_and_its_result_go_back_into_the_conversation() {
     let server = server();
     let required = json!({"tools": tools(), "tool_choice": "required", "parallel_tool_calls": false});
-    let message = answered(&server, &ask(required))[0]["message"].clone();
+    let message = answered(&server, &formed(required))[0]["message"].clone();
     let result = json!({"role": "tool", "tool_call_id": message["tool_calls"][0]["id"], "content": "sunny"});
     let question = ask(json!({}))["messages"][0].clone();
     let request = ask(briefly(json!({"tools": tools(), "messages": [question, message, result]})));
@@ -233,16 +233,105 @@ fn what_the_prompt_opens_as_thoughts_is_thoughts() {
         let form = json!({"choice": ["yes", "no"]});
         answered(&server, &thinking(json!({"include_reasoning": false, field: true, "structured_outputs": form})));
     }
-    // What has a form begins with it.
-    let of_a_form = thinking(json!({"structured_outputs": {"choice": ["yes", "no"]}}));
-    let (parts, finish) = whole(&answered(&server, &of_a_form)[0]);
-    assert!(parts["content"] == "yes" || parts["content"] == "no", "{parts}");
-    assert_eq!((&parts["thoughts"], finish), (&json!(""), json!("stop")));
+    // What has a form begins with it then, and where the request says that there is nothing to think.
+    for mut of_a_form in [
+        thinking(json!({"include_reasoning": false})),
+        ask(json!({"chat_template_kwargs": {"enable_thinking": false}})),
+    ] {
+        of_a_form["structured_outputs"] = json!({"choice": ["yes", "no"]});
+        let (parts, finish) = whole(&answered(&server, &of_a_form)[0]);
+        assert!(parts["content"] == "yes" || parts["content"] == "no", "{parts}");
+        assert_eq!((&parts["thoughts"], finish), (&json!(""), json!("stop")));
+    }
     // Thoughts that the prompt has closed again.
     let closed = ask(briefly(json!({"chat_template_kwargs": {"enable_thinking": false}})));
     let (parts, _) = whole(&answered(&server, &closed)[0]);
     assert_eq!(parts["thoughts"], "");
     assert!(!parts["content"].as_str().unwrap().is_empty());
+}
+
+/// A conversation in which an assistant has thought the same before each of its answers.
+fn thought_before(fields: Value) -> Value {
+    let mut messages = Vec::new();
+    for question in ["Is ice cold?", "Is snow white?", "Is fire hot?", "Is the sea deep?", "Is grass green?"] {
+        messages.push(json!({"role": "user", "content": question}));
+        messages.push(json!({"role": "assistant", "content": "<think>\nThat is so.\n</think>\n\nyes"}));
+    }
+    messages.push(json!({"role": "user", "content": "Is the sun bright?"}));
+    let mut request = ask(fields);
+    (request["messages"], request["temperature"]) = (messages.into(), json!(0));
+    request["chat_template_kwargs"] = json!({"enable_thinking": true});
+    request
+}
+
+#[test]
+fn a_model_thinks_before_an_answer_of_a_given_form() {
+    let server = server();
+    let request = thought_before(json!({"structured_outputs": {"choice": ["yes", "no"]}}));
+    let (parts, finish) = whole(&answered(&server, &request)[0]);
+    assert!(parts["content"] == "yes" || parts["content"] == "no", "{parts}");
+    assert!(!parts["thoughts"].as_str().unwrap().is_empty() && finish == "stop", "{parts}");
+    assert_eq!(streamed(&server, &request), (parts, finish));
+    // And before a call that has to be made.
+    let call = json!({"tools": tools(), "tool_choice": "required", "parallel_tool_calls": false});
+    let request = thought_before(call);
+    let (parts, finish) = whole(&answered(&server, &request)[0]);
+    assert_fits(&parts["calls"][0]);
+    assert!(!parts["thoughts"].as_str().unwrap().is_empty(), "{parts}");
+    assert_eq!((&parts["content"], &finish), (&json!(""), &json!("tool_calls")));
+    assert_eq!(without_ids(streamed(&server, &request)), without_ids((parts, finish)));
+    // One that has no room for more than its thoughts ends amid them.
+    let mut brief = thought_before(json!({"structured_outputs": {"choice": ["yes", "no"]}}));
+    brief["max_tokens"] = json!(2);
+    let (parts, finish) = whole(&answered(&server, &brief)[0]);
+    assert!(!parts["thoughts"].as_str().unwrap().is_empty(), "{parts}");
+    assert_eq!((&parts["content"], finish), (&json!(""), json!("length")));
+}
+
+#[test]
+fn an_answer_that_is_thought_about_goes_on_where_it_was_cut() {
+    let server = server();
+    let mut request = thought_before(json!({"structured_outputs": {"choice": ["yes", "no"]}}));
+    request["stream"] = true.into();
+    // As a frontend asks: what each event has brought is in comments before it.
+    let relayed = |journal: &str| -> Vec<(String, String)> {
+        let length = journal.len().to_string();
+        let mut headers = vec![("Content-Type", "application/json"), ("X-Engine-Progress", "1")];
+        if !journal.is_empty() {
+            headers.push(("X-Engine-Resume", &length));
+        }
+        let body = format!("{journal}{request}");
+        let response = client::request(server.address, "POST", CHAT, &headers, body.as_bytes());
+        assert_eq!(response.status, 200, "{}", response.text());
+        let text = response.text();
+        let event = |event: &str| {
+            let comments = event.lines().filter_map(|line| line.strip_prefix(": "));
+            let progress: String = comments.map(|json| format!("{json}\n")).collect();
+            let data = event.lines().find_map(|line| line.strip_prefix("data: "));
+            (progress, data.unwrap().to_owned())
+        };
+        text.trim_end().split("\n\n").map(event).collect()
+    };
+    // Thoughts, content, and how it ended.
+    let told = |events: &[(String, String)]| {
+        let mut all = [String::new(), String::new(), String::new()];
+        for (_, data) in events.iter().filter(|(_, data)| data != "[DONE]") {
+            let chunk: Value = serde_json::from_str(data).unwrap();
+            let choice = &chunk["choices"][0];
+            let delta = &choice["delta"];
+            let told = [&delta["reasoning_content"], &delta["content"], &choice["finish_reason"]];
+            all.iter_mut().zip(told).for_each(|(all, told)| *all += told.as_str().unwrap_or_default());
+        }
+        all
+    };
+    let events = relayed("");
+    let expected = told(&events);
+    assert!(!expected[0].is_empty() && ["yes", "no"].contains(&&*expected[1]) && expected[2] == "stop", "{expected:?}");
+    for cut in 1..events.len() {
+        let journal: String = events[..cut].iter().map(|(progress, _)| progress.as_str()).collect();
+        let all = [&events[..cut], &relayed(&journal)[..]].concat();
+        assert_eq!(told(&all), expected, "cut after {cut}");
+    }
 }
 
 #[test]
@@ -253,7 +342,7 @@ fn an_answer_may_be_a_call_or_of_a_form() {
     let format = json!({"type": "json_schema", "json_schema": {"name": "s", "schema": schema}});
     let asked = |choice: &str, seed: u64| {
         let fields = json!({"response_format": format, "tools": tools(), "tool_choice": choice, "seed": seed});
-        let (parts, finish) = whole(&answered(&server, &ask(fields))[0]);
+        let (parts, finish) = whole(&answered(&server, &formed(fields))[0]);
         let calls = parts["calls"].as_array().unwrap().clone();
         match parts["content"].as_str().unwrap() {
             "" => calls.iter().for_each(assert_fits),

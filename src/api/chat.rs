@@ -45,28 +45,32 @@ pub(crate) async fn chat_completions(
     let (template, parsers) = (serving.config.template.as_ref(), serving.config.parsers);
     let mut tools = Tools::read(request.tools, request.tool_choice, request.parallel_tool_calls, template, parsers)?;
     let form = form(asked(request.response_format, request.structured_outputs)?, tools.as_ref())?;
-    // An answer of a given form has none.
-    if request.include_reasoning == Some(false) && form.is_none() {
+    let hidden = request.include_reasoning == Some(false);
+    if hidden && form.is_none() {
         refuse_to_spell_thoughts(&plan)?;
     }
+    let enable_thinking = kwargs.as_ref().and_then(|kwargs| kwargs.get("enable_thinking"));
+    let unwanted = hidden || enable_thinking == Some(&Value::Bool(false));
+    // Before a form, there is a way not to wait for thoughts that nobody sees; and special tokens are in no grammar.
+    let without_thoughts = form.is_some() && parsers.thoughts && (unwanted || serving.marks_are_special);
     let options = ChatOptions {
         add_generation_prompt: request.add_generation_prompt,
         continue_final_message: request.continue_final_message.unwrap_or(false),
         add_special_tokens: request.add_special_tokens.unwrap_or(false),
         kwargs,
         tools: tools.as_mut().map(|tools| std::mem::take(&mut tools.offered)).unwrap_or_default(),
-        without_thoughts: form.is_some() && parsers.thoughts,
+        without_thoughts,
         now: Some(relay.created()),
     };
     let (tokens, thoughts) = serving.encode_chat(messages, options, Purpose::Answer).await?;
     plan.wanted = Wanted {
-        // An answer of a given form begins with it.
-        thoughts: if parsers.thoughts && form.is_none() { thoughts } else { Thoughts::No },
-        show_thoughts: request.include_reasoning != Some(false),
+        thoughts: if parsers.thoughts && !without_thoughts { thoughts } else { Thoughts::No },
+        show_thoughts: !hidden,
         calls: tools.as_ref().map(|tools| tools.format),
         calls_max: tools.as_ref().map_or(0, Tools::calls_max),
     };
     plan.skip_special_tokens &= !(plan.wanted.is_any() && serving.marks_are_special);
+    let form = form.map(|(source, field)| (plan.wanted.thoughts.before(source), field));
     // Last: it is the dearest.
     plan.grammar = serving.compile(form).await?;
     let prompts = vec![PreparedPrompt { tokens, echo: None }];

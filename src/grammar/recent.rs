@@ -65,33 +65,7 @@ impl Recent {
 /// properties may come in another order, which is the order that they have in an answer.
 fn key(source: &Source) -> Option<Hash> {
     let mut text = Text { hasher: Hasher::new(), left: TEXT_BYTES_MAX };
-    match source {
-        Source::JsonSchema(schema) => {
-            text.hasher.update(b"schema");
-            serde_json::to_writer(&mut text, schema).ok()?;
-        }
-        Source::Regex(regex) => {
-            text.hasher.update(b"regex ");
-            text.write_all(regex.as_bytes()).ok()?;
-        }
-        Source::Lark(grammar) => {
-            text.hasher.update(b"lark  ");
-            text.write_all(grammar.as_bytes()).ok()?;
-        }
-        Source::Choice(choices) => {
-            text.hasher.update(b"choice");
-            for choice in choices {
-                text.write_all(&choice.len().to_le_bytes()).ok()?;
-                text.write_all(choice.as_bytes()).ok()?;
-            }
-        }
-        Source::Framed { frames, between, or } => {
-            text.hasher.update(b"framed");
-            let parts = frames.iter().map(|frame| (&frame.before, &frame.schema, &frame.after, frame.strict));
-            let frames: Vec<_> = parts.collect();
-            serde_json::to_writer(&mut text, &(between, or, frames)).ok()?;
-        }
-    }
+    text.take(source)?;
     Some(text.hasher.finalize())
 }
 
@@ -99,6 +73,45 @@ fn key(source: &Source) -> Option<Hash> {
 struct Text {
     hasher: Hasher,
     left: usize,
+}
+
+impl Text {
+    /// Takes a grammar's; `None` if it is too long.
+    fn take(&mut self, source: &Source) -> Option<()> {
+        match source {
+            Source::JsonSchema(schema) => {
+                self.hasher.update(b"schema");
+                serde_json::to_writer(&mut *self, schema).ok()?;
+            }
+            Source::Regex(regex) => {
+                self.hasher.update(b"regex ");
+                self.write_all(regex.as_bytes()).ok()?;
+            }
+            Source::Lark(grammar) => {
+                self.hasher.update(b"lark  ");
+                self.write_all(grammar.as_bytes()).ok()?;
+            }
+            Source::Choice(choices) => {
+                self.hasher.update(b"choice");
+                for choice in choices {
+                    self.write_all(&choice.len().to_le_bytes()).ok()?;
+                    self.write_all(choice.as_bytes()).ok()?;
+                }
+            }
+            Source::Framed { frames, between, or } => {
+                self.hasher.update(b"framed");
+                let parts = frames.iter().map(|frame| (&frame.before, &frame.schema, &frame.after, frame.strict));
+                let frames: Vec<_> = parts.collect();
+                serde_json::to_writer(&mut *self, &(between, or, frames)).ok()?;
+            }
+            Source::After { open, close, then } => {
+                self.hasher.update(b"after ");
+                serde_json::to_writer(&mut *self, &(open, close)).ok()?;
+                self.take(then)?;
+            }
+        }
+        Some(())
+    }
 }
 
 impl Write for Text {
@@ -175,6 +188,11 @@ mod tests {
             between: between.map(str::to_owned),
             or: None,
         };
+        let after = |open: Option<&str>, close: &str, then: &str| Source::After {
+            open: open.map(str::to_owned),
+            close: close.to_owned(),
+            then: Box::new(regex(then)),
+        };
         let sources = [
             object("a", "b"),
             object("b", "a"),
@@ -188,6 +206,10 @@ mod tests {
             framed("a", "b", None, false),
             framed("ab", "", None, true),
             framed("a", "b", Some("b"), true),
+            after(None, "a", "b"),
+            after(None, "ab", "b"),
+            after(Some("a"), "a", "b"),
+            after(None, "a", "ab"),
         ];
         for source in sources {
             assert!(vocabulary.compiled_lately(&source).is_none(), "{source:?}");

@@ -1,4 +1,4 @@
-use llguidance::api::TopLevelGrammar;
+use llguidance::api::{GrammarWithLexer, TopLevelGrammar};
 use serde_json::{Value, json};
 
 use super::{
@@ -41,6 +41,15 @@ pub enum Source {
         between: Option<String>,
         /// The schema of what may be there instead.
         or: Option<Value>,
+    },
+    /// Any text up to a mark, as what a model thinks first, and then what another source describes.
+    After {
+        /// What the text begins with, if there is any; `None`: there is, and it has begun already.
+        open: Option<String>,
+        /// What ends it.
+        close: String,
+        /// Describes what follows, behind a line break or two.
+        then: Box<Source>,
     },
 }
 
@@ -90,6 +99,7 @@ impl Source {
                 at_most("bytes", each.iter().sum(), FRAMED_BYTES_MAX)?;
                 each.into_iter().max().unwrap_or(0)
             }
+            Self::After { then, .. } => return then.check_bytes(),
         };
         at_most("bytes", bytes, BYTES_MAX)
     }
@@ -124,19 +134,25 @@ impl Source {
                 at_most("texts", frames.len(), FRAMES_MAX)?;
                 Ok(TopLevelGrammar::from_lark(framed(frames, between.as_deref(), or.as_ref())?))
             }
+            Self::After { open, close, then } => {
+                let mut grammar = then.for_compiler()?;
+                // It is one by itself, whatever names and white space it has.
+                for then in &mut grammar.grammars {
+                    then.name = Some("then".to_owned());
+                }
+                grammar.grammars.insert(0, GrammarWithLexer::from_lark(after(open.as_deref(), close)));
+                Ok(grammar)
+            }
         }
     }
 }
 
-/// As a grammar. Each schema is one by itself, so that what it refers to is found in it. Strings are written as in
-/// JSON.
+/// As a grammar. Each schema is one by itself, so that what it refers to is found in it.
 fn framed(frames: &[Frame], between: Option<&str>, or: Option<&Value>) -> Result<String, GrammarError> {
     // What one schema may have of something, all have together.
     let schemas: Vec<Value> = frames.iter().map(Frame::followed).collect();
     check(&schemas.iter().chain(or).cloned().collect())?;
     let rules: Vec<String> = (0..frames.len()).map(|index| format!("frame_{index}")).collect();
-    // As JSON has it, but for a character that a grammar's text may not have.
-    let literal = |text: &str| Value::from(text).to_string().replace('\u{7f}', "\\u007f");
     let more = between.map_or_else(String::new, |between| format!(" ({} frame)*", literal(between)));
     let instead = or.map_or("", |_| " | instead");
     let mut grammar = format!("start: frame{more}{instead}\nframe: {}\n", rules.join(" | "));
@@ -149,6 +165,20 @@ fn framed(frames: &[Frame], between: Option<&str>, or: Option<&Value>) -> Result
         grammar += &format!("{rule}: {before} json_{rule} {after}\njson_{rule}: %json {schema}\n");
     }
     Ok(grammar)
+}
+
+/// As a grammar that goes on in the one called `then`. The text ends with the first mark, whatever could follow.
+fn after(open: Option<&str>, close: &str) -> String {
+    let start = match open {
+        Some(open) => format!("({} text)? @then", literal(open)),
+        None => "text @then".to_owned(),
+    };
+    format!("start: {start}\ntext: up_to_mark /[ \\n]{{1,2}}/?\nup_to_mark[lazy]: /(?s:.*)/ {}\n", literal(close))
+}
+
+/// A string in a grammar: as JSON has it, but for a character that a grammar's text may not have.
+fn literal(text: &str) -> String {
+    Value::from(text).to_string().replace('\u{7f}', "\\u007f")
 }
 
 /// The schema, saying what whitespace there may be, that one of several is any of them where nobody can tell that they

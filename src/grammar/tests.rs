@@ -208,6 +208,37 @@ fn each_of_several_texts_may_be_as_long_as_a_grammar() {
     assert!(refusal(of(30_000, 20)).contains("too large"));
 }
 
+/// What a source describes, behind text between marks; `None`: the text has begun.
+fn after(open: Option<&str>, then: Source) -> Source {
+    Source::After { open: open.map(str::to_owned), close: "</t>".into(), then: Box::new(then) }
+}
+
+#[test]
+fn before_what_is_described_there_may_be_any_text_up_to_a_mark() {
+    for (then, fitting, other) in [
+        (Source::JsonSchema(json!({"enum": ["a"]})), r#""a""#, "a"),
+        (regex("[0-9]{2}/x"), "12/x", "1"),
+        (Source::Choice(vec!["yes".into(), "no".into()]), "yes", "yesno"),
+        (Source::Lark("start: \"[\" word \"]\"\nword: /[a-z]+/\n%ignore / /\n".into()), "[ ab]", "[]"),
+        (bracketed(json!({"type": "integer", "minimum": 0, "maximum": 9}), true), "(7)", "7"),
+    ] {
+        let (begun, optional) = (matcher(after(None, then.clone())), matcher(after(Some("<t>"), then)));
+        for text in ["", "a", "\nHm, \"<\" {</ é🙂 </t\n<t>\n"] {
+            for space in ["", "\n", "\n\n"] {
+                let whole = format!("{text}</t>{space}{fitting}");
+                assert!(fits(&begun, &whole) && fits(&optional, &format!("<t>{whole}")), "{whole}");
+                let whole = format!("{text}</t>{space}{other}");
+                assert!(!fits(&begun, &whole) && !fits(&optional, &format!("<t>{whole}")), "{whole}");
+            }
+            assert!(!fits(&begun, text) && !fits(&optional, &format!("<t>{text}")), "{text}");
+        }
+        assert!(fits(&optional, fitting) && !fits(&optional, other) && !fits(&begun, fitting), "{fitting}");
+        for whole in [format!("a</t>b</t>{fitting}"), format!("a</t>\n\n\n{fitting}")] {
+            assert!(!fits(&begun, &whole), "{whole}");
+        }
+    }
+}
+
 #[test]
 fn an_answer_may_end_when_it_is_complete_and_not_before() {
     let mut matcher = matcher(regex("ab?"));
@@ -462,10 +493,17 @@ fn grammars_that_are_made_to_take_long_are_refused_or_end_in_an_error() {
 #[test]
 fn a_grammar_in_its_own_words_may_be_ambiguous_up_to_a_point() {
     // After each letter, as many ways to have come there as there are letters.
-    let follow = |grammar: &str| {
-        let mut matcher = matcher(Source::Lark(grammar.to_owned()));
-        (0..500).find(|_| matcher.allowed().and_then(|_| matcher.take(b'a'.into())).is_err())
+    let follow = |source: Source, begun: &str| {
+        let mut matcher = matcher(source);
+        begun.bytes().for_each(|byte| matcher.take(byte.into()).unwrap());
+        (0..500u32).find(|_| matcher.allowed().and_then(|_| matcher.take(b'a'.into())).is_err())
     };
-    assert!(follow("start: word\nword: word word | \"a\"\n").is_some());
-    assert_eq!(follow("start: word*\nword: \"a\"\n"), None);
+    let ambiguous = || Source::Lark("start: word\nword: word word | \"a\"\n".to_owned());
+    let other = || Source::Lark("start: word*\nword: \"a\"\n".to_owned());
+    let limit = follow(ambiguous(), "").unwrap();
+    assert_eq!(follow(other(), ""), None);
+    // Behind a text it is about the same.
+    let behind = follow(after(None, ambiguous()), "b</t>").unwrap();
+    assert!(limit.abs_diff(behind) < 20, "{limit} {behind}");
+    assert_eq!(follow(after(None, other()), "b</t>"), None);
 }

@@ -104,7 +104,11 @@ impl Vocabulary {
     }
 
     fn limits(&self, source: &Source) -> ParserLimits {
-        let limits = if matches!(source, Source::Lark(_)) { AMBIGUOUS } else { LIMITS };
+        let limits = match source {
+            Source::After { then, .. } => return self.limits(then),
+            Source::Lark(_) => AMBIGUOUS,
+            _ => LIMITS,
+        };
         ParserLimits { max_lexer_states: self.factory.limits().max_lexer_states, ..limits }
     }
 

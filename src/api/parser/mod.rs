@@ -12,6 +12,7 @@ mod tests;
 pub(crate) use calls::Call;
 
 use super::ChatTemplate;
+use crate::grammar::Source;
 
 /// What thoughts stand between: Qwen3, DeepSeek-R1 and those made from it, and others.
 const THOUGHTS: (&str, &str) = ("<think>", "</think>");
@@ -101,6 +102,17 @@ impl Thoughts {
     /// By what the prompt ends with.
     pub(crate) fn after(prompt: &str) -> Self {
         if prompt.trim_end().ends_with(THOUGHTS.0) { Self::Opened } else { Self::IfOpened }
+    }
+
+    /// What an answer has to be that has a form: that, behind its thoughts.
+    pub(crate) fn before(self, form: Source) -> Source {
+        let (open, close) = THOUGHTS;
+        let open = match self {
+            Self::No => return form,
+            Self::IfOpened => Some(open.to_owned()),
+            Self::Opened => None,
+        };
+        Source::After { open, close: close.to_owned(), then: Box::new(form) }
     }
 
     /// Of an answer that continues `message`, of which all is shown, thoughts too.

@@ -95,6 +95,16 @@ fn whether_an_answer_begins_amid_thoughts_is_seen_from_what_it_follows() {
     assert_eq!(Thoughts::amid("The"), Thoughts::No);
 }
 
+#[test]
+fn what_has_a_form_has_it_behind_the_thoughts() {
+    let form = || Source::Regex("a".into());
+    assert_eq!(Thoughts::No.before(form()), form());
+    for (thoughts, expected) in [(Thoughts::IfOpened, Some("<think>")), (Thoughts::Opened, None)] {
+        let Source::After { open, close, then } = thoughts.before(form()) else { panic!("{thoughts:?}") };
+        assert_eq!((open.as_deref(), &*close, *then), (expected, "</think>", form()));
+    }
+}
+
 fn call(name: &str, arguments: &str) -> (String, String) {
     (name.into(), arguments.into())
 }
