@@ -50,6 +50,8 @@ fn what_masks_cost() {
         "note": "The Engine weaves algebraical patterns just as the Jacquard loom weaves flowers and leaves.",
     });
     let text = serde_json::to_string_pretty(&person).unwrap();
+    let thought = "Ada was born in 1815, so she was 36 when she died; she lived in London. ".repeat(20);
+    let thought = format!("{thought}</think>\n\n{text}");
     let sums = "start: sum\nsum: product (\"+\" product)*\nproduct: NUMBER | \"(\" sum \")\"\nNUMBER: /[0-9]+/\n";
     for (name, tokenizer, vocab_size) in [("demo", demo, 49_152), ("Qwen3", qwen3, 151_936)] {
         let started = Instant::now();
@@ -62,6 +64,15 @@ fn what_masks_cost() {
                 "a regular expression",
                 Source::Regex(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ".to_owned()),
                 "2026-11-29T07:08:09Z",
+            ),
+            (
+                "JSON behind thoughts",
+                Source::After {
+                    open: None,
+                    close: "</think>".to_owned(),
+                    then: Box::new(Source::JsonSchema(schema.clone())),
+                },
+                &thought,
             ),
             ("sums by rules", Source::Lark(sums.to_owned()), "(12+3)+(6+(8+9))+10+11+12"),
         ] {
