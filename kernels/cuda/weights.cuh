@@ -102,14 +102,12 @@ struct FineBytes {
     __device__ __forceinline__ void load(size_t start, int at, float (&to)[8]) const { unpack(fetch(start, at), to); }
 };
 
-/// Four E4M3, none of them NaN, as floats, each QUARTER_UNIT times too small: bits of exponent and mantissa mean the
-/// same in f16 but for the exponent's bias. (Not `halves_of`, whose instruction
-/// begins with compute capability 8.9, and stands for many before that: it minds NaN.)
+/// Four E4M3, none of them NaN, as floats, each QUARTER_UNIT times too small. (Not by `halves_of`, which minds NaN, and
+/// is an instruction on some devices only.)
 constexpr float QUARTER_UNIT = 256.0f;
 __device__ __forceinline__ void small_quarters(unsigned four, float& first, float& second, float& third,
                                                float& fourth) {
-    const auto halves = [](unsigned bits) { return (bits & 0x80008000u) | (bits >> 1 & 0x3f803f80u); };
-    const unsigned even = halves(four << 8), odd = halves(four);
+    const unsigned even = small_halves(four << 8), odd = small_halves(four);
     first = to_float(Half{static_cast<uint16_t>(even)}), third = to_float(Half{static_cast<uint16_t>(even >> 16)});
     second = to_float(Half{static_cast<uint16_t>(odd)}), fourth = to_float(Half{static_cast<uint16_t>(odd >> 16)});
 }

@@ -205,15 +205,7 @@ inline std::uint16_t float_to_brain(float x) {
     return (bits + 0x7fffu + (bits >> 16 & 1)) >> 16;
 }
 
-/// E4M3 as the f16 that it is.
-inline std::uint16_t quarter_to_half(std::uint8_t quarter) {
-    const std::uint16_t sign = (quarter & 0x80u) << 8, exponent = quarter >> 3 & 15, mantissa = quarter & 7;
-    if (exponent == 15 && mantissa == 7) return sign | 0x7fffu;
-    if (exponent > 0) return sign | (exponent + 8) << 10 | mantissa << 7;
-    return sign | float_to_half(static_cast<float>(mantissa) * 0x1p-9f);
-}
-
-/// To the nearest, ties to even; at most 448.
+/// E4M3: to the nearest, ties to even; at most 448.
 inline std::uint8_t float_to_quarter(float x) {
     const std::uint32_t magnitude = bits_of(x) & 0x7fffffffu;
     const std::uint8_t sign = bits_of(x) >> 24 & 0x80u;

@@ -7,6 +7,7 @@ use engine_kernels::{AttentionShape, Batch, KvDType, KvLayout, QkNorm};
 
 use crate::rope::table;
 use crate::support::{Random, Subject, assert_near, assert_same_bits};
+use crate::watched;
 
 /// Everything about a layer that changes how it is computed.
 #[derive(Debug, Clone, Copy)]
@@ -436,6 +437,32 @@ pub(crate) fn one_key_gives_its_value_and_equal_keys_their_mean<B: Subject>() {
             let want: Vec<f32> = (0..q_width).map(mean).collect();
             assert_near(&out[token * q_width..][..q_width], &want, |_| 3e-6, &format!("{case:?}, token {token}"));
         }
+    }
+}
+
+pub(crate) fn a_cache_of_eight_bits_holds_every_number_that_they_make<B: Subject>() {
+    let number = |bits: u32| {
+        let magnitude = match (bits >> 3 & 15, bits & 7) {
+            (15, 7) => f32::NAN,
+            (0, mantissa) => mantissa as f32 / 512.0,
+            (exponent, mantissa) => (8 + mantissa) as f32 * 2f32.powi(exponent as i32 - 10),
+        };
+        if bits < 128 { magnitude } else { -magnitude }
+    };
+    let numbers: Vec<f32> = (0..256).map(number).collect();
+    let case = Case { qk_norm: false, ..Case::new(2, 2, 128, 16, KvDType::F8) };
+    let mut sequence = sequences(case, &[2], &mut Random::new(72)).remove(0);
+    // Both tokens have them all as their values, and nothing else that is not zero.
+    sequence.qkv = [vec![0.0; 512], numbers.clone()].concat().repeat(2);
+    for plan in [one_by_one(2), one_shot(&[2])] {
+        let out = Layer::<B>::new(case, 1).run(std::slice::from_ref(&sequence), &plan).remove(0);
+        for (i, (ours, want)) in out.iter().zip(numbers.iter().cycle()).enumerate() {
+            // Neighbours are farther apart than that.
+            let is_right = if want.is_nan() { ours.is_nan() } else { (ours - want).abs() <= 1e-5 * want.abs() };
+            assert!(is_right, "token {}, bits {:#x}: {ours:e}, should be {want:e}", i / 256, i % 256);
+        }
+        assert_eq!(out.len(), 2 * 256);
+        watched::held();
     }
 }
 

@@ -41,6 +41,7 @@ macro_rules! of_every_backend {
                 a_shared_prefix_reads_like_a_computed_one,
                 what_earlier_owners_left_in_pages_is_never_read,
                 one_key_gives_its_value_and_equal_keys_their_mean,
+                a_cache_of_eight_bits_holds_every_number_that_they_make,
                 a_score_far_above_the_others_takes_all;
             linear:
                 float_weights_match_the_reference,
