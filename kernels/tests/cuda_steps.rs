@@ -1,7 +1,7 @@
 //! Steps of the CUDA backend as a whole, as far as only the emulated device shows them: how they are cut into kernels,
 //! and how they fail. What they compute is in the suite.
 
-use engine_cuda_emulated::{Emulated, EmulatedBackend, EmulatedHopper};
+use engine_cuda_emulated::{Emulated, EmulatedBackend, EmulatedDevice, EmulatedHopper};
 use engine_kernel_suite::steps::{
     BLOCK_SIZE, BLOCKS, HIDDEN, Layer, ROWS_MAX, SHAPE, VOCABULARY, decode, draw_alike, numbers,
 };
@@ -104,6 +104,24 @@ fn notes<D: Driver>(driver: D, kernels: &[&str]) {
     assert_eq!(backend.read(&out), vec![7.0; rows]);
     noted.iter().for_each(|noted| backend.enqueue(noted));
     assert_eq!(backend.read(&out), vec![512.0; rows]);
+}
+
+#[test]
+fn products_are_cut_for_as_many_multiprocessors_as_the_device_has() {
+    fn segments<const HOPPER: bool>(processors: usize) -> usize {
+        let (rows, cols, features) = (20, 1024, 384);
+        let driver = EmulatedDevice::<HOPPER>::default();
+        driver.set_processors(processors);
+        let mut backend = CudaBackend::new(driver);
+        let weight = vec![0; 2 * features * cols];
+        let weight = backend.linear_weight(&[Matrix::new(DType::BF16, features, cols, &weight).unwrap()]).unwrap();
+        let (mut x, mut out) = (backend.activations(rows, cols), backend.activations(rows, features));
+        backend.write(&vec![1.0; rows * cols], &mut x);
+        // What rounds activations, and the product.
+        backend.note(&mut |backend| backend.linear(&x, &weight, None, &mut out))[1].grid()[2]
+    }
+    assert_eq!([4, 132].map(segments::<false>), [1, 2]);
+    assert_eq!([4, 132].map(segments::<true>), [1, 2]);
 }
 
 #[test]

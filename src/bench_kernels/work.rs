@@ -134,7 +134,7 @@ impl Size {
 
 #[cfg(test)]
 mod tests {
-    use engine_cuda_emulated::{Emulated, EmulatedHopper};
+    use engine_cuda_emulated::{Emulated, EmulatedDevice};
     use engine_kernels::cuda::{CudaBackend, Driver};
     use engine_kernels::{AttentionShape, Backend, KvDType, KvLayout};
     use engine_models::{ForwardLimits, LoadFormat, LoadedModel, ModelSource, OpenOptions};
@@ -155,6 +155,13 @@ mod tests {
     };
     const BLOCKS: usize = 200;
 
+    /// With as many multiprocessors as an H100, for which products are cut.
+    fn device<const HOPPER: bool>() -> EmulatedDevice<HOPPER> {
+        let device = EmulatedDevice::default();
+        device.set_processors(132);
+        device
+    }
+
     fn names(kernels: &[Noted]) -> Vec<&str> {
         kernels.iter().map(Noted::kernel).collect()
     }
@@ -172,8 +179,8 @@ mod tests {
         source.load(backend, ForwardLimits { max_tokens: 2048, max_logit_rows: 64, max_positions: 4096 }).unwrap()
     }
 
-    fn compare_with_a_model<D: Driver>(device: fn() -> D) {
-        let (mut backend, mut others) = (CudaBackend::new(device()), CudaBackend::new(device()));
+    fn compare_with_a_model<const HOPPER: bool>() {
+        let (mut backend, mut others) = (CudaBackend::new(device::<HOPPER>()), CudaBackend::new(device::<HOPPER>()));
         let weights = Model::new(&mut backend, &SHAPE).unwrap();
         let mut loaded = loaded(&mut others);
         let (layers, heads) = (SHAPE.layers, SHAPE.heads);
@@ -215,8 +222,8 @@ mod tests {
 
     #[test]
     fn a_layer_launches_what_a_model_does_and_all_of_it_has_a_row() {
-        compare_with_a_model(Emulated::default);
-        compare_with_a_model(EmulatedHopper::default);
+        compare_with_a_model::<false>();
+        compare_with_a_model::<true>();
     }
 
     #[test]
@@ -227,7 +234,7 @@ mod tests {
             &[0.9, 10.6, 3.1, 1.6, 5.5, 1.3, 0.9, 15.9, 4.7, 2.0, 8.3, 1.8],
             &[29.4, 46.1, 58.7, 41.9, 25.2, 21.0, 29.4, 67.1, 62.9, 27.3],
         ];
-        let mut backend = CudaBackend::new(EmulatedHopper::default());
+        let mut backend = CudaBackend::new(device::<true>());
         let weights = Model::new(&mut backend, &SHAPE).unwrap();
         let mut steps = [
             Step::decode(&mut backend, SHAPE, &weights, [1, 1]).unwrap(),

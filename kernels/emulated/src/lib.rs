@@ -50,6 +50,8 @@ pub struct EmulatedMemory {
 
 /// What an emulated device says it has.
 const MEMORY_BYTES: usize = 1 << 34;
+/// Few, so that small tests too have more work than fills the device.
+const PROCESSORS: usize = 4;
 
 /// Where recordings fail.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -120,6 +122,11 @@ impl<const HOPPER: bool> EmulatedDevice<HOPPER> {
     /// From now on recordings fail there, or nowhere.
     pub fn refuse_recordings(&self, refusal: Option<Refusal>) {
         self.queue().refusal = refusal;
+    }
+
+    /// Says from now on that it has so many multiprocessors.
+    pub fn set_processors(&self, processors: usize) {
+        self.queue().processors = Some(processors);
     }
 
     /// Says from now on that so many bytes are free.
@@ -216,8 +223,7 @@ impl<const HOPPER: bool> Driver for EmulatedDevice<HOPPER> {
     }
 
     fn processors(&self) -> usize {
-        // Few, so that small tests too have more work than fills the device.
-        4
+        self.queue().processors.unwrap_or(PROCESSORS)
     }
 
     fn has_wgmma(&self) -> bool {

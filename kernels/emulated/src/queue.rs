@@ -76,6 +76,8 @@ pub(crate) struct Queue {
     pub(crate) captured: Option<Vec<Work>>,
     /// Where recordings fail.
     pub(crate) refusal: Option<Refusal>,
+    /// Multiprocessors it says it has, if a test says so.
+    pub(crate) processors: Option<usize>,
     /// Bytes it says are free; all, if nothing is set.
     pub(crate) free: Option<usize>,
     /// So many bytes are more than any allocation has, if a test says so.

@@ -9,8 +9,6 @@ use super::stream::Stream;
 use super::weight::Form;
 use super::wide;
 
-/// Blocks that fill a device: the multiprocessors of an H100.
-pub(super) const BLOCKS: usize = 132;
 /// Input features that are added up by themselves.
 pub(super) const SEGMENT: usize = 512;
 /// Threads of a block of the kernels beside the products.
@@ -51,30 +49,33 @@ pub(super) struct Cut {
 }
 
 impl Cut {
-    /// The largest tile of which there are about enough to fill the device, and that is not mostly empty.
-    fn of(rows: usize, cols: usize, features: usize) -> Self {
-        let fits = |tile: &&Tile| tile.rows < 2 * rows && tile.blocks(rows, features) >= BLOCKS * 3 / 4;
-        Self::by(TILES.iter().find(fits).copied().unwrap_or(SMALLEST), SMALLEST, rows, cols, features)
+    /// The largest tile of which there are about enough to fill a device with so many multiprocessors, and that is not
+    /// mostly empty.
+    fn of(processors: usize, rows: usize, cols: usize, features: usize) -> Self {
+        let fits = |tile: &&Tile| tile.rows < 2 * rows && tile.blocks(rows, features) >= processors * 3 / 4;
+        let tile = TILES.iter().find(fits).copied().unwrap_or(SMALLEST);
+        Self::by(tile, SMALLEST, processors, [rows, cols, features])
     }
 
     /// If even the smallest tiles are too few by half, segments too are computed side by side.
-    pub(super) fn by(tile: Tile, smallest: Tile, rows: usize, cols: usize, features: usize) -> Self {
-        let splits = tile == smallest && 2 * tile.blocks(rows, features) <= BLOCKS;
+    pub(super) fn by(tile: Tile, smallest: Tile, processors: usize, [rows, cols, features]: [usize; 3]) -> Self {
+        let splits = tile == smallest && 2 * tile.blocks(rows, features) <= processors;
         Self { tile, segments: if splits { cols.div_ceil(SEGMENT) } else { 1 } }
     }
 }
 
 /// Rows up to which a product of so many features is split over its input features, if at all: those of which the
 /// smallest tiles are too few by half.
-fn split_rows_max(smallest: Tile, features: usize) -> usize {
-    BLOCKS / 2 / features.div_ceil(smallest.out) * smallest.rows
+fn split_rows_max(smallest: Tile, processors: usize, features: usize) -> usize {
+    processors / 2 / features.div_ceil(smallest.out) * smallest.rows
 }
 
 /// Bytes of the sums of segments, of a product of so many rows or fewer.
-fn sums_bytes(smallest: Tile, rows: usize, cols: usize, features: usize) -> usize {
+fn sums_bytes(smallest: Tile, processors: usize, [rows, cols, features]: [usize; 3]) -> usize {
+    let split = rows.min(split_rows_max(smallest, processors, features));
     match cols.div_ceil(SEGMENT) {
         1 => 0,
-        segments => segments * rows.min(split_rows_max(smallest, features)) * features * size_of::<f32>(),
+        segments => segments * split * features * size_of::<f32>(),
     }
 }
 
@@ -171,7 +172,8 @@ impl<D: Driver> Products<D> {
     pub(super) fn reserve(&mut self, stream: &Stream<D>, rows: usize, weight: &Linear<D>) -> bool {
         let parts = weight.parts.iter().filter(|part| Rounding::of(part.form).is_some());
         let smallest = |part: &Part<D>| if self.is_wide(part.form) { wide::SMALLEST } else { SMALLEST };
-        let sums = parts.map(|part| sums_bytes(smallest(part), rows, weight.cols, part.rows));
+        let processors = stream.driver().processors();
+        let sums = parts.map(|part| sums_bytes(smallest(part), processors, [rows, weight.cols, part.rows]));
         let Some(sums) = sums.max() else { return false };
         // Not short-circuited: both have to grow.
         self.rounded.reserve(stream, Rounded::bytes(rows, weight.cols)) | self.segments.reserve(stream, sums)
@@ -219,7 +221,7 @@ impl<D: Driver> Products<D> {
 /// Enqueues a product by the kernels of `gemm.cu`. How many segments are left to be added up, if not 1.
 fn multiply<D: Driver>(stream: &Stream<D>, kernels: &Kernels, operands: &Operands<'_, D>) -> usize {
     let Operands { x, part, bias, out, segments } = *operands;
-    let cut = Cut::of(x.rows, x.cols, part.rows);
+    let cut = Cut::of(stream.driver().processors(), x.rows, x.cols, part.rows);
     let args = [
         part.values.address().into(),
         part.scales.address().into(),
@@ -243,8 +245,12 @@ fn multiply<D: Driver>(stream: &Stream<D>, kernels: &Kernels, operands: &Operand
 mod tests {
     use super::*;
 
+    /// Multiprocessors of an H100, and of others.
+    const H100: usize = 132;
+    const DEVICES: [usize; 4] = [4, 60, H100, 189];
+
     fn cut(rows: usize, cols: usize, features: usize) -> (usize, usize, usize) {
-        let Cut { tile, segments } = Cut::of(rows, cols, features);
+        let Cut { tile, segments } = Cut::of(H100, rows, cols, features);
         (tile.rows, tile.out, segments)
     }
 
@@ -260,29 +266,30 @@ mod tests {
 
     #[test]
     fn room_for_many_rows_is_room_for_fewer() {
-        type Cutting = fn(usize, usize, usize) -> Cut;
-        for (smallest, cut) in [(SMALLEST, Cut::of as Cutting), (wide::SMALLEST, wide::cut)] {
+        type Cutting = fn(usize, usize, usize, usize) -> Cut;
+        let ways = [(SMALLEST, Cut::of as Cutting), (wide::SMALLEST, wide::cut)];
+        for (processors, (smallest, cut)) in DEVICES.into_iter().flat_map(|device| ways.map(|way| (device, way))) {
             let mut splits = 0;
             for features in [1, 32, 33, 512, 1024, 1536, 2112, 2113, 4096] {
                 for cols in [512, 513, 4096] {
-                    let needed = |rows: usize| match cut(rows, cols, features).segments {
+                    let needed = |rows: usize| match cut(processors, rows, cols, features).segments {
                         1 => 0,
                         segments => segments * rows * features * 4,
                     };
                     let mut most = 0;
                     for rows in 1..=4500 {
                         most = most.max(needed(rows));
-                        assert_eq!(
-                            sums_bytes(smallest, rows, cols, features),
-                            most,
-                            "{rows} rows, {cols} to {features}"
-                        );
+                        let room = sums_bytes(smallest, processors, [rows, cols, features]);
+                        assert_eq!(room, most, "{processors} processors, {rows} rows, {cols} to {features}");
                     }
                     splits += usize::from(most > 0);
                 }
             }
-            // All but the widest.
-            assert_eq!(splits, 2 * if smallest == SMALLEST { 7 } else { 9 });
+            match processors {
+                // All but the widest.
+                H100 => assert_eq!(splits, 2 * if smallest == SMALLEST { 7 } else { 9 }),
+                _ => assert!(splits > 0, "{processors} processors"),
+            }
         }
     }
 

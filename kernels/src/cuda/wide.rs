@@ -1,7 +1,7 @@
 //! Products by wgmma (`kernels/cuda/wide.cu`), for weights that it takes as they are: which tiles, and their launches.
 
 use super::driver::{Address, Boxes, Driver, Launch};
-use super::product::{BLOCKS, Cut, Operands, Tile};
+use super::product::{Cut, Operands, Tile};
 use super::stream::Stream;
 use super::weight::Form;
 
@@ -34,19 +34,19 @@ pub(super) const fn kernels(form: Form) -> Option<&'static Kernels> {
     }
 }
 
-/// The tile whose blocks are over first, the smallest among equals: a block of it takes the longer the more rows it
-/// has, and reading its weights from shared memory takes as long as 85 rows do.
-pub(super) fn cut(rows: usize, cols: usize, features: usize) -> Cut {
-    let time = |tile: &Tile| tile.blocks(rows, features).div_ceil(BLOCKS) * (tile.rows + 85);
+/// The tile whose blocks are over first on a device with so many multiprocessors, the smallest among equals: a block of
+/// it takes the longer the more rows it has, and reading its weights from shared memory takes as long as 85 rows do.
+pub(super) fn cut(processors: usize, rows: usize, cols: usize, features: usize) -> Cut {
+    let time = |tile: &Tile| tile.blocks(rows, features).div_ceil(processors) * (tile.rows + 85);
     let tile = TILES.into_iter().min_by_key(time).unwrap_or(SMALLEST);
-    Cut::by(tile, SMALLEST, rows, cols, features)
+    Cut::by(tile, SMALLEST, processors, [rows, cols, features])
 }
 
 /// Enqueues a product. How many segments are left to be added up, if not 1.
 pub(super) fn multiply<D: Driver>(stream: &Stream<D>, kernels: &Kernels, operands: &Operands<'_, D>) -> usize {
     let Operands { x, part, bias, out, segments } = *operands;
     let (rows, cols) = (x.rows, x.cols);
-    let Cut { tile, segments: count } = cut(rows, cols, part.rows);
+    let Cut { tile, segments: count } = cut(stream.driver().processors(), rows, cols, part.rows);
     let map = |start: Address, rows: usize, box_rows: usize| {
         let row_bytes = cols.next_multiple_of(8) * size_of::<u16>();
         stream.attempt(|driver| driver.tensor_map(&Boxes { start, rows, cols, row_bytes, box_rows }))
@@ -78,28 +78,40 @@ pub(super) fn multiply<D: Driver>(stream: &Stream<D>, kernels: &Kernels, operand
 mod tests {
     use super::*;
 
-    fn chosen(rows: usize, cols: usize, features: usize) -> (usize, usize) {
-        let Cut { tile, segments } = cut(rows, cols, features);
+    /// Multiprocessors of an H100.
+    const H100: usize = 132;
+
+    fn chosen(processors: usize, rows: usize, cols: usize, features: usize) -> (usize, usize) {
+        let Cut { tile, segments } = cut(processors, rows, cols, features);
         (tile.rows, segments)
     }
 
     #[test]
     fn many_rows_take_tall_tiles_and_few_flat_ones() {
-        assert_eq!(chosen(2048, 4096, 24_576), (192, 1));
-        assert_eq!(chosen(8192, 4096, 4096), (192, 1));
+        assert_eq!(chosen(H100, 2048, 4096, 24_576), (192, 1));
+        assert_eq!(chosen(H100, 8192, 4096, 4096), (192, 1));
         // As many blocks as multiprocessors, or a few less.
-        assert_eq!(chosen(512, 4096, 4096), (128, 1));
-        assert_eq!(chosen(2048, 2048, 1024), (128, 1));
-        assert_eq!(chosen(192, 4096, 6144), (128, 1));
-        assert_eq!(chosen(64, 4096, 24_576), (64, 1));
+        assert_eq!(chosen(H100, 512, 4096, 4096), (128, 1));
+        assert_eq!(chosen(H100, 2048, 2048, 1024), (128, 1));
+        assert_eq!(chosen(H100, 192, 4096, 6144), (128, 1));
+        assert_eq!(chosen(H100, 64, 4096, 24_576), (64, 1));
     }
 
     #[test]
     fn a_product_too_small_for_the_device_is_split_over_its_input_features() {
-        assert_eq!(chosen(64, 4096, 4096), (64, 8));
-        assert_eq!(chosen(17, 513, 1024), (64, 2));
-        assert_eq!(chosen(17, 512, 1024), (64, 1));
-        assert_eq!(chosen(128, 3072, 1024), (64, 6));
-        assert_eq!(chosen(1024, 3072, 1024), (64, 1));
+        assert_eq!(chosen(H100, 64, 4096, 4096), (64, 8));
+        assert_eq!(chosen(H100, 17, 513, 1024), (64, 2));
+        assert_eq!(chosen(H100, 17, 512, 1024), (64, 1));
+        assert_eq!(chosen(H100, 128, 3072, 1024), (64, 6));
+        assert_eq!(chosen(H100, 1024, 3072, 1024), (64, 1));
+    }
+
+    #[test]
+    fn a_device_with_fewer_multiprocessors_is_filled_by_fewer_and_taller_tiles() {
+        // An H100 for PCIe: 128 tiles of the middle size would be two rounds, and 96 tall ones are one.
+        assert_eq!(chosen(114, 512, 4096, 4096), (192, 1));
+        // 48 tiles are too few for an H100 by half, and nearly enough for 60 multiprocessors.
+        assert_eq!(chosen(H100, 64, 4096, 6144), (64, 8));
+        assert_eq!(chosen(60, 64, 4096, 6144), (64, 1));
     }
 }
