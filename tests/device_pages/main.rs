@@ -316,6 +316,19 @@ fn a_worker_whose_device_cannot_record_steps_says_so_once_and_answers_all_the_sa
 
 #[test]
 #[ignore = "needs the stand-in for libcuda: make device-pages"]
+fn a_device_that_the_driver_compiles_the_kernels_for_is_said_to_take_minutes() {
+    let model = Model::made_up(2, 2, 512);
+    let limits = ["--served-model-name", "demo", "--standalone", "--kv-blocks", "64"];
+    let flags = [&model.flags()[..], &limits, &unless_in(&[], &FLAGS)].concat();
+    for (capability, compiles) in [("9", false), ("10", true), ("12", true)] {
+        let server = Server::start_under(&["env", &format!("STANDIN_CAPABILITY={capability}")], &flags);
+        assert_eq!(server.log().contains("the driver compiles the kernels"), compiles, "{}", server.log());
+        ask(&server, &model.prompt(1, 30));
+    }
+}
+
+#[test]
+#[ignore = "needs the stand-in for libcuda: make device-pages"]
 fn a_worker_whose_device_hangs_ends_and_its_answer_goes_on_elsewhere() {
     let mut cell = cell();
     let folder = tempfile::tempdir().unwrap();

@@ -17,6 +17,8 @@ static HOPPER_KERNELS: &Fatbin<[u8]> = &Fatbin(*include_bytes!(concat!(env!("OUT
 
 /// The devices that [`HOPPER_KERNELS`] is for.
 const HOPPER: (i32, i32) = (9, 0);
+/// The last generation that there is machine code for. What comes later takes PTX, which the driver compiles.
+const COMPILED_MAX: i32 = 9;
 /// Set, and not empty: such devices are used as those before them, for whoever has found that these kernels err.
 const WITHOUT_WGMMA: &str = "ENGINE_CUDA_WITHOUT_WGMMA";
 /// Shared memory that a block gets without asking first.
@@ -86,6 +88,12 @@ impl Modules {
         let refused = is_set(WITHOUT_WGMMA);
         if capability == HOPPER && refused {
             tracing::warn!("{WITHOUT_WGMMA} is set: longer steps are computed by slower kernels");
+        }
+        if capability.0 > COMPILED_MAX {
+            tracing::info!(
+                "the driver compiles the kernels for this device, which takes minutes the first time (it keeps them in \
+                 CUDA_CACHE_PATH)"
+            );
         }
         let base = load(KERNELS)?;
         let hopper = if capability == HOPPER && !refused { Some(load(HOPPER_KERNELS)?) } else { None };

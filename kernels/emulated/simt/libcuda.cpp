@@ -12,8 +12,8 @@
 //
 // Into that file goes too what a worker should have done before it takes requests: memory that is allocated, and
 // kernels that are launched without having been loaded. STANDIN_MPS=yes has processes share the device by MPS, and with
-// STANDIN_DEVICE=other it is another one than that of processes without. STANDIN_HANGS names a file for as long as
-// which exists the device hangs.
+// STANDIN_DEVICE=other it is another one than that of processes without; STANDIN_CAPABILITY is the first number of its
+// compute capability, if not 9. STANDIN_HANGS names a file for as long as which exists the device hangs.
 
 #include "emulate.cpp"
 
@@ -226,8 +226,10 @@ CALL(cuDeviceGetAttribute, int* value, int attribute, int) {
     switch (attribute) {
     case 16:  // an H100's multiprocessors,
         return *value = 132, SUCCESS;
-    case 75:  // and its compute capability
-        return *value = 9, SUCCESS;
+    case 75: {  // and its compute capability
+        const char* major = std::getenv("STANDIN_CAPABILITY");
+        return *value = major ? std::atoi(major) : 9, SUCCESS;
+    }
     case 76:
         return *value = 0, SUCCESS;
     case 116:  // whether adapters find its memory by its address,
