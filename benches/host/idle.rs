@@ -103,7 +103,7 @@ impl Driver for Idle {
         Ok(())
     }
 
-    fn record(&self) -> Result<Instant, DriverError> {
+    fn record(&self, _: Option<Instant>) -> Result<Instant, DriverError> {
         Ok(self.done.get())
     }
 

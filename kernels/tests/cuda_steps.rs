@@ -145,6 +145,23 @@ fn a_step_that_is_launched_waits_for_nothing_and_one_that_is_collected_for_no_ot
 }
 
 #[test]
+fn steps_mark_the_ends_of_their_copies_with_the_events_of_those_before() {
+    let mut layer = device();
+    layer.backend.make_room(ROWS_MAX);
+    let batch = decode(&[40; 3], 0);
+    let mut steps = |count: usize| {
+        for _ in 0..count {
+            layer.draw(&batch, &vec![Vec::new(); 3]);
+            layer.drawn(3);
+        }
+        layer.backend.driver().events()
+    };
+    // Whatever is copied has two turns.
+    let events = steps(2);
+    assert_eq!(steps(6), events);
+}
+
+#[test]
 fn penalties_are_right_where_there_is_no_room_to_remember_what_they_hang_on() {
     const LISTS: usize = 64 << 20;
     let expected = draw_alike(&mut device(), &mut device());

@@ -125,11 +125,11 @@ impl Clock {
     /// Milliseconds of one `work` of so many, from one event to another.
     fn between(&mut self, times: usize, work: &mut dyn FnMut(&mut Cuda) -> Result<(), DriverError>) -> Result<f64> {
         let Self { backend, .. } = self;
-        let start = backend.driver().record()?;
+        let start = backend.driver().record_time()?;
         for _ in 0..times {
             work(backend)?;
         }
-        let end = backend.driver().record()?;
+        let end = backend.driver().record_time()?;
         backend.driver().wait(&end)?;
         backend.check()?;
         Ok(f64::from(backend.driver().milliseconds(&start, &end)?) / times as f64)

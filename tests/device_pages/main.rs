@@ -294,22 +294,26 @@ fn the_same_prompt_again_is_found_in_the_cache_that_pages_were_brought_to() {
     }
 }
 
+/// A server in one process, on a stand-in that is told something, with these flags besides.
+fn alone_under(variable: &str, model: &Model, flags: &[&str]) -> Server {
+    let limits = ["--served-model-name", "demo", "--standalone", "--kv-blocks", "64"];
+    Server::start_under(&["env", variable], &[&model.flags()[..], &limits, &unless_in(&[], &FLAGS), flags].concat())
+}
+
 #[test]
 #[ignore = "needs the stand-in for libcuda: make device-pages"]
 fn a_worker_whose_device_cannot_record_steps_says_so_once_and_answers_all_the_same() {
     let model = Model::made_up(2, 2, 512);
-    let limits = ["--served-model-name", "demo", "--standalone", "--kv-blocks", "64"];
-    let flags = [&model.flags()[..], &limits, &unless_in(&[], &FLAGS)].concat();
     let mut answers = Vec::new();
     for refused in ["nothing", "begin", "amid", "instantiate", "upload"] {
-        let server = Server::start_under(&["env", &format!("STANDIN_REFUSES={refused}")], &flags);
+        let server = alone_under(&format!("STANDIN_REFUSES={refused}"), &model, &[]);
         answers.push((1..4).map(|number| ask(&server, &model.prompt(number, 30))).collect::<Vec<_>>());
         let said = server.log().matches("could not be recorded").count();
         assert_eq!(said, usize::from(refused != "nothing"), "{refused}: {}", server.log());
         assert_eq!(server.log().contains("no step was recorded"), refused != "nothing", "{refused}: {}", server.log());
     }
     assert!(answers.iter().all(|others| *others == answers[0]), "{answers:#?}");
-    let eager = Server::start_as(&[&flags[..], &["--enforce-eager"]].concat());
+    let eager = alone_under("STANDIN_REFUSES=nothing", &model, &["--enforce-eager"]);
     assert!(!eager.log().contains("recorded"), "{}", eager.log());
     assert_eq!((1..4).map(|number| ask(&eager, &model.prompt(number, 30))).collect::<Vec<_>>(), answers[0]);
 }
@@ -318,13 +322,23 @@ fn a_worker_whose_device_cannot_record_steps_says_so_once_and_answers_all_the_sa
 #[ignore = "needs the stand-in for libcuda: make device-pages"]
 fn a_device_that_the_driver_compiles_the_kernels_for_is_said_to_take_minutes() {
     let model = Model::made_up(2, 2, 512);
-    let limits = ["--served-model-name", "demo", "--standalone", "--kv-blocks", "64"];
-    let flags = [&model.flags()[..], &limits, &unless_in(&[], &FLAGS)].concat();
     for (capability, compiles) in [("9", false), ("10", true), ("12", true)] {
-        let server = Server::start_under(&["env", &format!("STANDIN_CAPABILITY={capability}")], &flags);
+        let server = alone_under(&format!("STANDIN_CAPABILITY={capability}"), &model, &[]);
         assert_eq!(server.log().contains("the driver compiles the kernels"), compiles, "{}", server.log());
         ask(&server, &model.prompt(1, 30));
     }
+}
+
+#[test]
+#[ignore = "needs the stand-in for libcuda: make device-pages"]
+fn a_worker_asks_its_device_for_no_times() {
+    let folder = tempfile::tempdir().unwrap();
+    let log = folder.path().join("calls");
+    let model = Model::made_up(2, 2, 512);
+    let server = alone_under(&format!("STANDIN_LOG={}", log.display()), &model, &[]);
+    ask(&server, &model.prompt(1, 30));
+    let calls = std::fs::read_to_string(&log).unwrap();
+    assert!(calls.contains("allocated") && !calls.contains("event with a time"), "{calls}");
 }
 
 #[test]

@@ -193,7 +193,13 @@ impl Device {
         self.modules.kernels().during(|| "listing the kernels".into())
     }
 
-    /// Milliseconds from one event to another, both of which have been waited for.
+    /// Marks the end of what is enqueued so far, and when the device gets there.
+    pub fn record_time(&self) -> Result<CudaEvent, DriverError> {
+        self.bind()?;
+        self.stream.record_event(Some(sys::CUevent_flags::CU_EVENT_DEFAULT)).during(|| "recording an event".into())
+    }
+
+    /// Milliseconds from one such event to another, both of which have been waited for.
     pub fn milliseconds(&self, from: &CudaEvent, to: &CudaEvent) -> Result<f32, DriverError> {
         self.bind()?;
         from.elapsed_ms(to).during(|| "measuring time".into())
@@ -420,11 +426,14 @@ impl Driver for Device {
         launched.result().during(operation)
     }
 
-    fn record(&self) -> Result<CudaEvent, DriverError> {
-        // With times, for whoever measures; the default is without.
-        let flags = Some(sys::CUevent_flags::CU_EVENT_DEFAULT);
+    fn record(&self, used: Option<CudaEvent>) -> Result<CudaEvent, DriverError> {
         self.bind()?;
-        self.stream.record_event(flags).during(|| "recording an event".into())
+        let recorded = match used {
+            Some(event) => event.record(&self.stream).map(|()| event),
+            // Without a time.
+            None => self.stream.record_event(None),
+        };
+        recorded.during(|| "recording an event".into())
     }
 
     fn wait(&self, event: &CudaEvent) -> Result<(), DriverError> {

@@ -11,9 +11,10 @@
 // STANDIN_DMA_BUF=no that file is not to be had.
 //
 // Into that file goes too what a worker should have done before it takes requests: memory that is allocated, and
-// kernels that are launched without having been loaded. STANDIN_MPS=yes has processes share the device by MPS, and with
-// STANDIN_DEVICE=other it is another one than that of processes without; STANDIN_CAPABILITY is the first number of its
-// compute capability, if not 9. STANDIN_HANGS names a file for as long as which exists the device hangs.
+// kernels that are launched without having been loaded; and events that take times. STANDIN_MPS=yes has processes share
+// the device by MPS, and with STANDIN_DEVICE=other it is another one than that of processes without; STANDIN_CAPABILITY
+// is the first number of its compute capability, if not 9. STANDIN_HANGS names a file for as long as which exists the
+// device hangs.
 
 #include "emulate.cpp"
 
@@ -104,6 +105,7 @@ struct Stream {
 struct Event {
     Stream* stream = nullptr;
     unsigned long long number = 0;
+    bool has_time = false;
 };
 
 std::set<Stream*> streams;
@@ -269,11 +271,17 @@ CALL(cuStreamSynchronize, Stream* stream) {
     ALONE;
     return stream->capturing ? INVALID_VALUE : stream->run_until(stream->end());
 }
-CALL(cuEventCreate, Event** made, unsigned) { return *made = new Event, SUCCESS; }
+CALL(cuEventCreate, Event** made, unsigned flags) {
+    *made = new Event;
+    // What a time costs is for those alone who measure.
+    (*made)->has_time = !(flags & 2);
+    return (*made)->has_time ? noted("event with a time") : SUCCESS;
+}
 CALL(cuEventRecord, Event* event, Stream* stream) {
     ALONE;
     if (stream->capturing) return INVALID_VALUE;
-    return *event = {stream, stream->end()}, broken;
+    event->stream = stream, event->number = stream->end();
+    return broken;
 }
 CALL(cuEventSynchronize, Event* event) {
     wait_while_it_hangs();
@@ -289,8 +297,12 @@ CALL(cuEventQuery, Event* event) {
     Result result = stream->run_until(stream->run + 1);
     return result ? result : NOT_READY;
 }
-CALL(cuEventElapsedTime, float* milliseconds, Event*, Event*) { return *milliseconds = 1.0f, SUCCESS; }
-CALL(cuEventElapsedTime_v2, float* milliseconds, Event*, Event*) { return *milliseconds = 1.0f, SUCCESS; }
+CALL(cuEventElapsedTime, float* milliseconds, const Event* from, const Event* to) {
+    return *milliseconds = 1.0f, from->has_time && to->has_time ? SUCCESS : INVALID_VALUE;
+}
+CALL(cuEventElapsedTime_v2, float* milliseconds, const Event* from, const Event* to) {
+    return *milliseconds = 1.0f, from->has_time && to->has_time ? SUCCESS : INVALID_VALUE;
+}
 CALL(cuEventDestroy_v2, Event* event) { return delete event, is_refused("destroy") ? INVALID_VALUE : SUCCESS; }
 
 CALL(cuStreamBeginCapture_v2, Stream* stream, int mode) {

@@ -156,6 +156,11 @@ impl<const HOPPER: bool> EmulatedDevice<HOPPER> {
         self.queue().recordings
     }
 
+    /// Events that were made so far.
+    pub fn events(&self) -> u64 {
+        self.queue().events
+    }
+
     /// Kernels that were run so far.
     pub fn launches(&self) -> u64 {
         self.queue().launches
@@ -280,8 +285,10 @@ impl<const HOPPER: bool> Driver for EmulatedDevice<HOPPER> {
         self.queue().push(Work::Kernel { name, grid, block, shared, maps, args })
     }
 
-    fn record(&self) -> Result<u64, DriverError> {
-        Ok(self.queue().end())
+    fn record(&self, used: Option<u64>) -> Result<u64, DriverError> {
+        let mut queue = self.queue();
+        queue.events += u64::from(used.is_none());
+        Ok(queue.end())
     }
 
     fn wait(&self, event: &u64) -> Result<(), DriverError> {

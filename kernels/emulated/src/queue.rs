@@ -91,6 +91,8 @@ pub(crate) struct Queue {
     pub(crate) opened: usize,
     /// Nobody can tell when copies beside the computing are over.
     pub(crate) copies_lost: bool,
+    /// Events that were made.
+    pub(crate) events: u64,
     /// Kernels that were run.
     pub(crate) launches: u64,
     /// What adapters may do, if a test says so.

@@ -114,7 +114,7 @@ fn nothing_runs_before_somebody_waits_and_events_wait_for_what_was_before_them()
     set(1);
     driver.upload(&host, device.address(), 16).unwrap();
     driver.download(device.address(), &back, 16).unwrap();
-    let event = driver.record().unwrap();
+    let event = driver.record(None).unwrap();
     assert_eq!(seen(), 0);
     // Too early: the copy has not run, and will see this.
     set(2);

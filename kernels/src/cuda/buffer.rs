@@ -182,11 +182,13 @@ struct Turn<D: Driver> {
     host: Option<D::HostMemory>,
     /// The end of the last copy from or to it, until somebody has waited for it.
     copied: Option<D::Event>,
+    /// What marked it, and will mark the next one: to make an event takes a call of the driver, and to give it back too.
+    used: Option<D::Event>,
 }
 
 impl<D: Driver> Turns<D> {
     fn new() -> Self {
-        Self { turns: [(); 2].map(|()| Turn { host: None, copied: None }), last: 0 }
+        Self { turns: [(); 2].map(|()| Turn { host: None, copied: None, used: None }), last: 0 }
     }
 
     /// Other memory, of `bytes` each.
@@ -208,7 +210,14 @@ impl<D: Driver> Turn<D> {
     fn settle(&mut self, stream: &Stream<D>) {
         if let Some(event) = self.copied.take() {
             stream.attempt(|driver| driver.wait(&event));
+            self.used = Some(event);
         }
+    }
+
+    /// A copy was enqueued.
+    fn mark(&mut self, stream: &Stream<D>) {
+        let used = self.used.take();
+        self.copied = stream.attempt(|driver| driver.record(used));
     }
 }
 
@@ -255,7 +264,7 @@ impl<D: Driver> Staged<D> {
         }
         let to = self.device.address();
         stream.attempt(|driver| driver.upload(host, to, bytes));
-        turn.copied = stream.attempt(|driver| driver.record());
+        turn.mark(stream);
     }
 }
 
@@ -307,7 +316,7 @@ impl<D: Driver> Fetched<D> {
         if bytes > 0 {
             stream.attempt(|driver| driver.download(from, host, bytes));
         }
-        turn.copied = stream.attempt(|driver| driver.record());
+        turn.mark(stream);
     }
 
     /// Waits for the earliest download that was not shown, and shows `bytes` of it; nothing after a failure.

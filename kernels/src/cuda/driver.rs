@@ -192,8 +192,8 @@ pub trait Driver: fmt::Debug + Send + 'static {
     /// Enqueues a kernel.
     fn launch(&self, launch: &Launch<'_>) -> Result<(), DriverError>;
 
-    /// Marks the end of what is enqueued so far.
-    fn record(&self) -> Result<Self::Event, DriverError>;
+    /// Marks the end of what is enqueued so far, with an event that was waited for if there is one.
+    fn record(&self, used: Option<Self::Event>) -> Result<Self::Event, DriverError>;
 
     /// Waits until everything before the event has run.
     fn wait(&self, event: &Self::Event) -> Result<(), DriverError>;

@@ -161,8 +161,8 @@ impl<D: Driver> Driver for Watched<D> {
         }
     }
 
-    fn record(&self) -> Result<Self::Event, DriverError> {
-        Self::noted(self.driver.record())
+    fn record(&self, used: Option<Self::Event>) -> Result<Self::Event, DriverError> {
+        Self::noted(self.driver.record(used))
     }
 
     fn wait(&self, event: &Self::Event) -> Result<(), DriverError> {
