@@ -255,7 +255,7 @@ rest)
     beside_pytorch "Beside PyTorch" 130 --requests 0
     # Products by wgmma; then a whole step that is replayed, and prompts' attention.
     sanitized 'operands and sums'
-    for shape in qwen3-8b llama-3-8b; do
+    for shape in qwen3-8b qwen3-14b; do
         part "Kernels, $shape" 30 "$here/engine" bench-kernels --shape $shape
     done
     sanitized 'steps that are replayed'

@@ -135,6 +135,8 @@ fn steps_and_operations_are_measured_one_row_each() {
         "tiny: 1 × 200 tokens: a step †",
         "tiny: 1 × 200 tokens: attention, attention_2x8_bf16",
         "tiny: 8 × 20 tokens: norm, rms_norm",
+        "tiny: 8 × 20 tokens: attention, attention_2x8_bf16",
+        "tiny: 8 × 20 tokens: attention, attention_2x8_f8",
         "tiny: 17 × 20 tokens: down, wide_flat_bf16",
         "tiny: 17 × 20 tokens: down, product_small_bf16",
         "tiny: 17 × 20 tokens: logits, wide_flat_bf16",

@@ -52,12 +52,14 @@ fn token(shape: Shape, row: usize) -> u32 {
 }
 
 impl<'a, D: Driver> Step<'a, D> {
-    /// One that decodes a token of each of `sequences` sequences, with `context` tokens each by then.
+    /// One that decodes a token of each of `sequences` sequences, with `context` tokens each by then in a cache of this
+    /// type.
     pub(super) fn decode(
         backend: &mut CudaBackend<D>,
         shape: Shape,
         model: &'a Model<D>,
         [sequences, context]: [usize; 2],
+        cache: KvDType,
     ) -> Result<Self> {
         let pages = context.div_ceil(BLOCK_SIZE);
         let mut batch = Batch::default();
@@ -65,7 +67,7 @@ impl<'a, D: Driver> Step<'a, D> {
             let table: Vec<u32> = (sequence * pages..(sequence + 1) * pages).map(|page| page as u32).collect();
             batch.push(&[token(shape, sequence)], context as u32 - 1, &table, 0);
         }
-        let size = Size { shape, rows: sequences, tokens: sequences * context, pairs: sequences * context };
+        let size = Size { shape, rows: sequences, tokens: sequences * context, pairs: sequences * context, cache };
         Self::new(backend, model, batch, size)
     }
 
@@ -82,7 +84,8 @@ impl<'a, D: Driver> Step<'a, D> {
         batch.push(&tokens, cached as u32, &table, rows);
         // Each token sees those before it, and itself.
         let pairs = rows * cached + rows * (rows + 1) / 2;
-        Self::new(backend, model, batch, Size { shape, rows, tokens: rows + cached, pairs })
+        let cache = KvDType::BF16;
+        Self::new(backend, model, batch, Size { shape, rows, tokens: rows + cached, pairs, cache })
     }
 
     fn new(backend: &mut CudaBackend<D>, model: &'a Model<D>, batch: Batch, size: Size) -> Result<Self> {
@@ -95,7 +98,7 @@ impl<'a, D: Driver> Step<'a, D> {
             head_dim: heads.head_dim,
             block_size: BLOCK_SIZE,
             blocks: batch.block_tables.len(),
-            dtype: KvDType::BF16,
+            dtype: size.cache,
         })?;
         let asked_for = batch.logit_rows.len().max(1);
         let layers = Layers {

@@ -57,6 +57,7 @@ impl From<ShapeArg> for Shape {
         match shape {
             ShapeArg::Qwen3Small => of("Qwen3-0.6B", [1024, 3072, 28, 151_936], [16, 8, 128]),
             ShapeArg::Qwen3Large => of("Qwen3-8B", [4096, 12_288, 36, 151_936], [32, 8, 128]),
+            ShapeArg::Qwen3Larger => of("Qwen3-14B", [5120, 17_408, 40, 151_936], [40, 8, 128]),
             ShapeArg::Llama3 => of("Llama-3-8B", [4096, 14_336, 32, 128_256], [32, 8, 128]),
             ShapeArg::Tiny => of("tiny", [64, 96, 2, 100], [2, 1, 64]),
         }
@@ -91,9 +92,12 @@ mod tests {
     #[test]
     fn shapes_are_those_of_the_models_that_they_are_named_after() {
         // Parameters of a model, in millions, as its name has them; embeddings are tied in the first.
-        for (shape, tables, millions) in
-            [(ShapeArg::Qwen3Small, 1, 596), (ShapeArg::Qwen3Large, 2, 8190), (ShapeArg::Llama3, 2, 8030)]
-        {
+        for (shape, tables, millions) in [
+            (ShapeArg::Qwen3Small, 1, 596),
+            (ShapeArg::Qwen3Large, 2, 8190),
+            (ShapeArg::Qwen3Larger, 2, 14_768),
+            (ShapeArg::Llama3, 2, 8030),
+        ] {
             let of = Shape::from(shape);
             let all = (tables * of.vocabulary * of.hidden + of.layers * of.layer_weights()) / 1_000_000;
             assert!(all.abs_diff(millions) <= millions / 500 + 1, "{shape:?}: {all} million");

@@ -2,7 +2,7 @@
 //! ([`super::layer`]); here they are recognised, and one that is not is an error rather than a row that is missing.
 
 use anyhow::{Result, bail};
-use engine_kernels::cuda::Noted;
+use engine_kernels::{KvDType, cuda::Noted};
 
 use super::{
     Shape,
@@ -11,7 +11,7 @@ use super::{
 
 /// Bytes of an element of activations.
 const WIDE: usize = 4;
-/// Of one that is rounded, of a weight, of a key or value.
+/// Of one that is rounded, and of a weight.
 const NARROW: usize = 2;
 
 /// How much a step computes.
@@ -23,6 +23,8 @@ pub(super) struct Size {
     pub(super) tokens: usize,
     /// Of a token and one that it sees.
     pub(super) pairs: usize,
+    /// What keys and values are.
+    pub(super) cache: KvDType,
 }
 
 /// A product of a layer.
@@ -45,7 +47,7 @@ fn is_tensor(kernel: &str) -> bool {
 impl Size {
     /// Bytes of keys and values of a layer.
     pub(super) fn pages_bytes(&self) -> usize {
-        2 * NARROW * self.tokens * self.shape.heads.kv_heads * self.shape.heads.head_dim
+        2 * self.cache.bytes() * self.tokens * self.shape.heads.kv_heads * self.shape.heads.head_dim
     }
 
     /// Of attention in a layer: multiplications and additions, of queries by keys and of weights by values.
@@ -103,7 +105,7 @@ impl Size {
                 "add_segments" => ("segments", (segments + 1) * WIDE * features, 0, 0),
                 _ if kernel.starts_with("rope_and_cache_") => {
                     is_rotated = true;
-                    ("rotation", WIDE * (qkv + q) + NARROW * (qkv - q), 0, 0)
+                    ("rotation", WIDE * (qkv + q) + self.cache.bytes() * (qkv - q), 0, 0)
                 }
                 _ if kernel.contains("attention_") => {
                     let read = if is_rotated { q } else { qkv };
@@ -136,7 +138,7 @@ impl Size {
 mod tests {
     use engine_cuda_emulated::{Emulated, EmulatedDevice};
     use engine_kernels::cuda::{CudaBackend, Driver};
-    use engine_kernels::{AttentionShape, Backend, KvDType, KvLayout};
+    use engine_kernels::{AttentionShape, Backend, KvLayout};
     use engine_models::{ForwardLimits, LoadFormat, LoadedModel, ModelSource, OpenOptions};
 
     use super::super::layer::{Kernels, Step};
@@ -191,7 +193,7 @@ mod tests {
             [1, 4, 5, 16, 20, 64].map(|rows| (rows, true)).into_iter().chain([(20, false), (2048, false)])
         {
             let mut step = match decodes {
-                true => Step::decode(&mut backend, SHAPE, &weights, [rows, 130]).unwrap(),
+                true => Step::decode(&mut backend, SHAPE, &weights, [rows, 130], KvDType::BF16).unwrap(),
                 false => Step::prompt(&mut backend, SHAPE, &weights, [rows, 7]).unwrap(),
             };
             let Kernels { layers, ends } = step.kernels(&mut backend);
@@ -237,8 +239,8 @@ mod tests {
         let mut backend = CudaBackend::new(device::<true>());
         let weights = Model::new(&mut backend, &SHAPE).unwrap();
         let mut steps = [
-            Step::decode(&mut backend, SHAPE, &weights, [1, 1]).unwrap(),
-            Step::decode(&mut backend, SHAPE, &weights, [64, 1]).unwrap(),
+            Step::decode(&mut backend, SHAPE, &weights, [1, 1], KvDType::BF16).unwrap(),
+            Step::decode(&mut backend, SHAPE, &weights, [64, 1], KvDType::BF16).unwrap(),
             Step::prompt(&mut backend, SHAPE, &weights, [2048, 0]).unwrap(),
         ];
         for (step, expected) in steps.iter_mut().zip(expected) {
@@ -260,10 +262,29 @@ mod tests {
     }
 
     #[test]
+    fn of_a_cache_of_eight_bits_attention_reads_half_as_much() {
+        let mut backend = CudaBackend::new(Emulated::default());
+        let weights = Model::new(&mut backend, &SHAPE).unwrap();
+        let mut of = |cache: KvDType| {
+            let mut step = Step::decode(&mut backend, SHAPE, &weights, [4, 130], cache).unwrap();
+            let kernels = step.kernels(&mut backend).layers.remove(0);
+            let purposes = step.size.of_layer(&kernels).unwrap();
+            let names: Vec<String> = kernels.iter().map(|noted| noted.kernel().to_owned()).collect();
+            std::iter::zip(names, purposes).collect::<Vec<_>>()
+        };
+        let (wide, narrow) = (of(KvDType::BF16), of(KvDType::F8));
+        let differing: Vec<_> = std::iter::zip(&wide, &narrow).filter(|(wide, narrow)| wide != narrow).collect();
+        let [((wide, (_, before)), (narrow, (what, after)))] = &differing[..] else { panic!("{differing:?}") };
+        assert_eq!((&wide[..], &narrow[..], &what[..]), ("attention_2x16_bf16", "attention_2x16_f8", "attention"));
+        // Keys and values of 8 heads of 128.
+        assert_eq!(before.bytes - after.bytes, 4 * 130 * 2 * 8 * 128);
+    }
+
+    #[test]
     fn a_kernel_that_nobody_knows_and_a_product_that_is_missing_are_errors() {
         let mut backend = CudaBackend::new(Emulated::default());
         let weights = Model::new(&mut backend, &SHAPE).unwrap();
-        let mut step = Step::decode(&mut backend, SHAPE, &weights, [1, 1]).unwrap();
+        let mut step = Step::decode(&mut backend, SHAPE, &weights, [1, 1], KvDType::BF16).unwrap();
         let Kernels { layers, ends } = step.kernels(&mut backend);
         let error = |kernels: &[Noted]| step.size.of_layer(kernels).unwrap_err().to_string();
         assert_eq!(error(&layers[0][..4]), "no kernel computes down");

@@ -11,7 +11,7 @@ pub struct BenchKernelsArgs {
         value_enum,
         value_name = "MODEL",
         value_delimiter = ',',
-        default_value = "qwen3-0.6b,qwen3-8b,llama-3-8b"
+        default_value = "qwen3-0.6b,qwen3-8b,qwen3-14b,llama-3-8b"
     )]
     pub shape: Vec<ShapeArg>,
 

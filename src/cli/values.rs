@@ -116,6 +116,9 @@ pub enum ShapeArg {
     /// Qwen3-8B.
     #[value(name = "qwen3-8b")]
     Qwen3Large,
+    /// Qwen3-14B, where five query heads share a key.
+    #[value(name = "qwen3-14b")]
+    Qwen3Larger,
     /// Llama-3-8B.
     #[value(name = "llama-3-8b")]
     Llama3,

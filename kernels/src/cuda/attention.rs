@@ -11,8 +11,8 @@ use crate::{AttentionShape, Batch, KvDType, KvLayout, QkNorm};
 
 /// Threads of a block of either attention.
 const ATTENTION_THREADS: usize = 256;
-/// Blocks a multiprocessor should get. Two are there at a time: with twice as many, those that are slower are made up
-/// for.
+/// Blocks a multiprocessor should get. Two are there at a time, or one of those that take many registers: with at least
+/// twice as many, those that are slower are made up for.
 const BLOCKS_A_PROCESSOR: usize = 4;
 
 /// Items of work that fill a device with so many multiprocessors.
