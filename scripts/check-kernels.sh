@@ -3,9 +3,10 @@
 # them keeps local variables in memory (spills, or arrays that are indexed in ways the compiler cannot see through):
 # what should be registers would be traffic; or if one that is made for tensor cores lacks their instructions, the loads
 # that go with them, or asynchronous copies, or if the compiler has done afterwards what is made to be done beside
-# products; or, from compute capability 9.0 on, if one does not wait for the kernel before, or loads something but
-# weights before that. Prints what each uses. (That products wait for each other which are made to go on by themselves,
-# the build refuses itself: kernels/device/build.rs.)
+# products; or if attention takes far more instructions with a cache of eight bits than with one of sixteen; or, from
+# compute capability 9.0 on, if a kernel does not wait for the one before, or loads something but weights before that.
+# Prints what each uses. (That products wait for each other which are made to go on by themselves, the build refuses
+# itself: kernels/device/build.rs.)
 set -eu
 cd "$(dirname "$0")/.."
 
@@ -115,6 +116,18 @@ for target in 80 90; do
             exit bad || products == 0
         }'
 done
+
+# Where no instruction makes f16 of eight bits, a few do: by the toolkit's function, which minds every case for itself,
+# attention would have more than twice the instructions that it has with a cache of f16.
+"$CUDA_HOME/bin/cuobjdump" -sass "$work/80.cubin" | awk '
+    /^\t\tFunction : / { name = $3 }
+    /^ +\/\*[0-9a-f]+\*\/ / { instructions[name]++ }
+    END {
+        eight = instructions["attention_4x16_f8"]
+        sixteen = instructions["attention_4x16_f16"]
+        printf "sm_80: attention_4x16 has %d instructions with a cache of f16, and %d with one of f8\n", sixteen, eight
+        exit !eight || 2 * eight > 3 * sixteen
+    }'
 
 # HGMMA: wgmma, .tnspB where the second operand lies across. UTMALDG.2D: copies of boxes. SYNCS: barriers that they
 # arrive at. USETMAXREG: registers left and taken. Attention weighs (MUFU.EX2) while values are multiplied: between the
