@@ -50,6 +50,15 @@ fn recordings_are_dropped_before_the_kernels_that_they_hold() {
 
 #[test]
 #[ignore = "needs a stand-in for libcuda: make device-pages"]
+fn recordings_that_cannot_be_given_back_fail_no_step() {
+    let (passed, findings) = doctor("--gpu=steps: a block table that outgrows", |command| {
+        command.env("STANDIN_REFUSES", "destroy");
+    });
+    assert!(passed && findings.len() == 2, "{findings:?}");
+}
+
+#[test]
+#[ignore = "needs a stand-in for libcuda: make device-pages"]
 fn a_kernel_that_does_not_is_found_and_named() {
     for (kernel, words) in [
         ("silu_mul", "--gpu=silu"),

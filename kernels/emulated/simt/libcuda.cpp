@@ -40,8 +40,8 @@ constexpr Result ILLEGAL_ADDRESS = 700, LAUNCH_FAILED = 719, NOT_SUPPORTED = 801
 std::recursive_mutex everything;
 std::string last_error = "stand-in libcuda";
 /// Whether a call is to fail, as the environment has it: a recording that cannot be begun (begin), is spoilt amid it
-/// (amid), or for which there is no room (instantiate, upload); copies in one call (batch); or events that are given
-/// back (destroy).
+/// (amid), or for which there is no room (instantiate, upload); copies in one call (batch); or events and recordings
+/// that are given back (destroy).
 bool is_refused(const char* what) {
     const char* refused = std::getenv("STANDIN_REFUSES");
     return refused && !std::strcmp(refused, what);
@@ -337,7 +337,7 @@ CALL(cuGraphLaunch, std::vector<Call>* graph, Stream* stream) {
 CALL(cuGraphExecDestroy, std::vector<Call>* graph) {
     ALONE;
     recordings.erase(graph);
-    return delete graph, SUCCESS;
+    return delete graph, is_refused("destroy") ? INVALID_VALUE : SUCCESS;
 }
 CALL(cuGraphDestroy, std::vector<Call>* graph) { return delete graph, SUCCESS; }
 
