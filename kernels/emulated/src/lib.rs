@@ -50,8 +50,10 @@ pub struct EmulatedMemory {
 
 /// What an emulated device says it has.
 const MEMORY_BYTES: usize = 1 << 34;
-/// Few, so that small tests too have more work than fills the device.
+/// Multiprocessors, for which work is cut: few, so that small tests too have more than fills the device.
 const PROCESSORS: usize = 4;
+/// Those of an H100, of which small tests leave most without work.
+const HOPPER_PROCESSORS: usize = 132;
 
 /// Where recordings fail.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -228,7 +230,7 @@ impl<const HOPPER: bool> Driver for EmulatedDevice<HOPPER> {
     }
 
     fn processors(&self) -> usize {
-        self.queue().processors.unwrap_or(PROCESSORS)
+        self.queue().processors.unwrap_or(if HOPPER { HOPPER_PROCESSORS } else { PROCESSORS })
     }
 
     fn has_wgmma(&self) -> bool {
