@@ -1,6 +1,6 @@
 //! Real CUDA devices.
 //!
-//! [`Device`] is the driver that [`engine_kernels::cuda`] runs on where there is a GPU, as `engine-cuda-emulated` is
+//! `Device` is the driver that [`engine_kernels::cuda`] runs on where there is a GPU, as `engine-cuda-emulated` is
 //! where there is none. The kernels (`kernels/cuda`) are compiled with nvcc and carried along. This is a crate of its
 //! own so that building with CUDA compiles nothing anew that does without.
 
