@@ -219,6 +219,14 @@ sanitized() { # sanitized <check>
     done
 }
 
+# Drivers compile the kernels for devices after 9.0, for minutes the first time, and keep nothing if they are cut off.
+case $(nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | head -n 1) in
+'' | 8.* | 9.*) ;;
+*)
+    timeout "${COMPILING:-900}" "$here/engine" doctor --gpu='fragments lie' >/dev/null 2>&1
+    SECONDS=0 ;;
+esac
+
 case $size in
 whole)
     # So that nothing waits for the disk later, in another run.

@@ -107,11 +107,12 @@ fn a_limit_beyond_the_context_or_none_is_what_is_left_of_it() {
     let messages = json!([{"role": "user", "content": "Tell me something."}]);
     let completion = json!({"prompt": "a"});
     let chat = json!({ "messages": messages });
+    let with_both = json!({ "messages": messages, "max_tokens": 3 });
     for (path, mut request, field, limit) in [
         (COMPLETIONS, completion.clone(), "max_tokens", 64_000),
         (COMPLETIONS, completion, "max_tokens", -1),
-        (CHAT, chat.clone(), "max_tokens", 64_000),
-        (CHAT, chat, "max_completion_tokens", -1),
+        (CHAT, chat, "max_tokens", 64_000),
+        (CHAT, with_both, "max_completion_tokens", -1),
     ] {
         (request[field], request["ignore_eos"]) = (limit.into(), true.into());
         let answer = assert_cuts_do_not_show_on(start, path, request);

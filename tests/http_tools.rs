@@ -270,7 +270,8 @@ fn a_model_thinks_before_an_answer_of_a_given_form() {
     let request = thought_before(json!({"structured_outputs": {"choice": ["yes", "no"]}}));
     let (parts, finish) = whole(&answered(&server, &request)[0]);
     assert!(parts["content"] == "yes" || parts["content"] == "no", "{parts}");
-    assert!(!parts["thoughts"].as_str().unwrap().is_empty() && finish == "stop", "{parts}");
+    let thoughts = parts["thoughts"].clone();
+    assert!(!thoughts.as_str().unwrap().is_empty() && finish == "stop", "{parts}");
     assert_eq!(streamed(&server, &request), (parts, finish));
     // And before a call that has to be made.
     let call = json!({"tools": tools(), "tool_choice": "required", "parallel_tool_calls": false});
@@ -286,6 +287,11 @@ fn a_model_thinks_before_an_answer_of_a_given_form() {
     let (parts, finish) = whole(&answered(&server, &brief)[0]);
     assert!(!parts["thoughts"].as_str().unwrap().is_empty(), "{parts}");
     assert_eq!((&parts["content"], finish), (&json!(""), json!("length")));
+    // And so does one that says amid them where it is to stop.
+    let mut stopped = thought_before(json!({"structured_outputs": {"choice": ["yes", "no"]}}));
+    stopped["stop"] = json!([thoughts]);
+    let (parts, finish) = whole(&answered(&server, &stopped)[0]);
+    assert_eq!((&parts["content"], finish), (&json!(""), json!("stop")));
 }
 
 #[test]

@@ -54,7 +54,7 @@ __device__ __forceinline__ void signed_bytes(uint2 words, float (&to)[8]) {
     }
 }
 
-/// Eight bits a quant, an f16 scale for 32. Q8_0 and Q5_0.
+/// Eight bits a quant, an f16 scale for 32. Q8_0, Q5_0, IQ4_NL and IQ4_XS.
 struct Bytes {
     const uint2* quants;
     const Half* scales;
@@ -78,7 +78,7 @@ struct Bytes {
     __device__ __forceinline__ void load(size_t start, int at, float (&to)[8]) const { unpack(fetch(start, at), to); }
 };
 
-/// Eight bits a quant, a scale and a minimum for 16. Q5_1, Q5_K and Q6_K.
+/// Eight bits a quant, a scale and a minimum for 16. Q5_1, Q3_K, Q5_K and Q6_K.
 struct FineBytes {
     const uint2* quants;
     const ScaleAndMinimum* scales;

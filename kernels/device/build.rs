@@ -5,8 +5,8 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::{env, fs};
 
-/// Machine code for Ampere and Hopper (and, as their minor versions, Ada), and for anything later what the driver
-/// compiles.
+/// Machine code for Ampere and Hopper (and, as their minor versions, Ada), and for anything later (`COMPILED_MAX` of
+/// `modules.rs`) what the driver compiles.
 const TARGETS: &[&str] =
     &["arch=compute_80,code=sm_80", "arch=compute_90,code=sm_90", "arch=compute_90,code=compute_90"];
 /// Machine code for Hopper and nothing later: what it alone has.

@@ -240,7 +240,11 @@ impl ModelSource {
     /// take others than in their files.
     pub fn weight_bytes(&self, stored: impl Fn(DType, &[usize]) -> usize) -> u64 {
         let parts = match &self.files {
-            Files::Safetensors(files) => return files.bytes_as(stored),
+            Files::Safetensors(files) => {
+                // Many have it though it is tied.
+                let left = self.config.tie_word_embeddings.then_some("lm_head.weight");
+                return files.bytes_as(stored, left);
+            }
             Files::Dummy(weights) => return weights.bytes_as(stored),
             Files::Gguf(parts) => parts,
         };

@@ -108,7 +108,8 @@ fn plan(request: &mut ChatRequest, serving: &Serving, seed: u64) -> Result<Plan,
     plan.logprobs = chat_logprobs(request.logprobs, request.top_logprobs)?;
     let older = max_tokens("max_tokens", request.max_tokens, 1)?;
     let newer = max_tokens("max_completion_tokens", request.max_completion_tokens, 1)?;
-    plan.max_tokens = newer.or(older);
+    // The newer holds, also where it says that there is none.
+    plan.max_tokens = if request.max_completion_tokens.is_some() { newer } else { older };
     Ok(plan)
 }
 

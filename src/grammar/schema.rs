@@ -1,7 +1,7 @@
 //! What of a JSON schema would take its compiler, or whoever follows it, too long. Its own limits do not hold for
 //! these.
 
-use serde_json::Value;
+use serde_json::{Number, Value};
 
 use super::GrammarError;
 
@@ -39,7 +39,7 @@ pub(super) fn check(schema: &Value) -> Result<(), GrammarError> {
                     at_most("bytes in 'pattern'", pattern.len(), REGEX_BYTES_MAX)?;
                     patterns += 1;
                 }
-                ("minLength" | "maxLength", Value::Number(length)) if length.as_u64() > Some(LENGTH_MAX) => {
+                ("minLength" | "maxLength", Value::Number(length)) if !is_counted(length) => {
                     return Err(too_large(format!("'{keyword}' {length}"), LENGTH_MAX as usize));
                 }
                 ("multipleOf", Value::Number(number)) if !is_small_multiple(number.as_f64()) => {
@@ -57,17 +57,30 @@ pub(super) fn check(schema: &Value) -> Result<(), GrammarError> {
     at_most("'pattern' beside 'allOf'", patterns.min(in_all), PATTERNS_AT_ONCE_MAX)
 }
 
-/// Takes out the patterns that look around, which no lexer can follow. Here too names of properties are taken for
-/// keywords.
-pub(super) fn without_lookaround(schema: &mut Value) {
+/// Leaves of a schema what can be followed: no patterns that look around, which no lexer can, and no numbers beyond those
+/// above. Here too names of properties are taken for keywords.
+pub(super) fn that_can_be_followed(schema: &mut Value) {
     match schema {
         Value::Object(fields) => {
-            fields.retain(|keyword, value| keyword != "pattern" || !value.as_str().is_some_and(looks_around));
-            fields.values_mut().for_each(without_lookaround);
+            fields.retain(|keyword, value| match (&**keyword, &*value) {
+                ("pattern", Value::String(pattern)) => !looks_around(pattern),
+                ("minLength" | "maxLength", Value::Number(length)) => is_counted(length),
+                ("multipleOf", Value::Number(number)) => is_small_multiple(number.as_f64()),
+                _ => true,
+            });
+            if let Some(Value::Object(names)) = fields.get_mut("patternProperties") {
+                names.retain(|name, _| !looks_around(name));
+            }
+            fields.values_mut().for_each(that_can_be_followed);
         }
-        Value::Array(all) => all.iter_mut().for_each(without_lookaround),
+        Value::Array(all) => all.iter_mut().for_each(that_can_be_followed),
         Value::Null | Value::Bool(_) | Value::Number(_) | Value::String(_) => {}
     }
+}
+
+/// Whether texts may be counted up to this length.
+fn is_counted(length: &Number) -> bool {
+    length.as_u64() <= Some(LENGTH_MAX)
 }
 
 fn looks_around(pattern: &str) -> bool {

@@ -3,7 +3,7 @@ use serde_json::{Value, json};
 
 use super::{
     GrammarError,
-    schema::{REGEX_BYTES_MAX, at_most, check, without_lookaround},
+    schema::{REGEX_BYTES_MAX, at_most, check, that_can_be_followed},
 };
 
 /// Bytes of a grammar's text at most. A schema of this size has about a thousand properties.
@@ -75,7 +75,7 @@ impl Frame {
     fn followed(&self) -> Value {
         let mut schema = self.schema.clone();
         if !self.strict {
-            without_lookaround(&mut schema);
+            that_can_be_followed(&mut schema);
         }
         schema
     }
@@ -102,6 +102,17 @@ impl Source {
             Self::After { then, .. } => return then.check_bytes(),
         };
         at_most("bytes", bytes, BYTES_MAX)
+    }
+
+    /// Texts behind which something begins: whatever they are of, something has to fit there. The longest leaves no
+    /// white space to fit.
+    pub(super) fn openings(&self) -> Vec<String> {
+        let mut openings = vec![String::new()];
+        if let Self::After { open, close, .. } = self {
+            let mark = format!("{}{close}", open.as_deref().unwrap_or_default());
+            openings.extend([mark.clone(), mark + "\n\n"]);
+        }
+        openings
     }
 
     /// As llguidance takes it. What is too large to be looked at is refused.

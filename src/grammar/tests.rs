@@ -182,6 +182,9 @@ fn what_a_schema_says_that_cannot_be_followed_says_nothing_unless_it_is_strict()
         (json!({"type": "string", "format": "binary", "maxLength": 2}), r#""ab""#, r#""abc""#),
         (json!({"anyOf": [{"type": "string", "pattern": r"^(?!^[-+.]*$)\d*$"}]}), r#""+""#, "1"),
         (json!({"type": "string", "pattern": "(?<=a)b"}), r#""c""#, "1"),
+        (json!({"type": "string", "maxLength": 65_536}), r#""ab""#, "1"),
+        (json!({"type": "integer", "multipleOf": 4_294_967_291_u64}), "3", r#""a""#),
+        (json!({"type": "object", "patternProperties": {"^(?!x)": {"type": "null"}}}), "{}", "[]"),
     ] {
         let matcher = matcher(bracketed(object(field.clone()), false));
         assert!(fits(&matcher, &format!("({{\"field\":{fitting}}})")), "{field}");
@@ -380,6 +383,8 @@ fn what_makes_no_grammar_is_refused_with_a_reason() {
         (lark("begin: \"a\""), "start"),
         (lark("start: <|im_end|>"), "special tokens"),
         (lark(&format!("start: <[{SPECIAL}]>")), "no answer fits"),
+        (after(None, lark(&format!("start: <[{SPECIAL}]>"))), "no answer fits"),
+        (after(Some("<t>"), lark(&format!("start: <[{SPECIAL}]>"))), "no answer fits"),
         (lark(""), ""),
         (schema(json!({"type": "integer", "multipleOf": 4_294_967_291_u64})), "multipleOf"),
         (schema(json!({"type": "object", "x-guidance": {"lenient": true}})), "x-guidance"),

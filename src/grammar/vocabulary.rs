@@ -7,7 +7,7 @@ use llguidance::{
     toktrie::{ApproximateTokEnv, INVALID_TOKEN, TokEnv, TokRxInfo, TokTrie},
 };
 
-use super::{Matcher, Source, recent::Recent};
+use super::{LostTrack, Matcher, Source, recent::Recent};
 
 /// Longer tokens have no place in the trie: runs of spaces, in vocabularies that exist.
 const TOKEN_BYTES_MAX: usize = 512;
@@ -133,16 +133,20 @@ impl Vocabulary {
             let with_lexer = parser.as_ref().ok().map(|parser| parser.parser.clone());
             let start =
                 Matcher::new(parser, self.known.clone()).map_err(|error| GrammarError::Invalid(brief(&error)))?;
+            let lost = |error: LostTrack| GrammarError::Invalid(brief(&error.to_string()));
             // Matchers of one grammar have a lexer together: what it learns here, none has to while others wait.
-            match start.clone().allowed() {
-                Ok(mask) if mask.iter().any(|&word| word != 0) => {
-                    let stats = with_lexer.map(|parser| parser.lexer_stats());
-                    let bytes = stats.map_or(0, |stats| stats.num_bytes + stats.num_states * STATE_BYTES);
-                    Ok((start, bytes))
+            for opening in source.openings() {
+                let mut matcher = start.clone();
+                for token in self.factory.tok_env().tok_trie().greedy_tokenize(opening.as_bytes()) {
+                    matcher.take(token).map_err(lost)?;
                 }
-                Ok(_) => Err(GrammarError::Invalid("no answer fits it".to_owned())),
-                Err(error) => Err(GrammarError::Invalid(brief(&error.to_string()))),
+                if matcher.allowed().map_err(lost)?.iter().all(|&word| word == 0) {
+                    return Err(GrammarError::Invalid("no answer fits it".to_owned()));
+                }
             }
+            let stats = with_lexer.map(|parser| parser.lexer_stats());
+            let bytes = stats.map_or(0, |stats| stats.num_bytes + stats.num_states * STATE_BYTES);
+            Ok((start, bytes))
         };
         // It panics where it has to give up: nothing that whoever waits for the answer should see more of.
         let (start, lexer_bytes) = thread::scope(|scope| {

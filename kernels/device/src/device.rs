@@ -8,9 +8,8 @@ use std::sync::Arc;
 
 use cudarc::driver::{CudaContext, CudaEvent, CudaGraph, CudaStream, result, sys};
 
-use engine_kernel_suite::Start;
 use engine_kernels::cuda::{
-    ARGS_MAX, Address, Arg, Boxes, DeviceId, Driver, DriverError, HostMemory, Launch, Memory, Mover, TensorMap,
+    ARGS_MAX, Address, Arg, Boxes, DeviceId, Driver, DriverError, HostMemory, Launch, Memory, Mover, Start, TensorMap,
 };
 
 use crate::modules::{Modules, is_set};
@@ -89,8 +88,8 @@ impl<T> During<T> for Result<T, result::DriverError> {
     }
 }
 
-/// Makes the context the thread's current one. What cudarc could not give back, on whatever thread (an event, say, that
-/// the driver did not destroy), it keeps for whoever calls it next: that call has not failed. What is the matter with
+/// Makes the context the thread's current one. What cudarc could not give back, on whatever thread (a recording, say,
+/// that the driver did not destroy), it keeps for whoever calls it next: that call has not failed. What is the matter with
 /// the device itself, the driver says to every call.
 pub(crate) fn bind(context: &CudaContext) -> Result<(), DriverError> {
     if let Err(error) = context.check_err() {

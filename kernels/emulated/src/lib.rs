@@ -19,9 +19,9 @@ mod queue;
 use std::ffi::CString;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use engine_kernel_suite::Start;
 use engine_kernels::cuda::{
-    AdapterAccess, Address, Boxes, CudaBackend, Driver, DriverError, HostMemory, Launch, Memory, Mover, TensorMap,
+    AdapterAccess, Address, Boxes, CudaBackend, Driver, DriverError, HostMemory, Launch, Memory, Mover, Start,
+    TensorMap,
 };
 
 use memory::Guarded;

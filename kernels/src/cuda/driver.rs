@@ -214,3 +214,9 @@ pub trait Driver: fmt::Debug + Send + 'static {
     /// Enqueues recorded work: with the same arguments, and with what the memory behind them holds by then.
     fn replay(&self, graph: &Self::Graph) -> Result<(), DriverError>;
 }
+
+/// A driver whose device can be had by itself, anew for each check.
+pub trait Start: Driver + Sized {
+    /// A device.
+    fn start() -> Result<Self, DriverError>;
+}

@@ -13,7 +13,7 @@ use super::wide;
 pub(super) const SEGMENT: usize = 512;
 /// Threads of a block of the kernels beside the products.
 const THREADS: usize = 128;
-/// What scratch memory grows by. The first piece is enough for recorded steps of most models.
+/// What scratch memory grows by. Whenever it does, recordings are void.
 const GROWTH_BYTES: usize = 4 << 20;
 
 /// A tile of rows by output features, as the kernels have it.

@@ -1,8 +1,11 @@
 //! Taking weights apart into what the device's loads want (`kernels/cuda/weights.cuh` is the other half).
 
+use std::num::NonZero;
+use std::thread;
+
 use half::f16;
 
-use crate::blocks::{BLOCK, decode};
+use crate::blocks::{BLOCK, Decoded, decode};
 use crate::reference::dequantize;
 use crate::{DType, Matrix};
 
@@ -40,6 +43,33 @@ impl Form {
             DType::Q4_0 | DType::Q4_1 | DType::Q4K => Self::Nibbles,
             DType::Q5_0 | DType::Q8_0 | DType::IQ4NL | DType::IQ4XS => Self::Bytes,
             DType::Q5_1 | DType::Q3K | DType::Q5K | DType::Q6K => Self::FineBytes,
+        }
+    }
+
+    /// Bytes of the quants of 32 weights, and of the scales and minimums beside them, where they are integers.
+    const fn block_bytes(self) -> Option<[usize; 2]> {
+        match self {
+            Self::Nibbles => Some([BLOCK / 2, 4]),
+            Self::Bytes => Some([BLOCK, 2]),
+            Self::FineBytes => Some([BLOCK, 2 * 4]),
+            Self::F32 | Self::F16 | Self::BF16 | Self::F8 => None,
+        }
+    }
+
+    /// Writes such a block to where it is to be.
+    fn write(self, block: &Decoded, values: &mut [u8], scales: &mut [u8]) {
+        let quants = block.quants.map(|quant| quant as u8);
+        let ([first, second], minimum) = (block.scales.map(f16::to_le_bytes), block.minimum.to_le_bytes());
+        if self == Self::Nibbles {
+            let pairs = quants.as_chunks::<2>().0;
+            values.iter_mut().zip(pairs).for_each(|(value, [low, high])| *value = low | high << 4);
+        } else {
+            values.copy_from_slice(&quants);
+        }
+        match self {
+            Self::Nibbles => scales.copy_from_slice([first, minimum].as_flattened()),
+            Self::Bytes => scales.copy_from_slice(&first),
+            _ => scales.copy_from_slice([first, minimum, second, minimum].as_flattened()),
         }
     }
 
@@ -94,14 +124,13 @@ pub(super) struct Kernels {
 pub fn weight_bytes(dtype: DType, shape: &[usize]) -> usize {
     let Some((&cols, others)) = shape.split_last() else { return 0 };
     let elements = others.iter().product::<usize>().saturating_mul(cols.next_multiple_of(8));
-    let of_a_block = match Form::of(dtype, cols) {
-        Form::F32 => 4 * BLOCK,
-        Form::F16 | Form::BF16 => 2 * BLOCK,
-        Form::Nibbles => BLOCK / 2 + 4,
-        Form::Bytes => BLOCK + 2,
-        Form::FineBytes => BLOCK + 2 * 4,
+    let form = Form::of(dtype, cols);
+    let of_a_block = match (form, form.block_bytes()) {
+        (_, Some([values, scales])) => values + scales,
+        (Form::F32, _) => 4 * BLOCK,
         // And a quarter of a scale.
-        Form::F8 => BLOCK + 1,
+        (Form::F8, _) => BLOCK + 1,
+        _ => 2 * BLOCK,
     };
     elements.div_ceil(BLOCK).saturating_mul(of_a_block)
 }
@@ -121,7 +150,7 @@ impl Unpacked {
         if matrix.dtype() == DType::F8 {
             return self.push_f8(matrix, form);
         }
-        if let Form::F32 | Form::F16 | Form::BF16 = form {
+        let Some([values_bytes, scales_bytes]) = form.block_bytes() else {
             let element = matrix.dtype().block_bytes();
             let padding = (matrix.cols().next_multiple_of(8) - matrix.cols()) * element;
             for row in 0..matrix.rows() {
@@ -129,29 +158,26 @@ impl Unpacked {
                 self.values.resize(self.values.len() + padding, 0);
             }
             return;
-        }
-        for row in 0..matrix.rows() {
-            for block in 0..matrix.cols() / BLOCK {
-                let decoded = decode(matrix.dtype(), matrix.row(row), block);
-                let quants = decoded.quants.map(|quant| quant as u8);
-                let (scales, minimum) =
-                    (decoded.scales.map(|scale| scale.to_le_bytes()), decoded.minimum.to_le_bytes());
-                match form {
-                    Form::Nibbles => {
-                        self.values.extend(quants.as_chunks::<2>().0.iter().map(|[low, high]| low | high << 4));
-                        self.scales.extend([scales[0], minimum].concat());
+        };
+        // Thousands of millions of weights: on all cores, as reading them takes no longer then.
+        let blocks = matrix.cols() / BLOCK;
+        let threads = thread::available_parallelism().map_or(1, NonZero::get);
+        let rows = matrix.rows().div_ceil(threads).max(1);
+        let values = grown(&mut self.values, matrix.rows() * blocks * values_bytes);
+        let scales = grown(&mut self.scales, matrix.rows() * blocks * scales_bytes);
+        let values = values.chunks_mut((rows * blocks * values_bytes).max(1));
+        let scales = scales.chunks_mut((rows * blocks * scales_bytes).max(1));
+        thread::scope(|scope| {
+            for (part, (values, scales)) in values.zip(scales).enumerate() {
+                scope.spawn(move || {
+                    let places = values.chunks_exact_mut(values_bytes).zip(scales.chunks_exact_mut(scales_bytes));
+                    for (at, (values, scales)) in places.enumerate() {
+                        let (row, block) = (part * rows + at / blocks, at % blocks);
+                        form.write(&decode(matrix.dtype(), matrix.row(row), block), values, scales);
                     }
-                    Form::Bytes => {
-                        self.values.extend(quants);
-                        self.scales.extend(scales[0]);
-                    }
-                    _ => {
-                        self.values.extend(quants);
-                        self.scales.extend([scales[0], minimum, scales[1], minimum].concat());
-                    }
-                }
+                });
             }
-        }
+        });
     }
 
     fn push_f8(&mut self, matrix: &Matrix<'_>, form: Form) {
@@ -171,6 +197,13 @@ impl Unpacked {
     }
 }
 
+/// Lengthens a buffer, and returns what is new of it.
+fn grown(bytes: &mut Vec<u8>, by: usize) -> &mut [u8] {
+    let from = bytes.len();
+    bytes.resize(from + by, 0);
+    &mut bytes[from..]
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -188,6 +221,22 @@ mod tests {
             unpacked.push(&Matrix::new(dtype, rows, cols, &file).unwrap());
             let taken = unpacked.values.len() + unpacked.scales.len();
             assert_eq!(weight_bytes(dtype, &[rows, cols]), taken, "{dtype:?} of {cols} columns");
+        }
+    }
+
+    #[test]
+    fn rows_are_in_order_however_many_threads_have_them() {
+        use DType::{IQ4NL, IQ4XS, Q3K, Q4_0, Q4_1, Q4K, Q5_0, Q5_1, Q5K, Q6K, Q8_0};
+        let rows = 4 * thread::available_parallelism().map_or(1, NonZero::get) + 1;
+        for dtype in [Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q3K, Q4K, Q5K, Q6K, IQ4NL, IQ4XS] {
+            let row_bytes = dtype.row_bytes(512);
+            let file: Vec<u8> = (0..rows * row_bytes).map(|at| (at * 31 % 251) as u8).collect();
+            let (mut together, mut by_rows) = (Unpacked::default(), Unpacked::default());
+            together.push(&Matrix::new(dtype, rows, 512, &file).unwrap());
+            for row in file.chunks_exact(row_bytes) {
+                by_rows.push(&Matrix::new(dtype, 1, 512, row).unwrap());
+            }
+            assert!(together == by_rows, "{dtype:?}");
         }
     }
 }

@@ -21,9 +21,9 @@ mod watched;
 
 pub use check::{Check, Failure};
 pub use support::Subject;
-pub use watched::{Start, Watched, kernels_run};
+pub use watched::{Watched, kernels_run};
 
-use engine_kernels::cuda::CudaBackend;
+use engine_kernels::cuda::{CudaBackend, Start};
 
 /// Hands the checks that every backend passes to a macro, behind what the macro is given.
 #[macro_export]

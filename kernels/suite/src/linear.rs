@@ -277,12 +277,14 @@ pub(crate) fn wide_products_match_the_reference<B: Subject>() {
 }
 
 pub(crate) fn products_that_fill_a_device_match_the_reference<B: Subject>() {
-    // As many output features as make devices of 20 to 170 multiprocessors take each kernel there is, for each form
+    // As many output features as make devices of 20 to 340 multiprocessors take each kernel there is, for each form
     // that weights have there.
     let mut random = Random::new(11);
     for dtype in [DType::F32, DType::F16, DType::BF16, DType::Q4_0, DType::Q8_0, DType::Q6K, DType::F8] {
         for (i, rows) in [1, 2, 3, 5, 9].into_iter().enumerate() {
-            for out in [512, 1024, 2048, 4096] {
+            // The widest kernels are for a row or two.
+            let outs = [512, 1024, 2048, 4096, 8192];
+            for &out in if rows <= 2 { &outs[..] } else { &outs[..4] } {
                 let cols = (32 + 8 * i).next_multiple_of(dtype.block_len());
                 let weight = Weight::random(dtype, out, cols, &mut random);
                 let x = random.normals(rows * cols);

@@ -1,14 +1,14 @@
 //! Steps of the CUDA backend as a whole: recorded, replayed, rehearsed. The layer they are steps of is there for other
 //! tests too.
 
-use engine_kernels::cuda::{CudaBackend, Driver};
+use engine_kernels::cuda::{CudaBackend, Driver, Start};
 use engine_kernels::reference::ReferenceBackend;
 use engine_kernels::{
     Attention, AttentionShape, Backend, Batch, DType, DrawsAhead, KvDType, KvLayout, Matrix, Projection, QkNorm,
     Rehearsed, Residual, RmsNorm, RopeTable, RowTask, SampleRow, Sampled, SamplingParams, SequenceId,
 };
 
-use crate::{OnDevice, Start, Watched, watched};
+use crate::{OnDevice, Watched, watched};
 
 /// Its attention.
 pub const SHAPE: AttentionShape = AttentionShape { heads: 4, kv_heads: 2, head_dim: 16 };

@@ -5,7 +5,7 @@ use engine_kernels::reference::ReferenceBackend;
 use engine_kernels::{Backend, Batch, DType, KvDType, Matrix};
 use half::{bf16, f16};
 
-use crate::{OnDevice, Start, Watched, watched};
+use crate::{OnDevice, Watched, watched};
 
 /// A backend under test: what of its roundings results show, and how to have one.
 pub trait Subject: Backend + Sized {

@@ -1,13 +1,13 @@
 //! What the kernels on tensor cores promise beyond the conformance suite: that fragments lie where they should, that no
 //! size of tiles changes a bit, and that numbers beyond the range of 16 bits come out right.
 
-use engine_kernels::cuda::{Address, Arg, Boxes, Driver, Launch, Memory, TensorMap};
+use engine_kernels::cuda::{Address, Arg, Boxes, Driver, Launch, Memory, Start, TensorMap};
 use engine_kernels::reference::ReferenceBackend;
 use engine_kernels::{AttentionShape, Backend, Batch, DType, KvDType, KvLayout, Matrix, RopeTable};
 use half::{bf16, f16};
 
 use crate::support::{Random, assert_same_bits};
-use crate::{OnDevice, Start, Watched, watched};
+use crate::{OnDevice, Watched, watched};
 
 /// Device memory that holds these bytes.
 fn holding<D: Driver>(driver: &D, bytes: &[u8]) -> D::Memory {

@@ -4,13 +4,7 @@ use std::cell::RefCell;
 use std::collections::BTreeSet;
 use std::sync::Arc;
 
-use engine_kernels::cuda::{Address, Boxes, Driver, DriverError, Launch, Mover, TensorMap};
-
-/// A driver whose device can be had by itself, anew for each check.
-pub trait Start: Driver + Sized {
-    /// A device.
-    fn start() -> Result<Self, DriverError>;
-}
+use engine_kernels::cuda::{Address, Boxes, Driver, DriverError, Launch, Mover, Start, TensorMap};
 
 /// What this thread did on devices. A check runs on one thread.
 #[derive(Debug, Default)]

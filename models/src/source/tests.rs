@@ -215,6 +215,14 @@ fn tensors_nobody_needs_are_counted() {
 }
 
 #[test]
+fn a_head_that_is_tied_takes_no_memory_though_it_is_there() {
+    let without = directory(|_, _| {});
+    let with = directory(|_, table| table.push(("lm_head.weight", "", vec![VOCABULARY, HIDDEN])));
+    let [without, with] = [without, with].map(|directory| open(directory.path()).unwrap().weight_bytes(|_, _| 0));
+    assert_eq!(with, without);
+}
+
+#[test]
 fn a_bias_of_a_gguf_file_is_used_or_refused() {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("m.gguf");

@@ -115,14 +115,15 @@ impl SafetensorsFiles {
         self.fp8.is_some() && ALL_SCALES.iter().any(|end| name.ends_with(end))
     }
 
-    /// Bytes of all tensors where those of eight-bit floats take `stored` bytes, and others what they take in the
-    /// files.
-    pub(crate) fn bytes_as(&self, stored: impl Fn(DType, &[usize]) -> usize) -> u64 {
+    /// Bytes of all tensors but the one that is `left` where it is, where those of eight-bit floats take `stored` bytes,
+    /// and others what they take in the files.
+    pub(crate) fn bytes_as(&self, stored: impl Fn(DType, &[usize]) -> usize, left: Option<&str>) -> u64 {
         let bytes = |entry: &Entry| match entry.dtype {
             Dtype::F8_E4M3 => stored(DType::F8, &entry.shape),
             _ => entry.range.len(),
         };
-        self.tensors.values().map(|entry| bytes(entry) as u64).sum()
+        let loaded = self.tensors.iter().filter(|(name, _)| left != Some(name.as_str()));
+        loaded.map(|(_, entry)| bytes(entry) as u64).sum()
     }
 
     fn data(&self, entry: &Entry) -> &[u8] {
