@@ -1,6 +1,7 @@
 //! Random numbers, random weights, and comparisons.
 
 use engine_kernels::cpu::{CpuBackend, CpuOptions};
+use engine_kernels::cuda::Start;
 use engine_kernels::reference::ReferenceBackend;
 use engine_kernels::{Backend, Batch, DType, KvDType, Matrix};
 use half::{bf16, f16};
