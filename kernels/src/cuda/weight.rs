@@ -159,7 +159,7 @@ impl Unpacked {
             }
             return;
         };
-        // Thousands of millions of weights: on all cores, as reading them takes no longer then.
+        // There may be thousands of millions of them: all cores take part.
         let blocks = matrix.cols() / BLOCK;
         let threads = thread::available_parallelism().map_or(1, NonZero::get);
         let rows = matrix.rows().div_ceil(threads).max(1);
