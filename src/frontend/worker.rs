@@ -13,7 +13,7 @@ use hyper::{Method, Request, header};
 use rustix::io::Errno;
 use tokio::time::{Instant, sleep, timeout};
 
-use super::upstream::{Connection, Exchange, Payload};
+use super::upstream::{BrokenError, Connection, Exchange, Payload};
 use crate::{
     cluster::{LeaseId, LoadReport, WorkerCard},
     transfer::SessionAddresses,
@@ -84,10 +84,10 @@ pub(super) enum LostError {
     Replaced,
     /// It broke off.
     #[error("the connection broke: {0}")]
-    Broken(#[from] hyper::Error),
+    Broken(#[from] BrokenError),
     /// It broke off after the client had kept it waiting for long, as workers do then.
     #[error("the client had not taken what there was, and the connection broke: {0}")]
-    SlowClient(hyper::Error),
+    SlowClient(BrokenError),
     /// The worker does not answer any more, or ended without saying so.
     #[error("{0}")]
     Silent(&'static str),
@@ -229,8 +229,7 @@ impl Worker {
                     tracing::debug!(worker = %self.lease, %error, "a kept connection was of no use");
                     let closed: Vec<Idle> = self.idle().extract_if(.., |kept| kept.connection.is_closed()).collect();
                     drop(closed);
-                    let never_sent = error.is_canceled() || error.is_closed();
-                    broken = (!never_sent).then_some(error);
+                    broken = (!matches!(error, BrokenError::Unsent)).then_some(error);
                 }
             }
         }
@@ -481,12 +480,12 @@ mod tests {
         // The one that is used next, and the one before it.
         streams.truncate(1);
         // The poller hears of it.
-        while !worker.idle().iter_mut().skip(1).all(|kept| kept.connection.is_closed()) {
+        while !worker.idle().iter().skip(1).all(|kept| kept.connection.is_closed()) {
             yield_now().await;
         }
         let (_stream, exchange) = tokio::join!(answer(), worker.send(&request));
         assert!(exchange.is_ok());
-        let mut kept = worker.idle();
+        let kept = worker.idle();
         assert_eq!(kept.len(), 1);
         assert!(!kept[0].connection.is_closed());
     }
