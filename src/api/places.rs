@@ -3,10 +3,11 @@ use std::{
     mem,
     pin::Pin,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
-    task::{Context, Poll},
+    task::{Context, Poll, ready},
     time::Duration,
 };
 
+use bytes::Bytes;
 use hyper::body::{Body, Frame, SizeHint};
 use tokio::{
     sync::{Notify, OwnedSemaphorePermit, Semaphore},
@@ -15,6 +16,8 @@ use tokio::{
 
 /// Between two looks for an idle connection while all are busy and another waits.
 const LOOK_PERIOD: Duration = Duration::from_millis(100);
+/// Bytes of an answer that are copied to be sent, at a time.
+const PIECE_BYTES_MAX: usize = 64 << 10;
 
 /// The places that a server has for connections. Clients keep connections that they do not use; when all places are
 /// taken, whoever comes gets the place of the connection that has been idle for longest.
@@ -145,25 +148,41 @@ impl Drop for Working {
     }
 }
 
-/// An answer's body, during which the connection is in use.
+/// An answer's body, during which the connection is in use. It comes in pieces of [`PIECE_BYTES_MAX`] at most.
 pub(super) struct Answering<B> {
-    pub(super) body: B,
-    pub(super) _working: Working,
+    body: B,
+    /// What is there of it and has not gone on.
+    rest: Bytes,
+    _working: Working,
 }
 
-impl<B: Body + Unpin> Body for Answering<B> {
-    type Data = B::Data;
+impl<B> Answering<B> {
+    pub(super) fn new(body: B, working: Working) -> Self {
+        Self { body, rest: Bytes::new(), _working: working }
+    }
+}
+
+impl<B: Body<Data = Bytes> + Unpin> Body for Answering<B> {
+    type Data = Bytes;
     type Error = B::Error;
 
-    fn poll_frame(
-        self: Pin<&mut Self>,
-        context: &mut Context<'_>,
-    ) -> Poll<Option<Result<Frame<Self::Data>, Self::Error>>> {
-        Pin::new(&mut self.get_mut().body).poll_frame(context)
+    fn poll_frame(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Self::Error>>> {
+        let this = self.get_mut();
+        if this.rest.is_empty() {
+            match ready!(Pin::new(&mut this.body).poll_frame(context)) {
+                Some(Ok(frame)) => match frame.into_data() {
+                    Ok(data) => this.rest = data,
+                    Err(trailers) => return Poll::Ready(Some(Ok(trailers))),
+                },
+                ended => return Poll::Ready(ended),
+            }
+        }
+        let piece = this.rest.split_to(this.rest.len().min(PIECE_BYTES_MAX));
+        Poll::Ready(Some(Ok(Frame::data(piece))))
     }
 
     fn is_end_stream(&self) -> bool {
-        self.body.is_end_stream()
+        self.rest.is_empty() && self.body.is_end_stream()
     }
 
     fn size_hint(&self) -> SizeHint {

@@ -25,6 +25,9 @@ use crate::{telemetry::Metrics, worker::EngineHandle};
 const HEADERS_TIME_MAX: Duration = Duration::from_secs(75);
 /// How long a client may take none of an answer that is ready for it.
 pub(crate) const WRITE_STALL_MAX: Duration = Duration::from_secs(60);
+/// Bytes of an answer that wait for its client beyond what the system takes: whoever reads slowly gets the steps after
+/// these in one piece. A request's head has as much room.
+const BUFFER_BYTES_MAX: usize = 64 << 10;
 /// Connections that wait to be accepted.
 const BACKLOG: i32 = 1024;
 /// How long connections may take to end once everything has been answered.
@@ -216,16 +219,17 @@ async fn connection(stream: TcpStream, place: Place, router: Router, mut closing
     let place = Arc::new(place);
     let working = place.clone();
     let service = service_fn(move |request: Request<Incoming>| {
-        let (_working, answer) = (working.work(), router.clone().oneshot(request.map(Body::new)));
+        let (working, answer) = (working.work(), router.clone().oneshot(request.map(Body::new)));
         async move {
             let response: Response = answer.await?;
-            Ok::<_, Infallible>(response.map(|body| Answering { body, _working }))
+            Ok::<_, Infallible>(response.map(|body| Answering::new(body, working)))
         }
     });
     let mut builder = http1::Builder::new();
     // A token's event and its frame are little: together in one buffer they are written for less than as a list of
     // three.
-    builder.timer(TokioTimer::new()).header_read_timeout(HEADERS_TIME_MAX).writev(false);
+    builder.timer(TokioTimer::new()).header_read_timeout(HEADERS_TIME_MAX);
+    builder.writev(false).max_buf_size(BUFFER_BYTES_MAX);
     let stream = Patient::new(stream, WRITE_STALL_MAX);
     let connection = builder.serve_connection(TokioIo::new(stream), service);
     tokio::pin!(connection);
@@ -260,6 +264,8 @@ async fn connection(stream: TcpStream, place: Place, router: Router, mut closing
 
 #[cfg(test)]
 mod tests {
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
     use axum::routing::get;
     use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
@@ -321,6 +327,66 @@ mod tests {
         let mut answer = Vec::new();
         near.read_to_end(&mut answer).await.unwrap();
         assert!(answer.ends_with(b"hello"));
+    }
+
+    #[tokio::test]
+    async fn of_an_answer_that_is_not_taken_little_is_made() {
+        const PIECE: usize = 1 << 10;
+        let listener = Socket::new(Domain::IPV4, Type::STREAM, Some(Protocol::TCP)).unwrap();
+        // Its connections' too.
+        listener.set_send_buffer_size(PIECE).unwrap();
+        listener.set_recv_buffer_size(PIECE).unwrap();
+        listener.bind(&SocketAddr::from(([127, 0, 0, 1], 0)).into()).unwrap();
+        listener.listen(1).unwrap();
+        listener.set_nonblocking(true).unwrap();
+        let listener = TcpListener::from_std(listener.into()).unwrap();
+        let near = tokio::net::TcpSocket::new_v4().unwrap();
+        near.set_recv_buffer_size(PIECE as u32).unwrap();
+        let (near, far) = tokio::join!(near.connect(listener.local_addr().unwrap()), listener.accept());
+        let (mut near, far) = (near.unwrap(), far.unwrap().0);
+        near.write_all(b"GET / HTTP/1.1\r\nHost: a\r\n\r\n").await.unwrap();
+        let made = Arc::new(AtomicUsize::new(0));
+        let making = made.clone();
+        let piece = move || {
+            making.fetch_add(1, Ordering::Relaxed);
+            Ok::<_, Infallible>(vec![b'x'; PIECE])
+        };
+        let endless = move || {
+            let piece = piece.clone();
+            async { Body::from_stream(futures::stream::repeat_with(piece)) }
+        };
+        let router = Router::new().route("/", get(endless));
+        let (close, place) = (watch::Sender::new(()), Places::new(1).take().await);
+        let serving = tokio::spawn(connection(far, place, router, close.subscribe()));
+        let mut before = 0;
+        loop {
+            sleep(Duration::from_millis(50)).await;
+            let now = made.load(Ordering::Relaxed);
+            if now > 0 && now == before {
+                break;
+            }
+            before = now;
+        }
+        assert!(before * PIECE < 3 * BUFFER_BYTES_MAX, "{before}");
+        serving.abort();
+    }
+
+    #[tokio::test]
+    async fn a_long_answer_arrives_whole() {
+        let long: Vec<u8> = (0..1_000_003_u32).map(|byte| byte as u8).collect();
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let mut near = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
+        let far = listener.accept().await.unwrap().0;
+        let (close, place) = (watch::Sender::new(()), Places::new(1).take().await);
+        let answer = long.clone();
+        let router = Router::new().route("/", get(move || async move { answer }));
+        tokio::spawn(connection(far, place, router, close.subscribe()));
+        near.write_all(b"GET / HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n").await.unwrap();
+        let mut answer = Vec::new();
+        near.read_to_end(&mut answer).await.unwrap();
+        assert!(answer.ends_with(&long));
+        let head = String::from_utf8_lossy(&answer[..answer.len() - long.len()]).to_lowercase();
+        assert!(head.contains("content-length: 1000003"), "{head}");
     }
 
     #[tokio::test]

@@ -65,8 +65,8 @@ impl Asked {
         let body = Bytes::from(bytes);
         let mut headers = HeaderMap::with_capacity(PASSED_ON.len());
         for name in PASSED_ON {
-            // Of some there may be several: a `tracestate` may come in parts. What is no text says nothing to anybody.
-            for value in given.get_all(name).iter().filter(|value| value.to_str().is_ok()) {
+            // Of some there may be several: a `tracestate` may come in parts.
+            for value in given.get_all(name) {
                 headers.append(name, value.clone());
             }
         }

@@ -8,7 +8,10 @@ use std::{
 };
 
 use bytes::{Buf, Bytes};
-use hyper::{Request, Response, header};
+use hyper::{
+    Request, Response,
+    http::{request::Parts, uri::PathAndQuery},
+};
 use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
     net::TcpStream,
@@ -30,6 +33,8 @@ const READ_BYTES: usize = 16 << 10;
 const REQUEST_HEAD_BYTES: usize = 1 << 10;
 /// Bytes of an answer's head; far above what a worker says.
 const RESPONSE_HEAD_BYTES_MAX: usize = 64 << 10;
+/// Bytes of a chunk's frame, or of a line after the last chunk.
+const FRAME_BYTES_MAX: usize = 16 << 10;
 
 /// A request's body: the journal of an answer to continue, if there is one, and what the client sent. Neither is
 /// copied.
@@ -62,7 +67,7 @@ pub(super) enum BrokenError {
 
 impl BrokenError {
     fn cut() -> Self {
-        Self::Io(io::Error::new(io::ErrorKind::UnexpectedEof, "it was closed in the middle of an answer"))
+        Self::Io(io::Error::new(io::ErrorKind::UnexpectedEof, "it was closed before its answer had ended"))
     }
 }
 
@@ -93,7 +98,8 @@ impl Connection {
         if self.is_closed() {
             return Err(BrokenError::Unsent);
         }
-        let (head, payload, mut call) = head(request)?;
+        let (parts, payload) = request.into_parts();
+        let (head, mut call) = (head(&parts, payload.len()), expected()?);
         let [journal, body] = payload.0;
         let mut unsent = Bytes::from(head).chain(journal).chain(body);
         let (mut stream, mut received) = (self.0, Vec::new());
@@ -130,33 +136,31 @@ impl Connection {
     }
 }
 
-/// A request's head as it is sent, its body, and what its answer is understood with.
-fn head(request: Request<Payload>) -> Result<(Vec<u8>, Payload, Call<RecvResponse>), BrokenError> {
-    let (mut parts, payload) = request.into_parts();
-    if payload.len() > 0 {
-        parts.headers.insert(header::CONTENT_LENGTH, payload.len().into());
+/// A request's head as it is sent. Written here, since `ureq-proto` refuses keys beyond ASCII.
+fn head(parts: &Parts, body_bytes: usize) -> Vec<u8> {
+    let mut head = Vec::with_capacity(REQUEST_HEAD_BYTES);
+    let target = parts.uri.path_and_query().map_or("/", PathAndQuery::as_str);
+    for piece in [parts.method.as_str(), " ", target, " HTTP/1.1\r\n"] {
+        head.extend_from_slice(piece.as_bytes());
     }
-    let mut call = Call::new(Request::from_parts(parts, ()))?.proceed();
-    let (mut head, mut filled) = (vec![0; REQUEST_HEAD_BYTES], 0);
-    while !call.can_proceed() {
-        match call.write(&mut head[filled..]) {
-            Ok(written) => filled += written,
-            Err(ProtocolError::OutputOverflow) => head.resize(2 * head.len(), 0),
-            Err(error) => return Err(error.into()),
+    for (name, value) in &parts.headers {
+        for piece in [name.as_str().as_bytes(), b": ", value.as_bytes(), b"\r\n"] {
+            head.extend_from_slice(piece);
         }
     }
-    head.truncate(filled);
-    let call = match call.proceed()? {
-        Some(SendRequestResult::SendBody(mut call)) => {
-            call.consume_direct_write(payload.len())?;
-            call.proceed()
-        }
-        Some(SendRequestResult::RecvResponse(call)) => Some(call),
-        // None of what clients send with `Expect` is passed on.
-        Some(SendRequestResult::Await100(_)) | None => None,
-    };
-    let call = call.ok_or_else(|| io::Error::other("the request is not whole"))?;
-    Ok((head, payload, call))
+    head.extend_from_slice(format!("content-length: {body_bytes}\r\n\r\n").as_bytes());
+    head
+}
+
+/// What an answer is understood with. Of its request it matters only that it is neither HEAD nor CONNECT.
+fn expected() -> Result<Call<RecvResponse>, BrokenError> {
+    let mut call = Call::new(Request::new(()))?.proceed();
+    // `GET / HTTP/1.1` and a line's end, which nobody gets.
+    call.write(&mut [0; 32])?;
+    match call.proceed()? {
+        Some(SendRequestResult::RecvResponse(call)) => Ok(call),
+        _ => Err(io::Error::other("a request without a body has one").into()),
+    }
 }
 
 /// Sends some of what there is.
@@ -226,6 +230,10 @@ impl Exchange {
                 if !data.is_empty() {
                     return Poll::Ready(Ok(Some(data)));
                 }
+                // A frame's beginning, which is waited for the end of.
+                if self.received.len() > FRAME_BYTES_MAX {
+                    return Poll::Ready(Err(io::Error::other("a chunk's frame has no end").into()));
+                }
             }
             let until_closed = body.body_mode() == BodyMode::CloseDelimited;
             if body.can_proceed() && !until_closed {
@@ -272,7 +280,8 @@ fn unframed(body: &mut Call<RecvBody>, received: &mut Vec<u8>) -> Result<Bytes, 
 
 #[cfg(test)]
 mod tests {
-    use tokio::io::AsyncWriteExt;
+    use hyper::header;
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
     use super::*;
     use crate::frontend::fake::{bound, is_asked, request, say_ok};
@@ -334,8 +343,27 @@ mod tests {
         ] {
             assert!(answered_with(&[answer]).await.is_err(), "{answer}");
         }
+        let error = answered_with(&[""]).await.unwrap_err();
+        assert_eq!(error.to_string(), "it was closed before its answer had ended");
         let endless = format!("HTTP/1.1 200 OK\r\nx-filler: {}", "x".repeat(2 * RESPONSE_HEAD_BYTES_MAX));
         assert!(answered_with(&[&endless]).await.is_err());
+    }
+
+    #[tokio::test]
+    async fn a_frame_without_an_end_is_not_waited_for() {
+        let (listener, worker) = bound().await;
+        let answering = async {
+            let (mut stream, _) = listener.accept().await.unwrap();
+            assert!(is_asked(&mut stream).await);
+            stream.write_all(b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n").await.unwrap();
+            // It may have had enough of it by the end.
+            let _ = stream.write_all(&[b'1'; 4 * FRAME_BYTES_MAX]).await;
+            stream
+        };
+        let connection = Connection::open(&worker.card.address).await.unwrap();
+        let (exchange, _stream) = tokio::join!(connection.send(request()), answering);
+        let mut exchange = exchange.unwrap();
+        assert!(timeout(TIME_MAX, exchange.collect()).await.expect("an end").is_err());
     }
 
     #[tokio::test]
@@ -344,7 +372,8 @@ mod tests {
         let (journal, body) = (Bytes::from(vec![b'j'; 1 << 20]), Bytes::from(vec![b'b'; 8 << 20]));
         let request = || {
             let payload = Payload::new(journal.clone(), body.clone());
-            Request::post("/a?b").header(header::HOST, "a").header("x-long", &long).body(payload).unwrap()
+            let request = Request::post("/a?b").header(header::HOST, "a").header("x-long", &long);
+            request.header(header::AUTHORIZATION, "Bearer schlüssel".as_bytes()).body(payload).unwrap()
         };
         for reads_it in [true, false] {
             let (listener, worker) = bound().await;
@@ -354,7 +383,7 @@ mod tests {
                 let mut read = Vec::new();
                 if reads_it {
                     while !read.ends_with(&body) {
-                        let filled = tokio::io::AsyncReadExt::read(&mut stream, &mut asked).await.unwrap();
+                        let filled = stream.read(&mut asked).await.unwrap();
                         read.extend_from_slice(&asked[..filled]);
                     }
                 }
@@ -369,7 +398,8 @@ mod tests {
             if reads_it {
                 let length = journal.len() + body.len();
                 let head = format!(
-                    "POST /a?b HTTP/1.1\r\nhost: a\r\nx-long: {long}\r\ncontent-length: {length}\r\n\r\n"
+                    "POST /a?b HTTP/1.1\r\nhost: a\r\nx-long: {long}\r\nauthorization: Bearer schlüssel\r\n\
+                     content-length: {length}\r\n\r\n"
                 );
                 assert!(read.starts_with(head.as_bytes()));
                 assert!(read[head.len()..] == [&journal[..], &body[..]].concat());

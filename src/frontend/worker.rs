@@ -106,6 +106,16 @@ impl LostError {
         }
     }
 
+    /// Why a request on a new connection has no answer, after an attempt on a kept one that `broke`.
+    fn sending(error: BrokenError, broke: Option<BrokenError>) -> Self {
+        match (error, broke) {
+            // A process that is ending takes connections, and has had no request on this one.
+            (BrokenError::Unsent, None) => Self::Connect(io::ErrorKind::ConnectionReset.into()),
+            (BrokenError::Unsent, Some(broke)) => Self::Broken(broke),
+            (error, _) => Self::Broken(error),
+        }
+    }
+
     /// Whether it says anything against the worker.
     pub(super) fn blames_worker(&self) -> bool {
         !matches!(self, Self::Lacking(_) | Self::SlowClient(_))
@@ -249,7 +259,7 @@ impl Worker {
             Err(error) => return Err(broken.map_or(error, LostError::Broken)),
         };
         self.is_out_of_reach.store(false, Ordering::Relaxed);
-        Ok(connection.send(request()).await?)
+        connection.send(request()).await.map_err(|error| LostError::sending(error, broken))
     }
 
     async fn connect(&self) -> Result<Connection, LostError> {
@@ -514,6 +524,14 @@ mod tests {
             assert_eq!(matches!(error, LostError::Broken(_)), dies_over_it, "{error}");
             assert_eq!(matches!(error, LostError::Connect(_)), !dies_over_it, "{error}");
         }
+    }
+
+    #[test]
+    fn a_worker_that_never_had_a_request_is_not_lost_over_it() {
+        let cut = || BrokenError::Io(io::ErrorKind::UnexpectedEof.into());
+        assert!(matches!(LostError::sending(BrokenError::Unsent, None), LostError::Connect(_)));
+        assert!(matches!(LostError::sending(BrokenError::Unsent, Some(cut())), LostError::Broken(BrokenError::Io(_))));
+        assert!(matches!(LostError::sending(cut(), None), LostError::Broken(BrokenError::Io(_))));
     }
 
     #[tokio::test]

@@ -344,7 +344,9 @@ fn the_edge_guards_what_is_behind_it() {
         let direct = client::post_bytes(worker.address, COMPLETIONS, b"{\"model\": \"m\", \"prompt\": 7}");
         direct.error()
     });
-    assert_eq!(ask(&[key], "no json").error().0, 400);
+    for body in ["no json", ""] {
+        assert_eq!(ask(&[key], body).error().0, 400, "{body:?}");
+    }
     assert_eq!(client::request(front.address, "GET", "/nowhere", &[key], b"").status, 404);
 }
 
