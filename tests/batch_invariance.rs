@@ -63,6 +63,7 @@ fn requests(vocab_size: usize) -> Vec<Request> {
             grammar: None,
             logprobs: [Some(5), None, Some(0)][i as usize % 3],
             prompt_logprobs: (i % 6 == 4).then_some(2),
+            salt: None,
             trace: None,
         });
     }
@@ -98,6 +99,7 @@ fn config(max_num_seqs: usize, max_num_batched_tokens: usize, blocks: usize, voc
         vocab_size,
         block_size: BLOCK_SIZE,
         blocks,
+        prefix_caching: true,
         model_key: Vec::new(),
     }
 }

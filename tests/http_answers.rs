@@ -314,21 +314,60 @@ fn texts_beyond_the_context_are_counted() {
     }
 }
 
+fn cached_tokens(answer: &Value) -> u64 {
+    answer["usage"]["prompt_tokens_details"]["cached_tokens"].as_u64().unwrap()
+}
+
+#[test]
+fn a_repeated_prompt_is_found_by_requests_with_the_same_salt_and_by_no_others() {
+    let server = Server::shared();
+    let text = "For instance, on the planet Earth, man had always assumed that he was more intelligent. ".repeat(3);
+    let completion = json!({"prompt": text, "temperature": 0, "max_tokens": 8});
+    let chat = json!({"messages": [{"role": "user", "content": text}], "temperature": 0, "max_tokens": 8});
+    for (path, request) in [(COMPLETIONS, completion), (CHAT, chat)] {
+        let ask = |salt: Value| {
+            let mut request = request.clone();
+            request["cache_salt"] = salt;
+            ok(&server, path, &request)
+        };
+        let salts = [json!("of one tenant"), json!("of another"), Value::Null];
+        let [first, second] = [(); 2].map(|()| salts.clone().map(ask));
+        assert!(first[..2].iter().all(|answer| cached_tokens(answer) == 0), "{first:?}");
+        // Without a salt a conversation finds how all of them begin.
+        let more = |(first, second): (&Value, &Value)| cached_tokens(second) >= cached_tokens(first) + 32;
+        assert!(first.iter().zip(&second).all(more), "{second:?}");
+        let is_the_same = |answer: &Value| answer["choices"] == first[0]["choices"];
+        assert!(first.iter().chain(&second).all(is_the_same), "{first:?}\n{second:?}");
+    }
+}
+
+#[test]
+fn without_prefix_caching_a_repeated_prompt_is_computed_again() {
+    let server = Server::start(&["--max-model-len", "1024", "--kv-blocks", "256", "--no-prefix-caching"]);
+    let prompt = "This planet has, or rather had, a problem, which was this. ".repeat(3);
+    let request = json!({"prompt": prompt, "temperature": 0, "max_tokens": 8, "n": 2});
+    let answers = [(); 2].map(|()| ok(&server, COMPLETIONS, &request));
+    assert_eq!(answers[0]["choices"], answers[1]["choices"]);
+    assert!(answers.iter().all(|answer| cached_tokens(answer) == 0), "{answers:?}");
+    server.wait_until("no page is kept", |server| server.metric("engine_kv_pages{state=\"free\"}") == 256.0);
+    assert_eq!(server.metric("engine_prefix_hit_tokens_total"), 0.0);
+}
+
 #[test]
 fn a_repeated_prompt_is_found_in_the_cache() {
     let server = Server::shared();
     let prompt = "In the beginning the universe was created. This has made a lot of people very angry. ".repeat(3);
     let request = json!({"prompt": prompt, "temperature": 0, "max_tokens": 8});
-    let cached = |answer: &Value| answer["usage"]["prompt_tokens_details"]["cached_tokens"].as_u64().unwrap();
     let first = ok(&server, COMPLETIONS, &request);
     let second = ok(&server, COMPLETIONS, &request);
     assert_eq!(first["choices"], second["choices"]);
-    assert!(cached(&second) >= 32 && cached(&second) < second["usage"]["prompt_tokens"].as_u64().unwrap());
+    assert!(cached_tokens(&second) >= 32);
+    assert!(cached_tokens(&second) < second["usage"]["prompt_tokens"].as_u64().unwrap());
     // An answer that a stop string ends knows it too.
     let first_char: String = second["choices"][0]["text"].as_str().unwrap().chars().take(1).collect();
     let stopped =
         ok(&server, COMPLETIONS, &json!({"prompt": prompt, "temperature": 0, "max_tokens": 8, "stop": first_char}));
-    assert_eq!(cached(&stopped), cached(&second));
+    assert_eq!(cached_tokens(&stopped), cached_tokens(&second));
 }
 
 #[test]

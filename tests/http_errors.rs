@@ -66,6 +66,7 @@ fn values_out_of_range_are_refused_by_name() {
             ("stop", json!({"stop": vec!["x"; 65]})),
             ("stop_token_ids", json!({"stop_token_ids": [9999999]})),
             ("stream_options", json!({"stream_options": {"include_usage": true}})),
+            ("cache_salt", json!({"cache_salt": ""})),
         ];
         check(&server, path, 400, cases.map(|(param, fields)| (param, request(fields))));
     }
@@ -122,6 +123,8 @@ fn wrong_types_and_unknown_fields_are_refused_by_name() {
             ),
             ("messages[0].role", chat(json!({"messages": [{"content": "Hi"}]}))),
             ("temprature", chat(json!({"temprature": 1}))),
+            ("cache_salt", chat(json!({"cache_salt": 7}))),
+            ("cache_salt", chat(json!({"cache_salt": ["a"]}))),
             ("stream_options.usage", chat(json!({"stream": true, "stream_options": {"usage": true}}))),
             ("nvext.top_k", chat(json!({"nvext": {"top_k": 1}}))),
         ],
@@ -233,7 +236,7 @@ fn what_other_servers_call_otherwise_is_refused_with_a_hint() {
         ("n_predict", "max_tokens"),
         ("max_new_tokens", "max_tokens"),
         ("repeat_penalty", "repetition_penalty"),
-        ("cache_prompt", "always cached"),
+        ("cache_prompt", "cache_salt"),
         ("grammar", "Lark's syntax"),
         ("json_schema", "'response_format' takes it"),
         ("num_ctx", "--max-model-len"),

@@ -102,6 +102,28 @@ fn a_chat_goes_on_where_it_was_cut() {
 }
 
 #[test]
+fn an_answer_that_goes_on_elsewhere_keeps_its_salt() {
+    let [first, second] = [(); 2].map(|()| start());
+    let prompt = "Tell me something that nobody else may know of. ".repeat(4);
+    let salted = |salt: Option<&str>| {
+        json!({
+            "prompt": prompt, "max_tokens": 20, "ignore_eos": true, "cache_salt": salt, "stream": true,
+            "stream_options": {"include_usage": true},
+        })
+    };
+    let whole = relayed(&first, COMPLETIONS, &salted(Some("tea")), "");
+    let journal: String = whole[..4].iter().map(|event| event.progress.as_str()).collect();
+    relayed(&second, COMPLETIONS, &salted(Some("tea")), &journal);
+    // It left its pages with the second worker, for others with its salt.
+    let found = |salt| {
+        let usage = merged(&relayed(&second, COMPLETIONS, &salted(salt), "")).usage;
+        usage[0]["prompt_tokens_details"]["cached_tokens"].as_u64().unwrap()
+    };
+    assert_eq!([found(None), found(Some("coffee"))], [0; 2]);
+    assert!(found(Some("tea")) >= 16);
+}
+
+#[test]
 fn a_limit_beyond_the_context_or_none_is_what_is_left_of_it() {
     let start = || Worker::start(Options { max_model_len: 64, step: Duration::from_micros(300), ..Options::default() });
     let messages = json!([{"role": "user", "content": "Tell me something."}]);
@@ -333,6 +355,9 @@ fn a_worker_that_would_answer_otherwise_says_so() {
     assert_eq!(ask(&first, &journal, &other, journal.len()), 409);
     other = request.clone();
     other["structured_outputs"] = json!({"regex": "(?s:.*)"});
+    assert_eq!(ask(&first, &journal, &other, journal.len()), 409);
+    other = request.clone();
+    other["cache_salt"] = "tea".into();
     assert_eq!(ask(&first, &journal, &other, journal.len()), 409);
     other = request.clone();
     other["stream"] = false.into();

@@ -38,6 +38,7 @@ fn config() -> EngineConfig {
         block_size: 16,
         // Not enough for all: some are preempted.
         blocks: 14,
+        prefix_caching: true,
         model_key: Vec::new(),
     }
 }
@@ -55,6 +56,7 @@ fn requests() -> Vec<Request> {
         grammar: None,
         logprobs: Some(1),
         prompt_logprobs: None,
+        salt: None,
         trace: None,
     };
     (0..).zip(lengths).map(request).collect()

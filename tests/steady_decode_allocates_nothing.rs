@@ -116,6 +116,7 @@ async fn steady_decode_allocates_nothing_on_the_engine_thread() {
         vocab_size,
         block_size: BLOCK_SIZE,
         blocks,
+        prefix_caching: true,
         model_key: Vec::new(),
     };
     let metrics = Metrics::new();
@@ -141,6 +142,7 @@ async fn steady_decode_allocates_nothing_on_the_engine_thread() {
                 grammar: None,
                 logprobs: (i % 2 == 1).then_some(i),
                 prompt_logprobs: None,
+                salt: None,
                 trace: None,
             };
             let mut generation = handle.submit(request).unwrap();

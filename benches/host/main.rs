@@ -131,6 +131,7 @@ fn measure(sequences: usize, repetition_penalty: f32, ahead: bool) -> Result<Vec
         vocab_size: source.config().vocab_size,
         block_size: BLOCK_SIZE,
         blocks,
+        prefix_caching: true,
         model_key: Vec::new(),
     };
     runner.rehearse(&config, true)?;
@@ -150,6 +151,7 @@ fn measure(sequences: usize, repetition_penalty: f32, ahead: bool) -> Result<Vec
                 grammar: None,
                 logprobs: None,
                 prompt_logprobs: None,
+                salt: None,
                 trace: None,
             };
             let mut generation = engine.submit(request)?;

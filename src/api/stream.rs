@@ -208,6 +208,7 @@ mod tests {
                 vocab_size: 1,
                 block_size: 16,
                 blocks: 4,
+                prefix_caching: true,
                 model_key: Vec::new(),
             };
             let metrics = Metrics::new();

@@ -8,7 +8,7 @@ use super::{
     parser::Wanted,
     types::{Refused, SamplingFields, Strings},
 };
-use crate::{grammar::Grammar, worker::Request};
+use crate::{cache::Salt, grammar::Grammar, worker::Request};
 
 /// Answers of one HTTP request at most: prompts times `n`.
 pub(crate) const CHOICES_MAX: usize = 128;
@@ -56,6 +56,7 @@ pub(crate) struct Plan {
     pub(crate) token_ids: bool,
     pub(crate) logprobs: Option<u32>,
     pub(crate) prompt_logprobs: Option<u32>,
+    pub(crate) salt: Option<Salt>,
     pub(crate) stream: bool,
     pub(crate) include_usage: bool,
     /// Whether every chunk tells token counts.
@@ -114,6 +115,7 @@ impl Plan {
             token_ids: fields.return_token_ids.unwrap_or(false),
             logprobs: None,
             prompt_logprobs: None,
+            salt: salt(fields.cache_salt)?,
             stream,
             include_usage: options.include_usage == Some(true),
             // As vLLM has it, only with the other.
@@ -154,6 +156,7 @@ impl Plan {
             grammar: self.grammar.as_ref().map(Grammar::matcher),
             logprobs: self.logprobs,
             prompt_logprobs: self.prompt_logprobs,
+            salt: self.salt,
             trace: None,
         })
     }
@@ -251,6 +254,17 @@ fn stops(field: Option<Strings>) -> Result<Vec<String>, ApiError> {
     Ok(stops)
 }
 
+/// What a request's pages are kept apart by. An empty one would put together all whose names were left empty by mistake.
+fn salt(words: Option<String>) -> Result<Option<Salt>, ApiError> {
+    match words {
+        Some(words) if words.is_empty() => Err(ApiError::invalid(
+            "cache_salt",
+            "'cache_salt' has to be a string that is not empty; leave it out to share what is cached",
+        )),
+        words => Ok(words.as_deref().map(Salt::of)),
+    }
+}
+
 fn logit_bias(biases: Vec<(u32, f64)>, vocab_size: usize) -> Result<Vec<(u32, f32)>, ApiError> {
     if biases.len() > BIASES_MAX {
         let message = format!("'logit_bias' has {} entries; at most {BIASES_MAX}", biases.len());
@@ -271,7 +285,10 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::api::types::{LogitBias, StreamOptions};
+    use crate::api::{
+        progress::digest,
+        types::{LogitBias, StreamOptions},
+    };
 
     fn plan(fields: SamplingFields) -> Result<Plan, ApiError> {
         let defaults = Defaults { temperature: 0.6, top_k: 20, ..Defaults::default() };
@@ -311,6 +328,7 @@ mod tests {
         assert_eq!(named(SamplingFields { stop_token_ids: Some(vec![-1]), ..fields() }), "stop_token_ids");
         assert_eq!(named(SamplingFields { logit_bias: Some(LogitBias(vec![(100, 1.0)])), ..fields() }), "logit_bias");
         assert_eq!(named(SamplingFields { logit_bias: Some(LogitBias(vec![(1, 101.0)])), ..fields() }), "logit_bias");
+        assert_eq!(named(SamplingFields { cache_salt: Some(String::new()), ..fields() }), "cache_salt");
         let options = Some(StreamOptions::default());
         assert_eq!(named(SamplingFields { stream_options: options, ..fields() }), "stream_options");
         assert_eq!(chat_logprobs(None, Some(3)).unwrap_err().param(), Some("top_logprobs"));
@@ -354,6 +372,23 @@ mod tests {
         let without = plan(SamplingFields::default()).unwrap();
         assert_eq!(plan(SamplingFields { seed: Some(-1), ..SamplingFields::default() }).unwrap(), without);
         assert!(!without.seeded);
+    }
+
+    #[test]
+    fn a_salt_goes_to_the_engine_as_a_digest_and_is_part_of_what_workers_compare() {
+        let salted = |cache_salt: Option<&str>| {
+            plan(SamplingFields { cache_salt: cache_salt.map(Into::into), ..SamplingFields::default() }).unwrap()
+        };
+        let request = |plan: &Plan| plan.request(vec![1], (0, 0), 50, "prompt").unwrap();
+        assert_eq!(request(&salted(None)).salt, None);
+        let [tea, coffee] = ["tea", "coffee"].map(|words| salted(Some(words)));
+        assert_eq!(request(&tea).salt, Some(Salt::of("tea")));
+        assert!(!format!("{tea:?}{:?}", request(&tea)).contains("\"tea\""));
+        // Of an answer that goes on elsewhere.
+        let digests = [&tea, &coffee, &salted(None)].map(|plan| digest(&[], plan));
+        assert_ne!(digests[0], digests[1]);
+        assert_ne!(digests[0], digests[2]);
+        assert_eq!(digests[0], digest(&[], &salted(Some("tea"))));
     }
 
     #[test]

@@ -167,6 +167,7 @@ fn request(prompt: Vec<u32>, tokens: usize) -> Request {
         grammar: None,
         logprobs: None,
         prompt_logprobs: None,
+        salt: None,
         trace: None,
     }
 }

@@ -14,7 +14,7 @@ mod pool;
 mod prefix;
 mod table;
 
-pub use hash::{PageHash, PageHasher};
+pub use hash::{PageHash, PageHasher, Salt};
 pub use page::{LentPage, Page, SharedPage};
 pub use pool::{KvPool, PageCounts};
 pub use table::BlockTable;

@@ -221,7 +221,9 @@ mod tests {
     const NONE: PageCounts = PageCounts { free: 0, cached: 0, owned: 0, lent: 0, quarantined: 0 };
 
     fn hash(token: u32) -> PageHash {
-        PageHasher::new(b"", 1).page(None, &[token])
+        let mut hashes = Vec::new();
+        PageHasher::new(b"", 1).extend(&mut hashes, &[token]);
+        hashes[0]
     }
 
     fn published(pool: &mut KvPool, token: u32) -> SharedPage {

@@ -2,7 +2,8 @@ use std::collections::VecDeque;
 
 use super::{KvPool, Page, PageHash, SharedPage};
 
-/// The pages of one sequence, in order: first the full ones, shared and immutable, then those it is still filling.
+/// The pages of one sequence, in order: first the full ones, shared and immutable, then those it is still filling. Where
+/// nothing is to be found again, full ones stay among the latter.
 #[derive(Debug)]
 pub struct BlockTable {
     shared: Vec<SharedPage>,

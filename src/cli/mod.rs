@@ -260,6 +260,16 @@ mod tests {
     }
 
     #[test]
+    fn workers_of_both_roles_can_be_told_to_keep_nothing_by_vllm_s_name_too() {
+        for role in [&["--model", "m"][..], &["--is-prefill-worker"]] {
+            assert!(!worker(role).no_prefix_caching);
+            for flag in ["--no-prefix-caching", "--no-enable-prefix-caching"] {
+                assert!(worker(&[role, &[flag]].concat()).no_prefix_caching, "{flag}");
+            }
+        }
+    }
+
+    #[test]
     fn two_workers_on_one_host_do_not_collide_by_default() {
         assert_eq!(worker(&["--model", "m"]).port(), 8000);
         assert_eq!(worker(&["--is-prefill-worker"]).port(), 0);

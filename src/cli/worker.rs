@@ -69,6 +69,11 @@ pub struct WorkerArgs {
     )]
     pub max_waiting_requests: usize,
 
+    /// Keep no KV pages beyond their request: prompts that begin alike are computed each by itself, and nobody can tell
+    /// from the time it takes what others have asked
+    #[arg(long, alias = "no-enable-prefix-caching", help_heading = "KV cache")]
+    pub no_prefix_caching: bool,
+
     /// Address to listen on; 0.0.0.0 for all interfaces
     #[arg(long, value_name = "HOST", default_value = "127.0.0.1", help_heading = "Server")]
     pub host: String,

@@ -1,6 +1,7 @@
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
 use super::{Epoch, HandoffId, Slot};
+use crate::cache::Salt;
 
 /// What a prefill worker says over its session to a decode worker.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -87,6 +88,8 @@ pub struct Grant {
     pub epoch: Epoch,
     /// The prompt without its last token, which the decode worker computes itself: it needs that token's logits.
     pub tokens: Vec<u32>,
+    /// Whoever keeps pages keeps these apart by it.
+    pub salt: Option<Salt>,
     /// Position of the first token whose keys and values are wanted, at the start of a page. Those before it the decode
     /// worker has.
     pub first: u32,
@@ -193,12 +196,16 @@ mod tests {
 
     fn grant() -> Grant {
         let (handoff, slot, epoch) = (HandoffId(9), Slot(3), Epoch::FIRST);
-        Grant { handoff, slot, epoch, tokens: (0..41).collect(), first: 16, pages: vec![7, 4] }
+        let salt = Some(Salt::of("tea"));
+        Grant { handoff, slot, epoch, tokens: (0..41).collect(), salt, first: 16, pages: vec![7, 4] }
     }
 
     #[test]
     fn messages_survive_the_session() {
         let message = ToPrefill::Grant(grant());
+        assert_eq!(ToPrefill::decode(&message.encode()).unwrap(), message);
+        assert!(!message.encode().windows(3).any(|bytes| bytes == b"tea"), "a salt itself is nobody else's business");
+        let message = ToPrefill::Grant(Grant { salt: None, ..grant() });
         assert_eq!(ToPrefill::decode(&message.encode()).unwrap(), message);
         let message = ToDecode::Failed { handoff: HandoffId(9), epoch: Epoch::FIRST, reason: "too long".into() };
         assert_eq!(ToDecode::decode(&message.encode()).unwrap(), message);

@@ -242,7 +242,7 @@ impl Scheduler {
         while let Some((_, hash)) = self.next_hash(slot)
             && let Some(hit) = self.pool.find(hash)
         {
-            let block_size = self.hasher.block_size();
+            let block_size = self.block_size;
             let sequence = self.sequence_mut(slot);
             sequence.table.push_shared(hit);
             sequence.num_computed += block_size;
@@ -256,7 +256,7 @@ impl Scheduler {
     /// The next page of a prompt and its hash, if it may come from the index.
     fn next_hash(&self, slot: SlotId) -> Option<(usize, PageHash)> {
         let sequence = self.sequence(slot);
-        let block_size = self.hasher.block_size();
+        let block_size = self.block_size;
         let page = sequence.num_computed / block_size;
         let aligned = sequence.num_computed.is_multiple_of(block_size);
         // A page of ours that could not be published is followed by none from the index.
@@ -284,14 +284,14 @@ impl Scheduler {
     /// Whether a page will be there once this prompt is computed, and is not yet.
     fn promises(&self, slot: SlotId, page: usize, hash: PageHash) -> bool {
         let sequence = self.sequence(slot);
-        sequence.num_computed < (page + 1) * self.hasher.block_size() && sequence.hashes.get(page) == Some(&hash)
+        sequence.num_computed < (page + 1) * self.block_size && sequence.hashes.get(page) == Some(&hash)
     }
 
     /// Whether a prompt that is away brings half at least of the full pages that another one still lacks, from `page`
     /// on. Hashes are chained: who has the page in the middle has those before it.
     fn brings_half(&self, away: SlotId, slot: SlotId, page: usize) -> bool {
         let sequence = self.sequence(slot);
-        let end = sequence.cacheable_tokens() / self.hasher.block_size();
+        let end = sequence.cacheable_tokens() / self.block_size;
         let middle = (page + end - 1) / 2;
         sequence.hashes.get(middle).is_some_and(|&hash| self.promises(away, middle, hash))
     }
@@ -300,7 +300,7 @@ impl Scheduler {
     /// be. Returns for how many there are pages.
     fn reserve(&mut self, at: usize, wanted: usize, plan: &mut StepPlan) -> usize {
         let slot = self.running[at];
-        let block_size = self.hasher.block_size();
+        let block_size = self.block_size;
         loop {
             let sequence = self.slots[slot.index()].as_mut().expect("a running sequence has its slot");
             let covered = sequence.table.len() * block_size - sequence.num_computed;
@@ -371,7 +371,7 @@ impl Scheduler {
     /// Pages of a waiting sequence that others use anyway.
     fn shared_hits(&self, slot: SlotId) -> usize {
         let sequence = self.sequence(slot);
-        let usable = sequence.cacheable_tokens() / self.hasher.block_size();
+        let usable = sequence.cacheable_tokens() / self.block_size;
         sequence.hashes.iter().take(usable).take_while(|&&hash| self.pool.is_in_use(hash)).count()
     }
 }

@@ -3,7 +3,7 @@ use std::collections::VecDeque;
 use engine_kernels::Batch;
 
 use super::{PlanEntry, Sequence, StepPlan};
-use crate::cache::{KvPool, PageCounts, PageHasher};
+use crate::cache::{KvPool, PageCounts};
 
 /// Where a sequence lives from [`Scheduler::add`] to [`Scheduler::remove`]; below [`SchedulerLimits::max_sequences`],
 /// and given to another sequence afterwards.
@@ -38,7 +38,8 @@ pub struct SchedulerLimits {
 #[derive(Debug)]
 pub struct Scheduler {
     pub(super) limits: SchedulerLimits,
-    pub(super) hasher: PageHasher,
+    /// Tokens a page holds.
+    pub(super) block_size: usize,
     pub(super) pool: KvPool,
     pub(super) slots: Box<[Option<Sequence>]>,
     free_slots: Vec<SlotId>,
@@ -61,13 +62,13 @@ pub struct Scheduler {
 }
 
 impl Scheduler {
-    /// No sequences, and `pages` free pages of the hasher's block size.
-    pub fn new(limits: SchedulerLimits, hasher: PageHasher, pages: usize) -> Self {
+    /// No sequences, and `pages` free pages of `block_size` tokens, as those who hash the sequences' pages have them.
+    pub fn new(limits: SchedulerLimits, block_size: usize, pages: usize) -> Self {
         assert!(limits.max_num_seqs > 0 && limits.max_num_batched_tokens >= limits.max_num_seqs);
         let max_sequences = limits.max_sequences as u32;
         Self {
             limits,
-            hasher,
+            block_size,
             pool: KvPool::new(pages),
             slots: (0..max_sequences).map(|_| None).collect(),
             free_slots: (0..max_sequences).rev().map(SlotId).collect(),
@@ -205,19 +206,17 @@ impl Scheduler {
         }
     }
 
-    /// Makes a sequence's full pages findable.
+    /// Makes a sequence's full pages findable, unless nothing is to be found again: then they stay its own.
     pub(super) fn publish(&mut self, slot: SlotId) {
         let Some(sequence) = &mut self.slots[slot.index()] else { return };
-        let full = sequence.num_computed / self.hasher.block_size();
+        let full = sequence.num_computed / self.block_size;
         if full > sequence.hashes.len() {
             // The pages end where the computed tokens do, which may be one short of the tokens.
-            let computed = full * self.hasher.block_size();
-            let mut hashes = std::mem::take(&mut sequence.hashes);
-            self.hasher.extend(&mut hashes, &sequence.tokens()[..computed]);
-            sequence.hashes = hashes;
+            sequence.hash_pages(full * self.block_size);
         }
-        while sequence.table.published() < full {
-            let hash = sequence.hashes[sequence.table.published()];
+        while sequence.table.published() < full
+            && let Some(&hash) = sequence.hashes.get(sequence.table.published())
+        {
             if sequence.prefill_only && self.pool.is_published(hash) {
                 // Publishing it again would free our copy, which somebody may be reading.
                 return;
@@ -272,7 +271,7 @@ impl Scheduler {
     }
 
     pub(super) fn pages_for(&self, tokens: usize) -> usize {
-        tokens.div_ceil(self.hasher.block_size())
+        tokens.div_ceil(self.block_size)
     }
 
     pub(super) fn sequence_mut(&mut self, slot: SlotId) -> &mut Sequence {

@@ -1,6 +1,6 @@
 use engine_kernels::Batch;
 
-use crate::cache::{BlockTable, PageHash, PageHasher};
+use crate::cache::{BlockTable, PageHash, PageHasher, Salt};
 
 /// One request's tokens and how far they are computed. Made by whoever submits it, with all the memory it will ever
 /// need, so that nothing is allocated while it runs.
@@ -16,8 +16,11 @@ pub struct Sequence {
     /// Tokens whose keys and values are in the pages of `table`.
     pub(super) num_computed: usize,
     pub(super) table: BlockTable,
-    /// Hashes of the full pages of `tokens`; of the output's pages once they are published.
+    /// Hashes of the full pages of `tokens`; of the output's pages once they are published. None, if nothing is to be
+    /// found again.
     pub(super) hashes: Vec<PageHash>,
+    /// Gives pages their hashes: whose pages these may also be is a matter of its root.
+    hasher: PageHasher,
     /// Prompt tokens whose log-probabilities are no longer owed: all of them unless the request asked for them, else
     /// the first, which nothing predicts, and those that followed.
     pub(super) scored: usize,
@@ -66,6 +69,7 @@ impl Sequence {
             num_computed: 0,
             table: BlockTable::with_capacity(pages),
             hashes,
+            hasher: *hasher,
             scored: if score_prompt { 1 } else { prompt.len() },
             started: false,
             cached: None,
@@ -85,10 +89,20 @@ impl Sequence {
 
     /// Continues an answer whose first tokens were generated elsewhere: as after a preemption, they are computed like a
     /// prompt. With the sequence's prompt unscored and nothing computed.
-    pub fn resume(&mut self, output: &[u32], hasher: &PageHasher) {
+    pub fn resume(&mut self, output: &[u32]) {
         debug_assert!(output.is_empty() || self.scored >= self.prompt_len && self.num_computed == 0);
         self.tokens.extend_from_slice(output);
-        hasher.extend(&mut self.hashes, &self.tokens);
+        self.hash_pages(self.tokens.len());
+    }
+
+    /// Gives the full pages of the first `tokens` tokens their hashes.
+    pub(super) fn hash_pages(&mut self, tokens: usize) {
+        self.hasher.extend(&mut self.hashes, &self.tokens[..tokens]);
+    }
+
+    /// What its pages are kept apart by.
+    pub fn salt(&self) -> Option<Salt> {
+        self.hasher.salt()
     }
 
     /// Prompt and output. As long as the last token is not known, [`Batch::DRAWN`] and the row of the step under way

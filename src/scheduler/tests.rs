@@ -1,7 +1,7 @@
 mod loans;
 
 use super::*;
-use crate::cache::PageHasher;
+use crate::cache::{PageHasher, Salt};
 
 const BLOCK: usize = 4;
 
@@ -15,12 +15,16 @@ impl Fixture {
     fn new(max_num_seqs: usize, max_num_batched_tokens: usize, pages: usize) -> Self {
         let limits = SchedulerLimits { max_num_seqs, max_num_batched_tokens, max_sequences: 16 };
         let hasher = PageHasher::new(b"", BLOCK);
-        Self { scheduler: Scheduler::new(limits, hasher, pages), hasher, plan: StepPlan::with_capacity(max_num_seqs) }
+        Self { scheduler: Scheduler::new(limits, BLOCK, pages), hasher, plan: StepPlan::with_capacity(max_num_seqs) }
     }
 
     fn add(&mut self, prompt: impl IntoIterator<Item = u32>) -> SlotId {
+        self.add_salted(prompt, None)
+    }
+
+    fn add_salted(&mut self, prompt: impl IntoIterator<Item = u32>, salt: Option<Salt>) -> SlotId {
         let prompt: Vec<u32> = prompt.into_iter().collect();
-        self.scheduler.add(Sequence::new(&prompt, 100, false, &self.hasher)).unwrap()
+        self.scheduler.add(Sequence::new(&prompt, 100, false, &self.hasher.salted(salt))).unwrap()
     }
 
     /// Plans a step and returns who takes part, from where, with how many tokens.
@@ -136,6 +140,49 @@ fn a_page_that_an_older_prompt_computes_is_waited_for() {
     assert_eq!(fixture.step(), [(a, 0, 8)]);
     assert_eq!(fixture.step(), [(a, 8, 5)]);
     assert_eq!(fixture.step(), [(a, 13, 1), (b, 12, 2)]);
+}
+
+#[test]
+fn pages_are_found_under_their_salt_alone_and_so_are_those_that_began_with_a_prompt_of_less_than_one() {
+    let mut fixture = Fixture::new(4, 100, 100);
+    let [tea, coffee] = ["tea", "coffee"].map(|words| Some(Salt::of(words)));
+    let first = fixture.add_salted(0..3, tea);
+    (0..2).for_each(|_| drop(fixture.step()));
+    fixture.scheduler.remove(first);
+    assert_eq!(fixture.scheduler.pages().cached, 1);
+    let longer = [0, 1, 2, 9999, 77];
+    let others = [fixture.add(longer), fixture.add_salted(longer, coffee)];
+    assert_eq!(fixture.step(), others.map(|other| (other, 0, 5)));
+    let same = fixture.add_salted(longer, tea);
+    assert_eq!(fixture.step(), [(others[0], 5, 1), (others[1], 5, 1), (same, 4, 1)]);
+}
+
+#[test]
+fn a_page_of_another_salt_is_not_waited_for() {
+    let mut fixture = Fixture::new(4, 20, 100);
+    let a = fixture.add(0..13);
+    let b = fixture.add_salted((0..12).chain([77, 78]), Some(Salt::of("tea")));
+    assert_eq!(fixture.step(), [(a, 0, 13), (b, 0, 7)]);
+}
+
+#[test]
+fn without_hashes_nothing_is_found_or_kept_and_who_gave_its_pages_starts_again() {
+    let mut fixture = Fixture::new(4, 100, 5);
+    fixture.hasher = PageHasher::without_hashes(BLOCK);
+    let a = fixture.add(0..7);
+    let b = fixture.add(0..6);
+    assert_eq!(fixture.step(), [(b, 0, 6), (a, 0, 7)]);
+    // Until `a` needs a page and there is none.
+    while fixture.plan.preempted() == 0 {
+        fixture.step();
+    }
+    assert_eq!((fixture.scheduler.pages().owned, fixture.scheduler.pages().cached), (4, 0));
+    fixture.scheduler.remove(a);
+    let tokens = fixture.scheduler.sequence(b).tokens().len();
+    assert_eq!(fixture.step(), [(b, 0, tokens)]);
+    assert_eq!(fixture.scheduler.sequence(b).cached_tokens(), 0);
+    fixture.scheduler.remove(b);
+    assert_eq!(fixture.scheduler.pages().free, 5);
 }
 
 #[test]

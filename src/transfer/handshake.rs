@@ -24,7 +24,7 @@ use super::{ClusterToken, ConnectError, Refusal, Transport};
 
 /// The version of sessions' protocol: raised whenever two builds could misunderstand each other. It is a part of the
 /// model key too, so that they do not meet.
-pub(crate) const VERSION: u32 = 4;
+pub(crate) const VERSION: u32 = 5;
 /// What a handshake frame begins with; whatever else arrives is not for us.
 const MAGIC: [u8; 4] = *b"EkvS";
 /// The magic and the length.

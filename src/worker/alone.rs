@@ -28,7 +28,8 @@ impl Alone {
         let source = model::open(args)?;
         // Prompts are cut by `--max-num-batched-tokens` alone.
         let itl_target = Duration::from_secs(60);
-        let purpose = Purpose { shared: false, decodes: true, itl_target, max_waiting_requests: 1024 };
+        let purpose =
+            Purpose { shared: false, decodes: true, itl_target, max_waiting_requests: 1024, prefix_caching: true };
         let loaded = model::load(args, &source, &purpose)?;
         let (device, step_bytes, token_bytes) = (loaded.device.clone(), loaded.step_bytes, loaded.token_bytes());
         let engine = Engine::start(loaded.runner, loaded.config, Metrics::new().engine)?;

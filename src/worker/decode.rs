@@ -132,8 +132,13 @@ fn load(cli: &WorkerArgs, shared: bool) -> Result<(ApiConfig, Loaded)> {
     let source = model::open(&cli.engine)?;
     let tokenizer = Arc::new(source.tokenizer()?);
     let template = chat_template(cli, &source)?;
-    let (itl_target, max_waiting_requests) = (cli.disagg.itl_target, cli.max_waiting_requests);
-    let purpose = Purpose { shared, decodes: true, itl_target, max_waiting_requests };
+    let purpose = Purpose {
+        shared,
+        decodes: true,
+        itl_target: cli.disagg.itl_target,
+        max_waiting_requests: cli.max_waiting_requests,
+        prefix_caching: !cli.no_prefix_caching,
+    };
     let loaded = model::load(&cli.engine, &source, &purpose)?;
     Ok((api_config(cli, &source, tokenizer, template), loaded))
 }

@@ -303,7 +303,7 @@ impl Desk {
 
     fn prefill(&mut self, session: SessionId, grant: Grant, desk: &SharedDesk) {
         let Some(writer) = self.sessions.get(&session).cloned() else { return };
-        let Grant { handoff, slot, epoch, tokens, first, pages } = grant;
+        let Grant { handoff, slot, epoch, tokens, salt, first, pages } = grant;
         let held = self.held_for(handoff).map(|held| (held.claimed, held.span.clone()));
         let (claimed, span) = held.unwrap_or((None, Span::none()));
         if let Some(claimed) = claimed {
@@ -323,7 +323,7 @@ impl Desk {
             tokens: tokens.len(),
             layers: self.layers,
         };
-        match self.engine.prefill(PrefillRequest { tokens, first_page, exporter: Box::new(courier) }) {
+        match self.engine.prefill(PrefillRequest { tokens, salt, first_page, exporter: Box::new(courier) }) {
             Ok(pages) => {
                 let now = Instant::now();
                 let prompt =

@@ -106,7 +106,10 @@ impl<R: Runner> Engine<R> {
         lending: Option<Lending>,
     ) -> Result<EngineHandle, ConfigError> {
         config.validate()?;
-        let hasher = PageHasher::new(&rand::random::<[u8; 32]>(), config.block_size);
+        let hasher = match config.prefix_caching {
+            true => PageHasher::new(&rand::random::<[u8; 32]>(), config.block_size),
+            false => PageHasher::without_hashes(config.block_size),
+        };
         let limits = SchedulerLimits {
             max_num_seqs: config.max_num_seqs,
             max_num_batched_tokens: config.max_num_batched_tokens,
@@ -115,7 +118,7 @@ impl<R: Runner> Engine<R> {
         let shared = Shared::new(config, metrics);
         let mut engine = Self {
             runner,
-            scheduler: Scheduler::new(limits, hasher, shared.config.blocks),
+            scheduler: Scheduler::new(limits, shared.config.block_size, shared.config.blocks),
             terms: (0..limits.max_sequences).map(|_| None).collect(),
             sessions: (0..limits.max_sequences).map(|_| None).collect(),
             step: Step::new(&shared.config),

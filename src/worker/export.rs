@@ -1,7 +1,10 @@
 //! Prompts computed for decode workers, as the engine thread sees them.
 
 use super::{Post, handle::Place, post::Message};
-use crate::scheduler::{PlanEntry, Scheduler, Sequence, SlotId};
+use crate::{
+    cache::Salt,
+    scheduler::{PlanEntry, Scheduler, Sequence, SlotId},
+};
 
 /// Takes the pages of one prompt as they are computed, on the engine thread. It never waits.
 ///
@@ -23,6 +26,8 @@ pub trait Exporter: Send {
 pub struct PrefillRequest {
     /// All of the tokens, at least one.
     pub tokens: Vec<u32>,
+    /// What its pages are kept apart by.
+    pub salt: Option<Salt>,
     /// The first page that is wanted. Those before it are computed, as the others depend on them, and not passed on.
     pub first_page: usize,
     /// Takes the pages.

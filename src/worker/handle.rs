@@ -40,6 +40,8 @@ pub struct EngineConfig {
     pub block_size: usize,
     /// KV pages; enough for one sequence of `max_model_len`.
     pub blocks: usize,
+    /// Whether pages are kept for further requests (without `--no-prefix-caching`).
+    pub prefix_caching: bool,
     /// Digest of everything that keys and values depend on besides tokens: weights, dtype, layout.
     pub model_key: Vec<u8>,
 }
@@ -250,8 +252,9 @@ impl EngineHandle {
             top: alternatives(request.logprobs),
         };
         let (outlet, generation) = generation::channel(bounds, self.shared.cancellations.clone());
-        let mut sequence = Sequence::new(&request.prompt, max_tokens, request.prompt_logprobs.is_some(), &self.hasher);
-        sequence.resume(&request.output, &self.hasher);
+        let hasher = self.hasher.salted(request.salt);
+        let mut sequence = Sequence::new(&request.prompt, max_tokens, request.prompt_logprobs.is_some(), &hasher);
+        sequence.resume(&request.output);
         let session = Session::new(&request, outlet, submitted, place);
         let terms = Terms::new(request, max_tokens, self.shared.config.vocab_size);
         match self.post.send(Message::Request(Box::new((sequence, terms, session)))) {
@@ -269,11 +272,11 @@ impl EngineHandle {
     /// Hands the engine a prompt to compute for a decode worker. Never waits. The pages are kept until the handle is
     /// dropped.
     pub fn prefill(&self, request: PrefillRequest) -> Result<PrefillHandle, SubmitError> {
-        let PrefillRequest { tokens, first_page, exporter } = request;
+        let PrefillRequest { tokens, salt, first_page, exporter } = request;
         self.check_prompt(&tokens)?;
         let place = self.shared.enter()?;
         let id = self.shared.next_prefill.fetch_add(1, Ordering::Relaxed);
-        let sequence = Sequence::prefill_only(&tokens, &self.hasher);
+        let sequence = Sequence::prefill_only(&tokens, &self.hasher.salted(salt));
         let task = PrefillTask { id, sequence, first_page, exporter, place };
         match self.post.send(Message::Prefill(Box::new(task))) {
             true => Ok(PrefillHandle { id, post: self.post.clone() }),

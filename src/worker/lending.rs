@@ -515,6 +515,7 @@ impl Lending {
             slot,
             epoch,
             tokens: tokens[..tokens.len() - 1].to_vec(),
+            salt: sequence.salt(),
             first: sequence.num_computed() as u32,
             pages,
         };

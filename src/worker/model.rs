@@ -48,6 +48,8 @@ pub(super) struct Purpose {
     pub(super) itl_target: Duration,
     /// As [`EngineConfig`] has it.
     pub(super) max_waiting_requests: usize,
+    /// As [`EngineConfig`] has it.
+    pub(super) prefix_caching: bool,
 }
 
 /// A model that is ready to compute.
@@ -133,6 +135,7 @@ pub(super) fn load(cli: &EngineArgs, source: &ModelSource, purpose: &Purpose) ->
         vocab_size: model.vocab_size,
         block_size: layout.block_size,
         blocks: sizing.blocks,
+        prefix_caching: purpose.prefix_caching,
         model_key: key.as_bytes().to_vec(),
     };
     config.validate()?;

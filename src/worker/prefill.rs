@@ -63,6 +63,7 @@ pub async fn run(mut cli: WorkerArgs, ready: impl FnOnce(Ready)) -> Result<()> {
             decodes: false,
             itl_target: cli.disagg.itl_target,
             max_waiting_requests: cli.max_waiting_requests,
+            prefix_caching: !cli.no_prefix_caching,
         };
         let loaded = model::load(&cli.engine, &source, &purpose)?;
         let name = source.name().to_owned();

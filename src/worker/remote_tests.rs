@@ -23,6 +23,7 @@ use super::{
     *,
 };
 use crate::{
+    cache::Salt,
     handoff::{
         Epoch, Forecast, Grant, HandoffId, LenderEvent, LenderTimeouts, MailboxWord, SessionId, Slot, Status, ToDecode,
         ToPrefill, WorkerId,
@@ -310,7 +311,8 @@ fn compute(grant: Grant, prefill: &EngineHandle, control: &Arc<Control>, to: &Ar
     let first_page = grant.first as usize / block_size;
     let (from, to) = (control.clone(), to.clone());
     let exporter = Copier { from, to, grant: grant.clone(), block_size, copied: first_page, done };
-    let request = PrefillRequest { tokens: grant.tokens.clone(), first_page, exporter: Box::new(exporter) };
+    let request =
+        PrefillRequest { tokens: grant.tokens.clone(), salt: grant.salt, first_page, exporter: Box::new(exporter) };
     let _handle = prefill.prefill(request).unwrap();
     finished.recv().unwrap()
 }
@@ -340,6 +342,47 @@ fn a_prompt_prefilled_elsewhere_gets_the_same_answer() {
     assert_eq!((snapshot.pages_owned, snapshot.pages_lent, snapshot.pages_quarantined), (0, 0, 0));
     // The handle was dropped, which the engine thread has yet to hear.
     while prefill.snapshot().pages_owned > 0 {
+        std::thread::yield_now();
+    }
+}
+
+#[test]
+fn a_prefill_worker_keeps_prompts_apart_by_the_salts_that_it_is_told_of_whoever_asks() {
+    let decodes = [decode(config(), 16), decode(config(), 16)];
+    let (prefill, control) = start(config());
+    let ask = |decode: &Decode, salt: Option<Salt>| {
+        let asked = Request { salt, ..request(0..70, 9) };
+        let before = control.computed.load(Ordering::Relaxed);
+        let mut generation = decode.handle.submit(asked.clone()).unwrap();
+        serve(decode, decode.next_job(), &prefill, &control);
+        let (events, reason, cached) = block_on(collect(&mut generation));
+        assert_eq!((events, reason, cached), (model_answer(&asked, 128).0, FinishReason::Length, 0));
+        control.computed.load(Ordering::Relaxed) - before
+    };
+    let salts = [Some(Salt::of("tea")), Some(Salt::of("coffee")), None];
+    assert_eq!(salts.map(|salt| ask(&decodes[0], salt)), [69; 3]);
+    // Of those that it has seen it lacks the last page, which is not full.
+    assert_eq!(salts.map(|salt| ask(&decodes[1], salt)), [1; 3]);
+}
+
+#[test]
+fn without_prefix_caching_no_worker_keeps_what_one_computed_for_another() {
+    let config = EngineConfig { prefix_caching: false, ..config() };
+    let decode = decode(config.clone(), 16);
+    let (prefill, control) = start(config);
+    let salt = Some(Salt::of("tea"));
+    for round in 1..=2 {
+        let asked = Request { salt, ..request(0..70, 9) };
+        let mut generation = decode.handle.submit(asked.clone()).unwrap();
+        let grant = decode.claim(decode.next_job());
+        assert_eq!((grant.first, grant.salt), (0, salt), "others may keep what they compute");
+        serve_granted(&decode, grant, &prefill, &control);
+        let (events, reason, cached) = block_on(collect(&mut generation));
+        assert_eq!((events, reason, cached), (model_answer(&asked, 128).0, FinishReason::Length, 0));
+        assert_eq!(control.computed.load(Ordering::Relaxed), 69 * round);
+    }
+    decode.wait_until(|snapshot| snapshot.pages_free == 64);
+    while prefill.snapshot().pages_free < 64 {
         std::thread::yield_now();
     }
 }
@@ -533,13 +576,15 @@ fn a_prompt_that_is_cancelled_keeps_its_pages_until_nobody_reads_them() {
         slot: Slot(0),
         epoch: Epoch::FIRST,
         tokens: (0..100).collect(),
+        salt: None,
         first: 0,
         pages: (0..25).collect(),
     };
     let to = Arc::new(Control::default());
     *to.cache.lock().unwrap() = vec![0; 100];
     let exporter = Copier { from: control.clone(), to, grant, block_size: BLOCK, copied: 0, done };
-    let request = PrefillRequest { tokens: (0..100).collect(), first_page: 0, exporter: Box::new(exporter) };
+    let request =
+        PrefillRequest { tokens: (0..100).collect(), salt: None, first_page: 0, exporter: Box::new(exporter) };
     let handle = prefill.prefill(request).unwrap();
     control.wait_until_held();
     handle.cancel();
@@ -568,9 +613,11 @@ proptest! {
         block_size in 1..9usize,
         start in prop::sample::select(STARTS.to_vec()),
         decodes_ahead in any::<bool>(),
+        prefix_caching in prop::bool::weighted(0.8),
     ) {
         let config = EngineConfig {
             max_num_seqs,
+            prefix_caching,
             block_size,
             blocks: 128_usize.div_ceil(block_size) + spare_pages,
             ..config()

@@ -1,6 +1,6 @@
 use engine_kernels::SamplingParams;
 
-use crate::{grammar::Matcher, telemetry::TraceContext};
+use crate::{cache::Salt, grammar::Matcher, telemetry::TraceContext};
 
 /// A request as the engine thread sees it: token ids in, token ids out. Text, templates and stop strings stay in `api`.
 #[derive(Debug, Clone)]
@@ -25,6 +25,8 @@ pub struct Request {
     pub logprobs: Option<u32>,
     /// The same for the prompt's tokens (`echo`). Such a request takes no prefix hits: every position is computed.
     pub prompt_logprobs: Option<u32>,
+    /// What its pages are kept apart by: it finds those of requests with the same, and is found by no others.
+    pub salt: Option<Salt>,
     /// The trace it is part of, which goes on at whoever prefills it.
     pub trace: Option<TraceContext>,
 }

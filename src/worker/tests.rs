@@ -10,7 +10,7 @@ use super::{
     fake::{Control, FakeRunner, NOTHING_FOLLOWS, VOCAB_SIZE, expected},
     *,
 };
-use crate::telemetry::Metrics;
+use crate::{cache::Salt, telemetry::Metrics};
 
 pub(super) const BLOCK: usize = 4;
 
@@ -24,6 +24,7 @@ pub(super) fn config() -> EngineConfig {
         vocab_size: VOCAB_SIZE,
         block_size: BLOCK,
         blocks: 64,
+        prefix_caching: true,
         model_key: b"fake".to_vec(),
     }
 }
@@ -57,6 +58,7 @@ pub(super) fn request(prompt: impl IntoIterator<Item = u32>, max_tokens: u32) ->
         grammar: None,
         logprobs: None,
         prompt_logprobs: None,
+        salt: None,
         trace: None,
     }
 }
@@ -236,6 +238,50 @@ fn a_prompt_seen_before_is_found() {
 }
 
 #[test]
+fn a_prompt_seen_before_is_found_by_those_with_its_salt_alone() {
+    for start in STARTS {
+        let (handle, _) = start(config());
+        let ask = |salt: Option<Salt>| {
+            let asked = Request { salt, ..request(0..22, 3) };
+            let (events, reason, cached) = block_on(collect(&mut handle.submit(asked.clone()).unwrap()));
+            assert_eq!((events, reason), model_answer(&asked, 128));
+            cached
+        };
+        let salts = [Some(Salt::of("tea")), Some(Salt::of("coffee")), None];
+        assert_eq!(salts.map(ask), [0; 3]);
+        assert_eq!(salts.map(ask), [20; 3]);
+    }
+}
+
+#[test]
+fn an_answer_begun_elsewhere_is_found_under_its_salt_alone() {
+    let (handle, _) = start(config());
+    let ask = |salt: Option<Salt>| {
+        // A prompt of less than a page: what is found begins with a page that its answer fills.
+        let asked = Request { salt, output: vec![8; 7], ..request(0..2, 9) };
+        block_on(collect(&mut handle.submit(asked).unwrap())).2
+    };
+    let salts = [Some(Salt::of("tea")), Some(Salt::of("coffee")), None];
+    assert_eq!(salts.map(ask), [0; 3]);
+    assert_eq!(salts.map(ask), [2; 3], "all of the prompt");
+}
+
+#[test]
+fn without_prefix_caching_nothing_is_found_or_kept() {
+    for start in STARTS {
+        let (handle, control) = start(EngineConfig { prefix_caching: false, ..config() });
+        let ask = |_| {
+            let before = control.computed.load(Ordering::Relaxed);
+            let cached = block_on(collect(&mut handle.submit(request(0..22, 3)).unwrap())).2;
+            (cached, control.computed.load(Ordering::Relaxed) - before)
+        };
+        assert_eq!([(); 2].map(ask), [(0, 24); 2]);
+        block_on(handle.drain());
+        assert_eq!(handle.snapshot().pages_free, 64);
+    }
+}
+
+#[test]
 fn equal_prompts_at_once_are_computed_once() {
     let (handle, control) = start(config());
     control.close();
@@ -385,10 +431,12 @@ proptest! {
         spare_tokens in 0..60usize,
         spare_pages in 0..40usize,
         block_size in 1..9usize,
+        prefix_caching in prop::bool::weighted(0.8),
         start in prop::sample::select(STARTS.to_vec()),
     ) {
         let (handle, _) = start(EngineConfig {
             max_num_seqs,
+            prefix_caching,
             max_num_batched_tokens: max_num_seqs + spare_tokens,
             block_size,
             blocks: 128_usize.div_ceil(block_size) + spare_pages,

@@ -3,7 +3,7 @@
 use serde_json::json;
 
 use crate::{
-    cell::{self, Cell, LONG, SHORT, answer_to, ask, prompt},
+    cell::{self, Cell, LONG, SHORT, answer_to, ask, prefills, prompt},
     program::Server,
 };
 
@@ -71,6 +71,50 @@ fn a_prompt_found_in_the_cache_is_not_handed_off_and_one_found_in_part_lacks_no_
     assert!(prefill.metric("engine_kv_pages{state=\"cached\"}") >= (LONG / 16) as f64);
     let alone = Server::start(&["--max-model-len", "1024", "--kv-blocks", "256"]);
     assert_eq!(ask(&alone, &longer), answer);
+}
+
+#[test]
+fn a_prompt_is_found_by_requests_with_its_salt_alone_wherever_it_was_prefilled() {
+    let cell = Cell::start();
+    // The second has nothing in its cache, so what is found is the prefill worker's.
+    let decodes = [(); 2].map(|()| cell.decode(&["--max-local-prefill-length", "64"]));
+    let prefill = cell.prefill(&[]);
+    decodes.iter().for_each(|decode| cell.wait_for_prefill_worker(decode));
+    let kept = || {
+        cell::wait_until_idle(&prefill);
+        cell::pages(&prefill, "cached")
+    };
+    let ask = |decode: &Server, salt: Option<&str>| {
+        let request = json!({"prompt": prompt(LONG), "max_tokens": 8, "temperature": 0, "cache_salt": salt});
+        let response = decode.post("/v1/completions", &request);
+        assert_eq!(response.status, 200, "{}\n{}", response.text(), decode.log());
+        response.json()["usage"]["prompt_tokens_details"]["cached_tokens"].as_u64().unwrap()
+    };
+    let pages = (LONG / 16) as f64;
+    for (salts, salt) in [Some("of one tenant"), Some("of another"), None].into_iter().enumerate() {
+        assert_eq!(ask(&decodes[0], salt), 0);
+        assert!(ask(&decodes[0], salt) >= LONG as u64 - 16, "found where it was asked before");
+        assert_eq!(kept(), pages * (salts + 1) as f64, "the prefill worker computed it anew");
+    }
+    assert_eq!([Some("of one tenant"), None].map(|salt| ask(&decodes[1], salt)), [0; 2]);
+    assert_eq!(prefills(&decodes[1], "remote"), 2.0);
+    assert_eq!(kept(), 3.0 * pages, "the prefill worker found it");
+}
+
+#[test]
+fn without_prefix_caching_no_worker_keeps_what_was_prefilled() {
+    let cell = Cell::start();
+    let decode = cell.decode(&["--max-local-prefill-length", "64", "--no-prefix-caching"]);
+    let prefill = cell.prefill(&["--no-prefix-caching"]);
+    cell.wait_for_prefill_worker(&decode);
+    let first = ask(&decode, &prompt(LONG));
+    assert_eq!(ask(&decode, &prompt(LONG)), first);
+    assert_eq!(prefills(&decode, "remote"), 2.0);
+    assert_eq!(decode.metric("engine_prefix_hit_tokens_total"), 0.0);
+    for server in [&decode, &prefill] {
+        cell::wait_until_idle(server);
+        assert_eq!(cell::pages(server, "cached"), 0.0);
+    }
 }
 
 #[test]

@@ -60,6 +60,7 @@ impl RequestBody {
             vocab_size: VOCABULARY,
             block_size: 4,
             blocks: 256,
+            prefix_caching: true,
             model_key: Vec::new(),
         };
         let metrics = Metrics::new();

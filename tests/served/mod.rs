@@ -202,6 +202,7 @@ impl Worker {
             vocab_size: 49_152,
             block_size: 16,
             blocks: options.max_model_len.div_ceil(16) * 4,
+            prefix_caching: true,
             model_key: ModelKey::of([options.model, options.weights].concat().as_bytes()).as_bytes().to_vec(),
         };
         let metrics = Metrics::new();

@@ -327,7 +327,10 @@ impl World {
             }
             worker.lends.push((loan, pages.clone()));
         }
-        self.say_to_prefill(session, ToPrefill::Grant(Grant { handoff, slot, epoch, tokens, first, pages }));
+        self.say_to_prefill(
+            session,
+            ToPrefill::Grant(Grant { handoff, slot, epoch, tokens, salt: None, first, pages }),
+        );
     }
 
     /// The mistake of granting to whoever asks.
@@ -347,7 +350,7 @@ impl World {
         let tokens = self.clients[client].prompt[..self.clients[client].prompt.len() - 1].to_vec();
         let second = Loan { link: session.0 as LinkId, ..loan };
         self.decodes[decode].lends.push((second, pages.clone()));
-        let grant = Grant { handoff, slot, epoch: loan.epoch, tokens, first, pages };
+        let grant = Grant { handoff, slot, epoch: loan.epoch, tokens, salt: None, first, pages };
         self.say_to_prefill(session, ToPrefill::Grant(grant));
         true
     }

@@ -155,6 +155,8 @@ pub(crate) struct SamplingFields {
     pub(crate) return_token_ids: Option<bool>,
     pub(crate) stream: Option<bool>,
     pub(crate) stream_options: Option<StreamOptions>,
+    /// Keeps what is cached apart.
+    pub(crate) cache_salt: Option<String>,
     /// A parameter that asks for something of vLLM's that is not here.
     pub(crate) foreign: Option<&'static str>,
 }
@@ -197,6 +199,8 @@ macro_rules! generating_request {
             /// What form answers have; the second is vLLM's.
             pub(crate) response_format: Option<crate::api::types::ResponseFormat>,
             pub(crate) structured_outputs: Option<crate::api::types::StructuredOutputs>,
+            /// vLLM's: requests find in the cache what those with the same words left there.
+            cache_salt: Option<String>,
             /// vLLM's, of which nothing is here: clients that know vLLM send them with values that ask for nothing.
             use_beam_search: Option<crate::api::types::Refused>,
             length_penalty: Option<f64>,
@@ -209,7 +213,6 @@ macro_rules! generating_request {
             logprob_token_ids: Option<crate::api::types::Refused>,
             return_tokens_as_token_ids: Option<crate::api::types::Refused>,
             logits_processors: Option<crate::api::types::Refused>,
-            cache_salt: Option<crate::api::types::Refused>,
             priority: Option<f64>,
             kv_transfer_params: Option<crate::api::types::Refused>,
             ec_transfer_params: Option<crate::api::types::Refused>,
@@ -276,6 +279,7 @@ macro_rules! generating_request {
                     return_token_ids: self.return_token_ids,
                     stream: self.stream,
                     stream_options: self.stream_options,
+                    cache_salt: self.cache_salt.take(),
                     foreign: self.foreign(),
                 }
             }
@@ -295,7 +299,6 @@ macro_rules! generating_request {
                     ("logprob_token_ids", asks(self.logprob_token_ids)),
                     ("return_tokens_as_token_ids", asks(self.return_tokens_as_token_ids)),
                     ("logits_processors", asks(self.logits_processors)),
-                    ("cache_salt", asks(self.cache_salt)),
                     ("priority", self.priority.is_some_and(|priority| priority != 0.0)),
                     ("kv_transfer_params", asks(self.kv_transfer_params)),
                     ("ec_transfer_params", asks(self.ec_transfer_params)),

@@ -4,7 +4,7 @@ pub(crate) fn instead_of(param: &str) -> Option<&'static str> {
         "enable_thinking" => "chats take it in 'chat_template_kwargs'",
         "n_predict" | "max_new_tokens" => "answers are limited by 'max_tokens'",
         "repeat_penalty" => "'repetition_penalty' is there, which looks at all of the context",
-        "cache_prompt" => "leave it out: what prompts have in common is always cached",
+        "cache_prompt" => "leave it out: what prompts have in common is cached, and 'cache_salt' keeps it apart",
         "grammar" => "'structured_outputs.grammar' is there, in Lark's syntax",
         "json_schema" => "'response_format' takes it",
         "num_ctx" => "the length of the context is the server's: --max-model-len",

@@ -94,7 +94,7 @@ impl Bench {
 }
 
 fn grant() -> Grant {
-    Grant { handoff: H, slot: SLOT, epoch: EPOCH, tokens: (0..9).collect(), first: 0, pages: vec![5, 6, 7] }
+    Grant { handoff: H, slot: SLOT, epoch: EPOCH, tokens: (0..9).collect(), salt: None, first: 0, pages: vec![5, 6, 7] }
 }
 
 /// An action in few words.

@@ -38,8 +38,8 @@ fn end() -> impl Strategy<Value = End> {
 }
 
 fn shape() -> impl Strategy<Value = Shape> {
-    let sizes = (1..9usize, 0..20usize, 1..9usize, 0..40usize, any::<bool>());
-    sizes.prop_map(|(block_size, spare_pages, max_num_seqs, spare_tokens, ahead)| Shape {
+    let sizes = (1..9usize, 0..20usize, 1..9usize, 0..40usize, any::<bool>(), prop::bool::weighted(0.8));
+    sizes.prop_map(|(block_size, spare_pages, max_num_seqs, spare_tokens, ahead, keeps)| Shape {
         block_size,
         spare_pages,
         max_num_seqs,
@@ -47,6 +47,7 @@ fn shape() -> impl Strategy<Value = Shape> {
         threshold: None,
         prefill_only: false,
         ahead,
+        keeps,
     })
 }
 
@@ -100,6 +101,7 @@ proptest! {
             threshold: None,
             prefill_only: false,
             ahead,
+            keeps: true,
         };
         let mut simulation = Simulation::new(shape);
         let arrival = Arrival { family: 0, common, own: 0, max_tokens: 1, score: false };

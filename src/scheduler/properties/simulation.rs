@@ -51,6 +51,8 @@ pub(super) struct Shape {
     pub(super) prefill_only: bool,
     /// Whether a step is planned before it is known what the one before gave.
     pub(super) ahead: bool,
+    /// Whether pages are kept for others.
+    pub(super) keeps: bool,
 }
 
 impl Shape {
@@ -112,7 +114,7 @@ impl Simulation {
         let limits =
             SchedulerLimits { max_num_seqs, max_num_batched_tokens: max_num_seqs + spare_tokens, max_sequences: 64 };
         Self {
-            scheduler: Scheduler::new(limits, PageHasher::new(b"test", block_size), pages),
+            scheduler: Scheduler::new(limits, block_size, pages),
             limits,
             shape,
             block_size,
@@ -157,7 +159,10 @@ impl Simulation {
         let common = (0..common as u32).map(|i| family * 1000 + i);
         let own = (0..own as u32).map(|i| 100_000 + number as u32 * 1000 + i);
         let prompt: Vec<u32> = common.chain(own).collect();
-        let hasher = PageHasher::new(b"test", self.block_size);
+        let hasher = match self.shape.keeps {
+            true => PageHasher::new(b"test", self.block_size),
+            false => PageHasher::without_hashes(self.block_size),
+        };
         let sequence = match self.shape.prefill_only {
             true => Sequence::prefill_only(&prompt, &hasher),
             false => Sequence::new(&prompt, max_tokens, score, &hasher),
@@ -371,6 +376,7 @@ impl Simulation {
         assert!(self.scheduler.is_empty() && self.scheduler.away() == 0);
         let pages = self.scheduler.pages();
         assert_eq!((pages.owned, pages.lent, pages.quarantined), (0, 0, 0), "pages are left behind");
+        assert!(self.shape.keeps || pages.cached == 0, "pages are kept");
         self.scheduler.check_integrity();
     }
 }

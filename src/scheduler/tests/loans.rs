@@ -45,6 +45,37 @@ fn a_long_prompt_leaves_and_comes_back_before_its_last_token_in_order_of_arrival
 }
 
 #[test]
+fn without_hashes_what_another_worker_computed_is_used_and_not_kept() {
+    let mut fixture = Fixture::new(4, 100, 100);
+    fixture.hasher = PageHasher::without_hashes(BLOCK);
+    let a = fixture.add(0..17);
+    let loan = fixture.step_with_worker().1.pop().unwrap();
+    fixture.scheduler.resume(a, loan.pages);
+    assert_eq!(fixture.step_with_worker().0, [(a, 16, 1)]);
+    // One that begins alike is computed from its beginning.
+    let b = fixture.add(0..8);
+    assert_eq!(fixture.step_with_worker().0, [(a, 17, 1), (b, 0, 8)]);
+    [a, b].into_iter().for_each(|slot| drop(fixture.scheduler.remove(slot)));
+    assert_eq!(fixture.scheduler.pages().free, 100);
+}
+
+#[test]
+fn without_hashes_what_is_computed_for_another_worker_is_kept_while_it_is_read_and_no_longer() {
+    let mut fixture = Fixture::new(4, 100, 100);
+    fixture.hasher = PageHasher::without_hashes(BLOCK);
+    let prompt: Vec<u32> = (0..12).collect();
+    for _ in 0..2 {
+        let slot = fixture.scheduler.add(Sequence::prefill_only(&prompt, &fixture.hasher)).unwrap();
+        assert_eq!(fixture.plan(), [(slot, 0, 12)]);
+        fixture.scheduler.commit(&fixture.plan);
+        fixture.scheduler.check_integrity();
+        assert_eq!(fixture.scheduler.pages().owned, 3);
+        fixture.scheduler.remove(slot);
+        assert_eq!(fixture.scheduler.pages().free, 100);
+    }
+}
+
+#[test]
 fn only_what_was_not_found_is_lent() {
     let mut fixture = Fixture::new(4, 100, 100);
     let a = fixture.add(0..9);
