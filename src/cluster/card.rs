@@ -55,12 +55,33 @@ pub struct WorkerCard {
     /// and why, and how adapters reach those that are not. For people; the name is older than the second half.
     #[serde(default, skip_serializing_if = "String::is_empty")]
     pub staging: String,
-    /// Identity of its host (the boot id): workers that share it can share memory.
+    /// Identity of its host (the boot id): workers that share it can share memory, if they meet there.
     pub host_id: String,
+    /// With which of them it does; absent where nothing is said of it, as in older builds' cards.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub local: Option<LocalView>,
     /// What it serves.
     pub model: ModelCard,
     /// Everything it must agree on with a worker it exchanges pages with.
     pub model_key: ModelKey,
+}
+
+/// What a process sees of its host, and as whom: what decides whether it reaches another's unix socket and is let in.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LocalView {
+    /// Its user; a worker shares memory with processes of its own alone.
+    pub user: u32,
+    /// Its mount namespace, within which a path means one file.
+    pub mounts: String,
+    /// The folder of its sockets: path, device and inode, by which processes of other namespaces find it too.
+    pub folder: String,
+}
+
+impl LocalView {
+    /// Whether two processes of one host can share memory.
+    pub fn meets(&self, other: &Self) -> bool {
+        self.user == other.user && (self.mounts == other.mounts || self.folder == other.folder)
+    }
 }
 
 /// A model as a frontend lists it and another worker loads it.
@@ -134,6 +155,7 @@ pub(crate) mod tests {
             transports: vec!["shm".into(), "tcp".into()],
             staging: String::new(),
             host_id: "host".into(),
+            local: None,
             model: ModelCard {
                 names: vec!["demo".into()],
                 max_model_len: 1024,
@@ -158,6 +180,9 @@ pub(crate) mod tests {
         let mut value = serde_json::to_value(&card).unwrap();
         value["added_later"] = true.into();
         assert_eq!(WorkerCard::from_json(value.to_string().as_bytes()).unwrap(), card);
+        let local = Some(LocalView { user: 1, mounts: "m".into(), folder: "f".into() });
+        let card = WorkerCard { local, ..card };
+        assert_eq!(WorkerCard::from_json(&card.to_json()).unwrap(), card);
     }
 
     #[test]

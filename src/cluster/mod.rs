@@ -22,7 +22,7 @@ mod nats;
 mod queue;
 
 pub use address::{advertised_host, host_id};
-pub use card::{CARD_SCHEMA, ModelCard, Role, WorkerCard};
+pub use card::{CARD_SCHEMA, LocalView, ModelCard, Role, WorkerCard};
 pub use discovery::{Discovery, Lease, WorkerFilter, WorkerSet};
 pub use etcd::{Etcd, EtcdOptions};
 pub use find_model::{SeveralModels, find_model};

@@ -1,6 +1,6 @@
 //! A worker's place in the cluster: what it says of itself, and how busy it is.
 
-use std::net::SocketAddr;
+use std::{fs, net::SocketAddr, os::unix::fs::MetadataExt};
 
 use tokio::sync::watch;
 
@@ -8,10 +8,10 @@ use super::EngineHandle;
 use crate::{
     cli::WorkerArgs,
     cluster::{
-        CARD_SCHEMA, Cluster, Lease, LeaseId, LoadReport, ModelCard, ModelKey, Role, WorkerCard, advertised_host,
-        host_id, report_load,
+        CARD_SCHEMA, Cluster, Lease, LeaseId, LoadReport, LocalView, ModelCard, ModelKey, Role, WorkerCard,
+        advertised_host, host_id, report_load,
     },
-    transfer::ClusterToken,
+    transfer::{self, ClusterToken},
 };
 
 /// What there is to say of a worker.
@@ -41,6 +41,7 @@ pub(super) fn register(cluster: &Cluster, cli: &WorkerArgs, worker: Particulars,
         transports,
         staging,
         host_id: host_id(),
+        local: local_view(),
         model,
         model_key: key,
     };
@@ -50,6 +51,19 @@ pub(super) fn register(cluster: &Cluster, cli: &WorkerArgs, worker: Particulars,
         tokio::spawn(report(cluster.clone(), lease.id(), engine.clone()));
     }
     lease
+}
+
+/// As whom this process looks for others' sockets on this host, and where; `None` where that cannot be told.
+fn local_view() -> Option<LocalView> {
+    let folder = transfer::runtime_directory().ok()?;
+    let found = fs::metadata(&folder).ok()?;
+    let mounts = fs::read_link("/proc/self/ns/mnt").ok()?;
+    Some(LocalView {
+        // The folder is this user's, or it would not be one.
+        user: found.uid(),
+        mounts: mounts.display().to_string(),
+        folder: format!("{} ({}:{})", folder.display(), found.dev(), found.ino()),
+    })
 }
 
 /// The host under which others reach what listens on `address`.
@@ -90,6 +104,13 @@ pub(super) mod tests {
             Ok(Role::Decode(worker) | Role::Prefill(worker)) => worker,
             other => panic!("{other:?}"),
         }
+    }
+
+    #[test]
+    fn workers_of_one_user_who_see_one_folder_meet() {
+        let view = local_view().unwrap();
+        assert!(view.meets(&local_view().unwrap()));
+        assert!(view.meets(&LocalView { mounts: "another".into(), ..view.clone() }));
     }
 
     #[test]

@@ -36,6 +36,7 @@ fn card(role: Role, model: &str, address: &str) -> WorkerCard {
         transports: vec!["tcp".into()],
         staging: String::new(),
         host_id: "host".into(),
+        local: None,
         model: ModelCard {
             names: vec![model.into()],
             max_model_len: 1024,

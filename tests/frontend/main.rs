@@ -123,6 +123,7 @@ fn card(address: SocketAddr, model: &str) -> WorkerCard {
         transports: Vec::new(),
         staging: String::new(),
         host_id: "h".into(),
+        local: None,
         model: ModelCard {
             names: vec![model.into()],
             max_model_len: 2048,

@@ -18,21 +18,27 @@ enum Way {
     None(String),
 }
 
+/// What to do where workers of one host do not meet on it.
+const APART: &str = "run workers of one host as one user who sees one folder for their sockets, \
+                     $XDG_RUNTIME_DIR/engine or else /tmp/engine-UID: in units User= without DynamicUser= and \
+                     PrivateTmp=, in containers -v /run/engine:/run/engine -e XDG_RUNTIME_DIR=/run/engine; or say \
+                     --transport tcp";
+
 /// What the cards of every decode and prefill worker that meet say of how pages would travel between them.
 pub(in crate::doctor) fn pairs(workers: &Option<Vec<Worker>>, wanted: Wanted) -> Vec<Finding> {
     let cards = || workers.iter().flatten().filter_map(|worker| worker.card.as_ref().ok());
     let of = |role| cards().filter(move |card| card.role == role);
-    let mut ways: BTreeMap<Way, Vec<String>> = BTreeMap::new();
+    let mut ways: BTreeMap<(Way, bool), Vec<String>> = BTreeMap::new();
     for decode in of(Role::Decode) {
         for prefill in of(Role::Prefill).filter(|prefill| prefill.model_key == decode.model_key) {
             let pair = format!("{} → {}", prefill.address, decode.address);
-            ways.entry(way(prefill, decode)).or_default().push(pair);
+            ways.entry((way(prefill, decode), are_apart(prefill, decode))).or_default().push(pair);
         }
     }
-    ways.into_iter().map(|(way, pairs)| finding(way, &pairs, wanted)).collect()
+    ways.into_iter().map(|((way, apart), pairs)| finding(way, apart, &pairs, wanted)).collect()
 }
 
-fn finding(way: Way, pairs: &[String], wanted: Wanted) -> Finding {
+fn finding(way: Way, apart: bool, pairs: &[String], wanted: Wanted) -> Finding {
     /// Pairs that are named; of a large cluster the rest is counted.
     const NAMED: usize = 8;
     let mut named = pairs[..pairs.len().min(NAMED)].join(", ");
@@ -47,10 +53,26 @@ fn finding(way: Way, pairs: &[String], wanted: Wanted) -> Finding {
         Way::Shm => found(Level::Ok, format!("shared memory: {named}")),
         Way::Rdma => found(Level::Ok, format!("RDMA: {named}")),
         Way::Tcp if wanted == Wanted::NoRdma => found(Level::Ok, format!("TCP, as wanted: {named}")),
+        Way::Tcp if apart => {
+            found(Level::Failure, format!("TCP, THE SLOWEST WAY, between workers of one host: {named}")).remedy(APART)
+        }
         Way::Tcp => found(Level::Failure, format!("TCP, THE SLOWEST WAY: {named}")).remedy(MISSED_RDMA),
-        Way::None(why) => found(Level::Failure, format!("no way for pages, {why}: {named}"))
-            .remedy("see --transport, --session-host and --advertise-host of these workers"),
+        Way::None(why) => found(Level::Failure, format!("no way for pages, {why}: {named}")).remedy(if apart {
+            APART
+        } else {
+            "see --transport, --session-host and --advertise-host of these workers"
+        }),
     }
+}
+
+/// Whether two workers of one host would share memory if they could find each other there. Of builds that do not say
+/// what they see of it, the best is assumed.
+fn are_apart(prefill: &WorkerCard, decode: &WorkerCard) -> bool {
+    let share = |card: &WorkerCard| card.transports.iter().any(|name| name == "shm" || name == "cuda-ipc");
+    let views = prefill.local.as_ref().zip(decode.local.as_ref());
+    prefill.host_id == decode.host_id
+        && [prefill, decode].into_iter().all(share)
+        && views.is_some_and(|(prefill, decode)| !prefill.meets(decode))
 }
 
 /// As a prefill worker chooses.
@@ -60,10 +82,11 @@ fn way(prefill: &WorkerCard, decode: &WorkerCard) -> Way {
     let Ok(addresses) = serde_json::from_value::<SessionAddresses>(decode.session.clone()) else {
         return Way::None("because the decode worker's session addresses cannot be read".to_owned());
     };
-    if same_host && both("cuda-ipc") && addresses.unix.is_some() && addresses.cuda.is_some() {
+    let together = same_host && !are_apart(prefill, decode);
+    if together && both("cuda-ipc") && addresses.unix.is_some() && addresses.cuda.is_some() {
         return Way::CudaIpc;
     }
-    if same_host && both("shm") && addresses.unix.is_some() {
+    if together && both("shm") && addresses.unix.is_some() {
         return Way::Shm;
     }
     let Some(tcp) = &addresses.tcp else {
@@ -88,6 +111,7 @@ fn is_loopback(address: &str) -> bool {
 #[cfg(test)]
 mod tests {
     use super::{super::workers::tests::worker, *};
+    use crate::cluster::LocalView;
 
     fn decode(host: &str, tcp: Option<&str>, transports: &[&str]) -> Worker {
         let mut worker = worker(Role::Decode, "m", "d:1");
@@ -116,6 +140,33 @@ mod tests {
     fn workers_of_one_host_share_memory() {
         let finding = only(prefill("a", &["shm", "tcp"]), decode("a", Some("d:2"), &["shm", "tcp"]), Wanted::Rdma);
         assert_eq!((finding.level, finding.seen.as_str()), (Level::Ok, "shared memory: p:1 → d:1"));
+    }
+
+    #[test]
+    fn workers_of_one_host_who_do_not_meet_there_share_nothing() {
+        let view = |user, mounts: &str, folder: &str| {
+            Some(LocalView { user, mounts: mounts.to_owned(), folder: folder.to_owned() })
+        };
+        let found = |views: [Option<LocalView>; 2], tcp| {
+            let [mut prefill, mut decode] = [prefill("a", &["shm", "tcp"]), decode("a", tcp, &["shm", "tcp"])];
+            for (worker, view) in [&mut prefill, &mut decode].into_iter().zip(views) {
+                worker.card.as_mut().unwrap().local = view;
+            }
+            only(prefill, decode, Wanted::Any)
+        };
+        let here = || view(1, "host", "/run");
+        for apart in [view(1, "container", "/tmp"), view(2, "host", "/run")] {
+            let finding = found([here(), apart.clone()], Some("d:2"));
+            assert_eq!(finding.level, Level::Failure);
+            assert!(finding.seen.contains("TCP, THE SLOWEST WAY, between workers of one host"), "{}", finding.seen);
+            assert!(finding.remedy.unwrap().contains("$XDG_RUNTIME_DIR/engine"));
+            let finding = found([here(), apart], None);
+            assert_eq!(finding.level, Level::Failure);
+            assert!(finding.remedy.unwrap().contains("$XDG_RUNTIME_DIR/engine"));
+        }
+        for other in [view(1, "container", "/run"), view(1, "host", "/tmp"), None] {
+            assert_eq!(found([here(), other], Some("d:2")).seen, "shared memory: p:1 → d:1");
+        }
     }
 
     #[test]
