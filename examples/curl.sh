@@ -10,7 +10,7 @@ echo; echo "--- a chat"
 curl -sS "$url/v1/chat/completions" -H 'Content-Type: application/json' -d '{
   "messages": [{"role": "user", "content": "What is the capital of France?"}], "max_tokens": 30, "temperature": 0}'
 
-echo; echo "--- the same, streamed"
+echo; echo "--- another, streamed"
 curl -sSN "$url/v1/chat/completions" -H 'Content-Type: application/json' -d '{
   "messages": [{"role": "user", "content": "Count to five."}], "max_tokens": 30, "temperature": 0,
   "stream": true, "stream_options": {"include_usage": true}}'

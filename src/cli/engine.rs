@@ -40,7 +40,7 @@ pub struct EngineArgs {
     #[arg(long, help_heading = "Engine")]
     pub enforce_eager: bool,
 
-    /// Threads that compute on a CPU [default: one a core]
+    /// Threads that compute on a CPU [default: one a hardware thread]
     #[arg(long, value_name = "N", help_heading = "Engine")]
     pub threads: Option<usize>,
 

@@ -2,7 +2,7 @@
 //! `config.json` and model files of both kinds. None of them may panic, hang or allocate without bound.
 //!
 //! `make test` replays the corpus in `tests/corpus` and fuzzes each target for a few seconds; `make fuzz` does it for
-//! ten minutes. An input that fails is saved as `tests/corpus/*/crash-*`, to be committed with its fix. There is no
+//! ten minutes each. An input that fails is saved as `tests/corpus/*/crash-*`, to be committed with its fix. There is no
 //! coverage feedback (that needs a nightly compiler): an input whose outcome is new is mutated further instead.
 
 mod driver;
