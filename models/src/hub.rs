@@ -34,7 +34,8 @@ pub enum HubError {
     #[error(
         "`{id}` is not a local path or in the cache {}, and {endpoint} cannot be reached ({problem}); without a \
          network, give a directory or .gguf file, set HF_ENDPOINT to a mirror, or fetch the model elsewhere \
-         (`hf download {id}`) and copy the cache here",
+         (`hf download {id}`) and copy the cache here; behind a proxy that inspects TLS, fetch it into this cache \
+         with `hf download`, which can be told of the proxy's certificate authority: here Mozilla's alone are trusted",
         cache.display()
     )]
     Unreachable {
