@@ -87,6 +87,7 @@ fn registered<C: Collector + Clone + 'static>(registry: &Registry, metric: prome
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::telemetry::assert_documented;
 
     #[test]
     fn every_metric_is_rendered_under_its_documented_name() {
@@ -108,5 +109,6 @@ mod tests {
         ] {
             assert!(text.contains(expected), "{expected} not in\n{text}");
         }
+        assert_documented(&text);
     }
 }

@@ -6,7 +6,10 @@ use prometheus::{
 };
 
 use super::HandoffMetrics;
-use crate::transfer::TransferMetrics;
+use crate::{
+    cluster::{ModelKey, Role},
+    transfer::TransferMetrics,
+};
 
 /// Seconds, from a millisecond to minutes: waiting for the first token.
 const FIRST_TOKEN_BUCKETS: &[f64] =
@@ -194,6 +197,17 @@ impl Metrics {
         Self { registry, requests, answers, request_latency, engine, transfer }
     }
 
+    /// Adds `engine_model_info{model,role,device,model_key}`, which is 1: what this worker serves, to be joined with
+    /// the rest. Panics if it is done twice.
+    pub fn set_model(&self, model: &str, role: Role, device: &str, key: ModelKey) {
+        let info = Opts::new("engine_model_info", "1, with what this worker serves in labels.")
+            .const_label("model", model)
+            .const_label("role", role.as_str())
+            .const_label("device", device)
+            .const_label("model_key", key.to_string());
+        registered(&self.registry, IntGauge::with_opts(info)).set(1);
+    }
+
     /// Everything in Prometheus' text format.
     pub fn render(&self) -> String {
         let mut text = Vec::new();
@@ -250,8 +264,18 @@ pub(super) fn histograms(
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
+
+    /// Every metric that is rendered here is in ARCHITECTURE.md, where operators look it up.
+    pub(crate) fn assert_documented(rendered: &str) {
+        let (_, table) = include_str!("../../ARCHITECTURE.md").split_once("\n## Metrics\n").unwrap();
+        let (table, _) = table.split_once("\n## ").unwrap();
+        let names = rendered.lines().filter_map(|line| line.strip_prefix("# TYPE ")?.split(' ').next());
+        let told = |name: &str| [format!("`{name}`"), format!("`{name}{{")].iter().any(|text| table.contains(text));
+        let untold: Vec<&str> = names.filter(|name| !told(name)).collect();
+        assert!(untold.is_empty(), "{untold:?}");
+    }
 
     #[test]
     fn every_metric_is_rendered_under_its_documented_name() {
@@ -261,6 +285,9 @@ mod tests {
         metrics.transfer.bytes.with_label_values(&["tcp"]).inc_by(7);
         metrics.transfer.seconds.with_label_values(&["tcp"]).observe(0.001);
         metrics.transfer.sessions.with_label_values(&["tcp"]).inc();
+        let key = ModelKey::of(b"m");
+        metrics.set_model("demo", Role::Prefill, "cpu", key);
+        let info = format!("engine_model_info{{device=\"cpu\",model=\"demo\",model_key=\"{key}\",role=\"prefill\"}} 1");
         let text = metrics.render();
         for expected in [
             "engine_requests_total{endpoint=\"/v1/completions\",status=\"200\"} 1",
@@ -295,8 +322,10 @@ mod tests {
             "engine_transfer_fallback_total 0",
             "engine_transfer_sessions_total{transport=\"tcp\"} 1",
             "engine_transfer_refused_total 0",
+            &info,
         ] {
             assert!(text.contains(expected), "{expected} not in\n{text}");
         }
+        assert_documented(&text);
     }
 }

@@ -8,5 +8,7 @@ mod trace;
 pub use handoffs::{HandoffMetrics, HandoffPhase};
 pub use logging::{LogFormat, LoggingError, init_logging};
 pub(crate) use metrics::register_build_info;
+#[cfg(test)]
+pub(crate) use metrics::tests::assert_documented;
 pub use metrics::{EngineMetrics, Metrics, StagingMetrics, StepKind};
 pub use trace::{BadTraceContext, TraceContext};

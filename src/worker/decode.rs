@@ -44,6 +44,7 @@ pub async fn run(cli: WorkerArgs, ready: impl FnOnce(Ready)) -> Result<()> {
         }
     };
     let (model, key) = (loaded.card(&cli.engine, config.model_names.clone()), loaded.key);
+    metrics.set_model(&config.model_names[0], Role::Decode, &loaded.device, key);
     let step_time_max = cli.step_time_max(loaded.is_on_device());
     let (engine, lender) = if let Some(ways) = &ways {
         let (engine, lender) = lender::start(&cli, limits, loaded, ways, &metrics).await?;

@@ -78,6 +78,7 @@ pub async fn run(mut cli: WorkerArgs, ready: impl FnOnce(Ready)) -> Result<()> {
         bail!("{name} is not the same model here as in the cluster: its files differ, or these builds do");
     }
     let (model, key) = (loaded.card(&cli.engine, vec![name.clone()]), loaded.key);
+    metrics.set_model(&name, Role::Prefill, &loaded.device, key);
     let on_device = loaded.is_on_device();
     let (pages, rdma, staging) = sendable(loaded.pages()?, &cli, &ways).await?;
     let transports = ways.names(on_device && ways.cuda_ipc, rdma.is_some());

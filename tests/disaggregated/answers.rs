@@ -132,6 +132,25 @@ fn keys_and_values_of_eight_bits_are_handed_off_to_a_worker_that_takes_their_typ
 }
 
 #[test]
+fn workers_say_in_their_metrics_what_model_they_are_for() {
+    let cell = Cell::start();
+    let decode = cell.decode(&[]);
+    let prefill = cell.prefill(&[]);
+    let info = |worker: &Server| {
+        let text = worker.get("/metrics").text();
+        let line = text.lines().find(|line| line.starts_with("engine_model_info{")).unwrap_or_else(|| panic!("{text}"));
+        ["model", "role", "device", "model_key"].map(|label| {
+            let (_, value) = line.split_once(&format!("{label}=\"")).unwrap();
+            value.split('"').next().unwrap().to_owned()
+        })
+    };
+    let [model, role, device, key] = info(&decode);
+    assert_eq!([&*model, &*role, &*device], ["demo", "decode", "cpu"]);
+    let [_, role, _, same] = info(&prefill);
+    assert_eq!((&*role, same), ("prefill", key));
+}
+
+#[test]
 fn short_prompts_are_computed_here_and_without_a_prefill_worker_all_are() {
     let cell = Cell::start();
     let decode = cell.decode(&["--max-local-prefill-length", "64"]);
