@@ -91,12 +91,32 @@ pub(crate) fn choose(wanted: DeviceArg) -> Result<Chosen> {
         DeviceArg::Cuda(ordinal) => anyhow::bail!(
             "--device cuda:{ordinal}: this engine was built without CUDA; `make cuda` builds one that has it"
         ),
-        DeviceArg::Auto | DeviceArg::Cpu => Ok(Chosen::Cpu),
+        DeviceArg::Auto | DeviceArg::Cpu => {
+            if let Some(warning) = unused_device(wanted, std::path::Path::new(LOADED_DRIVER)) {
+                tracing::warn!("{warning}");
+            }
+            Ok(Chosen::Cpu)
+        }
     }
+}
+
+/// What is there while NVIDIA's driver is loaded, in containers too.
+#[cfg(not(feature = "cuda"))]
+const LOADED_DRIVER: &str = "/proc/driver/nvidia/version";
+
+/// What to say of a device that this build cannot use, if its `driver` is there and nobody has chosen the CPU.
+#[cfg(not(feature = "cuda"))]
+fn unused_device(wanted: DeviceArg, driver: &std::path::Path) -> Option<&'static str> {
+    (wanted == DeviceArg::Auto && driver.exists()).then_some(
+        "computing on the CPU: this machine has an NVIDIA driver, but this engine was built without CUDA; `make cuda` \
+         builds target/cuda/engine, which has it (with --device cpu nothing is said)",
+    )
 }
 
 #[cfg(all(test, not(feature = "cuda")))]
 mod tests {
+    use std::path::Path;
+
     use super::*;
 
     #[test]
@@ -106,5 +126,14 @@ mod tests {
         }
         let refused = choose(DeviceArg::Cuda(1)).err().unwrap().to_string();
         assert!(refused.contains("cuda:1") && refused.contains("make cuda"), "{refused}");
+    }
+
+    #[test]
+    fn a_build_without_cuda_says_that_a_device_goes_unused_unless_the_cpu_was_chosen() {
+        let (there, nowhere) = (Path::new(env!("CARGO_MANIFEST_DIR")), Path::new("/no/such/driver"));
+        let warning = unused_device(DeviceArg::Auto, there).unwrap();
+        assert!(warning.contains("make cuda") && warning.contains("--device cpu"), "{warning}");
+        assert_eq!(unused_device(DeviceArg::Auto, nowhere), None);
+        assert_eq!(unused_device(DeviceArg::Cpu, there), None);
     }
 }
