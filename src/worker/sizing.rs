@@ -57,6 +57,16 @@ pub enum SizingError {
         /// Tokens they hold.
         fits: usize,
     },
+    /// Not even one page, of a device whose room nobody has divided.
+    #[error(
+        "weights, and what others use of the device, leave no room for a KV page ({page} bytes) within \
+         --gpu-memory-utilization: see who uses it (nvidia-smi), take another (--device cuda:N), raise the flag, or \
+         serve a smaller model; two workers on one device take --kv-cache-memory each"
+    )]
+    DeviceFull {
+        /// Bytes of a page.
+        page: usize,
+    },
     /// Not even one page.
     #[error("{bytes} bytes do not hold one KV page of {page} bytes; raise --kv-cache-memory")]
     NoPage {
@@ -101,6 +111,12 @@ pub fn size_kv(
             (default_bytes / page, format!("a quarter of the {free} MiB free, at most {} MiB", mib(DEFAULT_BYTES_MAX)))
         }
     };
+    // Who raised --kv-cache-memory here would be told to lower it, once the device's memory is used up.
+    if let KvRequest { blocks: None, bytes: None, device_bytes: Some(bytes), .. } = wish
+        && bytes < page
+    {
+        return Err(SizingError::DeviceFull { page });
+    }
     if blocks == 0 {
         return Err(SizingError::NoPage { bytes: wish.bytes.unwrap_or(default_bytes), page });
     }
@@ -120,9 +136,13 @@ pub fn size_kv(
         tokens as f64 / max_model_len as f64,
     );
     if max_model_len < longest {
+        let flag = match wish {
+            KvRequest { blocks: Some(_), .. } => "--kv-blocks",
+            KvRequest { bytes: None, device_bytes: Some(_), .. } => "--gpu-memory-utilization",
+            _ => "--kv-cache-memory",
+        };
         explanation.push_str(&format!(
-            "; the context is cut from the model's {longest} tokens to what the pages hold: raise --kv-cache-memory \
-             for more"
+            "; the context is cut from the model's {longest} tokens to what the pages hold: raise {flag} for more"
         ));
     }
     Ok(KvSizing { blocks, max_model_len, explanation })
@@ -196,10 +216,19 @@ mod tests {
     fn pages_of_a_device_take_what_is_left_of_it_and_no_more_than_is_of_use() {
         let wish = |bytes| KvRequest { device_bytes: Some(bytes), ..KvRequest::default() };
         let small = size(wish(10 << 20), 8192, 1).unwrap();
-        assert!(small.explanation.contains("--gpu-memory-utilization"), "{}", small.explanation);
-        assert!(size(wish(0), 8192, GIB).is_err());
+        assert!(small.explanation.contains("(what --gpu-memory-utilization leaves)"), "{}", small.explanation);
+        assert!(small.explanation.ends_with("raise --gpu-memory-utilization for more"), "{}", small.explanation);
         let plenty = size(wish(GIB << 10), 8192, 1).unwrap();
         assert!(plenty.explanation.contains("all that --max-num-seqs can use"), "{}", plenty.explanation);
+    }
+
+    #[test]
+    fn who_finds_a_device_full_is_not_told_to_ask_for_more_of_it() {
+        let wish = KvRequest { device_bytes: Some(1000), ..KvRequest::default() };
+        assert_eq!(size(wish, 8192, GIB), Err(SizingError::DeviceFull { page: 1 << 20 }));
+        let asked = KvRequest { bytes: Some(1000), ..wish };
+        assert_eq!(size(asked, 8192, GIB), Err(SizingError::NoPage { bytes: 1000, page: 1 << 20 }));
+        assert_eq!(size(KvRequest { blocks: Some(3), ..wish }, 8192, GIB).unwrap().blocks, 3);
     }
 
     #[test]
@@ -207,6 +236,9 @@ mod tests {
         let sizing = size(KvRequest { blocks: Some(10), ..KvRequest::default() }, 8192, GIB).unwrap();
         assert_eq!(sizing.max_model_len, 160);
         assert!(sizing.explanation.contains("cut from the model's 8192"), "{}", sizing.explanation);
+        assert!(sizing.explanation.ends_with("raise --kv-blocks for more"), "{}", sizing.explanation);
+        let sizing = size(KvRequest { bytes: Some(10 << 20), ..KvRequest::default() }, 8192, GIB).unwrap();
+        assert!(sizing.explanation.ends_with("raise --kv-cache-memory for more"), "{}", sizing.explanation);
     }
 
     #[test]
