@@ -7,6 +7,8 @@ MODEL  ?= $(DEMO)
 HOST   ?= 127.0.0.1
 PORT   ?= 8000
 ARGS   ?=
+PREFILL_ARGS ?=
+ENGINE ?=
 DECODE_WORKERS ?= 1
 PREFILL_WORKERS ?= 1
 PEERS  ?= llama.cpp nixl dynamo
@@ -30,9 +32,9 @@ setup-rdma: ## The same, and an emulated machine with RDMA devices: QEMU and sof
 run: setup $(if $(filter $(DEMO),$(MODEL)),demo-model) ## Serve the demo model on 127.0.0.1:8000 (MODEL=, HOST=, PORT=, ARGS= change that)
 	$(CARGO) run --release --locked -- --model $(MODEL) --host $(HOST) --port $(PORT) $(ARGS)
 
-cluster: setup-services $(if $(filter $(DEMO),$(MODEL)),demo-model) ## Start etcd, NATS, a frontend, a decode and a prefill worker here; Ctrl-C stops them (MODEL=, PORT=, ARGS=, DECODE_WORKERS=, PREFILL_WORKERS=)
-	$(CARGO) build --release --locked --bin engine
-	@PORT=$(PORT) DECODE_WORKERS=$(DECODE_WORKERS) PREFILL_WORKERS=$(PREFILL_WORKERS) scripts/cluster.sh target/release/engine $(MODEL) $(ARGS)
+cluster: setup-services $(if $(filter $(DEMO),$(MODEL)),demo-model) ## Start etcd, NATS, a frontend, a decode and a prefill worker here; Ctrl-C stops them (MODEL=, PORT=, ARGS=, PREFILL_ARGS=, DECODE_WORKERS=, PREFILL_WORKERS=; ENGINE= one that is built)
+	$(if $(ENGINE),,$(CARGO) build --release --locked --bin engine)
+	@PORT=$(PORT) DECODE_WORKERS=$(DECODE_WORKERS) PREFILL_WORKERS=$(PREFILL_WORKERS) PREFILL_ARGS="$(PREFILL_ARGS)" scripts/cluster.sh $(or $(ENGINE),target/release/engine) $(MODEL) $(ARGS)
 
 demo-model: setup ## Fetch the demo model, 98 MB, once
 	@scripts/fetch-demo-model.sh

@@ -4,8 +4,8 @@
 #
 #   scripts/cluster.sh <engine> <model> [flags of the decode workers]
 #
-# DECODE_WORKERS, PREFILL_WORKERS (1 each), PORT (8000, the frontend's), ETCD_PORT (2379), NATS_PORT (4222) and
-# MAX_LOCAL_PREFILL_LENGTH (128, so that a long chat shows a remote prefill) change it.
+# DECODE_WORKERS, PREFILL_WORKERS (1 each), PREFILL_ARGS (flags of the latter), PORT (8000, the frontend's), ETCD_PORT
+# (2379), NATS_PORT (4222) and MAX_LOCAL_PREFILL_LENGTH (128, so that a long chat shows a remote prefill) change it.
 set -euo pipefail
 # Each process in a group of its own: Ctrl-C reaches this script alone, which then stops them in order.
 set -m
@@ -15,6 +15,7 @@ engine=$1 model=$2
 shift 2
 port=${PORT:-8000} etcd_port=${ETCD_PORT:-2379} nats_port=${NATS_PORT:-4222}
 decode_workers=${DECODE_WORKERS:-1} prefill_workers=${PREFILL_WORKERS:-1}
+read -ra prefill_args <<<"${PREFILL_ARGS:-}"
 PATH=$PATH:/usr/sbin:/usr/local/sbin
 unset ETCD_ENDPOINTS NATS_SERVER
 
@@ -101,7 +102,7 @@ for i in $(seq "$decode_workers"); do
         --max-local-prefill-length "${MAX_LOCAL_PREFILL_LENGTH:-128}" "${services[@]}" "$@"
 done
 for i in $(seq "$prefill_workers"); do
-    start "prefill$i" "$engine" --is-prefill-worker --threads "$threads" "${services[@]}"
+    start "prefill$i" "$engine" --is-prefill-worker --threads "$threads" "${services[@]}" "${prefill_args[@]}"
 done
 
 # The answer to a GET, without asking for curl.
