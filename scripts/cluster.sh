@@ -17,7 +17,12 @@ port=${PORT:-8000} etcd_port=${ETCD_PORT:-2379} nats_port=${NATS_PORT:-4222}
 decode_workers=${DECODE_WORKERS:-1} prefill_workers=${PREFILL_WORKERS:-1}
 read -ra prefill_args <<<"${PREFILL_ARGS:-}"
 PATH=$PATH:/usr/sbin:/usr/local/sbin
-unset ETCD_ENDPOINTS NATS_SERVER
+# Where another cluster's services are, and who one is there, is none of this one's business; and etcd reads its flags
+# from variables of such names.
+unset "${!ETCD_@}" "${!NATS_@}"
+# For who copies what is printed below.
+key=""
+if [ -n "${ENGINE_API_KEY:-}" ]; then key=" -H 'Authorization: Bearer ${ENGINE_API_KEY%%,*}'"; fi
 
 directory=$(mktemp -d)
 names=()
@@ -79,7 +84,7 @@ threads=$(($(nproc) / (decode_workers + prefill_workers)))
 [ "$threads" -ge 1 ] || threads=1
 services=(--etcd "http://127.0.0.1:$etcd_port" --nats "nats://127.0.0.1:$nats_port")
 
-start etcd env -u ETCD_PORT etcd --name local --data-dir "$directory/etcd" --log-level warn --logger zap \
+start etcd etcd --name local --data-dir "$directory/etcd" --log-level warn --logger zap \
     --listen-client-urls "http://127.0.0.1:$etcd_port" --advertise-client-urls "http://127.0.0.1:$etcd_port" \
     --listen-peer-urls http://127.0.0.1:0 --initial-advertise-peer-urls http://127.0.0.1:2380 \
     --initial-cluster local=http://127.0.0.1:2380
@@ -136,9 +141,9 @@ say "ready; Ctrl-C stops everything. To try, a chat, a prompt that is long enoug
 say "is in the decode worker's cache), and where prompts were computed:"
 cat <<TRY
 
-curl -N http://127.0.0.1:$port/v1/chat/completions -H 'Content-Type: application/json' -d '{"messages": [{"role": "user", "content": "Why is the sky blue?"}], "stream": true}'
+curl -N http://127.0.0.1:$port/v1/chat/completions$key -H 'Content-Type: application/json' -d '{"messages": [{"role": "user", "content": "Why is the sky blue?"}], "stream": true}'
 
-curl http://127.0.0.1:$port/v1/completions -H 'Content-Type: application/json' -d '{"prompt": "'"\$(seq -s ' ' 300)"'", "max_tokens": 20}'
+curl http://127.0.0.1:$port/v1/completions$key -H 'Content-Type: application/json' -d '{"prompt": "'"\$(seq -s ' ' 300)"'", "max_tokens": 20}'
 
 $(printf "curl -s http://127.0.0.1:%s/metrics | grep ^engine_prefills_total\n" "${worker_ports[@]}")
 

@@ -146,8 +146,22 @@ fn a_key_is_needed_where_there_is_one() {
 
 /// Runs the program to its end with flags that cannot work, and returns its exit status and what it said.
 fn fails(flags: &[&str]) -> (Option<i32>, String) {
-    let output = Command::new(env!("CARGO_BIN_EXE_engine")).args(flags).stdin(Stdio::null()).output().unwrap();
+    fails_under(&[], flags)
+}
+
+/// The same, with these variables.
+fn fails_under(variables: &[(&str, &str)], flags: &[&str]) -> (Option<i32>, String) {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_engine"));
+    command.args(flags).envs(variables.iter().copied()).stdin(Stdio::null());
+    let output = command.output().unwrap();
     (output.status.code(), String::from_utf8(output.stderr).unwrap())
+}
+
+#[test]
+fn who_stands_alone_takes_no_notice_of_the_services_that_the_environment_names() {
+    let services = [("ETCD_ENDPOINTS", "http://127.0.0.1:1"), ("NATS_SERVER", "nats://127.0.0.1:1")];
+    let (code, text) = fails_under(&services, &["--standalone", "--model", "/no/such/model.gguf", "--port", "0"]);
+    assert!(code == Some(1) && text.contains("/no/such/model.gguf"), "{text}");
 }
 
 #[test]

@@ -84,7 +84,7 @@ impl Stack {
         let workers = mock(folder.path(), &flags)?;
         let address = local(free_port());
         let mut command = Command::new(PROGRAM);
-        command.args(["frontend", "--port", &address.port().to_string()]).args(cluster);
+        command.args(["frontend", "--port", &address.port().to_string()]).args(cluster).env_remove("ENGINE_API_KEY");
         let frontend = Process::start("engine frontend", command, address, &folder.path().join("frontend.log"))?;
         let worker = Some(workers.address);
         Self { model: String::new(), frontend, workers, worker, _nats: nats, _etcd: etcd, _folder: folder }.ready()

@@ -85,7 +85,10 @@ class Server:
         line = [options.engine, "--model", folder, "--device", device, "--port", "8765", "--standalone",
                 "--max-num-batched-tokens", str(options.max_num_batched_tokens), "--max-num-seqs", "256",
                 "--max-model-len", "1024", "--log-level", "warn", *pages(device)]
-        self.process = subprocess.Popen(line, stdout=subprocess.DEVNULL)
+        environment = dict(os.environ)
+        for name in ["ETCD_ENDPOINTS", "NATS_SERVER", "ENGINE_API_KEY"]:
+            environment.pop(name, None)
+        self.process = subprocess.Popen(line, stdout=subprocess.DEVNULL, env=environment)
         for _ in range(600):
             try:
                 return CONNECTION.open(self.url + "/health", timeout=10).close()

@@ -160,6 +160,6 @@ impl Cell {
 fn program(etcd: &Service, nats: &Service, arguments: &[&str]) -> Command {
     let mut command = Command::new(PROGRAM);
     command.args(arguments).args(["--etcd", &etcd.url(), "--nats", &nats.url()]);
-    command.env_remove("ETCD_ENDPOINTS").env_remove("NATS_SERVER");
+    command.env_remove("ETCD_ENDPOINTS").env_remove("NATS_SERVER").env_remove("ENGINE_API_KEY");
     command
 }

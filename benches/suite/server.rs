@@ -36,6 +36,7 @@ impl Server {
             .arg("--max-num-seqs")
             .arg(SLOTS.to_string());
         command.arg("--max-model-len").arg((PROMPT_TOKENS + 2 * OUTPUT_TOKENS).to_string());
+        command.env_remove("ETCD_ENDPOINTS").env_remove("NATS_SERVER").env_remove("ENGINE_API_KEY");
         Self::start(command, port)
     }
 

@@ -27,7 +27,7 @@ pub use values::{
 };
 pub use worker::{DisaggArgs, WorkerArgs};
 
-use clap::{Args, CommandFactory, Parser, Subcommand, error::ErrorKind};
+use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand, error::ErrorKind, parser::ValueSource};
 
 /// Serves large language models behind the OpenAI API, alone or as part of a cluster.
 #[derive(Debug, Parser)]
@@ -90,7 +90,17 @@ impl Role {
         I: IntoIterator<Item = T>,
         T: Into<std::ffi::OsString> + Clone,
     {
-        let Cli { command, worker } = Cli::try_parse_from(line)?;
+        let mut cli = Cli::command();
+        let matches = cli.try_get_matches_from_mut(line)?;
+        // What the environment says of a cluster is meant for others too; on the command line the two contradict.
+        let given = |flag: &str| matches.value_source(flag) == Some(ValueSource::CommandLine);
+        if given("standalone")
+            && let Some(flag) = ["etcd", "nats"].into_iter().find(|flag| given(flag))
+        {
+            let say = format!("--standalone joins no cluster, and --{flag} says where one is: leave one of them out");
+            return Err(cli.error(ErrorKind::ArgumentConflict, say));
+        }
+        let Cli { command, worker } = Cli::from_arg_matches(&matches).map_err(|error| error.format(&mut cli))?;
         match command {
             Some(Command::Frontend(frontend)) => Ok(Self::Frontend(frontend)),
             Some(Command::Mock(mock)) => Ok(Self::Mock(mock)),
@@ -250,6 +260,16 @@ mod tests {
         assert!(parse(&[]).unwrap_err().contains("--model"));
         assert!(parse(&["bench"]).unwrap_err().contains("--model"));
         assert!(parse(&["--is-prefill-worker"]).is_ok());
+    }
+
+    #[test]
+    fn who_stands_alone_names_no_services() {
+        assert!(worker(&["--model", "m", "--standalone"]).disagg.standalone);
+        for service in ["--etcd", "--nats"] {
+            let refused = parse(&["--model", "m", "--standalone", service, "http://a:1"]).unwrap_err();
+            assert!(refused.contains("--standalone") && refused.contains(service), "{refused}");
+        }
+        assert!(parse(&["--is-prefill-worker", "--standalone"]).is_err());
     }
 
     #[test]

@@ -161,8 +161,8 @@ pub struct DisaggArgs {
     #[arg(long)]
     pub is_prefill_worker: bool,
 
-    /// Join no cluster, even if there is one on this machine
-    #[arg(long, conflicts_with_all = ["etcd", "nats", "is_prefill_worker"])]
+    /// Join no cluster, even if there is one on this machine or the environment names one
+    #[arg(long, conflicts_with = "is_prefill_worker")]
     pub standalone: bool,
 
     /// Where prompts are prefilled

@@ -29,6 +29,8 @@ def start(*flags):
     command = [ENGINE, "--model", MODEL, "--served-model-name", "demo"]
     command += ["--port", "0", "--standalone", "--max-model-len", "1024", *flags]
     environment = dict(os.environ, ENGINE_API_KEY=KEY)
+    for name in ["ETCD_ENDPOINTS", "NATS_SERVER"]:
+        environment.pop(name, None)
     server = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
     line = server.stdout.readline()
     found = re.search(r"http://\S+", line)
