@@ -27,7 +27,11 @@ pub use values::{
 };
 pub use worker::{DisaggArgs, WorkerArgs};
 
-use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand, error::ErrorKind, parser::ValueSource};
+use clap::{
+    Args, CommandFactory, FromArgMatches, Parser, Subcommand,
+    error::{ContextKind, ContextValue, ErrorKind},
+    parser::ValueSource,
+};
 
 /// Serves large language models behind the OpenAI API, alone or as part of a cluster.
 #[derive(Debug, Parser)]
@@ -91,7 +95,7 @@ impl Role {
         T: Into<std::ffi::OsString> + Clone,
     {
         let mut cli = Cli::command();
-        let matches = cli.try_get_matches_from_mut(line)?;
+        let matches = cli.try_get_matches_from_mut(line).map_err(where_models_go)?;
         // What the environment says of a cluster is meant for others too; on the command line the two contradict.
         let given = |flag: &str| matches.value_source(flag) == Some(ValueSource::CommandLine);
         if given("standalone")
@@ -132,6 +136,15 @@ impl Role {
 fn model_is_missing() -> clap::Error {
     let say = "--model is missing: a directory, a .gguf file, or a model of the hub as Qwen/Qwen3-0.6B";
     Cli::command().error(ErrorKind::MissingRequiredArgument, say)
+}
+
+/// Adds to an error about a word that is no command what other servers' users have to know: they give a model as one.
+fn where_models_go(mut error: clap::Error) -> clap::Error {
+    if error.kind() == ErrorKind::InvalidSubcommand {
+        let say = "a model is named with --model, as in engine --model Qwen/Qwen3-0.6B";
+        error.insert(ContextKind::Suggested, ContextValue::StyledStrs(vec![say.into()]));
+    }
+    error
 }
 
 /// What is worth knowing. NATS's client says in its own words what `cluster` says in ours.
@@ -260,6 +273,14 @@ mod tests {
         assert!(parse(&[]).unwrap_err().contains("--model"));
         assert!(parse(&["bench"]).unwrap_err().contains("--model"));
         assert!(parse(&["--is-prefill-worker"]).is_ok());
+    }
+
+    #[test]
+    fn who_gives_a_model_as_a_word_is_told_where_it_goes() {
+        for line in [&["serve", "some/model"][..], &["some/model"], &["./model.gguf"]] {
+            let refused = parse(line).unwrap_err();
+            assert!(refused.contains(line[0]) && refused.contains("--model Qwen/Qwen3-0.6B"), "{refused}");
+        }
     }
 
     #[test]
