@@ -12,6 +12,7 @@ ENGINE ?=
 DECODE_WORKERS ?= 1
 PREFILL_WORKERS ?= 1
 PEERS  ?= llama.cpp nixl dynamo
+RDMA   ?= yes
 FUZZ_SECONDS ?= 600
 SOAK_SECONDS ?= 120
 
@@ -42,12 +43,12 @@ demo-model: setup ## Fetch the demo model, 98 MB, once
 test-assets: setup ## Fetch Qwen3's tokenizer for the tests, once
 	@scripts/fetch-test-assets.sh
 
-test: setup-rdma demo-model test-assets ## Format check, all tests, those on RDMA devices and on an emulated CUDA device, lints, documentation, the OpenAI client
+test: $(if $(RDMA),setup-rdma,setup-services) demo-model test-assets ## Format check, all tests, those on RDMA devices (RDMA= leaves them out) and on an emulated CUDA device, lints, documentation, the OpenAI client
 	$(CARGO) fmt --all --check
 	$(CARGO) test --workspace --locked --no-run
 	@nice -n 19 scripts/build-ahead.sh & ahead=$$!; \
 	$(CARGO) test --workspace --locked || { kill $$ahead; exit 1; }; wait $$ahead
-	$(MAKE) --no-print-directory test-rdma lint cuda-check device-pages doc client
+	$(MAKE) --no-print-directory lint cuda-check device-pages doc client $(if $(RDMA),test-rdma)
 
 test-rdma: setup-rdma ## The tests that need an RDMA device, in an emulated machine (QEMU) with soft-RoCE; part of make test
 	tests/rdma/run.sh

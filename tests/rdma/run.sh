@@ -8,6 +8,9 @@ set -euo pipefail
 cd "$(dirname "$0")/../.."
 PATH=$PATH:/usr/sbin:/usr/local/sbin
 
+# Before minutes of compiling: not every system has one.
+tests/rdma/kernel.sh >/dev/null
+
 executables() { # executables <further arguments of cargo test>: a name and a path each
     # Of the whole workspace, as `make test` builds them: one package alone has other features, and compiles all anew.
     cargo test --workspace --locked --no-run --message-format json-render-diagnostics "$@" | python3 -c '
