@@ -5,7 +5,8 @@ import os
 
 from openai import AsyncOpenAI
 
-client = AsyncOpenAI(base_url=os.environ.get("ENGINE_URL", "http://127.0.0.1:8000") + "/v1", api_key="none")
+key = os.environ.get("ENGINE_API_KEY") or "none"
+client = AsyncOpenAI(base_url=os.environ.get("ENGINE_URL", "http://127.0.0.1:8000") + "/v1", api_key=key)
 
 
 async def ask(model: str, question: str) -> None:

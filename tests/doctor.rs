@@ -63,6 +63,11 @@ fn a_model_is_measured_without_a_server() {
     let output = bench(&["--prefill", "20", "--decode", "3", "--context", "24", "--kv-blocks", "40"]).unwrap();
     let said = String::from_utf8_lossy(&output.stderr).into_owned();
     assert!(!output.status.success() && said.contains("--kv-cache-memory"), "{said}");
+
+    // The model has 512 positions.
+    let output = bench(&["--prefill", "512", "--decode", "1", "--context", "24", "--steps", "4"]).unwrap();
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(!output.status.success() && said.contains("lower --prefill") && said.contains("512"), "{said}");
 }
 
 #[cfg(not(feature = "cuda"))]

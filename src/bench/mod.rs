@@ -18,7 +18,7 @@ use engine_kernels::SamplingParams;
 
 use crate::{
     cli::BenchArgs,
-    worker::{Alone, Event, FinishReason, Generation, Request},
+    worker::{Alone, Event, FinishReason, Generation, Request, SizingError},
 };
 use report::{Report, Row};
 
@@ -33,10 +33,11 @@ const LEAD_MAX: usize = 256;
 
 /// Measures and prints.
 pub async fn run(mut args: BenchArgs) -> Result<()> {
-    fit(&mut args);
+    let unasked = fit(&mut args);
     let (alone, args) = tokio::task::spawn_blocking(move || Alone::start(&args.engine).map(|alone| (alone, args)))
         .await
-        .context("loading the model panicked")??;
+        .context("loading the model panicked")?
+        .map_err(|error| explain(error, unasked))?;
     let report = Report { json: args.json };
     report.start(&alone, &args);
     let mut prompts = Prompts { vocabulary: alone.engine.limits().vocab_size as u64, state: 0 };
@@ -57,15 +58,29 @@ pub async fn run(mut args: BenchArgs) -> Result<()> {
     Ok(())
 }
 
-/// Raises the engine's limits to what is measured, as far as nobody has set them.
-fn fit(args: &mut BenchArgs) {
+/// Raises the engine's limits to what is measured, as far as nobody has set them. Returns the length of sequences, if
+/// that was one of them.
+fn fit(args: &mut BenchArgs) -> Option<usize> {
     let longest = args.prefill.iter().copied().max().unwrap_or(0).max(args.context + LEAD_MAX + args.steps) + 1;
     let sequences = args.decode.iter().copied().max().unwrap_or(1);
     let engine = &mut args.engine;
-    engine.max_model_len = engine.max_model_len.or(Some(longest));
+    let unasked = engine.max_model_len.is_none().then_some(longest);
+    engine.max_model_len = engine.max_model_len.or(unasked);
     let sequences = engine.max_num_seqs.map_or(sequences, |seqs| seqs.max(sequences));
     engine.max_num_seqs = Some(sequences);
     engine.max_num_batched_tokens = engine.max_num_batched_tokens.map(|tokens| tokens.max(sequences));
+    unasked
+}
+
+/// Says of a length that is too much where it comes from, if not from `--max-model-len`.
+fn explain(error: anyhow::Error, unasked: Option<usize>) -> anyhow::Error {
+    let is_length =
+        |error: &SizingError| matches!(error, SizingError::BeyondModel { .. } | SizingError::ContextTooLong { .. });
+    match unasked {
+        Some(longest) if error.downcast_ref::<SizingError>().is_some_and(is_length) => error
+            .context(format!("sequences of {longest} tokens would be measured: lower --prefill, --context or --steps")),
+        _ => error,
+    }
 }
 
 /// Seconds until the first token of prompts that nobody has seen before.
@@ -213,6 +228,20 @@ mod tests {
         let limited = [&measured[..], &["--max-num-batched-tokens", "100"]].concat();
         assert_eq!(fitted(&limited), (Some(4001), Some(600), Some(600)));
         assert_eq!(fitted(&["--max-model-len", "9000"]).0, Some(9000));
+    }
+
+    #[test]
+    fn a_length_that_is_too_much_is_explained_by_what_is_measured_unless_it_was_asked_for() {
+        let told = |line: &[&str], error: SizingError| {
+            let unasked = fit(&mut args(line));
+            explain(error.into(), unasked).to_string()
+        };
+        let beyond = SizingError::BeyondModel { asked: 2049, limit: 2048 };
+        let explained = told(&["--prefill", "2048"], beyond.clone());
+        assert!(explained.contains("2049 tokens") && explained.contains("lower --prefill"), "{explained}");
+        assert_eq!(told(&["--max-model-len", "2049"], beyond.clone()), beyond.to_string());
+        let full = SizingError::NoPage { bytes: 1, page: 2 };
+        assert_eq!(told(&[], full.clone()), full.to_string());
     }
 
     #[test]
