@@ -11,10 +11,12 @@
 // STANDIN_DMA_BUF=no that file is not to be had.
 //
 // Into that file goes too what a worker should have done before it takes requests: memory that is allocated, and
-// kernels that are launched without having been loaded; and events that take times. STANDIN_MPS=yes has processes share
-// the device by MPS, and with STANDIN_DEVICE=other it is another one than that of processes without; STANDIN_CAPABILITY
-// is the first number of its compute capability, if not 9. STANDIN_HANGS names a file for as long as which exists the
-// device hangs.
+// kernels that are launched without having been loaded; and events that take times. STANDIN_COPIES names another, which
+// gets a line for each call for copies: how many it is for.
+//
+// STANDIN_MPS=yes has processes share the device by MPS, and with STANDIN_DEVICE=other it is another one than that of
+// processes without; STANDIN_CAPABILITY is the first number of its compute capability, if not 9. STANDIN_HANGS names a
+// file for as long as which exists the device hangs.
 
 #include "emulate.cpp"
 
@@ -40,8 +42,8 @@ constexpr Result ILLEGAL_ADDRESS = 700, LAUNCH_FAILED = 719, NOT_SUPPORTED = 801
 std::recursive_mutex everything;
 std::string last_error = "stand-in libcuda";
 /// Whether a call is to fail, as the environment has it: a recording that cannot be begun (begin), is spoilt amid it
-/// (amid), or for which there is no room (instantiate, upload); copies in one call (batch); or events and recordings
-/// that are given back (destroy).
+/// (amid), or for which there is no room (instantiate, upload); copies in one call (batch); events and recordings that
+/// are given back (destroy); or locked memory by the host's addresses, where a device has to know it (addresses).
 bool is_refused(const char* what) {
     const char* refused = std::getenv("STANDIN_REFUSES");
     return refused && !std::strcmp(refused, what);
@@ -176,6 +178,8 @@ struct Opened {
 constexpr size_t EXPORTED_BYTES_MIN = 64 << 10;
 std::map<Pointer, Allocation> allocations;
 std::map<std::pair<int, int>, Opened> opened;
+/// Host memory that is locked: where it starts, and how many bytes it is.
+std::map<Pointer, size_t> locked;
 
 thread_local void* current = nullptr;
 int context;
@@ -185,15 +189,19 @@ bool is(const char* variable, const char* value) {
     return set && !std::strcmp(set, value);
 }
 
-/// Tells a test what was called.
-Result noted(const char* call) {
-    const char* path = std::getenv("STANDIN_LOG");
+/// Adds a line to the file that a variable names, if it does.
+Result told(const char* variable, const char* line) {
+    const char* path = std::getenv(variable);
     if (!path) return SUCCESS;
     FILE* log = std::fopen(path, "a");
     if (!log) return INVALID_VALUE;
-    std::fprintf(log, "%s\n", call);
+    std::fprintf(log, "%s\n", line);
     return std::fclose(log) ? INVALID_VALUE : SUCCESS;
 }
+/// Tells a test what was called.
+Result noted(const char* call) { return told("STANDIN_LOG", call); }
+/// Tells a test of a call for so many copies.
+void counted(size_t copies) { told("STANDIN_COPIES", std::to_string(copies).c_str()); }
 
 /// The allocation that an address lies in.
 std::map<Pointer, Allocation>::iterator allocation_of(Pointer address) {
@@ -201,6 +209,20 @@ std::map<Pointer, Allocation>::iterator allocation_of(Pointer address) {
     if (found == allocations.begin()) return allocations.end();
     --found;
     return address - found->first < found->second.bytes ? found : allocations.end();
+}
+
+/// Whether all of it is one thing that the device knows: memory of its own, or what is opened or locked.
+bool is_known(Pointer start, size_t bytes) {
+    const auto lies_in = [=](Pointer first, size_t length) {
+        return start >= first && start - first <= length && bytes <= length - (start - first);
+    };
+    for (const auto& [first, allocation] : allocations)
+        if (lies_in(first, allocation.bytes)) return true;
+    for (const auto& [name, other] : opened)
+        if (other.times && lies_in(other.start, other.bytes)) return true;
+    for (const auto& [first, length] : locked)
+        if (lies_in(first, length)) return !is_refused("addresses");
+    return false;
 }
 
 }  // namespace
@@ -234,6 +256,8 @@ CALL(cuDeviceGetAttribute, int* value, int attribute, int) {
     }
     case 76:
         return *value = 0, SUCCESS;
+    case 91:  // whether it knows locked memory by the host's addresses
+        return *value = !is_refused("addresses"), SUCCESS;
     case 116:  // whether adapters find its memory by its address,
     case 124:  // and by a file
         return *value = adapters, SUCCESS;
@@ -381,23 +405,32 @@ CALL(cuMemFreeHost, void* memory) {
     return std::free(memory), SUCCESS;
 }
 CALL(cuMemHostRegister_v2, void* memory, size_t bytes, unsigned flags) {
-    return memory && bytes && flags == 1 && reinterpret_cast<Pointer>(memory) % 4096 == 0 ? SUCCESS : INVALID_VALUE;
+    ALONE;
+    const Pointer start = reinterpret_cast<Pointer>(memory);
+    if (!memory || !bytes || flags != 1 || start % 4096) return INVALID_VALUE;
+    return locked[start] = bytes, SUCCESS;
 }
-CALL(cuMemHostUnregister, void*) { return SUCCESS; }
+CALL(cuMemHostUnregister, void* memory) {
+    ALONE;
+    return locked.erase(reinterpret_cast<Pointer>(memory)) ? SUCCESS : INVALID_VALUE;
+}
 CALL(cuMemsetD8Async, Pointer to, unsigned char value, size_t bytes, Stream* stream) {
     ALONE;
     return enqueue(stream, [=] { return std::memset(reinterpret_cast<void*>(to), value, bytes), SUCCESS; });
 }
 CALL(cuMemcpyHtoDAsync_v2, Pointer to, const void* from, size_t bytes, Stream* stream) {
     ALONE;
+    counted(1);
     return copy(to, reinterpret_cast<Pointer>(from), bytes, stream);
 }
 CALL(cuMemcpyDtoHAsync_v2, void* to, Pointer from, size_t bytes, Stream* stream) {
     ALONE;
+    counted(1);
     return copy(reinterpret_cast<Pointer>(to), from, bytes, stream);
 }
 CALL(cuMemcpyDtoDAsync_v2, Pointer to, Pointer from, size_t bytes, Stream* stream) {
     ALONE;
+    counted(1);
     return copy(to, from, bytes, stream);
 }
 
@@ -406,11 +439,16 @@ struct CopyAttributes { unsigned order; Location from, to; unsigned flags; };
 CALL(cuMemcpyBatchAsync_v2, Pointer* to, Pointer* from, size_t* bytes, size_t count, CopyAttributes* attributes,
      size_t* first, size_t sets, Stream* stream) {
     ALONE;
+    counted(count);
     if (is_refused("batch")) return NOT_SUPPORTED;
     if (!count || sets != 1 || *first || attributes->order != 1 || attributes->flags) return INVALID_VALUE;
-    // In any order.
-    for (size_t at = count; at-- > 0;)
-        if (Result result = copy(to[at], from[at], bytes[at], stream)) return result;
+    // In any order. Of addresses that lead nowhere one hears when it is too late.
+    for (size_t at = count; at-- > 0;) {
+        const bool is_copied = is_known(to[at], bytes[at]) && is_known(from[at], bytes[at]);
+        const Result result = is_copied ? copy(to[at], from[at], bytes[at], stream)
+                                        : enqueue(stream, [] { return ILLEGAL_ADDRESS; });
+        if (result) return result;
+    }
     return SUCCESS;
 }
 
