@@ -16,8 +16,8 @@ work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 
 # It says where the build script has put the kernels.
-cargo clippy --workspace --features cuda --lib --bin engine --test device_pages --test device_doctor --locked \
-    --message-format json-render-diagnostics -- -D warnings >"$work/built"
+cargo clippy --workspace --features cuda --lib --bin engine --test device_pages --test device_doctor --test mover \
+    --locked --message-format json-render-diagnostics -- -D warnings >"$work/built"
 built=$(sed -n 's/.*"reason":"build-script-executed".*#engine-cuda-device@.*"out_dir":"\([^"]*\)".*/\1/p' "$work/built")
 for kernels in kernels hopper; do
     (cd "$work" && "$CUDA_HOME/bin/cuobjdump" -xelf all "$built/$kernels.fatbin" >/dev/null)

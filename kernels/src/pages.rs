@@ -4,7 +4,7 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use crate::cuda::{
-    AdapterAccess, Address, CopySpan, CopyStream, DeviceId, DriverError, IpcHandle, Mark, Memory, Mover,
+    AdapterAccess, Address, CopySpan, CopyStream, DeviceId, DriverError, HostSpan, IpcHandle, Mark, Memory, Mover,
 };
 use crate::{KvRegion, RegionShape};
 
@@ -116,14 +116,15 @@ impl DeviceRegion {
         self.mover.mark()
     }
 
-    /// Enqueues copies from host memory into pages, before whatever is computed next. `from` stays as it is until the
-    /// mark is past.
+    /// Enqueues copies from host memory into pages, whose order does not matter, before whatever is computed next.
+    /// `from` stays as it is until the mark is past.
     pub fn upload(&self, from: &KvRegion, runs: &[PageRun]) -> Result<Box<dyn Mark>, DriverError> {
-        for run in runs {
-            let (at, to) =
-                (from.shape().offset(run.layer, run.from, run.count), self.address(run.layer, run.to, run.count));
-            self.mover.upload(from, at, to, run.count * self.shape.page_bytes)?;
-        }
+        let span = |&PageRun { layer, from: first, to, count }: &PageRun| HostSpan {
+            at: from.shape().offset(layer, first, count),
+            device: self.address(layer, to, count),
+            bytes: count * self.shape.page_bytes,
+        };
+        self.mover.upload(from, &runs.iter().map(span).collect::<Vec<_>>())?;
         self.mover.mark()
     }
 
@@ -172,15 +173,19 @@ impl DeviceRegion {
 
     /// Has the device copy the start of `from`, as many bytes as are spare, to the spare ones, and waits for it.
     pub fn fill_spare(&self, from: &KvRegion) -> Result<(), DriverError> {
-        self.mover.upload(from, 0, self.spare(), Self::SPARE_BYTES)?;
+        self.mover.upload(from, &[self.spare_span()])?;
         self.mover.mark()?.wait()
     }
 
     /// Has the device copy the spare bytes to the start of `to`, and waits for it.
     pub fn read_spare(&self, to: &KvRegion) -> Result<(), DriverError> {
         let stream = self.mover.stream()?;
-        stream.download(self.spare(), to, 0, Self::SPARE_BYTES)?;
+        stream.download(to, &[self.spare_span()])?;
         stream.finish()
+    }
+
+    fn spare_span(&self) -> HostSpan {
+        HostSpan { at: 0, device: self.spare(), bytes: Self::SPARE_BYTES }
     }
 
     /// Where the first page starts.
@@ -261,11 +266,14 @@ pub struct PageCopies {
 }
 
 impl PageCopies {
-    /// Enqueues a copy into host memory.
-    pub fn download(&self, run: PageRun, to: &KvRegion) -> Result<(), DriverError> {
-        let PageRun { layer, from, to: first, count } = run;
-        let (from, at) = (self.pages.address(layer, from, count), to.shape().offset(layer, first, count));
-        self.stream.download(from, to, at, count * self.pages.shape.page_bytes)
+    /// Enqueues copies into host memory, whose order does not matter.
+    pub fn download(&self, runs: impl IntoIterator<Item = PageRun>, to: &KvRegion) -> Result<(), DriverError> {
+        let span = |PageRun { layer, from, to: first, count }| HostSpan {
+            at: to.shape().offset(layer, first, count),
+            device: self.pages.address(layer, from, count),
+            bytes: count * self.pages.shape.page_bytes,
+        };
+        self.stream.download(to, &runs.into_iter().map(span).collect::<Vec<_>>())
     }
 
     /// Enqueues copies into another process's pages, whose order does not matter.

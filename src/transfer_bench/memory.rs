@@ -118,7 +118,7 @@ impl Readback {
     pub(super) fn read(&self, page: u32, from: usize, bytes: &mut [u8]) -> Result<()> {
         let mut first = page as usize;
         if let Some(copies) = &self.device {
-            copies.download(PageRun { layer: 0, from: first, to: 0, count: 1 }, &self.host)?;
+            copies.download([PageRun { layer: 0, from: first, to: 0, count: 1 }], &self.host)?;
             copies.finish()?;
             first = 0;
         }

@@ -472,7 +472,7 @@ impl Driver for Device {
     }
 
     fn mover(&self) -> Arc<dyn Mover> {
-        Arc::new(DeviceMover { context: self.context.clone(), computing: self.stream.clone(), id: self.id })
+        Arc::new(DeviceMover::new(self.context.clone(), self.stream.clone(), self.id))
     }
 
     fn replay(&self, graph: &DeviceGraph) -> Result<(), DriverError> {

@@ -1,18 +1,19 @@
 //! The real driver, for those who move its memory beside the computing.
 
-use std::cell::Cell;
-use std::ffi::{c_int, c_uint};
+use std::collections::BTreeSet;
+use std::ffi::{c_int, c_uint, c_void};
 use std::fmt;
 use std::mem::MaybeUninit;
 use std::os::fd::{FromRawFd, OwnedFd};
-use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use cudarc::driver::{CudaContext, CudaStream, result, sys};
 
 use engine_kernels::KvRegion;
 use engine_kernels::cuda::{
-    AdapterAccess, Address, CopySpan, CopyStream, DeviceId, DriverError, IpcHandle, Mark, Mover,
+    AdapterAccess, Address, CopySpan, CopyStream, DeviceId, DriverError, HostSpan, IpcHandle, Mark, Mover,
 };
 
 use crate::device::{During, bind};
@@ -20,9 +21,10 @@ use crate::modules::is_set;
 
 /// The device of a [`Device`](super::Device), and the stream that it computes on.
 pub(crate) struct DeviceMover {
-    pub(crate) context: Arc<CudaContext>,
-    pub(crate) computing: Arc<CudaStream>,
-    pub(crate) id: DeviceId,
+    context: Arc<CudaContext>,
+    computing: Arc<CudaStream>,
+    id: DeviceId,
+    batches: Arc<Batches>,
 }
 
 impl fmt::Debug for DeviceMover {
@@ -97,6 +99,11 @@ impl Drop for Event {
 }
 
 impl DeviceMover {
+    pub(crate) fn new(context: Arc<CudaContext>, computing: Arc<CudaStream>, id: DeviceId) -> Self {
+        let batches = Batches { are_taken: AtomicBool::new(!is_set(WITHOUT_BATCHES)), locked: Mutex::default() };
+        Self { context, computing, id, batches: Arc::new(batches) }
+    }
+
     fn bind(&self) -> Result<(), DriverError> {
         bind(&self.context)
     }
@@ -128,23 +135,18 @@ impl Mover for DeviceMover {
         Ok(Box::new(Event::record(&self.context, &self.computing)?))
     }
 
-    fn upload(&self, from: &KvRegion, at: usize, to: Address, bytes: usize) -> Result<(), DriverError> {
+    fn upload(&self, from: &KvRegion, spans: &[HostSpan]) -> Result<(), DriverError> {
         self.bind()?;
-        assert!(at + bytes <= from.shape().total_bytes(), "bytes of the region");
-        // SAFETY: within both memories, by the assertion and the caller's word; the caller leaves `from` as it is, and
-        // mapped, until the copy is over.
-        let copied = unsafe {
-            let from = std::slice::from_raw_parts(from.base().add(at), bytes);
-            result::memcpy_htod_async(to.0, from, self.computing.cu_stream())
-        };
-        copied.during(|| format!("copying {bytes} bytes to the device"))
+        let span = |span: &HostSpan| CopySpan { from: host_address(from, span), to: span.device, bytes: span.bytes };
+        let spans: Vec<_> = spans.iter().map(span).collect();
+        // On the stream that it computes on: what is computed next comes behind them all, in however many calls.
+        self.batches.enqueue(&self.computing, &spans, Some(from), copy_to_device)
     }
 
     fn stream(&self) -> Result<Box<dyn CopyStream>, DriverError> {
         self.bind()?;
         let stream = self.context.new_stream().during(|| "making a stream".into())?;
-        let in_batches = Cell::new(!is_set(WITHOUT_BATCHES));
-        Ok(Box::new(Copies { context: self.context.clone(), stream, in_batches }))
+        Ok(Box::new(Copies { context: self.context.clone(), stream, batches: self.batches.clone() }))
     }
 
     fn lock(&self, region: &KvRegion) -> Result<(), DriverError> {
@@ -153,10 +155,19 @@ impl Mover for DeviceMover {
         // SAFETY: mapped until it is unlocked, which is the caller's word.
         let locked =
             unsafe { sys::cuMemHostRegister_v2(region.base().cast(), bytes, sys::CU_MEMHOSTREGISTER_PORTABLE) };
-        locked.result().during(|| format!("locking {bytes} bytes"))
+        locked.result().during(|| format!("locking {bytes} bytes"))?;
+        // Where a device knows locked memory by other addresses than the host does, as under WSL 2, single copies take
+        // the host's all the same; many in one call take them for the device's, and it fails for good
+        // (sgl-project/sglang#40232).
+        let by_address = sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_CAN_USE_HOST_POINTER_FOR_REGISTERED_MEM;
+        if self.context.attribute(by_address).is_ok_and(|known| known != 0) {
+            self.batches.locked().insert(region.base() as usize);
+        }
+        Ok(())
     }
 
     fn unlock(&self, region: &KvRegion) {
+        self.batches.locked().remove(&(region.base() as usize));
         let _ = self.bind();
         // Copies from or to it may be under way, on any stream. A failure leaves it locked; and if the computing thread
         // records at the time, which is when this fails, that step is enqueued without.
@@ -262,12 +273,113 @@ const BATCH_MAX: usize = 1024;
 /// in one call.
 const WITHOUT_BATCHES: &str = "ENGINE_CUDA_WITHOUT_BATCHES";
 
+/// Which copies the driver is told many of in one call. A mover and its streams know the same.
+struct Batches {
+    /// It takes such calls, as far as is known.
+    are_taken: AtomicBool,
+    /// Host memory that may be in them, by where it starts: what is locked. (Other memory the driver takes too, as it
+    /// says; it does not say when it reads or writes that.)
+    locked: Mutex<BTreeSet<usize>>,
+}
+
+impl Batches {
+    fn locked(&self) -> MutexGuard<'_, BTreeSet<usize>> {
+        // Nothing is left half done in it by a panic.
+        self.locked.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Enqueues copies, in as few calls as may be, or else one by one with `copy`. The `host` memory that they are from
+    /// or to, if it is host memory, decides about that too.
+    fn enqueue(
+        &self,
+        stream: &CudaStream,
+        spans: &[CopySpan],
+        host: Option<&KvRegion>,
+        copy: fn(&CudaStream, &CopySpan) -> Result<(), DriverError>,
+    ) -> Result<(), DriverError> {
+        let mut rest = spans;
+        if host.is_none_or(|region| self.locked().contains(&(region.base() as usize))) {
+            while self.are_taken.load(Ordering::Relaxed) && rest.len() > 1 {
+                let (batch, others) = rest.split_at(rest.len().min(BATCH_MAX));
+                if let Err(error) = copy_batch(stream, batch) {
+                    // Those that have begun all the same will write the same once more.
+                    tracing::warn!(%error, "copies are enqueued one by one from now on, which takes longer");
+                    self.are_taken.store(false, Ordering::Relaxed);
+                } else {
+                    rest = others;
+                }
+            }
+        }
+        rest.iter().try_for_each(|span| copy(stream, span))
+    }
+}
+
+/// Where a span begins in host memory. Panics outside the region.
+fn host_address(region: &KvRegion, span: &HostSpan) -> Address {
+    assert!(span.at + span.bytes <= region.shape().total_bytes(), "bytes of the region");
+    Address(region.base() as u64).offset(span.at)
+}
+
+/// All in one call: pages are small for a device, and a call each would take longer than they do. (vLLM moves its pages
+/// between device and host so.) The addresses are a device's or those of locked host memory; with unified addresses the
+/// driver finds out which.
+fn copy_batch(stream: &CudaStream, spans: &[CopySpan]) -> Result<(), DriverError> {
+    let addresses = |of: fn(&CopySpan) -> Address| spans.iter().map(|span| of(span).0).collect::<Vec<_>>();
+    let (mut to, mut from) = (addresses(|span| span.to), addresses(|span| span.from));
+    let mut bytes: Vec<usize> = spans.iter().map(|span| span.bytes).collect();
+    // Hints for memory that has no place of its own, which none of this is.
+    let nowhere = sys::CUmemLocation { type_: sys::CUmemLocationType::CU_MEM_LOCATION_TYPE_INVALID, id: 0 };
+    let mut attributes = sys::CUmemcpyAttributes {
+        // Behind what is ahead of them in the stream, as single copies are.
+        srcAccessOrder: sys::CUmemcpySrcAccessOrder::CU_MEMCPY_SRC_ACCESS_ORDER_STREAM,
+        srcLocHint: nowhere,
+        dstLocHint: nowhere,
+        flags: sys::CUmemcpyFlags::CU_MEMCPY_FLAG_DEFAULT as c_uint,
+    };
+    // From which copy on the attributes, of which there is one set, are meant.
+    let mut first = 0;
+    // SAFETY: as many addresses and numbers each as there are copies, which the driver only reads; they are of the
+    // caller's memory, which stays until the copies are over.
+    let copied = unsafe {
+        sys::cuMemcpyBatchAsync_v2(
+            to.as_mut_ptr(),
+            from.as_mut_ptr(),
+            bytes.as_mut_ptr(),
+            spans.len(),
+            &raw mut attributes,
+            &raw mut first,
+            1,
+            stream.cu_stream(),
+        )
+    };
+    copied.result().during(|| format!("enqueuing {} copies in one call", spans.len()))
+}
+
+fn copy_to_device(stream: &CudaStream, &CopySpan { from, to, bytes }: &CopySpan) -> Result<(), DriverError> {
+    // SAFETY: the caller's memory, as much at either address; the host's stays as it is, and mapped, until the copy is
+    // over.
+    let copied = unsafe { sys::cuMemcpyHtoDAsync_v2(to.0, from.0 as *const c_void, bytes, stream.cu_stream()) };
+    copied.result().during(|| format!("copying {bytes} bytes to the device"))
+}
+
+fn copy_to_host(stream: &CudaStream, &CopySpan { from, to, bytes }: &CopySpan) -> Result<(), DriverError> {
+    // SAFETY: the caller's memory, as much at either address; nobody else uses the host's until the copy is over.
+    let copied = unsafe { sys::cuMemcpyDtoHAsync_v2(to.0 as *mut c_void, from.0, bytes, stream.cu_stream()) };
+    copied.result().during(|| format!("copying {bytes} bytes from the device"))
+}
+
+fn copy_on_device(stream: &CudaStream, &CopySpan { from, to, bytes }: &CopySpan) -> Result<(), DriverError> {
+    // SAFETY: the caller's addresses of as much memory each; with unified addresses the driver finds out which devices
+    // they are of.
+    let copied = unsafe { result::memcpy_dtod_async(to.0, from.0, bytes, stream.cu_stream()) };
+    copied.during(|| format!("copying {bytes} bytes on the device"))
+}
+
 /// A second stream. It does not wait for the first, nor the first for it.
 struct Copies {
     context: Arc<CudaContext>,
     stream: Arc<CudaStream>,
-    /// The driver takes many copies in one call, as far as is known.
-    in_batches: Cell<bool>,
+    batches: Arc<Batches>,
 }
 
 impl fmt::Debug for Copies {
@@ -276,73 +388,17 @@ impl fmt::Debug for Copies {
     }
 }
 
-impl Copies {
-    /// All in one call: pages are small for a device, and a call each would take longer than they do. (vLLM moves its
-    /// pages between device and host so.)
-    fn copy_batch(&self, spans: &[CopySpan]) -> Result<(), DriverError> {
-        let addresses = |of: fn(&CopySpan) -> Address| spans.iter().map(|span| of(span).0).collect::<Vec<_>>();
-        let (mut to, mut from) = (addresses(|span| span.to), addresses(|span| span.from));
-        let mut bytes: Vec<usize> = spans.iter().map(|span| span.bytes).collect();
-        let nowhere = sys::CUmemLocation { type_: sys::CUmemLocationType::CU_MEM_LOCATION_TYPE_INVALID, id: 0 };
-        let mut attributes = sys::CUmemcpyAttributes {
-            // Behind what the stream has been told to wait for, as single copies are.
-            srcAccessOrder: sys::CUmemcpySrcAccessOrder::CU_MEMCPY_SRC_ACCESS_ORDER_STREAM,
-            srcLocHint: nowhere,
-            dstLocHint: nowhere,
-            flags: sys::CUmemcpyFlags::CU_MEMCPY_FLAG_DEFAULT as c_uint,
-        };
-        // From which copy on the attributes, of which there is one set, are meant.
-        let mut first = 0;
-        // SAFETY: as many addresses and numbers each as there are copies, which the driver only reads; they are of the
-        // caller's memory.
-        let copied = unsafe {
-            sys::cuMemcpyBatchAsync_v2(
-                to.as_mut_ptr(),
-                from.as_mut_ptr(),
-                bytes.as_mut_ptr(),
-                spans.len(),
-                &raw mut attributes,
-                &raw mut first,
-                1,
-                self.stream.cu_stream(),
-            )
-        };
-        copied.result().during(|| format!("enqueuing {} copies in one call", spans.len()))
-    }
-}
-
 impl CopyStream for Copies {
-    fn download(&self, from: Address, to: &KvRegion, at: usize, bytes: usize) -> Result<(), DriverError> {
+    fn download(&self, to: &KvRegion, spans: &[HostSpan]) -> Result<(), DriverError> {
         bind(&self.context)?;
-        assert!(at + bytes <= to.shape().total_bytes(), "bytes of the region");
-        // SAFETY: within both memories, by the assertion and the caller's word; nobody else uses `to` until the copy is
-        // over.
-        let copied = unsafe {
-            let to = std::slice::from_raw_parts_mut(to.base().add(at), bytes);
-            result::memcpy_dtoh_async(to, from.0, self.stream.cu_stream())
-        };
-        copied.during(|| format!("copying {bytes} bytes from the device"))
+        let span = |span: &HostSpan| CopySpan { from: span.device, to: host_address(to, span), bytes: span.bytes };
+        let spans: Vec<_> = spans.iter().map(span).collect();
+        self.batches.enqueue(&self.stream, &spans, Some(to), copy_to_host)
     }
 
     fn copy(&self, spans: &[CopySpan]) -> Result<(), DriverError> {
         bind(&self.context)?;
-        let mut rest = spans;
-        while self.in_batches.get() && rest.len() > 1 {
-            let (batch, others) = rest.split_at(rest.len().min(BATCH_MAX));
-            if let Err(error) = self.copy_batch(batch) {
-                // Those that have begun all the same will write the same once more.
-                tracing::warn!(%error, "copies on the device are enqueued one by one from now on, which takes longer");
-                self.in_batches.set(false);
-            } else {
-                rest = others;
-            }
-        }
-        rest.iter().try_for_each(|&CopySpan { from, to, bytes }| {
-            // SAFETY: the caller's addresses of as much memory each; with unified addresses the driver finds out which
-            // devices they are of.
-            let copied = unsafe { result::memcpy_dtod_async(to.0, from.0, bytes, self.stream.cu_stream()) };
-            copied.during(|| format!("copying {bytes} bytes on the device"))
-        })
+        self.batches.enqueue(&self.stream, spans, None, copy_on_device)
     }
 
     fn finish(&self) -> Result<(), DriverError> {

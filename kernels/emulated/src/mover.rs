@@ -5,7 +5,7 @@ use std::sync::{Arc, Condvar, Mutex, PoisonError};
 
 use engine_kernels::KvRegion;
 use engine_kernels::cuda::{
-    AdapterAccess, Address, CopySpan, CopyStream, DeviceId, DriverError, IpcHandle, Mark, Mover,
+    AdapterAccess, Address, CopySpan, CopyStream, DeviceId, DriverError, HostSpan, IpcHandle, Mark, Mover,
 };
 
 use super::lock;
@@ -68,12 +68,15 @@ impl Mover for EmulatedMover {
         Ok(Box::new(EmulatedMark(self.0.clone(), queue.end())))
     }
 
-    fn upload(&self, from: &KvRegion, at: usize, to: Address, bytes: usize) -> Result<(), DriverError> {
+    fn upload(&self, from: &KvRegion, spans: &[HostSpan]) -> Result<(), DriverError> {
         let mut queue = lock(&self.0);
         if queue.unseen {
             return queue.state();
         }
-        queue.push(Work::Upload { region: from.clone(), at, to: to.0 as usize, bytes })
+        // Not in the order they were given in.
+        spans.iter().rev().try_for_each(|&HostSpan { at, device, bytes }| {
+            queue.push(Work::Upload { region: from.clone(), at, to: device.0 as usize, bytes })
+        })
     }
 
     fn stream(&self) -> Result<Box<dyn CopyStream>, DriverError> {
@@ -176,8 +179,11 @@ impl Copies {
 }
 
 impl CopyStream for Copies {
-    fn download(&self, from: Address, to: &KvRegion, at: usize, bytes: usize) -> Result<(), DriverError> {
-        self.push(Copy::Download { from: from.0 as usize, to: to.clone(), at, bytes })
+    fn download(&self, to: &KvRegion, spans: &[HostSpan]) -> Result<(), DriverError> {
+        // Not in the order they were given in.
+        spans.iter().rev().try_for_each(|&HostSpan { at, device, bytes }| {
+            self.push(Copy::Download { from: device.0 as usize, to: to.clone(), at, bytes })
+        })
     }
 
     fn copy(&self, spans: &[CopySpan]) -> Result<(), DriverError> {

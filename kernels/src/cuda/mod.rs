@@ -26,6 +26,6 @@ mod wide;
 pub use backend::CudaBackend;
 pub use buffer::{Activations, KvCache, Linear, Rope, Vector};
 pub use driver::{ARGS_MAX, Address, Arg, Boxes, Driver, DriverError, HostMemory, Launch, Memory, Start, TensorMap};
-pub use moving::{AdapterAccess, CopySpan, CopyStream, DeviceId, IpcHandle, Mark, Mover};
+pub use moving::{AdapterAccess, CopySpan, CopyStream, DeviceId, HostSpan, IpcHandle, Mark, Mover};
 pub use noted::Noted;
 pub use weight::weight_bytes;

@@ -80,14 +80,16 @@ pub trait Mover: fmt::Debug + Send + Sync {
     /// ([`crate::Backend::is_recording`]).
     fn mark(&self) -> Result<Box<dyn Mark>, DriverError>;
 
-    /// Enqueues a copy among what is computed: behind all that was enqueued before, and before all that comes after.
-    /// What lies at byte `at` of `from` has to stay until a mark behind it is past.
-    fn upload(&self, from: &KvRegion, at: usize, to: Address, bytes: usize) -> Result<(), DriverError>;
+    /// Enqueues copies among what is computed, in any order among themselves: behind all that was enqueued before, and
+    /// before all that comes after. What they read of `from` has to stay until a mark behind them is past. After an
+    /// error some of them may have been enqueued. Not while the computing thread records, as with [`Mover::mark`].
+    fn upload(&self, from: &KvRegion, spans: &[HostSpan]) -> Result<(), DriverError>;
 
     /// A stream of copies of its own, beside the computing.
     fn stream(&self) -> Result<Box<dyn CopyStream>, DriverError>;
 
-    /// Locks host memory, so that the device copies from and to it by itself. Undone by [`Mover::unlock`].
+    /// Locks host memory, so that the device copies from and to it by itself, and the driver may be told many such
+    /// copies at a time. Undone by [`Mover::unlock`].
     fn lock(&self, region: &KvRegion) -> Result<(), DriverError>;
 
     /// Unlocks what was locked.
@@ -130,10 +132,22 @@ pub struct CopySpan {
     pub bytes: usize,
 }
 
+/// A copy between a region of host memory and device memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct HostSpan {
+    /// The first byte, counted from the region's start.
+    pub at: usize,
+    /// The first byte in device memory.
+    pub device: Address,
+    /// Bytes.
+    pub bytes: usize,
+}
+
 /// Copies that run in order, some time later, and in no order with what is computed.
 pub trait CopyStream: fmt::Debug + Send {
-    /// Enqueues a copy to byte `at` of `to`.
-    fn download(&self, from: Address, to: &KvRegion, at: usize, bytes: usize) -> Result<(), DriverError>;
+    /// Enqueues copies from device memory to `to`, in any order among themselves. After an error some of them may have
+    /// been.
+    fn download(&self, to: &KvRegion, spans: &[HostSpan]) -> Result<(), DriverError>;
 
     /// Enqueues copies within device memory, or into that of another device that was opened, in any order among
     /// themselves. After an error some of them may have been.

@@ -168,13 +168,13 @@ impl Staging {
     }
 
     fn enqueue(&self, staged: &[PageCopy], piece: &Piece) -> Result<(), DriverError> {
-        let mut to = piece.first;
-        for alike in staged.chunk_by(|a, b| a.local + 1 == b.local) {
-            let run = PageRun { layer: piece.layer, from: alike[0].local as usize, to, count: alike.len() };
-            self.copies.download(run, &self.ring.region)?;
-            to += alike.len();
-        }
-        Ok(())
+        let mut next = piece.first;
+        let runs = staged.chunk_by(|a, b| a.local + 1 == b.local).map(|alike| {
+            let (from, to, count) = (alike[0].local as usize, next, alike.len());
+            next += count;
+            PageRun { layer: piece.layer, from, to, count }
+        });
+        self.copies.download(runs, &self.ring.region)
     }
 }
 
