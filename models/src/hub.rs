@@ -135,14 +135,22 @@ impl Hub {
         })
     }
 
-    /// The directory of a model's files, fetched if need be. `weights`: whether they are wanted too.
-    pub(crate) fn snapshot(&self, id: &str, revision: &str, weights: bool) -> Result<PathBuf, ModelError> {
+    /// The directory of a model's files, fetched if need be, and what `read` makes of it. That is asked as soon as the
+    /// small ones are there: a model it refuses costs no download. `weights`: whether they are wanted too.
+    pub(crate) fn snapshot<T>(
+        &self,
+        id: &str,
+        revision: &str,
+        weights: bool,
+        read: impl Fn(&Path) -> Result<T, ModelError>,
+    ) -> Result<(PathBuf, T), ModelError> {
         let plain = |part: &str| !part.is_empty() && part != "." && part != "..";
         if !revision.split('/').all(plain) {
             return Err(HubError::Setting(format!("`{revision}` is not a revision")).into());
         }
+        let with_content = |directory: PathBuf| read(&directory).map(|content| (directory, content));
         if let Some(directory) = self.cached(id, revision, weights) {
-            return Ok(directory);
+            return with_content(directory);
         }
         if self.offline {
             return Err(HubError::Offline { id: id.into(), cache: self.cache.clone() }.into());
@@ -150,8 +158,8 @@ impl Hub {
         let _alone = self.alone(id)?;
         // Whoever was waited for has fetched it.
         match self.cached(id, revision, weights) {
-            Some(directory) => Ok(directory),
-            None => self.fetch(id, revision, weights),
+            Some(directory) => with_content(directory),
+            None => self.fetch(id, revision, weights, &read),
         }
     }
 
@@ -189,7 +197,13 @@ impl Hub {
         complete.then_some(directory)
     }
 
-    fn fetch(&self, id: &str, revision: &str, weights: bool) -> Result<PathBuf, ModelError> {
+    fn fetch<T>(
+        &self,
+        id: &str,
+        revision: &str,
+        weights: bool,
+        read: impl Fn(&Path) -> Result<T, ModelError>,
+    ) -> Result<(PathBuf, T), ModelError> {
         let api = ApiBuilder::from_cache(Cache::new(self.cache.clone()))
             .with_endpoint(self.endpoint.clone())
             .with_token(self.token.clone())
@@ -221,6 +235,7 @@ impl Hub {
         for name in SMALL_FILES.into_iter().filter(|name| files.contains(name)) {
             self.get(&repo, id, name)?;
         }
+        let content = read(&directory)?;
         if weights && files.contains(&SINGLE_FILE) {
             self.get(&repo, id, SINGLE_FILE)?;
         } else if weights {
@@ -229,7 +244,7 @@ impl Hub {
             }
         }
         Cache::new(self.cache.clone()).repo(named).create_ref(&info.sha).map_err(ModelError::io(&self.cache))?;
-        Ok(directory)
+        Ok((directory, content))
     }
 
     fn get(&self, repo: &ApiRepo, id: &str, file: &str) -> Result<PathBuf, HubError> {

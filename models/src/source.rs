@@ -61,6 +61,16 @@ enum Files {
     Dummy(DummyWeights),
 }
 
+/// What the small files of a directory say, which are there before its weights are fetched.
+struct Description {
+    config: ModelConfig,
+    fp8: Option<Fp8>,
+    /// Element type of weights that are made up; `None`: there are files of them.
+    made_up: Option<DType>,
+    generation_defaults: GenerationDefaults,
+    chat_template: Option<ChatTemplate>,
+}
+
 /// A model in a backend.
 pub struct LoadedModel<B: Backend> {
     /// The model.
@@ -86,49 +96,44 @@ impl ModelSource {
         } else if path.is_file() {
             Self::open_gguf(own_name(path.file_stem()), path, options)
         } else if is_hub_id(model) {
-            let revision = options.revision.as_deref().unwrap_or("main");
-            let weights = options.load_format == LoadFormat::Auto;
-            let directory = Hub::from_env(options.progress)?.snapshot(model, revision, weights)?;
-            Self::open_directory(model.into(), &directory, options)
+            Self::open_from_hub(&Hub::from_env(options.progress)?, model, options)
         } else {
             Err(ModelError::NotFound { model: model.into() })
         }
     }
 
+    /// Opens a model of the hub: what its small files say is read before its weights are fetched.
+    pub(crate) fn open_from_hub(hub: &Hub, id: &str, options: &OpenOptions) -> Result<Self, ModelError> {
+        let revision = options.revision.as_deref().unwrap_or("main");
+        let weights = options.load_format == LoadFormat::Auto;
+        let read = |directory: &Path| Description::read(directory, options);
+        let (directory, description) = hub.snapshot(id, revision, weights, read)?;
+        Self::open_described(id.into(), &directory, description, options)
+    }
+
     fn open_directory(name: String, directory: &Path, options: &OpenOptions) -> Result<Self, ModelError> {
-        let config_path = directory.join("config.json");
-        let value = match read_json(&config_path)? {
-            Some(value) => value,
-            None => {
-                let source = std::io::Error::new(
-                    std::io::ErrorKind::NotFound,
-                    "no such file; a model directory has a config.json (for GGUF, give the path of the .gguf file)",
-                );
-                return Err(ModelError::Io { path: config_path, source });
-            }
-        };
-        let fields = Fields::new(&config_path, &value)?;
-        let config = hf::parse(&fields)?;
-        let fp8 = Fp8::parse(&fields)?;
-        let files = match options.load_format {
-            LoadFormat::Auto => Files::Safetensors(SafetensorsFiles::open(directory, fp8)?),
-            LoadFormat::Dummy => Files::Dummy(DummyWeights {
+        Self::open_described(name, directory, Description::read(directory, options)?, options)
+    }
+
+    fn open_described(
+        name: String,
+        directory: &Path,
+        description: Description,
+        options: &OpenOptions,
+    ) -> Result<Self, ModelError> {
+        let Description { config, fp8, made_up, generation_defaults, chat_template } = description;
+        let files = match made_up {
+            None => Files::Safetensors(SafetensorsFiles::open(directory, fp8)?),
+            Some(dtype) => Files::Dummy(DummyWeights {
                 seed: options.dummy_seed,
-                dtype: declared_dtype(&fields)?,
+                dtype,
                 fp8,
                 parameters: config.parameters(),
                 projections: config.projections().collect(),
             }),
         };
-        Ok(Self {
-            name,
-            path: directory.into(),
-            files,
-            generation_defaults: GenerationDefaults::from_directory(directory, &fields)?.checked(config.vocab_size),
-            chat_template: ChatTemplate::from_directory(directory)?,
-            config,
-            progress: options.progress,
-        })
+        let (path, progress) = (directory.into(), options.progress);
+        Ok(Self { name, path, files, config, generation_defaults, chat_template, progress })
     }
 
     fn open_gguf(name: String, path: &Path, options: &OpenOptions) -> Result<Self, ModelError> {
@@ -272,6 +277,35 @@ impl ModelSource {
         let (decoder, report) = Decoder::load(source, backend, &self.config, limits, self.progress)?;
         tracing::info!(model = self.name, "loaded {report}");
         Ok(LoadedModel { model: Box::new(decoder), report, kv_dtype: self.kv_dtype() })
+    }
+}
+
+impl Description {
+    /// Refuses what is not supported.
+    fn read(directory: &Path, options: &OpenOptions) -> Result<Self, ModelError> {
+        let config_path = directory.join("config.json");
+        let value = match read_json(&config_path)? {
+            Some(value) => value,
+            None => {
+                let source = std::io::Error::new(
+                    std::io::ErrorKind::NotFound,
+                    "no such file; a model directory has a config.json (for GGUF, give the path of the .gguf file)",
+                );
+                return Err(ModelError::Io { path: config_path, source });
+            }
+        };
+        let fields = Fields::new(&config_path, &value)?;
+        let config = hf::parse(&fields)?;
+        Ok(Self {
+            fp8: Fp8::parse(&fields)?,
+            made_up: match options.load_format {
+                LoadFormat::Auto => None,
+                LoadFormat::Dummy => Some(declared_dtype(&fields)?),
+            },
+            generation_defaults: GenerationDefaults::from_directory(directory, &fields)?.checked(config.vocab_size),
+            chat_template: ChatTemplate::from_directory(directory)?,
+            config,
+        })
     }
 }
 

@@ -4,6 +4,7 @@ use std::net::{TcpListener, TcpStream};
 use std::sync::mpsc;
 
 use super::*;
+use crate::{ModelSource, OpenOptions};
 
 const COMMIT: &str = "0123456789abcdef0123456789abcdef01234567";
 
@@ -75,11 +76,16 @@ const SHARDED: [(&str, &str); 7] = [
     ("model-2.safetensors", "two"),
 ];
 
+/// The model's directory with weights in it, whatever the files say.
+fn snapshot(hub: &Hub, revision: &str) -> Result<PathBuf, ModelError> {
+    hub.snapshot("org/tiny", revision, true, |_| Ok(())).map(|(directory, ())| directory)
+}
+
 #[test]
 fn a_model_is_fetched_once_and_then_found_offline() {
     let home = tempfile::tempdir().unwrap();
     let server = FakeHub::start(&SHARDED, None);
-    let directory = server.hub(home.path(), &[]).snapshot("org/tiny", "main", true).unwrap();
+    let directory = snapshot(&server.hub(home.path(), &[]), "main").unwrap();
     let mut names: Vec<_> =
         std::fs::read_dir(&directory).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
     names.sort();
@@ -91,8 +97,8 @@ fn a_model_is_fetched_once_and_then_found_offline() {
 
     for settings in [&[][..], &[("HF_HUB_OFFLINE", "1")]] {
         let hub = server.hub(home.path(), settings);
-        assert_eq!(hub.snapshot("org/tiny", "main", true).unwrap(), directory);
-        assert_eq!(hub.snapshot("org/tiny", COMMIT, true).unwrap(), directory);
+        assert_eq!(snapshot(&hub, "main").unwrap(), directory);
+        assert_eq!(snapshot(&hub, COMMIT).unwrap(), directory);
     }
     assert_eq!(server.asked.try_iter().count(), 0, "a cached model must not be asked for");
 
@@ -100,9 +106,9 @@ fn a_model_is_fetched_once_and_then_found_offline() {
     for file in ["model-2.safetensors", "tokenizer.json"] {
         std::fs::remove_file(directory.join(file)).unwrap();
         let offline = server.hub(home.path(), &[("HF_HUB_OFFLINE", "true")]);
-        let error = offline.snapshot("org/tiny", "main", true).unwrap_err();
+        let error = snapshot(&offline, "main").unwrap_err();
         assert!(error.to_string().contains("HF_HUB_OFFLINE is set"), "{error}");
-        server.hub(home.path(), &[]).snapshot("org/tiny", "main", true).unwrap();
+        snapshot(&server.hub(home.path(), &[]), "main").unwrap();
     }
 }
 
@@ -111,7 +117,7 @@ fn a_model_that_two_want_at_once_is_fetched_for_both() {
     let home = tempfile::tempdir().unwrap();
     let server = FakeHub::start(&SHARDED, None);
     let hub = server.hub(home.path(), &[]);
-    let fetch = || hub.snapshot("org/tiny", "main", true).unwrap();
+    let fetch = || snapshot(&hub, "main").unwrap();
     let (one, other) = std::thread::scope(|scope| {
         let other = scope.spawn(fetch);
         (fetch(), other.join().unwrap())
@@ -131,7 +137,7 @@ fn a_branch_that_has_moved_on_is_not_mixed_with_what_is_cached() {
     }
     let server = FakeHub::start(&SHARDED, None);
     let hub = server.hub(home.path(), &[]);
-    let directory = hub.snapshot("org/tiny", "main", true).unwrap();
+    let directory = snapshot(&hub, "main").unwrap();
     assert_eq!(directory, model.join("snapshots").join(COMMIT));
     assert!(directory.join("config.json").exists() && directory.join("model-1.safetensors").exists());
     assert_eq!(hub.cached("org/tiny", "main", true), Some(directory));
@@ -141,8 +147,28 @@ fn a_branch_that_has_moved_on_is_not_mixed_with_what_is_cached() {
 fn made_up_weights_are_not_fetched() {
     let home = tempfile::tempdir().unwrap();
     let server = FakeHub::start(&SHARDED, None);
-    server.hub(home.path(), &[]).snapshot("org/tiny", "main", false).unwrap();
+    server.hub(home.path(), &[]).snapshot("org/tiny", "main", false, |_| Ok(())).unwrap();
     assert!(server.asked.try_iter().all(|path| !path.contains("safetensors")));
+}
+
+#[test]
+fn a_model_that_is_not_supported_is_refused_before_its_weights_are_fetched() {
+    let quantised = r#"{"architectures": ["LlamaForCausalLM"], "hidden_size": 32, "intermediate_size": 64,
+        "num_hidden_layers": 1, "num_attention_heads": 4, "vocab_size": 48, "max_position_embeddings": 64,
+        "quantization_config": {"quant_method": "gptq"}}"#;
+    for (config, expected) in
+        [(r#"{"architectures": ["Qwen3MoeForCausalLM"]}"#, "`Qwen3MoeForCausalLM`"), (quantised, "`gptq`")]
+    {
+        let home = tempfile::tempdir().unwrap();
+        let files = SHARDED.map(|(name, text)| (name, if name == "config.json" { config } else { text }));
+        let server = FakeHub::start(&files, None);
+        let hub = server.hub(home.path(), &[]);
+        let error = ModelSource::open_from_hub(&hub, "org/tiny", &OpenOptions::default()).err().unwrap().to_string();
+        assert!(error.contains(expected), "{error}");
+        let asked: Vec<_> = server.asked.try_iter().collect();
+        assert!(asked.iter().any(|path| path.ends_with("/config.json")), "{asked:?}");
+        assert!(asked.iter().all(|path| !path.contains("safetensors")), "{asked:?}");
+    }
 }
 
 #[test]
@@ -150,7 +176,7 @@ fn refusals_say_what_to_do() {
     let home = tempfile::tempdir().unwrap();
     let error = |status, settings: &[(&str, &str)]| {
         let server = FakeHub::start(&[], Some(status));
-        server.hub(home.path(), settings).snapshot("org/tiny", "main", true).unwrap_err().to_string()
+        snapshot(&server.hub(home.path(), settings), "main").unwrap_err().to_string()
     };
     assert!(error(401, &[]).contains("set HF_TOKEN"));
     assert!(error(401, &[("HF_TOKEN", "t")]).contains("accept its terms"));
@@ -159,7 +185,7 @@ fn refusals_say_what_to_do() {
     assert!(error(500, &[]).contains("cannot be reached"));
 
     let server = FakeHub::start(&[("config.json", "{}"), ("m.Q4_0.gguf", "x")], None);
-    let error = server.hub(home.path(), &[]).snapshot("org/tiny", "main", true).unwrap_err().to_string();
+    let error = snapshot(&server.hub(home.path(), &[]), "main").unwrap_err().to_string();
     assert!(error.contains("m.Q4_0.gguf"), "{error}");
 }
 
@@ -171,7 +197,7 @@ fn no_network_is_an_error_that_names_the_ways_out() {
     let endpoint = format!("http://127.0.0.1:{port}");
     let vars = HashMap::from([("HF_HOME", home.path().to_str().unwrap()), ("HF_ENDPOINT", &endpoint)]);
     let hub = Hub::from_vars(|name| vars.get(name).map(|value| value.to_string()), false).unwrap();
-    let error = hub.snapshot("org/tiny", "main", true).unwrap_err().to_string();
+    let error = snapshot(&hub, "main").unwrap_err().to_string();
     for expected in [
         "`org/tiny`",
         &endpoint,
@@ -196,7 +222,7 @@ fn settings_are_read_as_huggingface_hub_reads_them() {
     assert_eq!(hub(&[("HF_HOME", "/f"), ("HF_ENDPOINT", "http://m/")]).unwrap().endpoint, "http://m");
     assert!(hub(&[("HF_HOME", "/f"), ("HF_ENDPOINT", "m.example")]).is_err());
     assert!(hub(&[]).is_err());
-    assert!(hub(&[("HF_HOME", "/f")]).unwrap().snapshot("org/tiny", "../x", true).is_err());
+    assert!(snapshot(&hub(&[("HF_HOME", "/f")]).unwrap(), "../x").is_err());
 }
 
 #[test]
