@@ -78,6 +78,15 @@ pub enum HubError {
         /// What it has instead.
         hint: String,
     },
+    /// The model has its tokenizer in another form only.
+    #[error(
+        "`{id}` has no tokenizer.json, the only form of tokenizer that is read (tekken.json and tokenizer.model are \
+         not); take a conversion that has one, or a GGUF file"
+    )]
+    NoTokenizer {
+        /// The model.
+        id: String,
+    },
     /// Fetching failed midway.
     #[error("cannot fetch {file} of `{id}` from {endpoint}: {problem}; what has arrived is kept, start again to go on")]
     Fetch {
@@ -227,6 +236,9 @@ impl Hub {
                 some => format!("; download one of its GGUF files ({}, ...) and give its path", some.join(", ")),
             };
             return Err(HubError::NoWeights { id: id.into(), hint }.into());
+        }
+        if !files.contains(&TOKENIZER_FILE) {
+            return Err(HubError::NoTokenizer { id: id.into() }.into());
         }
         tracing::info!(model = id, endpoint = self.endpoint, cache = %self.cache.display(), "fetching");
         // Weights last: a snapshot that has them has everything.

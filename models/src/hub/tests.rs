@@ -172,6 +172,17 @@ fn a_model_that_is_not_supported_is_refused_before_its_weights_are_fetched() {
 }
 
 #[test]
+fn a_model_without_a_tokenizer_that_is_read_is_refused_before_anything_is_fetched() {
+    let home = tempfile::tempdir().unwrap();
+    let files = SHARDED.map(|(name, text)| (if name == "tokenizer.json" { "tekken.json" } else { name }, text));
+    let server = FakeHub::start(&files, None);
+    let error = snapshot(&server.hub(home.path(), &[]), "main").unwrap_err().to_string();
+    assert!(error.contains("`org/tiny` has no tokenizer.json") && error.contains("GGUF"), "{error}");
+    let asked: Vec<_> = server.asked.try_iter().collect();
+    assert!(asked.iter().all(|path| !path.contains("/resolve/")), "{asked:?}");
+}
+
+#[test]
 fn refusals_say_what_to_do() {
     let home = tempfile::tempdir().unwrap();
     let error = |status, settings: &[(&str, &str)]| {
