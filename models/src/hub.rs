@@ -11,9 +11,11 @@ use crate::ModelError;
 use crate::tokenizer::TOKENIZER_FILE;
 use crate::weights::{INDEX_FILE, SINGLE_FILE, shards};
 
+/// Without it there is often no chat template, and an end token short. Programs that only compute leave it out.
+const TOKENIZER_CONFIG_FILE: &str = "tokenizer_config.json";
 /// Files fetched beside the weights, where a model has them.
 const SMALL_FILES: [&str; 5] =
-    ["config.json", "generation_config.json", TOKENIZER_FILE, "tokenizer_config.json", "chat_template.jinja"];
+    ["config.json", "generation_config.json", TOKENIZER_FILE, TOKENIZER_CONFIG_FILE, "chat_template.jinja"];
 
 /// Why a model of the hub could not be had, and what to do about it.
 #[derive(Debug, thiserror::Error)]
@@ -158,17 +160,38 @@ impl Hub {
             return Err(HubError::Setting(format!("`{revision}` is not a revision")).into());
         }
         let with_content = |directory: PathBuf| read(&directory).map(|content| (directory, content));
-        if let Some(directory) = self.cached(id, revision, weights) {
+        let copy = || self.cached(id, revision, weights);
+        let is_whole = |directory: &PathBuf| self.offline || directory.join(TOKENIZER_CONFIG_FILE).exists();
+        if let Some(directory) = copy().filter(is_whole) {
             return with_content(directory);
         }
         if self.offline {
             return Err(HubError::Offline { id: id.into(), cache: self.cache.clone() }.into());
         }
-        let _alone = self.alone(id)?;
-        // Whoever was waited for has fetched it.
-        match self.cached(id, revision, weights) {
-            Some(directory) => with_content(directory),
+        let fetched = self.alone(id).and_then(|_alone| match copy() {
+            // Whoever was waited for has fetched it.
+            Some(directory) if is_whole(&directory) => with_content(directory),
+            // What another program has fetched in part stays at its commit.
+            Some(directory) => {
+                let commit = directory.file_name().and_then(|commit| commit.to_str()).unwrap_or(revision);
+                self.fetch(id, commit, weights, &read)
+            }
             None => self.fetch(id, revision, weights, &read),
+        });
+        match (fetched, copy()) {
+            (Err(error @ (ModelError::Hub(_) | ModelError::Io { .. })), Some(directory)) => {
+                let problem = match error {
+                    ModelError::Hub(HubError::Unreachable { problem, .. }) => problem,
+                    error => error.to_string(),
+                };
+                tracing::warn!(
+                    model = id,
+                    problem,
+                    "the copy in the cache has no {TOKENIZER_CONFIG_FILE}, and it cannot be fetched; used as it is"
+                );
+                with_content(directory)
+            }
+            (fetched, _) => fetched,
         }
     }
 
@@ -190,7 +213,7 @@ impl Hub {
         lock().map_err(ModelError::io(&path))
     }
 
-    /// A complete copy in the cache.
+    /// A copy in the cache that has all that a model cannot do without.
     fn cached(&self, id: &str, revision: &str, weights: bool) -> Option<PathBuf> {
         let model = self.cache.join(folder(id));
         let commit = std::fs::read_to_string(model.join("refs").join(revision));
@@ -241,26 +264,31 @@ impl Hub {
             return Err(HubError::NoTokenizer { id: id.into() }.into());
         }
         tracing::info!(model = id, endpoint = self.endpoint, cache = %self.cache.display(), "fetching");
+        let directory = self.cache.join(folder(id)).join("snapshots").join(&info.sha);
+        let get = |file: &str| self.get(&repo, id, &directory, file);
         // Weights last: a snapshot that has them has everything.
-        let mut directory = self.get(&repo, id, "config.json")?;
-        directory.pop();
         for name in SMALL_FILES.into_iter().filter(|name| files.contains(name)) {
-            self.get(&repo, id, name)?;
+            get(name)?;
         }
         let content = read(&directory)?;
         if weights && files.contains(&SINGLE_FILE) {
-            self.get(&repo, id, SINGLE_FILE)?;
+            get(SINGLE_FILE)?;
         } else if weights {
-            for name in shards(&self.get(&repo, id, INDEX_FILE)?)? {
-                self.get(&repo, id, &name)?;
+            get(INDEX_FILE)?;
+            for name in shards(&directory.join(INDEX_FILE))? {
+                get(&name)?;
             }
         }
         Cache::new(self.cache.clone()).repo(named).create_ref(&info.sha).map_err(ModelError::io(&self.cache))?;
         Ok((directory, content))
     }
 
-    fn get(&self, repo: &ApiRepo, id: &str, file: &str) -> Result<PathBuf, HubError> {
-        repo.get(file).map_err(|error| match status(&error) {
+    /// Fetches a file into the snapshot `directory`, unless it is there: hf-hub finds only what it has fetched itself.
+    fn get(&self, repo: &ApiRepo, id: &str, directory: &Path, file: &str) -> Result<(), HubError> {
+        if directory.join(file).exists() {
+            return Ok(());
+        }
+        let fetched = repo.download(file).map_err(|error| match status(&error) {
             Some(403) => HubError::Forbidden { id: id.into(), endpoint: self.endpoint.clone() },
             _ => HubError::Fetch {
                 id: id.into(),
@@ -268,7 +296,8 @@ impl Hub {
                 endpoint: self.endpoint.clone(),
                 problem: error.to_string(),
             },
-        })
+        });
+        fetched.map(drop)
     }
 
     fn explain(&self, id: &str, revision: &str, error: &ApiError) -> HubError {

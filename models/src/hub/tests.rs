@@ -23,9 +23,7 @@ impl FakeHub {
         let (sender, asked) = mpsc::channel();
         std::thread::spawn(move || {
             for stream in listener.incoming() {
-                if let Some(path) = stream.ok().and_then(|stream| answer(stream, &files, refusal)) {
-                    let _ = sender.send(path);
-                }
+                let _ = stream.ok().and_then(|stream| answer(stream, &files, refusal, &sender));
             }
         });
         Self { endpoint, asked }
@@ -39,17 +37,24 @@ impl FakeHub {
     }
 }
 
-/// Answers one request as the hub does, and returns its path.
-fn answer(mut stream: TcpStream, files: &HashMap<String, String>, refusal: Option<u16>) -> Option<String> {
+/// Reports the path of one request, and answers it as the hub does.
+fn answer(
+    mut stream: TcpStream,
+    files: &HashMap<String, String>,
+    refusal: Option<u16>,
+    asked: &mpsc::Sender<String>,
+) -> Option<()> {
     let mut lines = BufReader::new(stream.try_clone().ok()?).lines();
     let path = lines.next()?.ok()?.split(' ').nth(1)?.to_owned();
     let mut first_byte_only = false;
     for line in lines.map_while(Result::ok).take_while(|line| !line.is_empty()) {
         first_byte_only |= line.eq_ignore_ascii_case("range: bytes=0-0");
     }
+    // First: who has the answer may look at once.
+    let _ = asked.send(path.clone());
     let (status, headers, body) = if let Some(status) = refusal {
         (status, String::new(), String::new())
-    } else if path == "/api/models/org/tiny/revision/main" {
+    } else if ["main", COMMIT].iter().any(|revision| path == format!("/api/models/org/tiny/revision/{revision}")) {
         let siblings: Vec<_> = files.keys().map(|name| serde_json::json!({"rfilename": name})).collect();
         (200, String::new(), serde_json::json!({"sha": COMMIT, "siblings": siblings}).to_string())
     } else if let Some((name, text)) =
@@ -62,19 +67,24 @@ fn answer(mut stream: TcpStream, files: &HashMap<String, String>, refusal: Optio
         (404, String::new(), String::new())
     };
     let len = body.len();
-    write!(stream, "HTTP/1.1 {status} x\r\n{headers}content-length: {len}\r\nconnection: close\r\n\r\n{body}").ok()?;
-    Some(path)
+    write!(stream, "HTTP/1.1 {status} x\r\n{headers}content-length: {len}\r\nconnection: close\r\n\r\n{body}").ok()
 }
 
-const SHARDED: [(&str, &str); 7] = [
+const SHARDED: [(&str, &str); 8] = [
     ("config.json", "{}"),
     ("tokenizer.json", "{}"),
+    ("tokenizer_config.json", "{}"),
     ("README.md", "not wanted"),
     ("pytorch_model.bin", "not wanted"),
     ("model.safetensors.index.json", r#"{"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}"#),
     ("model-1.safetensors", "one"),
     ("model-2.safetensors", "two"),
 ];
+
+/// Whether it is a file that a model is made of.
+fn is_wanted(name: &str) -> bool {
+    name.ends_with(".json") || name.ends_with(".safetensors")
+}
 
 /// The model's directory with weights in it, whatever the files say.
 fn snapshot(hub: &Hub, revision: &str) -> Result<PathBuf, ModelError> {
@@ -89,8 +99,8 @@ fn a_model_is_fetched_once_and_then_found_offline() {
     let mut names: Vec<_> =
         std::fs::read_dir(&directory).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
     names.sort();
-    let wanted =
-        ["config.json", "model-1.safetensors", "model-2.safetensors", "model.safetensors.index.json", "tokenizer.json"];
+    let mut wanted: Vec<_> = SHARDED.iter().map(|(name, _)| *name).filter(|name| is_wanted(name)).collect();
+    wanted.sort();
     assert_eq!(names, wanted);
     assert_eq!(std::fs::read_to_string(directory.join("model-2.safetensors")).unwrap(), "two");
     assert!(server.asked.try_iter().count() > 0);
@@ -109,6 +119,43 @@ fn a_model_is_fetched_once_and_then_found_offline() {
         let error = snapshot(&offline, "main").unwrap_err();
         assert!(error.to_string().contains("HF_HUB_OFFLINE is set"), "{error}");
         snapshot(&server.hub(home.path(), &[]), "main").unwrap();
+    }
+}
+
+/// A cache that another program, which has no use for the tokenizer's configuration, has filled.
+fn filled_in_part(home: &Path) -> PathBuf {
+    let model = home.join("hub/models--org--tiny");
+    let directory = model.join("snapshots").join(COMMIT);
+    std::fs::create_dir_all(&directory).unwrap();
+    std::fs::create_dir(model.join("refs")).unwrap();
+    std::fs::write(model.join("refs/main"), COMMIT).unwrap();
+    for (name, text) in SHARDED.iter().filter(|(name, _)| is_wanted(name) && *name != "tokenizer_config.json") {
+        std::fs::write(directory.join(name), text).unwrap();
+    }
+    directory
+}
+
+#[test]
+fn what_another_program_has_not_fetched_is_fetched_and_nothing_else() {
+    let home = tempfile::tempdir().unwrap();
+    let directory = filled_in_part(home.path());
+    let server = FakeHub::start(&SHARDED, None);
+    assert_eq!(snapshot(&server.hub(home.path(), &[("HF_HUB_OFFLINE", "1")]), "main").unwrap(), directory);
+    assert_eq!(server.asked.try_iter().count(), 0);
+    assert_eq!(snapshot(&server.hub(home.path(), &[]), "main").unwrap(), directory);
+    assert!(directory.join("tokenizer_config.json").exists());
+    let asked: Vec<_> = server.asked.try_iter().filter(|path| path.contains("/resolve/")).collect();
+    assert!(asked.iter().all(|path| path.ends_with("/tokenizer_config.json")), "{asked:?}");
+}
+
+#[test]
+fn a_copy_that_cannot_be_completed_is_used_as_it_is() {
+    for refusal in [401, 404, 500] {
+        let home = tempfile::tempdir().unwrap();
+        let directory = filled_in_part(home.path());
+        let server = FakeHub::start(&SHARDED, Some(refusal));
+        assert_eq!(snapshot(&server.hub(home.path(), &[]), "main").unwrap(), directory);
+        assert!(server.asked.try_iter().count() > 0, "it must be tried");
     }
 }
 
