@@ -5,6 +5,11 @@ use super::{ModelConfig, RopeConfig, RopeScaling};
 use crate::ModelError;
 use crate::family::{FAMILIES, Family};
 
+/// `sliding_window` where nothing is said, in all families that have one; `null` is none.
+const DEFAULT_WINDOW: usize = 4096;
+/// The type of layers whose attention slides over a window.
+const SLIDING: &str = "sliding_attention";
+
 /// Reads a `config.json`.
 pub(crate) fn parse(fields: &Fields<'_>) -> Result<ModelConfig, ModelError> {
     let family = family(fields)?;
@@ -39,6 +44,9 @@ pub(crate) fn parse(fields: &Fields<'_>) -> Result<ModelConfig, ModelError> {
         o_bias: false,
         mlp_bias: false,
     };
+    if has_windows(fields)? {
+        end_at_window(fields, &mut config)?;
+    }
     (family.from_hf)(fields, &mut config)?;
     config.validate(fields.path())?;
     Ok(config)
@@ -74,12 +82,38 @@ fn refuse_unsupported(fields: &Fields<'_>) -> Result<(), ModelError> {
     if let Some(factor) = fields.float("partial_rotary_factor")?.filter(|&factor| factor != 1.0) {
         return refuse(format!("partial_rotary_factor {factor}"));
     }
-    if fields.boolean("use_sliding_window")? == Some(true) {
-        return refuse("use_sliding_window (sliding window attention)".into());
-    }
-    let types = fields.get("layer_types").and_then(|types| types.as_array()).into_iter().flatten();
-    if let Some(other) = types.filter_map(|kind| kind.as_str()).find(|kind| *kind != "full_attention") {
+    if let Some(other) = layer_types(fields).find(|kind| !["full_attention", SLIDING].contains(kind)) {
         return refuse(format!("layer type `{other}`"));
+    }
+    Ok(())
+}
+
+fn layer_types<'a>(fields: &Fields<'a>) -> impl Iterator<Item = &'a str> {
+    let types = fields.get("layer_types").and_then(|types| types.as_array());
+    types.into_iter().flatten().filter_map(|kind| kind.as_str())
+}
+
+/// Whether attention slides over windows in some layers, as Qwen's families say it. Which layers those are is left
+/// alone: `max_window_layers` is read as the first of them and as their number, and no window slides in a context that
+/// ends where it would begin to.
+fn has_windows(fields: &Fields<'_>) -> Result<bool, ModelError> {
+    Ok(fields.boolean("use_sliding_window")? == Some(true) || layer_types(fields).any(|kind| kind == SLIDING))
+}
+
+/// Has the context end at the size of a window that slides: a token sees that many, itself among them (transformers'
+/// `sliding_window_overlay`; vLLM too), so the last one of a context of that length still sees all.
+pub(crate) fn end_at_window(fields: &Fields<'_>, config: &mut ModelConfig) -> Result<(), ModelError> {
+    let name = "sliding_window";
+    let window = match fields.size(name)? {
+        Some(0) => return Err(fields.error(name, "is 0")),
+        Some(window) => window,
+        None if fields.names().any(|field| field == name) => return Ok(()),
+        None => DEFAULT_WINDOW,
+    };
+    if window < config.max_position_embeddings {
+        let (path, positions) = (fields.path().display(), config.max_position_embeddings);
+        tracing::warn!(%path, window, positions, "attention slides over a window; contexts end at its size here");
+        config.max_position_embeddings = window;
     }
     Ok(())
 }

@@ -107,15 +107,12 @@ fn real_configurations_are_understood() {
 }
 
 #[test]
-fn a_mistral_without_a_window_is_a_llama() {
+fn a_mistral_is_a_llama() {
     let config = parse_value(&mistral()).unwrap();
     assert_eq!(config, parse_value(&with(mistral(), json!({"architectures": ["LlamaForCausalLM"]}))).unwrap());
     assert_eq!((config.architecture, config.parameters()), (Architecture::Llama, 7_248_023_552));
     assert_eq!(config, parse_value(&with(mistral(), json!({"architectures": null}))).unwrap());
-    assert_eq!(
-        config,
-        parse_value(&with(mistral(), json!({"sliding_window": 32768, "attention_bias": true}))).unwrap()
-    );
+    assert_eq!(config, parse_value(&with(mistral(), json!({"attention_bias": true}))).unwrap());
     // Mistral-Nemo-Instruct-2407 and Mistral-Small-24B-Instruct-2501 state it.
     let wide = with(mistral(), json!({"hidden_size": 5120, "head_dim": 128}));
     assert_eq!(parse_value(&wide).unwrap().head_dim, 128);
@@ -127,10 +124,33 @@ fn a_mistral_without_a_window_is_a_llama() {
     };
     assert_eq!(without("num_key_value_heads").unwrap().kv_heads, 8);
     assert_eq!(parse_value(&with(mistral(), json!({"num_key_value_heads": null}))).unwrap().kv_heads, 32);
-    let error = without("sliding_window").unwrap_err().to_string();
-    assert!(error.contains("sliding_window 4096 (sliding window attention) is not supported"), "{error}");
-    let error = parse_value(&with(mistral(), json!({"sliding_window": 16384}))).unwrap_err().to_string();
-    assert!(error.contains("sliding_window 16384"), "{error}");
+    assert_eq!(without("sliding_window").unwrap().max_position_embeddings, 4096);
+}
+
+#[test]
+fn a_context_ends_where_a_window_would_begin_to_slide() {
+    let context = |base: Value, changes: Value| parse_value(&with(base, changes)).unwrap().max_position_embeddings;
+    // mistralai/Mistral-7B-Instruct-v0.1 and HuggingFaceH4/zephyr-7b-beta.
+    assert_eq!(context(mistral(), json!({"sliding_window": 4096})), 4096);
+    assert_eq!(context(mistral(), json!({"sliding_window": 32767})), 32767);
+    for never in [json!(32768), json!(32769), Value::Null] {
+        assert_eq!(context(mistral(), json!({"sliding_window": never})), 32768);
+    }
+    // Whichever layers it slides over.
+    for layers in [0, 21, 24] {
+        let sliding = json!({"use_sliding_window": true, "sliding_window": 4096, "max_window_layers": layers});
+        assert_eq!(context(qwen2(), sliding), 4096);
+    }
+    let types = json!({"layer_types": ["full_attention", "sliding_attention"], "sliding_window": 4096});
+    assert_eq!(context(qwen3(), types), 4096);
+    assert_eq!(context(qwen3(), json!({"layer_types": ["full_attention"], "sliding_window": 4096})), 40960);
+    assert_eq!(context(qwen2(), json!({"use_sliding_window": true, "sliding_window": null})), 32768);
+    // A window of a context that YaRN has stretched.
+    let yarn = json!({"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768});
+    let stretched = json!({"rope_scaling": yarn, "use_sliding_window": true, "sliding_window": 65536});
+    assert_eq!(context(qwen2(), stretched), 65536);
+    let error = parse_value(&with(mistral(), json!({"sliding_window": 0}))).unwrap_err().to_string();
+    assert!(error.contains("`sliding_window` is 0"), "{error}");
 }
 
 #[test]
@@ -214,8 +234,7 @@ fn what_is_wrong_is_named() {
         (json!({"rms_norm_eps": 1e300}), "`rms_norm_eps`"),
         (json!({"rope_theta": 0.0}), "`rope_theta`"),
         (json!({"hidden_act": "gelu"}), "hidden_act `gelu`"),
-        (json!({"use_sliding_window": true}), "use_sliding_window"),
-        (json!({"layer_types": ["full_attention", "sliding_attention"]}), "`sliding_attention`"),
+        (json!({"layer_types": ["full_attention", "chunked_attention"]}), "`chunked_attention`"),
         (json!({"partial_rotary_factor": 0.5}), "partial_rotary_factor 0.5"),
         (json!({"rope_scaling": {"rope_type": "longrope"}}), "`longrope`"),
         (json!({"rope_scaling": {"rope_type": "linear"}}), "`factor` is missing"),
