@@ -11,6 +11,11 @@ use crate::config::json::Fields;
 use crate::gguf::{Gguf, GgufError};
 use crate::tokenizer::{TOKENIZER_FILE, ends_answers};
 
+/// A chat template in a file of its own.
+pub(crate) const CHAT_TEMPLATE_FILE: &str = "chat_template.jinja";
+/// One for conversations in which functions are offered. transformers leaves any number of named ones beside it.
+pub(crate) const TOOL_USE_TEMPLATE_FILE: &str = "additional_chat_templates/tool_use.jinja";
+
 /// Recommended generation settings. `None` where nothing is recommended.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct GenerationDefaults {
@@ -143,29 +148,30 @@ fn token_text(config: &Value, name: &str) -> Option<String> {
 }
 
 impl ChatTemplate {
-    /// From `chat_template.jinja`, else `tokenizer_config.json`, where it is a string or a list of named ones.
+    /// From `chat_template.jinja`, and for functions `additional_chat_templates/tool_use.jinja`; else from
+    /// `tokenizer_config.json`, where it is a string or a list of named ones.
     pub(crate) fn from_directory(directory: &Path) -> Result<Option<Self>, ModelError> {
         let path = directory.join("tokenizer_config.json");
         let tokenizer = read_json(&path)?.unwrap_or(Value::Null);
-        let own_file = directory.join("chat_template.jinja");
         let named = |name: &str| {
             let entry = tokenizer["chat_template"].as_array()?.iter().find(|entry| entry["name"] == name)?;
             entry["template"].as_str().map(str::to_owned)
         };
-        let source = match read_bounded(&own_file, CONFIG_BYTES_MAX) {
-            Ok(bytes) => Some(String::from_utf8(bytes).map_err(|error| {
-                ModelError::io(&own_file)(std::io::Error::new(std::io::ErrorKind::InvalidData, error.utf8_error()))
-            })?),
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => match &tokenizer["chat_template"] {
+        let source = match read_text(&directory.join(CHAT_TEMPLATE_FILE))? {
+            Some(source) => Some(source),
+            None => match &tokenizer["chat_template"] {
                 Value::String(source) => Some(source.clone()),
                 Value::Array(_) => named("default"),
                 _ => None,
             },
-            Err(error) => return Err(ModelError::io(&own_file)(error)),
+        };
+        let tool_use = match read_text(&directory.join(TOOL_USE_TEMPLATE_FILE))? {
+            Some(source) => Some(source),
+            None => named("tool_use"),
         };
         let text = |name: &str| token_text(&tokenizer, name);
         let (bos_token, eos_token) = (text("bos_token"), text("eos_token"));
-        Ok(source.map(|source| Self { source, tool_use: named("tool_use"), bos_token, eos_token }))
+        Ok(source.map(|source| Self { source, tool_use, bos_token, eos_token }))
     }
 
     /// From GGUF metadata.
@@ -187,6 +193,17 @@ fn token_id(file: &Gguf, name: &str) -> Result<Option<u32>, GgufError> {
     Ok(file.unsigned(&key).unwrap_or(None).and_then(|id| u32::try_from(id).ok()).filter(|&id| id != u32::MAX))
 }
 
+/// A text file; `None` if there is no such file.
+fn read_text(path: &Path) -> Result<Option<String>, ModelError> {
+    match read_bounded(path, CONFIG_BYTES_MAX) {
+        Ok(bytes) => String::from_utf8(bytes).map(Some).map_err(|error| {
+            ModelError::io(path)(std::io::Error::new(std::io::ErrorKind::InvalidData, error.utf8_error()))
+        }),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(ModelError::io(path)(error)),
+    }
+}
+
 /// A JSON file's value; `None` if there is no such file.
 pub(crate) fn read_json(path: &Path) -> Result<Option<Value>, ModelError> {
     match read_bounded(path, CONFIG_BYTES_MAX) {
@@ -206,7 +223,9 @@ mod tests {
     fn directory(files: &[(&str, &str)]) -> tempfile::TempDir {
         let directory = tempfile::tempdir().unwrap();
         for (name, text) in files {
-            std::fs::write(directory.path().join(name), text).unwrap();
+            let path = directory.path().join(name);
+            std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+            std::fs::write(path, text).unwrap();
         }
         directory
     }
@@ -266,9 +285,13 @@ mod tests {
         assert_eq!(found(&[]), None);
         assert_eq!(found(&[("tokenizer_config.json", string)]).as_deref(), Some("inline"));
         assert_eq!(found(&[("tokenizer_config.json", list)]).as_deref(), Some("d"));
-        let named =
-            ChatTemplate::from_directory(directory(&[("tokenizer_config.json", list)]).path()).unwrap().unwrap();
-        assert_eq!(named.tool_use.as_deref(), Some("t"));
+        let tool_use =
+            |files: &[(&str, &str)]| ChatTemplate::from_directory(directory(files).path()).unwrap().unwrap().tool_use;
+        assert_eq!(tool_use(&[("tokenizer_config.json", list)]).as_deref(), Some("t"));
+        let (own, tools) = (("chat_template.jinja", "own"), ("additional_chat_templates/tool_use.jinja", "tools"));
+        assert_eq!(tool_use(&[own]), None);
+        assert_eq!(tool_use(&[own, tools]).as_deref(), Some("tools"));
+        assert_eq!(tool_use(&[("tokenizer_config.json", list), tools]).as_deref(), Some("tools"));
         let both = [("tokenizer_config.json", string), ("chat_template.jinja", "own file")];
         assert_eq!(found(&both).as_deref(), Some("own file"));
         let template = ChatTemplate::from_directory(directory(&[("tokenizer_config.json", string)]).path()).unwrap();

@@ -8,14 +8,21 @@ use hf_hub::api::sync::{ApiBuilder, ApiError, ApiRepo};
 use hf_hub::{Cache, Repo, RepoType};
 
 use crate::ModelError;
+use crate::defaults::{CHAT_TEMPLATE_FILE, TOOL_USE_TEMPLATE_FILE};
 use crate::tokenizer::TOKENIZER_FILE;
 use crate::weights::{INDEX_FILE, SINGLE_FILE, shards};
 
 /// Without it there is often no chat template, and an end token short. Programs that only compute leave it out.
 const TOKENIZER_CONFIG_FILE: &str = "tokenizer_config.json";
 /// Files fetched beside the weights, where a model has them.
-const SMALL_FILES: [&str; 5] =
-    ["config.json", "generation_config.json", TOKENIZER_FILE, TOKENIZER_CONFIG_FILE, "chat_template.jinja"];
+const SMALL_FILES: [&str; 6] = [
+    "config.json",
+    "generation_config.json",
+    TOKENIZER_FILE,
+    TOKENIZER_CONFIG_FILE,
+    CHAT_TEMPLATE_FILE,
+    TOOL_USE_TEMPLATE_FILE,
+];
 
 /// Why a model of the hub could not be had, and what to do about it.
 #[derive(Debug, thiserror::Error)]

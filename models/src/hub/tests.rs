@@ -62,7 +62,8 @@ fn answer(
     {
         let body = if first_byte_only { &text[..1] } else { text };
         let range = format!("content-range: bytes 0-{}/{}\r\n", body.len() - 1, text.len());
-        (206, format!("x-repo-commit: {COMMIT}\r\netag: \"{name}\"\r\n{range}"), body.to_owned())
+        let etag = name.replace('/', "-");
+        (206, format!("x-repo-commit: {COMMIT}\r\netag: \"{etag}\"\r\n{range}"), body.to_owned())
     } else {
         (404, String::new(), String::new())
     };
@@ -119,6 +120,17 @@ fn a_model_is_fetched_once_and_then_found_offline() {
         let error = snapshot(&offline, "main").unwrap_err();
         assert!(error.to_string().contains("HF_HUB_OFFLINE is set"), "{error}");
         snapshot(&server.hub(home.path(), &[]), "main").unwrap();
+    }
+}
+
+#[test]
+fn templates_are_fetched_beside_the_weights() {
+    let home = tempfile::tempdir().unwrap();
+    let templates = [("chat_template.jinja", "own"), ("additional_chat_templates/tool_use.jinja", "tools")];
+    let server = FakeHub::start(&[&SHARDED[..], &templates[..]].concat(), None);
+    let directory = snapshot(&server.hub(home.path(), &[]), "main").unwrap();
+    for (name, text) in templates {
+        assert_eq!(std::fs::read_to_string(directory.join(name)).unwrap(), text);
     }
 }
 
