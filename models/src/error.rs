@@ -10,7 +10,7 @@ pub enum ModelError {
     /// Neither a path nor something that could be a model on the hub.
     #[error(
         "`{model}` is neither a directory with a config.json, nor a .gguf file, nor a model id of the form \
-         `organisation/name`"
+         `organisation/name` (`organisation/name:QUANT` for a GGUF file of it)"
     )]
     NotFound {
         /// What was asked for.

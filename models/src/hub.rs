@@ -1,11 +1,13 @@
 //! Models by their id on the Hugging Face hub: what is in the local cache is used as it is, the rest is fetched into
 //! it. The cache is the one `huggingface_hub` keeps, so a model any other program has fetched is found.
 
+mod gguf;
+mod remote;
+
 use std::fs::File;
 use std::path::{Path, PathBuf};
 
-use hf_hub::api::sync::{ApiBuilder, ApiError, ApiRepo};
-use hf_hub::{Cache, Repo, RepoType};
+use remote::Remote;
 
 use crate::ModelError;
 use crate::defaults::{CHAT_TEMPLATE_FILE, TOOL_USE_TEMPLATE_FILE};
@@ -87,6 +89,28 @@ pub enum HubError {
         /// What it has instead.
         hint: String,
     },
+    /// No GGUF file has the quantisation in its name.
+    #[error("`{id}` has no GGUF file with `{quantization}` in its name; it has {files}")]
+    NoGguf {
+        /// The model.
+        id: String,
+        /// What was looked for.
+        quantization: String,
+        /// Its GGUF files.
+        files: String,
+    },
+    /// More than one has.
+    #[error(
+        "`{id}` has several GGUF files with `{quantization}` in their names ({files}); give more of the name of one"
+    )]
+    SeveralGguf {
+        /// The model.
+        id: String,
+        /// What was looked for.
+        quantization: String,
+        /// Those that have it.
+        files: String,
+    },
     /// The model has its tokenizer in another form only.
     #[error(
         "`{id}` has no tokenizer.json, the only form of tokenizer that is read (tekken.json and tokenizer.model are \
@@ -162,10 +186,7 @@ impl Hub {
         weights: bool,
         read: impl Fn(&Path) -> Result<T, ModelError>,
     ) -> Result<(PathBuf, T), ModelError> {
-        let plain = |part: &str| !part.is_empty() && part != "." && part != "..";
-        if !revision.split('/').all(plain) {
-            return Err(HubError::Setting(format!("`{revision}` is not a revision")).into());
-        }
+        check_revision(revision)?;
         let with_content = |directory: PathBuf| read(&directory).map(|content| (directory, content));
         let copy = || self.cached(id, revision, weights);
         let is_whole = |directory: &PathBuf| self.offline || directory.join(TOKENIZER_CONFIG_FILE).exists();
@@ -220,12 +241,17 @@ impl Hub {
         lock().map_err(ModelError::io(&path))
     }
 
-    /// A copy in the cache that has all that a model cannot do without.
-    fn cached(&self, id: &str, revision: &str, weights: bool) -> Option<PathBuf> {
+    /// Where the cache has a model's files, if it has.
+    fn directory(&self, id: &str, revision: &str) -> PathBuf {
         let model = self.cache.join(folder(id));
         let commit = std::fs::read_to_string(model.join("refs").join(revision));
         let commit = commit.map_or_else(|_| revision.to_owned(), |commit| commit.trim().to_owned());
-        let directory = model.join("snapshots").join(commit);
+        model.join("snapshots").join(commit)
+    }
+
+    /// A copy in the cache that has all that a model cannot do without.
+    fn cached(&self, id: &str, revision: &str, weights: bool) -> Option<PathBuf> {
+        let directory = self.directory(id, revision);
         let index = directory.join(INDEX_FILE);
         let has_weights = || {
             directory.join(SINGLE_FILE).exists()
@@ -243,83 +269,34 @@ impl Hub {
         weights: bool,
         read: impl Fn(&Path) -> Result<T, ModelError>,
     ) -> Result<(PathBuf, T), ModelError> {
-        let api = ApiBuilder::from_cache(Cache::new(self.cache.clone()))
-            .with_endpoint(self.endpoint.clone())
-            .with_token(self.token.clone())
-            .with_progress(self.progress)
-            .build()
-            .map_err(|error| self.explain(id, revision, &error))?;
-        let named = Repo::with_revision(id.into(), RepoType::Model, revision.into());
-        let info = api.repo(named.clone()).info().map_err(|error| self.explain(id, revision, &error))?;
-        if info.sha.is_empty() || !info.sha.chars().all(|c| c.is_ascii_alphanumeric()) {
-            let problem = format!("{} answers with a commit `{}`, which is none", self.endpoint, info.sha);
-            return Err(HubError::Setting(problem).into());
-        }
-        // By commit, so that a branch that moves meanwhile, or has moved since some files were cached, is not mixed up.
-        let repo = api.repo(Repo::with_revision(id.into(), RepoType::Model, info.sha.clone()));
-        let files: Vec<&str> = info.siblings.iter().map(|file| file.rfilename.as_str()).collect();
-        if !files.contains(&"config.json") || (weights && !files.contains(&SINGLE_FILE) && !files.contains(&INDEX_FILE))
-        {
-            let gguf: Vec<_> = files.iter().filter(|name| name.ends_with(".gguf")).take(3).copied().collect();
-            let hint = match gguf.as_slice() {
+        let remote = Remote::ask(self, id, revision)?;
+        if !remote.has("config.json") || (weights && !remote.has(SINGLE_FILE) && !remote.has(INDEX_FILE)) {
+            let hint = match gguf::whole_files(&remote.files).as_slice() {
                 [] => String::new(),
-                some => format!("; download one of its GGUF files ({}, ...) and give its path", some.join(", ")),
+                some => {
+                    let list = gguf::list(some);
+                    format!("; `{id}:QUANT` is the one of its GGUF files that has QUANT in its name ({list})")
+                }
             };
             return Err(HubError::NoWeights { id: id.into(), hint }.into());
         }
-        if !files.contains(&TOKENIZER_FILE) {
+        if !remote.has(TOKENIZER_FILE) {
             return Err(HubError::NoTokenizer { id: id.into() }.into());
         }
-        tracing::info!(model = id, endpoint = self.endpoint, cache = %self.cache.display(), "fetching");
-        let directory = self.cache.join(folder(id)).join("snapshots").join(&info.sha);
-        let get = |file: &str| self.get(&repo, id, &directory, file);
         // Weights last: a snapshot that has them has everything.
-        for name in SMALL_FILES.into_iter().filter(|name| files.contains(name)) {
-            get(name)?;
+        for name in SMALL_FILES.into_iter().filter(|name| remote.has(name)) {
+            remote.get(name)?;
         }
-        let content = read(&directory)?;
-        if weights && files.contains(&SINGLE_FILE) {
-            get(SINGLE_FILE)?;
+        let content = read(&remote.directory)?;
+        if weights && remote.has(SINGLE_FILE) {
+            remote.get(SINGLE_FILE)?;
         } else if weights {
-            get(INDEX_FILE)?;
-            for name in shards(&directory.join(INDEX_FILE))? {
-                get(&name)?;
+            remote.get(INDEX_FILE)?;
+            for name in shards(&remote.directory.join(INDEX_FILE))? {
+                remote.get(&name)?;
             }
         }
-        Cache::new(self.cache.clone()).repo(named).create_ref(&info.sha).map_err(ModelError::io(&self.cache))?;
-        Ok((directory, content))
-    }
-
-    /// Fetches a file into the snapshot `directory`, unless it is there: hf-hub finds only what it has fetched itself.
-    fn get(&self, repo: &ApiRepo, id: &str, directory: &Path, file: &str) -> Result<(), HubError> {
-        if directory.join(file).exists() {
-            return Ok(());
-        }
-        let fetched = repo.download(file).map_err(|error| match status(&error) {
-            Some(403) => HubError::Forbidden { id: id.into(), endpoint: self.endpoint.clone() },
-            _ => HubError::Fetch {
-                id: id.into(),
-                file: file.into(),
-                endpoint: self.endpoint.clone(),
-                problem: error.to_string(),
-            },
-        });
-        fetched.map(drop)
-    }
-
-    fn explain(&self, id: &str, revision: &str, error: &ApiError) -> HubError {
-        let (id, endpoint) = (id.to_owned(), self.endpoint.clone());
-        let revision = revision.to_owned();
-        match status(error) {
-            // The hub hides what the asker may not see.
-            Some(401) if self.token.is_none() => {
-                let hint = ", or it is private or gated: check the id, or set HF_TOKEN";
-                HubError::NoSuchModel { id, revision, endpoint, hint }
-            }
-            Some(401 | 403) => HubError::Forbidden { id, endpoint },
-            Some(404) => HubError::NoSuchModel { id, revision, endpoint, hint: "; check the id and --revision" },
-            _ => HubError::Unreachable { id, cache: self.cache.clone(), endpoint, problem: error.to_string() },
-        }
+        Ok((remote.finish()?, content))
     }
 }
 
@@ -328,25 +305,37 @@ fn folder(id: &str) -> String {
     format!("models--{}", id.replace('/', "--"))
 }
 
-fn status(error: &ApiError) -> Option<u16> {
-    match error {
-        ApiError::RequestError(error) => match **error {
-            ureq::Error::StatusCode(code) => Some(code),
-            _ => None,
-        },
-        _ => None,
+/// Whether a path with `/` names something below where it is looked for.
+fn is_plain(path: &str) -> bool {
+    path.split('/').all(|part| !part.is_empty() && part != "." && part != "..")
+}
+
+fn check_revision(revision: &str) -> Result<(), HubError> {
+    match is_plain(revision) {
+        true => Ok(()),
+        false => Err(HubError::Setting(format!("`{revision}` is not a revision"))),
     }
 }
 
-/// Whether `model` has the form of a hub id: `organisation/name`.
-pub(crate) fn is_hub_id(model: &str) -> bool {
+/// A model's id, and what one of its GGUF files has in its name, where `model` has the form of one: `organisation/name`
+/// or `organisation/name:QUANT`.
+pub(crate) fn parse_id(model: &str) -> Option<(&str, Option<&str>)> {
+    let (id, quantization) = match model.split_once(':') {
+        Some((id, quantization)) => (id, Some(quantization)),
+        None => (model, None),
+    };
+    let is_word = |text: &str| !text.is_empty() && text.chars().all(|c| c.is_ascii_alphanumeric() || "-_.".contains(c));
+    (is_id(id) && quantization.is_none_or(is_word)).then_some((id, quantization))
+}
+
+fn is_id(id: &str) -> bool {
     let part = |part: &str| {
         part.starts_with(|c: char| c.is_ascii_alphanumeric())
             && part.chars().all(|c| c.is_ascii_alphanumeric() || "-_.".contains(c))
             && !part.contains("..")
             && !part.contains("--")
     };
-    model.split_once('/').is_some_and(|(organisation, name)| part(organisation) && part(name))
+    id.split_once('/').is_some_and(|(organisation, name)| part(organisation) && part(name))
 }
 
 #[cfg(test)]

@@ -10,7 +10,7 @@ use crate::decoder::Decoder;
 use crate::defaults::read_json;
 use crate::fingerprint::Fingerprint;
 use crate::gguf::{Gguf, GgufError, TensorInfo};
-use crate::hub::{Hub, is_hub_id};
+use crate::hub::{Hub, parse_id};
 use crate::tokenizer::TOKENIZER_FILE;
 use crate::weights::{DummyWeights, GgufWeights, SafetensorsFiles, WeightSource, kv_dtype};
 use crate::{
@@ -39,6 +39,12 @@ pub struct OpenOptions {
     pub progress: bool,
     /// Seed of made-up weights.
     pub dummy_seed: u64,
+}
+
+impl OpenOptions {
+    fn revision(&self) -> &str {
+        self.revision.as_deref().unwrap_or("main")
+    }
 }
 
 /// An opened model: its configuration read and checked, its files mapped, its weights not yet taken over by a backend.
@@ -84,7 +90,8 @@ pub struct LoadedModel<B: Backend> {
 
 impl ModelSource {
     /// Opens a directory with a `config.json`, a `.gguf` file, or a model of the Hugging Face hub
-    /// (`organisation/name`), which is fetched if it is not in the local cache.
+    /// (`organisation/name`, or `organisation/name:QUANT` for a GGUF file of one), which is fetched if it is not in the
+    /// local cache.
     pub fn open(model: &str, options: &OpenOptions) -> Result<Self, ModelError> {
         let path = Path::new(model);
         let own_name = |name: Option<&std::ffi::OsStr>| {
@@ -95,8 +102,12 @@ impl ModelSource {
             Self::open_directory(own_name(canonical.file_name()), path, options)
         } else if path.is_file() {
             Self::open_gguf(own_name(path.file_stem()), path, options)
-        } else if is_hub_id(model) {
-            Self::open_from_hub(&Hub::from_env(options.progress)?, model, options)
+        } else if let Some((id, quantization)) = parse_id(model) {
+            let hub = Hub::from_env(options.progress)?;
+            match quantization {
+                None => Self::open_from_hub(&hub, id, options),
+                Some(quantization) => Self::open_gguf_from_hub(&hub, id, quantization, options),
+            }
         } else {
             Err(ModelError::NotFound { model: model.into() })
         }
@@ -104,10 +115,9 @@ impl ModelSource {
 
     /// Opens a model of the hub: what its small files say is read before its weights are fetched.
     pub(crate) fn open_from_hub(hub: &Hub, id: &str, options: &OpenOptions) -> Result<Self, ModelError> {
-        let revision = options.revision.as_deref().unwrap_or("main");
         let weights = options.load_format == LoadFormat::Auto;
         let read = |directory: &Path| Description::read(directory, options);
-        let (directory, description) = hub.snapshot(id, revision, weights, read)?;
+        let (directory, description) = hub.snapshot(id, options.revision(), weights, read)?;
         Self::open_described(id.into(), &directory, description, options)
     }
 
@@ -136,11 +146,22 @@ impl ModelSource {
         Ok(Self { name, path, files, config, generation_defaults, chat_template, progress })
     }
 
+    /// Opens a GGUF file of a model of the hub.
+    pub(crate) fn open_gguf_from_hub(
+        hub: &Hub,
+        id: &str,
+        quantization: &str,
+        options: &OpenOptions,
+    ) -> Result<Self, ModelError> {
+        let name = format!("{id}:{quantization}");
+        // Before it is fetched.
+        check_load_format(Path::new(&name), options)?;
+        let path = hub.gguf(id, options.revision(), quantization)?;
+        Self::open_gguf(name, &path, options)
+    }
+
     fn open_gguf(name: String, path: &Path, options: &OpenOptions) -> Result<Self, ModelError> {
-        if options.load_format == LoadFormat::Dummy {
-            let what = "load format `dummy` for GGUF files (it needs a directory with a config.json)".into();
-            return Err(ModelError::Unsupported { path: path.into(), what });
-        }
+        check_load_format(path, options)?;
         let parts = open_parts(path)?;
         let error = ModelError::gguf(path);
         let config = gguf_config::parse(&parts, path)?;
@@ -306,6 +327,17 @@ impl Description {
             chat_template: ChatTemplate::from_directory(directory)?,
             config,
         })
+    }
+}
+
+/// Weights cannot be made up for a GGUF file.
+fn check_load_format(path: &Path, options: &OpenOptions) -> Result<(), ModelError> {
+    match options.load_format {
+        LoadFormat::Auto => Ok(()),
+        LoadFormat::Dummy => {
+            let what = "load format `dummy` for GGUF files (it needs a directory with a config.json)".into();
+            Err(ModelError::Unsupported { path: path.into(), what })
+        }
     }
 }
 

@@ -4,7 +4,7 @@ use std::net::{TcpListener, TcpStream};
 use std::sync::mpsc;
 
 use super::*;
-use crate::{ModelSource, OpenOptions};
+use crate::{LoadFormat, ModelSource, OpenOptions};
 
 const COMMIT: &str = "0123456789abcdef0123456789abcdef01234567";
 
@@ -241,6 +241,74 @@ fn a_model_without_a_tokenizer_that_is_read_is_refused_before_anything_is_fetche
     assert!(asked.iter().all(|path| !path.contains("/resolve/")), "{asked:?}");
 }
 
+const QUANTISED: [(&str, &str); 5] = [
+    ("README.md", "not wanted"),
+    ("m-Q8_0.gguf", "not wanted"),
+    ("m-Q4_0.gguf", "some text"),
+    ("BF16/m-BF16-00001-of-00002.gguf", "one"),
+    ("BF16/m-BF16-00002-of-00002.gguf", "two"),
+];
+
+#[test]
+fn a_gguf_file_is_fetched_once_by_its_quantisation_and_then_found_offline() {
+    let home = tempfile::tempdir().unwrap();
+    let server = FakeHub::start(&QUANTISED, None);
+    let model = home.path().join("hub/models--org--tiny/snapshots").join(COMMIT);
+    for (quantization, file) in [("q4_0", "m-Q4_0.gguf"), ("bf16", "BF16/m-BF16-00001-of-00002.gguf")] {
+        let offline = server.hub(home.path(), &[("HF_HUB_OFFLINE", "1")]);
+        let error = offline.gguf("org/tiny", "main", quantization).unwrap_err().to_string();
+        assert!(error.contains("HF_HUB_OFFLINE is set"), "{error}");
+        assert_eq!(server.hub(home.path(), &[]).gguf("org/tiny", "main", quantization).unwrap(), model.join(file));
+        assert!(server.asked.try_iter().all(|path| !path.contains("Q8_0")));
+        for hub in [server.hub(home.path(), &[]), offline] {
+            assert_eq!(hub.gguf("org/tiny", "main", quantization).unwrap(), model.join(file));
+            assert_eq!(hub.gguf("org/tiny", COMMIT, quantization).unwrap(), model.join(file));
+        }
+        assert_eq!(server.asked.try_iter().count(), 0, "a cached file must not be asked for");
+    }
+    let second = model.join("BF16/m-BF16-00002-of-00002.gguf");
+    assert_eq!(std::fs::read_to_string(&second).unwrap(), "two");
+
+    // Without one of its parts it is fetched again, and offline it is not there.
+    std::fs::remove_file(&second).unwrap();
+    assert!(server.hub(home.path(), &[("HF_HUB_OFFLINE", "1")]).gguf("org/tiny", "main", "bf16").is_err());
+    server.hub(home.path(), &[]).gguf("org/tiny", "main", "bf16").unwrap();
+    assert!(second.exists());
+}
+
+#[test]
+fn a_quantisation_that_none_or_several_have_is_an_error_that_lists_them() {
+    let home = tempfile::tempdir().unwrap();
+    let server = FakeHub::start(&QUANTISED, None);
+    let hub = server.hub(home.path(), &[]);
+    let error = |hub: &Hub, quantization| hub.gguf("org/tiny", "main", quantization).unwrap_err().to_string();
+    let none = error(&hub, "q2_k");
+    assert!(none.contains("it has BF16/m-BF16-00001-of-00002.gguf, m-Q4_0.gguf, m-Q8_0.gguf"), "{none}");
+    let several = error(&hub, "m");
+    assert!(several.contains("several GGUF files") && several.contains("m-Q4_0.gguf, m-Q8_0.gguf"), "{several}");
+    assert!(server.asked.try_iter().all(|path| !path.contains("/resolve/")));
+    for quantization in ["q4_0", "q8_0"] {
+        hub.gguf("org/tiny", "main", quantization).unwrap();
+    }
+    let offline = error(&server.hub(home.path(), &[("HF_HUB_OFFLINE", "1")]), "m");
+    assert!(offline.contains("(m-Q4_0.gguf, m-Q8_0.gguf)"), "{offline}");
+}
+
+#[test]
+fn a_gguf_file_of_the_hub_is_opened_as_one() {
+    let home = tempfile::tempdir().unwrap();
+    let server = FakeHub::start(&QUANTISED, None);
+    let hub = server.hub(home.path(), &[]);
+    let error = |options: &OpenOptions| {
+        ModelSource::open_gguf_from_hub(&hub, "org/tiny", "Q4_0", options).err().unwrap().to_string()
+    };
+    let dummy = error(&OpenOptions { load_format: LoadFormat::Dummy, ..OpenOptions::default() });
+    assert!(dummy.contains("org/tiny:Q4_0: load format `dummy`"), "{dummy}");
+    assert_eq!(server.asked.try_iter().count(), 0);
+    let text = error(&OpenOptions::default());
+    assert!(text.contains("m-Q4_0.gguf") && text.contains("not a GGUF file"), "{text}");
+}
+
 #[test]
 fn refusals_say_what_to_do() {
     let home = tempfile::tempdir().unwrap();
@@ -256,7 +324,7 @@ fn refusals_say_what_to_do() {
 
     let server = FakeHub::start(&[("config.json", "{}"), ("m.Q4_0.gguf", "x")], None);
     let error = snapshot(&server.hub(home.path(), &[]), "main").unwrap_err().to_string();
-    assert!(error.contains("m.Q4_0.gguf"), "{error}");
+    assert!(error.contains("`org/tiny:QUANT`") && error.contains("(m.Q4_0.gguf)"), "{error}");
 }
 
 #[test]
@@ -298,9 +366,12 @@ fn settings_are_read_as_huggingface_hub_reads_them() {
 #[test]
 fn ids_are_told_from_paths() {
     for id in ["Qwen/Qwen3-0.6B", "HuggingFaceTB/SmolLM2-135M-Instruct", "a/b_c.d"] {
-        assert!(is_hub_id(id), "{id}");
+        assert_eq!(parse_id(id), Some((id, None)));
+        assert_eq!(parse_id(&format!("{id}:UD-Q4_K_XL")), Some((id, Some("UD-Q4_K_XL"))));
     }
-    for path in ["./a/b", "/a/b", "a", "a/b/c", "../b", "a/..", "a/b:c", "~/b", "a/", "/b", "a/b c"] {
-        assert!(!is_hub_id(path), "{path}");
+    for path in
+        ["./a/b", "/a/b", "a", "a/b/c", "../b", "a/..", "a/b:", "a/b:c:d", "a/b:c/d", "~/b", "a/", "/b", "a/b c"]
+    {
+        assert_eq!(parse_id(path), None, "{path}");
     }
 }
