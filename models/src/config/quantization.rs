@@ -1,9 +1,9 @@
 //! `quantization_config` of `config.json`: which quantised weights are read, and which are refused.
 //!
-//! Those of eight-bit floats are (E4M3, with scales), as two families of tools write them: `fp8` (transformers and
-//! DeepSeek with a scale for each block of 128 by 128, AutoFP8 with one for each matrix), and `compressed-tensors`
-//! (llm-compressor, a scale for each matrix, row or block). What such a file says of activations is left alone: they
-//! are not quantised here.
+//! Those of eight-bit floats are (E4M3, with scales), as three families of tools write them: `fp8` (transformers and
+//! DeepSeek with a scale for each block of 128 by 128, AutoFP8 with one for each matrix), `compressed-tensors`
+//! (llm-compressor, a scale for each matrix, row or block), and `modelopt` (NVIDIA's Model Optimizer, one for each
+//! matrix). What such a file says of activations is left alone: they are not quantised here.
 
 use serde_json::Value;
 
@@ -21,8 +21,8 @@ pub(crate) struct Fp8 {
 }
 
 /// What is supported, for messages.
-const SUPPORTED: &str = "supported are quant_method `fp8`, and `compressed-tensors` with weights of 8 bits, `float`; \
-    else use bf16, f16 or f32 weights, or a GGUF file";
+const SUPPORTED: &str = "supported are quant_method `fp8`, `compressed-tensors` with weights of 8 bits, `float`, and \
+    `modelopt` with quant_algo `FP8`; else use bf16, f16 or f32 weights, or a GGUF file";
 /// Columns of a block have to be a multiple of these ([`engine_kernels::DType::F8`]).
 const BLOCK_COLUMNS: usize = engine_kernels::DType::F8.block_len();
 
@@ -33,6 +33,7 @@ impl Fp8 {
         let this = match quantization.string("quant_method")? {
             Some("fp8") => Self::transformers(&quantization)?,
             Some("compressed-tensors") => Self::compressed_tensors(&quantization)?,
+            Some("modelopt") => Self::modelopt(&quantization)?,
             other => return Err(refuse(fields, format!("quant_method `{}`", other.unwrap_or("(none)")))),
         };
         match this.block {
@@ -97,6 +98,13 @@ impl Fp8 {
             return Err(refuse(quantization, "config_groups with blocks and without".into()));
         }
         Ok(Self { block: first, except: names(quantization.get("ignore")).collect() })
+    }
+
+    fn modelopt(quantization: &Fields<'_>) -> Result<Self, ModelError> {
+        match quantization.string("quant_algo")? {
+            Some("FP8") => Ok(Self { block: None, except: names(quantization.get("ignore")).collect() }),
+            other => Err(refuse(quantization, format!("quant_algo `{}`", other.unwrap_or("(none)")))),
+        }
     }
 
     /// Whether the projection `name` of a layer (`model.layers.0.mlp.up_proj.weight`) is quantised. Patterns (`re:`) in

@@ -33,6 +33,19 @@ fn compressed() -> Value {
     })
 }
 
+/// That of a model by NVIDIA's Model Optimizer.
+fn modelopt(algorithm: &str) -> Value {
+    json!({
+        "config_groups": {"group_0": {
+            "input_activations": {"dynamic": false, "num_bits": 8, "type": "float"},
+            "weights": {"dynamic": false, "num_bits": 8, "type": "float"}, "targets": ["Linear"],
+        }},
+        "ignore": ["lm_head"], "quant_algo": algorithm,
+        "kv_cache_scheme": {"dynamic": false, "num_bits": 8, "type": "float"},
+        "producer": {"name": "modelopt", "version": "0.37.0"}, "quant_method": "modelopt",
+    })
+}
+
 #[test]
 fn what_tools_write_is_understood() {
     let fp8 = parse(qwen3()).unwrap().unwrap();
@@ -41,6 +54,7 @@ fn what_tools_write_is_understood() {
     let whole = Fp8 { block: None, except: vec!["lm_head".into()] };
     assert_eq!(parse(auto_fp8).unwrap().unwrap(), whole);
     assert_eq!(parse(compressed()).unwrap().unwrap(), whole);
+    assert_eq!(parse(modelopt("FP8")).unwrap().unwrap(), whole);
     let mut blocks = compressed();
     blocks["config_groups"]["group_0"]["weights"]["strategy"] = "block".into();
     blocks["config_groups"]["group_0"]["weights"]["block_structure"] = json!([128, 128]);
@@ -64,9 +78,13 @@ fn projections_are_quantised_unless_they_or_what_they_are_in_is_excepted() {
 #[test]
 fn what_is_not_supported_is_named_beside_what_is() {
     let mut cases = Vec::new();
-    for method in ["gptq", "awq", "bitsandbytes", "mxfp4", "modelopt", "fbgemm_fp8"] {
+    for method in ["gptq", "awq", "bitsandbytes", "mxfp4", "fbgemm_fp8"] {
         cases.push((json!({ "quant_method": method, "bits": 4 }), format!("`{method}`")));
     }
+    for algorithm in ["NVFP4", "FP8_PB_WO", "W4A8_AWQ"] {
+        cases.push((modelopt(algorithm), format!("quant_algo `{algorithm}`")));
+    }
+    cases.push((json!({"quant_method": "modelopt"}), "quant_algo `(none)`".into()));
     cases.push((json!({}), "`(none)`".into()));
     cases.push((json!({"quant_method": "fp8", "fmt": "e5m2"}), "fmt `e5m2`".into()));
     cases.push((json!({"quant_method": "fp8", "weight_block_size": [128, 64]}), "blocks of 128 by 64".into()));

@@ -49,7 +49,7 @@ struct Scheme {
     of_row: fn(usize) -> usize,
 }
 
-fn schemes() -> [Scheme; 5] {
+fn schemes() -> [Scheme; 6] {
     let weights = |strategy: &str| json!({"num_bits": 8, "type": "float", "strategy": strategy, "symmetric": true});
     let compressed = |weights: Value| {
         json!({"quant_method": "compressed-tensors", "format": "float-quantized", "ignore": ["lm_head"],
@@ -93,6 +93,13 @@ fn schemes() -> [Scheme; 5] {
             end: "weight_scale",
             dtype: "F16",
             shape: |_| vec![1],
+            of_row: |_| 0,
+        },
+        Scheme {
+            quantization: json!({"quant_method": "modelopt", "quant_algo": "FP8", "ignore": ["lm_head"]}),
+            end: "weight_scale",
+            dtype: "F32",
+            shape: |_| Vec::new(),
             of_row: |_| 0,
         },
     ]
@@ -173,7 +180,7 @@ fn every_scheme_gives_the_logits_of_the_values_it_stands_for() {
 
 #[test]
 fn scales_that_are_missing_or_do_not_fit_are_named() {
-    let [blocks, whole, _, rows, _] = schemes();
+    let [blocks, whole, _, rows, ..] = schemes();
     let missing = blocks.error(|tensors| tensors.retain(|tensor| !tensor.name.ends_with("k_proj.weight_scale_inv")));
     assert!(
         missing.contains("k_proj.weight_scale_inv` or `model.layers.0.self_attn.k_proj.weight_scale` is missing"),
