@@ -84,7 +84,9 @@ impl Scheduler {
             return None;
         }
         let Self { pool, slots, .. } = self;
-        let pages: Box<[_]> = (0..needed).filter_map(|_| pool.allocate().map(|page| pool.lend(page))).collect();
+        let mut pages: Box<[_]> = (0..needed).filter_map(|_| pool.allocate().map(|page| pool.lend(page))).collect();
+        // Those that were freed last come first, and so the other way round; neighbours are written in one go.
+        pages.sort_unstable_by_key(LentPage::number);
         let sequence = slots[slot.index()].as_mut()?;
         sequence.lent = pages.iter().map(LentPage::number).collect();
         let first = sequence.num_computed;

@@ -1,6 +1,7 @@
 //! Prompts that another worker computes, and those computed for another worker.
 
 use super::*;
+use crate::cache::LentPage;
 
 /// Sends away whatever has more than so many uncached tokens.
 struct Threshold(usize);
@@ -88,6 +89,18 @@ fn only_what_was_not_found_is_lent() {
     fixture.scheduler.resume(b, loan.pages);
     assert_eq!(fixture.scheduler.sequence(b).cached_tokens(), 8);
     assert_eq!(fixture.step_with_worker().0, [(a, 10, 1), (b, 19, 1)]);
+}
+
+#[test]
+fn lent_pages_come_in_ascending_order_whoever_had_them_before() {
+    let mut fixture = Fixture::new(4, 100, 100);
+    for _ in 0..3 {
+        let slot = fixture.add(0..17);
+        let loan = fixture.step_with_worker().1.pop().unwrap();
+        assert!(loan.pages.iter().map(LentPage::number).eq(0..4), "{:?}", loan.pages);
+        fixture.scheduler.remove(slot);
+        fixture.scheduler.free_lent(loan.pages);
+    }
 }
 
 #[test]
