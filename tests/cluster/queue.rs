@@ -4,7 +4,11 @@ use bytes::Bytes;
 use engine::cluster::{Consumer, Delivery, ModelKey, Nats, Queue, QueueDepth, QueueError};
 use tokio::time::timeout;
 
-use crate::{ACK_WAIT, key, nats_at, services, soon};
+use crate::{
+    ACK_WAIT, key, nats_at,
+    services::{self, Proxy},
+    soon,
+};
 
 /// Longer than any call of the queue may take, far shorter than for ever.
 const BOUND: Duration = Duration::from_secs(30);
@@ -284,6 +288,20 @@ async fn a_server_that_freezes_is_an_error_in_time_and_used_again_when_it_goes_o
     assert!(frozen.is_err());
     service.signal("CONT");
     publish(&nats, key("m"), "3").await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn publishing_takes_no_longer_than_one_answer_may_however_many_it_takes() {
+    let service = services::nats();
+    // Makes the stream, for which the other has to ask before it publishes.
+    publish(&nats_at(&service.url(), "a").await, key("m"), "1").await;
+    let proxy = Proxy::to(service.address).await;
+    let nats = nats_at(&format!("nats://{}", proxy.address), "a").await;
+    soon("a connection", nats.server()).await.unwrap();
+    // Each of the two answers comes in time.
+    proxy.slow_down(Duration::from_millis(1500));
+    let published = timeout(BOUND, nats.publish(key("m"), "2".into(), Bytes::new())).await.expect("it does not hang");
+    assert!(matches!(published, Err(QueueError::Timeout(_))), "{published:?}");
 }
 
 #[tokio::test(flavor = "multi_thread")]

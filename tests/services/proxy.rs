@@ -2,19 +2,27 @@ use std::{
     net::SocketAddr,
     sync::{
         Arc,
-        atomic::{AtomicBool, Ordering},
+        atomic::{AtomicBool, AtomicU64, Ordering},
     },
+    time::Duration,
 };
 
 use tokio::{
-    net::{TcpListener, TcpStream},
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::{
+        TcpListener, TcpStream,
+        tcp::{ReadHalf, WriteHalf},
+    },
     sync::watch,
 };
 
-/// A TCP proxy whose connections can be cut, to part one client from a service that stays there for others.
+/// A TCP proxy whose connections can be cut or slowed down, to part one client from a service that stays there for
+/// others.
 pub(crate) struct Proxy {
     pub(crate) address: SocketAddr,
     open: Arc<AtomicBool>,
+    /// Of what the service says.
+    delay_ms: Arc<AtomicU64>,
     cut: watch::Sender<u64>,
 }
 
@@ -23,28 +31,35 @@ impl Proxy {
     pub(crate) async fn to(target: SocketAddr) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
-        let open = Arc::new(AtomicBool::new(true));
+        let (open, delay_ms) = (Arc::new(AtomicBool::new(true)), Arc::<AtomicU64>::default());
         let (cut, cuts) = watch::channel(0);
         tokio::spawn({
-            let open = open.clone();
+            let (open, delay_ms) = (open.clone(), delay_ms.clone());
             async move {
                 while let Ok((mut client, _)) = listener.accept().await {
                     if !open.load(Ordering::SeqCst) {
                         continue;
                     }
-                    let mut cuts = cuts.clone();
+                    let (mut cuts, delay_ms) = (cuts.clone(), delay_ms.clone());
                     cuts.mark_unchanged();
                     tokio::spawn(async move {
                         let Ok(mut server) = TcpStream::connect(target).await else { return };
+                        let ((mut asked, mut told), (mut answers, mut asks)) = (client.split(), server.split());
                         tokio::select! {
-                            _ = tokio::io::copy_bidirectional(&mut client, &mut server) => {}
+                            _ = tokio::io::copy(&mut asked, &mut asks) => {}
+                            _ = pass_on(&mut answers, &mut told, &delay_ms) => {}
                             _ = cuts.changed() => {}
                         }
                     });
                 }
             }
         });
-        Self { address, open, cut }
+        Self { address, open, delay_ms, cut }
+    }
+
+    /// Keeps whatever the service says from now on for so long.
+    pub(crate) fn slow_down(&self, delay: Duration) {
+        self.delay_ms.store(delay.as_millis() as u64, Ordering::SeqCst);
     }
 
     /// Ends all connections and takes no more.
@@ -56,5 +71,18 @@ impl Proxy {
     /// Takes connections again.
     pub(crate) fn mend(&self) {
         self.open.store(true, Ordering::SeqCst);
+    }
+}
+
+/// Passes on what the service says, until it has no more to say.
+async fn pass_on(from: &mut ReadHalf<'_>, to: &mut WriteHalf<'_>, delay_ms: &AtomicU64) -> std::io::Result<()> {
+    let mut buffer = vec![0; 1 << 16];
+    loop {
+        let length = from.read(&mut buffer).await?;
+        if length == 0 {
+            return Ok(());
+        }
+        tokio::time::sleep(Duration::from_millis(delay_ms.load(Ordering::SeqCst))).await;
+        to.write_all(&buffer[..length]).await?;
     }
 }

@@ -11,7 +11,7 @@ use crate::cluster::{ClusterError, QueueError, jitter};
 
 /// How long a connection attempt may take.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
-/// How long one answer may take: a decode worker waits for it before it prefills itself.
+/// How long one answer may take, and all of publishing: a decode worker waits for that before it prefills itself.
 pub(super) const REQUEST_TIMEOUT: Duration = Duration::from_secs(2);
 /// Pings on a quiet connection; two without an answer end it.
 const PING_PERIOD: Duration = Duration::from_secs(10);

@@ -79,7 +79,9 @@ impl Nats {
 
 impl Queue for Nats {
     fn publish(&self, key: ModelKey, id: String, payload: Bytes) -> BoxFuture<'_, Result<(), QueueError>> {
-        self.jobs.publish(key, id, payload).boxed()
+        // It takes up to four answers, each of which may be late.
+        let published = tokio::time::timeout(connection::REQUEST_TIMEOUT, self.jobs.publish(key, id, payload));
+        async { published.await.unwrap_or(Err(QueueError::Timeout(connection::REQUEST_TIMEOUT))) }.boxed()
     }
 
     fn consume(&self, key: ModelKey) -> Consumer {
