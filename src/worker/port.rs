@@ -32,7 +32,8 @@ const DEPTH_PERIOD: Duration = Duration::from_millis(250);
 /// NATS.
 const IDLE_DEPTH_PERIODS: u32 = 8;
 /// As many looks in a row, [`DEPTH_PERIOD`] apart, find nobody at the queue when nobody is: a worker that is killed, or
-/// cannot reach the queue, stays registered until its lease runs out, if it does.
+/// cannot reach the queue, stays registered until its lease runs out, if it does. And as many fail in a row when the
+/// queue is away for longer than a connection takes to be made again.
 const DESERTED_LOOKS: u32 = 3;
 /// Jobs on the way to the queue at a time.
 const PUBLISHING_MAX: usize = 64;
@@ -315,7 +316,7 @@ pub(super) async fn follow_queue(cluster: Cluster, key: ModelKey, view: Arc<View
     let mut ticks = tokio::time::interval(DEPTH_PERIOD);
     ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     let mut idle_periods = 0;
-    let mut deserted_looks = 0;
+    let (mut deserted_looks, mut failed_looks) = (0, 0_u32);
     loop {
         ticks.tick().await;
         if view.registered() == 0 {
@@ -332,10 +333,18 @@ pub(super) async fn follow_queue(cluster: Cluster, key: ModelKey, view: Arc<View
         }
         idle_periods = 0;
         let depth = match cluster.queue.depth(key).await {
-            Ok(depth) => Some(depth),
+            Ok(depth) => {
+                failed_looks = 0;
+                Some(depth)
+            }
             Err(error) => {
                 if view.depth().is_some() {
                     tracing::warn!(%error, "prompts are prefilled here until the queue is back");
+                }
+                failed_looks = failed_looks.saturating_add(1);
+                if failed_looks == DESERTED_LOOKS {
+                    // Those whose jobs are there would wait for it as well.
+                    post.alone();
                 }
                 None
             }

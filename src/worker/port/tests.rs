@@ -1,6 +1,8 @@
+use futures::{FutureExt, future::BoxFuture};
+
 use super::*;
 use crate::{
-    cluster::Local,
+    cluster::{Consumer, Local, Queue, QueueDepth, QueueError},
     handoff::Policy,
     telemetry::Metrics,
     worker::{
@@ -20,10 +22,14 @@ struct Bench {
 impl Bench {
     /// The queue is about to be looked at for the first time, and was found as deep as this before.
     fn start(depth: u64) -> Self {
+        Self::start_in(Cluster::local(), depth)
+    }
+
+    fn start_in(cluster: Cluster, depth: u64) -> Self {
         let view = view(Limits::default());
         view.set_registered(1);
         view.set_depth(Some(depth));
-        let (cluster, key) = (Cluster::local(), ModelKey::of(b"a model"));
+        let key = ModelKey::of(b"a model");
         let (post, inbox) = inbox();
         tokio::spawn(follow_queue(cluster.clone(), key, view.clone(), post));
         Self { cluster, key, view, inbox }
@@ -93,6 +99,57 @@ async fn an_idle_queue_that_seems_deserted_is_soon_looked_at_again() {
     bench.pass(2).await;
     bench.view.set_registered(1);
     assert_eq!(bench.view.prefill_workers(), 1);
+}
+
+/// A queue that is away at times.
+#[derive(Default)]
+struct Fickle {
+    local: Local,
+    away: AtomicBool,
+}
+
+impl Queue for Fickle {
+    fn publish(&self, key: ModelKey, id: String, payload: Bytes) -> BoxFuture<'_, Result<(), QueueError>> {
+        self.local.publish(key, id, payload)
+    }
+
+    fn consume(&self, key: ModelKey) -> Consumer {
+        self.local.consume(key)
+    }
+
+    fn depth(&self, key: ModelKey) -> BoxFuture<'_, Result<QueueDepth, QueueError>> {
+        if self.away.load(Ordering::Relaxed) {
+            return async { Err(QueueError::Unavailable("it is away".to_owned())) }.boxed();
+        }
+        self.local.depth(key)
+    }
+
+    fn flush(&self) -> BoxFuture<'_, ()> {
+        self.local.flush()
+    }
+
+    fn dead_jobs(&self) -> u64 {
+        self.local.dead_jobs()
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn jobs_in_a_queue_that_is_away_for_more_than_a_moment_are_not_waited_for() {
+    let queue = Arc::new(Fickle::default());
+    queue.away.store(true, Ordering::Relaxed);
+    let bench = Bench::start_in(Cluster { queue: queue.clone(), ..Cluster::local() }, 1);
+    bench.pass(DESERTED_LOOKS - 1).await;
+    assert!(bench.view.depth().is_none() && !bench.is_alone(), "it may be back in a moment");
+    queue.away.store(false, Ordering::Relaxed);
+    bench.pass(1).await;
+    assert_eq!(bench.view.depth(), Some(0));
+    queue.away.store(true, Ordering::Relaxed);
+    bench.pass(DESERTED_LOOKS - 1).await;
+    assert!(!bench.is_alone(), "it was back");
+    bench.pass(2).await;
+    assert!(bench.is_alone());
+    bench.pass(10).await;
+    assert!(!bench.is_alone(), "once");
 }
 
 fn view(limits: Limits) -> Arc<View> {
