@@ -153,8 +153,9 @@ pub(super) async fn start(
     let sessions: Arc<OnceLock<SessionServer>> = Arc::default();
     let mut server = server_config(cli, ways, exported, key, metrics).await?;
     server.rdma = target;
+    let cuda_ipc = server.unix.is_some() && server.cuda.is_some();
     let on = [
-        (server.unix.is_some() && server.cuda.is_some(), Transport::CudaIpc),
+        (cuda_ipc, Transport::CudaIpc),
         (server.unix.is_some() && server.shm, Transport::Shm),
         (server.rdma.is_some(), Transport::Rdma),
         (server.tcp_pages, Transport::Tcp),
@@ -172,7 +173,8 @@ pub(super) async fn start(
         mailbox,
         view: view.clone(),
         jobs: new_jobs,
-        staging,
+        staging: staging.map(|staging| if cuda_ipc { staging.exported() } else { staging }),
+        block_size: config.block_size,
         costs: HandoffCosts::default(),
         started: Instant::now(),
         leaving: 0,

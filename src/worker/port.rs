@@ -108,6 +108,8 @@ pub(super) struct ClusterPort {
     pub(super) jobs: mpsc::UnboundedSender<NewJob>,
     /// If the pages are in device memory.
     pub(super) staging: Option<Staging>,
+    /// Tokens of a page.
+    pub(super) block_size: usize,
     pub(super) costs: HandoffCosts,
     pub(super) started: Instant,
     /// Prompts of the step that is being planned which have left. Their jobs go to the queue when it is planned.
@@ -141,6 +143,7 @@ impl LendingPort for ClusterPort {
         };
         let decision = decide(&self.view.limits(), &situation, &self.costs, self.started.elapsed());
         let (route, depth_mattered) = match decision {
+            Decision::Remote if !self.lets_in(candidate) => (Route::Local, false),
             Decision::Remote => (Route::Remote, true),
             Decision::Local(reason) => (Route::Local, matches!(reason, Reason::Busy | Reason::Sooner)),
         };
@@ -228,6 +231,14 @@ impl LendingPort for ClusterPort {
 }
 
 impl ClusterPort {
+    /// Whether all that a prompt lacks could come from another worker at once.
+    fn lets_in(&mut self, candidate: Candidate) -> bool {
+        let Self { staging: Some(staging), block_size, .. } = self else { return true };
+        // The last token stays here.
+        let pages = (candidate.tokens - 1).div_ceil(*block_size) - candidate.cached / *block_size;
+        staging.lets_in(pages)
+    }
+
     /// The server is there before anything is lent, since it hears the claims.
     fn with_sessions(&self, act: impl FnOnce(&SessionServer)) {
         if let Some(sessions) = self.sessions.get() {

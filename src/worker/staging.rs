@@ -7,7 +7,8 @@
 //! reads the pages.
 //!
 //! A pool, and not a mirror of all pages: that would lock as much host memory as the device has for pages, for the few
-//! prompts that are under way at a time. A prompt that finds no room is prefilled here.
+//! prompts that are under way at a time. A prompt that finds no room is prefilled here, and one that never would is not
+//! handed off.
 
 use std::collections::VecDeque;
 
@@ -42,6 +43,10 @@ pub(super) struct Staging {
     copying: VecDeque<(Box<dyn Mark>, StagedPages)>,
     /// How adapters reach the device's pages themselves, if they do.
     reached: Option<Reached>,
+    /// Whether devices of this host may write to them.
+    exported: bool,
+    /// It was said that some prompts have more pages than the pool.
+    told: bool,
     metrics: StagingMetrics,
     _locked: Option<LockedRegion>,
 }
@@ -56,7 +61,18 @@ impl Staging {
             Region::shared(RegionShape { pages, ..shape }).context("cannot reserve memory to stage pages in")?;
         let locked = lock_for_device(&device, &region);
         let (used, copying) = (Used::new(pages), VecDeque::new());
-        let this = Self { device, region, used, lent: 0, copying, reached: None, metrics, _locked: locked };
+        let this = Self {
+            device,
+            region,
+            used,
+            lent: 0,
+            copying,
+            reached: None,
+            exported: false,
+            told: false,
+            metrics,
+            _locked: locked,
+        };
         this.count();
         Ok(this)
     }
@@ -65,6 +81,32 @@ impl Staging {
     pub(super) fn reached(mut self, reached: Reached) -> Self {
         self.reached = Some(reached);
         self
+    }
+
+    /// Devices of this host may write to the device's pages themselves.
+    pub(super) fn exported(mut self) -> Self {
+        self.exported = true;
+        self
+    }
+
+    /// Whether so many pages can come from another worker: to the pool, or past it. By which way they do is known when
+    /// somebody has claimed them.
+    pub(super) fn lets_in(&mut self, pages: usize) -> bool {
+        self.exported || self.reached.is_some() || self.could_hold(pages)
+    }
+
+    /// Whether the pool has as many pages, free or not.
+    fn could_hold(&mut self, pages: usize) -> bool {
+        let all = self.used.used.len();
+        if pages > all && !self.told {
+            self.told = true;
+            tracing::info!(
+                pages,
+                room = all,
+                "prompts that need more pages than can be staged are prefilled here: see --kv-staging-memory"
+            );
+        }
+        pages <= all
     }
 
     /// Where who moves pages in this way writes so many of them. To the pages themselves only when nothing that was
@@ -76,7 +118,8 @@ impl Staging {
             Some(Transport::Shm | Transport::Tcp) | None => None,
         };
         match direct {
-            None => self.take(pages).map_or(Stage::Full, Stage::Staged),
+            None if self.could_hold(pages) => self.take(pages).map_or(Stage::Full, Stage::Staged),
+            None => Stage::Full,
             Some(direct) if self.settle() => direct,
             Some(_) => Stage::Full,
         }
@@ -113,6 +156,10 @@ impl Staging {
 
     /// Room for so many pages, if there is.
     fn take(&mut self, pages: usize) -> Option<StagedPages> {
+        // However many copies were waited for.
+        if pages > self.used.used.len() - self.lent {
+            return None;
+        }
         // Those whose copies are over are free; if that is not enough, copies that are under way soon will be.
         while self.copying.front().is_some_and(|(copied, _)| copied.is_past().unwrap_or(false)) {
             self.free_oldest();
@@ -232,7 +279,7 @@ impl Used {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use std::{os::unix::fs::FileExt, sync::Arc};
 
     use engine_cuda_emulated::Emulated;
@@ -245,7 +292,7 @@ mod tests {
     const SHAPE: RegionShape = RegionShape { layers: 2, pages: 8, page_bytes: 64 };
 
     /// A device's pages, and a pool of so many for them. The device copies when somebody waits for it, and not before.
-    fn staging(pages: usize) -> (Emulated, Arc<dyn Memory>, Staging) {
+    pub(in crate::worker) fn staging(pages: usize) -> (Emulated, Arc<dyn Memory>, Staging) {
         let driver = Emulated::default();
         let memory: Arc<dyn Memory> = Arc::new(driver.allocate(DeviceRegion::bytes(SHAPE)).unwrap());
         let device = DeviceRegion::new(memory.clone(), driver.mover(), SHAPE);
@@ -294,6 +341,27 @@ mod tests {
         staging.give_back(&second);
         assert_eq!(counts(&staging), [2, 0, 0]);
         assert!(staging.take(2).is_some());
+    }
+
+    #[test]
+    fn no_copy_is_waited_for_by_who_would_find_no_room_after_it() {
+        let (_driver, _memory, mut staging) = staging(4);
+        let (copied, lent) = (staging.take(2).unwrap(), staging.take(1).unwrap());
+        assert!(staging.take_up(copied, &[0, 1]));
+        assert!(staging.take(4).is_none());
+        assert_eq!(staging.metrics.copying.get(), 2);
+        assert!(staging.take(3).is_some(), "beside the one that is lent");
+        staging.give_back(&lent);
+    }
+
+    #[test]
+    fn more_pages_than_the_pool_has_come_only_past_it() {
+        let new = || staging(2).2;
+        let mut pooled = new();
+        assert!(pooled.lets_in(2) && !pooled.lets_in(3));
+        assert_eq!(pooled.stage(Some(Transport::Tcp), 3), Stage::Full);
+        assert!(new().exported().lets_in(3));
+        assert!(new().reached(Reached { by: Registration::PeerMemory, flush: false }).lets_in(3));
     }
 
     #[test]

@@ -190,6 +190,8 @@ fn a_prompt_whose_pages_find_no_room_to_be_staged_in_is_prefilled_here() {
     ask(&decode, &cell.prompt(1, 300));
     ask(&decode, &cell.prompt(2, 100));
     assert_eq!((prefills(&decode, "local"), prefills(&decode, "remote")), (1.0, 1.0), "{}", decode.log());
+    assert_eq!(handoffs(&decode, "expired"), 0.0, "it never could, so nobody was asked");
+    assert!(decode.log().contains("see --kv-staging-memory"), "{}", decode.log());
     wait_until_idle(&decode);
 }
 

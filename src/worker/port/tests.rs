@@ -8,6 +8,7 @@ use crate::{
     worker::{
         inbox,
         post::{Inbox, Message},
+        staging::tests::staging,
     },
 };
 
@@ -164,6 +165,7 @@ fn port(view: Arc<View>) -> ClusterPort {
         view,
         jobs: mpsc::unbounded_channel().0,
         staging: None,
+        block_size: 16,
         costs: HandoffCosts::default(),
         started: Instant::now(),
         leaving: 0,
@@ -184,6 +186,22 @@ fn auto_weighs_what_handoffs_took_against_what_a_prompt_takes_here() {
     assert_eq!(port.decide(candidate, takes(5)), Route::Remote);
     assert_eq!(port.decide(candidate, takes(3)), Route::Local);
     assert_eq!(port.decide(candidate, None), Route::Local, "it is short, and nothing was measured here");
+}
+
+#[test]
+fn a_prompt_that_has_more_pages_than_can_be_staged_is_not_handed_off_unless_they_may_come_another_way() {
+    let view = view(Limits { policy: Policy::Always, ..Limits::default() });
+    view.set_registered(1);
+    view.set_depth(Some(0));
+    let (_driver, _memory, two_pages) = staging(2);
+    let mut port = ClusterPort { staging: Some(two_pages), ..port(view) };
+    let candidate = |tokens, cached| Candidate { tokens, cached, decoding: 0, queued: 0, lost: 0 };
+    let cases = [(33, 0, Route::Remote), (34, 0, Route::Local), (65, 32, Route::Remote), (66, 32, Route::Local)];
+    for (tokens, cached, route) in cases {
+        assert_eq!(port.decide(candidate(tokens, cached), None), route, "{tokens} tokens, {cached} of them cached");
+    }
+    port.staging = port.staging.take().map(Staging::exported);
+    assert_eq!(port.decide(candidate(1000, 0), None), Route::Remote);
 }
 
 #[tokio::test]
