@@ -4,7 +4,7 @@
 //! no further write, and what is told to a decode worker about writes under way is true.
 
 use std::{
-    collections::{HashMap, VecDeque},
+    collections::{HashMap, HashSet, VecDeque},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::{Duration, Instant},
 };
@@ -18,13 +18,19 @@ use tracing::{Instrument, Span, field::Empty};
 
 use super::{EngineHandle, PrefillHandle, PrefillRequest, SubmitError, courier::Courier};
 use crate::{
-    cluster::Delivery,
+    cluster::{Delivery, WorkerSet},
     handoff::{
         Borrower, BorrowerAction, BorrowerEvent, DeliveryId, Grant, HandoffId, Job, SessionId, ToDecode, WorkerId,
     },
     telemetry::{HandoffMetrics, HandoffPhase, TraceContext},
     transfer::{Session, WriteError, Writer},
 };
+
+/// Twice as long rests who could open no session once, and twice as long again each time after.
+const REST: Duration = Duration::from_millis(500);
+/// Times that the rest grows. A job that comes back each time is taken for the sixth time, and is dead, after 31 s: its
+/// decode worker no longer waits for it then ([`LenderTimeouts::unclaimed`](crate::handoff::LenderTimeouts)).
+const RESTS_GROW: u32 = 5;
 
 /// What to do with a delivery of the queue.
 #[derive(Debug)]
@@ -62,6 +68,9 @@ pub(super) struct Desk {
     settling: JoinSet<()>,
     next_delivery: u64,
     sessions: HashMap<SessionId, Writer>,
+    /// Decode workers that no session could be opened to, and how often that was so, since one was opened to anybody.
+    missed: HashSet<WorkerId>,
+    misses: u32,
     prompts: HashMap<HandoffId, Prompt>,
     notes: mpsc::UnboundedSender<Note>,
     /// Rung when a job has gone.
@@ -125,6 +134,8 @@ impl Desk {
             settling: JoinSet::new(),
             next_delivery: 0,
             sessions: HashMap::new(),
+            missed: HashSet::new(),
+            misses: 0,
             prompts: HashMap::new(),
             notes,
             room: Arc::default(),
@@ -141,10 +152,31 @@ impl Desk {
     }
 
     /// Whether to take another job: one at a time, unless they are so short that several fit one step. What waits in
-    /// the queue can go to any worker; what is here cannot.
+    /// the queue can go to any worker; what is here cannot. And one at a time as long as it is in doubt whether any
+    /// can be done here.
     pub(super) fn has_room(&self) -> bool {
         let tokens: usize = self.deliveries.values().map(|held| held.tokens).sum();
-        self.borrower.room() > 0 && tokens < self.engine.limits().max_num_batched_tokens
+        let room = self.borrower.room() > 0 && tokens < self.engine.limits().max_num_batched_tokens;
+        room && (!self.is_in_doubt() || self.deliveries.is_empty())
+    }
+
+    /// How long not to ask for a job, those decode workers being alive. Who reaches none of them gives each job back at
+    /// once, and being the only one with nothing to do would get it again and again, until it is taken for one that
+    /// kills its workers.
+    pub(super) fn rest(&self, alive: &WorkerSet) -> Duration {
+        let missed_all = alive.keys().all(|lease| self.missed.contains(&WorkerId(lease.0)));
+        if self.is_in_doubt() && missed_all { REST * (1_u32 << self.misses.min(RESTS_GROW)) } else { Duration::ZERO }
+    }
+
+    /// Whether this worker has a session to nobody, and could not open one when it last tried.
+    fn is_in_doubt(&self) -> bool {
+        self.misses > 0 && self.sessions.is_empty()
+    }
+
+    /// No session could be opened to a decode worker that is alive, for all that is known.
+    pub(super) fn miss(&mut self, decode: WorkerId) {
+        self.missed.insert(decode);
+        self.misses = self.misses.saturating_add(1);
     }
 
     /// Whether it holds a job of this decode worker.
@@ -204,6 +236,9 @@ pub(super) fn on(desk: &SharedDesk, event: BorrowerEvent) {
 pub(super) fn connected(desk: &SharedDesk, decode: WorkerId, session: &Session) {
     let mut this = lock(desk);
     this.sessions.insert(session.id(), session.writer());
+    this.missed.clear();
+    this.misses = 0;
+    this.room.notify_one();
     this.on(BorrowerEvent::Connected { decode, session: session.id() }, desk);
 }
 

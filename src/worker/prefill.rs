@@ -29,7 +29,7 @@ use crate::{
     cluster::{Cluster, LeaseId, ModelKey, Needs, Role, WorkerCard, WorkerFilter, WorkerSet, find_model, join},
     handoff::{Borrower, BorrowerConfig, BorrowerEvent, BorrowerTimeouts, ToPrefill, WorkerId},
     telemetry::Metrics,
-    transfer::{Connector, ConnectorConfig, LocalPages, SessionAddresses, Source, StagingRing},
+    transfer::{ConnectError, Connector, ConnectorConfig, LocalPages, SessionAddresses, Source, StagingRing},
 };
 
 /// How long opening a session may take.
@@ -256,11 +256,17 @@ struct Shop {
 /// Takes jobs off the queue while there is room for them.
 async fn pull(shop: Shop, mut leaving: watch::Receiver<bool>) {
     let mut jobs = shop.cluster.queue.consume(shop.key);
+    let mut alive = shop.decode_workers.clone();
     let bell = desk::lock(&shop.desk).room_bell();
     let pulling = async {
         loop {
             while !desk::lock(&shop.desk).has_room() {
                 bell.notified().await;
+            }
+            let rest = desk::lock(&shop.desk).rest(&alive.borrow_and_update());
+            if !rest.is_zero() {
+                // Whoever comes may be within reach.
+                let _ = timeout(rest, alive.changed()).await;
             }
             let Some(job) = jobs.next().await else { return };
             desk::deliver(&shop.desk, job);
@@ -298,12 +304,13 @@ impl Shop {
     /// Opens a session and listens to it until it ends.
     async fn session(self, decode: WorkerId, addresses: serde_json::Value) {
         let own = WorkerId((*self.lease.borrow()).map_or(0, |lease| lease.0));
-        let (opened, pause) = match SessionAddresses::deserialize(&addresses) {
+        let (opened, tried, pause) = match SessionAddresses::deserialize(&addresses) {
             Ok(addresses) => {
                 let opened = self.connector.connect(&addresses, own).await;
-                (opened.map_err(|error| error.to_string()), self.connector.pause(&addresses))
+                let tried = !matches!(opened, Err(ConnectError::Silent));
+                (opened.map_err(|error| error.to_string()), tried, self.connector.pause(&addresses))
             }
-            Err(error) => (Err(format!("the job's addresses cannot be read: {error}")), Duration::ZERO),
+            Err(error) => (Err(format!("the job's addresses cannot be read: {error}")), false, Duration::ZERO),
         };
         let mut session = match opened {
             Ok(session) => session,
@@ -314,6 +321,9 @@ impl Shop {
                 // That it is missing says nothing before the set is known; then the job comes again, until it was tried
                 // enough.
                 let gone = !alive && !known.is_empty();
+                if tried && !gone {
+                    desk::lock(&self.desk).miss(decode);
+                }
                 return desk::on(&self.desk, BorrowerEvent::ConnectFailed { decode, gone, pause });
             }
         };

@@ -126,6 +126,28 @@ fn pages_go_to_whoever_has_the_cluster_s_token_and_a_certificate_and_to_no_stran
 }
 
 #[test]
+fn a_worker_that_reaches_no_decode_worker_leaves_jobs_to_those_that_do() {
+    let cell = Cell::of(small());
+    let token = ["--cluster-token", "tea"];
+    let decode = cell.decode(&[&["--disagg-policy", "always"][..], &token].concat());
+    let stranger = cell.prefill(&["--cluster-token", "coffee"]);
+    cell.wait_for_prefill_worker(&decode);
+    let friend = thread::scope(|scope| {
+        let asking = scope.spawn(|| ask(&decode, &cell.prompt(1, 300)));
+        stranger.wait_until("it is turned away", |it| it.log().contains("no session to a decode worker"));
+        // Not to wait for anything: asking all the time, it would have had the job too often by then.
+        thread::sleep(Duration::from_secs(7));
+        let friend = cell.prefill(&token);
+        asking.join().unwrap();
+        friend
+    });
+    assert_eq!((prefills(&decode, "remote"), prefills(&decode, "local")), (1.0, 0.0), "{}", stranger.log());
+    for worker in [&stranger, &friend] {
+        assert_eq!(worker.metric("engine_dead_jobs_total"), 0.0);
+    }
+}
+
+#[test]
 fn a_decode_worker_that_leaves_takes_its_socket_with_it() {
     let cell = Cell::of(small());
     let [etcd, nats] = cell.services();

@@ -2,9 +2,13 @@ use futures::{FutureExt, future::BoxFuture};
 
 use super::*;
 use crate::{
-    cluster::{QueueError, Settle},
+    cluster::{LeaseId, ModelKey, QueueError, Role, Settle, tests::card},
     handoff::{BorrowerConfig, BorrowerTimeouts},
     telemetry::Metrics,
+    transfer::{
+        ClusterToken, Connector, ConnectorConfig, Limits, Mailbox, Region, RegionShape, ServerConfig, SessionEvent,
+        SessionServer, TransferMetrics,
+    },
     worker::tests::{BLOCK, config, start},
 };
 
@@ -110,4 +114,65 @@ async fn the_queue_hears_that_a_job_is_worked_on_before_what_became_of_it() {
     let heard = tokio::time::timeout(Duration::from_secs(10), heard).await.expect("both are said");
     assert_eq!(heard, [Some("in progress"), Some("done")]);
     assert_eq!(lock(&bench.desk).held(), 0);
+}
+
+/// A session to a decode worker of this process.
+async fn session() -> (SessionServer, Session) {
+    let shape = RegionShape { layers: 1, pages: 1, page_bytes: 4096 };
+    let (token, metrics) = (ClusterToken::new("tea"), TransferMetrics::default());
+    let server = ServerConfig {
+        tcp: Some(([127, 0, 0, 1], 0).into()),
+        tcp_pages: true,
+        shm: false,
+        cuda: None,
+        rdma: None,
+        advertise: None,
+        unix: None,
+        tls: None,
+        token: token.clone(),
+        model_key: "m".into(),
+        limits: Limits::default(),
+        metrics: metrics.clone(),
+    };
+    let (region, mailbox) = (Region::private(shape).unwrap(), Mailbox::new(1).unwrap());
+    let server = SessionServer::start(server, region, mailbox, Arc::new(|_: SessionEvent| ())).await.unwrap();
+    let connector = ConnectorConfig {
+        tls: None,
+        token,
+        model_key: "m".into(),
+        timeout: Duration::from_secs(60),
+        cuda_ipc: false,
+        shm: false,
+        rdma: None,
+        tcp: true,
+        metrics,
+    };
+    let connector = Connector::new(connector, Region::private(shape).unwrap()).unwrap();
+    let session = connector.connect(server.addresses(), DAVE).await.unwrap();
+    (server, session)
+}
+
+#[tokio::test]
+async fn who_reaches_no_decode_worker_asks_for_jobs_less_and_less_often() {
+    let bench = Bench::new();
+    let carded = || Arc::new(card(Role::Decode, ModelKey::of(b"m"), "10.0.0.1:8000"));
+    let dave_alone = WorkerSet::from([(LeaseId(DAVE.0), carded())]);
+    let two = WorkerSet::from([(LeaseId(DAVE.0), carded()), (LeaseId(5), carded())]);
+    let rest = |alive| lock(&bench.desk).rest(alive).as_secs();
+    assert_eq!(rest(&dave_alone), 0);
+    for seconds in [1, 2, 4, 8, 16, 16] {
+        lock(&bench.desk).miss(DAVE);
+        assert_eq!(rest(&dave_alone), seconds);
+        assert_eq!(rest(&two), 0, "the other may be within reach");
+    }
+    assert!(bench.has_room());
+    bench.deliver(1, 10);
+    assert!(!bench.has_room(), "one at a time");
+    let (_server, session) = session().await;
+    connected(&bench.desk, DAVE, &session);
+    assert!(bench.has_room() && rest(&dave_alone) == 0);
+    disconnected(&bench.desk, session.id());
+    assert_eq!(rest(&dave_alone), 0, "it was reached");
+    lock(&bench.desk).miss(DAVE);
+    assert_eq!(rest(&dave_alone), 1);
 }
