@@ -32,13 +32,18 @@ pub trait Queue: Send + Sync {
 pub struct QueueDepth {
     /// Jobs that no worker has yet.
     pub waiting: u64,
-    /// Jobs delivered and not acknowledged.
+    /// Jobs delivered and not acknowledged, those included that were given back and are to be delivered again.
     pub delivered: u64,
     /// Workers that wait for a job.
     pub asking: u64,
 }
 
 impl QueueDepth {
+    /// Whether nothing is on the queue: every job that was has been taken off it.
+    pub fn is_empty(&self) -> bool {
+        self.waiting == 0 && self.delivered == 0
+    }
+
     /// Whether nobody works on the queue: none does a job and none waits for one. True for a moment now and then, since
     /// workers ask again after each job, and whenever they have waited for some seconds.
     pub fn is_deserted(&self) -> bool {

@@ -196,6 +196,7 @@ impl<R: Copy, P> Lender<R, P> {
         match event {
             // It may be on the queue nevertheless: then its claim is refused, or it has been claimed and all is well.
             LenderEvent::EnqueueFailed { handoff } => self.expire(handoff, true, actions),
+            LenderEvent::JobGone { handoff } => self.not_claimed(handoff, actions),
             LenderEvent::Withdraw { handoff } => self.withdraw(handoff, now, actions),
             LenderEvent::Message { session, worker, message } => {
                 self.message(Holder { session, worker }, message, now, actions);
@@ -308,7 +309,7 @@ impl<R: Copy, P> Lender<R, P> {
             match loan.state {
                 State::Queued { .. } => {
                     let handoff = loan.handoff;
-                    self.expire(handoff, true, actions);
+                    self.not_claimed(handoff, actions);
                 }
                 State::Granted { .. } => self.give_up(slot, now, actions),
                 State::Quarantined { holder } | State::Scratch { holder } => {
@@ -316,6 +317,14 @@ impl<R: Copy, P> Lender<R, P> {
                     actions.push(LenderAction::Fence { session: holder.session });
                 }
             }
+        }
+    }
+
+    /// Ends a loan that somebody should have claimed, unless somebody has.
+    fn not_claimed(&mut self, handoff: HandoffId, actions: &mut Vec<LenderAction<R, P>>) {
+        if self.unclaimed_mut(handoff).is_some() {
+            actions.push(LenderAction::Unclaimed { handoff });
+            self.expire(handoff, true, actions);
         }
     }
 

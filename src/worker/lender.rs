@@ -190,8 +190,8 @@ impl Lender {
         let Self { key, limits, view, jobs, post, addresses, .. } = self;
         tokio::spawn(follow_workers(cluster.clone(), key, view.clone(), post.clone()));
         tokio::spawn(follow_queue(cluster.clone(), key, view.clone(), post.clone()));
-        tokio::spawn(follow_limits(cluster.clone(), key, view, limits, post.clone()));
-        tokio::spawn(publish_jobs(cluster.clone(), key, jobs, lease, addresses, post));
+        tokio::spawn(follow_limits(cluster.clone(), key, view.clone(), limits, post.clone()));
+        tokio::spawn(publish_jobs(cluster.clone(), key, jobs, lease, addresses, view, post));
     }
 }
 

@@ -433,6 +433,11 @@ impl Lending {
                 LenderAction::Grant { session, handoff, slot, epoch, request } => {
                     self.grant(session, handoff, (slot, epoch), request, scheduler, now);
                 }
+                LenderAction::Unclaimed { handoff } => tracing::warn!(
+                    %handoff,
+                    "no prefill worker claimed a prompt's job: it is prefilled here; see the log of prefill workers, \
+                     and 'engine doctor'"
+                ),
                 LenderAction::Gone { session, handoff, why } => {
                     self.port.send(session, ToPrefill::Gone { handoff, why });
                 }

@@ -3,7 +3,7 @@
 use std::{
     collections::HashMap,
     sync::{
-        Arc, Mutex, OnceLock, PoisonError, RwLock, Weak,
+        Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLock, Weak,
         atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering},
     },
     time::{Duration, Instant},
@@ -17,8 +17,8 @@ use super::{LendingPort, Post, Stage, StagedPages, staging::Staging};
 use crate::{
     cluster::{Cluster, LeaseId, ModelKey, Role, WorkerFilter},
     handoff::{
-        Decision, Epoch, Forecast, HandoffCosts, HandoffId, Job, LenderEvent, Limits, MailboxWord, Reason, SessionId,
-        Situation, Slot, ToDecode, ToPrefill, WorkerId, decide,
+        Decision, Epoch, Forecast, HandoffCosts, HandoffId, Job, LenderEvent, LenderTimeouts, Limits, MailboxWord,
+        Reason, SessionId, Situation, Slot, ToDecode, ToPrefill, WorkerId, decide,
     },
     scheduler::{Candidate, Route},
     telemetry::{HandoffMetrics, TraceContext},
@@ -49,6 +49,8 @@ pub(super) struct View {
     queue_depth: AtomicU64,
     /// A decision has been made by it since it was last looked at.
     depth_mattered: AtomicBool,
+    /// Jobs that the queue has taken since it was last looked at.
+    enqueued: Mutex<Vec<HandoffId>>,
     limits: RwLock<Limits>,
     metrics: HandoffMetrics,
 }
@@ -60,6 +62,7 @@ impl View {
             deserted: AtomicBool::new(false),
             queue_depth: AtomicU64::new(UNREACHABLE),
             depth_mattered: AtomicBool::new(false),
+            enqueued: Mutex::default(),
             limits: RwLock::new(limits),
             metrics,
         })
@@ -93,6 +96,10 @@ impl View {
 
     fn depth(&self) -> Option<u64> {
         Some(self.queue_depth.load(Ordering::Relaxed)).filter(|&depth| depth != UNREACHABLE)
+    }
+
+    fn enqueued(&self) -> MutexGuard<'_, Vec<HandoffId>> {
+        self.enqueued.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn limits(&self) -> Limits {
@@ -322,12 +329,16 @@ pub(super) async fn follow_workers(cluster: Cluster, key: ModelKey, view: Arc<Vi
     }
 }
 
-/// Follows how long the queue is and whether anybody works on it, while somebody should.
+/// Follows how long the queue is and whether anybody works on it, while somebody should, and which jobs are gone from
+/// it.
 pub(super) async fn follow_queue(cluster: Cluster, key: ModelKey, view: Arc<View>, post: Post) {
     let mut ticks = tokio::time::interval(DEPTH_PERIOD);
     ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     let mut idle_periods = 0;
     let (mut deserted_looks, mut failed_looks) = (0, 0_u32);
+    // Jobs that are on the queue, as far as is known, and since when.
+    let mut there: Vec<(Instant, HandoffId)> = Vec::new();
+    let patience = LenderTimeouts::default().unclaimed;
     loop {
         ticks.tick().await;
         if view.registered() == 0 {
@@ -343,6 +354,9 @@ pub(super) async fn follow_queue(cluster: Cluster, key: ModelKey, view: Arc<View
             continue;
         }
         idle_periods = 0;
+        // First: what the queue takes from now on, the look may miss.
+        there.retain(|(since, _)| since.elapsed() < patience);
+        there.extend(view.enqueued().drain(..).map(|handoff| (Instant::now(), handoff)));
         let depth = match cluster.queue.depth(key).await {
             Ok(depth) => {
                 failed_looks = 0;
@@ -362,8 +376,12 @@ pub(super) async fn follow_queue(cluster: Cluster, key: ModelKey, view: Arc<View
         };
         view.set_depth(depth.map(|depth| depth.waiting));
         // Whoever cannot be asked says nothing of who asks it.
-        let Some(deserted) = depth.map(|depth| depth.is_deserted()) else { continue };
-        deserted_looks = if deserted { DESERTED_LOOKS.min(deserted_looks + 1) } else { 0 };
+        let Some(depth) = depth else { continue };
+        if depth.is_empty() {
+            // Given up, as after too many deliveries, or lost with the queue's storage. Most were done, of course.
+            there.drain(..).for_each(|(_, handoff)| post.lender(LenderEvent::JobGone { handoff }));
+        }
+        deserted_looks = if depth.is_deserted() { DESERTED_LOOKS.min(deserted_looks + 1) } else { 0 };
         let deserted = deserted_looks == DESERTED_LOOKS;
         match view.set_deserted(deserted) {
             true if deserted => {
@@ -406,19 +424,20 @@ pub(super) async fn follow_limits(cluster: Cluster, key: ModelKey, view: Arc<Vie
     }
 }
 
-/// Puts jobs on the queue. `addresses` is where this worker takes sessions.
+/// Puts jobs on the queue, and notes those that are there. `addresses` is where this worker takes sessions.
 pub(super) async fn publish_jobs(
     cluster: Cluster,
     key: ModelKey,
     jobs: mpsc::UnboundedReceiver<NewJob>,
     lease: watch::Receiver<Option<LeaseId>>,
     addresses: serde_json::Value,
+    view: Arc<View>,
     post: Post,
 ) {
     let jobs = futures::stream::unfold(jobs, |mut jobs| async move { Some((jobs.recv().await?, jobs)) });
     let publish = |NewJob { handoff, tokens, trace }| {
         let lease = *lease.borrow();
-        let (cluster, addresses, post) = (&cluster, addresses.clone(), &post);
+        let (cluster, addresses, view, post) = (&cluster, addresses.clone(), &view, &post);
         async move {
             let published = match lease {
                 None => Err("this worker is not registered".to_owned()),
@@ -435,9 +454,12 @@ pub(super) async fn publish_jobs(
                     published.map_err(|error| error.to_string())
                 }
             };
-            if let Err(error) = published {
-                tracing::warn!(%error, "a prompt is prefilled here: its job could not be put on the queue");
-                post.lender(LenderEvent::EnqueueFailed { handoff });
+            match published {
+                Ok(()) => view.enqueued().push(handoff),
+                Err(error) => {
+                    tracing::warn!(%error, "a prompt is prefilled here: its job could not be put on the queue");
+                    post.lender(LenderEvent::EnqueueFailed { handoff });
+                }
             }
         }
     };

@@ -158,6 +158,8 @@ async fn a_job_given_back_comes_again_after_its_delay_and_a_dropped_one_at_once(
     publish(&nats, key("m"), "1").await;
     let started = std::time::Instant::now();
     next(&mut consumer).await.nak(Duration::from_millis(300)).await.unwrap();
+    // Or its decode worker would take it for gone.
+    wait_for_depth(&nats, key("m"), QueueDepth { delivered: 1, ..QueueDepth::default() }).await;
     let job = next(&mut consumer).await;
     assert!(started.elapsed() >= Duration::from_millis(300));
     assert_eq!(job.attempt(), 2);

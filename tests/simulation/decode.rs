@@ -193,11 +193,26 @@ impl World {
         if !words_first {
             self.poll(decode);
         }
+        for handoff in self.gone_jobs(decode) {
+            self.inform(decode, LenderEvent::JobGone { handoff });
+        }
         self.inform(decode, LenderEvent::Tick);
         self.advance(decode);
         self.check_pages(decode);
         let Decode { requests, lender, inbox, .. } = &self.decodes[decode];
         !requests.is_empty() || lender.open() > 0 || !inbox.is_empty()
+    }
+
+    /// Handoffs that wait to be claimed although no job is left on the queue.
+    fn gone_jobs(&self, decode: usize) -> Vec<HandoffId> {
+        if self.now < self.queue.down_until || self.queue.len() > 0 {
+            return vec![];
+        }
+        let unclaimed = |request: &Request| match request.state {
+            State::HandedOff { handoff, granted: false } => Some(handoff),
+            _ => None,
+        };
+        self.decodes[decode].requests.iter().filter_map(unclaimed).collect()
     }
 
     fn poll(&mut self, decode: usize) {
@@ -240,6 +255,7 @@ impl World {
                 self.tally.granted += 1;
                 self.grant(decode, session, handoff, slot, epoch, request);
             }
+            LenderAction::Unclaimed { .. } => {}
             LenderAction::Gone { session, handoff, why } => {
                 if self.mutation == Some(Mutation::DoubleGrant) && self.grant_again(decode, session, handoff) {
                     return;

@@ -25,6 +25,11 @@ pub enum LenderEvent {
         /// Which.
         handoff: HandoffId,
     },
+    /// The queue had the job and has it no more: who took it off has claimed it before, or nobody will.
+    JobGone {
+        /// Which.
+        handoff: HandoffId,
+    },
     /// Nobody wants the answer any more.
     Withdraw {
         /// Of whom.
@@ -83,6 +88,11 @@ pub enum LenderAction<R, P> {
         epoch: Epoch,
         /// Whose prompt it is.
         request: R,
+    },
+    /// Say in the log that nobody has claimed a job, in time or at all. What is done about it follows.
+    Unclaimed {
+        /// Which.
+        handoff: HandoffId,
     },
     /// Answer a claim with [`ToPrefill::Gone`](crate::handoff::ToPrefill::Gone).
     Gone {

@@ -88,6 +88,13 @@ fn back(outcome: Outcome) -> Actions {
     vec![LenderAction::Restart { request: 1, pages: Some("pages"), again }, LenderAction::Count(outcome)]
 }
 
+/// The same, of a job that nobody claimed.
+fn unclaimed() -> Actions {
+    let mut actions = vec![LenderAction::Unclaimed { handoff: H }];
+    actions.extend(back(Outcome::Expired));
+    actions
+}
+
 fn freed(outcome: Outcome) -> Actions {
     vec![LenderAction::Free { pages: "pages" }, LenderAction::Count(outcome)]
 }
@@ -170,7 +177,17 @@ fn nobody_can_write_before_a_grant_so_pages_come_back_at_once() {
     assert_eq!(bench.on(LenderEvent::Withdraw { handoff: H }), freed(Outcome::Expired));
     let mut bench = Bench::queued();
     assert_eq!(bench.pass(29), []);
-    assert_eq!(bench.pass(1), back(Outcome::Expired));
+    assert_eq!(bench.pass(1), unclaimed());
+}
+
+#[test]
+fn a_job_that_has_gone_from_the_queue_is_not_waited_for_unless_it_was_claimed_before() {
+    let mut bench = Bench::queued();
+    assert_eq!(bench.on(LenderEvent::JobGone { handoff: H }), unclaimed());
+    assert_eq!(bench.on(LenderEvent::JobGone { handoff: H }), []);
+    let (mut bench, ..) = Bench::granted();
+    assert_eq!(bench.on(LenderEvent::JobGone { handoff: H }), []);
+    assert_eq!(bench.lender.open(), 1);
 }
 
 #[test]

@@ -45,6 +45,15 @@ impl Bench {
         tokio::time::sleep(DEPTH_PERIOD * looks - Duration::from_millis(1)).await;
     }
 
+    /// Jobs that are gone, of which the engine was told since this was last asked.
+    fn gone(&self) -> Vec<HandoffId> {
+        let gone = |message| match message {
+            Message::Lender(LenderEvent::JobGone { handoff }) => Some(handoff),
+            _ => None,
+        };
+        self.inbox.0.try_iter().filter_map(gone).collect()
+    }
+
     fn is_alone(&self) -> bool {
         matches!(self.inbox.0.try_recv(), Ok(Message::Alone))
     }
@@ -100,6 +109,31 @@ async fn an_idle_queue_that_seems_deserted_is_soon_looked_at_again() {
     bench.pass(2).await;
     bench.view.set_registered(1);
     assert_eq!(bench.view.prefill_workers(), 1);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_job_that_has_gone_from_the_queue_is_not_waited_for() {
+    let bench = Bench::start(0);
+    let (jobs, received) = mpsc::unbounded_channel();
+    let (_lease, lease) = watch::channel(Some(LeaseId(1)));
+    let (Bench { cluster, key, view, .. }, (post, _inbox)) = (&bench, inbox());
+    let nowhere = serde_json::Value::Null;
+    tokio::spawn(publish_jobs(cluster.clone(), *key, received, lease, nowhere, view.clone(), post));
+    jobs.send(NewJob { handoff: HandoffId(7), tokens: 100, trace: None }).unwrap();
+    bench.pass(DESERTED_LOOKS - 1).await;
+    assert_eq!(bench.gone(), [], "it waits");
+    let job = cluster.queue.consume(*key).next().await.unwrap();
+    bench.pass(2 * IDLE_DEPTH_PERIODS).await;
+    assert_eq!(bench.gone(), [], "somebody has it");
+    job.nak(3 * IDLE_DEPTH_PERIODS * DEPTH_PERIOD).await.unwrap();
+    bench.pass(2 * IDLE_DEPTH_PERIODS).await;
+    assert_eq!(bench.gone(), [], "somebody will get it");
+    let job = cluster.queue.consume(*key).next().await.unwrap();
+    job.bury("nobody can do it").await.unwrap();
+    bench.pass(2 * IDLE_DEPTH_PERIODS).await;
+    assert_eq!(bench.gone(), [HandoffId(7)]);
+    bench.pass(2 * IDLE_DEPTH_PERIODS).await;
+    assert_eq!(bench.gone(), [], "once");
 }
 
 /// A queue that is away at times.
