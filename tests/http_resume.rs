@@ -333,6 +333,30 @@ fn nobody_else_sees_progress() {
 }
 
 #[test]
+fn a_worker_whose_template_is_told_otherwise_says_so() {
+    let template = "{% if shout %}HELLO{% else %}hello{% endif %}";
+    let start = |shout: bool| {
+        let template_kwargs = json!({ "shout": shout }).as_object().unwrap().clone();
+        Worker::start(Options { template, template_kwargs, step: Duration::from_micros(300), ..Options::default() })
+    };
+    let (loud, quiet) = (start(true), start(false));
+    let messages = json!([{"role": "user", "content": "a"}]);
+    let mut request = json!({"messages": messages, "max_tokens": 8, "ignore_eos": true, "stream": true});
+    let status = |worker: &Worker, request: &Value| {
+        let whole = relayed(&loud, CHAT, request, "");
+        let journal: String = whole[..2].iter().map(|event| event.progress.as_str()).collect();
+        let length = journal.len().to_string();
+        let headers = [("Content-Type", "application/json"), ("X-Engine-Resume", length.as_str())];
+        let body = format!("{journal}{request}");
+        client::request(worker.address, "POST", CHAT, &headers, body.as_bytes()).status
+    };
+    assert_eq!((status(&loud, &request), status(&quiet, &request)), (200, 409));
+    // Where the request says it, both are told the same.
+    request["chat_template_kwargs"] = json!({"shout": true});
+    assert_eq!(status(&quiet, &request), 200);
+}
+
+#[test]
 fn a_worker_that_would_answer_otherwise_says_so() {
     let first = start();
     let request = json!({"prompt": "a", "max_tokens": 8, "ignore_eos": true, "stream": true});

@@ -250,6 +250,50 @@ fn what_the_prompt_opens_as_thoughts_is_thoughts() {
     assert!(!parts["content"].as_str().unwrap().is_empty());
 }
 
+#[test]
+fn a_server_may_say_what_the_template_is_told_where_a_request_does_not() {
+    let goldens: Value = serde_json::from_str(include_str!("reference/templates.json")).unwrap();
+    let file = tempfile::NamedTempFile::new().unwrap();
+    std::fs::write(file.path(), goldens["templates"]["qwen3"].as_str().unwrap()).unwrap();
+    let template = ["--chat-template", file.path().to_str().unwrap(), "--max-model-len", "1024"];
+    let server = |defaults: &[&str]| Server::start(&[&template[..], defaults].concat());
+    let kwargs = |thinking: Value| json!({"chat_template_kwargs": {"enable_thinking": thinking}});
+    // The end of the prompt of what is asked so.
+    let prompt = |server: &Server, fields: &Value| {
+        let mut body = json!({"messages": [{"role": "user", "content": "Hi"}]});
+        body.as_object_mut().unwrap().extend(fields.as_object().unwrap().clone());
+        let tokens = server.post("/tokenize", &body).json()["tokens"].clone();
+        let text = server.post("/detokenize", &json!({ "tokens": tokens })).json()["prompt"].clone();
+        text.as_str().unwrap().rsplit_once("assistant\n").unwrap().1.to_owned()
+    };
+    let prompt_tokens = |server: &Server, fields: Value| {
+        let response = server.post(CHAT, &ask(briefly(fields)));
+        assert_eq!(response.status, 200, "{}", response.text());
+        response.json()["usage"]["prompt_tokens"].as_u64().unwrap()
+    };
+    let closed = "<think>\n\n</think>\n\n";
+    let (plain, quiet) = (server(&[]), server(&["--default-chat-template-kwargs", "{\"enable_thinking\": false}"]));
+    assert_eq!((prompt(&plain, &json!({})), prompt(&quiet, &json!({}))), (String::new(), closed.to_owned()));
+    assert_eq!(
+        (prompt(&plain, &kwargs(json!(false))), prompt(&quiet, &kwargs(json!(true)))),
+        (closed.into(), "".into())
+    );
+    let (thinks, does_not) = (prompt_tokens(&plain, json!({})), prompt_tokens(&quiet, json!({})));
+    assert!(does_not > thinks, "{does_not} {thinks}");
+    // What a request says itself holds, in either of the words for it.
+    for (fields, expected) in [
+        (kwargs(json!(true)), thinks),
+        (json!({"reasoning_effort": "high"}), thinks),
+        (json!({"reasoning_effort": "none"}), does_not),
+        (json!({"reasoning_effort": "high", "chat_template_kwargs": {"enable_thinking": false}}), does_not),
+        // Another variable changes nothing about this one.
+        (json!({"chat_template_kwargs": {"other": 1}}), does_not),
+        (json!({"chat_template_kwargs": null}), does_not),
+    ] {
+        assert_eq!(prompt_tokens(&quiet, fields.clone()), expected, "{fields}");
+    }
+}
+
 /// A conversation in which an assistant has thought the same before each of its answers.
 fn thought_before(fields: Value) -> Value {
     let mut messages = Vec::new();

@@ -42,6 +42,8 @@ pub(crate) async fn chat_completions(
     if let Some(effort) = request.reasoning_effort.as_ref().filter(|effort| !effort.is_empty()) {
         set_effort(effort, kwargs.get_or_insert_default(), serving.config.template.as_ref())?;
     }
+    // Last, so that an effort is not what a default says of thinking.
+    let kwargs = serving.template_kwargs(kwargs);
     let (template, parsers) = (serving.config.template.as_ref(), serving.config.parsers);
     let mut tools = Tools::read(request.tools, request.tool_choice, request.parallel_tool_calls, template, parsers)?;
     let form = form(asked(request.response_format, request.structured_outputs)?, tools.as_ref())?;

@@ -159,6 +159,11 @@ impl ApiError {
         }
     }
 
+    /// What is wrong, in words.
+    pub(crate) fn message(&self) -> &str {
+        &self.message
+    }
+
     /// The field that is to blame.
     #[cfg(test)]
     pub(crate) fn param(&self) -> Option<&str> {

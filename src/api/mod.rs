@@ -45,6 +45,7 @@ pub use http_token::{CLUSTER_TOKEN_HEADER, HttpToken};
 pub(crate) use info::{ListedModel, ModelList, exposition, live};
 pub(crate) use middleware::{MODEL_KEY_HEADER, request_id, require_key};
 pub use parser::{CallFormat, Parsers};
+pub(crate) use prompt::refuse_reserved;
 pub(crate) use router::{SERVED, cors, fallbacks, probes};
 pub use server::{Bound, ServerConfig, ServerError, bind, serve};
 pub(crate) use server::{CONNECTIONS_BESIDE_REQUESTS, WRITE_STALL_MAX, serve_router};

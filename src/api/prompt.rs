@@ -48,6 +48,17 @@ pub(crate) struct ChatOptions {
 }
 
 impl Serving {
+    /// A request's variables for the template, over those that hold where it says nothing.
+    pub(crate) fn template_kwargs(&self, own: Option<Map<String, Value>>) -> Option<Map<String, Value>> {
+        let defaults = &self.config.default_template_kwargs;
+        if defaults.is_empty() {
+            return own;
+        }
+        let mut kwargs = defaults.clone();
+        kwargs.extend(own.unwrap_or_default());
+        Some(kwargs)
+    }
+
     /// Encodes the text of `field`. One that is far too long is refused before all of it has been looked at.
     pub(crate) async fn encode_text(
         self: &Arc<Self>,
@@ -79,12 +90,7 @@ impl Serving {
             let message = format!("'messages' has {pieces} messages, parts and calls; at most {}", 2 * MESSAGES_MAX);
             return Err(ApiError::invalid("messages", message));
         }
-        let mut given = options.kwargs.iter().flatten();
-        if let Some((name, _)) = given.find(|(name, value)| RESERVED_NAMES.contains(&name.as_str()) && !value.is_null())
-        {
-            let field = format!("chat_template_kwargs.{name}");
-            return Err(ApiError::unsupported(field, "the server sets it itself"));
-        }
+        options.kwargs.as_ref().map_or(Ok(()), refuse_reserved)?;
         let variables = options.kwargs.iter().flatten().map(|(name, value)| name.len() + bytes_of(value));
         let tools = options.tools.iter().map(bytes_of);
         let bytes = messages.iter().map(Message::bytes).chain(variables).chain(tools).sum();
@@ -277,6 +283,16 @@ fn bytes_of(value: &Value) -> usize {
         Value::Null | Value::Bool(_) | Value::Number(_) => 0,
     };
     PIECE_BYTES + inside
+}
+
+/// Refuses variables for the template that have another meaning. Null asks for nothing.
+pub(crate) fn refuse_reserved(kwargs: &Map<String, Value>) -> Result<(), ApiError> {
+    match kwargs.iter().find(|(name, value)| RESERVED_NAMES.contains(&name.as_str()) && !value.is_null()) {
+        Some((name, _)) => {
+            Err(ApiError::unsupported(format!("chat_template_kwargs.{name}"), "the server sets it itself"))
+        }
+        None => Ok(()),
+    }
 }
 
 fn check_part(part: &ContentPart, at: impl Fn() -> String) -> Result<(), ApiError> {

@@ -28,6 +28,8 @@ pub struct ApiConfig {
     pub tokenizer: Arc<Tokenizer>,
     /// How a conversation becomes a prompt; without one, chats are refused.
     pub template: Option<ChatTemplate>,
+    /// Variables for the template where a request does not set them; none of [`super::RESERVED_NAMES`].
+    pub default_template_kwargs: serde_json::Map<String, serde_json::Value>,
     /// What is looked for in answers to conversations.
     pub parsers: Parsers,
     /// Sampling parameters where a request has none.

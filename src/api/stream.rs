@@ -190,6 +190,7 @@ mod tests {
                 model_root: "m".into(),
                 tokenizer: Arc::new(Tokenizer::from_file(file.path()).unwrap()),
                 template: Some(ChatTemplate::new("a", "", "").unwrap()),
+                default_template_kwargs: serde_json::Map::new(),
                 parsers: Parsers::default(),
                 defaults: Defaults::default(),
                 eos_token_ids: Vec::new(),

@@ -59,7 +59,7 @@ pub(crate) async fn tokenize(
                 add_generation_prompt: request.add_generation_prompt,
                 continue_final_message: request.continue_final_message.unwrap_or(false),
                 add_special_tokens: request.add_special_tokens.unwrap_or(false),
-                kwargs: request.chat_template_kwargs,
+                kwargs: serving.template_kwargs(request.chat_template_kwargs),
                 tools: tools.map(|tools| tools.offered).unwrap_or_default(),
                 without_thoughts: false,
                 now: None,

@@ -358,6 +358,17 @@ mod tests {
     }
 
     #[test]
+    fn variables_for_the_template_are_given_by_either_of_two_names() {
+        assert_eq!(worker(&["--model", "m"]).default_chat_template_kwargs, None);
+        for flag in ["--default-chat-template-kwargs", "--chat-template-kwargs"] {
+            let kwargs = worker(&["--model", "m", flag, "{\"enable_thinking\": false}"]).default_chat_template_kwargs;
+            assert_eq!(kwargs.unwrap()["enable_thinking"], false, "{flag}");
+            assert!(parse(&["--is-prefill-worker", flag, "{}"]).is_err(), "{flag}");
+            assert!(parse(&["--model", "m", flag, "{\"messages\": []}"]).unwrap_err().contains("sets it itself"));
+        }
+    }
+
+    #[test]
     fn what_answers_are_looked_through_for_may_be_said() {
         let by_template = Parsers { thoughts: true, calls: Some(CallFormat::Hermes) };
         let told = |flags: &[&str], by_template| {

@@ -5,8 +5,9 @@ use std::{net::Ipv6Addr, time::Duration};
 use clap::ValueEnum;
 use engine_kernels::KvDType;
 use engine_models::LoadFormat;
+use serde_json::{Map, Value};
 
-use crate::{handoff::Policy, telemetry::LogFormat};
+use crate::{api::refuse_reserved, handoff::Policy, telemetry::LogFormat};
 
 /// `--load-format`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -270,6 +271,14 @@ pub(super) fn parse_millis(text: &str) -> Result<Duration, String> {
     Ok(Duration::from_secs_f64(millis / 1e3))
 }
 
+/// Variables for the chat template, such as requests may set.
+pub(super) fn parse_template_kwargs(text: &str) -> Result<Map<String, Value>, String> {
+    let kwargs: Map<String, Value> = serde_json::from_str(text)
+        .map_err(|error| format!("not a JSON object, as {{\"enable_thinking\": false}} is one: {error}"))?;
+    refuse_reserved(&kwargs).map_err(|error| error.message().to_owned())?;
+    Ok(kwargs)
+}
+
 /// How long a mock's step takes, in milliseconds.
 pub(super) fn parse_step_time(text: &str) -> Result<Duration, String> {
     parse_pace(text, 1e3)
@@ -384,6 +393,17 @@ mod tests {
         for bad in ["0", "4097", "-1", "x", "99999999999999999999"] {
             assert!(parse_within::<1, 4096>(bad).is_err(), "{bad}");
         }
+    }
+
+    #[test]
+    fn variables_for_the_template_are_an_object_without_what_the_server_sets() {
+        let kwargs = parse_template_kwargs(r#"{"enable_thinking": false, "tools": null}"#).unwrap();
+        assert_eq!(kwargs["enable_thinking"], false);
+        for bad in ["", "false", "[]", "{\"a\": }", "enable_thinking=false"] {
+            assert!(parse_template_kwargs(bad).unwrap_err().contains("not a JSON object"), "{bad}");
+        }
+        let refused = parse_template_kwargs(r#"{"a": 1, "bos_token": "x"}"#).unwrap_err();
+        assert!(refused.contains("chat_template_kwargs.bos_token") && refused.contains("sets it itself"), "{refused}");
     }
 
     #[test]

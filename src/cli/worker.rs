@@ -1,12 +1,13 @@
 use std::{path::PathBuf, time::Duration};
 
 use clap::{Args, builder::NonEmptyStringValueParser};
+use serde_json::{Map, Value};
 
 use super::{
     ClusterArgs, EngineArgs, LogArgs, TransportArgs,
     values::{
         DisaggPolicyArg, ReasoningParserArg, ToolCallParserArg, parse_millis, parse_origin, parse_seconds, parse_size,
-        parse_within,
+        parse_template_kwargs, parse_within,
     },
 };
 use crate::api::{CONNECTIONS_BESIDE_REQUESTS, CallFormat, Parsers};
@@ -31,6 +32,18 @@ pub struct WorkerArgs {
     /// A Jinja chat template to use instead of the model's own
     #[arg(long, value_name = "FILE", conflicts_with = "is_prefill_worker", help_heading = "Model")]
     pub chat_template: Option<PathBuf>,
+
+    /// Variables for the chat template where a request's chat_template_kwargs do not set them, as {"enable_thinking":
+    /// false}
+    #[arg(
+        long,
+        alias = "chat-template-kwargs",
+        value_name = "JSON",
+        value_parser = parse_template_kwargs,
+        conflicts_with = "is_prefill_worker",
+        help_heading = "Model"
+    )]
+    pub default_chat_template_kwargs: Option<Map<String, Value>>,
 
     /// How thoughts are told from the rest of an answer, to stand in a field of their own
     #[arg(

@@ -161,6 +161,7 @@ fn api_config(
         model_root: cli.engine.model.clone().unwrap_or_default(),
         tokenizer,
         template,
+        default_template_kwargs: cli.default_chat_template_kwargs.clone().unwrap_or_default(),
         parsers: cli.parsers(by_template),
         defaults: Defaults::recommended(recommended),
         eos_token_ids: recommended.eos_token_ids.clone(),

@@ -41,6 +41,7 @@ impl RequestBody {
             model_names: vec!["m".into()],
             model_root: "m".into(),
             tokenizer: Arc::new(Tokenizer::from_gguf(&gguf).unwrap()),
+            default_template_kwargs: serde_json::Map::new(),
             parsers: Parsers::of_template(&template),
             template: Some(template),
             defaults: Defaults::default(),

@@ -138,6 +138,8 @@ pub(crate) struct Options {
     pub(crate) weights: &'static str,
     /// How a conversation becomes a prompt, which also tells what answers are looked through for.
     pub(crate) template: &'static str,
+    /// What the template is told where a request says nothing.
+    pub(crate) template_kwargs: serde_json::Map<String, serde_json::Value>,
     pub(crate) cluster_token: Option<HttpToken>,
     pub(crate) max_model_len: usize,
     pub(crate) max_num_seqs: usize,
@@ -152,6 +154,7 @@ impl Default for Options {
             model: "m",
             weights: "",
             template: TEMPLATE,
+            template_kwargs: serde_json::Map::new(),
             cluster_token: None,
             max_model_len: 2048,
             max_num_seqs: 8,
@@ -183,6 +186,7 @@ impl Worker {
             model_names: vec![options.model.into()],
             model_root: options.model.into(),
             tokenizer,
+            default_template_kwargs: options.template_kwargs,
             parsers: Parsers::of_template(&template),
             template: Some(template),
             defaults: Defaults::default(),
