@@ -6,7 +6,7 @@ mod client;
 mod served;
 mod support;
 
-use std::time::Duration;
+use std::{collections::BTreeSet, time::Duration};
 
 use engine::api::HttpToken;
 use serde_json::{Value, json};
@@ -248,6 +248,28 @@ fn calls_and_thoughts_go_on_where_they_were() {
     let request = json!({"messages": messages, "max_tokens": 60, "seed": 5, "ignore_eos": true});
     let answer = assert_cuts_do_not_show_on(start, CHAT, request);
     assert!(answer.choices[0].text.is_empty() && answer.choices[0].thoughts.len() > 60, "{answer:?}");
+}
+
+#[test]
+fn calls_of_a_list_go_on_behind_those_that_were_told() {
+    let template = "{{ tools | tojson }}[TOOL_CALLS] [";
+    let start = || Worker::start(Options { template, step: Duration::from_micros(300), ..Options::default() });
+    let tool = |name: &str| {
+        let parameters = json!({"type": "object", "properties": {}, "additionalProperties": false});
+        json!({"type": "function", "function": {"name": name, "parameters": parameters}})
+    };
+    let request = json!({
+        "messages": [{"role": "user", "content": "a"}], "tools": [tool("f"), tool("g")], "tool_choice": "required",
+        "seed": 1, "max_tokens": 200, "n": 8,
+    });
+    let answer = assert_cuts_do_not_show_on(start, CHAT, request);
+    let calls: Vec<&Value> = answer.choices.iter().flat_map(|choice| &choice.calls).collect();
+    assert!(calls.len() > answer.choices.len(), "some answers make several: {calls:?}");
+    let ids: BTreeSet<&str> = calls.iter().map(|call| call["id"].as_str().unwrap()).collect();
+    assert!(ids.len() == calls.len() && ids.iter().all(|id| id.len() == 9), "{ids:?}");
+    for choice in answer.choices.iter().filter(|choice| choice.finishes == ["tool_calls"]) {
+        assert_eq!(choice.text, "");
+    }
 }
 
 /// Ids of a choice's prompt and of its own tokens, as the events tell them.

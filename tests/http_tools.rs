@@ -410,6 +410,79 @@ fn an_answer_may_be_a_call_or_of_a_form() {
     assert_eq!((status, param.as_deref()), (400, Some("structured_outputs.choice")), "{message}");
 }
 
+/// The marks of Mistral's templates, and what these demand of ids.
+const MISTRAL: &str = "{% if tools %}[AVAILABLE_TOOLS] {{ tools | tojson }}[/AVAILABLE_TOOLS]{% endif %}\
+    {% for message in messages %}{% if message.tool_calls is defined %}[TOOL_CALLS] [\
+    {% for call in message.tool_calls %}{% if call.id | length != 9 %}{{ raise_exception('Nine letters!') }}{% endif %}\
+    {{ call.function | tojson }}{% if not loop.last %}, {% endif %}{% endfor %}]\
+    {% elif message.role == 'tool' %}[TOOL_RESULTS] {{ message.content }}[/TOOL_RESULTS]\
+    {% elif message.role == 'user' %}[INST] {{ message.content }}[/INST]{% else %} {{ message.content }}{% endif %}\
+    {% endfor %}";
+
+#[test]
+fn calls_in_a_list_behind_a_mark_are_calls_and_their_ids_are_such_as_the_template_takes() {
+    let file = tempfile::NamedTempFile::new().unwrap();
+    std::fs::write(file.path(), MISTRAL).unwrap();
+    let server = Server::start(&["--chat-template", file.path().to_str().unwrap(), "--max-model-len", "1024"]);
+    let of_one = |choice: Value, seed: u64| {
+        json!({
+            "tools": tools(), "tool_choice": choice, "parallel_tool_calls": false, "seed": seed,
+        })
+    };
+    let with_ids_taken = |(mut parts, finish): (Value, Value)| {
+        let calls = parts["calls"].as_array_mut().unwrap().iter_mut();
+        let ids: Vec<Value> = calls.map(|call| call.as_object_mut().unwrap().remove("id").unwrap()).collect();
+        for id in ids.iter().map(|id| id.as_str().unwrap()) {
+            assert!(id.len() == 9 && id.chars().all(|c| c.is_ascii_alphanumeric()), "{id}");
+        }
+        (parts, finish)
+    };
+    let time = json!({"type": "function", "function": {"name": "time"}});
+    for (choice, seed) in [(json!("required"), 0), (json!("required"), 1), (time.clone(), 2)] {
+        let request = ask(of_one(choice.clone(), seed));
+        let choices = answered(&server, &request);
+        assert_eq!(choices[0]["message"]["content"], Value::Null);
+        let (parts, finish) = with_ids_taken(whole(&choices[0]));
+        assert_eq!((parts["calls"].as_array().unwrap().len(), &finish), (1, &json!("tool_calls")));
+        assert_fits(&parts["calls"][0]);
+        assert!(choice == "required" || parts["calls"][0]["function"]["name"] == "time");
+        assert_eq!(with_ids_taken(streamed(&server, &request)), (parts, finish));
+    }
+    // Several, as far as there is room for them.
+    let several = ask(json!({"tools": tools(), "tool_choice": "required", "max_tokens": 300, "n": 4}));
+    for choice in answered(&server, &several).as_array().unwrap() {
+        let (parts, _) = with_ids_taken(whole(choice));
+        let calls = parts["calls"].as_array().unwrap();
+        assert!(!calls.is_empty(), "{choice}");
+        calls.iter().for_each(assert_fits);
+    }
+
+    // One that has to be made is opened by the prompt; one that may be is the model's to open.
+    let prompt_tokens = |fields: Value| {
+        let response = server.post(CHAT, &ask(fields));
+        assert_eq!(response.status, 200, "{}", response.text());
+        response.json()["usage"]["prompt_tokens"].as_u64().unwrap()
+    };
+    let may = briefly(json!({"tools": tools()}));
+    assert!(prompt_tokens(of_one(time, 0)) > prompt_tokens(may.clone()));
+    let (parts, finish) = whole(&answered(&server, &ask(may))[0]);
+    assert_eq!((&parts["calls"], finish), (&json!([]), json!("length")));
+
+    let message = answered(&server, &ask(of_one(json!("required"), 3)))[0]["message"].clone();
+    let back = |message: &Value| {
+        let result = json!({"role": "tool", "tool_call_id": message["tool_calls"][0]["id"], "content": "sunny"});
+        let question = ask(json!({}))["messages"][0].clone();
+        server.post(CHAT, &ask(briefly(json!({"tools": tools(), "messages": [question, message, result]}))))
+    };
+    assert_eq!(back(&message).status, 200);
+    let mut foreign = message;
+    foreign["tool_calls"][0]["id"] = json!("call_1");
+    let (status, param, words) = back(&foreign).error();
+    assert_eq!((status, param.as_deref()), (400, Some("messages")));
+    assert!(words.contains("Nine letters!"), "{words}");
+    server.wait_until_idle();
+}
+
 #[test]
 fn a_function_whose_schema_is_none_is_refused() {
     let server = server();

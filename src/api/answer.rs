@@ -247,9 +247,15 @@ impl Answer {
             content: pieces.content(),
             reasoning: pieces.thoughts(),
             reasoning_content: pieces.thoughts(),
-            tool_calls: pieces.calls.iter().map(|call| ToolCall::new(&self.id, index, call, false)).collect(),
+            tool_calls: self.tool_calls(index, pieces, false),
             refusal: None,
         }
+    }
+
+    /// The calls that a choice makes.
+    fn tool_calls<'a>(&self, index: usize, pieces: &'a Pieces, in_chunk: bool) -> Vec<ToolCall<'a>> {
+        let format = self.serving.config.parsers.calls;
+        pieces.calls.iter().map(|call| ToolCall::new(&self.id, index, call, format, in_chunk)).collect()
     }
 
     /// What to say if some choice broke off.

@@ -53,8 +53,11 @@ pub(crate) async fn chat_completions(
     }
     let enable_thinking = kwargs.as_ref().and_then(|kwargs| kwargs.get("enable_thinking"));
     let unwanted = hidden || enable_thinking == Some(&Value::Bool(false));
-    // Before a form, there is a way not to wait for thoughts that nobody sees; and special tokens are in no grammar.
-    let without_thoughts = form.is_some() && parsers.thoughts && (unwanted || serving.marks_are_special);
+    let ahead = tools.as_ref().and_then(Tools::ahead);
+    // Before a form, there is a way not to wait for thoughts that nobody sees; special tokens are in no grammar; and
+    // where the prompt has opened calls, it is too late for thoughts.
+    let cannot_think = unwanted || serving.marks_are_special || ahead.is_some();
+    let without_thoughts = form.is_some() && parsers.thoughts && cannot_think;
     let options = ChatOptions {
         add_generation_prompt: request.add_generation_prompt,
         continue_final_message: request.continue_final_message.unwrap_or(false),
@@ -62,6 +65,7 @@ pub(crate) async fn chat_completions(
         kwargs,
         tools: tools.as_mut().map(|tools| std::mem::take(&mut tools.offered)).unwrap_or_default(),
         without_thoughts,
+        ahead,
         now: Some(relay.created()),
     };
     let (tokens, thoughts) = serving.encode_chat(messages, options, Purpose::Answer).await?;
@@ -69,6 +73,7 @@ pub(crate) async fn chat_completions(
         thoughts: if parsers.thoughts && !without_thoughts { thoughts } else { Thoughts::No },
         show_thoughts: !hidden,
         calls: tools.as_ref().map(|tools| tools.format),
+        calls_opened: ahead.is_some(),
         calls_max: tools.as_ref().map_or(0, Tools::calls_max),
     };
     plan.skip_special_tokens &= !(plan.wanted.is_any() && serving.marks_are_special);

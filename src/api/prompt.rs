@@ -43,6 +43,8 @@ pub(crate) struct ChatOptions {
     pub(crate) tools: Vec<Value>,
     /// Thoughts that the prompt opens are closed again: the answer begins with something else.
     pub(crate) without_thoughts: bool,
+    /// What the prompt ends with, for the answer not to begin with it.
+    pub(crate) ahead: Option<&'static str>,
     /// What time the template is told, in seconds since 1970.
     pub(crate) now: Option<u64>,
 }
@@ -103,6 +105,7 @@ impl Serving {
                 text.truncate(text.trim_end().len());
                 text.push_str(Thoughts::NONE);
             }
+            text.push_str(options.ahead.unwrap_or_default());
             Ok((serving.encode_now(&text, options.add_special_tokens, purpose, "messages")?, thoughts))
         })
         .await?

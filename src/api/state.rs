@@ -184,13 +184,15 @@ mod tests {
         let tokenizer = json!({
             "version": "1.0", "model": {"type": "BPE", "vocab": {"a": 0}, "merges": []},
             "decoder": {"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": true},
-            "added_tokens": [added(1, "<tool_call>", true), added(2, "<think>", false), added(3, "<|end|>", true)],
+            "added_tokens": [added(1, "<tool_call>", true), added(2, "<think>", false), added(3, "<|end|>", true),
+                added(4, "[TOOL_CALLS]", true)],
         });
         let file = tempfile::NamedTempFile::new().unwrap();
         std::fs::write(file.path(), tokenizer.to_string()).unwrap();
         let tokenizer = Tokenizer::from_file(file.path()).unwrap();
         let with = |thoughts, calls| marks_are_special(Parsers { thoughts, calls }, &tokenizer);
         assert!(with(false, Some(CallFormat::Hermes)) && with(true, Some(CallFormat::Hermes)));
+        assert!(with(false, Some(CallFormat::Mistral)));
         assert!(!with(true, None) && !with(true, Some(CallFormat::Llama3Json)));
     }
 }

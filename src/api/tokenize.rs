@@ -62,6 +62,7 @@ pub(crate) async fn tokenize(
                 kwargs: serving.template_kwargs(request.chat_template_kwargs),
                 tools: tools.map(|tools| tools.offered).unwrap_or_default(),
                 without_thoughts: false,
+                ahead: None,
                 now: None,
             };
             serving.encode_chat(messages, options, Purpose::Count).await?.0

@@ -17,6 +17,8 @@ pub(crate) struct Tools {
     pub(crate) offered: Vec<Value>,
     pub(crate) format: CallFormat,
     choice: Choice,
+    /// What a list of calls begins with.
+    list_opening: &'static str,
     /// Whether an answer may call more than one.
     parallel: bool,
 }
@@ -76,17 +78,23 @@ impl Tools {
         if names.is_empty() {
             return Ok(None);
         }
-        if !template.is_some_and(ChatTemplate::reads_tools) {
+        let Some(template) = template.filter(|template| template.reads_tools()) else {
             let detail = "this model's chat template does not show them; --chat-template gives the server another";
             return Err(ApiError::unsupported("tools", detail));
-        }
+        };
         let Some(format) = parsers.calls else {
             let detail = "how this model writes calls is not known; --tool-call-parser tells the server";
             return Err(ApiError::unsupported("tools", detail));
         };
         // Llama's templates refuse to show an answer with two, which the client would send back.
         let parallel = parallel.unwrap_or(format != CallFormat::Llama3Json);
-        Ok(Some(Self { offered, format, choice, parallel }))
+        let list_opening = CallFormat::list_opening(template);
+        Ok(Some(Self { offered, format, choice, list_opening, parallel }))
+    }
+
+    /// What the prompt ends with where the answer has to be calls.
+    pub(crate) fn ahead(&self) -> Option<&'static str> {
+        self.format.ahead().filter(|_| self.choice != Choice::Auto)
     }
 
     /// Calls of an answer at most.
@@ -97,9 +105,11 @@ impl Tools {
     /// What an answer has to be, if it has to be a call, or else a JSON text that `instead` describes, which an answer
     /// that has to be a call never is. Calls are written as models do that were taught this format.
     pub(crate) fn form(&self, instead: Option<Value>) -> Result<Option<Source>, ApiError> {
-        if instead.is_some() && self.choice == Choice::Auto && self.format == CallFormat::Llama3Json {
-            // Both begin with `{"`, where what follows the grammar would have decided for the call.
-            let detail = "this model's calls are JSON too; send 'tool_choice' 'none' or 'required' with a form";
+        // Llama's calls begin with `{"`, as the form may: where what follows the grammar would have decided for the
+        // call. What Mistral's begin with is in no grammar.
+        if instead.is_some() && self.choice == Choice::Auto && self.format != CallFormat::Hermes {
+            let detail = "this model cannot choose between calls and a form; send 'tool_choice' 'none' or 'required' \
+                          with one";
             return Err(ApiError::unsupported("tools", detail));
         }
         let (chosen, or) = match self.choice {
@@ -113,24 +123,29 @@ impl Tools {
                 format!("an answer has to fit one of {} functions in 'tools'; at most {FORMS_MAX}", chosen.len());
             return Err(ApiError::invalid("tools", message));
         }
-        let (open, arguments, close, between) = match self.format {
+        let (before, arguments, after, between) = match self.format {
             CallFormat::Hermes => ("<tool_call>\n", "arguments", "}\n</tool_call>", "\n"),
             CallFormat::Llama3Json => ("", "parameters", "}", "; "),
+            CallFormat::Mistral => ("", "arguments", "}", ", "),
+        };
+        let (open, close) = match self.format {
+            CallFormat::Hermes | CallFormat::Llama3Json => ("", ""),
+            CallFormat::Mistral => (self.list_opening, "]"),
         };
         let frame = |tool: &Value| {
             let function = &tool["function"];
             // As OpenAI has it, a function without has none.
             let none = || json!({"type": "object", "additionalProperties": false});
             Frame {
-                before: format!("{open}{{\"name\": {}, \"{arguments}\": ", function["name"]),
+                before: format!("{before}{{\"name\": {}, \"{arguments}\": ", function["name"]),
                 schema: function["parameters"].as_object().map_or_else(none, arguments_of),
-                after: close.to_owned(),
+                after: after.to_owned(),
                 strict: function["strict"] == true,
             }
         };
         let frames = chosen.iter().map(frame).collect();
         let between = (self.calls_max() > 1).then(|| between.to_owned());
-        Ok(Some(Source::Framed { frames, between, or }))
+        Ok(Some(Source::Framed { open: open.to_owned(), frames, between, close: close.to_owned(), or }))
     }
 }
 
@@ -229,7 +244,7 @@ mod tests {
             let parsers = Parsers { thoughts: false, calls: Some(format) };
             let body = json!({"tools": two(), "tool_choice": choice, "parallel_tool_calls": parallel});
             match read_by(parsers, "{{ tools }}", &body).unwrap().unwrap().form(None).unwrap() {
-                Some(Source::Framed { frames, between, or: None }) => Some((frames, between)),
+                Some(Source::Framed { frames, between, or: None, .. }) => Some((frames, between)),
                 Some(other) => panic!("{other:?}"),
                 None => None,
             }
@@ -252,6 +267,36 @@ mod tests {
     }
 
     #[test]
+    fn calls_of_a_list_stand_behind_what_the_prompt_ends_with() {
+        let parsers = Parsers { thoughts: false, calls: Some(CallFormat::Mistral) };
+        let tools = |template: &str, choice: Value, parallel: Value| {
+            let body = json!({"tools": two(), "tool_choice": choice, "parallel_tool_calls": parallel});
+            read_by(parsers, template, &body).unwrap().unwrap()
+        };
+        let time = json!({"type": "function", "function": {"name": "time"}});
+        for (template, opening) in [("{{ tools }}[TOOL_CALLS] [", " ["), ("{{ tools }}[TOOL_CALLS][", "[")] {
+            for (choice, parallel, expected) in [
+                (json!("required"), Value::Null, Some(", ")),
+                (json!("required"), json!(false), None),
+                (time.clone(), json!(true), None),
+            ] {
+                let tools = tools(template, choice, parallel);
+                assert_eq!(tools.ahead(), Some("[TOOL_CALLS]"));
+                let Some(Source::Framed { open, frames, between, close, or: None }) = tools.form(None).unwrap() else {
+                    panic!("{tools:?}");
+                };
+                assert_eq!((&*open, between.as_deref(), &*close), (opening, expected, "]"));
+                let last = frames.last().unwrap();
+                assert_eq!((&*last.before, &*last.after), ("{\"name\": \"time\", \"arguments\": ", "}"));
+            }
+        }
+        let auto = tools("{{ tools }}", json!("auto"), Value::Null);
+        assert_eq!((auto.ahead(), auto.form(None).unwrap()), (None, None));
+        let hermes = read(json!({"tools": two(), "tool_choice": "required"})).unwrap().unwrap();
+        assert_eq!(hermes.ahead(), None, "its answers begin with the mark");
+    }
+
+    #[test]
     fn an_answer_may_be_a_call_or_of_a_form() {
         let schema = json!({"type": "integer"});
         let or = |choice: &str| {
@@ -262,11 +307,13 @@ mod tests {
             }
         };
         assert_eq!((or("auto"), or("required")), (Some(schema.clone()), None));
-        let llama = Parsers { thoughts: false, calls: Some(CallFormat::Llama3Json) };
-        for (choice, may) in [("auto", false), ("required", true)] {
-            let tools =
-                read_by(llama, "{{ tools }}", &json!({"tools": two(), "tool_choice": choice})).unwrap().unwrap();
-            assert_eq!(tools.form(Some(schema.clone())).is_ok(), may, "one cannot be told from the other");
+        for format in [CallFormat::Llama3Json, CallFormat::Mistral] {
+            let parsers = Parsers { thoughts: false, calls: Some(format) };
+            for (choice, may) in [("auto", false), ("required", true)] {
+                let body = json!({"tools": two(), "tool_choice": choice});
+                let tools = read_by(parsers, "{{ tools }}", &body).unwrap().unwrap();
+                assert_eq!(tools.form(Some(schema.clone())).is_ok(), may, "one cannot be chosen over the other");
+            }
         }
     }
 

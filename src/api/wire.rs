@@ -4,7 +4,7 @@ use axum::{
 };
 use serde::Serialize;
 
-use super::{output::Output, parser::Call};
+use super::{CallFormat, output::Output, parser::Call};
 
 /// An answer that is JSON. (axum's own turns on a feature of serde_json that is not safe with what strangers send.)
 pub(crate) struct Json<T>(pub(crate) T);
@@ -132,16 +132,16 @@ struct FunctionCall<'a> {
 
 impl<'a> ToolCall<'a> {
     /// A call of the answer `answer`, in its choice `choice`. Whoever goes on with the answer elsewhere gives calls the
-    /// same ids.
-    pub(crate) fn new(answer: &str, choice: usize, call: &'a Call, in_chunk: bool) -> Self {
+    /// same ids, by their `format`.
+    pub(crate) fn new(answer: &str, choice: usize, call: &'a Call, format: Option<CallFormat>, in_chunk: bool) -> Self {
         let Call { index, name, arguments } = call;
         let digest = blake3::hash(format!("{answer}/{choice}/{index}").as_bytes()).to_hex();
-        Self {
-            index: in_chunk.then_some(*index),
-            id: format!("call_{}", &digest[..24]),
-            r#type: "function",
-            function: FunctionCall { name, arguments },
-        }
+        let id = match format {
+            // Which come back in the conversation: Mistral's templates refuse what is not nine letters and digits.
+            Some(CallFormat::Mistral) => digest[..9].to_owned(),
+            _ => format!("call_{}", &digest[..24]),
+        };
+        Self { index: in_chunk.then_some(*index), id, r#type: "function", function: FunctionCall { name, arguments } }
     }
 }
 

@@ -377,8 +377,9 @@ mod tests {
         };
         assert_eq!(told(&[], by_template), (true, Some(CallFormat::Hermes)));
         assert_eq!(told(&["--reasoning-parser", "none", "--tool-call-parser", "none"], by_template), (false, None));
-        let llama = told(&["--tool-call-parser", "llama3_json"], by_template);
-        assert_eq!(llama, (true, Some(CallFormat::Llama3Json)));
+        for (name, format) in [("llama3_json", CallFormat::Llama3Json), ("mistral", CallFormat::Mistral)] {
+            assert_eq!(told(&["--tool-call-parser", name], by_template), (true, Some(format)));
+        }
         for name in ["think", "qwen3", "deepseek_r1"] {
             let flags = ["--reasoning-parser", name, "--tool-call-parser", "hermes"];
             assert_eq!(told(&flags, Parsers::default()), (true, Some(CallFormat::Hermes)));

@@ -191,6 +191,8 @@ pub enum ToolCallParserArg {
     /// Answers that are JSON with "name" and "parameters": Llama 3.1 and later.
     #[value(name = "llama3_json")]
     Llama3Json,
+    /// A JSON list behind `[TOOL_CALLS]`: Mistral 7B v0.3, Mistral Nemo.
+    Mistral,
     /// Requests with tools are refused.
     None,
 }

@@ -248,6 +248,7 @@ impl WorkerArgs {
                 ToolCallParserArg::Auto => by_template.calls,
                 ToolCallParserArg::Hermes => Some(CallFormat::Hermes),
                 ToolCallParserArg::Llama3Json => Some(CallFormat::Llama3Json),
+                ToolCallParserArg::Mistral => Some(CallFormat::Mistral),
                 ToolCallParserArg::None => None,
             },
         }

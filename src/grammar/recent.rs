@@ -98,11 +98,11 @@ impl Text {
                     self.write_all(choice.as_bytes()).ok()?;
                 }
             }
-            Source::Framed { frames, between, or } => {
+            Source::Framed { open, frames, between, close, or } => {
                 self.hasher.update(b"framed");
                 let parts = frames.iter().map(|frame| (&frame.before, &frame.schema, &frame.after, frame.strict));
                 let frames: Vec<_> = parts.collect();
-                serde_json::to_writer(&mut *self, &(between, or, frames)).ok()?;
+                serde_json::to_writer(&mut *self, &(open, between, close, or, frames)).ok()?;
             }
             Source::After { open, close, then } => {
                 self.hasher.update(b"after ");
@@ -183,11 +183,15 @@ mod tests {
             let properties: serde_json::Value = serde_json::from_str(&of_both).unwrap();
             Source::JsonSchema(json!({"type": "object", "properties": properties, "required": ["a", "b"]}))
         };
-        let framed = |before: &str, after: &str, between: Option<&str>, strict| Source::Framed {
+        let list = |open: &str, before: &str, after: &str, between: Option<&str>, close: &str, strict| Source::Framed {
+            open: open.to_owned(),
             frames: vec![Frame { before: before.into(), schema: json!({"type": "null"}), after: after.into(), strict }],
             between: between.map(str::to_owned),
+            close: close.to_owned(),
             or: None,
         };
+        let framed =
+            |before: &str, after: &str, between: Option<&str>, strict| list("", before, after, between, "", strict);
         let after = |open: Option<&str>, close: &str, then: &str| Source::After {
             open: open.map(str::to_owned),
             close: close.to_owned(),
@@ -206,6 +210,8 @@ mod tests {
             framed("a", "b", None, false),
             framed("ab", "", None, true),
             framed("a", "b", Some("b"), true),
+            list("a", "", "b", None, "", true),
+            list("", "a", "", None, "b", true),
             after(None, "a", "b"),
             after(None, "ab", "b"),
             after(Some("a"), "a", "b"),

@@ -35,10 +35,14 @@ pub enum Source {
     /// One of several JSON texts, each between two that are given; or one or more of them, if there is something to
     /// stand between them; or another JSON text instead.
     Framed {
+        /// Stands before the first, if anything does.
+        open: String,
         /// What there is to choose from.
         frames: Vec<Frame>,
         /// What stands between two.
         between: Option<String>,
+        /// Stands behind the last, if anything does.
+        close: String,
         /// The schema of what may be there instead.
         or: Option<Value>,
     },
@@ -141,9 +145,10 @@ impl Source {
                 }
                 Ok(TopLevelGrammar::from_lark(grammar.clone()))
             }
-            Self::Framed { frames, between, or } => {
+            Self::Framed { open, frames, between, close, or } => {
                 at_most("texts", frames.len(), FRAMES_MAX)?;
-                Ok(TopLevelGrammar::from_lark(framed(frames, between.as_deref(), or.as_ref())?))
+                let around = (open.as_str(), close.as_str());
+                Ok(TopLevelGrammar::from_lark(framed(around, frames, between.as_deref(), or.as_ref())?))
             }
             Self::After { open, close, then } => {
                 let mut grammar = then.for_compiler()?;
@@ -159,14 +164,20 @@ impl Source {
 }
 
 /// As a grammar. Each schema is one by itself, so that what it refers to is found in it.
-fn framed(frames: &[Frame], between: Option<&str>, or: Option<&Value>) -> Result<String, GrammarError> {
+fn framed(
+    (open, close): (&str, &str),
+    frames: &[Frame],
+    between: Option<&str>,
+    or: Option<&Value>,
+) -> Result<String, GrammarError> {
     // What one schema may have of something, all have together.
     let schemas: Vec<Value> = frames.iter().map(Frame::followed).collect();
     check(&schemas.iter().chain(or).cloned().collect())?;
     let rules: Vec<String> = (0..frames.len()).map(|index| format!("frame_{index}")).collect();
     let more = between.map_or_else(String::new, |between| format!(" ({} frame)*", literal(between)));
+    let [open, close] = [open, close].map(|text| if text.is_empty() { String::new() } else { literal(text) });
     let instead = or.map_or("", |_| " | instead");
-    let mut grammar = format!("start: frame{more}{instead}\nframe: {}\n", rules.join(" | "));
+    let mut grammar = format!("start: {open} frame{more} {close}{instead}\nframe: {}\n", rules.join(" | "));
     if let Some(schema) = or {
         grammar += &format!("instead: %json {}\n", with_options(schema, true)?);
     }

@@ -139,9 +139,13 @@ fn json_texts_stand_in_their_frames() {
         frame("<b>\n{\"f\": ", json!({"type": "array", "items": {"const": 1}, "maxItems": 2})),
     ];
     let (one, other) = ("<b>\n{\"é\\\u{7f}\u{1}\u{2028} %json\": 7}\n</b>", "<b>\n{\"f\": [1, 1]}\n</b>");
-    let alone = matcher(Source::Framed { frames: frames.clone(), between: None, or: None });
-    let or_null = matcher(Source::Framed { frames: frames.clone(), between: None, or: Some(json!({"type": "null"})) });
-    let several = matcher(Source::Framed { frames, between: Some("; ".into()), or: None });
+    let framed = |open: &str, between: Option<&str>, close: &str, or| {
+        let (open, frames, close) = (open.to_owned(), frames.clone(), close.to_owned());
+        matcher(Source::Framed { open, frames, between: between.map(str::to_owned), close, or })
+    };
+    let alone = framed("", None, "", None);
+    let or_null = framed("", None, "", Some(json!({"type": "null"})));
+    let several = framed("", Some("; "), "", None);
     for text in [one, other] {
         assert!(fits(&alone, text) && fits(&several, text) && fits(&or_null, text), "{text}");
     }
@@ -158,12 +162,20 @@ fn json_texts_stand_in_their_frames() {
     ] {
         assert!(!fits(&several, text), "{text}");
     }
+    let (list, single) = (framed(" [", Some(", "), "]", None), framed(" [", None, "]", None));
+    let (of_one, of_three) = (format!(" [{one}]"), format!(" [{one}, {other}, {one}]"));
+    assert!(fits(&list, &of_one) && fits(&list, &of_three) && fits(&single, &of_one) && !fits(&single, &of_three));
+    for text in
+        [one, " []", &format!("[{one}]"), &format!(" [{one}"), &format!(" [{one}, ]"), &format!(" [{one}{one}]")]
+    {
+        assert!(!fits(&list, text), "{text}");
+    }
 }
 
 /// JSON in brackets.
 fn bracketed(schema: serde_json::Value, strict: bool) -> Source {
     let frames = vec![Frame { before: "(".into(), schema, after: ")".into(), strict }];
-    Source::Framed { frames, between: None, or: None }
+    Source::Framed { open: String::new(), frames, between: None, close: String::new(), or: None }
 }
 
 #[test]
@@ -202,8 +214,10 @@ fn each_of_several_texts_may_be_as_long_as_a_grammar() {
     let described = |bytes| json!({"type": "null", "description": "a".repeat(bytes)});
     let frame = |bytes, digit| Frame { before: digit, schema: described(bytes), after: String::new(), strict: false };
     let of = |bytes: usize, texts: usize| Source::Framed {
+        open: String::new(),
         frames: (0..texts).map(|index| frame(bytes, format!("{index:02}"))).collect(),
         between: None,
+        close: String::new(),
         or: None,
     };
     assert!(fits(&matcher(of(60_000, 8)), "07null"));

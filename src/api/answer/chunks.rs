@@ -12,7 +12,7 @@ use crate::api::{
     ApiError,
     logprobs::{ChatLogprobs, CompletionLogprobs},
     parser::Pieces,
-    wire::{ChatChunkChoice, CompletionChoice, Delta, Envelope, ToolCall, Usage},
+    wire::{ChatChunkChoice, CompletionChoice, Delta, Envelope, Usage},
 };
 
 impl Answer {
@@ -116,7 +116,7 @@ impl Answer {
             content: pieces.content(),
             reasoning: pieces.thoughts(),
             reasoning_content: pieces.thoughts(),
-            tool_calls: pieces.calls.iter().map(|call| ToolCall::new(&self.id, index, call, true)).collect(),
+            tool_calls: self.tool_calls(index, pieces, true),
         }
     }
 

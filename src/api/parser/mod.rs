@@ -18,7 +18,9 @@ use crate::grammar::Source;
 const THOUGHTS: (&str, &str) = ("<think>", "</think>");
 /// What a call stands between: NousResearch's Hermes models, Qwen2.5, Qwen3, and others.
 const HERMES: (&str, &str) = ("<tool_call>", "</tool_call>");
-/// Characters of white space at most behind what opens a call.
+/// What a list of calls stands behind: Mistral's models, to most of which it is a token of its own.
+const MISTRAL: &str = "[TOOL_CALLS]";
+/// Characters at most, nearly all of them white space, between what opens a call and the call.
 const SPACE_MAX: usize = 64;
 
 /// How a model writes calls.
@@ -29,6 +31,31 @@ pub enum CallFormat {
     /// An answer that is `{"name": …, "parameters": {…}}` and nothing else: Llama 3.1 and later, whose templates show
     /// no answer with two. Several have semicolons between them.
     Llama3Json,
+    /// `[{"name": …, "arguments": {…}}, …]` behind `[TOOL_CALLS]`: Mistral 7B v0.3, Nemo and others.
+    Mistral,
+}
+
+impl CallFormat {
+    /// What tells that there are calls.
+    fn mark(self) -> Option<&'static str> {
+        match self {
+            Self::Hermes => Some(HERMES.0),
+            Self::Llama3Json => None,
+            Self::Mistral => Some(MISTRAL),
+        }
+    }
+
+    /// What the prompt ends with if the answer has to be calls, so that it is not for the answer to begin with: special
+    /// tokens are in no grammar, and the model knows no other spelling of this one.
+    pub(crate) fn ahead(self) -> Option<&'static str> {
+        (self == Self::Mistral).then_some(MISTRAL)
+    }
+
+    /// What opens a list of calls, as the model was taught by this template.
+    pub(crate) fn list_opening(template: &ChatTemplate) -> &'static str {
+        // A token that begins with a space is another one.
+        if template.sources()[0].contains(&format!("{MISTRAL} ")) { " [" } else { "[" }
+    }
 }
 
 /// What a server looks for in its model's answers.
@@ -50,6 +77,9 @@ impl Parsers {
         } else if shows(HERMES.0) {
             // Qwen3-Coder's calls and GLM's stand between the same, and are no JSON.
             (!shows("<function=") && !shows("<arg_key>")).then_some(CallFormat::Hermes)
+        } else if shows(MISTRAL) {
+            // Later models' calls stand behind the same, and are no list.
+            (!shows("[ARGS]")).then_some(CallFormat::Mistral)
         } else {
             (shows("\"name\"") && shows("\"parameters\"")).then_some(CallFormat::Llama3Json)
         };
@@ -60,8 +90,9 @@ impl Parsers {
     /// The texts that are looked for.
     pub(crate) fn marks(&self) -> impl Iterator<Item = &'static str> {
         let thoughts = self.thoughts.then_some(THOUGHTS);
-        let calls = (self.calls == Some(CallFormat::Hermes)).then_some(HERMES);
-        thoughts.into_iter().chain(calls).flat_map(|(open, close)| [open, close])
+        let hermes = (self.calls == Some(CallFormat::Hermes)).then_some(HERMES);
+        let mistral = (self.calls == Some(CallFormat::Mistral)).then_some(MISTRAL);
+        thoughts.into_iter().chain(hermes).flat_map(|(open, close)| [open, close]).chain(mistral)
     }
 }
 
@@ -72,6 +103,8 @@ pub(crate) struct Wanted {
     /// Whether clients see what was thought.
     pub(crate) show_thoughts: bool,
     pub(crate) calls: Option<CallFormat>,
+    /// Whether the prompt ends with [`CallFormat::ahead`].
+    pub(crate) calls_opened: bool,
     /// Calls beyond these are left out.
     pub(crate) calls_max: usize,
 }
@@ -162,6 +195,16 @@ enum State {
     Call,
     /// In what may be calls of [`CallFormat::Llama3Json`]: that is known when all of it is there.
     Calls,
+    /// Where a call of [`CallFormat::Mistral`] may begin: so many bytes of what is held open a list, or none do where a
+    /// call of the list came before or the prompt opened it.
+    List {
+        opened: usize,
+        first: bool,
+    },
+    /// In what may be such a call, which begins with this byte of what is held.
+    Item {
+        start: usize,
+    },
 }
 
 /// Where the end of a call was looked for, so that nothing is looked at again and again.
@@ -173,6 +216,8 @@ struct Search {
     known: usize,
     in_text: bool,
     escaped: bool,
+    /// Objects that are open there.
+    depth: usize,
     /// Whether what is there up to a mark was found to be the first part of a call, up to somewhere amid a text.
     begins_a_call: bool,
 }
@@ -180,16 +225,35 @@ struct Search {
 impl Search {
     /// Whether `at`, a later place each time, is amid a text.
     fn is_in_text(&mut self, json: &str, at: usize) -> bool {
-        for byte in json[self.known..at].bytes() {
-            match byte {
-                _ if self.escaped => self.escaped = false,
-                b'\\' => self.escaped = self.in_text,
-                b'"' => self.in_text = !self.in_text,
-                _ => {}
-            }
-        }
+        json[self.known..at].bytes().for_each(|byte| self.take(byte));
         self.known = at;
         self.in_text
+    }
+
+    /// Where the object that began at `known` at first ends, if it does.
+    fn end_of_object(&mut self, json: &str) -> Option<usize> {
+        for byte in json[self.known..].bytes() {
+            self.known += 1;
+            self.take(byte);
+            match byte {
+                b'{' if !self.in_text => self.depth += 1,
+                b'}' if !self.in_text => self.depth -= 1,
+                _ => continue,
+            }
+            if self.depth == 0 {
+                return Some(self.known);
+            }
+        }
+        None
+    }
+
+    fn take(&mut self, byte: u8) {
+        match byte {
+            _ if self.escaped => self.escaped = false,
+            b'\\' => self.escaped = self.in_text,
+            b'"' => self.in_text = !self.in_text,
+            _ => {}
+        }
     }
 }
 
@@ -215,6 +279,7 @@ impl Parser {
             (Thoughts::Opened, _) => State::Thoughts,
             (Thoughts::IfOpened, _) => State::Beginning(true),
             (Thoughts::No, Some(CallFormat::Llama3Json)) => State::Beginning(false),
+            (Thoughts::No, Some(CallFormat::Mistral)) if wanted.calls_opened => State::List { opened: 0, first: true },
             (Thoughts::No, _) => State::Content,
         };
         let skips_space = state == State::Thoughts;
@@ -243,9 +308,9 @@ impl Parser {
                 calls::one(&inside[..inside.len() - begun(inside, HERMES.1)]).ok().map(|call| vec![call])
             }
             State::Calls => calls::several(&held),
-            State::Beginning(_) | State::Content => None,
+            State::Beginning(_) | State::Content | State::List { .. } | State::Item { .. } => None,
         };
-        let follows_a_call = self.state == State::Content && self.made_calls();
+        let follows_a_call = matches!(self.state, State::Content | State::List { .. }) && self.made_calls();
         self.state = State::Content;
         match calls {
             Some(calls) => self.call(calls, out),
@@ -285,23 +350,28 @@ impl Parser {
                 }
                 closed
             }
-            State::Content if self.wanted.calls != Some(CallFormat::Hermes) => {
-                self.say(self.held.len(), out);
-                false
-            }
             State::Content => {
-                let (bytes, opened) = self.look_for(HERMES.0);
+                let Some(mark) = self.wanted.calls.and_then(CallFormat::mark) else {
+                    self.say(self.held.len(), out);
+                    return false;
+                };
+                let (bytes, opened) = self.look_for(mark);
                 out.content.push_str(&self.held[..bytes]);
                 self.held.drain(..bytes);
                 if opened {
-                    let opened = self.blank + HERMES.0.len();
+                    let opened = self.blank + mark.len();
                     self.search = Search { from: opened, known: opened, ..Search::default() };
-                    self.state = State::Call;
+                    self.state = match self.wanted.calls {
+                        Some(CallFormat::Mistral) => State::List { opened, first: true },
+                        _ => State::Call,
+                    };
                 }
                 opened
             }
             State::Call => self.close(out),
             State::Calls => false,
+            State::List { opened, first } => self.begin_item(opened, first, out),
+            State::Item { start } => self.end_item(start, out),
         }
     }
 
@@ -375,6 +445,49 @@ impl Parser {
             self.state = State::Content;
             return true;
         }
+    }
+
+    /// Looks for the beginning of a list's next call, or its end, behind `opened` bytes of what is held.
+    fn begin_item(&mut self, opened: usize, first: bool, out: &mut Pieces) -> bool {
+        let before = if first { '[' } else { ',' };
+        let mut is_due = false;
+        let next = self.held[opened..].char_indices().take(SPACE_MAX).find(|&(_, c)| {
+            let passes = c.is_whitespace() || c == before && !is_due;
+            is_due |= c == before;
+            !passes
+        });
+        match next {
+            Some((at, '{')) if is_due => {
+                let start = opened + at;
+                self.search = Search { known: start, ..Search::default() };
+                self.state = State::Item { start };
+            }
+            Some((at, ']')) if !first && !is_due => {
+                self.resolve(opened + at + 1);
+                self.state = State::Content;
+            }
+            None if self.held[opened..].chars().nth(SPACE_MAX).is_none() => return false,
+            _ => {
+                self.say(opened, out);
+                self.state = State::Content;
+            }
+        }
+        true
+    }
+
+    /// Looks for the end of a list's call, which begins at `start`. It is told when it is whole, whatever becomes of
+    /// the list: some models do not close it.
+    fn end_item(&mut self, start: usize, out: &mut Pieces) -> bool {
+        let Some(end) = self.search.end_of_object(&self.held) else { return false };
+        if let Ok(call) = calls::one(&self.held[start..end]) {
+            self.resolve(end);
+            self.call(vec![call], out);
+            self.state = State::List { opened: 0, first: false };
+        } else {
+            self.say(end, out);
+            self.state = State::Content;
+        }
+        true
     }
 
     fn think(&self, thoughts: &str, out: &mut Pieces) {

@@ -3,7 +3,12 @@ use proptest::prelude::*;
 use super::*;
 
 fn wanted(thoughts: Thoughts, calls: Option<CallFormat>) -> Wanted {
-    Wanted { thoughts, show_thoughts: true, calls, calls_max: usize::MAX }
+    Wanted { thoughts, show_thoughts: true, calls, calls_opened: false, calls_max: usize::MAX }
+}
+
+/// Of an answer that has to be calls of a list, which the prompt has opened.
+fn opened_list() -> Wanted {
+    Wanted { calls_opened: true, ..wanted(Thoughts::No, Some(CallFormat::Mistral)) }
 }
 
 /// What `text` is when it comes in one piece, and whether it made calls.
@@ -49,10 +54,16 @@ fn what_a_model_was_taught_is_seen_from_its_template() {
     assert_eq!(known("smollm2"), (false, None));
     assert_eq!(parsers("{{ messages }}<think>"), (true, None));
     assert_eq!(parsers("{{ tools }} {\"name\": name, \"parameters\": values}"), (false, Some(CallFormat::Llama3Json)));
+    assert_eq!(parsers("{{ tools }} {\"name\", \"parameters\"}[TOOL_CALLS] ["), (false, Some(CallFormat::Mistral)));
     // Nobody is told of functions; or calls are no JSON; or nothing shows how they are written.
-    for source in
-        ["<tool_call>", "{{ tools }}<tool_call><function=name>", "{{ tools }}<tool_call><arg_key>", "{{ tools }}"]
-    {
+    for source in [
+        "<tool_call>",
+        "{{ tools }}<tool_call><function=name>",
+        "{{ tools }}<tool_call><arg_key>",
+        "[TOOL_CALLS]",
+        "{{ tools }}[TOOL_CALLS]name[ARGS]",
+        "{{ tools }}",
+    ] {
         assert_eq!(parsers(source), (false, None));
     }
 }
@@ -148,6 +159,8 @@ fn arguments_are_told_as_they_were_written() {
         assert_eq!(hermes.2, [call("f", arguments)], "{written}");
         let bare = told(wanted(Thoughts::No, Some(CallFormat::Llama3Json)), &format!("{written}; {written}"));
         assert_eq!(bare.2, [call("f", arguments), call("f", arguments)], "{written}");
+        let list = told(opened_list(), &format!("[{written},{written}]"));
+        assert_eq!(list.2, [call("f", arguments), call("f", arguments)], "{written}");
     }
 }
 
@@ -190,6 +203,7 @@ fn white_space_without_end_is_read_once() {
         wanted(Thoughts::IfOpened, None),
         wanted(Thoughts::No, Some(CallFormat::Hermes)),
         wanted(Thoughts::Opened, Some(CallFormat::Hermes)),
+        wanted(Thoughts::No, Some(CallFormat::Mistral)),
     ] {
         let (mut parser, mut pieces) = (Parser::new(wanted), Pieces::default());
         parser.push("<t", &mut pieces);
@@ -210,6 +224,14 @@ fn marks_in_a_text_among_the_arguments_do_not_make_a_call_dear() {
     let marks = "</tool_call>\\\"".repeat(100_000);
     let text = format!("<tool_call>{{\"name\": \"f\", \"arguments\": {{\"a\": \"{marks}\"}}}}</tool_call>");
     let (mut parser, mut pieces) = (Parser::new(wanted(Thoughts::No, Some(CallFormat::Hermes))), Pieces::default());
+    for piece in text.as_bytes().chunks(7) {
+        parser.push(std::str::from_utf8(piece).unwrap(), &mut pieces);
+    }
+    assert!(pieces.calls.len() == 1 && pieces.calls[0].arguments.len() > marks.len());
+    assert_eq!((&*pieces.content, parser.bytes_held()), ("", 0));
+    let (mut parser, mut pieces) = (Parser::new(opened_list()), Pieces::default());
+    let marks = "}]\\\"{[".repeat(100_000);
+    let text = format!("[{{\"name\": \"f\", \"arguments\": {{\"a\": \"{marks}\"}}}}]");
     for piece in text.as_bytes().chunks(7) {
         parser.push(std::str::from_utf8(piece).unwrap(), &mut pieces);
     }
@@ -236,19 +258,80 @@ fn an_answer_that_is_json_may_be_calls() {
 }
 
 #[test]
+fn behind_a_mark_there_may_be_a_list_of_calls() {
+    let read = |text: &str| told(wanted(Thoughts::IfOpened, Some(CallFormat::Mistral)), text);
+    let made = vec![call("f", "{\"a\": \"}] [TOOL_CALLS]\\\"{\"}"), call("g", "{}")];
+    let (f, g) =
+        ("{\"name\": \"f\", \"arguments\": {\"a\": \"}] [TOOL_CALLS]\\\"{\"}}", "{\"name\": \"g\", \"id\": 1}");
+    for (text, calls) in [
+        (format!("[TOOL_CALLS] [{f}]"), 1),
+        (format!("[TOOL_CALLS][{f}, {g}]\n"), 2),
+        (format!(" [TOOL_CALLS]\n[\n {f} ,\n {g}\n]"), 2),
+        (format!("[TOOL_CALLS][{f}][TOOL_CALLS][{g}]"), 2),
+        // Not closed, as some models leave it.
+        (format!("[TOOL_CALLS] [{f}"), 1),
+        (format!("[TOOL_CALLS] [{f}, {g} "), 2),
+    ] {
+        assert_eq!(read(&text), (String::new(), String::new(), made[..calls].to_vec()), "{text}");
+        let behind = text.trim_start().strip_prefix("[TOOL_CALLS]").unwrap();
+        assert_eq!(told(opened_list(), behind).2, made[..calls], "{behind}");
+    }
+    let around = format!("<think>\nI call f.\n</think>\n\nOne moment.\n\n[TOOL_CALLS] [{f}] Done\n");
+    assert_eq!(read(&around), ("I call f.".into(), "One moment. Done".into(), made[..1].to_vec()));
+    // What is no call and what follows it.
+    let cut = format!("[TOOL_CALLS] [{f}, {{\"name\": \"g");
+    assert_eq!(read(&cut), (String::new(), ", {\"name\": \"g".into(), made[..1].to_vec()));
+    for text in [
+        "[TOOL_CALLS]",
+        "[TOOL_CALLS] []",
+        "[TOOL_CALLS] [7, {\"name\": \"f\"}]",
+        "[TOOL_CALLS] {\"name\": \"f\"}",
+        "[TOOL_CALLS] [{\"arguments\": {}}, {\"name\": \"f\"}]",
+        "[TOOL_CALLS] [{\"name\": \"f\", \"argu",
+        "[TOOL_CALLS]f{}",
+        "[{\"name\": \"f\"}]",
+        "a [TOOL_",
+    ] {
+        assert_eq!(read(text), (String::new(), text.into(), Vec::new()));
+    }
+    assert_eq!(told(opened_list(), " f[]"), (String::new(), " f[]".into(), Vec::new()));
+}
+
+#[test]
+fn a_call_of_a_list_is_told_when_it_is_whole() {
+    let (mut parser, mut pieces) = (Parser::new(opened_list()), Pieces::default());
+    parser.push("[{\"name\": \"f\"}", &mut pieces);
+    assert_eq!((pieces.calls.len(), parser.bytes_held()), (1, 0));
+    parser.push(", {\"name\": \"g\"", &mut pieces);
+    assert_eq!((pieces.calls.len(), parser.bytes_held()), (1, 14));
+    parser.push("}]", &mut pieces);
+    assert_eq!((pieces.calls.len(), parser.bytes_held()), (2, 0));
+    // Nor is whoever writes of such lists held up.
+    parser.push(" [TOOL_CALLS] o", &mut pieces);
+    assert_eq!((&*pieces.content, parser.bytes_held()), (" [TOOL_CALLS] o", 0));
+}
+
+#[test]
 fn no_more_calls_are_made_than_may_be() {
-    let text = "<tool_call>{\"name\": \"f\"}</tool_call>".repeat(3);
-    for (calls_max, made) in [(1, 1), (2, 2), (usize::MAX, 3)] {
-        let wanted = Wanted { calls_max, ..wanted(Thoughts::No, Some(CallFormat::Hermes)) };
-        assert_eq!(told(wanted, &text).2.len(), made);
+    let texts = [
+        (CallFormat::Hermes, "<tool_call>{\"name\": \"f\"}</tool_call>".repeat(3)),
+        (CallFormat::Mistral, "[TOOL_CALLS] [{\"name\": \"f\"}, {\"name\": \"g\"}, {\"name\": \"h\"}]".to_owned()),
+    ];
+    for (format, text) in texts {
+        for (calls_max, made) in [(1, 1), (2, 2), (usize::MAX, 3)] {
+            let wanted = Wanted { calls_max, ..wanted(Thoughts::No, Some(format)) };
+            let (_, content, calls) = told(wanted, &text);
+            assert_eq!((&*content, calls.len()), ("", made));
+        }
     }
 }
 
 /// Text with every mark, whole and in parts.
 fn any_text() -> impl Strategy<Value = String> {
     let part = prop_oneof![
-        4 => prop::sample::select(vec!["<think>", "</think>", "<tool_call>", "</tool_call>"]),
+        4 => prop::sample::select(vec!["<think>", "</think>", "<tool_call>", "</tool_call>", "[TOOL_CALLS] ["]),
         2 => prop::sample::select(vec!["<", "<thi", "</", "</tool_", "<tool_call", ">", "nk>", "call>"]),
+        2 => prop::sample::select(vec!["[", "[TOOL", "_CALLS]", "[TOOL_CALLS]", ", ", "]", "}"]),
         2 => prop::sample::select(vec![
             "{\"name\": \"f\"}",
             "{\"name\": \"é\", \"arguments\": {\"a\": 1}}",
@@ -264,10 +347,17 @@ fn any_text() -> impl Strategy<Value = String> {
 
 fn any_wanted() -> impl Strategy<Value = Wanted> {
     let thoughts = prop::sample::select(vec![Thoughts::No, Thoughts::IfOpened, Thoughts::Opened]);
-    let calls = prop::sample::select(vec![None, Some(CallFormat::Hermes), Some(CallFormat::Llama3Json)]);
+    let formats = [CallFormat::Hermes, CallFormat::Llama3Json, CallFormat::Mistral].map(Some);
+    let calls = prop::sample::select([&[None][..], &formats].concat());
     let calls_max = prop::sample::select(vec![1, usize::MAX]);
-    let all = (thoughts, any::<bool>(), calls, calls_max);
-    all.prop_map(|(thoughts, show_thoughts, calls, calls_max)| Wanted { thoughts, show_thoughts, calls, calls_max })
+    let all = (thoughts, any::<bool>(), calls, any::<bool>(), calls_max);
+    all.prop_map(|(thoughts, show_thoughts, calls, calls_opened, calls_max)| Wanted {
+        thoughts,
+        show_thoughts,
+        calls,
+        calls_opened,
+        calls_max,
+    })
 }
 
 proptest! {
