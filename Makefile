@@ -44,6 +44,8 @@ test-assets: setup ## Fetch Qwen3's tokenizer for the tests, once
 	@scripts/fetch-test-assets.sh
 
 test: $(if $(RDMA),setup-rdma,setup-services) demo-model test-assets ## Format check, all tests, those on RDMA devices (RDMA= leaves them out) and on an emulated CUDA device, lints, documentation, the OpenAI client
+	@$(CARGO) clippy --version >/dev/null
+	$(if $(RDMA),@PATH=$$PATH:/usr/sbin tests/rdma/kernel.sh >/dev/null)
 	$(CARGO) fmt --all --check
 	$(CARGO) test --workspace --locked --no-run
 	@nice -n 19 scripts/build-ahead.sh & ahead=$$!; \

@@ -3,11 +3,13 @@
 # and if it wants a key, ENGINE_API_KEY.
 set -eu
 url=${ENGINE_URL:-http://127.0.0.1:8000}
+key=${ENGINE_API_KEY:-none}
+key=${key%%,*}
 
 ask() { # ask <path> [<arguments of curl>...]
     path=$1
     shift
-    curl -sS "$url$path" -H "Authorization: Bearer ${ENGINE_API_KEY:-none}" "$@"
+    curl -sS "$url$path" -H "Authorization: Bearer $key" "$@"
 }
 
 echo "--- what is served"

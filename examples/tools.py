@@ -6,7 +6,7 @@ import os
 
 from openai import OpenAI
 
-key = os.environ.get("ENGINE_API_KEY") or "none"
+key = os.environ.get("ENGINE_API_KEY", "").split(",")[0] or "none"
 client = OpenAI(base_url=os.environ.get("ENGINE_URL", "http://127.0.0.1:8000") + "/v1", api_key=key)
 model = client.models.list().data[0].id
 

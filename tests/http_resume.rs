@@ -253,7 +253,10 @@ fn calls_and_thoughts_go_on_where_they_were() {
 #[test]
 fn calls_of_a_list_go_on_behind_those_that_were_told() {
     let template = "{{ tools | tojson }}[TOOL_CALLS] [";
-    let start = || Worker::start(Options { template, step: Duration::from_micros(300), ..Options::default() });
+    // What usage says of the cache would tell where the answer went on.
+    let prefix_caching = false;
+    let step = Duration::from_micros(300);
+    let start = || Worker::start(Options { template, prefix_caching, step, ..Options::default() });
     let tool = |name: &str| {
         let parameters = json!({"type": "object", "properties": {}, "additionalProperties": false});
         json!({"type": "function", "function": {"name": name, "parameters": parameters}})

@@ -306,7 +306,10 @@ mod tests {
             assert!(!worker(role).no_prefix_caching);
             for flag in ["--no-prefix-caching", "--no-enable-prefix-caching"] {
                 assert!(worker(&[role, &[flag]].concat()).no_prefix_caching, "{flag}");
+                assert!(parse(&[role, &[flag, "--enable-prefix-caching"]].concat()).is_err());
             }
+            let asked_for = ["--enable-prefix-caching", "--enable-chunked-prefill", "--enable-auto-tool-choice"];
+            assert!(!worker(&[role, &asked_for].concat()).no_prefix_caching);
         }
     }
 

@@ -87,6 +87,18 @@ pub struct WorkerArgs {
     #[arg(long, alias = "no-enable-prefix-caching", help_heading = "KV cache")]
     pub no_prefix_caching: bool,
 
+    /// vLLM's word for what is so anyway, as the next two are.
+    #[arg(long, hide = true, conflicts_with = "no_prefix_caching")]
+    pub enable_prefix_caching: bool,
+
+    /// Likewise.
+    #[arg(long, hide = true)]
+    pub enable_chunked_prefill: bool,
+
+    /// Likewise.
+    #[arg(long, hide = true)]
+    pub enable_auto_tool_choice: bool,
+
     /// Address to listen on; 0.0.0.0 for all interfaces
     #[arg(long, value_name = "HOST", default_value = "127.0.0.1", help_heading = "Server")]
     pub host: String,

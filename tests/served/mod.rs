@@ -144,6 +144,7 @@ pub(crate) struct Options {
     pub(crate) max_model_len: usize,
     pub(crate) max_num_seqs: usize,
     pub(crate) max_waiting_requests: usize,
+    pub(crate) prefix_caching: bool,
     /// How long a step takes: where it takes any time, most tokens have an event of their own.
     pub(crate) step: Duration,
 }
@@ -159,6 +160,7 @@ impl Default for Options {
             max_model_len: 2048,
             max_num_seqs: 8,
             max_waiting_requests: 256,
+            prefix_caching: true,
             step: Duration::ZERO,
         }
     }
@@ -206,7 +208,7 @@ impl Worker {
             vocab_size: 49_152,
             block_size: 16,
             blocks: options.max_model_len.div_ceil(16) * 4,
-            prefix_caching: true,
+            prefix_caching: options.prefix_caching,
             model_key: ModelKey::of([options.model, options.weights].concat().as_bytes()).as_bytes().to_vec(),
         };
         let metrics = Metrics::new();

@@ -80,8 +80,12 @@ impl Nats {
 impl Queue for Nats {
     fn publish(&self, key: ModelKey, id: String, payload: Bytes) -> BoxFuture<'_, Result<(), QueueError>> {
         // It takes up to four answers, each of which may be late.
-        let published = tokio::time::timeout(connection::REQUEST_TIMEOUT, self.jobs.publish(key, id, payload));
-        async { published.await.unwrap_or(Err(QueueError::Timeout(connection::REQUEST_TIMEOUT))) }.boxed()
+        let publishing = self.jobs.publish(key, id, payload);
+        async {
+            let published = tokio::time::timeout(connection::REQUEST_TIMEOUT, publishing).await;
+            published.unwrap_or(Err(QueueError::Timeout(connection::REQUEST_TIMEOUT)))
+        }
+        .boxed()
     }
 
     fn consume(&self, key: ModelKey) -> Consumer {
