@@ -45,7 +45,9 @@ impl Scheduler {
     pub fn lend_scratch(&mut self, wished: usize) -> Box<[LentPage]> {
         let count = wished.min(self.pool.available().saturating_sub(self.spoken_for(u64::MAX)) / 8);
         let Self { pool, .. } = self;
-        let pages: Box<[_]> = (0..count).filter_map(|_| pool.allocate().map(|page| pool.lend(page))).collect();
+        let mut pages: Box<[_]> = (0..count).filter_map(|_| pool.allocate().map(|page| pool.lend(page))).collect();
+        // As those of a prompt come, so that what is measured is what moving one takes.
+        pages.sort_unstable_by_key(LentPage::number);
         for page in &pages {
             self.pool.quarantine(page.number());
         }

@@ -104,6 +104,16 @@ fn lent_pages_come_in_ascending_order_whoever_had_them_before() {
 }
 
 #[test]
+fn pages_lent_to_who_measures_come_in_ascending_order_whoever_had_them_before() {
+    let mut fixture = Fixture::new(4, 100, 100);
+    for _ in 0..3 {
+        let pages = fixture.scheduler.lend_scratch(4);
+        assert!(pages.iter().map(LentPage::number).eq(0..4), "{pages:?}");
+        fixture.scheduler.free_lent(pages);
+    }
+}
+
+#[test]
 fn a_prompt_found_from_end_to_end_is_not_lent() {
     let mut fixture = Fixture::new(4, 100, 100);
     let a = fixture.add(0..33);
