@@ -178,6 +178,7 @@ pub(super) async fn start(
         costs: HandoffCosts::default(),
         started: Instant::now(),
         leaving: 0,
+        unclaimed: None,
     };
     let lending = LendingConfig { mailbox_slots, timeouts: LenderTimeouts::default() };
     let engine = Engine::start_lending(runner, config, metrics.engine.clone(), inbox, lending, Box::new(port))?;

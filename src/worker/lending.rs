@@ -46,6 +46,12 @@ pub trait LendingPort: Send {
     /// Somebody has claimed a job: it does not wait any more.
     fn claimed(&mut self);
 
+    /// Nobody has claimed a job in time, or at all. Returns whether that is news: it is not while no more are handed
+    /// off for that.
+    fn unclaimed(&mut self) -> bool {
+        true
+    }
+
     /// Lets a session write to `pages` under this slot and epoch.
     fn permit(&mut self, session: SessionId, slot: Slot, epoch: Epoch, pages: Arc<[u32]>);
 
@@ -433,11 +439,7 @@ impl Lending {
                 LenderAction::Grant { session, handoff, slot, epoch, request } => {
                     self.grant(session, handoff, (slot, epoch), request, scheduler, now);
                 }
-                LenderAction::Unclaimed { handoff } => tracing::warn!(
-                    %handoff,
-                    "no prefill worker claimed a prompt's job: it is prefilled here; see the log of prefill workers, \
-                     and 'engine doctor'"
-                ),
+                LenderAction::Unclaimed { handoff } => self.unclaimed(handoff),
                 LenderAction::Gone { session, handoff, why } => {
                     self.port.send(session, ToPrefill::Gone { handoff, why });
                 }
@@ -494,6 +496,17 @@ impl Lending {
             }
         }
         self.actions = actions;
+    }
+
+    /// Others that were handed off before may follow, which is not said.
+    fn unclaimed(&mut self, handoff: HandoffId) {
+        if self.port.unclaimed() {
+            tracing::warn!(
+                %handoff,
+                "no prefill worker claimed a prompt's job in time: it is prefilled here, as others are for a while; \
+                 they are busy, or do not reach this worker: see their log, and 'engine doctor'"
+            );
+        }
     }
 
     fn grant(

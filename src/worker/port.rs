@@ -35,6 +35,9 @@ const IDLE_DEPTH_PERIODS: u32 = 8;
 /// cannot reach the queue, stays registered until its lease runs out, if it does. And as many fail in a row when the
 /// queue is away for longer than a connection takes to be made again.
 const DESERTED_LOOKS: u32 = 3;
+/// After a job that nobody has claimed, others would hardly fare better for as long: whoever takes them is busy, or does
+/// not reach this worker.
+const UNCLAIMED_PAUSE: Duration = Duration::from_secs(30);
 /// Jobs on the way to the queue at a time.
 const PUBLISHING_MAX: usize = 64;
 /// In place of a depth: the queue cannot be reached.
@@ -121,6 +124,8 @@ pub(super) struct ClusterPort {
     pub(super) started: Instant,
     /// Prompts of the step that is being planned which have left. Their jobs go to the queue when it is planned.
     pub(super) leaving: u64,
+    /// When it was last found that nobody has claimed a job, if none was claimed since.
+    pub(super) unclaimed: Option<Instant>,
 }
 
 /// A job to put on the queue.
@@ -133,7 +138,7 @@ pub(super) struct NewJob {
 
 impl LendingPort for ClusterPort {
     fn is_open(&self) -> bool {
-        self.view.prefill_workers() > 0 && self.view.depth().is_some()
+        self.view.prefill_workers() > 0 && self.view.depth().is_some() && !self.pauses()
     }
 
     fn planning(&mut self) {
@@ -183,9 +188,16 @@ impl LendingPort for ClusterPort {
     }
 
     fn claimed(&mut self) {
+        self.unclaimed = None;
         if let Some(depth) = self.view.depth() {
             self.view.set_depth(Some(depth.saturating_sub(1)));
         }
+    }
+
+    fn unclaimed(&mut self) -> bool {
+        let news = !self.pauses();
+        self.unclaimed = Some(Instant::now());
+        news
     }
 
     fn permit(&mut self, session: SessionId, slot: Slot, epoch: Epoch, pages: Arc<[u32]>) {
@@ -238,6 +250,11 @@ impl LendingPort for ClusterPort {
 }
 
 impl ClusterPort {
+    /// Whether nothing is handed off for a while, since nobody has claimed what was.
+    fn pauses(&self) -> bool {
+        self.unclaimed.is_some_and(|since| since.elapsed() < UNCLAIMED_PAUSE)
+    }
+
     /// Whether all that a prompt lacks could come from another worker at once.
     fn lets_in(&mut self, candidate: Candidate) -> bool {
         let Self { staging: Some(staging), block_size, .. } = self else { return true };

@@ -63,6 +63,8 @@ struct Wires {
     flush_fails: AtomicBool,
     /// How often all pages were looked at.
     looks: AtomicUsize,
+    /// Jobs that nobody claimed.
+    unclaimed: AtomicUsize,
 }
 
 struct Port {
@@ -106,6 +108,10 @@ impl LendingPort for Port {
     }
 
     fn claimed(&mut self) {}
+
+    fn unclaimed(&mut self) -> bool {
+        self.wires.unclaimed.fetch_add(1, Ordering::Relaxed) == 0
+    }
 
     fn permit(&mut self, session: SessionId, slot: Slot, epoch: Epoch, pages: Arc<[u32]>) {
         assert_eq!(session, SESSION);
@@ -201,6 +207,7 @@ fn decode_by(
         on_the_way: Mutex::default(),
         flush_fails: AtomicBool::new(false),
         looks: AtomicUsize::new(0),
+        unclaimed: AtomicUsize::new(0),
     });
     let (jobs_in, jobs) = channel();
     let (said_in, said) = channel();
@@ -515,6 +522,7 @@ fn a_job_that_nobody_takes_is_done_here() {
         let (events, reason, _) = block_on(collect(generation));
         assert_eq!((events, reason), model_answer(asked, 128));
     }
+    assert!(decode.wires.unclaimed.load(Ordering::Relaxed) > 0, "the port is told");
 }
 
 #[test]

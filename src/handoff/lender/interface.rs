@@ -89,7 +89,7 @@ pub enum LenderAction<R, P> {
         /// Whose prompt it is.
         request: R,
     },
-    /// Say in the log that nobody has claimed a job, in time or at all. What is done about it follows.
+    /// Nobody has claimed a job, in time or at all, and others may fare no better. What is done about it follows.
     Unclaimed {
         /// Which.
         handoff: HandoffId,

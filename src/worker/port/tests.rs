@@ -203,7 +203,25 @@ fn port(view: Arc<View>) -> ClusterPort {
         costs: HandoffCosts::default(),
         started: Instant::now(),
         leaving: 0,
+        unclaimed: None,
     }
+}
+
+#[test]
+fn after_a_job_that_nobody_claimed_no_other_is_handed_off_for_a_while() {
+    let view = view(Limits::default());
+    view.set_registered(1);
+    view.set_depth(Some(0));
+    let mut port = port(view);
+    assert!(port.is_open());
+    assert!(port.unclaimed(), "that is news");
+    assert!(!port.is_open());
+    assert!(!port.unclaimed(), "it is not");
+    // Of those that were handed off before, one is claimed after all.
+    port.claimed();
+    assert!(port.is_open() && port.unclaimed());
+    port.unclaimed = Instant::now().checked_sub(UNCLAIMED_PAUSE);
+    assert!(port.is_open(), "somebody may be there by now");
 }
 
 #[test]
