@@ -31,6 +31,8 @@ const REST: Duration = Duration::from_millis(500);
 /// Times that the rest grows. A job that comes back each time is taken for the sixth time, and is dead, after 31 s: its
 /// decode worker no longer waits for it then ([`LenderTimeouts::unclaimed`](crate::handoff::LenderTimeouts)).
 const RESTS_GROW: u32 = 5;
+/// Times that it grows where some decode worker was not tried: it may be within reach, and its jobs wait no longer.
+const RESTS_GROW_UNTRIED: u32 = 3;
 
 /// What to do with a delivery of the queue.
 #[derive(Debug)]
@@ -71,6 +73,8 @@ pub(super) struct Desk {
     /// Decode workers that no session could be opened to, and how often that was so, since one was opened to anybody.
     missed: HashSet<WorkerId>,
     misses: u32,
+    /// The last of them had been among them before.
+    again: bool,
     prompts: HashMap<HandoffId, Prompt>,
     notes: mpsc::UnboundedSender<Note>,
     /// Rung when a job has gone.
@@ -136,6 +140,7 @@ impl Desk {
             sessions: HashMap::new(),
             missed: HashSet::new(),
             misses: 0,
+            again: false,
             prompts: HashMap::new(),
             notes,
             room: Arc::default(),
@@ -162,10 +167,12 @@ impl Desk {
 
     /// How long not to ask for a job, those decode workers being alive. Who reaches none of them gives each job back at
     /// once, and being the only one with nothing to do would get it again and again, until it is taken for one that
-    /// kills its workers.
+    /// kills its workers. Some decode workers may never have jobs to be tried by: that one was missed twice is enough.
     pub(super) fn rest(&self, alive: &WorkerSet) -> Duration {
         let missed_all = alive.keys().all(|lease| self.missed.contains(&WorkerId(lease.0)));
-        if self.is_in_doubt() && missed_all { REST * (1_u32 << self.misses.min(RESTS_GROW)) } else { Duration::ZERO }
+        let grows = if missed_all { RESTS_GROW } else { RESTS_GROW_UNTRIED };
+        let rests = self.is_in_doubt() && (missed_all || self.again);
+        if rests { REST * (1_u32 << self.misses.min(grows)) } else { Duration::ZERO }
     }
 
     /// Whether this worker has a session to nobody, and could not open one when it last tried.
@@ -175,7 +182,7 @@ impl Desk {
 
     /// No session could be opened to a decode worker that is alive, for all that is known.
     pub(super) fn miss(&mut self, decode: WorkerId) {
-        self.missed.insert(decode);
+        self.again = !self.missed.insert(decode);
         self.misses = self.misses.saturating_add(1);
     }
 
@@ -238,6 +245,7 @@ pub(super) fn connected(desk: &SharedDesk, decode: WorkerId, session: &Session) 
     this.sessions.insert(session.id(), session.writer());
     this.missed.clear();
     this.misses = 0;
+    this.again = false;
     this.room.notify_one();
     this.on(BorrowerEvent::Connected { decode, session: session.id() }, desk);
 }

@@ -158,12 +158,13 @@ async fn who_reaches_no_decode_worker_asks_for_jobs_less_and_less_often() {
     let carded = || Arc::new(card(Role::Decode, ModelKey::of(b"m"), "10.0.0.1:8000"));
     let dave_alone = WorkerSet::from([(LeaseId(DAVE.0), carded())]);
     let two = WorkerSet::from([(LeaseId(DAVE.0), carded()), (LeaseId(5), carded())]);
+    let three = WorkerSet::from([(LeaseId(DAVE.0), carded()), (LeaseId(5), carded()), (LeaseId(6), carded())]);
     let rest = |alive| lock(&bench.desk).rest(alive).as_secs();
     assert_eq!(rest(&dave_alone), 0);
-    for seconds in [1, 2, 4, 8, 16, 16] {
+    for (alone, beside_another) in [(1, 0), (2, 2), (4, 4), (8, 4), (16, 4), (16, 4)] {
         lock(&bench.desk).miss(DAVE);
-        assert_eq!(rest(&dave_alone), seconds);
-        assert_eq!(rest(&two), 0, "the other may be within reach");
+        assert_eq!(rest(&dave_alone), alone);
+        assert_eq!(rest(&two), beside_another, "the other may be within reach, and may have no job to be tried by");
     }
     assert!(bench.has_room());
     bench.deliver(1, 10);
@@ -174,5 +175,8 @@ async fn who_reaches_no_decode_worker_asks_for_jobs_less_and_less_often() {
     disconnected(&bench.desk, session.id());
     assert_eq!(rest(&dave_alone), 0, "it was reached");
     lock(&bench.desk).miss(DAVE);
-    assert_eq!(rest(&dave_alone), 1);
+    assert_eq!((rest(&dave_alone), rest(&two)), (1, 0));
+    lock(&bench.desk).miss(WorkerId(5));
+    assert_eq!(rest(&two), 2);
+    assert_eq!(rest(&three), 0, "it has tried another each time");
 }
