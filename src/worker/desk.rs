@@ -75,6 +75,8 @@ pub(super) struct Desk {
     misses: u32,
     /// The last of them had been among them before.
     again: bool,
+    /// A session was opened to somebody.
+    reached: bool,
     prompts: HashMap<HandoffId, Prompt>,
     notes: mpsc::UnboundedSender<Note>,
     /// Rung when a job has gone.
@@ -141,6 +143,7 @@ impl Desk {
             missed: HashSet::new(),
             misses: 0,
             again: false,
+            reached: false,
             prompts: HashMap::new(),
             notes,
             room: Arc::default(),
@@ -158,11 +161,11 @@ impl Desk {
 
     /// Whether to take another job: one at a time, unless they are so short that several fit one step. What waits in
     /// the queue can go to any worker; what is here cannot. And one at a time as long as it is in doubt whether any
-    /// can be done here.
+    /// can be done here, as it is before the first session.
     pub(super) fn has_room(&self) -> bool {
         let tokens: usize = self.deliveries.values().map(|held| held.tokens).sum();
         let room = self.borrower.room() > 0 && tokens < self.engine.limits().max_num_batched_tokens;
-        room && (!self.is_in_doubt() || self.deliveries.is_empty())
+        room && (self.reached && !self.is_in_doubt() || self.deliveries.is_empty())
     }
 
     /// How long not to ask for a job, those decode workers being alive. Who reaches none of them gives each job back at
@@ -246,6 +249,7 @@ pub(super) fn connected(desk: &SharedDesk, decode: WorkerId, session: &Session) 
     this.missed.clear();
     this.misses = 0;
     this.again = false;
+    this.reached = true;
     this.room.notify_one();
     this.on(BorrowerEvent::Connected { decode, session: session.id() }, desk);
 }

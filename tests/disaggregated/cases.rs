@@ -135,8 +135,9 @@ fn a_worker_that_reaches_no_decode_worker_leaves_jobs_to_those_that_do() {
     let friend = thread::scope(|scope| {
         let asking = scope.spawn(|| ask(&decode, &cell.prompt(1, 300)));
         stranger.wait_until("it is turned away", |it| it.log().contains("no session to a decode worker"));
-        // Not to wait for anything: asking all the time, it would have had the job too often by then.
-        thread::sleep(Duration::from_secs(7));
+        // Not to wait for anything: asking all the time, it would soon have had the job too often. Resting it has it
+        // for the fifth time after 15 s.
+        thread::sleep(Duration::from_secs(4));
         let friend = cell.prefill(&token);
         asking.join().unwrap();
         friend

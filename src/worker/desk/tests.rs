@@ -85,7 +85,13 @@ impl Settle for Told {
 
 #[tokio::test]
 async fn jobs_are_taken_one_at_a_time_unless_several_fit_one_step() {
-    let bench = Bench::new();
+    let (_server, session) = session().await;
+    let reached = || {
+        let bench = Bench::new();
+        connected(&bench.desk, DAVE, &session);
+        bench
+    };
+    let bench = reached();
     let step = config().max_num_batched_tokens as u32;
     assert!(bench.has_room());
     for short in 1..=2 {
@@ -98,9 +104,14 @@ async fn jobs_are_taken_one_at_a_time_unless_several_fit_one_step() {
     let half = step as usize / 2;
     lock(&bench.desk).computed(HandoffId(3), half / 2, half, &bench.desk);
     assert!(bench.has_room());
-    let bench = Bench::new();
+    let bench = reached();
     bench.deliver(1, 1000);
     assert!(!bench.has_room(), "a long one is enough");
+    let bench = Bench::new();
+    bench.deliver(1, 1);
+    assert!(!bench.has_room(), "whether it can be done is not known");
+    connected(&bench.desk, DAVE, &session);
+    assert!(bench.has_room());
 }
 
 #[tokio::test]
