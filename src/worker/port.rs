@@ -372,8 +372,7 @@ pub(super) async fn follow_queue(cluster: Cluster, key: ModelKey, view: Arc<View
         }
         idle_periods = 0;
         // First: what the queue takes from now on, the look may miss.
-        there.retain(|(since, _)| since.elapsed() < patience);
-        there.extend(view.enqueued().drain(..).map(|handoff| (Instant::now(), handoff)));
+        let (taken, since) = (std::mem::take(&mut *view.enqueued()), Instant::now());
         let depth = match cluster.queue.depth(key).await {
             Ok(depth) => {
                 failed_looks = 0;
@@ -392,12 +391,15 @@ pub(super) async fn follow_queue(cluster: Cluster, key: ModelKey, view: Arc<View
             }
         };
         view.set_depth(depth.map(|depth| depth.waiting));
-        // Whoever cannot be asked says nothing of who asks it.
-        let Some(depth) = depth else { continue };
-        if depth.is_empty() {
+        if depth.is_some_and(|depth| depth.is_empty()) {
             // Given up, as after too many deliveries, or lost with the queue's storage. Most were done, of course.
             there.drain(..).for_each(|(_, handoff)| post.lender(LenderEvent::JobGone { handoff }));
         }
+        // Only now: NATS says that it has taken a job before it counts it.
+        there.retain(|(since, _)| since.elapsed() < patience);
+        there.extend(taken.into_iter().map(|handoff| (since, handoff)));
+        // Whoever cannot be asked says nothing of who asks it.
+        let Some(depth) = depth else { continue };
         deserted_looks = if depth.is_deserted() { DESERTED_LOOKS.min(deserted_looks + 1) } else { 0 };
         let deserted = deserted_looks == DESERTED_LOOKS;
         match view.set_deserted(deserted) {

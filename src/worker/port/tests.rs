@@ -136,11 +136,13 @@ async fn a_job_that_has_gone_from_the_queue_is_not_waited_for() {
     assert_eq!(bench.gone(), [], "once");
 }
 
-/// A queue that is away at times.
+/// A queue that is away at times, or has not counted yet what it has.
 #[derive(Default)]
 struct Fickle {
     local: Local,
     away: AtomicBool,
+    /// At the next look.
+    counts_late: AtomicBool,
 }
 
 impl Queue for Fickle {
@@ -155,6 +157,9 @@ impl Queue for Fickle {
     fn depth(&self, key: ModelKey) -> BoxFuture<'_, Result<QueueDepth, QueueError>> {
         if self.away.load(Ordering::Relaxed) {
             return async { Err(QueueError::Unavailable("it is away".to_owned())) }.boxed();
+        }
+        if self.counts_late.swap(false, Ordering::Relaxed) {
+            return async { Ok(QueueDepth::default()) }.boxed();
         }
         self.local.depth(key)
     }
@@ -185,6 +190,29 @@ async fn jobs_in_a_queue_that_is_away_for_more_than_a_moment_are_not_waited_for(
     assert!(bench.is_alone());
     bench.pass(10).await;
     assert!(!bench.is_alone(), "once");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_job_is_not_taken_for_gone_by_the_first_look_after_it_was_put_there() {
+    let queue = Arc::new(Fickle { counts_late: AtomicBool::new(true), ..Fickle::default() });
+    let bench = Bench::start_in(Cluster { queue: queue.clone(), ..Cluster::local() }, 1);
+    bench.view.enqueued().push(HandoffId(7));
+    bench.publish().await;
+    bench.pass(2 * IDLE_DEPTH_PERIODS).await;
+    assert!(!queue.counts_late.load(Ordering::Relaxed), "it was looked at");
+    assert_eq!(bench.gone(), []);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_job_that_is_lost_while_the_queue_is_away_is_not_waited_for() {
+    let queue = Arc::new(Fickle { away: AtomicBool::new(true), ..Fickle::default() });
+    let bench = Bench::start_in(Cluster { queue: queue.clone(), ..Cluster::local() }, 1);
+    bench.view.enqueued().push(HandoffId(7));
+    bench.pass(1).await;
+    assert!(bench.view.depth().is_none() && bench.gone().is_empty());
+    queue.away.store(false, Ordering::Relaxed);
+    bench.pass(2).await;
+    assert_eq!(bench.gone(), [HandoffId(7)]);
 }
 
 fn view(limits: Limits) -> Arc<View> {
