@@ -54,7 +54,7 @@ pub(super) fn register(cluster: &Cluster, cli: &WorkerArgs, worker: Particulars,
 }
 
 /// As whom this process looks for others' sockets on this host, and where; `None` where that cannot be told.
-fn local_view() -> Option<LocalView> {
+pub(super) fn local_view() -> Option<LocalView> {
     let folder = transfer::runtime_directory().ok()?;
     let found = fs::metadata(&folder).ok()?;
     let mounts = fs::read_link("/proc/self/ns/mnt").ok()?;

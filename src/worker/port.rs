@@ -13,16 +13,16 @@ use bytes::Bytes;
 use futures::StreamExt;
 use tokio::sync::{mpsc, watch};
 
-use super::{LendingPort, Post, Stage, StagedPages, staging::Staging};
+use super::{LendingPort, Post, Stage, StagedPages, membership::local_view, staging::Staging};
 use crate::{
-    cluster::{Cluster, LeaseId, ModelKey, Role, WorkerFilter},
+    cluster::{Cluster, LeaseId, LocalView, ModelKey, Role, WorkerCard, WorkerFilter, host_id},
     handoff::{
         Decision, Epoch, Forecast, HandoffCosts, HandoffId, Job, LenderEvent, LenderTimeouts, Limits, MailboxWord,
         Reason, SessionId, Situation, Slot, ToDecode, ToPrefill, WorkerId, decide,
     },
     scheduler::{Candidate, Route},
     telemetry::{HandoffMetrics, TraceContext},
-    transfer::{Mailbox, SessionEvent, SessionServer, Sink},
+    transfer::{Mailbox, SessionEvent, SessionServer, Sink, Transport},
 };
 
 /// Between two looks at how long the queue is while it is not empty, or prompts are long enough for it to matter. Jobs
@@ -49,6 +49,10 @@ pub(super) struct View {
     registered: AtomicU32,
     /// None of them takes jobs.
     deserted: AtomicBool,
+    /// The device of one of them is of this host, and may write to one here.
+    beside: AtomicBool,
+    /// One of them has adapters.
+    adapters: AtomicBool,
     queue_depth: AtomicU64,
     /// A decision has been made by it since it was last looked at.
     depth_mattered: AtomicBool,
@@ -63,6 +67,8 @@ impl View {
         Arc::new(Self {
             registered: AtomicU32::new(0),
             deserted: AtomicBool::new(false),
+            beside: AtomicBool::new(false),
+            adapters: AtomicBool::new(false),
             queue_depth: AtomicU64::new(UNREACHABLE),
             depth_mattered: AtomicBool::new(false),
             enqueued: Mutex::default(),
@@ -257,10 +263,10 @@ impl ClusterPort {
 
     /// Whether all that a prompt lacks could come from another worker at once.
     fn lets_in(&mut self, candidate: Candidate) -> bool {
-        let Self { staging: Some(staging), block_size, .. } = self else { return true };
+        let Self { staging: Some(staging), block_size, view, .. } = self else { return true };
         // The last token stays here.
         let pages = (candidate.tokens - 1).div_ceil(*block_size) - candidate.cached / *block_size;
-        staging.lets_in(pages)
+        staging.lets_in(pages, view.beside.load(Ordering::Relaxed), view.adapters.load(Ordering::Relaxed))
     }
 
     /// The server is there before anything is lent, since it hears the claims.
@@ -323,9 +329,11 @@ pub(super) fn sink(post: Post, sessions: Weak<OnceLock<SessionServer>>) -> Sink 
 /// Follows which prefill workers are alive.
 pub(super) async fn follow_workers(cluster: Cluster, key: ModelKey, view: Arc<View>, post: Post) {
     let mut workers = cluster.discovery.workers(WorkerFilter::of(key, Role::Prefill));
+    let (host, own) = (host_id(), local_view());
     let mut known: Vec<LeaseId> = Vec::new();
     loop {
-        let alive: Vec<LeaseId> = workers.borrow_and_update().keys().copied().collect();
+        let cards = workers.borrow_and_update().clone();
+        let alive: Vec<LeaseId> = cards.keys().copied().collect();
         for gone in known.iter().filter(|&lease| !alive.contains(lease)) {
             tracing::info!(worker = %gone, "a prefill worker has gone");
             post.lender(LenderEvent::WorkerGone { worker: WorkerId(gone.0) });
@@ -335,6 +343,9 @@ pub(super) async fn follow_workers(cluster: Cluster, key: ModelKey, view: Arc<Vi
             // Where nobody was at the queue it may be.
             view.depth_mattered.store(true, Ordering::Relaxed);
         }
+        // First: nobody counts as there whose ways are not known.
+        view.beside.store(cards.values().any(|card| is_beside(card, &host, own.as_ref())), Ordering::Relaxed);
+        view.adapters.store(cards.values().any(|card| speaks(card, Transport::Rdma)), Ordering::Relaxed);
         view.set_registered(alive.len());
         if alive.is_empty() && !known.is_empty() {
             post.alone();
@@ -344,6 +355,16 @@ pub(super) async fn follow_workers(cluster: Cluster, key: ModelKey, view: Arc<Vi
             return;
         }
     }
+}
+
+/// Whether a worker moves pages from its device to another's of this host, which it finds there for all that is known.
+fn is_beside(card: &WorkerCard, host: &str, own: Option<&LocalView>) -> bool {
+    let apart = card.local.as_ref().zip(own).is_some_and(|(other, own)| !other.meets(own));
+    card.host_id == host && !apart && speaks(card, Transport::CudaIpc)
+}
+
+fn speaks(card: &WorkerCard, transport: Transport) -> bool {
+    card.transports.iter().any(|name| name == transport.name())
 }
 
 /// Follows how long the queue is and whether anybody works on it, while somebody should, and which jobs are gone from

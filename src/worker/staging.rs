@@ -89,10 +89,10 @@ impl Staging {
         self
     }
 
-    /// Whether so many pages can come from another worker: to the pool, or past it. By which way they do is known when
-    /// somebody has claimed them.
-    pub(super) fn lets_in(&mut self, pages: usize) -> bool {
-        self.exported || self.reached.is_some() || self.could_hold(pages)
+    /// Whether so many pages can come from another worker: to the pool, or past it, from one whose device is `beside`
+    /// this one or that has `adapters`, if there is any. By which way they do is known when somebody has claimed them.
+    pub(super) fn lets_in(&mut self, pages: usize, beside: bool, adapters: bool) -> bool {
+        self.exported && beside || self.reached.is_some() && adapters || self.could_hold(pages)
     }
 
     /// Whether the pool has as many pages, free or not.
@@ -358,10 +358,12 @@ pub(super) mod tests {
     fn more_pages_than_the_pool_has_come_only_past_it() {
         let new = || staging(2).2;
         let mut pooled = new();
-        assert!(pooled.lets_in(2) && !pooled.lets_in(3));
+        assert!(pooled.lets_in(2, false, false) && !pooled.lets_in(3, true, true));
         assert_eq!(pooled.stage(Some(Transport::Tcp), 3), Stage::Full);
-        assert!(new().exported().lets_in(3));
-        assert!(new().reached(Reached { by: Registration::PeerMemory, flush: false }).lets_in(3));
+        let mut exported = new().exported();
+        assert!(exported.lets_in(3, true, false) && !exported.lets_in(3, false, true));
+        let mut reached = new().reached(Reached { by: Registration::PeerMemory, flush: false });
+        assert!(reached.lets_in(3, false, true) && !reached.lets_in(3, true, false));
     }
 
     #[test]

@@ -2,7 +2,7 @@ use futures::{FutureExt, future::BoxFuture};
 
 use super::*;
 use crate::{
-    cluster::{Consumer, Local, Queue, QueueDepth, QueueError},
+    cluster::{Consumer, Local, Queue, QueueDepth, QueueError, tests::card},
     handoff::Policy,
     telemetry::Metrics,
     worker::{
@@ -274,14 +274,48 @@ fn a_prompt_that_has_more_pages_than_can_be_staged_is_not_handed_off_unless_they
     view.set_registered(1);
     view.set_depth(Some(0));
     let (_driver, _memory, two_pages) = staging(2);
-    let mut port = ClusterPort { staging: Some(two_pages), ..port(view) };
+    let mut port = ClusterPort { staging: Some(two_pages), ..port(view.clone()) };
     let candidate = |tokens, cached| Candidate { tokens, cached, decoding: 0, queued: 0, lost: 0 };
     let cases = [(33, 0, Route::Remote), (34, 0, Route::Local), (65, 32, Route::Remote), (66, 32, Route::Local)];
     for (tokens, cached, route) in cases {
         assert_eq!(port.decide(candidate(tokens, cached), None), route, "{tokens} tokens, {cached} of them cached");
     }
     port.staging = port.staging.take().map(Staging::exported);
+    assert_eq!(port.decide(candidate(1000, 0), None), Route::Local, "no other device is here");
+    view.beside.store(true, Ordering::Relaxed);
     assert_eq!(port.decide(candidate(1000, 0), None), Route::Remote);
+}
+
+#[tokio::test]
+async fn who_is_beside_and_who_has_adapters_is_known_by_the_cards_of_those_who_are_alive() {
+    let (cluster, key, view) = (Cluster::local(), ModelKey::of(b"a model"), view(Limits::default()));
+    let (post, _inbox) = inbox();
+    tokio::spawn(follow_workers(cluster.clone(), key, view.clone(), post));
+    let carded = |host: &str, transport: Transport| WorkerCard {
+        host_id: host.to_owned(),
+        transports: vec![transport.name().to_owned()],
+        ..card(Role::Prefill, key, "10.0.0.1:8000")
+    };
+    let known = async |workers: u32| {
+        while view.registered() != workers {
+            tokio::task::yield_now().await;
+        }
+        (view.beside.load(Ordering::Relaxed), view.adapters.load(Ordering::Relaxed))
+    };
+    let (here, register) = (host_id(), |card| cluster.discovery.register(card));
+    let stranger = LocalView { user: u32::MAX, mounts: "others".to_owned(), folder: "another".to_owned() };
+    let _others = [
+        register(carded("another host", Transport::CudaIpc)),
+        register(carded(&here, Transport::Shm)),
+        register(WorkerCard { local: Some(stranger), ..carded(&here, Transport::CudaIpc) }),
+    ];
+    assert_eq!(known(3).await, (false, false));
+    let beside = register(carded(&here, Transport::CudaIpc));
+    assert_eq!(known(4).await, (true, false));
+    let _with_adapters = register(carded("another host", Transport::Rdma));
+    assert_eq!(known(5).await, (true, true));
+    drop(beside);
+    assert_eq!(known(4).await, (false, true));
 }
 
 #[tokio::test]
