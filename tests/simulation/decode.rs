@@ -38,6 +38,8 @@ pub(crate) struct Decode {
     pub(crate) published: Vec<Published>,
     /// In order of arrival.
     pub(crate) requests: Vec<Request>,
+    /// Handoffs whose jobs the queue said that it has taken.
+    pub(crate) enqueued: Vec<HandoffId>,
     inbox: VecDeque<Heard>,
     actions: Vec<LenderAction<usize, Vec<u32>>>,
 }
@@ -113,6 +115,7 @@ impl Decode {
             free: (0..PAGES as u32).collect(),
             published: vec![],
             requests: vec![],
+            enqueued: vec![],
             inbox: VecDeque::new(),
             actions: vec![],
         }
@@ -203,16 +206,17 @@ impl World {
         !requests.is_empty() || lender.open() > 0 || !inbox.is_empty()
     }
 
-    /// Handoffs that wait to be claimed although no job is left on the queue.
+    /// Handoffs that wait to be claimed although no job is left on the queue, which has taken theirs.
     fn gone_jobs(&self, decode: usize) -> Vec<HandoffId> {
         if self.now < self.queue.down_until || self.queue.len() > 0 {
             return vec![];
         }
+        let Decode { requests, enqueued, .. } = &self.decodes[decode];
         let unclaimed = |request: &Request| match request.state {
-            State::HandedOff { handoff, granted: false } => Some(handoff),
+            State::HandedOff { handoff, granted: false } if enqueued.contains(&handoff) => Some(handoff),
             _ => None,
         };
-        self.decodes[decode].requests.iter().filter_map(unclaimed).collect()
+        requests.iter().filter_map(unclaimed).collect()
     }
 
     fn poll(&mut self, decode: usize) {

@@ -135,7 +135,9 @@ impl World {
         };
         let taken = self.queue.publish(Some(handoff), job.encode().into(), self.now);
         // The queue's answer may be lost, and then nobody knows.
-        if !taken || self.rng.per_mille(20) {
+        if taken && !self.rng.per_mille(20) {
+            self.decodes[decode].enqueued.push(handoff);
+        } else {
             let after = self.rng.within(MS, 100 * MS);
             self.at(self.now + after, Event::PublishFailed { decode, life, handoff });
         }
