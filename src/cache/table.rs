@@ -48,6 +48,17 @@ impl BlockTable {
         self.owned.push_back(page);
     }
 
+    /// Puts the pages from the one at `first` on in ascending order. None of them may have been written to, let alone
+    /// published.
+    pub fn sort_from(&mut self, first: usize) {
+        if self.len() - first < 2 {
+            return;
+        }
+        self.numbers[first..].sort_unstable();
+        let owned = first - self.shared.len();
+        self.owned.make_contiguous()[owned..].sort_unstable_by_key(Page::number);
+    }
+
     /// Appends a prefix hit. The pages before it must be published.
     pub fn push_shared(&mut self, page: SharedPage) {
         assert!(self.owned.is_empty(), "a prefix hit cannot follow a page that is being filled");
@@ -83,6 +94,24 @@ impl BlockTable {
 mod tests {
     use super::*;
     use crate::cache::PageHasher;
+
+    #[test]
+    fn pages_that_were_appended_last_are_sorted_beside_those_before() {
+        let hasher = PageHasher::new(b"", 1);
+        let mut hashes = Vec::new();
+        hasher.extend(&mut hashes, &[5, 6]);
+        let mut pool = KvPool::new(5);
+        let mut pages: Vec<_> = std::iter::from_fn(|| pool.allocate()).collect();
+        let mut table = BlockTable::with_capacity(5);
+        // From the last one on.
+        (0..5).for_each(|_| table.push(pages.pop().unwrap()));
+        table.publish_next(hashes[0], &mut pool);
+        table.sort_from(2);
+        assert_eq!(table.numbers(), [4, 3, 0, 1, 2]);
+        assert!(table.owned().map(Page::number).eq([3, 0, 1, 2]));
+        pool.check_integrity([&table].into_iter());
+        table.release(&mut pool);
+    }
 
     #[test]
     fn a_table_gives_everything_back_and_keeps_the_shortest_prefix_longest() {

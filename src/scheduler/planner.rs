@@ -301,20 +301,24 @@ impl Scheduler {
     fn reserve(&mut self, at: usize, wanted: usize, plan: &mut StepPlan) -> usize {
         let slot = self.running[at];
         let block_size = self.block_size;
-        loop {
+        let held = self.sequence(slot).table.len();
+        let reserved = loop {
             let sequence = self.slots[slot.index()].as_mut().expect("a running sequence has its slot");
             let covered = sequence.table.len() * block_size - sequence.num_computed;
             if covered >= wanted {
-                return wanted;
+                break wanted;
             }
             if let Some(page) = self.pool.allocate() {
                 sequence.table.push(page);
             } else if let Some(youngest) = self.youngest_after(at) {
                 self.preempt(youngest, plan);
             } else {
-                return covered;
+                break covered;
             }
-        }
+        };
+        // They may come the other way round; neighbours are written to a decode worker in one go.
+        self.sequence_mut(slot).table.sort_from(held);
+        reserved
     }
 
     /// The last sequence after `at` that may lose its pages, or one for which they are of no use any more. Those of a

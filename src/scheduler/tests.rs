@@ -106,6 +106,18 @@ fn a_page_is_not_waited_for_from_one_that_waits_itself() {
 }
 
 #[test]
+fn pages_for_one_step_come_in_ascending_order_whoever_had_them_before() {
+    let mut fixture = Fixture::new(4, 100, 9);
+    for prompt in 0..3 {
+        let slot = fixture.add(100 * prompt..100 * prompt + 32);
+        fixture.step();
+        let pages = fixture.scheduler.sequence(slot).block_table();
+        assert!(pages.len() == 8 && pages.is_sorted(), "{pages:?}");
+        fixture.scheduler.remove(slot);
+    }
+}
+
+#[test]
 fn a_full_prefix_hit_leaves_the_last_prompt_token() {
     let mut fixture = Fixture::new(4, 100, 100);
     let a = fixture.add(0..9);

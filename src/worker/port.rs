@@ -35,8 +35,8 @@ const IDLE_DEPTH_PERIODS: u32 = 8;
 /// cannot reach the queue, stays registered until its lease runs out, if it does. And as many fail in a row when the
 /// queue is away for longer than a connection takes to be made again.
 const DESERTED_LOOKS: u32 = 3;
-/// After a job that nobody has claimed, others would hardly fare better for as long: whoever takes them is busy, or does
-/// not reach this worker.
+/// After a job that nobody has claimed, others would hardly fare better for as long: whoever takes them is busy, or
+/// does not reach this worker.
 const UNCLAIMED_PAUSE: Duration = Duration::from_secs(30);
 /// Jobs on the way to the queue at a time.
 const PUBLISHING_MAX: usize = 64;
