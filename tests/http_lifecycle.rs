@@ -159,9 +159,15 @@ fn fails_under(variables: &[(&str, &str)], flags: &[&str]) -> (Option<i32>, Stri
 
 #[test]
 fn who_stands_alone_takes_no_notice_of_the_services_that_the_environment_names() {
-    let services = [("ETCD_ENDPOINTS", "http://127.0.0.1:1"), ("NATS_SERVER", "nats://127.0.0.1:1")];
-    let (code, text) = fails_under(&services, &["--standalone", "--model", "/no/such/model.gguf", "--port", "0"]);
-    assert!(code == Some(1) && text.contains("/no/such/model.gguf"), "{text}");
+    for services in [
+        &[("ETCD_ENDPOINTS", "http://127.0.0.1:1"), ("NATS_SERVER", "nats://127.0.0.1:1")][..],
+        // Not even if it is wrong.
+        &[("ETCD_ENDPOINTS", "")],
+        &[("ETCD_USER", "u")],
+    ] {
+        let (code, text) = fails_under(services, &["--standalone", "--model", "/no/such/model.gguf", "--port", "0"]);
+        assert!(code == Some(1) && text.contains("/no/such/model.gguf"), "{text}");
+    }
 }
 
 #[test]

@@ -27,10 +27,11 @@ pub use values::{
 };
 pub use worker::{DisaggArgs, WorkerArgs};
 
+use std::ffi::OsString;
+
 use clap::{
-    Args, CommandFactory, FromArgMatches, Parser, Subcommand,
+    Args, CommandFactory, FromArgMatches, Id, Parser, Subcommand,
     error::{ContextKind, ContextValue, ErrorKind},
-    parser::ValueSource,
 };
 
 /// Serves large language models behind the OpenAI API, alone or as part of a cluster.
@@ -92,18 +93,18 @@ impl Role {
     pub fn try_parse_from<I, T>(line: I) -> Result<Self, clap::Error>
     where
         I: IntoIterator<Item = T>,
-        T: Into<std::ffi::OsString> + Clone,
+        T: Into<OsString>,
     {
+        let line: Vec<OsString> = line.into_iter().map(Into::into).collect();
         let mut cli = Cli::command();
-        let matches = cli.try_get_matches_from_mut(line).map_err(where_models_go)?;
-        // What the environment says of a cluster is meant for others too; on the command line the two contradict.
-        let given = |flag: &str| matches.value_source(flag) == Some(ValueSource::CommandLine);
-        if given("standalone")
-            && let Some(flag) = ["etcd", "nats"].into_iter().find(|flag| given(flag))
-        {
-            let say = format!("--standalone joins no cluster, and --{flag} says where one is: leave one of them out");
-            return Err(cli.error(ErrorKind::ArgumentConflict, say));
+        if line.iter().any(|word| word == "--standalone") {
+            // What the environment says of a cluster is meant for others then, and means nothing here, be it wrong.
+            // Its secret stays: without one, anybody could have answers continued here.
+            let cluster = ClusterArgs::augment_args(clap::Command::new("cluster"));
+            let leads_there = |id: &Id| id != "cluster_token" && cluster.get_arguments().any(|arg| arg.get_id() == id);
+            cli = cli.mut_args(|arg| if leads_there(arg.get_id()) { arg.env(None::<&str>) } else { arg });
         }
+        let matches = cli.try_get_matches_from_mut(line).map_err(where_models_go)?;
         let Cli { command, worker } = Cli::from_arg_matches(&matches).map_err(|error| error.format(&mut cli))?;
         match command {
             Some(Command::Frontend(frontend)) => Ok(Self::Frontend(frontend)),

@@ -187,7 +187,7 @@ pub struct DisaggArgs {
     pub is_prefill_worker: bool,
 
     /// Join no cluster, even if there is one on this machine or the environment names one
-    #[arg(long, conflicts_with = "is_prefill_worker")]
+    #[arg(long, conflicts_with_all = ["etcd", "nats", "is_prefill_worker"])]
     pub standalone: bool,
 
     /// Where prompts are prefilled
