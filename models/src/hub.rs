@@ -200,10 +200,7 @@ impl Hub {
             // Whoever was waited for has fetched it.
             Some(directory) if is_whole(&directory) => with_content(directory),
             // What another program has fetched in part stays at its commit.
-            Some(directory) => {
-                let commit = directory.file_name().and_then(|commit| commit.to_str()).unwrap_or(revision);
-                self.fetch(id, commit, weights, &read)
-            }
+            Some(_) => self.fetch(id, &self.commit(id, revision), weights, &read),
             None => self.fetch(id, revision, weights, &read),
         });
         match (fetched, copy()) {
@@ -241,12 +238,15 @@ impl Hub {
         lock().map_err(ModelError::io(&path))
     }
 
+    /// The commit that the cache has of a revision; the revision itself, if that is one or the cache has none.
+    fn commit(&self, id: &str, revision: &str) -> String {
+        let commit = std::fs::read_to_string(self.cache.join(folder(id)).join("refs").join(revision));
+        commit.map_or_else(|_| revision.to_owned(), |commit| commit.trim().to_owned())
+    }
+
     /// Where the cache has a model's files, if it has.
     fn directory(&self, id: &str, revision: &str) -> PathBuf {
-        let model = self.cache.join(folder(id));
-        let commit = std::fs::read_to_string(model.join("refs").join(revision));
-        let commit = commit.map_or_else(|_| revision.to_owned(), |commit| commit.trim().to_owned());
-        model.join("snapshots").join(commit)
+        self.cache.join(folder(id)).join("snapshots").join(self.commit(id, revision))
     }
 
     /// A copy in the cache that has all that a model cannot do without.

@@ -30,8 +30,18 @@ impl Hub {
         if let Ok(Some(path)) = cached() {
             return Ok(path);
         }
-        let remote = Remote::ask(self, id, revision)?;
-        let parts = choose(id, &remote.files, quantization)?;
+        let ask = |revision: &str| {
+            let remote = Remote::ask(self, id, revision)?;
+            let parts = choose(id, &remote.files, quantization)?;
+            Ok::<_, HubError>((remote, parts))
+        };
+        // At the commit of the model's other files that are there, which would not be found any more beside a later
+        // one's.
+        let commit = self.commit(id, revision);
+        let (remote, parts) = match ask(&commit) {
+            Err(HubError::NoSuchModel { .. } | HubError::NoGguf { .. }) if commit != revision => ask(revision)?,
+            there => there?,
+        };
         for part in &parts {
             remote.get(part)?;
         }

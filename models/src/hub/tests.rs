@@ -7,8 +7,11 @@ use super::*;
 use crate::{LoadFormat, ModelSource, OpenOptions};
 
 const COMMIT: &str = "0123456789abcdef0123456789abcdef01234567";
+/// Where the branch was before.
+const OLD_COMMIT: &str = "old";
 
-/// A hub of one model, on a port of its own. Serves until the test ends, and reports the paths it was asked for.
+/// A hub of one model, on a port of its own. Serves until the test ends, and reports the paths it was asked for. At the
+/// old commit, the model has no files in folders.
 struct FakeHub {
     endpoint: String,
     asked: mpsc::Receiver<String>,
@@ -52,18 +55,24 @@ fn answer(
     }
     // First: who has the answer may look at once.
     let _ = asked.send(path.clone());
+    let is_known = |revision: &&str| ["main", COMMIT, OLD_COMMIT].contains(revision);
+    let listed = path.strip_prefix("/api/models/org/tiny/revision/").filter(is_known);
+    let fetched = path.strip_prefix("/org/tiny/resolve/").and_then(|file| {
+        let (commit, name) = file.split_once('/').filter(|(commit, _)| [COMMIT, OLD_COMMIT].contains(commit))?;
+        Some((commit, name, files.get(name)?))
+    });
     let (status, headers, body) = if let Some(status) = refusal {
         (status, String::new(), String::new())
-    } else if ["main", COMMIT].iter().any(|revision| path == format!("/api/models/org/tiny/revision/{revision}")) {
-        let siblings: Vec<_> = files.keys().map(|name| serde_json::json!({"rfilename": name})).collect();
-        (200, String::new(), serde_json::json!({"sha": COMMIT, "siblings": siblings}).to_string())
-    } else if let Some((name, text)) =
-        path.strip_prefix(&format!("/org/tiny/resolve/{COMMIT}/")).and_then(|name| Some((name, files.get(name)?)))
-    {
+    } else if let Some(revision) = listed {
+        let commit = if revision == OLD_COMMIT { OLD_COMMIT } else { COMMIT };
+        let names = files.keys().filter(|name| commit == COMMIT || !name.contains('/'));
+        let siblings: Vec<_> = names.map(|name| serde_json::json!({"rfilename": name})).collect();
+        (200, String::new(), serde_json::json!({"sha": commit, "siblings": siblings}).to_string())
+    } else if let Some((commit, name, text)) = fetched {
         let body = if first_byte_only { &text[..1] } else { text };
         let range = format!("content-range: bytes 0-{}/{}\r\n", body.len() - 1, text.len());
         let etag = name.replace('/', "-");
-        (206, format!("x-repo-commit: {COMMIT}\r\netag: \"{etag}\"\r\n{range}"), body.to_owned())
+        (206, format!("x-repo-commit: {commit}\r\netag: \"{etag}\"\r\n{range}"), body.to_owned())
     } else {
         (404, String::new(), String::new())
     };
@@ -282,6 +291,30 @@ fn a_gguf_file_is_fetched_once_by_its_quantisation_and_then_found_offline() {
     assert!(server.hub(home.path(), &[("HF_HUB_OFFLINE", "1")]).gguf("org/tiny", "main", "bf16").is_err());
     server.hub(home.path(), &[]).gguf("org/tiny", "main", "bf16").unwrap();
     assert!(second.exists());
+}
+
+#[test]
+fn another_quantisation_is_fetched_beside_the_first_though_the_branch_has_moved_on() {
+    let home = tempfile::tempdir().unwrap();
+    let model = home.path().join("hub/models--org--tiny");
+    let old = model.join("snapshots").join(OLD_COMMIT);
+    std::fs::create_dir_all(&old).unwrap();
+    std::fs::create_dir(model.join("refs")).unwrap();
+    std::fs::write(model.join("refs/main"), OLD_COMMIT).unwrap();
+    std::fs::write(old.join("m-Q4_0.gguf"), "some text").unwrap();
+    let server = FakeHub::start(&QUANTISED, None);
+    let hub = server.hub(home.path(), &[]);
+    assert_eq!(hub.gguf("org/tiny", "main", "q8_0").unwrap(), old.join("m-Q8_0.gguf"));
+    let offline = server.hub(home.path(), &[("HF_HUB_OFFLINE", "1")]);
+    for (quantization, file) in [("q4_0", "m-Q4_0.gguf"), ("q8_0", "m-Q8_0.gguf")] {
+        assert_eq!(offline.gguf("org/tiny", "main", quantization).unwrap(), old.join(file));
+    }
+
+    // One that the commit does not have, or whose commit is gone, is the branch's.
+    let new = model.join("snapshots").join(COMMIT);
+    assert_eq!(hub.gguf("org/tiny", "main", "bf16").unwrap(), new.join("BF16/m-BF16-00001-of-00002.gguf"));
+    std::fs::write(model.join("refs/main"), "gone").unwrap();
+    assert_eq!(hub.gguf("org/tiny", "main", "q8_0").unwrap(), new.join("m-Q8_0.gguf"));
 }
 
 #[test]
