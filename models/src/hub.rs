@@ -6,11 +6,13 @@ mod remote;
 
 use std::fs::File;
 use std::path::{Path, PathBuf};
+use std::sync::mpsc;
+use std::time::Duration;
 
 use remote::Remote;
 
 use crate::ModelError;
-use crate::defaults::{CHAT_TEMPLATE_FILE, TOOL_USE_TEMPLATE_FILE};
+use crate::defaults::{CHAT_TEMPLATE_FILE, TOOL_USE_TEMPLATE_FILE, read_json};
 use crate::tokenizer::TOKENIZER_FILE;
 use crate::weights::{INDEX_FILE, SINGLE_FILE, shards};
 
@@ -25,6 +27,9 @@ const SMALL_FILES: [&str; 6] = [
     CHAT_TEMPLATE_FILE,
     TOOL_USE_TEMPLATE_FILE,
 ];
+
+/// Long for a few small files, short for who waits where a firewall swallows what is asked.
+const PATIENCE: Duration = Duration::from_secs(10);
 
 /// Why a model of the hub could not be had, and what to do about it.
 #[derive(Debug, thiserror::Error)]
@@ -145,6 +150,8 @@ pub(crate) struct Hub {
     token: Option<String>,
     offline: bool,
     progress: bool,
+    /// How long a copy that can be used is kept waiting for the rest.
+    patience: Duration,
 }
 
 impl Hub {
@@ -174,6 +181,7 @@ impl Hub {
             token: token.map(|token| token.trim().to_owned()).filter(|token| !token.is_empty()),
             offline: ["1", "ON", "YES", "TRUE"].contains(&offline.as_str()),
             progress,
+            patience: PATIENCE,
         })
     }
 
@@ -189,35 +197,71 @@ impl Hub {
         check_revision(revision)?;
         let with_content = |directory: PathBuf| read(&directory).map(|content| (directory, content));
         let copy = || self.cached(id, revision, weights);
-        let is_whole = |directory: &PathBuf| self.offline || directory.join(TOKENIZER_CONFIG_FILE).exists();
-        if let Some(directory) = copy().filter(is_whole) {
+        if let Some(directory) = copy() {
+            if !self.offline && !self.is_whole(id, &self.commit(id, revision)) {
+                self.complete(id, revision);
+            }
             return with_content(directory);
         }
         if self.offline {
             return Err(HubError::Offline { id: id.into(), cache: self.cache.clone() }.into());
         }
-        let fetched = self.alone(id).and_then(|_alone| match copy() {
+        let _alone = self.alone(id)?;
+        match copy() {
             // Whoever was waited for has fetched it.
-            Some(directory) if is_whole(&directory) => with_content(directory),
-            // What another program has fetched in part stays at its commit.
-            Some(_) => self.fetch(id, &self.commit(id, revision), weights, &read),
+            Some(directory) => with_content(directory),
             None => self.fetch(id, revision, weights, &read),
-        });
-        match (fetched, copy()) {
-            (Err(error @ (ModelError::Hub(_) | ModelError::Io { .. })), Some(directory)) => {
-                let problem = match error {
-                    ModelError::Hub(HubError::Unreachable { problem, .. }) => problem,
-                    error => error.to_string(),
-                };
-                tracing::warn!(
-                    model = id,
-                    problem,
-                    "the copy in the cache has no {TOKENIZER_CONFIG_FILE}, and it cannot be fetched; used as it is"
-                );
-                with_content(directory)
-            }
-            (fetched, _) => fetched,
         }
+    }
+
+    /// Fetches what a copy lacks that can be used as it is. Where that takes too long, it goes on by itself, and the
+    /// next start has what it brought.
+    fn complete(&self, id: &str, revision: &str) {
+        let (sender, receiver) = mpsc::channel();
+        let (hub, model, revision) = (self.clone(), id.to_owned(), revision.to_owned());
+        std::thread::spawn(move || {
+            let completed = hub.complete_now(&model, &revision).map_err(|error| match error {
+                ModelError::Hub(HubError::Unreachable { problem, .. }) => problem,
+                error => error.to_string(),
+            });
+            // Nobody may be waiting any more.
+            let _ = sender.send(completed);
+        });
+        let too_long = |_| Err(format!("not done within {} s", self.patience.as_secs()));
+        if let Err(problem) = receiver.recv_timeout(self.patience).unwrap_or_else(too_long) {
+            tracing::warn!(
+                model = id,
+                problem,
+                "the copy in the cache has no {TOKENIZER_CONFIG_FILE} or no chat template, and it is not known whether \
+                 the hub has; used as it is"
+            );
+        }
+    }
+
+    fn complete_now(&self, id: &str, revision: &str) -> Result<(), ModelError> {
+        let _alone = self.alone(id)?;
+        // Wherever the branch is by now.
+        let commit = self.commit(id, revision);
+        // Whoever was waited for has fetched it.
+        if !self.is_whole(id, &commit) {
+            Remote::ask(self, id, &commit)?.get_all(&SMALL_FILES)?;
+        }
+        Ok(())
+    }
+
+    /// Whether what programs leave out that only compute is there, or the model is known to have none.
+    fn is_whole(&self, id: &str, commit: &str) -> bool {
+        let directory = self.directory(id, commit);
+        let known = |file: &str| directory.join(file).exists() || self.absence(id, commit, file).exists();
+        let has_template = |config: serde_json::Value| !config["chat_template"].is_null();
+        let inside =
+            || read_json(&directory.join(TOKENIZER_CONFIG_FILE)).is_ok_and(|config| config.is_some_and(has_template));
+        known(TOKENIZER_CONFIG_FILE) && (known(CHAT_TEMPLATE_FILE) || inside())
+    }
+
+    /// Where `huggingface_hub` notes with an empty file that a model has none of that path.
+    fn absence(&self, id: &str, commit: &str, file: &str) -> PathBuf {
+        self.cache.join(folder(id)).join(".no_exist").join(commit).join(file)
     }
 
     /// Waits until nobody else fetches the model into this cache, and keeps others from it until the file is dropped:
@@ -284,9 +328,7 @@ impl Hub {
             return Err(HubError::NoTokenizer { id: id.into() }.into());
         }
         // Weights last: a snapshot that has them has everything.
-        for name in SMALL_FILES.into_iter().filter(|name| remote.has(name)) {
-            remote.get(name)?;
-        }
+        remote.get_all(&SMALL_FILES)?;
         let content = read(&remote.directory)?;
         if weights && remote.has(SINGLE_FILE) {
             remote.get(SINGLE_FILE)?;

@@ -50,6 +50,20 @@ impl<'a> Remote<'a> {
         self.files.iter().any(|path| path == file)
     }
 
+    /// Fetches those of the files that there are, and notes that the others are not: they need not be asked for again.
+    pub(super) fn get_all(&self, files: &[&str]) -> Result<(), HubError> {
+        for &file in files {
+            if self.has(file) {
+                self.get(file)?;
+            } else {
+                let note = self.hub.absence(self.id, &self.commit, file);
+                // Without it the next start asks once more.
+                let _ = note.parent().map_or(Ok(()), std::fs::create_dir_all).and_then(|()| std::fs::write(&note, ""));
+            }
+        }
+        Ok(())
+    }
+
     /// Fetches a file, unless it is there: hf-hub finds only what it has fetched itself.
     pub(super) fn get(&self, file: &str) -> Result<(), HubError> {
         if self.directory.join(file).exists() {

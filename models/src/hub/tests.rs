@@ -172,6 +172,50 @@ fn what_another_program_has_not_fetched_is_fetched_and_nothing_else() {
 }
 
 #[test]
+fn what_a_model_is_known_not_to_have_is_asked_for_once() {
+    let home = tempfile::tempdir().unwrap();
+    let directory = filled_in_part(home.path());
+    let files = SHARDED.into_iter().filter(|(name, _)| *name != "tokenizer_config.json");
+    let server = FakeHub::start(&files.collect::<Vec<_>>(), None);
+    let hub = server.hub(home.path(), &[]);
+    assert_eq!(snapshot(&hub, "main").unwrap(), directory);
+    assert!(server.asked.try_iter().count() > 0);
+    for revision in ["main", COMMIT] {
+        assert_eq!(snapshot(&hub, revision).unwrap(), directory);
+    }
+    assert_eq!(server.asked.try_iter().count(), 0);
+}
+
+#[test]
+fn a_template_that_a_copy_lacks_is_fetched() {
+    let home = tempfile::tempdir().unwrap();
+    let directory = filled_in_part(home.path());
+    let server = FakeHub::start(&[&SHARDED[..], &[("chat_template.jinja", "own")]].concat(), None);
+    let hub = server.hub(home.path(), &[]);
+    // Where it is in the tokenizer's configuration, none is lacking.
+    std::fs::write(directory.join("tokenizer_config.json"), r#"{"chat_template": "inside"}"#).unwrap();
+    snapshot(&hub, "main").unwrap();
+    assert_eq!(server.asked.try_iter().count(), 0);
+    std::fs::write(directory.join("tokenizer_config.json"), r#"{"chat_template": null}"#).unwrap();
+    snapshot(&hub, "main").unwrap();
+    assert_eq!(std::fs::read_to_string(directory.join("chat_template.jinja")).unwrap(), "own");
+}
+
+#[test]
+fn a_copy_that_can_be_used_does_not_wait_for_a_server_that_is_silent() {
+    let home = tempfile::tempdir().unwrap();
+    let directory = filled_in_part(home.path());
+    let silent = TcpListener::bind("127.0.0.1:0").unwrap();
+    let endpoint = format!("http://{}", silent.local_addr().unwrap());
+    let vars = HashMap::from([("HF_HOME", home.path().to_str().unwrap()), ("HF_ENDPOINT", &endpoint)]);
+    let hub = Hub::from_vars(|name| vars.get(name).map(|value| value.to_string()), false).unwrap();
+    let hub = Hub { patience: Duration::ZERO, ..hub };
+    assert_eq!(snapshot(&hub, "main").unwrap(), directory);
+    // It is asked all the same.
+    silent.accept().unwrap();
+}
+
+#[test]
 fn a_copy_that_cannot_be_completed_is_used_as_it_is() {
     for refusal in [401, 404, 500] {
         let home = tempfile::tempdir().unwrap();
