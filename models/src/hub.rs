@@ -37,12 +37,14 @@ pub enum HubError {
     /// Not to be fetched, and not there.
     #[error(
         "`{id}` is not a local path, the cache {} holds no complete copy of it, and HF_HUB_OFFLINE is set; unset it, \
-         or fetch the model where there is a network (`hf download {id}`) and copy it here",
+         or fetch the model where there is a network (`hf download {wanted}`) and copy it here",
         cache.display()
     )]
     Offline {
         /// The model.
         id: String,
+        /// What of it, as `hf download` is told.
+        wanted: String,
         /// Where was looked.
         cache: PathBuf,
     },
@@ -50,13 +52,15 @@ pub enum HubError {
     #[error(
         "`{id}` is not a local path or in the cache {}, and {endpoint} cannot be reached ({problem}); without a \
          network, give a directory or .gguf file, set HF_ENDPOINT to a mirror, or fetch the model elsewhere \
-         (`hf download {id}`) and copy the cache here; behind a proxy that inspects TLS, fetch it into this cache \
+         (`hf download {wanted}`) and copy the cache here; behind a proxy that inspects TLS, fetch it into this cache \
          with `hf download`, which can be told of the proxy's certificate authority: here Mozilla's alone are trusted",
         cache.display()
     )]
     Unreachable {
         /// The model.
         id: String,
+        /// What of it, as `hf download` is told.
+        wanted: String,
         /// Where was looked first.
         cache: PathBuf,
         /// The server.
@@ -204,7 +208,7 @@ impl Hub {
             return with_content(directory);
         }
         if self.offline {
-            return Err(HubError::Offline { id: id.into(), cache: self.cache.clone() }.into());
+            return Err(HubError::Offline { id: id.into(), wanted: id.into(), cache: self.cache.clone() }.into());
         }
         let _alone = self.alone(id)?;
         match copy() {
@@ -244,7 +248,7 @@ impl Hub {
         let commit = self.commit(id, revision);
         // Whoever was waited for has fetched it.
         if !self.is_whole(id, &commit) {
-            Remote::ask(self, id, &commit)?.get_all(&SMALL_FILES)?;
+            Remote::ask(self, id, &commit, id)?.get_all(&SMALL_FILES)?;
         }
         Ok(())
     }
@@ -313,7 +317,7 @@ impl Hub {
         weights: bool,
         read: impl Fn(&Path) -> Result<T, ModelError>,
     ) -> Result<(PathBuf, T), ModelError> {
-        let remote = Remote::ask(self, id, revision)?;
+        let remote = Remote::ask(self, id, revision, id)?;
         if !remote.has("config.json") || (weights && !remote.has(SINGLE_FILE) && !remote.has(INDEX_FILE)) {
             let hint = match gguf::whole_files(&remote.files).as_slice() {
                 [] => String::new(),

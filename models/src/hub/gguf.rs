@@ -14,6 +14,8 @@ impl Hub {
     pub(crate) fn gguf(&self, id: &str, revision: &str, quantization: &str) -> Result<PathBuf, ModelError> {
         check_revision(revision)?;
         let directory = self.directory(id, revision);
+        // Without the quantisations that nobody asked for.
+        let wanted = format!("{id} --include '*{quantization}*'");
         let cached = || {
             let parts = choose(id, &files_in(&directory), quantization)?;
             let paths: Vec<_> = parts.iter().map(|part| directory.join(part)).collect();
@@ -22,7 +24,9 @@ impl Hub {
         match cached() {
             Ok(Some(path)) => return Ok(path),
             Err(error @ HubError::SeveralGguf { .. }) if self.offline => return Err(error.into()),
-            _ if self.offline => return Err(HubError::Offline { id: id.into(), cache: self.cache.clone() }.into()),
+            _ if self.offline => {
+                return Err(HubError::Offline { id: id.into(), wanted, cache: self.cache.clone() }.into());
+            }
             _ => {}
         }
         let _alone = self.alone(id)?;
@@ -31,7 +35,7 @@ impl Hub {
             return Ok(path);
         }
         let ask = |revision: &str| {
-            let remote = Remote::ask(self, id, revision)?;
+            let remote = Remote::ask(self, id, revision, &wanted)?;
             let parts = choose(id, &remote.files, quantization)?;
             Ok::<_, HubError>((remote, parts))
         };

@@ -23,9 +23,9 @@ pub(super) struct Remote<'a> {
 }
 
 impl<'a> Remote<'a> {
-    /// Asks what there is.
-    pub(super) fn ask(hub: &'a Hub, id: &'a str, revision: &str) -> Result<Self, HubError> {
-        let explain = |error: ApiError| explain(hub, id, revision, &error);
+    /// Asks what there is. `wanted`: what of it, as `hf download` is told.
+    pub(super) fn ask(hub: &'a Hub, id: &'a str, revision: &str, wanted: &str) -> Result<Self, HubError> {
+        let explain = |error: ApiError| explain(hub, id, revision, wanted, &error);
         let api = ApiBuilder::from_cache(Cache::new(hub.cache.clone()))
             .with_endpoint(hub.endpoint.clone())
             .with_token(hub.token.clone())
@@ -92,7 +92,7 @@ impl<'a> Remote<'a> {
     }
 }
 
-fn explain(hub: &Hub, id: &str, revision: &str, error: &ApiError) -> HubError {
+fn explain(hub: &Hub, id: &str, revision: &str, wanted: &str, error: &ApiError) -> HubError {
     let (id, endpoint) = (id.to_owned(), hub.endpoint.clone());
     let revision = revision.to_owned();
     match status(error) {
@@ -103,7 +103,10 @@ fn explain(hub: &Hub, id: &str, revision: &str, error: &ApiError) -> HubError {
         }
         Some(401 | 403) => HubError::Forbidden { id, endpoint },
         Some(404) => HubError::NoSuchModel { id, revision, endpoint, hint: "; check the id and --revision" },
-        _ => HubError::Unreachable { id, cache: hub.cache.clone(), endpoint, problem: error.to_string() },
+        _ => {
+            let (wanted, cache, problem) = (wanted.to_owned(), hub.cache.clone(), error.to_string());
+            HubError::Unreachable { id, wanted, cache, endpoint, problem }
+        }
     }
 }
 

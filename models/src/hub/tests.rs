@@ -318,7 +318,8 @@ fn a_gguf_file_is_fetched_once_by_its_quantisation_and_then_found_offline() {
     for (quantization, file) in [("q4_0", "m-Q4_0.gguf"), ("bf16", "BF16/m-BF16-00001-of-00002.gguf")] {
         let offline = server.hub(home.path(), &[("HF_HUB_OFFLINE", "1")]);
         let error = offline.gguf("org/tiny", "main", quantization).unwrap_err().to_string();
-        assert!(error.contains("HF_HUB_OFFLINE is set"), "{error}");
+        let way_out = format!("`hf download org/tiny --include '*{quantization}*'`");
+        assert!(error.contains("HF_HUB_OFFLINE is set") && error.contains(&way_out), "{error}");
         assert_eq!(server.hub(home.path(), &[]).gguf("org/tiny", "main", quantization).unwrap(), model.join(file));
         assert!(server.asked.try_iter().all(|path| !path.contains("Q8_0")));
         for hub in [server.hub(home.path(), &[]), offline] {
@@ -425,12 +426,14 @@ fn no_network_is_an_error_that_names_the_ways_out() {
         "`org/tiny`",
         &endpoint,
         "cannot be reached",
-        "hf download org/tiny",
+        "`hf download org/tiny`",
         "HF_ENDPOINT",
         "a proxy that inspects TLS",
     ] {
         assert!(error.contains(expected), "{error}");
     }
+    let error = hub.gguf("org/tiny", "main", "Q4_0").unwrap_err().to_string();
+    assert!(error.contains("`hf download org/tiny --include '*Q4_0*'`"), "{error}");
 }
 
 #[test]
