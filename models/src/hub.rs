@@ -328,12 +328,12 @@ impl Hub {
             };
             return Err(HubError::NoWeights { id: id.into(), hint }.into());
         }
-        if !remote.has(TOKENIZER_FILE) {
-            return Err(HubError::NoTokenizer { id: id.into() }.into());
-        }
         // Weights last: a snapshot that has them has everything.
         remote.get_all(&SMALL_FILES)?;
         let content = read(&remote.directory)?;
+        if !remote.has(TOKENIZER_FILE) {
+            return Err(HubError::NoTokenizer { id: id.into() }.into());
+        }
         if weights && remote.has(SINGLE_FILE) {
             remote.get(SINGLE_FILE)?;
         } else if weights {
