@@ -157,6 +157,7 @@ impl ModelSource {
         // Before it is fetched.
         check_load_format(Path::new(&name), options)?;
         let path = hub.gguf(id, options.revision(), quantization)?;
+        tracing::info!(model = id, quantization, path = %path.display(), "chosen by the quantisation in its name");
         Self::open_gguf(name, &path, options)
     }
 
