@@ -286,7 +286,9 @@ fn a_server_may_say_what_the_template_is_told_where_a_request_does_not() {
         (json!({"reasoning_effort": "high"}), thinks),
         (json!({"reasoning_effort": "none"}), does_not),
         (json!({"reasoning_effort": "high", "chat_template_kwargs": {"enable_thinking": false}}), does_not),
-        // Another variable changes nothing about this one.
+        // Nothing is said by null, and another variable changes nothing about this one.
+        (kwargs(Value::Null), does_not),
+        (json!({"reasoning_effort": "high", "chat_template_kwargs": {"enable_thinking": null}}), thinks),
         (json!({"chat_template_kwargs": {"other": 1}}), does_not),
         (json!({"chat_template_kwargs": null}), does_not),
     ] {

@@ -132,7 +132,10 @@ fn set_effort(effort: &str, kwargs: &mut Map<String, Value>, template: Option<&C
         return Err(ApiError::unsupported(FIELD, "this model's chat template does not read it; leave it out"));
     }
     kwargs.insert(FIELD.into(), effort.into());
-    kwargs.entry("enable_thinking").or_insert((effort != "none").into());
+    let thinking = kwargs.entry("enable_thinking").or_insert(Value::Null);
+    if thinking.is_null() {
+        *thinking = (effort != "none").into();
+    }
     Ok(())
 }
 

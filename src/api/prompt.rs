@@ -57,7 +57,8 @@ impl Serving {
             return own;
         }
         let mut kwargs = defaults.clone();
-        kwargs.extend(own.unwrap_or_default());
+        // Null asks for nothing.
+        kwargs.extend(own.into_iter().flatten().filter(|(_, value)| !value.is_null()));
         Some(kwargs)
     }
 
