@@ -32,8 +32,8 @@ pub struct KvSizing {
 /// Why the KV cache cannot be what was asked for.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum SizingError {
-    /// More than the model was made for.
-    #[error("--max-model-len {asked} is more than the {limit} positions the model was made for")]
+    /// More than the model was made for, or than are served of it where attention slides.
+    #[error("--max-model-len {asked} is more than the {limit} positions this model has here")]
     BeyondModel {
         /// `--max-model-len`.
         asked: usize,
