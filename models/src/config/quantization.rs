@@ -3,7 +3,7 @@
 //! Those of eight-bit floats are (E4M3, with scales), as three families of tools write them: `fp8` (transformers and
 //! DeepSeek with a scale for each block of 128 by 128, AutoFP8 with one for each matrix), `compressed-tensors`
 //! (llm-compressor, a scale for each matrix, row or block), and `modelopt` (NVIDIA's Model Optimizer, one for each
-//! matrix). What such a file says of activations is left alone: they are not quantised here.
+//! matrix or row). What such a file says of activations is left alone: they are not quantised here.
 
 use serde_json::Value;
 
@@ -22,7 +22,7 @@ pub(crate) struct Fp8 {
 
 /// What is supported, for messages.
 const SUPPORTED: &str = "supported are quant_method `fp8`, `compressed-tensors` with weights of 8 bits, `float`, and \
-    `modelopt` with quant_algo `FP8`; else use bf16, f16 or f32 weights, or a GGUF file";
+    `modelopt` with quant_algo `FP8` or `FP8_PER_CHANNEL_PER_TOKEN`; else use bf16, f16 or f32 weights, or a GGUF file";
 /// Columns of a block have to be a multiple of these ([`engine_kernels::DType::F8`]).
 const BLOCK_COLUMNS: usize = engine_kernels::DType::F8.block_len();
 
@@ -102,7 +102,9 @@ impl Fp8 {
 
     fn modelopt(quantization: &Fields<'_>) -> Result<Self, ModelError> {
         match quantization.string("quant_algo")? {
-            Some("FP8") => Ok(Self { block: None, except: names(quantization.get("ignore")).collect() }),
+            Some("FP8" | "FP8_PER_CHANNEL_PER_TOKEN") => {
+                Ok(Self { block: None, except: names(quantization.get("ignore")).collect() })
+            }
             other => Err(refuse(quantization, format!("quant_algo `{}`", other.unwrap_or("(none)")))),
         }
     }

@@ -54,7 +54,9 @@ fn what_tools_write_is_understood() {
     let whole = Fp8 { block: None, except: vec!["lm_head".into()] };
     assert_eq!(parse(auto_fp8).unwrap().unwrap(), whole);
     assert_eq!(parse(compressed()).unwrap().unwrap(), whole);
-    assert_eq!(parse(modelopt("FP8")).unwrap().unwrap(), whole);
+    for algorithm in ["FP8", "FP8_PER_CHANNEL_PER_TOKEN"] {
+        assert_eq!(parse(modelopt(algorithm)).unwrap().unwrap(), whole);
+    }
     let mut blocks = compressed();
     blocks["config_groups"]["group_0"]["weights"]["strategy"] = "block".into();
     blocks["config_groups"]["group_0"]["weights"]["block_structure"] = json!([128, 128]);

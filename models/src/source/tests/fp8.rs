@@ -49,7 +49,7 @@ struct Scheme {
     of_row: fn(usize) -> usize,
 }
 
-fn schemes() -> [Scheme; 6] {
+fn schemes() -> [Scheme; 7] {
     let weights = |strategy: &str| json!({"num_bits": 8, "type": "float", "strategy": strategy, "symmetric": true});
     let compressed = |weights: Value| {
         json!({"quant_method": "compressed-tensors", "format": "float-quantized", "ignore": ["lm_head"],
@@ -101,6 +101,13 @@ fn schemes() -> [Scheme; 6] {
             dtype: "F32",
             shape: |_| Vec::new(),
             of_row: |_| 0,
+        },
+        Scheme {
+            quantization: json!({"quant_method": "modelopt", "quant_algo": "FP8_PER_CHANNEL_PER_TOKEN"}),
+            end: "weight_scale",
+            dtype: "F32",
+            shape: |rows| vec![rows],
+            of_row: |row| row,
         },
     ]
 }
