@@ -390,6 +390,18 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn whose_head_is_too_long_is_told_so() {
+        let mut stream = TcpStream::connect(with_places(1).await).await.unwrap();
+        let mut head = b"GET / HTTP/1.1\r\nHost: a\r\nCookie: ".to_vec();
+        // All of it is read: what is not would have the system reset the connection.
+        head.resize(BUFFER_BYTES_MAX, b'x');
+        stream.write_all(&head).await.unwrap();
+        let mut answer = Vec::new();
+        stream.read_to_end(&mut answer).await.unwrap();
+        assert!(answer.starts_with(b"HTTP/1.1 431 "), "{}", String::from_utf8_lossy(&answer));
+    }
+
+    #[tokio::test]
     async fn a_connection_that_never_says_anything_gives_way() {
         let address = with_places(1).await;
         let mut silent = TcpStream::connect(address).await.unwrap();
