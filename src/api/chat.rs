@@ -205,6 +205,7 @@ mod tests {
             assert_eq!(told("high", source, json!({})), Ok(both("high", true)));
             assert_eq!(told("none", source, json!({})), Ok(both("none", false)));
             assert_eq!(told("low", source, json!({"enable_thinking": false})), Ok(both("low", false)));
+            assert_eq!(told("none", source, json!({"enable_thinking": null})), Ok(both("none", false)));
         }
     }
 
