@@ -260,7 +260,7 @@ fn an_answer_that_is_json_may_be_calls() {
 #[test]
 fn behind_a_mark_there_may_be_a_list_of_calls() {
     let read = |text: &str| told(wanted(Thoughts::IfOpened, Some(CallFormat::Mistral)), text);
-    let made = vec![call("f", "{\"a\": \"}] [TOOL_CALLS]\\\"{\"}"), call("g", "{}")];
+    let made = [call("f", "{\"a\": \"}] [TOOL_CALLS]\\\"{\"}"), call("g", "{}")];
     let (f, g) =
         ("{\"name\": \"f\", \"arguments\": {\"a\": \"}] [TOOL_CALLS]\\\"{\"}}", "{\"name\": \"g\", \"id\": 1}");
     for (text, calls) in [
