@@ -13,7 +13,8 @@ use tokio::{
         TcpListener, TcpStream,
         tcp::{ReadHalf, WriteHalf},
     },
-    sync::watch,
+    sync::{mpsc, watch},
+    time::{Instant, sleep_until},
 };
 
 /// A TCP proxy whose connections can be cut or slowed down, to part one client from a service that stays there for
@@ -57,7 +58,7 @@ impl Proxy {
         Self { address, open, delay_ms, cut }
     }
 
-    /// Keeps whatever the service says from now on for so long.
+    /// Keeps whatever the service says from now on for so long, each piece from when it comes.
     pub(crate) fn slow_down(&self, delay: Duration) {
         self.delay_ms.store(delay.as_millis() as u64, Ordering::SeqCst);
     }
@@ -74,15 +75,27 @@ impl Proxy {
     }
 }
 
-/// Passes on what the service says, until it has no more to say.
+/// Passes on what the service says, each piece after the delay, until it has no more to say.
 async fn pass_on(from: &mut ReadHalf<'_>, to: &mut WriteHalf<'_>, delay_ms: &AtomicU64) -> std::io::Result<()> {
-    let mut buffer = vec![0; 1 << 16];
-    loop {
-        let length = from.read(&mut buffer).await?;
-        if length == 0 {
-            return Ok(());
+    let (sender, mut pieces) = mpsc::unbounded_channel();
+    let reading = async move {
+        let mut buffer = vec![0; 1 << 16];
+        loop {
+            let length = from.read(&mut buffer).await?;
+            if length == 0 {
+                return Ok(());
+            }
+            let due = Instant::now() + Duration::from_millis(delay_ms.load(Ordering::SeqCst));
+            // Who writes is there as long as this is.
+            let _ = sender.send((due, buffer[..length].to_vec()));
         }
-        tokio::time::sleep(Duration::from_millis(delay_ms.load(Ordering::SeqCst))).await;
-        to.write_all(&buffer[..length]).await?;
-    }
+    };
+    let writing = async {
+        while let Some((due, piece)) = pieces.recv().await {
+            sleep_until(due).await;
+            to.write_all(&piece).await?;
+        }
+        Ok(())
+    };
+    tokio::try_join!(reading, writing).map(drop)
 }
