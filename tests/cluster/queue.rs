@@ -190,7 +190,7 @@ async fn a_job_nobody_survives_is_given_up() {
         }
     })
     .await;
-    wait_for_depth(&nats, key("m"), QueueDepth::default()).await;
+    wait_for_depth(&nats, key("m"), QueueDepth { asking: 1, ..QueueDepth::default() }).await;
     assert!(!wanted.is_finished());
 }
 
