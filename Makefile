@@ -49,7 +49,7 @@ test: $(if $(RDMA),setup-rdma,setup-services) demo-model test-assets ## Format c
 	$(CARGO) fmt --all --check
 	$(CARGO) test --workspace --locked --no-run
 	@nice -n 19 scripts/build-ahead.sh & ahead=$$!; \
-	$(CARGO) test --workspace --locked || { kill $$ahead; exit 1; }; wait $$ahead
+	$(CARGO) test --workspace --locked --no-fail-fast || { kill $$ahead; exit 1; }; wait $$ahead
 	$(MAKE) --no-print-directory lint cuda-check device-pages doc client $(if $(RDMA),test-rdma)
 
 test-rdma: setup-rdma ## The tests that need an RDMA device, in an emulated machine (QEMU) with soft-RoCE; part of make test
