@@ -8,7 +8,7 @@ mod returning;
 use std::sync::{
     Arc, Mutex,
     atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering},
-    mpsc::{Receiver, Sender, channel},
+    mpsc::{Receiver, RecvTimeoutError, Sender, channel},
 };
 
 use futures::{
@@ -222,11 +222,11 @@ fn decode_by(
 
 impl Decode {
     fn next_job(&self) -> HandoffId {
-        self.jobs.lock().unwrap().recv().unwrap()
+        self.jobs.lock().unwrap().recv_timeout(MINUTE).unwrap()
     }
 
     fn hears(&self) -> ToPrefill {
-        self.said.lock().unwrap().recv().unwrap()
+        self.said.lock().unwrap().recv_timeout(MINUTE).unwrap()
     }
 
     fn says(&self, message: ToDecode) {
@@ -254,10 +254,19 @@ impl Decode {
         self.wires.words[grant.slot.0 as usize].store(word.raw(), Ordering::Release);
     }
 
+    #[track_caller]
     fn wait_until(&self, holds: impl Fn(Snapshot) -> bool) {
-        while !holds(self.handle.snapshot()) {
-            std::thread::yield_now();
-        }
+        wait_until(|| holds(self.handle.snapshot()));
+    }
+}
+
+/// A test that hangs fails instead.
+#[track_caller]
+fn wait_until(holds: impl Fn() -> bool) {
+    let begun = std::time::Instant::now();
+    while !holds() {
+        assert!(begun.elapsed() < MINUTE, "still waiting");
+        std::thread::yield_now();
     }
 }
 
@@ -321,7 +330,7 @@ fn compute(grant: Grant, prefill: &EngineHandle, control: &Arc<Control>, to: &Ar
     let request =
         PrefillRequest { tokens: grant.tokens.clone(), salt: grant.salt, first_page, exporter: Box::new(exporter) };
     let _handle = prefill.prefill(request).unwrap();
-    finished.recv().unwrap()
+    finished.recv_timeout(MINUTE).unwrap()
 }
 
 #[test]
@@ -348,9 +357,7 @@ fn a_prompt_prefilled_elsewhere_gets_the_same_answer() {
     let snapshot = decode.handle.snapshot();
     assert_eq!((snapshot.pages_owned, snapshot.pages_lent, snapshot.pages_quarantined), (0, 0, 0));
     // The handle was dropped, which the engine thread has yet to hear.
-    while prefill.snapshot().pages_owned > 0 {
-        std::thread::yield_now();
-    }
+    wait_until(|| prefill.snapshot().pages_owned == 0);
 }
 
 #[test]
@@ -389,9 +396,7 @@ fn without_prefix_caching_no_worker_keeps_what_one_computed_for_another() {
         assert_eq!(control.computed.load(Ordering::Relaxed), 69 * round);
     }
     decode.wait_until(|snapshot| snapshot.pages_free == 64);
-    while prefill.snapshot().pages_free < 64 {
-        std::thread::yield_now();
-    }
+    wait_until(|| prefill.snapshot().pages_free == 64);
 }
 
 #[test]
@@ -550,9 +555,7 @@ fn a_silent_worker_is_asked_then_fenced() {
     let (events, reason, _) = block_on(collect(&mut generation));
     assert_eq!((events, reason), model_answer(&asked, 128));
     assert!(matches!(decode.hears(), ToPrefill::Release { .. }));
-    while !decode.wires.fenced.load(Ordering::Relaxed) {
-        std::thread::yield_now();
-    }
+    wait_until(|| decode.wires.fenced.load(Ordering::Relaxed));
     assert_eq!(decode.handle.snapshot().pages_quarantined, grant.pages.len(), "time alone frees nothing");
     decode.post.lender(LenderEvent::SessionClosed { session: SESSION });
     decode.post.lender(LenderEvent::SessionFenced { session: SESSION });
@@ -598,14 +601,12 @@ fn a_prompt_that_is_cancelled_keeps_its_pages_until_nobody_reads_them() {
     handle.cancel();
     control.let_one();
     // The exporter is dropped without having passed on the end.
-    assert!(finished.recv().is_err());
+    assert_eq!(finished.recv_timeout(MINUTE), Err(RecvTimeoutError::Disconnected));
     assert_eq!(prefill.snapshot().pages_owned, 8);
     control.open();
     drop(handle);
     block_on(prefill.drain());
-    while prefill.snapshot().pages_owned > 0 {
-        std::thread::yield_now();
-    }
+    wait_until(|| prefill.snapshot().pages_owned == 0);
     assert_eq!(control.computed.load(Ordering::Relaxed), 32);
 }
 
