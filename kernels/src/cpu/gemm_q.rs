@@ -6,11 +6,11 @@
 //! are too.
 //!
 //! A few rows (decoding) read the packed weights directly and are bound by memory. More rows (prefill) are bound by
-//! arithmetic if caches keep up: a row's block takes some 15 (4 bits) or 24 cycles (8 bits) a group, counted in Zen 3's
+//! arithmetic if caches keep up: a row's block takes some 12 (4 bits) to 24 cycles (8 bits) a group, counted in Zen 3's
 //! instructions, and needs at least its own 56 bytes of the second-level cache. (Were activations to stay and weights
 //! to come, in tiles of four rows, it would be 160 or 136.) To need no more, a range of `k` is taken at a time:
 //!
-//! - Its weights of one group, 4-bit ones unpacked into a panel, stay in the first-level cache while all rows pass by.
+//! - Its weights of one group, those of fewer than 8 bits unpacked into a panel, stay in the first-level cache while all rows pass by.
 //!   All `k` of 8-bit weights stay only if that is less than 1,300 or so; otherwise 136 bytes come along every time.
 //! - Its activations, 168 KiB for 128 rows, stay in the second-level cache while several groups take their turn. All
 //!   `k` of them stay in 512 KiB only if that is less than 2,300; otherwise the 56 bytes come from the third level for
@@ -18,20 +18,18 @@
 //! - The sums of these groups, 128 KiB, wait for the next range beside them: 128 bytes a row for 24 blocks.
 
 use std::ops::Range;
+use std::sync::atomic::{Ordering, compiler_fence};
 
 use super::buffer::{Aligned, Shared};
 use super::isa::{Isa, Kernel, LANES};
 use super::linear::{Part, ROWS_PER_CHUNK};
-use super::pack::Format;
+use super::pack::{Format, U6_OFFSET, UPPER_BITS};
 use super::quant::{BLOCK, BlockInfo, QuantizedView};
 
 /// Blocks of 32 `k` in a range: a panel of 15 KiB, half of a common first-level data cache.
 const PANEL_BLOCKS: usize = 24;
 /// A panel's block: 512 weights as bytes, 16 scales and 16 minimums as f32.
 const PANEL_STRIDE: usize = 512 + 2 * 4 * LANES;
-/// Rows from which ranges and unpacking into a panel pay: measured on Zen 3, where at 16 rows unpacking each time is
-/// 20 % faster.
-const PANEL_ROWS: usize = 33;
 /// Groups of columns that a range's activations meet before the next range's turn.
 const GROUPS_PER_PASS: usize = 16;
 /// How far ahead of a product its weights are asked for.
@@ -68,39 +66,125 @@ pub(crate) struct QuantizedGemm<'a> {
 /// What tells the formats apart, known when a kernel is compiled.
 trait Layout {
     const FORMAT: Format;
-    const MIN: bool;
-    const HALVES: bool;
-    const U4: bool;
+    /// Whether blocks have a minimum.
+    const MIN: bool = matches!(Self::FORMAT, Format::U4 | Format::U5);
+    /// Whether their halves have scales of their own.
+    const HALVES: bool = matches!(Self::FORMAT, Format::U6);
+    /// Whether weights have to be unpacked, and many rows want that done once.
+    const PACKED: bool = !matches!(Self::FORMAT, Format::I8);
+    /// Rows from which ranges and unpacking into a panel pay, measured on Zen 3: at 16 rows unpacking each time is 10 %
+    /// faster for 4-bit weights, and 25 % slower for those of 5 and 6 bits.
+    const PANEL_ROWS: usize = if matches!(Self::FORMAT, Format::U5 | Format::U6) { 12 } else { 33 };
 }
 
 macro_rules! layouts {
-    ($($name:ident: $min:literal, $halves:literal, $u4:literal;)*) => {$(
+    ($($name:ident)*) => {$(
         struct $name;
         impl Layout for $name {
             const FORMAT: Format = Format::$name;
-            const MIN: bool = $min;
-            const HALVES: bool = $halves;
-            const U4: bool = $u4;
         }
     )*};
 }
 
-layouts! {
-    U4: true, false, true;
-    I8: false, false, false;
-    I8Min: true, false, false;
-    I8Halves: false, true, false;
-}
+layouts! { U4 U5 U6 I4 I8 }
 
 impl Kernel for QuantizedGemm<'_> {
     #[inline(always)]
     fn run<I: Isa>(self, isa: I) {
         match self.part.format {
             Format::U4 => self.product::<I, U4>(isa),
+            Format::U5 => self.product::<I, U5>(isa),
+            Format::U6 => self.product::<I, U6>(isa),
+            Format::I4 => self.product::<I, I4>(isa),
             Format::I8 => self.product::<I, I8>(isa),
-            Format::I8Min => self.product::<I, I8Min>(isa),
-            Format::I8Halves => self.product::<I, I8Halves>(isa),
             Format::Bf16 | Format::F16 | Format::F32 | Format::F8 => unreachable!("float parts have their own kernel"),
+        }
+    }
+}
+
+/// Weights of sixteen columns and eight consecutive `k`, the `pair`-th such eight of the block at `w`.
+///
+/// # Safety
+/// A block of the layout, or of a panel, is readable at `w`, and `pair` is below 4.
+#[inline(always)]
+unsafe fn weights<I: Isa, L: Layout, const PANEL: bool>(isa: I, w: *const u8, pair: usize) -> (I::W, I::W) {
+    // SAFETY: as the function says.
+    unsafe {
+        if PANEL || !L::PACKED {
+            return (unpacked::<I, L>(isa, w, 2 * pair), unpacked::<I, L>(isa, w, 2 * pair + 1));
+        }
+        let (low, high) = isa.load_u4(w.add(pair * 64));
+        let (first, second) = (2 * pair as u32, 2 * pair as u32 + 1);
+        (beyond_nibbles::<I, L>(isa, w, low, first), beyond_nibbles::<I, L>(isa, w, high, second))
+    }
+}
+
+/// Those of four `k` alone, the `four`-th such four.
+///
+/// # Safety
+/// As for [`weights`], and `four` is below 8.
+#[inline(always)]
+unsafe fn weights_of_four<I: Isa, L: Layout, const PANEL: bool>(isa: I, w: *const u8, four: u32) -> I::W {
+    // SAFETY: as the function says.
+    unsafe {
+        if PANEL || !L::PACKED {
+            return unpacked::<I, L>(isa, w, four as usize);
+        }
+        let nibbles = isa.load_u4_half(w.add(four as usize / 2 * 64), four % 2 * 4);
+        beyond_nibbles::<I, L>(isa, w, nibbles, four)
+    }
+}
+
+/// The weights of four `k` where each has a byte.
+#[inline(always)]
+unsafe fn unpacked<I: Isa, L: Layout>(isa: I, w: *const u8, four: usize) -> I::W {
+    // SAFETY: the callers vouch for 512 weights.
+    unsafe {
+        match L::FORMAT {
+            Format::I4 | Format::I8 => isa.load_i8(w.add(four * 64)),
+            _ => isa.load_u8(w.add(four * 64)),
+        }
+    }
+}
+
+/// What weights are whose lowest bits, or numbers in IQ4's table, are `nibbles`.
+#[inline(always)]
+unsafe fn beyond_nibbles<I: Isa, L: Layout>(isa: I, w: *const u8, nibbles: I::W, four: u32) -> I::W {
+    // SAFETY: the callers vouch for a block.
+    unsafe {
+        match L::FORMAT {
+            Format::U5 => isa.raise(nibbles, isa.load_u8(w.add(UPPER_BITS)), four, 1),
+            Format::U6 => isa.raise(nibbles, isa.load_u8(w.add(UPPER_BITS + four as usize / 4 * 64)), four % 4 * 2, 3),
+            Format::I4 => isa.look_up(nibbles),
+            _ => nibbles,
+        }
+    }
+}
+
+/// The f32 sums of a tile's rows. Those of more rows than leave registers for a block's integers wait in memory between
+/// blocks: where compilers may choose, they let every weight go through memory instead, once a row.
+struct Sums<I: Isa, const R: usize> {
+    registers: [I::F; R],
+    /// `[R][16]`.
+    memory: *mut f32,
+}
+
+impl<I: Isa, const R: usize> Sums<I, R> {
+    const WAIT: bool = R > I::SUMS_MAX;
+
+    #[inline(always)]
+    unsafe fn get(&self, isa: I, r: usize) -> I::F {
+        // SAFETY: whoever made this vouches for `R` rows' sums.
+        if Self::WAIT { unsafe { isa.load(self.memory.add(r * LANES)) } } else { self.registers[r] }
+    }
+
+    #[inline(always)]
+    unsafe fn set(&mut self, isa: I, r: usize, sum: I::F) {
+        if Self::WAIT {
+            // SAFETY: as above.
+            unsafe { isa.store(self.memory.add(r * LANES), sum) }
+        } else {
+            self.registers[r] = sum;
         }
     }
 }
@@ -137,7 +221,7 @@ impl QuantizedGemm<'_> {
         assert!(self.rows.end * self.x.cols <= self.x.bytes.len() && self.rows.end * blocks <= self.x.infos.len());
         assert!(self.rows.len() <= ROWS_PER_CHUNK);
         let (panel, sums) = (self.space.panel.as_mut_ptr(), self.space.sums.as_mut_ptr());
-        let in_ranges = self.rows.len() >= PANEL_ROWS;
+        let in_ranges = self.rows.len() >= L::PANEL_ROWS;
         let step = if in_ranges { PANEL_BLOCKS } else { blocks };
         let mut pass = self.groups.start;
         while pass < self.groups.end {
@@ -151,8 +235,8 @@ impl QuantizedGemm<'_> {
                     unsafe {
                         let weights = self.part.data[group * group_bytes..].as_ptr();
                         let packed = weights.add(first * L::FORMAT.unit().0);
-                        let w = if L::U4 && in_ranges {
-                            unpack_panel(isa, packed, count, panel);
+                        let w = if L::PACKED && in_ranges {
+                            unpack_panel::<I, L>(isa, packed, count, panel);
                             panel.cast_const()
                         } else {
                             packed
@@ -175,7 +259,7 @@ impl QuantizedGemm<'_> {
                                 is_first: first == 0,
                                 is_last: first + count == blocks,
                             };
-                            row += if L::U4 && in_ranges {
+                            row += if L::PACKED && in_ranges {
                                 self.some_rows::<I, L, true>(isa, operands, place)
                             } else {
                                 self.some_rows::<I, L, false>(isa, operands, place)
@@ -216,32 +300,30 @@ impl QuantizedGemm<'_> {
         operands: Operands,
         place: Place,
     ) -> usize {
-        let mut acc = [isa.zero(); R];
-        if !place.is_first {
-            for (r, acc) in acc.iter_mut().enumerate() {
-                // SAFETY: the caller vouches for sixteen sums of each row.
-                *acc = unsafe { isa.load(place.sums.add(r * LANES)) };
+        let mut sums = Sums { registers: [isa.zero(); R], memory: place.sums };
+        // SAFETY: the caller vouches for the operands and for sixteen sums of each row.
+        unsafe {
+            for r in 0..R {
+                let earlier = if place.is_first { isa.zero() } else { isa.load(place.sums.add(r * LANES)) };
+                sums.set(isa, r, earlier);
             }
-        }
-        // SAFETY: the caller vouches for the operands.
-        unsafe { accumulate::<I, L, R, PANEL>(isa, operands, &mut acc) };
-        if !place.is_last {
-            for (r, &acc) in acc.iter().enumerate() {
-                // SAFETY: as above.
-                unsafe { isa.store(place.sums.add(r * LANES), acc) };
+            accumulate::<I, L, R, PANEL>(isa, operands, &mut sums);
+            if !place.is_last {
+                (0..R).for_each(|r| isa.store(place.sums.add(r * LANES), sums.get(isa, r)));
+                return R;
             }
-            return R;
         }
         let column = place.group * LANES;
         let lanes = LANES.min(self.part.rows - column);
         let column = self.part.row_start + column;
-        for (r, &acc) in acc.iter().enumerate() {
+        for r in 0..R {
             // SAFETY: these columns of these rows are this chunk's alone; a bias is as long as an output row.
             unsafe {
+                let sum = sums.get(isa, r);
                 let out = self.out.slice((place.row + r) * self.out_cols + column, lanes).as_mut_ptr();
                 let value = match self.bias {
-                    Some(bias) => isa.add(acc, isa.load_partial(bias[column..][..lanes].as_ptr(), lanes)),
-                    None => acc,
+                    Some(bias) => isa.add(sum, isa.load_partial(bias[column..][..lanes].as_ptr(), lanes)),
+                    None => sum,
                 };
                 if lanes == LANES { isa.store(out, value) } else { isa.store_partial(out, value, lanes) }
             }
@@ -250,16 +332,19 @@ impl QuantizedGemm<'_> {
     }
 }
 
-/// Adds the products of `operands.blocks` blocks to the accumulators of `R` rows.
+/// Adds the products of `operands.blocks` blocks to the sums of `R` rows.
 #[inline(always)]
 unsafe fn accumulate<I: Isa, L: Layout, const R: usize, const PANEL: bool>(
     isa: I,
     operands: Operands,
-    acc: &mut [I::F; R],
+    sums: &mut Sums<I, R>,
 ) {
     let stride = if PANEL { PANEL_STRIDE } else { L::FORMAT.unit().0 };
-    let scales_at = if L::U4 && !PANEL { 256 } else { 512 };
     for block in 0..operands.blocks {
+        if Sums::<I, R>::WAIT {
+            // Or sums would be promoted to registers.
+            compiler_fence(Ordering::SeqCst);
+        }
         // SAFETY: the caller vouches for `blocks` blocks of weights and of each of `R` rows.
         unsafe {
             let w = operands.w.add(block * stride);
@@ -271,90 +356,110 @@ unsafe fn accumulate<I: Isa, L: Layout, const R: usize, const PANEL: bool>(
             let (scale, second) = if PANEL {
                 (isa.load(w.add(512).cast()), isa.load(w.add(512 + 4 * LANES).cast()))
             } else {
-                let second = if L::MIN || L::HALVES { isa.load_f16(w.add(scales_at + 32).cast()) } else { isa.zero() };
-                (isa.load_f16(w.add(scales_at).cast()), second)
+                scales::<I, L>(isa, w)
             };
             let bytes = operands.bytes.add(block * BLOCK);
             let infos = operands.infos.add(block);
-            let mut sums = [isa.int_zero(); R];
+            let mut products = [isa.int_zero(); R];
             for pair in 0..4 {
-                let (low, high) = if PANEL {
-                    (isa.load_u8(w.add(pair * 128)), isa.load_u8(w.add(pair * 128 + 64)))
-                } else if L::U4 {
-                    isa.load_u4(w.add(pair * 64))
-                } else {
-                    (isa.load_i8(w.add(pair * 128)), isa.load_i8(w.add(pair * 128 + 64)))
-                };
-                for (r, sum) in sums.iter_mut().enumerate() {
+                let (low, high) = weights::<I, L, PANEL>(isa, w, pair);
+                for (r, product) in products.iter_mut().enumerate() {
                     let a = bytes.add(r * operands.bytes_stride + pair * 8);
-                    *sum = if L::U4 {
-                        isa.dot_u4(isa.dot_u4(*sum, low, a), high, a.add(4))
-                    } else {
-                        isa.dot_i8(isa.dot_i8(*sum, low, a), high, a.add(4))
+                    *product = match L::FORMAT {
+                        Format::U4 => isa.dot_u4(isa.dot_u4(*product, low, a), high, a.add(4)),
+                        Format::U5 | Format::U6 => isa.dot_u6(*product, (low, high), a),
+                        _ => isa.dot_i8(isa.dot_i8(*product, low, a), high, a.add(4)),
                     };
                 }
                 if L::HALVES && pair == 1 {
-                    for r in 0..R {
+                    for (r, product) in products.iter_mut().enumerate() {
                         let info = &*infos.add(r * operands.infos_stride);
-                        let product = isa.finish_i8(add_peak(isa, sums[r], w, info, Some(0)), info.sums[0]);
-                        acc[r] = isa.fma(product, isa.mul(scale, isa.splat(info.scale)), acc[r]);
-                        sums[r] = isa.int_zero();
+                        let first = finish::<I, L, PANEL>(isa, *product, w, info, Some(0));
+                        let factor = isa.mul(scale, isa.splat(info.scale));
+                        sums.set(isa, r, isa.fma(first, factor, sums.get(isa, r)));
+                        *product = isa.int_zero();
                     }
                 }
             }
-            for r in 0..R {
+            for (r, product) in products.into_iter().enumerate() {
                 let info = &*infos.add(r * operands.infos_stride);
-                let product = if L::U4 {
-                    let peak = info.peak as usize;
-                    let weights = if PANEL {
-                        isa.load_u8(w.add(peak * 64))
-                    } else {
-                        isa.load_u4_half(w.add(peak / 2 * 64), info.peak % 2 * 4)
-                    };
-                    isa.finish_u4(sums[r], weights, info.peak_high.as_ptr())
-                } else if L::HALVES {
-                    isa.finish_i8(add_peak(isa, sums[r], w, info, Some(1)), info.sums[1])
-                } else {
-                    isa.finish_i8(add_peak(isa, sums[r], w, info, None), info.sums[0].wrapping_add(info.sums[1]))
-                };
+                let product = finish::<I, L, PANEL>(isa, product, w, info, L::HALVES.then_some(1));
                 let scale = if L::HALVES { second } else { scale };
-                acc[r] = isa.fma(product, isa.mul(scale, isa.splat(info.scale)), acc[r]);
+                let mut sum = isa.fma(product, isa.mul(scale, isa.splat(info.scale)), sums.get(isa, r));
                 if L::MIN {
-                    acc[r] = isa.fma(second, isa.splat(info.scaled_sum), acc[r]);
+                    sum = isa.fma(second, isa.splat(info.scaled_sum), sum);
                 }
+                sums.set(isa, r, sum);
             }
         }
     }
 }
 
-/// Adds what the high bytes of a block's peak make with its 8-bit weights at `w`; with a `half`, only if the peak lies
-/// there.
+/// The scales of the block at `w`, and its minimums or second scales.
 ///
 /// # Safety
-/// 512 weights are readable at `w`.
+/// A block of the layout is readable at `w`.
 #[inline(always)]
-unsafe fn add_peak<I: Isa>(isa: I, sum: I::I, w: *const u8, info: &BlockInfo, half: Option<u32>) -> I::I {
+unsafe fn scales<I: Isa, L: Layout>(isa: I, w: *const u8) -> (I::F, I::F) {
+    // SAFETY: as the function says.
+    unsafe {
+        let scales = w.add(L::FORMAT.scales_at());
+        let second = if L::MIN || L::HALVES { isa.load_f16(scales.add(2 * LANES).cast()) } else { isa.zero() };
+        (isa.load_f16(scales.cast()), second)
+    }
+}
+
+/// The products of a block, or of one `half` of it, from those of the bytes and what the high bytes of the peak make
+/// with the block's weights at `w`, if it lies there.
+///
+/// # Safety
+/// As for [`weights`].
+#[inline(always)]
+unsafe fn finish<I: Isa, L: Layout, const PANEL: bool>(
+    isa: I,
+    product: I::I,
+    w: *const u8,
+    info: &BlockInfo,
+    half: Option<u32>,
+) -> I::F {
     let elsewhere = half.is_some_and(|half| info.peak / 4 != half);
     let high = if elsewhere { [0; 4] } else { info.peak_high };
     // SAFETY: a peak is one of the block's eight fours.
-    unsafe { isa.peak_i8(sum, isa.load_i8(w.add(info.peak as usize * 64)), high.as_ptr()) }
+    unsafe {
+        let w = weights_of_four::<I, L, PANEL>(isa, w, info.peak);
+        let high = high.as_ptr();
+        let both = info.sums[0].wrapping_add(info.sums[1]);
+        match L::FORMAT {
+            Format::U4 => isa.finish_u4(product, w, high),
+            Format::U5 => isa.finish_u6(isa.peak_u6(product, w, high), 0, 0),
+            Format::U6 => {
+                let activations = half.map_or(both, |half| info.sums[half as usize]);
+                isa.finish_u6(isa.peak_u6(product, w, high), U6_OFFSET, activations)
+            }
+            _ => isa.finish_i8(isa.peak_i8(product, w, high), both),
+        }
+    }
 }
 
-/// Unpacks `count` 4-bit blocks.
+/// Unpacks `count` blocks.
 #[inline(always)]
-unsafe fn unpack_panel<I: Isa>(isa: I, packed: *const u8, count: usize, panel: *mut u8) {
-    let stride = Format::U4.unit().0;
+unsafe fn unpack_panel<I: Isa, L: Layout>(isa: I, packed: *const u8, count: usize, panel: *mut u8) {
     for block in 0..count {
         // SAFETY: the caller vouches for `count` blocks at both places.
         unsafe {
-            let (from, to) = (packed.add(block * stride), panel.add(block * PANEL_STRIDE));
+            let (from, to) = (packed.add(block * L::FORMAT.unit().0), panel.add(block * PANEL_STRIDE));
             for pair in 0..4 {
-                let (low, high) = isa.load_u4(from.add(pair * 64));
-                isa.store_u8(to.add(pair * 128), low);
-                isa.store_u8(to.add(pair * 128 + 64), high);
+                let (low, high) = weights::<I, L, false>(isa, from, pair);
+                for (w, to) in [(low, to.add(pair * 128)), (high, to.add(pair * 128 + 64))] {
+                    match L::FORMAT {
+                        Format::I4 => isa.store_signed(to, w),
+                        _ => isa.store_u8(to, w),
+                    }
+                }
             }
-            isa.store(to.add(512).cast(), isa.load_f16(from.add(256).cast()));
-            isa.store(to.add(512 + 4 * LANES).cast(), isa.load_f16(from.add(256 + 32).cast()));
+            let (scale, second) = scales::<I, L>(isa, from);
+            isa.store(to.add(512).cast(), scale);
+            isa.store(to.add(512 + 4 * LANES).cast(), second);
         }
     }
 }

@@ -3,15 +3,18 @@
 //! Output columns are taken in groups of sixteen, one a vector lane; a group holds its weights for all `k`, one after
 //! the other, so that a product streams through memory once. Quantised weights come in blocks of 32 `k`:
 //!
-//! | format | a block of 16 columns | from |
-//! | --- | --- | --- |
-//! | `U4` | 4 × 64 bytes, 16 f16 scales, 16 f16 minimums | Q4_0, Q4_1, Q4_K |
-//! | `I8` | 8 × 64 bytes, 16 f16 scales | Q8_0, Q5_0, IQ4_NL, IQ4_XS |
-//! | `I8Min` | the same, 16 f16 minimums | Q5_1, Q5_K |
-//! | `I8Halves` | 8 × 64 bytes, 2 × 16 f16 scales: of the first and second sixteen `k` | Q6_K, Q3_K |
+//! | format | a block of 16 columns | bits a weight | from |
+//! | --- | --- | --- | --- |
+//! | `U4` | 4 × 64 bytes, 16 f16 scales, 16 f16 minimums | 5 | Q4_0, Q4_1, Q4_K |
+//! | `U5` | 4 × 64 bytes, 64 bytes of fifth bits, 16 f16 scales, 16 f16 minimums | 6 | Q5_0, Q5_1, Q5_K |
+//! | `U6` | 4 × 64 bytes, 2 × 64 of upper bits, 2 × 16 f16 scales: of the first and second sixteen `k` | 7 | Q6_K, Q3_K |
+//! | `I4` | 4 × 64 bytes, 16 f16 scales | 4.5 | IQ4_NL, IQ4_XS |
+//! | `I8` | 8 × 64 bytes, 16 f16 scales | 8.5 | Q8_0 |
 //!
-//! 64 bytes are 16 columns × 4 consecutive `k`; in `U4` they are two such groups, the first in the low nibbles. A
-//! weight is `scale × q + minimum`. Two-level scales, those of K-quants and IQ4_XS, are multiplied out and rounded to
+//! 64 bytes are 16 columns × 4 consecutive `k`; where a weight has but four bits in them, they are two such groups, the
+//! first in the low nibbles. Bit `f` of a fifth bits' byte belongs to the group `f`; upper bits are pairs, four groups to
+//! 64 bytes. A weight is `scale × q + minimum`: `q` is what is stored, in `U6` less 32, and in `I4` what IQ4's table has
+//! for it. Two-level scales, those of K-quants and IQ4_XS, are multiplied out and rounded to
 //! f16: one part in 2,000 of what a 4-bit weight is uncertain by anyway, and Q4_0's `-8 × scale` is exact. Float
 //! weights stay as they are, `[k][16]`; bf16 in pairs of `k`, `[k / 2][16][2]`; E4M3 in blocks of 128 `k`, 16 f32
 //! scales and then `[k][16]`.
@@ -22,21 +25,28 @@ use half::f16;
 use super::isa::{F8_UNIT, LANES};
 use super::quant::BLOCK;
 use crate::blocks::decode;
+use crate::dtype::IQ4_VALUES;
 use crate::{DType, Matrix};
 
 /// How a part's weights are stored.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Format {
     U4,
+    U5,
+    U6,
+    I4,
     I8,
-    I8Min,
-    I8Halves,
     Bf16,
     F16,
     F32,
     /// Scales are [`F8_UNIT`] times the file's.
     F8,
 }
+
+/// Where the bits beyond the fourth begin in a block of [`Format::U5`] and [`Format::U6`].
+pub(crate) const UPPER_BITS: usize = 256;
+/// What is taken off a weight of [`Format::U6`].
+pub(crate) const U6_OFFSET: i32 = 32;
 
 /// `k` that share a scale in [`Format::F8`].
 pub(crate) const F8_BLOCK: usize = DType::F8.block_len();
@@ -48,9 +58,10 @@ impl Format {
     pub(crate) fn of(dtype: DType) -> Self {
         match dtype {
             DType::Q4_0 | DType::Q4_1 | DType::Q4K => Self::U4,
-            DType::Q8_0 | DType::Q5_0 | DType::IQ4NL | DType::IQ4XS => Self::I8,
-            DType::Q5_1 | DType::Q5K => Self::I8Min,
-            DType::Q6K | DType::Q3K => Self::I8Halves,
+            DType::Q5_0 | DType::Q5_1 | DType::Q5K => Self::U5,
+            DType::Q6K | DType::Q3K => Self::U6,
+            DType::IQ4NL | DType::IQ4XS => Self::I4,
+            DType::Q8_0 => Self::I8,
             DType::BF16 => Self::Bf16,
             DType::F16 => Self::F16,
             DType::F32 => Self::F32,
@@ -60,19 +71,32 @@ impl Format {
 
     /// Whether activations are quantised for it.
     pub(crate) fn is_quantized(self) -> bool {
-        matches!(self, Self::U4 | Self::I8 | Self::I8Min | Self::I8Halves)
+        matches!(self, Self::U4 | Self::U5 | Self::U6 | Self::I4 | Self::I8)
     }
 
     /// Bytes of the smallest unit of a group and how many `k` it covers.
     pub(crate) const fn unit(self) -> (usize, usize) {
         match self {
             Self::U4 => (256 + 64, BLOCK),
+            Self::U5 => (256 + 64 + 64, BLOCK),
+            Self::U6 => (256 + 2 * 64 + 64, BLOCK),
+            Self::I4 => (256 + 32, BLOCK),
             Self::I8 => (512 + 32, BLOCK),
-            Self::I8Min | Self::I8Halves => (512 + 64, BLOCK),
             Self::Bf16 => (4 * LANES, 2),
             Self::F16 => (2 * LANES, 1),
             Self::F32 => (4 * LANES, 1),
             Self::F8 => (F8_VALUES + F8_BLOCK * LANES, F8_BLOCK),
+        }
+    }
+
+    /// Where the scales of a block of a quantised format begin.
+    pub(crate) const fn scales_at(self) -> usize {
+        match self {
+            Self::U4 | Self::I4 => 256,
+            Self::U5 => UPPER_BITS + 64,
+            Self::U6 => UPPER_BITS + 2 * 64,
+            Self::I8 => 512,
+            Self::Bf16 | Self::F16 | Self::F32 | Self::F8 => panic!("no quantised format"),
         }
     }
 
@@ -126,24 +150,67 @@ pub(crate) fn pack_group(matrix: &Matrix<'_>, group: usize, out: &mut [u8]) {
             continue;
         }
         for (block, out) in out.chunks_exact_mut(unit).enumerate() {
-            let decoded = decode(matrix.dtype(), row, block);
-            let scales = if format == Format::U4 { 256 } else { 512 };
-            for (i, &quant) in decoded.quants.iter().enumerate() {
-                let (four, k) = (i / 4, i % 4);
-                if format == Format::U4 {
-                    out[four / 2 * 64 + lane * 4 + k] |= (quant as u8) << (four % 2 * 4);
-                } else {
-                    out[four * 64 + lane * 4 + k] = quant as u8;
-                }
-            }
-            let mut put = |at: usize, value: f16| out[at..at + 2].copy_from_slice(&value.to_le_bytes());
-            put(scales + 2 * lane, decoded.scales[0]);
-            match format {
-                Format::U4 | Format::I8Min => put(scales + 32 + 2 * lane, decoded.minimum),
-                Format::I8Halves => put(scales + 32 + 2 * lane, decoded.scales[1]),
-                _ => {}
-            }
+            pack_block(matrix.dtype(), row, block, lane, out);
         }
+    }
+}
+
+/// Writes one column's block of a quantised format.
+fn pack_block(dtype: DType, row: &[u8], block: usize, lane: usize, out: &mut [u8]) {
+    let format = Format::of(dtype);
+    let mut decoded = decode(dtype, row, block);
+    if dtype == DType::Q5_0 {
+        decoded.quants = decoded.quants.map(|quant| quant + 16);
+        decoded.minimum = f16::from_f32(-16.0 * decoded.scales[0].to_f32());
+    }
+    for (i, &quant) in decoded.quants.iter().enumerate() {
+        let (four, place) = (i / 4, lane * 4 + i % 4);
+        let stored = match format {
+            Format::U6 => (i32::from(quant) + U6_OFFSET) as u8,
+            Format::I4 => IQ4_VALUES.partition_point(|&value| value < quant) as u8,
+            _ => quant as u8,
+        };
+        if format == Format::I8 {
+            out[four * 64 + place] = stored;
+            continue;
+        }
+        out[four / 2 * 64 + place] |= (stored & 15) << (four % 2 * 4);
+        match format {
+            Format::U5 => out[UPPER_BITS + place] |= (stored >> 4) << four,
+            Format::U6 => out[UPPER_BITS + four / 4 * 64 + place] |= (stored >> 4) << (four % 4 * 2),
+            _ => {}
+        }
+    }
+    let at = format.scales_at() + 2 * lane;
+    let mut put = |at: usize, value: f16| out[at..at + 2].copy_from_slice(&value.to_le_bytes());
+    put(at, decoded.scales[0]);
+    match format {
+        Format::U4 | Format::U5 => put(at + 32, decoded.minimum),
+        Format::U6 => put(at + 32, decoded.scales[1]),
+        _ => {}
+    }
+}
+
+/// Weight `i` of column `lane` of a block of a quantised format.
+fn unpack(format: Format, block: &[u8], lane: usize, i: usize) -> f32 {
+    let (four, place) = (i / 4, lane * 4 + i % 4);
+    let nibble = || block[four / 2 * 64 + place] >> (four % 2 * 4) & 15;
+    let at = format.scales_at() + 2 * lane;
+    let (first, second) = (|| half(block, at).to_f32(), || half(block, at + 32).to_f32());
+    match format {
+        Format::U4 => first() * f32::from(nibble()) + second(),
+        Format::U5 => {
+            let fifth = block[UPPER_BITS + place] >> four & 1;
+            first() * f32::from(nibble() | fifth << 4) + second()
+        }
+        Format::U6 => {
+            let upper = block[UPPER_BITS + four / 4 * 64 + place] >> (four % 4 * 2) & 3;
+            let quant = f32::from(nibble() | upper << 4) - U6_OFFSET as f32;
+            quant * if i < BLOCK / 2 { first() } else { second() }
+        }
+        Format::I4 => first() * f32::from(IQ4_VALUES[usize::from(nibble())]),
+        Format::I8 => first() * f32::from(block[four * 64 + place] as i8),
+        Format::Bf16 | Format::F16 | Format::F32 | Format::F8 => unreachable!("no quantised format"),
     }
 }
 
@@ -151,8 +218,6 @@ pub(crate) fn pack_group(matrix: &Matrix<'_>, group: usize, out: &mut [u8]) {
 pub(crate) fn unpack_row(format: Format, group: &[u8], lane: usize, out: &mut [f32]) {
     let (unit, step) = format.unit();
     for (block, values) in group.chunks_exact(unit).zip(out.chunks_mut(step)) {
-        let scales = if format == Format::U4 { 256 } else { 512 };
-        let second = scales + 32 + 2 * lane;
         for (i, value) in values.iter_mut().enumerate() {
             let at = |stride: usize| (lane * step + i) * stride;
             *value = match format {
@@ -163,17 +228,7 @@ pub(crate) fn unpack_row(format: Format, group: &[u8], lane: usize, out: &mut [f
                 }
                 Format::F16 => half(block, at(2)).to_f32(),
                 Format::Bf16 => half::bf16::from_le_bytes([block[at(2)], block[at(2) + 1]]).to_f32(),
-                Format::U4 => {
-                    let (four, k) = (i / 4, i % 4);
-                    let quant = block[four / 2 * 64 + lane * 4 + k] >> (four % 2 * 4) & 15;
-                    half(block, scales + 2 * lane).to_f32() * f32::from(quant) + half(block, second).to_f32()
-                }
-                Format::I8 | Format::I8Min | Format::I8Halves => {
-                    let quant = f32::from(block[i / 4 * 64 + lane * 4 + i % 4] as i8);
-                    let own = if format == Format::I8Halves && i >= 16 { second } else { scales + 2 * lane };
-                    let minimum = if format == Format::I8Min { half(block, second).to_f32() } else { 0.0 };
-                    half(block, own).to_f32() * quant + minimum
-                }
+                Format::U4 | Format::U5 | Format::U6 | Format::I4 | Format::I8 => unpack(format, block, lane, i),
             };
         }
     }

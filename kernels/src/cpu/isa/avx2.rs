@@ -1,12 +1,14 @@
 use std::arch::x86_64::*;
 
 use super::{F8_UNIT, Isa, Kernel, PEAK_UNIT};
+use crate::dtype::IQ4_VALUES;
 
 /// AVX2, FMA and F16C: sixteen lanes are two registers.
 ///
 /// Integer products go through `vpmaddubsw`, which sums pairs to 16 bits. 4-bit weights: 8 × 2 × 15 × 127 fits, so a
-/// whole block is summed in 16 bits. 8-bit weights: the activation takes the weight's sign, and each pair (at most
-/// 2 × 128 × 127) is widened at once. Both are exact.
+/// whole block is summed in 16 bits. 6-bit weights: 2 × 2 × 63 × 127 fits, so two pairs are summed and then widened.
+/// 8-bit weights: the activation takes the weight's sign, and each pair (at most 2 × 128 × 127) is widened at once. All
+/// are exact.
 #[derive(Clone, Copy)]
 pub(super) struct Avx2(());
 
@@ -85,6 +87,7 @@ impl Isa for Avx2 {
     type W = [__m256i; 2];
     type I = [__m256i; 2];
     const ROWS_MAX: usize = 6;
+    const SUMS_MAX: usize = 1;
 
     #[inline(always)]
     fn splat(self, x: f32) -> Self::F {
@@ -277,6 +280,19 @@ impl Isa for Avx2 {
         both!(both, |w| _mm256_and_si256(_mm256_srl_epi16(w, _mm_cvtsi32_si128(shift as i32)), _mm256_set1_epi8(15)))
     }
     #[inline(always)]
+    fn raise(self, w: Self::W, upper: Self::W, shift: u32, mask: u8) -> Self::W {
+        // SAFETY: an `Avx2` exists only where the instructions do.
+        let (shift, mask) = unsafe { (_mm_cvtsi32_si128(shift as i32), _mm256_set1_epi8(mask as i8)) };
+        let bits = both!(upper, |u| _mm256_slli_epi16::<4>(_mm256_and_si256(_mm256_srl_epi16(u, shift), mask)));
+        lanewise!(_mm256_or_si256, w, bits)
+    }
+    #[inline(always)]
+    fn look_up(self, w: Self::W) -> Self::W {
+        // SAFETY: the table has sixteen bytes, and an `Avx2` exists only where the instructions do.
+        let table = unsafe { _mm256_broadcastsi128_si256(_mm_loadu_si128(IQ4_VALUES.as_ptr().cast())) };
+        both!(w, |w| _mm256_shuffle_epi8(table, w))
+    }
+    #[inline(always)]
     unsafe fn load_u8(self, p: *const u8) -> Self::W {
         // SAFETY: the caller vouches for 64 bytes.
         unsafe { [_mm256_loadu_si256(p.cast()), _mm256_loadu_si256(p.add(32).cast())] }
@@ -295,6 +311,11 @@ impl Isa for Avx2 {
         unsafe { self.load_u8(p) }
     }
     #[inline(always)]
+    unsafe fn store_signed(self, p: *mut u8, w: Self::W) {
+        // SAFETY: the caller vouches for 64 bytes.
+        unsafe { self.store_u8(p, w) }
+    }
+    #[inline(always)]
     unsafe fn dot_u4(self, sum: Self::I, w: Self::W, a: *const i8) -> Self::I {
         // SAFETY: the caller vouches for four activations.
         unsafe {
@@ -306,6 +327,19 @@ impl Isa for Avx2 {
         }
     }
     #[inline(always)]
+    unsafe fn dot_u6(self, sum: Self::I, w: (Self::W, Self::W), a: *const i8) -> Self::I {
+        // SAFETY: the caller vouches for eight activations.
+        let (first, second) = unsafe {
+            let a = a.cast::<i32>();
+            (_mm256_set1_epi32(a.read_unaligned()), _mm256_set1_epi32(a.add(1).read_unaligned()))
+        };
+        let (first, second) =
+            (both!(w.0, |w| _mm256_maddubs_epi16(w, first)), both!(w.1, |w| _mm256_maddubs_epi16(w, second)));
+        let pairs = lanewise!(_mm256_add_epi16, first, second);
+        let products = both!(pairs, |p| _mm256_madd_epi16(p, _mm256_set1_epi16(1)));
+        lanewise!(_mm256_add_epi32, sum, products)
+    }
+    #[inline(always)]
     unsafe fn dot_i8(self, sum: Self::I, w: Self::W, a: *const i8) -> Self::I {
         // SAFETY: the caller vouches for four activations.
         let products = unsafe { self.products_i8::<1>(w, a) };
@@ -314,18 +348,30 @@ impl Isa for Avx2 {
     #[inline(always)]
     unsafe fn finish_u4(self, sum: Self::I, w: Self::W, high: *const i8) -> Self::F {
         // SAFETY: the caller vouches for four activations.
-        let high = unsafe { _mm256_set1_epi32(high.cast::<i32>().read_unaligned()) };
-        let pairs = both!(w, |w| _mm256_maddubs_epi16(w, high));
-        let peak = both!(pairs, |p| _mm256_madd_epi16(p, _mm256_set1_epi16(PEAK_UNIT as i16)));
+        let peak = unsafe { self.peak_u6(self.int_zero(), w, high) };
         let rest = both!(sum, |s| _mm256_madd_epi16(s, _mm256_set1_epi16(1)));
         let all = lanewise!(_mm256_add_epi32, rest, peak);
         both!(all, |s| _mm256_cvtepi32_ps(s))
+    }
+    #[inline(always)]
+    unsafe fn peak_u6(self, sum: Self::I, w: Self::W, high: *const i8) -> Self::I {
+        // SAFETY: the caller vouches for four activations.
+        let high = unsafe { _mm256_set1_epi32(high.cast::<i32>().read_unaligned()) };
+        let pairs = both!(w, |w| _mm256_maddubs_epi16(w, high));
+        let peak = both!(pairs, |p| _mm256_madd_epi16(p, _mm256_set1_epi16(PEAK_UNIT as i16)));
+        lanewise!(_mm256_add_epi32, sum, peak)
     }
     #[inline(always)]
     unsafe fn peak_i8(self, sum: Self::I, w: Self::W, high: *const i8) -> Self::I {
         // SAFETY: the caller vouches for four activations.
         let products = unsafe { self.products_i8::<{ PEAK_UNIT as i16 }>(w, high) };
         lanewise!(_mm256_add_epi32, sum, products)
+    }
+    #[inline(always)]
+    fn finish_u6(self, sum: Self::I, offset: i32, activations: i32) -> Self::F {
+        // SAFETY: an `Avx2` exists only where the instructions do.
+        let off = unsafe { _mm256_set1_epi32(activations.wrapping_mul(offset)) };
+        both!(sum, |s| _mm256_cvtepi32_ps(_mm256_sub_epi32(s, off)))
     }
     #[inline(always)]
     fn finish_i8(self, sum: Self::I, _activations: i32) -> Self::F {

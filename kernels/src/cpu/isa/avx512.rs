@@ -4,6 +4,7 @@ use super::{
     F8_UNIT, Isa, Kernel, PEAK_UNIT,
     avx2::{f16_of_f8, f16_of_finite_f8},
 };
+use crate::dtype::IQ4_VALUES;
 
 /// AVX-512 with VNNI: sixteen lanes are one register, and `vpdpbusd` multiplies unsigned weights with signed
 /// activations. Signed weights have 128 added (by flipping their top bit), which is taken off again as `128 × Σ
@@ -33,6 +34,7 @@ impl Isa for Avx512 {
     type W = __m512i;
     type I = __m512i;
     const ROWS_MAX: usize = 12;
+    const SUMS_MAX: usize = 8;
 
     #[inline(always)]
     fn splat(self, x: f32) -> __m512 {
@@ -188,6 +190,29 @@ impl Isa for Avx512 {
         }
     }
     #[inline(always)]
+    fn raise(self, w: __m512i, upper: __m512i, shift: u32, mask: u8) -> __m512i {
+        pure!({
+            let shifted = _mm512_srl_epi16(upper, _mm_cvtsi32_si128(shift as i32));
+            let bits = _mm512_and_si512(shifted, _mm512_set1_epi8(mask as i8));
+            _mm512_or_si512(w, _mm512_slli_epi16::<4>(bits))
+        })
+    }
+    #[inline(always)]
+    fn look_up(self, w: __m512i) -> __m512i {
+        // As those of `load_i8`.
+        const TABLE: [u8; 16] = {
+            let mut table = [0; 16];
+            let mut i = 0;
+            while i < 16 {
+                table[i] = IQ4_VALUES[i] as u8 ^ 0x80;
+                i += 1;
+            }
+            table
+        };
+        // SAFETY: the table has sixteen bytes, and an `Avx512` exists only where the instructions do.
+        unsafe { _mm512_shuffle_epi8(_mm512_broadcast_i32x4(_mm_loadu_si128(TABLE.as_ptr().cast())), w) }
+    }
+    #[inline(always)]
     unsafe fn load_u8(self, p: *const u8) -> __m512i {
         // SAFETY: the caller vouches for 64 bytes.
         unsafe { _mm512_loadu_si512(p.cast()) }
@@ -203,9 +228,19 @@ impl Isa for Avx512 {
         unsafe { _mm512_xor_si512(_mm512_loadu_si512(p.cast()), _mm512_set1_epi8(-128)) }
     }
     #[inline(always)]
+    unsafe fn store_signed(self, p: *mut u8, w: __m512i) {
+        // SAFETY: the caller vouches for 64 bytes.
+        unsafe { self.store_u8(p, _mm512_xor_si512(w, _mm512_set1_epi8(-128))) }
+    }
+    #[inline(always)]
     unsafe fn dot_u4(self, sum: __m512i, w: __m512i, a: *const i8) -> __m512i {
         // SAFETY: the caller vouches for four activations.
         unsafe { _mm512_dpbusd_epi32(sum, w, _mm512_set1_epi32(a.cast::<i32>().read_unaligned())) }
+    }
+    #[inline(always)]
+    unsafe fn dot_u6(self, sum: __m512i, w: (__m512i, __m512i), a: *const i8) -> __m512i {
+        // SAFETY: the caller vouches for eight activations.
+        unsafe { self.dot_u4(self.dot_u4(sum, w.0, a), w.1, a.add(4)) }
     }
     #[inline(always)]
     unsafe fn dot_i8(self, sum: __m512i, w: __m512i, a: *const i8) -> __m512i {
@@ -218,13 +253,22 @@ impl Isa for Avx512 {
         unsafe { _mm512_cvtepi32_ps(self.peak_i8(sum, w, high)) }
     }
     #[inline(always)]
+    unsafe fn peak_u6(self, sum: __m512i, w: __m512i, high: *const i8) -> __m512i {
+        // SAFETY: the caller vouches for four activations.
+        unsafe { self.peak_i8(sum, w, high) }
+    }
+    #[inline(always)]
     unsafe fn peak_i8(self, sum: __m512i, w: __m512i, high: *const i8) -> __m512i {
         const SHIFT: u32 = PEAK_UNIT.trailing_zeros();
         // SAFETY: the caller vouches for four activations.
         unsafe { _mm512_add_epi32(sum, _mm512_slli_epi32::<SHIFT>(self.dot_u4(self.int_zero(), w, high))) }
     }
     #[inline(always)]
+    fn finish_u6(self, sum: __m512i, offset: i32, activations: i32) -> __m512 {
+        pure!(_mm512_cvtepi32_ps(_mm512_sub_epi32(sum, _mm512_set1_epi32(activations.wrapping_mul(offset)))))
+    }
+    #[inline(always)]
     fn finish_i8(self, sum: __m512i, activations: i32) -> __m512 {
-        pure!(_mm512_cvtepi32_ps(_mm512_sub_epi32(sum, _mm512_set1_epi32(activations.wrapping_mul(128)))))
+        self.finish_u6(sum, 128, activations)
     }
 }

@@ -33,6 +33,8 @@ pub(crate) trait Isa: Copy + Send + Sync + 'static {
     /// Rows of the tallest tiles: as many as the vector registers hold sums for. Plain Rust has no use for tiles, and
     /// is compiled for single rows alone.
     const ROWS_MAX: usize;
+    /// Rows of the tallest tiles whose f32 sums fit into registers beside the integer sums of a block and its weights.
+    const SUMS_MAX: usize;
 
     /// All lanes `x`.
     fn splat(self, x: f32) -> Self::F;
@@ -87,24 +89,36 @@ pub(crate) trait Isa: Copy + Send + Sync + 'static {
     unsafe fn load_u4(self, p: *const u8) -> (Self::W, Self::W);
     /// Reads one of [`Isa::load_u4`]'s two: `shift` is 0 for that of the low nibbles, 4 for that of the high ones.
     unsafe fn load_u4_half(self, p: *const u8, shift: u32) -> Self::W;
-    /// Reads unsigned weights of at most 4 bits from bytes, 64 of them.
+    /// Adds to 4-bit weights what the bytes of `upper`, shifted right by `shift` and masked, have beyond the fourth bit.
+    fn raise(self, w: Self::W, upper: Self::W, shift: u32, mask: u8) -> Self::W;
+    /// The signed weights that 4-bit ones stand for in IQ4_NL and IQ4_XS.
+    fn look_up(self, w: Self::W) -> Self::W;
+    /// Reads unsigned weights, 64 bytes.
     unsafe fn load_u8(self, p: *const u8) -> Self::W;
     /// Writes what [`Isa::load_u8`] reads.
     unsafe fn store_u8(self, p: *mut u8, w: Self::W);
     /// Reads signed weights, 64 bytes.
     unsafe fn load_i8(self, p: *const u8) -> Self::W;
+    /// Writes what [`Isa::load_i8`] reads.
+    unsafe fn store_signed(self, p: *mut u8, w: Self::W);
     /// Adds the products of 4-bit weights with four activations at `a`. At most eight such additions make a block.
     unsafe fn dot_u4(self, sum: Self::I, w: Self::W, a: *const i8) -> Self::I;
+    /// Adds the products of weights of at most 6 bits with eight activations at `a`, four for each of the two.
+    unsafe fn dot_u6(self, sum: Self::I, w: (Self::W, Self::W), a: *const i8) -> Self::I;
     /// Adds the products of signed 8-bit weights with four activations (none of them -128) at `a`.
     unsafe fn dot_i8(self, sum: Self::I, w: Self::W, a: *const i8) -> Self::I;
     /// The sums made by [`Isa::dot_u4`], and [`PEAK_UNIT`] times the products of `w` with four more activations at
     /// `high`.
     unsafe fn finish_u4(self, sum: Self::I, w: Self::W, high: *const i8) -> Self::F;
+    /// Adds [`PEAK_UNIT`] times the products of weights of at most 6 bits with four activations at `high`.
+    unsafe fn peak_u6(self, sum: Self::I, w: Self::W, high: *const i8) -> Self::I;
     /// Adds [`PEAK_UNIT`] times the products of signed 8-bit weights with four activations (none of them -128) at
     /// `high`.
     unsafe fn peak_i8(self, sum: Self::I, w: Self::W, high: *const i8) -> Self::I;
-    /// The sums made by [`Isa::dot_i8`]; `activations` is the sum of all activations that
-    /// went in, those of peaks times [`PEAK_UNIT`].
+    /// The sums made by [`Isa::dot_u6`], less `offset` for each weight; `activations` is the sum of all activations
+    /// that went in, those of peaks times [`PEAK_UNIT`].
+    fn finish_u6(self, sum: Self::I, offset: i32, activations: i32) -> Self::F;
+    /// The sums made by [`Isa::dot_i8`]; `activations` as above.
     fn finish_i8(self, sum: Self::I, activations: i32) -> Self::F;
 
     /// Asks for the cache line at `p`, which may be anywhere.

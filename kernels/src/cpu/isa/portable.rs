@@ -2,6 +2,7 @@ use float8::F8E4M3;
 use half::{bf16, f16};
 
 use super::{F8_UNIT, Isa, LANES, PEAK_UNIT};
+use crate::dtype::IQ4_VALUES;
 
 /// Arrays and loops, on any machine. Slow where `f32::mul_add` is a library call, but right.
 #[derive(Clone, Copy)]
@@ -31,6 +32,7 @@ impl Isa for Portable {
     type W = [i16; 4 * LANES];
     type I = [i32; LANES];
     const ROWS_MAX: usize = 1;
+    const SUMS_MAX: usize = 1;
 
     #[inline(always)]
     fn splat(self, x: f32) -> Lanes {
@@ -161,6 +163,14 @@ impl Isa for Portable {
         unsafe { p.cast::<[u8; 4 * LANES]>().read_unaligned() }.map(|b| i16::from((b >> shift) & 15))
     }
     #[inline(always)]
+    fn raise(self, w: Self::W, upper: Self::W, shift: u32, mask: u8) -> Self::W {
+        std::array::from_fn(|i| w[i] | (upper[i] >> shift & i16::from(mask)) << 4)
+    }
+    #[inline(always)]
+    fn look_up(self, w: Self::W) -> Self::W {
+        w.map(|w| IQ4_VALUES[w as usize].into())
+    }
+    #[inline(always)]
     unsafe fn load_u8(self, p: *const u8) -> Self::W {
         // SAFETY: see above; 64 bytes.
         unsafe { p.cast::<[u8; 4 * LANES]>().read_unaligned() }.map(i16::from)
@@ -176,9 +186,19 @@ impl Isa for Portable {
         unsafe { p.cast::<[i8; 4 * LANES]>().read_unaligned() }.map(i16::from)
     }
     #[inline(always)]
+    unsafe fn store_signed(self, p: *mut u8, w: Self::W) {
+        // SAFETY: see above; 64 bytes.
+        unsafe { self.store_u8(p, w) }
+    }
+    #[inline(always)]
     unsafe fn dot_u4(self, sum: Self::I, w: Self::W, a: *const i8) -> Self::I {
         // SAFETY: see above; four activations.
         dot(sum, &w, unsafe { a.cast::<[i8; 4]>().read_unaligned() })
+    }
+    #[inline(always)]
+    unsafe fn dot_u6(self, sum: Self::I, w: (Self::W, Self::W), a: *const i8) -> Self::I {
+        // SAFETY: see above; eight activations.
+        unsafe { self.dot_u4(self.dot_u4(sum, w.0, a), w.1, a.add(4)) }
     }
     #[inline(always)]
     unsafe fn dot_i8(self, sum: Self::I, w: Self::W, a: *const i8) -> Self::I {
@@ -191,10 +211,19 @@ impl Isa for Portable {
         unsafe { self.peak_i8(sum, w, high) }.map(|s| s as f32)
     }
     #[inline(always)]
+    unsafe fn peak_u6(self, sum: Self::I, w: Self::W, high: *const i8) -> Self::I {
+        // SAFETY: see above; four activations.
+        unsafe { self.peak_i8(sum, w, high) }
+    }
+    #[inline(always)]
     unsafe fn peak_i8(self, sum: Self::I, w: Self::W, high: *const i8) -> Self::I {
         // SAFETY: see above; four activations.
         let products = dot([0; LANES], &w, unsafe { high.cast::<[i8; 4]>().read_unaligned() });
         std::array::from_fn(|i| sum[i] + PEAK_UNIT * products[i])
+    }
+    #[inline(always)]
+    fn finish_u6(self, sum: Self::I, offset: i32, activations: i32) -> Lanes {
+        sum.map(|s| (s - offset * activations) as f32)
     }
     #[inline(always)]
     fn finish_i8(self, sum: Self::I, _activations: i32) -> Lanes {

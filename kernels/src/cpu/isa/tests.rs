@@ -18,6 +18,15 @@ impl Kernel for Probe<'_> {
             let (low, high) = isa.load_u4(self.bytes.as_ptr());
             let activations = self.activations.as_ptr();
             let u4 = isa.dot_u4(isa.dot_u4(isa.int_zero(), low, activations), high, activations);
+            let upper = isa.load_u8(self.bytes.as_ptr());
+            let six = (isa.raise(low, upper, 4, 3), isa.raise(high, upper, 6, 1));
+            let eight = [self.activations[0]; 8];
+            let u6 = isa.peak_u6(isa.dot_u6(isa.int_zero(), six, eight.as_ptr()), six.0, activations);
+            let table = isa.look_up(high);
+            let mut stored = [0; 64];
+            isa.store_signed(stored.as_mut_ptr(), table);
+            let signed =
+                isa.dot_i8(isa.dot_i8(isa.int_zero(), table, activations), isa.load_i8(stored.as_ptr()), activations);
             let i8 = isa.dot_i8(isa.int_zero(), isa.load_i8(self.bytes.as_ptr()), activations);
             let i8 = isa.peak_i8(i8, isa.load_i8(self.bytes.as_ptr()), activations);
             let sum = self.activations.iter().map(|&a| i32::from(a)).sum::<i32>() * (1 + PEAK_UNIT);
@@ -37,6 +46,8 @@ impl Kernel for Probe<'_> {
                 isa.zero_if_lt(a, b, a),
                 isa.finish_u4(u4, isa.load_u4_half(self.bytes.as_ptr(), 0), activations),
                 isa.finish_u4(u4, isa.load_u4_half(self.bytes.as_ptr(), 4), activations),
+                isa.finish_u6(u6, 32, sum),
+                isa.finish_i8(signed, sum / (1 + PEAK_UNIT) * 2),
                 isa.finish_i8(i8, sum),
                 isa.splat(isa.reduce_add(a)),
                 isa.splat(isa.reduce_max(a)),

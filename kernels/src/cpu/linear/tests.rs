@@ -1,3 +1,5 @@
+use half::f16;
+
 use super::*;
 use crate::DType;
 use crate::cpu::isa::Level;
@@ -175,17 +177,27 @@ fn a_product_is_that_of_the_unpacked_rows() {
 #[test]
 fn the_largest_quants_do_not_overflow() {
     // Largest weights against largest activations, where 16-bit sums come closest to their limits.
-    let cols = 64;
+    let cols = 256;
     for level in [Level::Portable, Level::Avx2, Level::Avx512] {
         let Some(mut machine) = Machine::new(level, 1) else { continue };
-        for (dtype, quant, largest) in
-            [(DType::Q4_1, 0xffu8, 15.0), (DType::Q8_0, 0x80, -128.0), (DType::Q8_0, 0x7f, 127.0)]
-        {
-            let head = dtype.block_bytes() - if dtype == DType::Q4_1 { 16 } else { 32 };
-            let mut block = vec![quant; dtype.block_bytes()];
-            block[..head].fill(0);
-            block[1] = 0x3c; // a scale of 1
-            let bytes = block.repeat(16 * cols / 32);
+        // Of each type, a block whose scale is 1: its quants' bytes, where they and the scale lie, and what they mean.
+        for (dtype, quant, at, scale, largest) in [
+            (DType::Q4_1, 0xff, 4..20, 0, 15.0),
+            (DType::Q5_1, 0xff, 4..24, 0, 31.0),
+            (DType::Q6K, 0xff, 0..192, 208, 31.0),
+            (DType::Q6K, 0x00, 0..192, 208, -32.0),
+            (DType::IQ4NL, 0x00, 2..18, 0, -127.0),
+            (DType::IQ4NL, 0xff, 2..18, 0, 113.0),
+            (DType::Q8_0, 0x80, 2..34, 0, -128.0),
+            (DType::Q8_0, 0x7f, 2..34, 0, 127.0),
+        ] {
+            let mut block = vec![0u8; dtype.block_bytes()];
+            block[at].fill(quant);
+            if dtype == DType::Q6K {
+                block[192..208].fill(1);
+            }
+            block[scale..scale + 2].copy_from_slice(&f16::ONE.to_le_bytes());
+            let bytes = block.repeat(16 * cols / dtype.block_len());
             let matrix = Matrix::new(dtype, 16, cols, &bytes).expect("matrix");
             let weight = Linear::new(&mut machine.pool, &mut Arena::default(), &[matrix]);
             for sign in [1.0, -1.0] {
