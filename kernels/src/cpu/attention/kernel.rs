@@ -10,7 +10,7 @@ use crate::cpu::tile::{Brain, Element, Half, Quarter, tile};
 /// Keys of one partition. Part of what determines the bits of a result.
 pub(crate) const PARTITION: usize = 256;
 /// Query rows (queries × heads of a group) computed together.
-pub(crate) const ROWS_MAX: usize = 48;
+pub(crate) const ROWS_MAX: usize = 96;
 /// Query rows from which converting keys and values to f32 once pays.
 const PACK_ROWS: usize = 8;
 
@@ -284,37 +284,42 @@ impl OnePartition<'_, '_> {
         let (rows, head_dim) = (self.unit.rows(), self.call.shape.head_dim);
         let limit = self.visible(rows - 1);
         if rows < PACK_ROWS && head_dim.is_multiple_of(LANES) {
+            // As many vectors at a time as the registers hold sums for.
             let mut chunk = 0;
             while chunk < head_dim / LANES {
-                if rows <= 2 && head_dim / LANES - chunk >= 4 {
-                    self.weigh_direct::<I, E, 4>(isa, chunk);
-                    chunk += 4;
-                } else {
-                    self.weigh_direct::<I, E, 1>(isa, chunk);
-                    chunk += 1;
-                }
+                chunk += match (head_dim / LANES - chunk).min(I::ROWS_MAX / rows) {
+                    4.. => self.weigh_direct::<I, E, 4>(isa, chunk),
+                    2.. => self.weigh_direct::<I, E, 2>(isa, chunk),
+                    _ => self.weigh_direct::<I, E, 1>(isa, chunk),
+                };
             }
             return;
         }
+        let size = self.call.cache.layout().block_size;
         let panel = self.panel.as_mut_ptr();
-        for key in 0..limit {
+        let mut key = 0;
+        while key < limit {
             let (_, values, offset) = self.locate::<E>(key);
-            for chunk in 0..head_dim.div_ceil(LANES) {
-                let count = LANES.min(head_dim - chunk * LANES);
-                // SAFETY: a page holds `head_dim` values of each token; the panel holds PARTITION keys (`compute`
-                // checked).
-                unsafe {
-                    let from = values.add(offset * head_dim + chunk * LANES);
-                    let to = panel.add((chunk * PARTITION + key) * LANES);
-                    if count == LANES {
-                        isa.store(to, E::load(isa, from));
-                    } else {
-                        for lane in 0..LANES {
-                            *to.add(lane) = if lane < count { E::get(from.add(lane)) } else { 0.0 };
+            let in_page = (size - offset).min(limit - key);
+            for (from, key) in (offset..).zip(key..key + in_page) {
+                for chunk in 0..head_dim.div_ceil(LANES) {
+                    let count = LANES.min(head_dim - chunk * LANES);
+                    // SAFETY: a page holds `head_dim` values of each token; the panel holds PARTITION keys (`compute`
+                    // checked).
+                    unsafe {
+                        let from = values.add(from * head_dim + chunk * LANES);
+                        let to = panel.add((chunk * PARTITION + key) * LANES);
+                        if count == LANES {
+                            isa.store(to, E::load(isa, from));
+                        } else {
+                            for lane in 0..LANES {
+                                *to.add(lane) = if lane < count { E::get(from.add(lane)) } else { 0.0 };
+                            }
                         }
                     }
                 }
             }
+            key += in_page;
         }
         for chunk in 0..head_dim.div_ceil(LANES) {
             in_tiles!(I, 0, rows, |row, COUNT| {
@@ -338,9 +343,9 @@ impl OnePartition<'_, '_> {
         }
     }
 
-    /// `C` vectors of the values of all rows, straight from the pages.
+    /// `C` vectors of the values of all rows, straight from the pages; returns `C`.
     #[inline(always)]
-    fn weigh_direct<I: Isa, E: Element, const C: usize>(&mut self, isa: I, chunk: usize) {
+    fn weigh_direct<I: Isa, E: Element, const C: usize>(&mut self, isa: I, chunk: usize) -> usize {
         in_tiles!(I, 0, self.unit.rows(), |row, COUNT| {
             let mut acc = [[isa.zero(); C]; COUNT];
             let common = self.visible(row);
@@ -358,6 +363,7 @@ impl OnePartition<'_, '_> {
                 }
             }
         });
+        C
     }
 
     /// Adds the weighted values of `keys`, page by page.
