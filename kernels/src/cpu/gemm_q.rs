@@ -147,6 +147,26 @@ unsafe fn unpacked<I: Isa, L: Layout>(isa: I, w: *const u8, four: usize) -> I::W
     }
 }
 
+/// The weights of a block, a byte each.
+#[repr(align(64))]
+struct Unpacked([u8; 512]);
+
+/// Writes those of [`weights`] to where [`unpacked`] finds them.
+#[inline(always)]
+unsafe fn store_weights<I: Isa, L: Layout>(isa: I, to: *mut u8, pair: usize, weights: (I::W, I::W)) {
+    // SAFETY: the callers vouch for room for 512 weights.
+    unsafe {
+        let (first, second) = (to.add(pair * 128), to.add(pair * 128 + 64));
+        if matches!(L::FORMAT, Format::I4 | Format::I8) {
+            isa.store_signed(first, weights.0);
+            isa.store_signed(second, weights.1);
+        } else {
+            isa.store_u8(first, weights.0);
+            isa.store_u8(second, weights.1);
+        }
+    }
+}
+
 /// What weights are whose lowest bits, or numbers in IQ4's table, are `nibbles`.
 #[inline(always)]
 unsafe fn beyond_nibbles<I: Isa, L: Layout>(isa: I, w: *const u8, nibbles: I::W, four: u32) -> I::W {
@@ -340,6 +360,9 @@ unsafe fn accumulate<I: Isa, L: Layout, const R: usize, const PANEL: bool>(
     sums: &mut Sums<I, R>,
 ) {
     let stride = if PANEL { PANEL_STRIDE } else { L::FORMAT.unit().0 };
+    // A row's peak is anywhere in a block: where unpacking is much, each row takes its peak's weights from here.
+    let keeps = !PANEL && R > 1 && matches!(L::FORMAT, Format::U5 | Format::U6 | Format::I4);
+    let mut unpacked = Unpacked([0; 512]);
     for block in 0..operands.blocks {
         if Sums::<I, R>::WAIT {
             // Or sums would be promoted to registers.
@@ -363,6 +386,9 @@ unsafe fn accumulate<I: Isa, L: Layout, const R: usize, const PANEL: bool>(
             let mut products = [isa.int_zero(); R];
             for pair in 0..4 {
                 let (low, high) = weights::<I, L, PANEL>(isa, w, pair);
+                if keeps {
+                    store_weights::<I, L>(isa, unpacked.0.as_mut_ptr(), pair, (low, high));
+                }
                 for (r, product) in products.iter_mut().enumerate() {
                     let a = bytes.add(r * operands.bytes_stride + pair * 8);
                     *product = match L::FORMAT {
@@ -374,7 +400,11 @@ unsafe fn accumulate<I: Isa, L: Layout, const R: usize, const PANEL: bool>(
                 if L::HALVES && pair == 1 {
                     for (r, product) in products.iter_mut().enumerate() {
                         let info = &*infos.add(r * operands.infos_stride);
-                        let first = finish::<I, L, PANEL>(isa, *product, w, info, Some(0));
+                        let first = if keeps {
+                            finish::<I, L, true>(isa, *product, unpacked.0.as_ptr(), info, Some(0))
+                        } else {
+                            finish::<I, L, PANEL>(isa, *product, w, info, Some(0))
+                        };
                         let factor = isa.mul(scale, isa.splat(info.scale));
                         sums.set(isa, r, isa.fma(first, factor, sums.get(isa, r)));
                         *product = isa.int_zero();
@@ -383,7 +413,12 @@ unsafe fn accumulate<I: Isa, L: Layout, const R: usize, const PANEL: bool>(
             }
             for (r, product) in products.into_iter().enumerate() {
                 let info = &*infos.add(r * operands.infos_stride);
-                let product = finish::<I, L, PANEL>(isa, product, w, info, L::HALVES.then_some(1));
+                let half = L::HALVES.then_some(1);
+                let product = if keeps {
+                    finish::<I, L, true>(isa, product, unpacked.0.as_ptr(), info, half)
+                } else {
+                    finish::<I, L, PANEL>(isa, product, w, info, half)
+                };
                 let scale = if L::HALVES { second } else { scale };
                 let mut sum = isa.fma(product, isa.mul(scale, isa.splat(info.scale)), sums.get(isa, r));
                 if L::MIN {
@@ -449,13 +484,7 @@ unsafe fn unpack_panel<I: Isa, L: Layout>(isa: I, packed: *const u8, count: usiz
         unsafe {
             let (from, to) = (packed.add(block * L::FORMAT.unit().0), panel.add(block * PANEL_STRIDE));
             for pair in 0..4 {
-                let (low, high) = weights::<I, L, false>(isa, from, pair);
-                for (w, to) in [(low, to.add(pair * 128)), (high, to.add(pair * 128 + 64))] {
-                    match L::FORMAT {
-                        Format::I4 => isa.store_signed(to, w),
-                        _ => isa.store_u8(to, w),
-                    }
-                }
+                store_weights::<I, L>(isa, to, pair, weights::<I, L, false>(isa, from, pair));
             }
             let (scale, second) = scales::<I, L>(isa, from);
             isa.store(to.add(512).cast(), scale);
