@@ -75,7 +75,7 @@ pub(crate) struct Frontend {
     drain: Drain,
 }
 
-/// Leave to be answered, which a request needs from before its body is read until its answer has ended.
+/// Permission to be answered, which a request needs from before its body is read until its answer has ended.
 struct Admission {
     _permit: OwnedSemaphorePermit,
 }
@@ -84,7 +84,7 @@ struct Admission {
 struct InFlight {
     _drain_waits: api::InFlight,
     _admission: Admission,
-    /// Last, as it is dropped: who reads that nobody is there is admitted.
+    /// Declared last, because fields drop in order: whoever reads 0 in the gauge finds a free permit.
     _counted: Counted,
 }
 

@@ -72,7 +72,7 @@ impl Pace {
 enum Source {
     /// A worker.
     Worker(Box<Placed>),
-    /// Somebody, soon. Comes back with what has been tried.
+    /// Another worker is being looked for. Comes back with what has been tried.
     Search(BoxFuture<'static, (Result<Placed, Failure>, Attempts)>),
     /// Everything has been sent.
     Nobody,

@@ -43,9 +43,11 @@ pub(super) struct Worker {
     pub(super) instance: u64,
     /// Tokens that requests through this frontend still have before them.
     outstanding: AtomicU64,
-    /// As the worker told last, in tokens, and when, in milliseconds since `started`; and what was outstanding then.
+    /// Tokens that the worker has before it, as it told last.
     reported: AtomicU64,
+    /// When it did, in milliseconds since `started`.
     reported_ms: AtomicU64,
+    /// What was outstanding then.
     outstanding_then: AtomicU64,
     started: Instant,
     /// Since when others are preferred, in milliseconds since `started`: a connection to it failed, and it has not

@@ -56,7 +56,7 @@ pub enum Reason {
     Short,
     /// The queue is as long as [`Limits::max_prefill_queue_size`] allows.
     Busy,
-    /// The first token is expected earlier so.
+    /// The first token is expected earlier than from a prefill worker.
     Sooner,
 }
 

@@ -46,7 +46,7 @@ impl Scheduler {
         let count = wished.min(self.pool.available().saturating_sub(self.spoken_for(u64::MAX)) / 8);
         let Self { pool, .. } = self;
         let mut pages: Box<[_]> = (0..count).filter_map(|_| pool.allocate().map(|page| pool.lend(page))).collect();
-        // As those of a prompt come, so that what is measured is what moving one takes.
+        // In the order of a prompt's pages, so that what is measured is what moving a prompt takes.
         pages.sort_unstable_by_key(LentPage::number);
         for page in &pages {
             self.pool.quarantine(page.number());
@@ -87,7 +87,7 @@ impl Scheduler {
         }
         let Self { pool, slots, .. } = self;
         let mut pages: Box<[_]> = (0..needed).filter_map(|_| pool.allocate().map(|page| pool.lend(page))).collect();
-        // Those that were freed last come first, and so the other way round; neighbours are written in one go.
+        // The pool gives what was freed last first, so in reverse; in order, neighbours are written in one go.
         pages.sort_unstable_by_key(LentPage::number);
         let sequence = slots[slot.index()].as_mut()?;
         sequence.lent = pages.iter().map(LentPage::number).collect();

@@ -24,7 +24,8 @@ impl Scheduler {
         );
     }
 
-    /// Whether pages, sequences or what steps gave are elsewhere, and somebody here may be waiting for them.
+    /// Whether an empty plan is legitimate: pages are lent or in quarantine, sequences are away or held, or one waits
+    /// for what the step under way gives.
     fn is_held_up(&self) -> bool {
         let PageCounts { lent, quarantined, .. } = self.pages();
         let awaits_outcome = |&slot: &SlotId| self.sequence(slot).awaits_outcome();
@@ -316,7 +317,7 @@ impl Scheduler {
                 break covered;
             }
         };
-        // They may come the other way round; neighbours are written to a decode worker in one go.
+        // The pool may give them in reverse; in order, neighbours are written to a decode worker in one go.
         self.sequence_mut(slot).table.sort_from(held);
         reserved
     }
@@ -387,17 +388,18 @@ struct Ahead {
     decoding: usize,
     /// Tokens of other prompts that are computed before all of it is, at most.
     queued: usize,
-    /// The oldest that is computed here, if that is another one: it takes part in the step whoever else does.
+    /// The oldest that is computed here, if that is another one: it takes part in the step in any case.
     oldest: Option<SlotId>,
 }
 
 /// The next page of a prompt.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Next {
-    /// Another one's step computes the same page: wait for it.
+    /// Another sequence's step computes the same page: wait for it.
     BeingComputed,
-    /// Another worker is, and half of what is missing at least: all of it comes at once.
+    /// A remote prefill under way brings it, with at least half of the full pages that this prompt lacks: they come all
+    /// at once.
     Elsewhere,
-    /// Nobody else is.
+    /// Nobody else computes it.
     Ours,
 }

@@ -57,7 +57,7 @@ pub struct Scheduler {
     pub(super) chunk_beside_decodes: usize,
     /// Prompt tokens of a step in which nobody decodes, at most.
     pub(super) chunk_alone: usize,
-    /// Those whose prompts the step that is being planned shares itself out among.
+    /// The prompts that the step being planned is shared out among.
     pub(super) prompts: Vec<SlotId>,
 }
 
@@ -152,8 +152,8 @@ impl Scheduler {
         })
     }
 
-    /// Whether there are too few pages for the tokens of those that run and came before `arrival`, and nearly none
-    /// left.
+    /// Whether the running sequences that arrived before `arrival` lack more pages than the pool can give, and it can
+    /// give fewer than there are such sequences.
     pub fn is_short(&self, arrival: u64) -> bool {
         let before = &self.running[..self.running.partition_point(|&slot| self.sequence(slot).arrival < arrival)];
         // One whose last token is on its way needs no page for it.
@@ -162,7 +162,7 @@ impl Scheduler {
         available < before.len() && available < before.iter().map(missing).sum::<usize>()
     }
 
-    /// Those among the ones that run of which no step has computed anything yet.
+    /// Running sequences of which no step has computed anything yet.
     pub fn unstarted(&self) -> usize {
         self.running.iter().filter(|&&slot| !self.sequence(slot).started).count()
     }

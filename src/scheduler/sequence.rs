@@ -151,8 +151,8 @@ impl Sequence {
         self.tokens.last().is_some_and(|token| token & Batch::DRAWN != 0)
     }
 
-    /// Whether there is nothing to compute of it: what its last step gave is on its way, and nothing follows that, or
-    /// nobody knows yet that something does.
+    /// Whether the next step has nothing to compute for it: either all its tokens are computed and what was sampled is
+    /// not known yet, or that unknown token is the last it may have.
     pub(super) fn awaits_outcome(&self) -> bool {
         let is_last = self.is_drawn_ahead() && self.tokens.len() == self.tokens_max;
         !self.prefill_only && (self.remaining() == 0 || is_last)

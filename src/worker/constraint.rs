@@ -20,9 +20,9 @@ pub(super) struct Constraint {
 enum Next {
     /// One of these: a bit a token.
     Among(Vec<u32>),
-    /// No token, and what there is fits.
+    /// No token, and the answer is complete without one.
     Nothing,
-    /// Nobody can tell, or nothing, and what there is does not fit.
+    /// The answer cannot go on: the matcher failed, or no token may be drawn although the grammar is not complete.
     Lost,
 }
 

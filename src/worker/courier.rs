@@ -51,7 +51,7 @@ impl Exporter for Courier {
     }
 
     fn found(&mut self, first: usize, pages: &[u32]) {
-        // Not all in one: each write that ends says that they move.
+        // A write for each layer: each that ends is a sign of life for the decode worker.
         (0..self.layers).for_each(|layer| self.write(layer, first, pages));
     }
 

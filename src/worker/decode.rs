@@ -104,7 +104,7 @@ async fn cluster(cli: &WorkerArgs) -> Result<Option<Cluster>> {
     Ok(member(join(cli.cluster.options(), Needs::EtcdAndNats).await?))
 }
 
-/// None is as good: what there is to gain is said.
+/// Without a cluster the worker serves alone; the log says which services it lacks.
 fn member(joined: Joined) -> Option<Cluster> {
     match joined {
         Joined::Member(cluster) => Some(cluster),

@@ -26,7 +26,8 @@ use crate::{
     transfer::{Session, WriteError, Writer},
 };
 
-/// Twice as long rests who could open no session once, and twice as long again each time after.
+/// Unit of the rest: it is twice this after the first session that could not be opened, and doubles with each further
+/// one, [`RESTS_GROW`] doublings at most.
 const REST: Duration = Duration::from_millis(500);
 /// Times that the rest grows. A job that comes back each time is taken for the sixth time, and is dead, after 31 s: its
 /// decode worker no longer waits for it then ([`LenderTimeouts::unclaimed`](crate::handoff::LenderTimeouts)).

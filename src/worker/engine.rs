@@ -299,7 +299,7 @@ impl<R: Runner> Engine<R> {
             Message::Wake => return,
         };
         let (sequence, terms, session) = *request;
-        // Who left before arriving here may have been counted before, so nobody would look again.
+        // If its reader had left already, `forget_cancelled` may have counted that, and would not look again.
         if session.is_abandoned() {
             return;
         }

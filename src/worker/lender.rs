@@ -61,7 +61,7 @@ struct Lendable {
     region: Region,
     /// If the pages are in device memory.
     staging: Option<Staging>,
-    /// The same, if other processes may open them.
+    /// The same pages, if other processes may open the device's memory.
     exported: Option<Exported>,
     /// What adapters write to, if there are any.
     target: Option<Target>,

@@ -498,7 +498,7 @@ impl Lending {
         self.actions = actions;
     }
 
-    /// Others that were handed off before may follow, which is not said.
+    /// Says so of the first; others that were handed off before it may follow.
     fn unclaimed(&mut self, handoff: HandoffId) {
         if self.port.unclaimed() {
             tracing::warn!(

@@ -13,9 +13,9 @@ pub(super) struct OnDevice<'a> {
     pub(super) cuda_ipc: bool,
     /// Whether adapters reach them, if there are any.
     pub(super) rdma: Option<&'a Result<Reached, Unreached>>,
-    /// What the others are staged in.
+    /// The host memory that pages are staged in on all other ways.
     pub(super) staging: RegionShape,
-    /// When.
+    /// When they are staged, as part of the sentence.
     pub(super) when: &'static str,
 }
 

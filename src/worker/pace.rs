@@ -8,15 +8,15 @@ use crate::{handoff::Forecast, scheduler::Candidate};
 const CHUNK_MIN: usize = 16;
 /// What the latest step counts for in a mean.
 const WEIGHT: f64 = 0.2;
-/// Prompt tokens of a step that tells as much about each as more would.
+/// Prompt tokens of a step that counts in full for what one takes; one with fewer counts for less, in proportion.
 const TELLING_TOKENS: f64 = 32.0;
-/// Steps with prompts beside decodes after which two go nearly without, to see what decoding takes by now: while
-/// prompts keep coming there would be none.
+/// After this many steps with prompts beside decodes, two go nearly without prompts, to measure what decoding takes by
+/// now: while prompts keep coming no other step would show it.
 const MIXED_MAX: u32 = 32;
-/// How many times as long as was expected a step may take, before what is more was something else's.
+/// A step that takes more than this many times what was expected was held up by something else, which does not count.
 const STALL: f64 = 4.0;
-/// Seconds of a step in which nobody decodes, about: who comes meanwhile waits for its end, be it a short prompt or a
-/// prefill worker that claims a job, which soon gives up.
+/// About how many seconds a step may take in which nobody decodes: whatever arrives meanwhile waits for its end, be it
+/// a short prompt or the claim of a prefill worker, which soon gives up.
 const ALONE_MAX: f64 = 1.0;
 
 /// What steps take on this machine with this model, as measured, and what follows for prompts.
@@ -37,7 +37,7 @@ pub(super) struct Pace {
     prompt_token: Option<f64>,
     /// Steps with both since the last that only decoded.
     mixed: u32,
-    /// What the first of the two took that go nearly without after many of these.
+    /// What the first of the two steps took that go nearly without prompts after [`MIXED_MAX`] of these.
     probe: Option<f64>,
     /// Prompt tokens of a step in which nobody decodes.
     alone: usize,

@@ -31,9 +31,9 @@ const DEPTH_PERIOD: Duration = Duration::from_millis(250);
 /// As many periods pass between two looks while it does not matter: each look of each decode worker is a question to
 /// NATS.
 const IDLE_DEPTH_PERIODS: u32 = 8;
-/// As many looks in a row, [`DEPTH_PERIOD`] apart, find nobody at the queue when nobody is: a worker that is killed, or
-/// cannot reach the queue, stays registered until its lease runs out, if it does. And as many fail in a row when the
-/// queue is away for longer than a connection takes to be made again.
+/// After this many looks in a row, [`DEPTH_PERIOD`] apart, that find nobody working or waiting, the queue counts as
+/// deserted: a worker that is killed, or cannot reach the queue, stays registered until its lease runs out, if it does.
+/// After as many failed looks the queue counts as away: that is longer than a connection takes to be made again.
 const DESERTED_LOOKS: u32 = 3;
 /// After a job that nobody has claimed, others would hardly fare better for as long: whoever takes them is busy, or
 /// does not reach this worker.
@@ -54,7 +54,7 @@ pub(super) struct View {
     /// One of them has adapters.
     adapters: AtomicBool,
     queue_depth: AtomicU64,
-    /// A decision has been made by it since it was last looked at.
+    /// A decision has depended on the depth since it was last looked at.
     depth_mattered: AtomicBool,
     /// Jobs that the queue has taken since it was last looked at.
     enqueued: Mutex<Vec<HandoffId>>,
@@ -340,7 +340,7 @@ pub(super) async fn follow_workers(cluster: Cluster, key: ModelKey, view: Arc<Vi
         }
         for new in alive.iter().filter(|&lease| !known.contains(lease)) {
             tracing::info!(worker = %new, "a prefill worker is there");
-            // Where nobody was at the queue it may be.
+            // If the queue counts as deserted, the new worker may be at it.
             view.depth_mattered.store(true, Ordering::Relaxed);
         }
         // First: nobody counts as there whose ways are not known.
@@ -405,7 +405,7 @@ pub(super) async fn follow_queue(cluster: Cluster, key: ModelKey, view: Arc<View
                 }
                 failed_looks = failed_looks.saturating_add(1);
                 if failed_looks == DESERTED_LOOKS {
-                    // Those whose jobs are there would wait for it as well.
+                    // Prompts whose jobs are on it would wait for it as well.
                     post.alone();
                 }
                 None

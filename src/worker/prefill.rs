@@ -143,10 +143,10 @@ pub async fn run(mut cli: WorkerArgs, ready: impl FnOnce(Ready)) -> Result<()> {
     let drain = async {
         leaving.send_replace(true);
         desk::on(&desk, BorrowerEvent::Drain);
-        // Who loses its lease is not waited for.
+        // The lease is kept until no job is held: decode workers restart the handoffs of a worker whose lease has gone.
         emptied(&desk).await;
         lease.withdraw().await;
-        // Or jobs that are done, or handed back, would come to others only after a while.
+        // Otherwise jobs that are handed back would come to others only after a while, and those that are done as well.
         desk::settled(&desk).await;
         cluster.queue.flush().await;
     };

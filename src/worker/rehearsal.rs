@@ -6,7 +6,7 @@ use engine_kernels::{Backend, Batch, Rehearsed, RowTask, SampleRow, Sampled, Sam
 
 use super::{EngineConfig, ModelRunner, RunnerError};
 
-/// There are not so many sequences.
+/// The sequence of rows that are rehearsed: no real one gets as far as this number.
 pub(super) const NOBODY: SequenceId = SequenceId(u64::MAX);
 /// Between two words about how far it is.
 const PROGRESS_PAUSE: Duration = Duration::from_secs(2);

@@ -55,7 +55,7 @@ impl Runner for Box<dyn Runner> {
     }
 }
 
-/// Who asks a runner for this has a backend that draws ahead.
+/// A [`RunsAhead`] is handed out only where [`Backend::ahead`] is `Some`.
 const IS_AHEAD: &str = "the backend draws ahead";
 
 /// A model, the backend that computes it, and its KV cache.

@@ -158,7 +158,7 @@ impl Session {
     /// Says the last word.
     pub(super) fn finish(self, reason: FinishReason) {
         let Self { outlet, place, .. } = self;
-        // Who hears of it may send the next request.
+        // First: whoever hears of the end may send the next request, and is to find a place.
         drop(place);
         outlet.finish(reason);
     }

@@ -18,7 +18,8 @@ pub(super) struct Step {
     pub(super) batch: Batch,
     pub(super) rows: Rows,
     pub(super) out: Vec<Sampled>,
-    /// When it was launched, and when that was done, or with a runner that waits, it.
+    /// From its launch to the end of its computation. With a runner that runs ahead, `end` is when the launch returned,
+    /// until the step is collected.
     pub(super) times: Range<Instant>,
 }
 

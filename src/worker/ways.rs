@@ -126,7 +126,7 @@ impl Ways {
         }
     }
 
-    /// What came of it; that nothing did is an error, or only said.
+    /// What came of it; a failure is an error if RDMA was asked for, and otherwise only said in the log.
     fn unless_needed<T>(&self, result: Result<T, RdmaError>) -> Result<Option<T>> {
         match result {
             Ok(value) => Ok(Some(value)),
@@ -147,7 +147,7 @@ impl Ways {
         self.shm || self.tcp || (self.rdma && !reached)
     }
 
-    /// Whether nothing is left of the ways that are allowed where pages are not in device memory.
+    /// Whether the only way that is allowed is from device to device, so that pages in host memory have none.
     pub(crate) fn needs_device(&self) -> bool {
         self.cuda_ipc && !self.shm && !self.rdma && !self.tcp
     }
