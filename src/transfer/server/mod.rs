@@ -191,11 +191,6 @@ impl SessionServer {
         self.command(session, Command::Fence);
     }
 
-    /// Stops listening and closes all sessions.
-    pub fn shutdown(self) {
-        drop(self);
-    }
-
     fn command(&self, session: SessionId, command: Command) {
         if let Some(admitted) = self.shared.sessions().get(&session) {
             // The task may have ended this moment; then its last events are on their way.
