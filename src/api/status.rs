@@ -15,7 +15,7 @@ use tokio::{
 
 use super::{HttpToken, Json, ServerConfig, exposition, fallbacks, probes, serve_router};
 use crate::{
-    cluster::LeaseId,
+    cluster::WorkerId,
     telemetry::Metrics,
     worker::{EngineHandle, EngineStatus, Measured},
 };
@@ -25,7 +25,7 @@ const SERVED: &str = "GET /health, GET /health/live, GET /health/ready, GET /ver
                       worker, and requests go to decode workers or a frontend";
 
 /// Measures how fast pages reach the decode worker of this lease; an error is for people.
-pub type Measure = Box<dyn Fn(LeaseId) -> BoxFuture<'static, Result<Measured, String>> + Send + Sync>;
+pub type Measure = Box<dyn Fn(WorkerId) -> BoxFuture<'static, Result<Measured, String>> + Send + Sync>;
 
 /// What a worker without clients shows of itself, and does for its cluster.
 pub struct Shown {

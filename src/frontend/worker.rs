@@ -15,7 +15,7 @@ use tokio::time::{Instant, sleep, timeout};
 
 use super::upstream::{BrokenError, Connection, Exchange, Payload};
 use crate::{
-    cluster::{LeaseId, LoadReport, WorkerCard},
+    cluster::{LoadReport, WorkerCard, WorkerId},
     transfer::SessionAddresses,
 };
 
@@ -37,7 +37,7 @@ const PROBES_FAILED_MIN: u32 = 2;
 
 /// A decode worker in one incarnation. Requests hold on to it while they use it, even after its lease has gone.
 pub(super) struct Worker {
-    pub(super) lease: LeaseId,
+    pub(super) lease: WorkerId,
     pub(super) card: Arc<WorkerCard>,
     /// Stands for the run of its process, hence for its cache, where prompts are placed.
     pub(super) instance: u64,
@@ -125,7 +125,7 @@ impl LostError {
 }
 
 impl Worker {
-    pub(super) fn new(lease: LeaseId, card: Arc<WorkerCard>) -> Arc<Self> {
+    pub(super) fn new(lease: WorkerId, card: Arc<WorkerCard>) -> Arc<Self> {
         Arc::new(Self {
             lease,
             instance: instance(&card),

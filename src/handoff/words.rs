@@ -7,8 +7,9 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct HandoffId(pub u128);
 
-/// A worker's incarnation: the id of its lease in etcd. A worker that restarts, or loses its lease, comes back as
-/// another one, and nothing learned about the old one is applied to the new. Written as 16 hexadecimal digits.
+/// A worker's incarnation: the id of the etcd lease that its registration hangs on. A worker that restarts, or loses its
+/// lease, comes back as another one, and nothing learned about the old one is applied to the new. Written as 16
+/// hexadecimal digits, in etcd's keys too.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct WorkerId(pub u64);
 
@@ -41,6 +42,11 @@ pub enum Status {
     Done,
     /// It gave up; the pages' content is undefined.
     Failed,
+}
+
+impl WorkerId {
+    /// What a worker without a lease says of itself where it opens a session: etcd gives no lease this id.
+    pub const UNREGISTERED: Self = Self(0);
 }
 
 impl Epoch {
@@ -230,7 +236,11 @@ mod tests {
     #[test]
     fn ids_are_hexadecimal_digits_in_text_and_numbers_on_a_session() {
         let (handoff, worker) = (HandoffId(0xabc), WorkerId(0x7587_a1b2_c3d4_e5f6));
-        assert_eq!(serde_json::to_string(&worker).unwrap(), r#""7587a1b2c3d4e5f6""#);
+        assert_eq!(worker.to_string(), "7587a1b2c3d4e5f6");
+        assert_eq!(worker.to_string().parse(), Ok(worker));
+        let text = serde_json::to_string(&worker).unwrap();
+        assert_eq!(text, r#""7587a1b2c3d4e5f6""#);
+        assert_eq!(serde_json::from_str::<WorkerId>(&text).unwrap(), worker);
         let text = serde_json::to_string(&handoff).unwrap();
         assert_eq!(text, r#""00000000000000000000000000000abc""#);
         assert_eq!(serde_json::from_str::<HandoffId>(&text).unwrap(), handoff);

@@ -173,7 +173,7 @@ impl Desk {
     /// once, and being the only one with nothing to do would get it again and again, until it is taken for one that
     /// kills its workers. Some decode workers may never have jobs to be tried by: that one was missed twice is enough.
     pub(super) fn rest(&self, alive: &WorkerSet) -> Duration {
-        let missed_all = alive.keys().all(|lease| self.missed.contains(&WorkerId(lease.0)));
+        let missed_all = alive.keys().all(|lease| self.missed.contains(lease));
         let grows = if missed_all { RESTS_GROW } else { RESTS_GROW_UNTRIED };
         let rests = self.is_in_doubt() && (missed_all || self.again);
         if rests { REST * (1_u32 << self.misses.min(grows)) } else { Duration::ZERO }

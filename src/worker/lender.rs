@@ -20,7 +20,7 @@ use super::{
 };
 use crate::{
     cli::WorkerArgs,
-    cluster::{Cluster, LeaseId, ModelKey},
+    cluster::{Cluster, ModelKey, WorkerId},
     handoff::{HandoffCosts, LenderTimeouts, Limits},
     telemetry::{Metrics, StagingMetrics},
     transfer::{self, Exported, Mailbox, Region, ServerConfig, SessionServer, Target, Transport},
@@ -187,7 +187,7 @@ pub(super) async fn start(
 
 impl Lender {
     /// Follows the cluster, and puts jobs on its queue, for as long as the process lives.
-    pub(super) fn follow(self, cluster: &Cluster, lease: watch::Receiver<Option<LeaseId>>) {
+    pub(super) fn follow(self, cluster: &Cluster, lease: watch::Receiver<Option<WorkerId>>) {
         let Self { key, limits, view, jobs, post, addresses, .. } = self;
         tokio::spawn(follow_workers(cluster.clone(), key, view.clone(), post.clone()));
         tokio::spawn(follow_queue(cluster.clone(), key, view.clone(), post.clone()));

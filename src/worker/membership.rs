@@ -8,7 +8,7 @@ use super::EngineHandle;
 use crate::{
     cli::WorkerArgs,
     cluster::{
-        CARD_SCHEMA, Cluster, Lease, LeaseId, LoadReport, LocalView, ModelCard, ModelKey, Role, WorkerCard,
+        CARD_SCHEMA, Cluster, Lease, LoadReport, LocalView, ModelCard, ModelKey, Role, WorkerCard, WorkerId,
         advertised_host, host_id, report_load,
     },
     transfer::{self, ClusterToken},
@@ -77,7 +77,7 @@ pub(super) fn token(cli: &WorkerArgs) -> ClusterToken {
     ClusterToken::new(cli.cluster.cluster_token.as_deref().unwrap_or_default())
 }
 
-async fn report(cluster: Cluster, lease: watch::Receiver<Option<LeaseId>>, engine: EngineHandle) {
+async fn report(cluster: Cluster, lease: watch::Receiver<Option<WorkerId>>, engine: EngineHandle) {
     let sample = move || {
         let load = engine.snapshot();
         let narrow = |value: usize| u32::try_from(value).unwrap_or(u32::MAX);

@@ -15,7 +15,7 @@ use tokio::sync::{mpsc, watch};
 
 use super::{LendingPort, Post, Stage, StagedPages, membership::local_view, staging::Staging};
 use crate::{
-    cluster::{Cluster, LeaseId, LocalView, ModelKey, Role, WorkerCard, WorkerFilter, host_id},
+    cluster::{Cluster, LocalView, ModelKey, Role, WorkerCard, WorkerFilter, host_id},
     handoff::{
         Decision, Epoch, Forecast, HandoffCosts, HandoffId, Job, LenderEvent, LenderTimeouts, Limits, MailboxWord,
         Reason, SessionId, Situation, Slot, ToDecode, ToPrefill, WorkerId, decide,
@@ -330,13 +330,13 @@ pub(super) fn sink(post: Post, sessions: Weak<OnceLock<SessionServer>>) -> Sink 
 pub(super) async fn follow_workers(cluster: Cluster, key: ModelKey, view: Arc<View>, post: Post) {
     let mut workers = cluster.discovery.workers(WorkerFilter::of(key, Role::Prefill));
     let (host, own) = (host_id(), local_view());
-    let mut known: Vec<LeaseId> = Vec::new();
+    let mut known: Vec<WorkerId> = Vec::new();
     loop {
         let cards = workers.borrow_and_update().clone();
-        let alive: Vec<LeaseId> = cards.keys().copied().collect();
+        let alive: Vec<WorkerId> = cards.keys().copied().collect();
         for gone in known.iter().filter(|&lease| !alive.contains(lease)) {
             tracing::info!(worker = %gone, "a prefill worker has gone");
-            post.lender(LenderEvent::WorkerGone { worker: WorkerId(gone.0) });
+            post.lender(LenderEvent::WorkerGone { worker: *gone });
         }
         for new in alive.iter().filter(|&lease| !known.contains(lease)) {
             tracing::info!(worker = %new, "a prefill worker is there");
@@ -469,7 +469,7 @@ pub(super) async fn publish_jobs(
     cluster: Cluster,
     key: ModelKey,
     jobs: mpsc::UnboundedReceiver<NewJob>,
-    lease: watch::Receiver<Option<LeaseId>>,
+    lease: watch::Receiver<Option<WorkerId>>,
     addresses: serde_json::Value,
     view: Arc<View>,
     post: Post,
@@ -484,7 +484,7 @@ pub(super) async fn publish_jobs(
                 Some(lease) => {
                     let job = Job {
                         handoff,
-                        decode: WorkerId(lease.0),
+                        decode: lease,
                         model_key: key.to_string(),
                         addresses,
                         prompt_tokens: tokens as u32,

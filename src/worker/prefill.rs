@@ -26,7 +26,7 @@ use super::{
 use crate::{
     api::{self, ConnectionThreads, HttpToken, Measure, ServerConfig, Shown},
     cli::{KvDTypeArg, LoadFormatArg, WorkerArgs},
-    cluster::{Cluster, LeaseId, ModelKey, Needs, Role, WorkerCard, WorkerFilter, WorkerSet, find_model, join},
+    cluster::{Cluster, ModelKey, Needs, Role, WorkerCard, WorkerFilter, WorkerSet, find_model, join},
     handoff::{Borrower, BorrowerConfig, BorrowerEvent, BorrowerTimeouts, ToPrefill, WorkerId},
     telemetry::Metrics,
     transfer::{ConnectError, Connector, ConnectorConfig, LocalPages, SessionAddresses, Source, StagingRing},
@@ -208,7 +208,7 @@ fn measuring(shop: &Shop, cli: &WorkerArgs, ways: Ways) -> Result<Measure> {
     let (workers, own) = (shop.decode_workers.clone(), shop.lease.clone());
     Ok(Box::new(move |lease| {
         let (gauge, decode) = (gauge.clone(), workers.borrow().get(&lease).cloned());
-        let own = WorkerId((*own.borrow()).map_or(0, |lease| lease.0));
+        let own = own.borrow().unwrap_or(WorkerId::UNREGISTERED);
         let measuring = async move {
             let decode = decode.ok_or_else(|| format!("there is no decode worker {lease} of this model"))?;
             gauge.measure(&decode, own).await.map_err(|error| error.to_string())
@@ -249,7 +249,7 @@ struct Shop {
     decode_workers: watch::Receiver<Arc<WorkerSet>>,
     cluster: Cluster,
     key: ModelKey,
-    lease: watch::Receiver<Option<LeaseId>>,
+    lease: watch::Receiver<Option<WorkerId>>,
     dead_jobs: IntCounter,
 }
 
@@ -303,7 +303,7 @@ impl Shop {
 
     /// Opens a session and listens to it until it ends.
     async fn session(self, decode: WorkerId, addresses: serde_json::Value) {
-        let own = WorkerId((*self.lease.borrow()).map_or(0, |lease| lease.0));
+        let own = self.lease.borrow().unwrap_or(WorkerId::UNREGISTERED);
         let (opened, tried, pause) = match SessionAddresses::deserialize(&addresses) {
             Ok(addresses) => {
                 let opened = self.connector.connect(&addresses, own).await;
@@ -357,12 +357,11 @@ impl Shop {
     /// Returns when a decode worker's lease has gone and no job of it is left. If it lives on it does so under another
     /// lease, and later jobs open a session by that name.
     async fn outlived(&self, decode: WorkerId) {
-        let lease = LeaseId(decode.0);
         let mut alive = self.decode_workers.clone();
         // One that is not known yet may be soon.
-        let _ = timeout(CONNECT_TIME_MAX, alive.wait_for(|alive| alive.contains_key(&lease))).await;
+        let _ = timeout(CONNECT_TIME_MAX, alive.wait_for(|alive| alive.contains_key(&decode))).await;
         // While nobody is known, that says nothing of any.
-        let gone = alive.wait_for(|alive| !alive.is_empty() && !alive.contains_key(&lease)).await.is_ok();
+        let gone = alive.wait_for(|alive| !alive.is_empty() && !alive.contains_key(&decode)).await.is_ok();
         if !gone {
             // Nobody looks any more.
             return std::future::pending().await;
@@ -378,7 +377,7 @@ impl Shop {
 fn is_listed(workers: &WorkerSet, decode: WorkerId, addresses: &serde_json::Value) -> bool {
     let instance = SessionAddresses::instance_of(addresses);
     let is_back = |card: &Arc<WorkerCard>| SessionAddresses::instance_of(&card.session) == instance;
-    workers.contains_key(&LeaseId(decode.0)) || (instance.is_some() && workers.values().any(is_back))
+    workers.contains_key(&decode) || (instance.is_some() && workers.values().any(is_back))
 }
 
 /// Returns when no job is held any more.
@@ -402,7 +401,7 @@ mod tests {
         let at = |instance: &str| json!({ "instance": instance });
         let carded =
             |session| Arc::new(WorkerCard { session, ..card(Role::Decode, ModelKey::of(b"m"), "10.0.0.1:8000") });
-        let workers = WorkerSet::from([(LeaseId(2), carded(at("one"))), (LeaseId(3), carded(Value::Null))]);
+        let workers = WorkerSet::from([(WorkerId(2), carded(at("one"))), (WorkerId(3), carded(Value::Null))]);
         for (lease, addresses, expected) in
             [(2, at("another"), true), (1, at("one"), true), (1, at("another"), false), (1, Value::Null, false)]
         {

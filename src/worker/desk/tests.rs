@@ -2,7 +2,7 @@ use futures::{FutureExt, future::BoxFuture};
 
 use super::*;
 use crate::{
-    cluster::{LeaseId, ModelKey, QueueError, Role, Settle, tests::card},
+    cluster::{ModelKey, QueueError, Role, Settle, tests::card},
     handoff::{BorrowerConfig, BorrowerTimeouts},
     telemetry::Metrics,
     transfer::{
@@ -167,9 +167,9 @@ async fn session() -> (SessionServer, Session) {
 async fn who_reaches_no_decode_worker_asks_for_jobs_less_and_less_often() {
     let bench = Bench::new();
     let carded = || Arc::new(card(Role::Decode, ModelKey::of(b"m"), "10.0.0.1:8000"));
-    let dave_alone = WorkerSet::from([(LeaseId(DAVE.0), carded())]);
-    let two = WorkerSet::from([(LeaseId(DAVE.0), carded()), (LeaseId(5), carded())]);
-    let three = WorkerSet::from([(LeaseId(DAVE.0), carded()), (LeaseId(5), carded()), (LeaseId(6), carded())]);
+    let dave_alone = WorkerSet::from([(DAVE, carded())]);
+    let two = WorkerSet::from([(DAVE, carded()), (WorkerId(5), carded())]);
+    let three = WorkerSet::from([(DAVE, carded()), (WorkerId(5), carded()), (WorkerId(6), carded())]);
     let rest = |alive| lock(&bench.desk).rest(alive).as_secs();
     assert_eq!(rest(&dave_alone), 0);
     for (alone, beside_another) in [(1, 0), (2, 2), (4, 4), (8, 4), (16, 4), (16, 4)] {

@@ -115,7 +115,7 @@ async fn an_idle_queue_that_seems_deserted_is_soon_looked_at_again() {
 async fn a_job_that_has_gone_from_the_queue_is_not_waited_for() {
     let bench = Bench::start(0);
     let (jobs, received) = mpsc::unbounded_channel();
-    let (_lease, lease) = watch::channel(Some(LeaseId(1)));
+    let (_lease, lease) = watch::channel(Some(WorkerId(1)));
     let (Bench { cluster, key, view, .. }, (post, _inbox)) = (&bench, inbox());
     let nowhere = serde_json::Value::Null;
     tokio::spawn(publish_jobs(cluster.clone(), *key, received, lease, nowhere, view.clone(), post));
