@@ -1,7 +1,7 @@
 use std::{collections::BTreeMap, time::Duration};
 
 use super::{
-    Epoch, Grant, HandoffId, Job, MailboxWord, SessionId, Slot, Status, ToDecode, ToPrefill, WorkerId,
+    Epoch, Grant, HandoffId, Job, MailboxSlot, MailboxWord, SessionId, Status, ToDecode, ToPrefill, WorkerId,
     clock::SteadyClock,
 };
 
@@ -68,7 +68,7 @@ enum Stage {
 #[derive(Debug)]
 struct Work {
     session: SessionId,
-    slot: Slot,
+    slot: MailboxSlot,
     epoch: Epoch,
     /// Tokens to compute, from 0.
     wanted: u32,

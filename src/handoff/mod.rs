@@ -42,4 +42,4 @@ pub use job::{Job, JobError};
 pub use lender::{Lender, LenderAction, LenderEvent, LenderTimeouts, Outcome};
 pub use limits::{Limits, LimitsError, Policy};
 pub use message::{Gone, Grant, MessageError, ToDecode, ToPrefill};
-pub use words::{BadId, Epoch, HandoffId, MailboxWord, SessionId, Slot, Status, WorkerId};
+pub use words::{BadId, Epoch, HandoffId, MailboxSlot, MailboxWord, SessionId, Status, WorkerId};

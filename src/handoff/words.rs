@@ -7,8 +7,8 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct HandoffId(pub u128);
 
-/// A worker's incarnation: the id of the etcd lease that its registration hangs on. A worker that restarts, or loses its
-/// lease, comes back as another one, and nothing learned about the old one is applied to the new. Written as 16
+/// A worker's incarnation: the id of the etcd lease that its registration hangs on. A worker that restarts, or loses
+/// its lease, comes back as another one, and nothing learned about the old one is applied to the new. Written as 16
 /// hexadecimal digits, in etcd's keys too.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct WorkerId(pub u64);
@@ -19,7 +19,7 @@ pub struct SessionId(pub u64);
 
 /// Index of a word in the decode worker's mailbox. A loan holds its slot until it is resolved, like its pages.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug, Serialize, Deserialize)]
-pub struct Slot(pub u32);
+pub struct MailboxSlot(pub u32);
 
 /// Which loan of a slot: raised at each one, and never 0, so that an empty mailbox word matches none.
 ///

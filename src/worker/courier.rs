@@ -7,7 +7,7 @@ use super::{
     desk::{Note, SharedDesk, lock},
 };
 use crate::{
-    handoff::{Epoch, HandoffId, Slot},
+    handoff::{Epoch, HandoffId, MailboxSlot},
     transfer::{PageCopy, Writer},
 };
 
@@ -17,7 +17,7 @@ pub(super) struct Courier {
     pub(super) notes: mpsc::UnboundedSender<Note>,
     pub(super) writer: Writer,
     pub(super) handoff: HandoffId,
-    pub(super) slot: Slot,
+    pub(super) slot: MailboxSlot,
     pub(super) epoch: Epoch,
     /// The first page that is wanted.
     pub(super) first_page: usize,

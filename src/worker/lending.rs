@@ -9,8 +9,8 @@ use super::{StagedPages, pace::Pace};
 use crate::{
     cache::LentPage,
     handoff::{
-        Epoch, Forecast, Grant, HandoffId, Lender, LenderAction, LenderEvent, LenderTimeouts, MailboxWord, SessionId,
-        Slot, ToDecode, ToPrefill, WorkerId,
+        Epoch, Forecast, Grant, HandoffId, Lender, LenderAction, LenderEvent, LenderTimeouts, MailboxSlot, MailboxWord,
+        SessionId, ToDecode, ToPrefill, WorkerId,
     },
     scheduler::{Candidate, Loan, Route, Router, Scheduler, SlotId},
     telemetry::{HandoffMetrics, HandoffPhase, TraceContext},
@@ -41,7 +41,7 @@ pub trait LendingPort: Send {
     fn enqueue(&mut self, handoff: HandoffId, tokens: usize, trace: Option<TraceContext>);
 
     /// A word of the mailbox, with acquire ordering.
-    fn word(&self, slot: Slot) -> MailboxWord;
+    fn word(&self, slot: MailboxSlot) -> MailboxWord;
 
     /// Somebody has claimed a job: it does not wait any more.
     fn claimed(&mut self);
@@ -53,7 +53,7 @@ pub trait LendingPort: Send {
     }
 
     /// Lets a session write to `pages` under this slot and epoch.
-    fn permit(&mut self, session: SessionId, slot: Slot, epoch: Epoch, pages: Arc<[u32]>);
+    fn permit(&mut self, session: SessionId, slot: MailboxSlot, epoch: Epoch, pages: Arc<[u32]>);
 
     /// Room for pages that a session is to be lent, where it cannot write to the pages themselves. If it can, nothing
     /// that was computed before still uses them when this returns.
@@ -84,10 +84,10 @@ pub trait LendingPort: Send {
     fn send(&mut self, session: SessionId, message: ToPrefill);
 
     /// Takes such a permission back, if the transport can do that by itself.
-    fn revoke(&mut self, session: SessionId, slot: Slot, epoch: Epoch);
+    fn revoke(&mut self, session: SessionId, slot: MailboxSlot, epoch: Epoch);
 
     /// The session has given up such a permission by itself.
-    fn forget(&mut self, session: SessionId, slot: Slot, epoch: Epoch);
+    fn forget(&mut self, session: SessionId, slot: MailboxSlot, epoch: Epoch);
 
     /// Ends a session so that nothing more is written on it.
     fn fence(&mut self, session: SessionId);
@@ -513,7 +513,7 @@ impl Lending {
         &mut self,
         session: SessionId,
         handoff: HandoffId,
-        (slot, epoch): (Slot, Epoch),
+        (slot, epoch): (MailboxSlot, Epoch),
         request: SlotId,
         scheduler: &Scheduler,
         now: Instant,

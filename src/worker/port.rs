@@ -17,8 +17,8 @@ use super::{LendingPort, Post, Stage, StagedPages, membership::local_view, stagi
 use crate::{
     cluster::{Cluster, LocalView, ModelKey, Role, WorkerCard, WorkerFilter, host_id},
     handoff::{
-        Decision, Epoch, Forecast, HandoffCosts, HandoffId, Job, LenderEvent, LenderTimeouts, Limits, MailboxWord,
-        Reason, SessionId, Situation, Slot, ToDecode, ToPrefill, WorkerId, decide,
+        Decision, Epoch, Forecast, HandoffCosts, HandoffId, Job, LenderEvent, LenderTimeouts, Limits, MailboxSlot,
+        MailboxWord, Reason, SessionId, Situation, ToDecode, ToPrefill, WorkerId, decide,
     },
     scheduler::{Candidate, Route},
     telemetry::{HandoffMetrics, TraceContext},
@@ -189,7 +189,7 @@ impl LendingPort for ClusterPort {
         let _ = self.jobs.send(NewJob { handoff, tokens, trace });
     }
 
-    fn word(&self, slot: Slot) -> MailboxWord {
+    fn word(&self, slot: MailboxSlot) -> MailboxWord {
         self.mailbox.load(slot)
     }
 
@@ -206,7 +206,7 @@ impl LendingPort for ClusterPort {
         news
     }
 
-    fn permit(&mut self, session: SessionId, slot: Slot, epoch: Epoch, pages: Arc<[u32]>) {
+    fn permit(&mut self, session: SessionId, slot: MailboxSlot, epoch: Epoch, pages: Arc<[u32]>) {
         self.with_sessions(|sessions| sessions.lend(session, slot, epoch, pages));
     }
 
@@ -238,11 +238,11 @@ impl LendingPort for ClusterPort {
         self.with_sessions(|sessions| sessions.send(session, Bytes::from(message.encode())));
     }
 
-    fn revoke(&mut self, session: SessionId, slot: Slot, epoch: Epoch) {
+    fn revoke(&mut self, session: SessionId, slot: MailboxSlot, epoch: Epoch) {
         self.with_sessions(|sessions| sessions.revoke(session, slot, epoch));
     }
 
-    fn forget(&mut self, session: SessionId, slot: Slot, epoch: Epoch) {
+    fn forget(&mut self, session: SessionId, slot: MailboxSlot, epoch: Epoch) {
         self.with_sessions(|sessions| sessions.forget(session, slot, epoch));
     }
 

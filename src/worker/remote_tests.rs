@@ -25,8 +25,8 @@ use super::{
 use crate::{
     cache::Salt,
     handoff::{
-        Epoch, Forecast, Grant, HandoffId, LenderEvent, LenderTimeouts, MailboxWord, SessionId, Slot, Status, ToDecode,
-        ToPrefill, WorkerId,
+        Epoch, Forecast, Grant, HandoffId, LenderEvent, LenderTimeouts, MailboxSlot, MailboxWord, SessionId, Status,
+        ToDecode, ToPrefill, WorkerId,
     },
     scheduler::{Candidate, Route},
     telemetry::{EngineMetrics, Metrics, TraceContext},
@@ -37,7 +37,7 @@ const WORKER: WorkerId = WorkerId(7);
 /// What the port says of the queue.
 const JOBS_AHEAD: u64 = 3;
 
-type Permit = (Slot, Epoch, Arc<[u32]>);
+type Permit = (MailboxSlot, Epoch, Arc<[u32]>);
 
 /// What the engine says and sees.
 struct Wires {
@@ -98,7 +98,7 @@ impl LendingPort for Port {
         self.jobs.send(handoff).unwrap();
     }
 
-    fn word(&self, slot: Slot) -> MailboxWord {
+    fn word(&self, slot: MailboxSlot) -> MailboxWord {
         let early = self.wires.early_looks.load(Ordering::Acquire);
         if early > 0 {
             self.wires.early_looks.store(early - 1, Ordering::Release);
@@ -113,7 +113,7 @@ impl LendingPort for Port {
         self.wires.unclaimed.fetch_add(1, Ordering::Relaxed) == 0
     }
 
-    fn permit(&mut self, session: SessionId, slot: Slot, epoch: Epoch, pages: Arc<[u32]>) {
+    fn permit(&mut self, session: SessionId, slot: MailboxSlot, epoch: Epoch, pages: Arc<[u32]>) {
         assert_eq!(session, SESSION);
         self.wires.permitted.lock().unwrap().push((slot, epoch, pages));
     }
@@ -144,9 +144,9 @@ impl LendingPort for Port {
         self.said.send(message).unwrap();
     }
 
-    fn revoke(&mut self, _: SessionId, _: Slot, _: Epoch) {}
+    fn revoke(&mut self, _: SessionId, _: MailboxSlot, _: Epoch) {}
 
-    fn forget(&mut self, session: SessionId, slot: Slot, epoch: Epoch) {
+    fn forget(&mut self, session: SessionId, slot: MailboxSlot, epoch: Epoch) {
         assert_eq!(session, SESSION);
         self.wires.permitted.lock().unwrap().retain(|permit| (permit.0, permit.1) != (slot, epoch));
     }
@@ -581,7 +581,7 @@ fn a_prompt_that_is_cancelled_keeps_its_pages_until_nobody_reads_them() {
     let (done, finished) = channel();
     let grant = Grant {
         handoff: HandoffId(1),
-        slot: Slot(0),
+        slot: MailboxSlot(0),
         epoch: Epoch::FIRST,
         tokens: (0..100).collect(),
         salt: None,

@@ -1,6 +1,6 @@
 use std::time::Duration;
 
-use crate::handoff::{Grant, HandoffId, JobError, MailboxWord, SessionId, Slot, ToDecode, ToPrefill, WorkerId};
+use crate::handoff::{Grant, HandoffId, JobError, MailboxSlot, MailboxWord, SessionId, ToDecode, ToPrefill, WorkerId};
 
 /// What a [`Borrower`](super::Borrower) needs to know about its worker.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -146,7 +146,7 @@ pub enum BorrowerAction {
         /// Which.
         handoff: HandoffId,
         /// Which word of the mailbox.
-        slot: Slot,
+        slot: MailboxSlot,
         /// Its value.
         word: MailboxWord,
     },

@@ -11,7 +11,7 @@ use tokio::sync::oneshot;
 
 use super::device_tests::{adapters, settle};
 use super::{Granted, Lane, Piece, RdmaLane, Reached, Registration, Source, Target};
-use crate::handoff::{SessionId, Slot, Status, WorkerId};
+use crate::handoff::{MailboxSlot, SessionId, Status, WorkerId};
 use crate::transfer::tests::device::{Pages, everything};
 use crate::transfer::tests::support::{
     SHAPE, SLOTS, complete, connector_config, epoch, holds, server_config, soon, write,
@@ -59,7 +59,7 @@ impl Decode {
         let Some(SessionEvent::Opened { session: id, .. }) = soon(self.events.recv()).await else {
             panic!("no session")
         };
-        self.server.lend(id, Slot(1), epoch(1), (0..SHAPE.pages as u32).collect());
+        self.server.lend(id, MailboxSlot(1), epoch(1), (0..SHAPE.pages as u32).collect());
         (id, session)
     }
 
@@ -96,8 +96,8 @@ fn is_untouched(region: &Region) -> bool {
 /// Has everything written, and the word, without waiting in between.
 async fn hand_over(session: &Session) {
     let writer = session.writer();
-    writer.write(Slot(1), epoch(1), everything(), |result| assert!(result.is_ok()));
-    complete(&writer, Slot(1), epoch(1), Status::Done).await.unwrap();
+    writer.write(MailboxSlot(1), epoch(1), everything(), |result| assert!(result.is_ok()));
+    complete(&writer, MailboxSlot(1), epoch(1), Status::Done).await.unwrap();
 }
 
 #[tokio::test]
@@ -109,7 +109,7 @@ async fn adapters_take_pages_from_a_device_to_a_device_when_they_are_computed_an
         let (connector, ring) = prefill(&here, from);
         let (_, session) = decode.session(&connector).await;
         hand_over(&session).await;
-        assert_eq!(decode.mailbox.load(Slot(1)).status_of(epoch(1)), Some(Status::Done));
+        assert_eq!(decode.mailbox.load(MailboxSlot(1)).status_of(epoch(1)), Some(Status::Done));
         assert!(decode.has_everything(), "{to:?}");
         assert!(is_untouched(&ring), "{to:?}");
     }
@@ -141,11 +141,11 @@ async fn after_a_device_fails_adapters_bring_nothing_of_the_loan_the_word_least_
     here.break_down();
     let writer = session.writer();
     let (done, wait) = oneshot::channel();
-    writer.write(Slot(1), epoch(1), everything(), |result| done.send(result.map(drop)).unwrap());
+    writer.write(MailboxSlot(1), epoch(1), everything(), |result| done.send(result.map(drop)).unwrap());
     // Handed over before anybody knows.
-    assert_eq!(complete(&writer, Slot(1), epoch(1), Status::Done).await, Err(WriteError::Device));
+    assert_eq!(complete(&writer, MailboxSlot(1), epoch(1), Status::Done).await, Err(WriteError::Device));
     assert_eq!(soon(wait).await.unwrap(), Err(WriteError::Device));
-    assert_eq!(decode.mailbox.load(Slot(1)).status_of(epoch(1)), None);
+    assert_eq!(decode.mailbox.load(MailboxSlot(1)).status_of(epoch(1)), None);
     assert_eq!(decode.pages.page(0, 3), [0; SHAPE.page_bytes]);
 }
 
@@ -161,7 +161,7 @@ async fn a_loan_of_device_memory_is_over_when_its_session_is_fenced() {
     assert_eq!(soon(decode.events.recv()).await, Some(SessionEvent::Closed { session: id }));
     assert_eq!(soon(decode.events.recv()).await, Some(SessionEvent::Fenced { session: id }));
     decode.pages.compute(false);
-    assert_eq!(write(&session.writer(), Slot(1), epoch(1), everything()).await, Err(WriteError::Closed));
+    assert_eq!(write(&session.writer(), MailboxSlot(1), epoch(1), everything()).await, Err(WriteError::Closed));
     assert_eq!(decode.pages.page(0, 3), [0; SHAPE.page_bytes]);
     let (_, session) = decode.session(&connector).await;
     hand_over(&session).await;

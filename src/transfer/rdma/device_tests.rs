@@ -10,7 +10,7 @@ use rand::seq::SliceRandom;
 use rand::{RngExt, SeedableRng};
 
 use super::{Adapters, Lane, Offer, Piece, RdmaError, RdmaLane, Source, Target, Wish};
-use crate::handoff::{Epoch, MailboxWord, SessionId, Slot, Status, WorkerId};
+use crate::handoff::{Epoch, MailboxSlot, MailboxWord, SessionId, Status, WorkerId};
 use crate::transfer::tests::support::{
     PATIENCE, all_layers, complete, connector_config, epoch, server_config, soon, write,
 };
@@ -114,10 +114,10 @@ fn page_of(pages: u32) -> Piece {
 fn a_write_lands_where_it_should_and_nowhere_else() {
     let mut ends = Ends::new();
     ends.lane.write(3 * SHAPE.page_bytes as u64, &[page_of(2)]);
-    ends.lane.word(Slot(2), MailboxWord::new(epoch(5), Status::Done));
+    ends.lane.word(MailboxSlot(2), MailboxWord::new(epoch(5), Status::Done));
     settle(&mut ends.lane).unwrap();
-    assert_eq!(ends.mailbox.load(Slot(2)).status_of(epoch(5)), Some(Status::Done));
-    assert_eq!(ends.mailbox.load(Slot(1)), MailboxWord::EMPTY);
+    assert_eq!(ends.mailbox.load(MailboxSlot(2)).status_of(epoch(5)), Some(Status::Done));
+    assert_eq!(ends.mailbox.load(MailboxSlot(1)), MailboxWord::EMPTY);
     for page in 0..SHAPE.pages as u32 {
         let expected = if (3..5).contains(&page) { 7 } else { UNTOUCHED };
         assert_eq!(content(&ends.region, 0, page), Some(expected), "page {page}");
@@ -161,14 +161,14 @@ fn after_the_fence_nothing_lands_whatever_is_posted() {
         ends.lane.ring().unwrap();
     }
     ends.granted.end().unwrap().settle().unwrap();
-    let (before, word) = (layer(&ends.region, 0), ends.mailbox.load(Slot(0)));
+    let (before, word) = (layer(&ends.region, 0), ends.mailbox.load(MailboxSlot(0)));
     fill(&ends.region, UNTOUCHED);
     assert!(settle(&mut ends.lane).is_err(), "writes that were under way fail");
     ends.lane.write(0, &[page_of(1)]);
-    ends.lane.word(Slot(0), MailboxWord::new(epoch(1), Status::Done));
+    ends.lane.word(MailboxSlot(0), MailboxWord::new(epoch(1), Status::Done));
     assert!(settle(&mut ends.lane).is_err(), "and so do later ones");
     assert!(before.iter().all(|&byte| byte == 7 || byte == UNTOUCHED));
-    assert_eq!(ends.mailbox.load(Slot(0)), word);
+    assert_eq!(ends.mailbox.load(MailboxSlot(0)), word);
     let landed = (0..SHAPE.layers).any(|number| layer(&ends.region, number).iter().any(|&byte| byte != UNTOUCHED));
     assert!(!landed, "a write landed after the fence");
 }
@@ -188,9 +188,9 @@ fn a_fence_ends_one_connection_and_no_other() {
 #[ignore = "needs an RDMA device: make test-rdma"]
 fn a_word_of_another_epoch_counts_for_nothing() {
     let mut ends = Ends::new();
-    ends.lane.word(Slot(0), MailboxWord::new(epoch(1), Status::Done));
+    ends.lane.word(MailboxSlot(0), MailboxWord::new(epoch(1), Status::Done));
     settle(&mut ends.lane).unwrap();
-    assert_eq!(ends.mailbox.load(Slot(0)).status_of(epoch(2)), None);
+    assert_eq!(ends.mailbox.load(MailboxSlot(0)).status_of(epoch(2)), None);
 }
 
 #[test]
@@ -243,13 +243,13 @@ impl Decode {
         }
     }
 
-    fn lend(&self, session: SessionId, slot: Slot, epoch: Epoch) {
+    fn lend(&self, session: SessionId, slot: MailboxSlot, epoch: Epoch) {
         let pages = (0..self.region.shape().pages as u32).collect::<Vec<_>>();
         self.server.lend(session, slot, epoch, pages.into());
     }
 
     /// Polls the mailbox as an engine thread does.
-    async fn word(&self, slot: Slot, epoch: Epoch) -> Status {
+    async fn word(&self, slot: MailboxSlot, epoch: Epoch) -> Status {
         soon(async {
             loop {
                 if let Some(status) = self.mailbox.load(slot).status_of(epoch) {
@@ -291,15 +291,15 @@ async fn pages_of_this_size_arrive(page_bytes: usize, to: &[&str], from: &[&str]
     let mut decode = Decode::start(shape, to).await;
     let (connector, _) = prefill(shape, from);
     let (id, session) = session(&mut decode, &connector).await;
-    decode.lend(id, Slot(1), epoch(3));
+    decode.lend(id, MailboxSlot(1), epoch(3));
     // Neighbours, single pages, in another order here than there, and gaps between them.
     let pages = [(0, 1), (1, 2), (5, 4), (3, 6), (2, 7), (9, 11)];
     let copies: Vec<_> = (0..shape.layers as u32)
         .flat_map(|layer| pages.map(|(local, remote)| PageCopy { layer, local, remote }))
         .collect();
-    write(&session.writer(), Slot(1), epoch(3), copies).await.unwrap();
-    complete(&session.writer(), Slot(1), epoch(3), Status::Done).await.unwrap();
-    assert_eq!(decode.word(Slot(1), epoch(3)).await, Status::Done);
+    write(&session.writer(), MailboxSlot(1), epoch(3), copies).await.unwrap();
+    complete(&session.writer(), MailboxSlot(1), epoch(3), Status::Done).await.unwrap();
+    assert_eq!(decode.word(MailboxSlot(1), epoch(3)).await, Status::Done);
     for number in 0..shape.layers {
         for page in 0..shape.pages as u32 {
             let written = pages.iter().find(|(_, remote)| *remote == page);
@@ -335,7 +335,7 @@ async fn handoffs_arrive_whole(rounds: u32, to: &[&str], from: &[&str]) {
     let (id, session) = session(&mut decode, &connector).await;
     let mut there: Vec<u32> = (0..SHAPE.pages as u32).collect();
     for round in 1..=rounds {
-        let (slot, epoch) = (Slot(round % SLOTS), epoch(round));
+        let (slot, epoch) = (MailboxSlot(round % SLOTS), epoch(round));
         there.shuffle(&mut random);
         let count = random.random_range(1..6);
         let copies: Vec<_> =
@@ -381,12 +381,12 @@ async fn a_loan_that_is_taken_back_gets_no_more_and_the_session_goes_on() {
     let mut decode = Decode::start(shape, &["rxe0"]).await;
     let (connector, _) = prefill(shape, &["rxe0"]);
     let (id, session) = session(&mut decode, &connector).await;
-    decode.lend(id, Slot(0), epoch(1));
+    decode.lend(id, MailboxSlot(0), epoch(1));
     let copies: Vec<_> = (0..64).map(|page| PageCopy { layer: 0, local: page, remote: page }).collect();
     let (done, mut answers) = tokio::sync::mpsc::unbounded_channel();
     for _ in 0..20 {
         let done = done.clone();
-        session.writer().write(Slot(0), epoch(1), copies.clone(), move |result| {
+        session.writer().write(MailboxSlot(0), epoch(1), copies.clone(), move |result| {
             let _ = done.send(result);
         });
     }
@@ -396,18 +396,18 @@ async fn a_loan_that_is_taken_back_gets_no_more_and_the_session_goes_on() {
         }
     })
     .await;
-    decode.server.revoke(id, Slot(0), epoch(1));
-    assert_eq!(decode.event().await, SessionEvent::Revoked { session: id, slot: Slot(0), epoch: epoch(1) });
+    decode.server.revoke(id, MailboxSlot(0), epoch(1));
+    assert_eq!(decode.event().await, SessionEvent::Revoked { session: id, slot: MailboxSlot(0), epoch: epoch(1) });
     fill(&decode.region, UNTOUCHED);
     let mut revoked = 0;
     for _ in 0..20 {
         revoked += usize::from(soon(answers.recv()).await.unwrap() == Err(WriteError::Revoked));
     }
     assert!(revoked > 0, "nothing was under way");
-    assert_eq!(write(&session.writer(), Slot(0), epoch(1), copies.clone()).await, Err(WriteError::Revoked));
+    assert_eq!(write(&session.writer(), MailboxSlot(0), epoch(1), copies.clone()).await, Err(WriteError::Revoked));
     assert!(layer(&decode.region, 0).iter().all(|&byte| byte == UNTOUCHED));
-    write(&session.writer(), Slot(0), epoch(2), copies).await.unwrap();
-    complete(&session.writer(), Slot(0), epoch(2), Status::Done).await.unwrap();
+    write(&session.writer(), MailboxSlot(0), epoch(2), copies).await.unwrap();
+    complete(&session.writer(), MailboxSlot(0), epoch(2), Status::Done).await.unwrap();
     assert_eq!(content(&decode.region, 0, 1), Some(mark(0, 1)));
 }
 
@@ -418,12 +418,12 @@ async fn a_connection_that_ends_amid_a_handoff_is_fenced_at_once_and_the_next_on
     let mut decode = Decode::start(shape, &["rxe0"]).await;
     let (connector, _) = prefill(shape, &["rxe0"]);
     let (id, first) = session(&mut decode, &connector).await;
-    decode.lend(id, Slot(0), epoch(1));
+    decode.lend(id, MailboxSlot(0), epoch(1));
     let pages = |layer| (0..64).map(move |page| PageCopy { layer, local: page, remote: page });
     let (done, mut answers) = tokio::sync::mpsc::unbounded_channel();
     for layer in [0, 1, 0, 1, 0, 1] {
         let done = done.clone();
-        first.writer().write(Slot(0), epoch(1), pages(layer).collect(), move |result| {
+        first.writer().write(MailboxSlot(0), epoch(1), pages(layer).collect(), move |result| {
             let _ = done.send(result);
         });
     }
@@ -445,7 +445,7 @@ async fn a_connection_that_ends_amid_a_handoff_is_fenced_at_once_and_the_next_on
     assert!(failed > 0, "nothing was under way");
     assert!((0..2).all(|number| layer(&decode.region, number).iter().all(|&byte| byte == UNTOUCHED)));
     let (_, second) = session(&mut decode, &connector).await;
-    write(&second.writer(), Slot(0), epoch(2), pages(0).collect()).await.unwrap();
+    write(&second.writer(), MailboxSlot(0), epoch(2), pages(0).collect()).await.unwrap();
     assert_eq!(content(&decode.region, 0, 63), Some(mark(0, 63)));
 }
 
@@ -472,7 +472,7 @@ async fn child() {
     let copies = |page| vec![PageCopy { layer: 0, local: page, remote: page }];
     println!("writing");
     for page in (0..SHAPE.pages as u32).cycle() {
-        write(&session.writer(), Slot(0), epoch(1), copies(page)).await.unwrap();
+        write(&session.writer(), MailboxSlot(0), epoch(1), copies(page)).await.unwrap();
     }
 }
 
@@ -485,7 +485,7 @@ async fn a_peer_that_is_killed_amid_its_writes_is_fenced_at_once() {
     command.env(ADDRESSES, serde_json::to_string(decode.server.addresses()).unwrap());
     let mut writer = Writer(command.stdout(Stdio::piped()).spawn().unwrap());
     let id = decode.opened().await;
-    decode.lend(id, Slot(0), epoch(1));
+    decode.lend(id, MailboxSlot(0), epoch(1));
     let lines = BufReader::new(writer.0.stdout.take().unwrap()).lines();
     assert!(lines.map_while(Result::ok).any(|line| line.contains("writing")));
     soon(async {
@@ -500,7 +500,7 @@ async fn a_peer_that_is_killed_amid_its_writes_is_fenced_at_once() {
     fill(&decode.region, UNTOUCHED);
     let (connector, _) = prefill(SHAPE, &["rxe0"]);
     let (_, session) = session(&mut decode, &connector).await;
-    write(&session.writer(), Slot(0), epoch(2), vec![PageCopy { layer: 1, local: 0, remote: 0 }]).await.unwrap();
+    write(&session.writer(), MailboxSlot(0), epoch(2), vec![PageCopy { layer: 1, local: 0, remote: 0 }]).await.unwrap();
     assert!(layer(&decode.region, 0).iter().all(|&byte| byte == UNTOUCHED));
 }
 
