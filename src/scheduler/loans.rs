@@ -1,6 +1,6 @@
 //! Sequences whose prompt another worker computes, and those computed for another worker.
 
-use super::{Loan, Scheduler, SlotId, sequence::Place};
+use super::{Loan, Scheduler, SlotId, sequence::PrefillAt};
 use crate::cache::LentPage;
 
 impl Scheduler {
@@ -15,7 +15,7 @@ impl Scheduler {
         }
         sequence.num_computed = sequence.tokens().len() - 1;
         sequence.from_afar = true;
-        sequence.place = Place::Here;
+        sequence.prefill_at = PrefillAt::Here;
         self.publish(slot);
         self.come_back(slot);
     }
@@ -32,7 +32,7 @@ impl Scheduler {
         sequence.table.release(&mut self.pool);
         sequence.restart();
         sequence.lost += u32::from(again);
-        sequence.place = if again { Place::Undecided } else { Place::HereForGood };
+        sequence.prefill_at = if again { PrefillAt::Undecided } else { PrefillAt::HereForGood };
         self.come_back(slot);
         // Were it to run, it would take the pages of all that came after it, and wait for those it lacks.
         if self.missing_pages(slot) > self.pages_within_reach() {

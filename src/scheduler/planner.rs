@@ -1,6 +1,6 @@
 //! Planning: who takes part in the next step, and with how many tokens.
 
-use super::{Candidate, PlanEntry, Route, Router, Scheduler, SlotId, StepPlan, sequence::Place};
+use super::{Candidate, PlanEntry, Route, Router, Scheduler, SlotId, StepPlan, sequence::PrefillAt};
 use crate::cache::{PageCounts, PageHash};
 
 impl Scheduler {
@@ -135,7 +135,7 @@ impl Scheduler {
                     }
                     shorter += left;
                 }
-                if let Some(at) = self.place(slot) {
+                if let Some(at) = self.index_in_running(slot) {
                     budget -= self.plan_tokens(at, budget - kept, false, plan);
                 }
             }
@@ -163,7 +163,7 @@ impl Scheduler {
     }
 
     /// Where among those that run a sequence is, unless it has left them.
-    fn place(&self, slot: SlotId) -> Option<usize> {
+    fn index_in_running(&self, slot: SlotId) -> Option<usize> {
         let arrival = self.sequence(slot).arrival;
         let found = self.running.binary_search_by_key(&arrival, |&other| self.sequence(other).arrival);
         found.ok()
@@ -179,8 +179,8 @@ impl Scheduler {
         }
         let sequence = self.sequence_mut(slot);
         sequence.cached.get_or_insert(sequence.num_computed);
-        if sequence.place == Place::Undecided {
-            sequence.place = Place::Here;
+        if sequence.prefill_at == PrefillAt::Undecided {
+            sequence.prefill_at = PrefillAt::Here;
         }
         let start = sequence.num_computed;
         let arrival = sequence.arrival;
@@ -198,7 +198,7 @@ impl Scheduler {
 
     /// Whether a prompt is to be computed here, and now. It may leave for another worker, or wait for a page.
     fn stays(&mut self, slot: SlotId, ahead: Ahead, plan: &mut StepPlan, router: &mut dyn Router) -> bool {
-        let Some(at) = self.place(slot) else { return false };
+        let Some(at) = self.index_in_running(slot) else { return false };
         let next = self.next_page(slot, ahead.oldest, plan);
         if next == Next::BeingComputed {
             return false;
@@ -212,7 +212,7 @@ impl Scheduler {
     fn leaves(&self, slot: SlotId, ahead: Ahead, router: &mut dyn Router) -> bool {
         let sequence = self.sequence(slot);
         let all_but_last = sequence.tokens().len() - 1;
-        let may_leave = sequence.place == Place::Undecided && router.is_open();
+        let may_leave = sequence.prefill_at == PrefillAt::Undecided && router.is_open();
         if !may_leave || sequence.cacheable_tokens() < all_but_last || self.pages_to_lend(slot) == 0 {
             return false;
         }
@@ -350,10 +350,10 @@ impl Scheduler {
     /// The same with one that was to leave for another worker, and now may again.
     pub fn stay_for_now(&mut self, slot: SlotId) {
         // It waits already if it is too long for the pages within reach.
-        if self.place(slot).is_some() {
+        if self.index_in_running(slot).is_some() {
             self.step_back(slot);
         }
-        self.sequence_mut(slot).place = Place::Undecided;
+        self.sequence_mut(slot).prefill_at = PrefillAt::Undecided;
     }
 
     /// Takes a sequence's pages and queues it where its arrival puts it.

@@ -28,7 +28,7 @@ pub struct Sequence {
     pub(super) started: bool,
     /// Prompt tokens found in the cache when it was first looked at closely.
     pub(super) cached: Option<usize>,
-    pub(super) place: Place,
+    pub(super) prefill_at: PrefillAt,
     /// How often another worker took it on and did not bring it to an end.
     pub(super) lost: u32,
     /// Whether another worker's keys and values are what it continues from.
@@ -41,7 +41,7 @@ pub struct Sequence {
 
 /// Where the prompt of a sequence is computed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Place {
+pub(super) enum PrefillAt {
     /// Wherever the router says, which is asked until some of it is computed.
     Undecided,
     /// Here, until it has to start again.
@@ -73,7 +73,7 @@ impl Sequence {
             scored: if score_prompt { 1 } else { prompt.len() },
             started: false,
             cached: None,
-            place: Place::Undecided,
+            prefill_at: PrefillAt::Undecided,
             lost: 0,
             from_afar: false,
             lent: Vec::new(),
@@ -84,7 +84,7 @@ impl Sequence {
     /// A sequence whose keys and values are computed for another worker. All of it may come from the cache, nothing is
     /// sampled, and once computed it is held until [`Scheduler::remove`](super::Scheduler::remove).
     pub fn prefill_only(tokens: &[u32], hasher: &PageHasher) -> Self {
-        Self { prefill_only: true, place: Place::HereForGood, ..Self::new(tokens, 0, false, hasher) }
+        Self { prefill_only: true, prefill_at: PrefillAt::HereForGood, ..Self::new(tokens, 0, false, hasher) }
     }
 
     /// Continues an answer whose first tokens were generated elsewhere: as after a preemption, they are computed like a
@@ -220,8 +220,8 @@ impl Sequence {
         debug_assert!(self.table.is_empty() && self.lent.is_empty(), "pages are given back first");
         self.num_computed = 0;
         self.from_afar = false;
-        if self.place == Place::Here {
-            self.place = Place::Undecided;
+        if self.prefill_at == PrefillAt::Here {
+            self.prefill_at = PrefillAt::Undecided;
         }
     }
 }

@@ -1,6 +1,6 @@
 //! Prompts computed for decode workers, as the engine thread sees them.
 
-use super::{Post, handle::Place, post::Message};
+use super::{Post, handle::RequestPermit, post::Message};
 use crate::{
     cache::Salt,
     scheduler::{PlanEntry, Scheduler, Sequence, SlotId},
@@ -61,7 +61,7 @@ pub(super) struct PrefillTask {
     pub(super) sequence: Sequence,
     pub(super) first_page: usize,
     pub(super) exporter: Box<dyn Exporter>,
-    pub(super) place: Place,
+    pub(super) permit: RequestPermit,
 }
 
 /// A prompt on the engine thread.
@@ -71,7 +71,7 @@ struct Export {
     exporter: Option<Box<dyn Exporter>>,
     /// Pages passed on, or not asked for: the first ones.
     done: usize,
-    _place: Place,
+    _permit: RequestPermit,
 }
 
 /// All prompts on the engine thread, by slot.
@@ -88,10 +88,10 @@ impl Exports {
 
     /// Takes in a prompt.
     pub(super) fn add(&mut self, task: PrefillTask, scheduler: &mut Scheduler) {
-        let PrefillTask { id, sequence, first_page, exporter, place } = task;
+        let PrefillTask { id, sequence, first_page, exporter, permit } = task;
         // There are as many slots as places, so this succeeds; if not, dropping the exporter says that nothing comes.
         if let Some(slot) = scheduler.add(sequence) {
-            let export = Export { id, exporter: Some(exporter), done: first_page, _place: place };
+            let export = Export { id, exporter: Some(exporter), done: first_page, _permit: permit };
             self.exports[slot.index()] = Some(export);
             self.count += 1;
         }

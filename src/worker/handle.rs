@@ -193,14 +193,14 @@ impl Shared {
     }
 
     /// Takes a place among the live requests, if there is one.
-    fn enter(self: &Arc<Self>) -> Result<Place, SubmitError> {
-        let mut place = Ok(());
+    fn enter(self: &Arc<Self>) -> Result<RequestPermit, SubmitError> {
+        let mut entry = Ok(());
         self.live.send_if_modified(|live| {
-            place = self.check_place(*live);
-            *live += usize::from(place.is_ok());
-            place.is_ok()
+            entry = self.check_place(*live);
+            *live += usize::from(entry.is_ok());
+            entry.is_ok()
         });
-        place.map(|()| Place(self.clone()))
+        entry.map(|()| RequestPermit(self.clone()))
     }
 
     /// Whether there is one for a further request beside so many.
@@ -216,10 +216,10 @@ impl Shared {
     }
 }
 
-/// A request's place in the engine, given up when it is dropped.
-pub(super) struct Place(Arc<Shared>);
+/// A request's place among the live ones, given up when this is dropped.
+pub(super) struct RequestPermit(Arc<Shared>);
 
-impl Drop for Place {
+impl Drop for RequestPermit {
     fn drop(&mut self) {
         self.0.live.send_modify(|live| *live -= 1);
     }
@@ -243,7 +243,7 @@ impl EngineHandle {
     pub fn submit(&self, request: Request) -> Result<Generation, SubmitError> {
         let submitted = Instant::now();
         let max_tokens = self.check(&request)?;
-        let place = self.shared.enter()?;
+        let permit = self.shared.enter()?;
         let alternatives = |wanted: Option<u32>| (wanted.unwrap_or(0) as usize).min(MAX_TOP_LOGPROBS);
         let bounds = EventBounds {
             prompt_tokens: if request.prompt_logprobs.is_some() { request.prompt.len() } else { 0 },
@@ -255,7 +255,7 @@ impl EngineHandle {
         let hasher = self.hasher.salted(request.salt);
         let mut sequence = Sequence::new(&request.prompt, max_tokens, request.prompt_logprobs.is_some(), &hasher);
         sequence.resume(&request.output);
-        let session = Session::new(&request, outlet, submitted, place);
+        let session = Session::new(&request, outlet, submitted, permit);
         let terms = Terms::new(request, max_tokens, self.shared.config.vocab_size);
         match self.post.send(Message::Request(Box::new((sequence, terms, session)))) {
             true => Ok(generation),
@@ -274,10 +274,10 @@ impl EngineHandle {
     pub fn prefill(&self, request: PrefillRequest) -> Result<PrefillHandle, SubmitError> {
         let PrefillRequest { tokens, salt, first_page, exporter } = request;
         self.check_prompt(&tokens)?;
-        let place = self.shared.enter()?;
+        let permit = self.shared.enter()?;
         let id = self.shared.next_prefill.fetch_add(1, Ordering::Relaxed);
         let sequence = Sequence::prefill_only(&tokens, &self.hasher.salted(salt));
-        let task = PrefillTask { id, sequence, first_page, exporter, place };
+        let task = PrefillTask { id, sequence, first_page, exporter, permit };
         match self.post.send(Message::Prefill(Box::new(task))) {
             true => Ok(PrefillHandle { id, post: self.post.clone() }),
             false => Err(SubmitError::ShuttingDown),

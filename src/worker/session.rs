@@ -2,7 +2,7 @@ use std::time::Instant;
 
 use engine_kernels::{RowTask, SampleRow, Sampled, SamplingParams, SequenceId};
 
-use super::{FinishReason, Request, constraint::Constraint, generation::Outlet, handle::Place};
+use super::{FinishReason, Request, constraint::Constraint, generation::Outlet, handle::RequestPermit};
 use crate::{
     scheduler::Sequence,
     telemetry::{EngineMetrics, TraceContext},
@@ -91,11 +91,11 @@ pub(super) struct Session {
     with_logprobs: bool,
     with_prompt: bool,
     trace: Option<TraceContext>,
-    place: Place,
+    permit: RequestPermit,
 }
 
 impl Session {
-    pub(super) fn new(request: &Request, outlet: Outlet, submitted: Instant, place: Place) -> Self {
+    pub(super) fn new(request: &Request, outlet: Outlet, submitted: Instant, permit: RequestPermit) -> Self {
         Self {
             outlet,
             submitted,
@@ -103,7 +103,7 @@ impl Session {
             with_logprobs: request.logprobs.is_some(),
             with_prompt: request.prompt_logprobs.is_some(),
             trace: request.trace,
-            place,
+            permit,
         }
     }
 
@@ -157,9 +157,9 @@ impl Session {
 
     /// Says the last word.
     pub(super) fn finish(self, reason: FinishReason) {
-        let Self { outlet, place, .. } = self;
+        let Self { outlet, permit, .. } = self;
         // First: whoever hears of the end may send the next request, and is to find a place.
-        drop(place);
+        drop(permit);
         outlet.finish(reason);
     }
 }
