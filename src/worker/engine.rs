@@ -286,7 +286,7 @@ impl<R: Runner> Engine<R> {
                 }
                 return;
             }
-            Message::Alone => {
+            Message::NoPrefillWorkers => {
                 if let Some(lending) = lending {
                     lending.recall_queued(scheduler);
                 }

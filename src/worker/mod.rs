@@ -5,7 +5,7 @@
 //! pages comes through [`Post`].
 
 mod ahead;
-mod alone;
+mod bare_engine;
 mod constraint;
 mod courier;
 pub mod decode;
@@ -38,7 +38,7 @@ mod step;
 mod watchdog;
 mod ways;
 
-pub use alone::Alone;
+pub use bare_engine::BareEngine;
 pub(crate) use device::{Chosen, choose};
 pub use engine::Engine;
 pub use export::{Exporter, PrefillHandle, PrefillRequest};

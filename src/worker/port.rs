@@ -348,7 +348,7 @@ pub(super) async fn follow_workers(cluster: Cluster, key: ModelKey, view: Arc<Vi
         view.adapters.store(cards.values().any(|card| speaks(card, Transport::Rdma)), Ordering::Relaxed);
         view.set_registered(alive.len());
         if alive.is_empty() && !known.is_empty() {
-            post.alone();
+            post.no_prefill_workers();
         }
         known = alive;
         if workers.changed().await.is_err() {
@@ -406,7 +406,7 @@ pub(super) async fn follow_queue(cluster: Cluster, key: ModelKey, view: Arc<View
                 failed_looks = failed_looks.saturating_add(1);
                 if failed_looks == DESERTED_LOOKS {
                     // Prompts whose jobs are on it would wait for it as well.
-                    post.alone();
+                    post.no_prefill_workers();
                 }
                 None
             }
@@ -428,7 +428,7 @@ pub(super) async fn follow_queue(cluster: Cluster, key: ModelKey, view: Arc<View
                 tracing::warn!(
                     "no prefill worker asks for jobs, though some are registered: prompts are prefilled here"
                 );
-                post.alone();
+                post.no_prefill_workers();
             }
             true => tracing::info!("prefill workers ask for jobs again"),
             false => {}

@@ -22,7 +22,7 @@ pub(super) enum Message {
     /// Something happened to pages that are lent.
     Lender(LenderEvent),
     /// No prefill worker is left to take jobs.
-    Alone,
+    NoPrefillWorkers,
     /// How long a step should take from now on while answers are being generated.
     ItlTarget(Duration),
     /// Look at the flags.
@@ -51,8 +51,8 @@ impl Post {
     }
 
     /// Tells the engine thread that no prefill worker is left: jobs on the queue are not to be waited for.
-    pub fn alone(&self) {
-        let _ = self.send(Message::Alone);
+    pub fn no_prefill_workers(&self) {
+        let _ = self.send(Message::NoPrefillWorkers);
     }
 
     /// Changes how long a step should take while answers are being generated.

@@ -531,7 +531,7 @@ fn a_job_that_nobody_is_left_to_take_is_done_here_at_once() {
     let asked = request(0..70, 9);
     let mut generation = decode.handle.submit(asked.clone()).unwrap();
     let handoff = decode.next_job();
-    decode.post.alone();
+    decode.post.no_prefill_workers();
     let (events, reason, _) = block_on(collect(&mut generation));
     assert_eq!((events, reason), model_answer(&asked, 128));
     // Somebody who comes after all finds nothing to do.

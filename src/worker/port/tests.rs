@@ -55,7 +55,7 @@ impl Bench {
     }
 
     fn is_alone(&self) -> bool {
-        matches!(self.inbox.0.try_recv(), Ok(Message::Alone))
+        matches!(self.inbox.0.try_recv(), Ok(Message::NoPrefillWorkers))
     }
 }
 

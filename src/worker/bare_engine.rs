@@ -9,7 +9,7 @@ use super::{
 use crate::{cli::EngineArgs, telemetry::Metrics};
 
 /// A model and its engine thread without anything around them, for whoever measures.
-pub struct Alone {
+pub struct BareEngine {
     /// The way to the engine thread.
     pub engine: EngineHandle,
     /// What the model is called.
@@ -22,7 +22,7 @@ pub struct Alone {
     pub token_bytes: usize,
 }
 
-impl Alone {
+impl BareEngine {
     /// Loads the model. Blocks for seconds to minutes.
     pub fn start(args: &EngineArgs) -> Result<Self> {
         let source = model::open(args)?;
