@@ -2,7 +2,7 @@
 
 use std::time::Instant;
 
-use super::{Engine, Runner, RunnerError, session::Terms, step::Step};
+use super::{Engine, Runner, RunnerError, request_state::Terms, step::Step};
 use crate::scheduler::SlotId;
 
 impl<R: Runner> Engine<R> {

@@ -19,7 +19,7 @@ use super::{
     lending::{Lending, Routing},
     pace::Pace,
     post::Message,
-    session::{Session, Terms},
+    request_state::{RequestState, Terms},
     step::Step,
 };
 use crate::{
@@ -44,9 +44,9 @@ const LOST_PAGES: &str = "the device cannot be made to wait for what RDMA adapte
 pub struct Engine<R> {
     pub(super) runner: R,
     pub(super) scheduler: Scheduler,
-    /// By slot, as the sessions are.
+    /// By slot, as `requests` are.
     pub(super) terms: Box<[Option<Terms>]>,
-    sessions: Box<[Option<Session>]>,
+    requests: Box<[Option<RequestState>]>,
     /// The step that is being planned, and computed.
     pub(super) step: Step,
     /// The one before it, if what it gives is not known yet; see `ahead.rs`.
@@ -120,7 +120,7 @@ impl<R: Runner> Engine<R> {
             runner,
             scheduler: Scheduler::new(limits, shared.config.block_size, shared.config.blocks),
             terms: (0..limits.max_sequences).map(|_| None).collect(),
-            sessions: (0..limits.max_sequences).map(|_| None).collect(),
+            requests: (0..limits.max_sequences).map(|_| None).collect(),
             step: Step::new(&shared.config),
             under_way: Step::new(&shared.config),
             is_under_way: false,
@@ -190,11 +190,11 @@ impl<R: Runner> Engine<R> {
         self.scheduler.commit(&self.step.plan);
         // First, so that who hears of something finds in the gauges who runs.
         self.publish_gauges();
-        let Self { scheduler, sessions, step: Step { plan, .. }, exports, shared, .. } = self;
+        let Self { scheduler, requests, step: Step { plan, .. }, exports, shared, .. } = self;
         exports.step_done(plan.entries(), scheduler);
         for entry in plan.entries().iter().filter(|entry| entry.first && scheduler.has(entry)) {
-            if let Some(session) = &mut sessions[entry.slot.index()] {
-                session.begin(scheduler.sequence(entry.slot), &shared.metrics);
+            if let Some(request) = &mut requests[entry.slot.index()] {
+                request.begin(scheduler.sequence(entry.slot), &shared.metrics);
             }
         }
     }
@@ -211,8 +211,8 @@ impl<R: Runner> Engine<R> {
 
     /// Decides what the next step computes, and sends away what others compute.
     fn plan(&mut self) {
-        let Self { scheduler, sessions, step: Step { plan, .. }, pace, lending, exports, shared, .. } = self;
-        let trace = |slot: SlotId| sessions[slot.index()].as_ref().and_then(Session::trace);
+        let Self { scheduler, requests, step: Step { plan, .. }, pace, lending, exports, shared, .. } = self;
+        let trace = |slot: SlotId| requests[slot.index()].as_ref().and_then(RequestState::trace);
         match lending {
             None => scheduler.plan(plan, &mut AllLocal),
             Some(lending) => {
@@ -298,17 +298,17 @@ impl<R: Runner> Engine<R> {
             }
             Message::Wake => return,
         };
-        let (sequence, terms, session) = *request;
+        let (sequence, terms, state) = *request;
         // If its reader had left already, `forget_cancelled` may have counted that, and would not look again.
-        if session.is_abandoned() {
+        if state.is_abandoned() {
             return;
         }
-        // There are as many slots as places, so this succeeds; if not, dropping the session aborts the request.
+        // There are as many slots as places, so this succeeds; if not, dropping the state aborts the request.
         if let Some(slot) = self.scheduler.add(sequence) {
             self.scoring += usize::from(terms.scores_prompt());
             self.constrained += usize::from(terms.is_constrained());
             self.terms[slot.index()] = Some(terms);
-            self.sessions[slot.index()] = Some(session);
+            self.requests[slot.index()] = Some(state);
         }
     }
 
@@ -320,8 +320,8 @@ impl<R: Runner> Engine<R> {
         }
         self.cancellations = cancellations;
         for slot in self.scheduler.slots() {
-            let session = &self.sessions[slot.index()];
-            if session.as_ref().is_some_and(|session| session.is_abandoned()) {
+            let request = &self.requests[slot.index()];
+            if request.as_ref().is_some_and(|request| request.is_abandoned()) {
                 self.retire(slot, FinishReason::Aborted);
             }
         }
@@ -361,13 +361,13 @@ impl<R: Runner> Engine<R> {
             let entry = self.step.plan.entries()[at];
             let rows = next_row..next_row + self.step.rows.counts()[at];
             next_row = rows.end;
-            let Self { scheduler, terms, sessions, step, shared, .. } = self;
+            let Self { scheduler, terms, requests, step, shared, .. } = self;
             // It may have ended since the step was planned.
             if !scheduler.has(&entry) {
                 continue;
             }
             let slot = entry.slot.index();
-            let (Some(terms), Some(session)) = (&mut terms[slot], &mut sessions[slot]) else { continue };
+            let (Some(terms), Some(request)) = (&mut terms[slot], &mut requests[slot]) else { continue };
             let mut end = None;
             for (position, sampled) in (entry.start + entry.logits_from..).zip(&step.out[rows]) {
                 let known = scheduler.sequence(entry.slot).prompt().get(position + 1).copied();
@@ -382,14 +382,14 @@ impl<R: Runner> Engine<R> {
                     break;
                 }
                 if let Some(token) = known {
-                    session.prompt_token(token, sampled);
+                    request.prompt_token(token, sampled);
                 } else {
                     if scheduler.sequence(entry.slot).is_drawn_ahead() {
                         scheduler.reveal(entry.slot, sampled.token);
                     } else {
                         scheduler.push_token(entry.slot, sampled.token);
                     }
-                    session.token(sampled, now, &shared.metrics);
+                    request.token(sampled, now, &shared.metrics);
                     end = terms.end(sampled.token, scheduler.sequence(entry.slot).output().len());
                 }
             }
@@ -399,7 +399,7 @@ impl<R: Runner> Engine<R> {
             }
             match end {
                 Some(reason) => self.retire(entry.slot, reason),
-                None => session.wake(),
+                None => request.wake(),
             }
         }
     }
@@ -415,8 +415,8 @@ impl<R: Runner> Engine<R> {
             self.scoring -= usize::from(terms.scores_prompt());
             self.constrained -= usize::from(terms.is_constrained());
         }
-        if let Some(session) = self.sessions[slot.index()].take() {
-            session.finish(reason);
+        if let Some(request) = self.requests[slot.index()].take() {
+            request.finish(reason);
         }
     }
 
@@ -465,8 +465,8 @@ fn serve<R: Runner>(mut engine: Engine<R>, shared: &Shared) {
     }
     // Dropping these aborts all requests and prompts, and whoever comes later is refused. First: the model may have to
     // wait for its device, and a step that failed is under way until it has.
-    let Engine { messages, sessions, exports, runner, lending, .. } = engine;
-    drop((messages, sessions, exports));
+    let Engine { messages, requests, exports, runner, lending, .. } = engine;
+    drop((messages, requests, exports));
     drop((runner, lending));
     shared.step.store(0, Ordering::Relaxed);
     shared.status.send_if_modified(|status| {

@@ -15,7 +15,7 @@ use super::{
     export::PrefillTask,
     generation::{self, EventBounds, Generation},
     post::Message,
-    session::{Session, Terms},
+    request_state::{RequestState, Terms},
 };
 use crate::{cache::PageHasher, scheduler::Sequence, telemetry::EngineMetrics};
 
@@ -255,9 +255,9 @@ impl EngineHandle {
         let hasher = self.hasher.salted(request.salt);
         let mut sequence = Sequence::new(&request.prompt, max_tokens, request.prompt_logprobs.is_some(), &hasher);
         sequence.resume(&request.output);
-        let session = Session::new(&request, outlet, submitted, permit);
+        let state = RequestState::new(&request, outlet, submitted, permit);
         let terms = Terms::new(request, max_tokens, self.shared.config.vocab_size);
-        match self.post.send(Message::Request(Box::new((sequence, terms, session)))) {
+        match self.post.send(Message::Request(Box::new((sequence, terms, state)))) {
             true => Ok(generation),
             false => Err(SubmitError::ShuttingDown),
         }

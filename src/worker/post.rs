@@ -5,14 +5,14 @@ use std::{
 
 use super::{
     export::PrefillTask,
-    session::{Session, Terms},
+    request_state::{RequestState, Terms},
 };
 use crate::{handoff::LenderEvent, scheduler::Sequence};
 
 /// What travels to the engine thread.
 pub(super) enum Message {
     /// A new request.
-    Request(Box<(Sequence, Terms, Session)>),
+    Request(Box<(Sequence, Terms, RequestState)>),
     /// A prompt to compute for a decode worker.
     Prefill(Box<PrefillTask>),
     /// Nobody wants that prompt any more: compute no more of it. Its pages may still be read.

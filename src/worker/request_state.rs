@@ -8,7 +8,7 @@ use crate::{
     telemetry::{EngineMetrics, TraceContext},
 };
 
-/// How a request's tokens are drawn and when its answer ends. Apart from [`Session`] because samplers read it from
+/// How a request's tokens are drawn and when its answer ends. Apart from [`RequestState`] because samplers read it from
 /// several threads.
 pub(super) struct Terms {
     sampling: SamplingParams,
@@ -83,7 +83,7 @@ impl Terms {
 }
 
 /// Where a request's tokens go.
-pub(super) struct Session {
+pub(super) struct RequestState {
     outlet: Outlet,
     submitted: Instant,
     /// When its latest token came out.
@@ -94,7 +94,7 @@ pub(super) struct Session {
     permit: RequestPermit,
 }
 
-impl Session {
+impl RequestState {
     pub(super) fn new(request: &Request, outlet: Outlet, submitted: Instant, permit: RequestPermit) -> Self {
         Self {
             outlet,
