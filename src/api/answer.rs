@@ -19,7 +19,7 @@ use super::{
     logprobs::{ChatLogprobs, CompletionLogprobs},
     output::{Echo, Finish, Output},
     parser::Pieces,
-    progress::{self, Head, Past, ProgressWriter, Relay},
+    progress::{self, FrontendContext, Head, Past, ProgressWriter},
     validate::Plan,
     wire::{ChatChoice, ChatMessage, CompletionChoice, Envelope, ToolCall, Usage},
 };
@@ -82,7 +82,7 @@ impl Answer {
     pub(crate) fn start(
         serving: Arc<Serving>,
         in_flight: InFlight,
-        relay: Relay,
+        context: FrontendContext,
         endpoint: Endpoint,
         plan: &Plan,
         prompts: Vec<PreparedPrompt>,
@@ -98,11 +98,11 @@ impl Answer {
             let message = format!("'{field}' asks for {wanted} answers at once; this server takes {places} at most");
             return Err(ApiError::invalid(field, message));
         }
-        let (created, trace, journal) = (relay.created(), relay.trace, relay.journal);
+        let (created, trace, journal) = (context.created(), context.trace, context.journal);
         if journal.is_some() && !plan.stream {
             return Err(progress::malformed());
         }
-        let (head, progress) = if relay.progress || journal.is_some() {
+        let (head, progress) = if context.progress || journal.is_some() {
             let echoed: Vec<_> = prompts.iter().map(|prompt| prompt.echo.is_some()).collect();
             let model = (serving.model_name(), &limits.model_key);
             let digest = progress::digest(&prompts, &(endpoint, plan, max_model_len, model, echoed));
@@ -117,7 +117,7 @@ impl Answer {
                 Some(_) => ProgressWriter::continuing(),
                 None => ProgressWriter::beginning(head.clone()),
             };
-            (head, relay.progress.then_some(writer))
+            (head, context.progress.then_some(writer))
         } else {
             (Head { id: endpoint.new_id(), created, seed: plan.sampling.seed, digest: String::new() }, None)
         };

@@ -15,7 +15,7 @@ use tokio::{
 use super::{
     ApiError, Serving,
     error::shown,
-    progress::{JOURNAL_BYTES_MAX, Journal, Relay, malformed},
+    progress::{FrontendContext, JOURNAL_BYTES_MAX, Journal, malformed},
     types::instead_of,
 };
 use crate::telemetry::TraceContext;
@@ -118,17 +118,17 @@ async fn parse_received<T: Send + 'static>(
 }
 
 /// As [`read_json`], for a request that generates: with what a frontend asks for in headers, and before the body.
-pub(crate) async fn read_relayed<T: DeserializeOwned + Send + 'static>(
+pub(crate) async fn read_in_context<T: DeserializeOwned + Send + 'static>(
     headers: &HeaderMap,
     body: Body,
     serving: &Arc<Serving>,
-) -> Result<(T, Relay), ApiError> {
+) -> Result<(T, FrontendContext), ApiError> {
     let limit = serving.config.body_bytes_max;
-    let (progress, journal_bytes) = Relay::from_headers(headers, serving.config.cluster_token.as_ref())?;
+    let (progress, journal_bytes) = FrontendContext::from_headers(headers, serving.config.cluster_token.as_ref())?;
     // One that cannot be read is ignored, as the standard says.
     let trace = headers.get(TraceContext::HEADER).and_then(|value| value.to_str().ok()?.parse().ok());
     let Some(journal_bytes) = journal_bytes else {
-        return Ok((read_json(headers, body, serving).await?, Relay { progress, journal: None, trace }));
+        return Ok((read_json(headers, body, serving).await?, FrontendContext { progress, journal: None, trace }));
     };
     if journal_bytes > JOURNAL_BYTES_MAX {
         return Err(malformed());
@@ -139,7 +139,7 @@ pub(crate) async fn read_relayed<T: DeserializeOwned + Send + 'static>(
     let parse = move |bytes: &[u8]| {
         let (journal, request) = bytes.split_at_checked(journal_bytes).ok_or_else(malformed)?;
         let journal = Journal::parse(journal, vocab_size)?;
-        Ok((parse_json(request)?, Relay { progress, journal: Some(journal), trace }))
+        Ok((parse_json(request)?, FrontendContext { progress, journal: Some(journal), trace }))
     };
     parse_received(received, serving, parse).await
 }
