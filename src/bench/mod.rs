@@ -207,11 +207,11 @@ impl Prompts {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::cli::Role;
+    use crate::cli::Invocation;
 
     fn args(line: &[&str]) -> BenchArgs {
-        match Role::try_parse_from([&["engine", "bench", "--model", "m"], line].concat()) {
-            Ok(Role::Bench(args)) => args,
+        match Invocation::try_parse_from([&["engine", "bench", "--model", "m"], line].concat()) {
+            Ok(Invocation::Bench(args)) => args,
             other => panic!("{other:?}"),
         }
     }

@@ -110,11 +110,11 @@ mod tests {
     use std::time::Duration;
 
     use super::*;
-    use crate::cli::Role;
+    use crate::cli::Invocation;
 
     fn args(flags: &[&str]) -> FrontendArgs {
-        match Role::try_parse_from([&["engine", "frontend"], flags].concat()) {
-            Ok(Role::Frontend(args)) => args,
+        match Invocation::try_parse_from([&["engine", "frontend"], flags].concat()) {
+            Ok(Invocation::Frontend(args)) => args,
             other => panic!("{other:?}"),
         }
     }

@@ -96,12 +96,12 @@ async fn report(cluster: Cluster, lease: watch::Receiver<Option<WorkerId>>, engi
 #[cfg(test)]
 pub(super) mod tests {
     use super::*;
-    use crate::cli::Role;
+    use crate::cli::Invocation;
 
     /// A worker's command line.
     pub(in crate::worker) fn worker(flags: &[&str]) -> WorkerArgs {
-        match Role::try_parse_from([&["engine", "--model", "m"], flags].concat()) {
-            Ok(Role::Decode(worker) | Role::Prefill(worker)) => worker,
+        match Invocation::try_parse_from([&["engine", "--model", "m"], flags].concat()) {
+            Ok(Invocation::Decode(worker) | Invocation::Prefill(worker)) => worker,
             other => panic!("{other:?}"),
         }
     }

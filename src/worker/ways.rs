@@ -167,11 +167,11 @@ impl Ways {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::cli::Role;
+    use crate::cli::Invocation;
 
     fn ways(flags: &[&str]) -> Result<Ways> {
-        match Role::try_parse_from([&["engine", "--is-prefill-worker"], flags].concat()).unwrap() {
-            Role::Prefill(worker) => Ways::of(&worker.disagg.transports),
+        match Invocation::try_parse_from([&["engine", "--is-prefill-worker"], flags].concat()).unwrap() {
+            Invocation::Prefill(worker) => Ways::of(&worker.disagg.transports),
             other => panic!("{other:?}"),
         }
     }
