@@ -65,8 +65,8 @@ pub async fn run(cli: WorkerArgs, ready: impl FnOnce(Ready)) -> Result<()> {
     let address = listener.local_addr()?;
     let lease = cluster.zip(lender).map(|(cluster, lender)| {
         let (sessions, transports) = (lender.addresses.clone(), lender.transports.clone());
-        let staging = lender.staging.clone();
-        let worker = Particulars { role: Role::Decode, address, model, key, sessions, transports, staging };
+        let staging_notice = lender.staging_notice.clone();
+        let worker = Particulars { role: Role::Decode, address, model, key, sessions, transports, staging_notice };
         let lease = membership::register(&cluster, &cli, worker, &engine);
         lender.follow(&cluster, lease.id());
         lease

@@ -52,7 +52,7 @@ pub(super) struct Lender {
     /// How they can move pages.
     pub(super) transports: Vec<String>,
     /// How they get into device memory, if that is where they are.
-    pub(super) staging: String,
+    pub(super) staging_notice: String,
 }
 
 /// Pages that can be lent, and how others get at them.
@@ -123,7 +123,7 @@ impl Lendable {
             None => register(&region, mailbox, ways).await?,
         };
         let (cuda_ipc, rdma) = (exported.is_some(), rdma.as_ref());
-        let notice = OnDevice { ways, cuda_ipc, rdma, staging: region.shape(), when: "on their way to the device" };
+        let notice = OnDevice { ways, cuda_ipc, rdma, staged_in: region.shape(), when: "on their way to the device" };
         Ok(Self { region, staging: Some(staging), exported, target, notice: notice.announce() })
     }
 }
@@ -182,7 +182,7 @@ pub(super) async fn start(
     };
     let lending = LendingConfig { mailbox_slots, timeouts: LenderTimeouts::default() };
     let engine = Engine::start_lending(runner, config, metrics.engine.clone(), inbox, lending, Box::new(port))?;
-    Ok((engine, Lender { key, limits, view, jobs, post, addresses, transports, staging: notice }))
+    Ok((engine, Lender { key, limits, view, jobs, post, addresses, transports, staging_notice: notice }))
 }
 
 impl Lender {

@@ -25,13 +25,13 @@ pub(super) struct Particulars {
     pub(super) sessions: serde_json::Value,
     pub(super) transports: Vec<String>,
     /// How pages get into device memory or out of it, staged or not, if that is where they are.
-    pub(super) staging: String,
+    pub(super) staging_notice: String,
 }
 
 /// Registers a worker, and tells how busy its engine is for as long as it is registered: that of a decode worker,
 /// because frontends place by it. Jobs find prefill workers by themselves.
 pub(super) fn register(cluster: &Cluster, cli: &WorkerArgs, worker: Particulars, engine: &EngineHandle) -> Lease {
-    let Particulars { role, address, model, key, sessions, transports, staging } = worker;
+    let Particulars { role, address, model, key, sessions, transports, staging_notice } = worker;
     let card = WorkerCard {
         schema: CARD_SCHEMA,
         version: env!("CARGO_PKG_VERSION").to_owned(),
@@ -39,7 +39,7 @@ pub(super) fn register(cluster: &Cluster, cli: &WorkerArgs, worker: Particulars,
         address: format!("{}:{}", host(cli, address), address.port()),
         session: sessions,
         transports,
-        staging,
+        staging: staging_notice,
         host_id: host_id(),
         local: local_view(),
         model,

@@ -14,7 +14,7 @@ pub(super) struct OnDevice<'a> {
     /// Whether adapters reach them, if there are any.
     pub(super) rdma: Option<&'a Result<Reached, Unreached>>,
     /// The host memory that pages are staged in on all other ways.
-    pub(super) staging: RegionShape,
+    pub(super) staged_in: RegionShape,
     /// When they are staged, as part of the sentence.
     pub(super) when: &'static str,
 }
@@ -52,8 +52,8 @@ impl OnDevice<'_> {
             said.push(format!(
                 "{except}pages are staged {}, in {} MiB of host memory ({} pages), because {}",
                 self.when,
-                self.staging.total_bytes() >> 20,
-                self.staging.pages,
+                self.staged_in.total_bytes() >> 20,
+                self.staged_in.pages,
                 because.join(" and "),
             ));
         }
@@ -72,7 +72,7 @@ mod tests {
 
     fn text(ways: &[Transport], cuda_ipc: bool, rdma: Option<&Result<Reached, Unreached>>) -> String {
         let ways = &Ways::among(ways);
-        OnDevice { ways, cuda_ipc, rdma, staging: SHAPE, when: "on their way to the device" }.text()
+        OnDevice { ways, cuda_ipc, rdma, staged_in: SHAPE, when: "on their way to the device" }.text()
     }
 
     #[test]

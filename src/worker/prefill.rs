@@ -80,7 +80,7 @@ pub async fn run(mut cli: WorkerArgs, ready: impl FnOnce(Ready)) -> Result<()> {
     let (model, key) = (loaded.card(&cli.engine, vec![name.clone()]), loaded.key);
     metrics.set_model(&name, Role::Prefill, &loaded.device, key);
     let on_device = loaded.is_on_device();
-    let (pages, rdma, staging) = sendable(loaded.pages()?, &cli, &ways).await?;
+    let (pages, rdma, staging_notice) = sendable(loaded.pages()?, &cli, &ways).await?;
     let transports = ways.names(on_device && ways.cuda_ipc, rdma.is_some());
     let connector = ConnectorConfig {
         tls: cli.disagg.transports.session_tls().client()?,
@@ -108,7 +108,7 @@ pub async fn run(mut cli: WorkerArgs, ready: impl FnOnce(Ready)) -> Result<()> {
     let listener = bound.listen()?;
     let address = listener.local_addr()?;
     let sessions = serde_json::Value::Null;
-    let worker = Particulars { role: Role::Prefill, address, model, key, sessions, transports, staging };
+    let worker = Particulars { role: Role::Prefill, address, model, key, sessions, transports, staging_notice };
     let lease = membership::register(&cluster, &cli, worker, &engine);
     let leaving = watch::Sender::new(false);
     let shop = Shop {
@@ -191,7 +191,7 @@ async fn sendable(pages: KvPages, cli: &WorkerArgs, ways: &Ways) -> Result<(Loca
         ways,
         cuda_ipc: ways.cuda_ipc,
         rdma: rdma.as_ref(),
-        staging: staged.shape(),
+        staged_in: staged.shape(),
         when: "on their way from the device",
     };
     let notice = notice.announce();
