@@ -90,8 +90,8 @@ impl Answer {
     ) -> Result<Self, ApiError> {
         let max_model_len = serving.max_model_len();
         let wanted = prompts.len() * plan.n;
-        let limits = serving.engine.limits();
-        let places = limits.max_num_seqs + limits.max_waiting_requests;
+        let config = serving.engine.config();
+        let places = config.max_num_seqs + config.max_waiting_requests;
         if wanted > places {
             // However often it is sent again: not a matter of the moment.
             let field = if plan.n > 1 { "n" } else { prompt_field };
@@ -104,7 +104,7 @@ impl Answer {
         }
         let (head, progress) = if context.progress || journal.is_some() {
             let echoed: Vec<_> = prompts.iter().map(|prompt| prompt.echo.is_some()).collect();
-            let model = (serving.model_name(), &limits.model_key);
+            let model = (serving.model_name(), &config.model_key);
             let digest = progress::digest(&prompts, &(endpoint, plan, max_model_len, model, echoed));
             if journal.as_ref().is_some_and(|journal| journal.head.digest != digest) {
                 return Err(progress::incompatible());

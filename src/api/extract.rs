@@ -135,7 +135,7 @@ pub(crate) async fn read_in_context<T: DeserializeOwned + Send + 'static>(
     }
     let limits = BodyLimits::new(limit + journal_bytes, &serving.bodies);
     let received = receive(headers, body, &limits).await?;
-    let vocab_size = serving.engine.limits().vocab_size;
+    let vocab_size = serving.engine.config().vocab_size;
     let parse = move |bytes: &[u8]| {
         let (journal, request) = bytes.split_at_checked(journal_bytes).ok_or_else(malformed)?;
         let journal = Journal::parse(journal, vocab_size)?;

@@ -118,14 +118,14 @@ impl Serving {
     }
 
     pub(crate) fn max_model_len(&self) -> usize {
-        self.engine.limits().max_model_len
+        self.engine.config().max_model_len
     }
 
     pub(crate) fn bounds(&self) -> Bounds<'_> {
         Bounds {
             defaults: &self.config.defaults,
             eos_token_ids: &self.config.eos_token_ids,
-            vocab_size: self.engine.limits().vocab_size,
+            vocab_size: self.engine.config().vocab_size,
         }
     }
 

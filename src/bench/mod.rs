@@ -40,7 +40,7 @@ pub async fn run(mut args: BenchArgs) -> Result<()> {
         .map_err(|error| explain(error, unasked))?;
     let report = Report { json: args.json };
     report.start(&bare, &args);
-    let mut prompts = Prompts { vocabulary: bare.engine.limits().vocab_size as u64, state: 0 };
+    let mut prompts = Prompts { vocabulary: bare.engine.config().vocab_size as u64, state: 0 };
     let started = Instant::now();
     while started.elapsed() < WARM_UP {
         token(&mut bare.engine.submit(request(prompts.next(args.context.min(WARM_UP_PROMPT)), 1))?).await?;
@@ -98,18 +98,18 @@ async fn prefill(bare: &BareEngine, prompts: &mut Prompts, tokens: usize, rounds
 
 /// Steps that computed a token of each of `sequences` sequences.
 async fn decode(bare: &BareEngine, prompts: &mut Prompts, sequences: usize, args: &BenchArgs) -> Result<Steps> {
-    let limits = bare.engine.limits();
-    let pages = sequences * (args.context + LEAD_MAX + 1 + args.steps).div_ceil(limits.block_size);
+    let config = bare.engine.config();
+    let pages = sequences * (args.context + LEAD_MAX + 1 + args.steps).div_ceil(config.block_size);
     ensure!(
-        pages <= limits.blocks,
+        pages <= config.blocks,
         "{sequences} sequences of {} tokens may need {pages} KV pages, and there are {}: raise --kv-cache-memory, or \
          lower --decode or --context",
         args.context + args.steps,
-        limits.blocks
+        config.blocks
     );
     let all: Vec<Vec<u32>> = (0..sequences).map(|_| prompts.next(args.context)).collect();
     // Each computes a page at most before it is decoded, so the first begins no more steps before the last.
-    let lead = (sequences * limits.block_size).div_ceil(limits.max_num_batched_tokens) + 1;
+    let lead = (sequences * config.block_size).div_ceil(config.max_num_batched_tokens) + 1;
     ensure!(lead <= LEAD_MAX, "{sequences} sequences begin too far apart: raise --max-num-batched-tokens");
     // From here on all but their last pages are found in the cache.
     for prompt in &all {

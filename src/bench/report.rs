@@ -89,15 +89,15 @@ impl Report {
             return;
         }
         let BareEngine { name, device, step_bytes, token_bytes, .. } = bare;
-        let limits = bare.engine.limits();
+        let config = bare.engine.config();
         println!(
             "engine {}, {name} on {device}: {:.1} MB of weights a step, {:.1} KB of keys and values a token, pages of \
              {} tokens, steps of up to {}; medians of {} rounds",
             env!("CARGO_PKG_VERSION"),
             *step_bytes as f64 / 1e6,
             *token_bytes as f64 / 1e3,
-            limits.block_size,
-            limits.max_num_batched_tokens,
+            config.block_size,
+            config.max_num_batched_tokens,
             args.rounds,
         );
     }

@@ -53,7 +53,7 @@ pub async fn run(cli: WorkerArgs, ready: impl FnOnce(Ready)) -> Result<()> {
         (Engine::start(loaded.runner, loaded.config, metrics.engine.clone())?, None)
     };
     watchdog::watch(&engine, step_time_max);
-    let requests_max = engine.limits().max_requests();
+    let requests_max = engine.config().max_requests();
     let connections_max = cli.connections_max(requests_max);
     if connections_max <= requests_max {
         tracing::warn!(

@@ -133,7 +133,7 @@ impl Desk {
         let (notes, received) = mpsc::unbounded_channel();
         let desk = Self {
             borrower,
-            block_size: engine.limits().block_size,
+            block_size: engine.config().block_size,
             engine,
             actions: Vec::new(),
             follow_ups: VecDeque::new(),
@@ -165,7 +165,7 @@ impl Desk {
     /// can be done here, as it is before the first session.
     pub(super) fn has_room(&self) -> bool {
         let tokens: usize = self.deliveries.values().map(|held| held.tokens).sum();
-        let room = self.borrower.room() > 0 && tokens < self.engine.limits().max_num_batched_tokens;
+        let room = self.borrower.room() > 0 && tokens < self.engine.config().max_num_batched_tokens;
         room && (self.reached && !self.is_in_doubt() || self.deliveries.is_empty())
     }
 

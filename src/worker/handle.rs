@@ -284,8 +284,8 @@ impl EngineHandle {
         }
     }
 
-    /// The limits the engine was started with.
-    pub fn limits(&self) -> &EngineConfig {
+    /// What the engine was started with.
+    pub fn config(&self) -> &EngineConfig {
         &self.shared.config
     }
 

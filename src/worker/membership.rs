@@ -87,7 +87,7 @@ async fn report(cluster: Cluster, lease: watch::Receiver<Option<WorkerId>>, engi
             prompt_tokens: load.pending_tokens as u64,
             cached_tokens: load.computed_tokens as u64,
             pages_free: narrow(load.pages_free + load.pages_cached),
-            pages: narrow(engine.limits().blocks),
+            pages: narrow(engine.config().blocks),
         }
     };
     report_load(cluster.loads, lease, sample).await;

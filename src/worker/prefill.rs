@@ -151,7 +151,7 @@ pub async fn run(mut cli: WorkerArgs, ready: impl FnOnce(Ready)) -> Result<()> {
         cluster.queue.flush().await;
     };
     let server = ServerConfig {
-        connections_max: cli.connections_max(engine.limits().max_requests()),
+        connections_max: cli.connections_max(engine.config().max_requests()),
         drain_timeout: cli.shutdown_timeout,
         threads: ConnectionThreads::default(),
     };

@@ -245,7 +245,7 @@ impl Decode {
         let permitted = self.wires.permitted.lock().unwrap();
         let (slot, epoch, pages) = permitted.last().unwrap();
         assert_eq!((*slot, *epoch, &pages[..]), (grant.slot, grant.epoch, &grant.pages[..]));
-        grant.check(self.handle.limits().block_size as u32).unwrap();
+        grant.check(self.handle.config().block_size as u32).unwrap();
         Some(grant)
     }
 
@@ -314,7 +314,7 @@ fn serve_granted(decode: &Decode, grant: Grant, prefill: &EngineHandle, control:
 /// The same, but for the last word, with pages for `to`.
 fn compute(grant: Grant, prefill: &EngineHandle, control: &Arc<Control>, to: &Arc<Control>) -> Grant {
     let (done, finished) = channel();
-    let block_size = prefill.limits().block_size;
+    let block_size = prefill.config().block_size;
     let first_page = grant.first as usize / block_size;
     let (from, to) = (control.clone(), to.clone());
     let exporter = Copier { from, to, grant: grant.clone(), block_size, copied: first_page, done };
@@ -562,7 +562,7 @@ fn a_silent_worker_is_asked_then_fenced() {
 #[test]
 fn pages_are_lent_to_who_measures_and_come_back_with_its_word() {
     let decode = decode(config(), 16);
-    let blocks = decode.handle.limits().blocks;
+    let blocks = decode.handle.config().blocks;
     decode.says(ToDecode::Measure { pages: 10_000 });
     let ToPrefill::Scratch { slot, epoch, pages } = decode.hears() else { panic!("there are pages to spare") };
     assert_eq!(pages.len(), blocks / 8, "no more than an eighth of them");

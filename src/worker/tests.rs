@@ -138,7 +138,7 @@ pub(super) fn assert_answers(handle: &EngineHandle, requests: &[Request]) {
         (events, reason)
     })));
     for (request, answer) in requests.iter().zip(answers) {
-        assert_eq!(answer, model_answer(request, handle.limits().max_model_len), "{request:?}");
+        assert_eq!(answer, model_answer(request, handle.config().max_model_len), "{request:?}");
     }
 }
 
