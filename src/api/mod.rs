@@ -40,7 +40,7 @@ mod wire;
 pub use defaults::Defaults;
 pub(crate) use drain::{Drain, InFlight};
 pub use error::ApiError;
-pub(crate) use extract::{BodyMemory, Received, discard, read_body};
+pub(crate) use extract::{MemoryBudget, Received, discard, read_body};
 pub use http_token::{CLUSTER_TOKEN_HEADER, HttpToken};
 pub(crate) use info::{ListedModel, ModelList, exposition, live};
 pub(crate) use middleware::{MODEL_KEY_HEADER, request_id, require_key};

@@ -7,7 +7,7 @@ use engine_models::Tokenizer;
 use tokio::sync::Semaphore;
 
 use super::{
-    ApiError, ChatTemplate, Defaults, Drain, HttpToken, InFlight, Parsers, extract::BodyMemory, validate::Bounds,
+    ApiError, ChatTemplate, Defaults, Drain, HttpToken, InFlight, Parsers, extract::MemoryBudget, validate::Bounds,
 };
 use crate::{
     grammar::{GrammarError, Vocabulary},
@@ -56,7 +56,7 @@ pub(crate) struct Serving {
     /// Start of the server, seconds since 1970: the model's `created`.
     pub(crate) started: u64,
     /// What bodies may occupy.
-    pub(crate) bodies: BodyMemory,
+    pub(crate) bodies: MemoryBudget,
     /// What requests with grammars go through, once one has come.
     pub(super) vocabulary: OnceLock<Result<Vocabulary, GrammarError>>,
     /// Whether some of what conversations' answers are looked through for are special tokens of this model, which would
@@ -75,7 +75,7 @@ impl Serving {
         let threads = std::thread::available_parallelism().map_or(1, |threads| threads.get() / 2).max(1);
         let marks_are_special = marks_are_special(config.parsers, &config.tokenizer);
         Arc::new(Self {
-            bodies: BodyMemory::new(config.body_bytes_max),
+            bodies: MemoryBudget::new(config.body_bytes_max),
             config,
             engine,
             metrics,
