@@ -6,9 +6,10 @@ use engine::{
     bench, bench_kernels,
     cli::{Invocation, LogFormatArg},
     doctor, frontend, mock,
+    process::Ready,
     telemetry::init_logging,
     transfer_bench,
-    worker::{Ready, decode, prefill},
+    worker::{decode, prefill},
 };
 use tokio::runtime::{Builder, Runtime};
 

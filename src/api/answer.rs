@@ -24,8 +24,8 @@ use super::{
     wire::{ChatChoice, ChatMessage, CompletionChoice, Envelope, ToolCall, Usage},
 };
 use crate::{
+    engine::{FinishReason, Generation, Request},
     grammar::{LostTrack, Matcher},
-    worker::{FinishReason, Generation, Request},
 };
 
 /// Which of the two generating endpoints answers.

@@ -6,7 +6,7 @@ use axum::{
 };
 use serde::Serialize;
 
-use crate::worker::SubmitError;
+use crate::engine::SubmitError;
 
 /// What a client is told when its request cannot be served: OpenAI's `{"error": {message, type, param, code}}`.
 #[derive(Debug, Clone, PartialEq)]

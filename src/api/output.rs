@@ -6,7 +6,7 @@ use super::{
     stop::StopMatcher,
     validate::Plan,
 };
-use crate::worker::{Event, FinishReason, TokenOutput};
+use crate::engine::{Event, FinishReason, TokenOutput};
 
 /// A token with its log-probability, and where in the text it stands.
 #[derive(Debug, Clone, PartialEq)]

@@ -19,7 +19,7 @@ use super::{
     router::router,
     threads::ConnectionThreads,
 };
-use crate::{telemetry::Metrics, worker::EngineHandle};
+use crate::{engine::EngineHandle, telemetry::Metrics};
 
 /// How long a client may take to send a request's headers, or leave a connection idle.
 const HEADERS_TIME_MAX: Duration = Duration::from_secs(75);

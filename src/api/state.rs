@@ -10,9 +10,9 @@ use super::{
     ApiError, ChatTemplate, Defaults, Drain, HttpToken, InFlight, Parsers, extract::MemoryBudget, validate::Bounds,
 };
 use crate::{
+    engine::{EngineHandle, EngineStatus},
     grammar::{GrammarError, Vocabulary},
     telemetry::Metrics,
-    worker::{EngineHandle, EngineStatus},
 };
 
 /// Up to this much text is encoded where the request is handled: moving it to another thread would cost more.

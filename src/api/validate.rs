@@ -8,7 +8,7 @@ use super::{
     parser::Wanted,
     types::{Refused, SamplingFields, Strings},
 };
-use crate::{cache::Salt, grammar::Grammar, worker::Request};
+use crate::{cache::Salt, engine::Request, grammar::Grammar};
 
 /// Answers of one HTTP request at most: prompts times `n`.
 pub(crate) const CHOICES_MAX: usize = 128;

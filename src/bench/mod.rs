@@ -18,7 +18,8 @@ use engine_kernels::SamplingParams;
 
 use crate::{
     cli::BenchArgs,
-    worker::{BareEngine, Event, FinishReason, Generation, Request, SizingError},
+    engine::{Event, FinishReason, Generation, Request},
+    worker::{BareEngine, SizingError},
 };
 use report::{Report, Row};
 

@@ -6,7 +6,7 @@ use crate::{
     api::{CONNECTIONS_BESIDE_REQUESTS, ConnectionThreads, HttpToken, ServerConfig, bind},
     cli::FrontendArgs,
     cluster::{Needs, join},
-    worker::{Ready, Signals},
+    process::{Ready, Signals},
 };
 
 /// Open files that a frontend needs beside its connections to clients and workers: those to the cluster's services, and

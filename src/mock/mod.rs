@@ -14,7 +14,9 @@ use tokio::{sync::mpsc, task::JoinSet};
 
 use crate::{
     cli::{Invocation, LoadFormatArg, MockArgs, WorkerArgs},
-    worker::{MockModel, Ready, decode, prefill},
+    engine::MockModel,
+    process::Ready,
+    worker::{decode, prefill},
 };
 
 /// The name of the made-up model.

@@ -2,11 +2,12 @@ use std::time::Duration;
 
 use anyhow::Result;
 
-use super::{
-    Engine, EngineHandle,
-    model::{self, Purpose},
+use super::model::{self, Purpose};
+use crate::{
+    cli::EngineArgs,
+    engine::{Engine, EngineHandle},
+    telemetry::Metrics,
 };
-use crate::{cli::EngineArgs, telemetry::Metrics};
 
 /// A model and its engine thread without anything around them, for whoever measures.
 pub struct BareEngine {

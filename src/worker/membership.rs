@@ -4,13 +4,13 @@ use std::{fs, net::SocketAddr, os::unix::fs::MetadataExt};
 
 use tokio::sync::watch;
 
-use super::EngineHandle;
 use crate::{
     cli::WorkerArgs,
     cluster::{
         CARD_SCHEMA, Cluster, Lease, LoadReport, LocalView, ModelCard, ModelKey, Role, WorkerCard, WorkerId,
         advertised_host, host_id, report_load,
     },
+    engine::EngineHandle,
     transfer::{self, ClusterToken},
 };
 

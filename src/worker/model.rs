@@ -10,14 +10,14 @@ use engine_kernels::{
 use engine_models::{ForwardLimits, ModelSource, OpenOptions};
 
 use super::{
-    EngineConfig, KvRequest, ModelRunner, Runner, available_memory,
+    KvRequest, available_memory,
     device::{self, Chosen},
-    mock_runner::MockRunner,
     size_kv,
 };
 use crate::{
     cli::{DeviceArg, EngineArgs, KvDTypeArg},
     cluster::{ModelCard, ModelKey, Versions},
+    engine::{EngineConfig, MockRunner, ModelRunner, Runner},
     handoff::Job,
     transfer::SESSION_VERSION,
 };

@@ -3,7 +3,17 @@
 use engine_kernels::RegionShape;
 
 use super::ways::Ways;
-use crate::transfer::{Reached, Unreached};
+use crate::{
+    cli::WorkerArgs,
+    transfer::{Reached, Unreached},
+};
+
+/// Says that a flag has no use where pages are in host memory.
+pub(super) fn warn_of_staging_flag(cli: &WorkerArgs) {
+    if cli.disagg.kv_staging_memory.is_some() {
+        tracing::warn!("--kv-staging-memory has no use on a worker that computes on the CPU");
+    }
+}
 
 /// How pages in device memory can go.
 pub(super) struct OnDevice<'a> {

@@ -10,6 +10,10 @@ use crate::{
     },
 };
 
+/// What is wrong with `--transport cuda-ipc` on a worker without a device.
+pub(super) const NEEDS_DEVICE: &str =
+    "--transport cuda-ipc moves pages between CUDA devices, and this worker computes on the CPU: see --device";
+
 /// The ways that are allowed.
 #[derive(Clone)]
 pub struct Ways {
