@@ -1,8 +1,9 @@
 //! The decode role: a model, its engine thread, the OpenAI API over it, and the cluster it may be part of.
 
-mod lender;
 mod port;
 mod staging;
+mod start;
+mod view;
 
 use std::{net::SocketAddr, sync::Arc};
 
@@ -50,9 +51,9 @@ pub async fn run(cli: WorkerArgs, ready: impl FnOnce(Ready)) -> Result<()> {
     let (model, key) = (loaded.card(&cli.engine, config.model_names.clone()), loaded.key);
     metrics.set_model(&config.model_names[0], Role::Decode, &loaded.device, key);
     let step_time_max = cli.step_time_max(loaded.is_on_device());
-    let (engine, lender) = if let Some(ways) = &ways {
-        let (engine, lender) = lender::start(&cli, limits, loaded, ways, &metrics).await?;
-        (engine, Some(lender))
+    let (engine, tasks) = if let Some(ways) = &ways {
+        let (engine, tasks) = start::start_lending(&cli, limits, loaded, ways, &metrics).await?;
+        (engine, Some(tasks))
     } else {
         (Engine::start(loaded.runner, loaded.config, metrics.engine.clone())?, None)
     };
@@ -67,12 +68,12 @@ pub async fn run(cli: WorkerArgs, ready: impl FnOnce(Ready)) -> Result<()> {
     }
     let listener = bound.listen()?;
     let address = listener.local_addr()?;
-    let lease = cluster.zip(lender).map(|(cluster, lender)| {
-        let (sessions, transports) = (lender.addresses.clone(), lender.transports.clone());
-        let staging_notice = lender.staging_notice.clone();
+    let lease = cluster.zip(tasks).map(|(cluster, tasks)| {
+        let (sessions, transports) = (tasks.addresses.clone(), tasks.transports.clone());
+        let staging_notice = tasks.staging_notice.clone();
         let worker = Particulars { role: Role::Decode, address, model, key, sessions, transports, staging_notice };
         let lease = membership::register(&cluster, &cli, worker, &engine);
-        lender.follow(&cluster, lease.id());
+        tasks.spawn(&cluster, lease.id());
         lease
     });
     ready(Ready { address, text: announcement(&config, address) });

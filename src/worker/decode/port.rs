@@ -1,122 +1,33 @@
-//! The decode worker's way to its prefill workers: what the engine thread sees of the cluster, and does to it.
+//! The decode worker's way to its prefill workers, as its engine thread uses it: where prompts go, and what happens on
+//! sessions.
 
 use std::{
     collections::HashMap,
-    sync::{
-        Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLock, Weak,
-        atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering},
-    },
+    sync::{Arc, Mutex, OnceLock, PoisonError, Weak, atomic::Ordering},
     time::{Duration, Instant},
 };
 
 use bytes::Bytes;
-use futures::StreamExt;
-use tokio::sync::{mpsc, watch};
+use tokio::sync::mpsc;
 
-use super::staging::Staging;
+use super::{
+    staging::Staging,
+    view::{NewJob, View},
+};
 use crate::{
-    cluster::{Cluster, LocalView, ModelKey, Role, WorkerCard, WorkerFilter, host_id},
     engine::{LendingPort, Post, Stage, StagedPages},
     handoff::{
-        Decision, Epoch, Forecast, HandoffCosts, HandoffId, Job, LenderEvent, LenderTimeouts, Limits, MailboxSlot,
-        MailboxWord, Reason, SessionId, Situation, ToDecode, ToPrefill, WorkerId, decide,
+        Decision, Epoch, Forecast, HandoffCosts, HandoffId, LenderEvent, MailboxSlot, MailboxWord, Reason, SessionId,
+        Situation, ToDecode, ToPrefill, WorkerId, decide,
     },
     scheduler::{Candidate, Route},
-    telemetry::{HandoffMetrics, TraceContext},
-    transfer::{Mailbox, SessionEvent, SessionServer, Sink, Transport},
-    worker::membership::local_view,
+    telemetry::TraceContext,
+    transfer::{Mailbox, SessionEvent, SessionServer, Sink},
 };
 
-/// Between two looks at how long the queue is while it is not empty, or prompts are long enough for it to matter. Jobs
-/// of our own are counted as they go.
-const DEPTH_PERIOD: Duration = Duration::from_millis(250);
-/// As many periods pass between two looks while it does not matter: each look of each decode worker is a question to
-/// NATS.
-const IDLE_DEPTH_PERIODS: u32 = 8;
-/// After this many looks in a row, [`DEPTH_PERIOD`] apart, that find nobody working or waiting, the queue counts as
-/// deserted: a worker that is killed, or cannot reach the queue, stays registered until its lease runs out, if it does.
-/// After as many failed looks the queue counts as away: that is longer than a connection takes to be made again.
-const DESERTED_LOOKS: u32 = 3;
 /// After a job that nobody has claimed, others would hardly fare better for as long: whoever takes them is busy, or
 /// does not reach this worker.
 const UNCLAIMED_PAUSE: Duration = Duration::from_secs(30);
-/// Jobs on the way to the queue at a time.
-const PUBLISHING_MAX: usize = 64;
-/// In place of a depth: the queue cannot be reached.
-const UNREACHABLE: u64 = u64::MAX;
-
-/// What a decode worker knows of its cluster, kept up to date by tasks and read by the engine thread.
-pub(super) struct View {
-    /// Those that are registered.
-    registered: AtomicU32,
-    /// None of them takes jobs.
-    deserted: AtomicBool,
-    /// The device of one of them is of this host, and may write to one here.
-    beside: AtomicBool,
-    /// One of them has adapters.
-    adapters: AtomicBool,
-    queue_depth: AtomicU64,
-    /// A decision has depended on the depth since it was last looked at.
-    depth_mattered: AtomicBool,
-    /// Jobs that the queue has taken since it was last looked at.
-    enqueued: Mutex<Vec<HandoffId>>,
-    limits: RwLock<Limits>,
-    metrics: HandoffMetrics,
-}
-
-impl View {
-    pub(super) fn new(limits: Limits, metrics: HandoffMetrics) -> Arc<Self> {
-        Arc::new(Self {
-            registered: AtomicU32::new(0),
-            deserted: AtomicBool::new(false),
-            beside: AtomicBool::new(false),
-            adapters: AtomicBool::new(false),
-            queue_depth: AtomicU64::new(UNREACHABLE),
-            depth_mattered: AtomicBool::new(false),
-            enqueued: Mutex::default(),
-            limits: RwLock::new(limits),
-            metrics,
-        })
-    }
-
-    fn set_registered(&self, workers: usize) {
-        self.registered.store(workers as u32, Ordering::Relaxed);
-        self.metrics.workers.set(i64::from(self.prefill_workers()));
-    }
-
-    /// Returns whether that is news.
-    fn set_deserted(&self, deserted: bool) -> bool {
-        let changed = self.deserted.swap(deserted, Ordering::Relaxed) != deserted;
-        self.metrics.workers.set(i64::from(self.prefill_workers()));
-        changed
-    }
-
-    fn registered(&self) -> u32 {
-        self.registered.load(Ordering::Relaxed)
-    }
-
-    /// Prefill workers that are taken to be alive.
-    fn prefill_workers(&self) -> u32 {
-        if self.deserted.load(Ordering::Relaxed) { 0 } else { self.registered() }
-    }
-
-    fn set_depth(&self, depth: Option<u64>) {
-        self.queue_depth.store(depth.unwrap_or(UNREACHABLE), Ordering::Relaxed);
-        self.metrics.set_queue_depth(depth);
-    }
-
-    fn depth(&self) -> Option<u64> {
-        Some(self.queue_depth.load(Ordering::Relaxed)).filter(|&depth| depth != UNREACHABLE)
-    }
-
-    fn enqueued(&self) -> MutexGuard<'_, Vec<HandoffId>> {
-        self.enqueued.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn limits(&self) -> Limits {
-        *self.limits.read().unwrap_or_else(PoisonError::into_inner)
-    }
-}
 
 /// [`LendingPort`] over a real cluster.
 pub(super) struct ClusterPort {
@@ -134,14 +45,6 @@ pub(super) struct ClusterPort {
     pub(super) leaving: u64,
     /// When it was last found that nobody has claimed a job, if none was claimed since.
     pub(super) unclaimed: Option<Instant>,
-}
-
-/// A job to put on the queue.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct NewJob {
-    handoff: HandoffId,
-    tokens: usize,
-    trace: Option<TraceContext>,
 }
 
 impl LendingPort for ClusterPort {
@@ -328,185 +231,78 @@ pub(super) fn sink(post: Post, sessions: Weak<OnceLock<SessionServer>>) -> Sink 
     })
 }
 
-/// Follows which prefill workers are alive.
-pub(super) async fn follow_workers(cluster: Cluster, key: ModelKey, view: Arc<View>, post: Post) {
-    let mut workers = cluster.discovery.workers(WorkerFilter::of(key, Role::Prefill));
-    let (host, own) = (host_id(), local_view());
-    let mut known: Vec<WorkerId> = Vec::new();
-    loop {
-        let cards = workers.borrow_and_update().clone();
-        let alive: Vec<WorkerId> = cards.keys().copied().collect();
-        for gone in known.iter().filter(|&lease| !alive.contains(lease)) {
-            tracing::info!(worker = %gone, "a prefill worker has gone");
-            post.lender(LenderEvent::WorkerGone { worker: *gone });
-        }
-        for new in alive.iter().filter(|&lease| !known.contains(lease)) {
-            tracing::info!(worker = %new, "a prefill worker is there");
-            // If the queue counts as deserted, the new worker may be at it.
-            view.depth_mattered.store(true, Ordering::Relaxed);
-        }
-        // First: nobody counts as there whose ways are not known.
-        view.beside.store(cards.values().any(|card| is_beside(card, &host, own.as_ref())), Ordering::Relaxed);
-        view.adapters.store(cards.values().any(|card| speaks(card, Transport::Rdma)), Ordering::Relaxed);
-        view.set_registered(alive.len());
-        if alive.is_empty() && !known.is_empty() {
-            post.no_prefill_workers();
-        }
-        known = alive;
-        if workers.changed().await.is_err() {
-            return;
-        }
-    }
-}
-
-/// Whether a worker moves pages from its device to another's of this host, which it finds there for all that is known.
-fn is_beside(card: &WorkerCard, host: &str, own: Option<&LocalView>) -> bool {
-    let apart = card.local.as_ref().zip(own).is_some_and(|(other, own)| !other.meets(own));
-    card.host_id == host && !apart && speaks(card, Transport::CudaIpc)
-}
-
-fn speaks(card: &WorkerCard, transport: Transport) -> bool {
-    card.transports.iter().any(|name| name == transport.name())
-}
-
-/// Follows how long the queue is and whether anybody works on it, while somebody should, and which jobs are gone from
-/// it.
-pub(super) async fn follow_queue(cluster: Cluster, key: ModelKey, view: Arc<View>, post: Post) {
-    let mut ticks = tokio::time::interval(DEPTH_PERIOD);
-    ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
-    let mut idle_periods = 0;
-    let (mut deserted_looks, mut failed_looks) = (0, 0_u32);
-    // Jobs that are on the queue, as far as is known, and since when.
-    let mut there: Vec<(Instant, HandoffId)> = Vec::new();
-    let patience = LenderTimeouts::default().unclaimed;
-    loop {
-        ticks.tick().await;
-        if view.registered() == 0 {
-            deserted_looks = 0;
-            view.set_deserted(false);
-            continue;
-        }
-        idle_periods += 1;
-        let mattered = view.depth_mattered.swap(false, Ordering::Relaxed);
-        let in_doubt = (1..DESERTED_LOOKS).contains(&deserted_looks);
-        // A queue that has run empty unseen would keep the next prompt here.
-        if !mattered && !in_doubt && view.depth() == Some(0) && idle_periods < IDLE_DEPTH_PERIODS {
-            continue;
-        }
-        idle_periods = 0;
-        // First: what the queue takes from now on, the look may miss.
-        let (taken, since) = (std::mem::take(&mut *view.enqueued()), Instant::now());
-        let depth = match cluster.queue.depth(key).await {
-            Ok(depth) => {
-                failed_looks = 0;
-                Some(depth)
-            }
-            Err(error) => {
-                if view.depth().is_some() {
-                    tracing::warn!(%error, "prompts are prefilled here until the queue is back");
-                }
-                failed_looks = failed_looks.saturating_add(1);
-                if failed_looks == DESERTED_LOOKS {
-                    // Prompts whose jobs are on it would wait for it as well.
-                    post.no_prefill_workers();
-                }
-                None
-            }
-        };
-        view.set_depth(depth.map(|depth| depth.waiting));
-        if depth.is_some_and(|depth| depth.is_empty()) {
-            // Given up, as after too many deliveries, or lost with the queue's storage. Most were done, of course.
-            there.drain(..).for_each(|(_, handoff)| post.lender(LenderEvent::JobGone { handoff }));
-        }
-        // Only now: NATS says that it has taken a job before it counts it.
-        there.retain(|(since, _)| since.elapsed() < patience);
-        there.extend(taken.into_iter().map(|handoff| (since, handoff)));
-        // Whoever cannot be asked says nothing of who asks it.
-        let Some(depth) = depth else { continue };
-        deserted_looks = if depth.is_deserted() { DESERTED_LOOKS.min(deserted_looks + 1) } else { 0 };
-        let deserted = deserted_looks == DESERTED_LOOKS;
-        match view.set_deserted(deserted) {
-            true if deserted => {
-                tracing::warn!(
-                    "no prefill worker asks for jobs, though some are registered: prompts are prefilled here"
-                );
-                post.no_prefill_workers();
-            }
-            true => tracing::info!("prefill workers ask for jobs again"),
-            false => {}
-        }
-    }
-}
-
-/// Follows the live limits, `base` being those of the command line.
-pub(super) async fn follow_limits(cluster: Cluster, key: ModelKey, view: Arc<View>, base: Limits, post: Post) {
-    let mut config = cluster.discovery.config(key);
-    loop {
-        let json = config.borrow_and_update().clone();
-        match json.as_deref().map_or(Ok(base), |json| base.overridden_by(json)) {
-            Ok(limits) => {
-                // The engine thread reads them and does not wait for a log.
-                let mut current = view.limits.write().unwrap_or_else(PoisonError::into_inner);
-                let before = std::mem::replace(&mut *current, limits);
-                drop(current);
-                if before != limits {
-                    tracing::info!(%limits, model_key = %key, "the limits of disaggregation have changed");
-                    post.itl_target(limits.itl_target());
-                }
-            }
-            Err(error) => {
-                tracing::warn!(
-                    %error, model_key = %key, "the cluster's limits cannot be used; the last good ones stay"
-                );
-            }
-        }
-        if config.changed().await.is_err() {
-            return;
-        }
-    }
-}
-
-/// Puts jobs on the queue, and notes those that are there. `addresses` is where this worker takes sessions.
-pub(super) async fn publish_jobs(
-    cluster: Cluster,
-    key: ModelKey,
-    jobs: mpsc::UnboundedReceiver<NewJob>,
-    lease: watch::Receiver<Option<WorkerId>>,
-    addresses: serde_json::Value,
-    view: Arc<View>,
-    post: Post,
-) {
-    let jobs = futures::stream::unfold(jobs, |mut jobs| async move { Some((jobs.recv().await?, jobs)) });
-    let publish = |NewJob { handoff, tokens, trace }| {
-        let lease = *lease.borrow();
-        let (cluster, addresses, view, post) = (&cluster, addresses.clone(), &view, &post);
-        async move {
-            let published = match lease {
-                None => Err("this worker is not registered".to_owned()),
-                Some(lease) => {
-                    let job = Job {
-                        handoff,
-                        decode: lease,
-                        model_key: key.to_string(),
-                        addresses,
-                        prompt_tokens: tokens as u32,
-                        traceparent: trace.map(|trace| trace.to_string()),
-                    };
-                    let published = cluster.queue.publish(key, handoff.to_string(), job.encode().into()).await;
-                    published.map_err(|error| error.to_string())
-                }
-            };
-            match published {
-                Ok(()) => view.enqueued().push(handoff),
-                Err(error) => {
-                    tracing::warn!(%error, "a prompt is prefilled here: its job could not be put on the queue");
-                    post.lender(LenderEvent::EnqueueFailed { handoff });
-                }
-            }
-        }
-    };
-    jobs.for_each_concurrent(PUBLISHING_MAX, publish).await;
-}
-
 #[cfg(test)]
-mod tests;
+mod tests {
+    use super::*;
+    use crate::{
+        handoff::{Limits, Policy},
+        worker::decode::{staging::tests::staging, view::tests::view},
+    };
+
+    /// A port to nobody, over this view.
+    fn port(view: Arc<View>) -> ClusterPort {
+        ClusterPort {
+            sessions: Arc::default(),
+            mailbox: Mailbox::new(1).unwrap(),
+            view,
+            jobs: mpsc::unbounded_channel().0,
+            staging: None,
+            block_size: 16,
+            costs: HandoffCosts::default(),
+            started: Instant::now(),
+            leaving: 0,
+            unclaimed: None,
+        }
+    }
+
+    #[test]
+    fn after_a_job_that_nobody_claimed_no_other_is_handed_off_for_a_while() {
+        let view = view(Limits::default());
+        view.set_registered(1);
+        view.set_depth(Some(0));
+        let mut port = port(view);
+        assert!(port.is_open());
+        assert!(port.unclaimed(), "that is news");
+        assert!(!port.is_open());
+        assert!(!port.unclaimed(), "it is not");
+        // Of those that were handed off before, one is claimed after all.
+        port.claimed();
+        assert!(port.is_open() && port.unclaimed());
+        port.unclaimed = Instant::now().checked_sub(UNCLAIMED_PAUSE);
+        assert!(port.is_open(), "somebody may be there by now");
+    }
+
+    #[test]
+    fn auto_weighs_what_handoffs_took_against_what_a_prompt_takes_here() {
+        let view = view(Limits { policy: Policy::Auto, max_local_prefill_length: 512, ..Limits::default() });
+        view.set_registered(1);
+        view.set_depth(Some(0));
+        let mut port = port(view);
+        let candidate = Candidate { tokens: 400, cached: 100, decoding: 0, queued: 0, lost: 0 };
+        let takes = |seconds| Some(Forecast { first_token: Duration::from_secs(seconds), gap: None });
+        assert_eq!(port.decide(candidate, takes(100)), Route::Local, "it is short, and nothing was measured there");
+        // A second in the queue, and one for each hundred tokens.
+        port.handed_off(0, Duration::from_secs(1), 200, Duration::from_secs(2));
+        assert_eq!(port.decide(candidate, takes(5)), Route::Remote);
+        assert_eq!(port.decide(candidate, takes(3)), Route::Local);
+        assert_eq!(port.decide(candidate, None), Route::Local, "it is short, and nothing was measured here");
+    }
+
+    #[test]
+    fn a_prompt_that_has_more_pages_than_can_be_staged_is_not_handed_off_unless_they_may_come_another_way() {
+        let view = view(Limits { policy: Policy::Always, ..Limits::default() });
+        view.set_registered(1);
+        view.set_depth(Some(0));
+        let (_driver, _memory, two_pages) = staging(2);
+        let mut port = ClusterPort { staging: Some(two_pages), ..port(view.clone()) };
+        let candidate = |tokens, cached| Candidate { tokens, cached, decoding: 0, queued: 0, lost: 0 };
+        let cases = [(33, 0, Route::Remote), (34, 0, Route::Local), (65, 32, Route::Remote), (66, 32, Route::Local)];
+        for (tokens, cached, route) in cases {
+            assert_eq!(port.decide(candidate(tokens, cached), None), route, "{tokens} tokens, {cached} of them cached");
+        }
+        port.staging = port.staging.take().map(Staging::exported);
+        assert_eq!(port.decide(candidate(1000, 0), None), Route::Local, "no other device is here");
+        view.beside.store(true, Ordering::Relaxed);
+        assert_eq!(port.decide(candidate(1000, 0), None), Route::Remote);
+    }
+}

@@ -1,12 +1,11 @@
+use bytes::Bytes;
 use futures::{FutureExt, future::BoxFuture};
 
 use super::*;
 use crate::{
     cluster::{Consumer, Local, Queue, QueueDepth, QueueError, tests::card},
     engine::{Inbox, Message, inbox},
-    handoff::Policy,
     telemetry::Metrics,
-    worker::decode::staging::tests::staging,
 };
 
 /// A decode worker's view of a cluster in this process, which has a prefill worker.
@@ -212,75 +211,9 @@ async fn a_job_that_is_lost_while_the_queue_is_away_is_not_waited_for() {
     assert_eq!(bench.gone(), [HandoffId(7)]);
 }
 
-fn view(limits: Limits) -> Arc<View> {
+/// What a worker with these limits knows at first.
+pub(in crate::worker::decode) fn view(limits: Limits) -> Arc<View> {
     View::new(limits, Metrics::new().engine.handoffs.clone())
-}
-
-/// A port to nobody, over this view.
-fn port(view: Arc<View>) -> ClusterPort {
-    ClusterPort {
-        sessions: Arc::default(),
-        mailbox: Mailbox::new(1).unwrap(),
-        view,
-        jobs: mpsc::unbounded_channel().0,
-        staging: None,
-        block_size: 16,
-        costs: HandoffCosts::default(),
-        started: Instant::now(),
-        leaving: 0,
-        unclaimed: None,
-    }
-}
-
-#[test]
-fn after_a_job_that_nobody_claimed_no_other_is_handed_off_for_a_while() {
-    let view = view(Limits::default());
-    view.set_registered(1);
-    view.set_depth(Some(0));
-    let mut port = port(view);
-    assert!(port.is_open());
-    assert!(port.unclaimed(), "that is news");
-    assert!(!port.is_open());
-    assert!(!port.unclaimed(), "it is not");
-    // Of those that were handed off before, one is claimed after all.
-    port.claimed();
-    assert!(port.is_open() && port.unclaimed());
-    port.unclaimed = Instant::now().checked_sub(UNCLAIMED_PAUSE);
-    assert!(port.is_open(), "somebody may be there by now");
-}
-
-#[test]
-fn auto_weighs_what_handoffs_took_against_what_a_prompt_takes_here() {
-    let view = view(Limits { policy: Policy::Auto, max_local_prefill_length: 512, ..Limits::default() });
-    view.set_registered(1);
-    view.set_depth(Some(0));
-    let mut port = port(view);
-    let candidate = Candidate { tokens: 400, cached: 100, decoding: 0, queued: 0, lost: 0 };
-    let takes = |seconds| Some(Forecast { first_token: Duration::from_secs(seconds), gap: None });
-    assert_eq!(port.decide(candidate, takes(100)), Route::Local, "it is short, and nothing was measured there");
-    // A second in the queue, and one for each hundred tokens.
-    port.handed_off(0, Duration::from_secs(1), 200, Duration::from_secs(2));
-    assert_eq!(port.decide(candidate, takes(5)), Route::Remote);
-    assert_eq!(port.decide(candidate, takes(3)), Route::Local);
-    assert_eq!(port.decide(candidate, None), Route::Local, "it is short, and nothing was measured here");
-}
-
-#[test]
-fn a_prompt_that_has_more_pages_than_can_be_staged_is_not_handed_off_unless_they_may_come_another_way() {
-    let view = view(Limits { policy: Policy::Always, ..Limits::default() });
-    view.set_registered(1);
-    view.set_depth(Some(0));
-    let (_driver, _memory, two_pages) = staging(2);
-    let mut port = ClusterPort { staging: Some(two_pages), ..port(view.clone()) };
-    let candidate = |tokens, cached| Candidate { tokens, cached, decoding: 0, queued: 0, lost: 0 };
-    let cases = [(33, 0, Route::Remote), (34, 0, Route::Local), (65, 32, Route::Remote), (66, 32, Route::Local)];
-    for (tokens, cached, route) in cases {
-        assert_eq!(port.decide(candidate(tokens, cached), None), route, "{tokens} tokens, {cached} of them cached");
-    }
-    port.staging = port.staging.take().map(Staging::exported);
-    assert_eq!(port.decide(candidate(1000, 0), None), Route::Local, "no other device is here");
-    view.beside.store(true, Ordering::Relaxed);
-    assert_eq!(port.decide(candidate(1000, 0), None), Route::Remote);
 }
 
 #[tokio::test]

@@ -1,4 +1,4 @@
-//! A decode worker that lends its pages: its sessions, its mailbox, and what it follows of the cluster.
+//! Starting a decode worker that lends its pages: its sessions, its mailbox, and what it follows of the cluster.
 
 use std::{
     net::SocketAddr,
@@ -11,8 +11,9 @@ use engine_kernels::{DeviceRegion, KvPages};
 use tokio::sync::{mpsc, watch};
 
 use super::{
-    port::{ClusterPort, NewJob, View, follow_limits, follow_queue, follow_workers, publish_jobs, sink},
+    port::{ClusterPort, sink},
     staging::Staging,
+    view::{NewJob, View, follow_limits, follow_queue, follow_workers, publish_jobs},
 };
 use crate::{
     cli::WorkerArgs,
@@ -32,8 +33,9 @@ use crate::{
 /// Host memory for staged pages unless a flag says how much: room for several long prompts.
 const STAGING_BYTES: usize = 2 << 30;
 
-/// What keeps a lending engine informed, until [`Lender::follow`] sets it going.
-pub(super) struct Lender {
+/// The tasks that keep a lending engine informed, until [`ClusterTasks::spawn`] sets them going, and what the worker is
+/// to say of itself.
+pub(super) struct ClusterTasks {
     key: ModelKey,
     limits: Limits,
     view: Arc<View>,
@@ -127,13 +129,13 @@ async fn register(region: &Region, mailbox: &Mailbox, ways: &Ways) -> Result<Opt
 }
 
 /// Starts an engine that lends its pages to whoever opens a session.
-pub(super) async fn start(
+pub(super) async fn start_lending(
     cli: &WorkerArgs,
     limits: Limits,
     loaded: Loaded,
     ways: &Ways,
     metrics: &Metrics,
-) -> Result<(EngineHandle, Lender)> {
+) -> Result<(EngineHandle, ClusterTasks)> {
     let pages = loaded.pages()?;
     let Loaded { runner, config, key, .. } = loaded;
     // Loans in quarantine keep their words, beside those of the sequences that are away: as many again.
@@ -174,12 +176,12 @@ pub(super) async fn start(
     };
     let lending = LendingConfig { mailbox_slots, timeouts: LenderTimeouts::default() };
     let engine = Engine::start_lending(runner, config, metrics.engine.clone(), inbox, lending, Box::new(port))?;
-    Ok((engine, Lender { key, limits, view, jobs, post, addresses, transports, staging_notice: notice }))
+    Ok((engine, ClusterTasks { key, limits, view, jobs, post, addresses, transports, staging_notice: notice }))
 }
 
-impl Lender {
+impl ClusterTasks {
     /// Follows the cluster, and puts jobs on its queue, for as long as the process lives.
-    pub(super) fn follow(self, cluster: &Cluster, lease: watch::Receiver<Option<WorkerId>>) {
+    pub(super) fn spawn(self, cluster: &Cluster, lease: watch::Receiver<Option<WorkerId>>) {
         let Self { key, limits, view, jobs, post, addresses, .. } = self;
         tokio::spawn(follow_workers(cluster.clone(), key, view.clone(), post.clone()));
         tokio::spawn(follow_queue(cluster.clone(), key, view.clone(), post.clone()));
