@@ -1,16 +1,17 @@
 //! The decode worker's loans, as the engine thread sees them: prompts that leave, and pages that come back.
 
-use std::{
-    sync::Arc,
-    time::{Duration, Instant},
-};
+mod interface;
+mod scratch;
+
+pub use interface::{Destination, LendingConfig, LendingPort, StagedPages};
+
+use std::time::{Duration, Instant};
 
 use super::pace::Pace;
 use crate::{
     cache::LentPage,
     handoff::{
-        Epoch, Forecast, Grant, HandoffId, Lender, LenderAction, LenderEvent, LenderTimeouts, MailboxSlot, MailboxWord,
-        SessionId, ToDecode, ToPrefill, WorkerId,
+        Epoch, Grant, HandoffId, Lender, LenderAction, LenderEvent, MailboxSlot, SessionId, ToDecode, ToPrefill,
     },
     scheduler::{Candidate, Loan, Route, Router, Scheduler, SlotId},
     telemetry::{HandoffMetrics, HandoffPhase, TraceContext},
@@ -19,150 +20,27 @@ use crate::{
 /// Between two looks at the clock for handoffs that take too long.
 const TICK: Duration = Duration::from_millis(20);
 
-/// The engine thread's way to prefill workers. Nothing in it waits.
-pub trait LendingPort: Send {
-    /// Whether any prompt could be prefilled elsewhere now. Asked in every step.
-    fn is_open(&self) -> bool;
-
-    /// A step is about to be planned: [`LendingPort::decide`] is asked about its prompts, before any is enqueued.
-    fn planning(&mut self) {}
-
-    /// Where a prompt is prefilled; `local` is what it would take here, if that is known.
-    fn decide(&mut self, candidate: Candidate, local: Option<Forecast>) -> Route;
-
-    /// One that is prefilled elsewhere has left: the next ones come behind it.
-    fn left(&mut self) {}
-
-    /// Jobs that wait before one put on the queue now, for each prefill worker.
-    fn jobs_ahead(&self) -> u64;
-
-    /// Puts a job for this handoff, of a prompt of so many tokens, on the queue. If that fails the engine is told
-    /// [`LenderEvent::EnqueueFailed`].
-    fn enqueue(&mut self, handoff: HandoffId, tokens: usize, trace: Option<TraceContext>);
-
-    /// A word of the mailbox, with acquire ordering.
-    fn word(&self, slot: MailboxSlot) -> MailboxWord;
-
-    /// Somebody has claimed a job: it does not wait any more.
-    fn claimed(&mut self);
-
-    /// Nobody has claimed a job in time, or at all. Returns whether that is news: it is not while no more are handed
-    /// off for that.
-    fn unclaimed(&mut self) -> bool {
-        true
-    }
-
-    /// Lets a session write to `pages` under this slot and epoch.
-    fn permit(&mut self, session: SessionId, slot: MailboxSlot, epoch: Epoch, pages: Arc<[u32]>);
-
-    /// Room for pages that a session is to be lent, where it cannot write to the pages themselves. If it can, nothing
-    /// that was computed before still uses them when this returns.
-    fn stage(&mut self, _session: SessionId, _pages: usize) -> Stage {
-        Stage::Direct
-    }
-
-    /// Returns when what adapters wrote to pages in device memory is there for whatever is computed next, and can
-    /// change nothing that is written there from now on. False if that cannot be had, which is the end of the engine.
-    fn flush(&mut self) -> bool {
-        true
-    }
-
-    /// Brings what was written there to `pages`, before whatever is computed next. False if that cannot be done.
-    fn take_up(&mut self, _staged: StagedPages, _pages: &[u32]) -> bool {
-        false
-    }
-
-    /// Nobody can write there any more, and nobody wants what was written.
-    fn unstage(&mut self, _staged: &StagedPages) {}
-
-    /// Pages that loans have in the place of theirs.
-    fn staged(&self) -> usize {
-        0
-    }
-
-    /// Says something on a session, after everything permitted on it before.
-    fn send(&mut self, session: SessionId, message: ToPrefill);
-
-    /// Takes such a permission back, if the transport can do that by itself.
-    fn revoke(&mut self, session: SessionId, slot: MailboxSlot, epoch: Epoch);
-
-    /// The session has given up such a permission by itself.
-    fn forget(&mut self, session: SessionId, slot: MailboxSlot, epoch: Epoch);
-
-    /// Ends a session so that nothing more is written on it.
-    fn fence(&mut self, session: SessionId);
-
-    /// A handoff was claimed `queued` after it was put behind `ahead` others, and its `tokens` were there `computing`
-    /// later.
-    fn handed_off(&mut self, ahead: u64, queued: Duration, tokens: usize, computing: Duration);
-}
-
-/// Where a session writes the pages that it is lent.
-#[derive(Debug, PartialEq, Eq)]
-pub enum Stage {
-    /// To the pages themselves.
-    Direct,
-    /// To the pages themselves, in device memory, by an adapter.
-    ByAdapter,
-    /// To these in their place.
-    Staged(StagedPages),
-    /// There is no place for them now.
-    Full,
-}
-
-/// Pages of host memory that stand in for those of one loan. They are given back by value, once.
-#[derive(Debug, PartialEq, Eq)]
-pub struct StagedPages(pub(crate) Box<[u32]>);
-
-impl StagedPages {
-    /// Their numbers, as peers have to know them.
-    pub(crate) fn numbers(&self) -> &[u32] {
-        &self.0
-    }
-}
-
-/// How pages are lent, fixed at start.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct LendingConfig {
-    /// Words of the mailbox: loans open at a time, those in quarantine included.
-    pub mailbox_slots: u32,
-    /// How long to wait for what.
-    pub timeouts: LenderTimeouts,
-}
-
-/// Pages lent to somebody who measures: enough for any link, and a moment's work to find.
-const SCRATCH_PAGES_MAX: usize = 256;
-
 /// The pages of a loan, and what stands in for them while somebody may write there. The two are let go of together.
 struct Pages {
     lent: Box<[LentPage]>,
-    written: Written,
-}
-
-/// Where a loan's holder writes.
-enum Written {
-    /// To the pages; nobody does before there is a holder.
-    There,
-    /// To the pages, in device memory, by an adapter: the device is to wait for it before it uses them.
-    ByAdapter,
-    /// To what stands in for them.
-    Staged(StagedPages),
+    /// In place while there is no holder, who alone would write.
+    destination: Destination,
 }
 
 impl Pages {
     /// What the holder is told to write to.
     fn numbers(&self) -> Vec<u32> {
-        match &self.written {
-            Written::Staged(staged) => staged.numbers().to_vec(),
-            Written::There | Written::ByAdapter => self.own_numbers(),
+        match &self.destination {
+            Destination::Staged(staged) => staged.numbers().to_vec(),
+            Destination::InPlace | Destination::ByAdapter => self.own_numbers(),
         }
     }
 
     /// How many stand in for them.
     fn staged(&self) -> usize {
-        match &self.written {
-            Written::Staged(staged) => staged.numbers().len(),
-            Written::There | Written::ByAdapter => 0,
+        match &self.destination {
+            Destination::Staged(staged) => staged.numbers().len(),
+            Destination::InPlace | Destination::ByAdapter => 0,
         }
     }
 
@@ -267,57 +145,10 @@ impl Lending {
     fn prepare(&mut self, session: SessionId, handoff: HandoffId, now: Instant) {
         let Some(pages) = self.lender.unclaimed_mut(handoff) else { return };
         match self.port.stage(session, pages.lent.len()) {
-            Stage::Direct => {}
-            Stage::ByAdapter => pages.written = Written::ByAdapter,
-            Stage::Staged(staged) => pages.written = Written::Staged(staged),
-            Stage::Full => {
+            Some(destination) => pages.destination = destination,
+            None => {
                 tracing::debug!(%handoff, "a prompt is prefilled here: no room to stage its pages in");
                 self.lender.on(LenderEvent::EnqueueFailed { handoff }, now - self.started, &mut self.actions);
-            }
-        }
-    }
-
-    /// Lends pages that nobody needs to somebody who measures.
-    fn lend_scratch(
-        &mut self,
-        session: SessionId,
-        worker: WorkerId,
-        wished: usize,
-        scheduler: &mut Scheduler,
-        now: Instant,
-    ) {
-        if self.lender.measures() {
-            return self.port.send(session, ToPrefill::NoScratch);
-        }
-        let mut lent = scheduler.lend_scratch(wished.min(SCRATCH_PAGES_MAX)).into_vec();
-        let written = loop {
-            match self.port.stage(session, lent.len()) {
-                Stage::Direct => break Written::There,
-                Stage::ByAdapter => break Written::ByAdapter,
-                Stage::Staged(staged) => break Written::Staged(staged),
-                Stage::Full if lent.is_empty() => break Written::There,
-                Stage::Full => scheduler.free_lent(lent.split_off(lent.len() / 2).into()),
-            }
-        };
-        let pages = Pages { lent: lent.into(), written };
-        if pages.lent.is_empty() {
-            return self.port.send(session, ToPrefill::NoScratch);
-        }
-        let numbers = pages.numbers();
-        match self.lender.lend_scratch(session, worker, HandoffId(rand::random()), pages, now - self.started) {
-            Ok((slot, epoch)) => {
-                // First, as with any grant.
-                self.port.permit(session, slot, epoch, numbers.as_slice().into());
-                self.port.send(session, ToPrefill::Scratch { slot, epoch, pages: numbers });
-            }
-            Err(pages) => {
-                // Nobody was told of them, so nobody wrote there.
-                let Pages { lent, written } = pages;
-                if let Written::Staged(staged) = written {
-                    self.port.unstage(&staged);
-                }
-                scheduler.free_lent(lent);
-                self.port.send(session, ToPrefill::NoScratch);
             }
         }
     }
@@ -325,11 +156,11 @@ impl Lending {
     /// The pages of a loan to which nobody can write any more. What stood in for them is free. None if what was written
     /// there may still land, over whatever is computed next: then they stay where they are.
     fn let_go(&mut self, pages: Pages) -> Option<Box<[LentPage]>> {
-        let Pages { lent, written } = pages;
-        match written {
-            Written::There => {}
-            Written::ByAdapter => self.failed |= !self.port.flush(),
-            Written::Staged(staged) => self.port.unstage(&staged),
+        let Pages { lent, destination } = pages;
+        match destination {
+            Destination::InPlace => {}
+            Destination::ByAdapter => self.failed |= !self.port.flush(),
+            Destination::Staged(staged) => self.port.unstage(&staged),
         }
         (!self.failed).then_some(lent)
     }
@@ -349,7 +180,7 @@ impl Lending {
         for Loan { slot, pages, .. } in loans.drain(..) {
             let now = Instant::now();
             let handoff = HandoffId(rand::random());
-            let pages = Pages { lent: pages, written: Written::There };
+            let pages = Pages { lent: pages, destination: Destination::InPlace };
             match self.lender.lend(handoff, slot, pages, now - self.started) {
                 Ok(_) => {
                     let ahead = self.port.jobs_ahead();
@@ -462,14 +293,14 @@ impl Lending {
                 LenderAction::Fence { session } => self.port.fence(session),
                 LenderAction::Resume { request, pages } => {
                     let own = pages.own_numbers();
-                    let Pages { lent, written } = pages;
-                    let there = match written {
-                        Written::There => true,
-                        Written::ByAdapter => {
+                    let Pages { lent, destination } = pages;
+                    let there = match destination {
+                        Destination::InPlace => true,
+                        Destination::ByAdapter => {
                             self.failed |= !self.port.flush();
                             !self.failed
                         }
-                        Written::Staged(staged) => self.port.take_up(staged, &own),
+                        Destination::Staged(staged) => self.port.take_up(staged, &own),
                     };
                     if self.failed {
                         continue;

@@ -25,7 +25,7 @@ pub use config::{ConfigError, EngineConfig};
 pub use export::{Exporter, PrefillHandle, PrefillRequest};
 pub use generation::Generation;
 pub use handle::{EngineHandle, EngineStatus, Snapshot};
-pub use lending::{LendingConfig, LendingPort, Stage, StagedPages};
+pub use lending::{Destination, LendingConfig, LendingPort, StagedPages};
 pub use mock_runner::MockModel;
 pub(crate) use mock_runner::MockRunner;
 #[cfg(test)]

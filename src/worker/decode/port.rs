@@ -15,7 +15,7 @@ use super::{
     view::{NewJob, View},
 };
 use crate::{
-    engine::{LendingPort, Post, Stage, StagedPages},
+    engine::{Destination, LendingPort, Post, StagedPages},
     handoff::{
         Decision, Epoch, Forecast, HandoffCosts, HandoffId, LenderEvent, MailboxSlot, MailboxWord, Reason, SessionId,
         Situation, ToDecode, ToPrefill, WorkerId, decide,
@@ -115,8 +115,8 @@ impl LendingPort for ClusterPort {
         self.with_sessions(|sessions| sessions.lend(session, slot, epoch, pages));
     }
 
-    fn stage(&mut self, session: SessionId, pages: usize) -> Stage {
-        let Some(staging) = &mut self.staging else { return Stage::Direct };
+    fn stage(&mut self, session: SessionId, pages: usize) -> Option<Destination> {
+        let Some(staging) = &mut self.staging else { return Some(Destination::InPlace) };
         let transport = self.sessions.get().and_then(|sessions| sessions.transport(session));
         staging.stage(transport, pages)
     }

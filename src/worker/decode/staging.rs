@@ -16,7 +16,7 @@ use anyhow::{Context, Result};
 use engine_kernels::{DeviceRegion, LockedRegion, PageRun, RegionShape, cuda::Mark};
 
 use crate::{
-    engine::{Stage, StagedPages},
+    engine::{Destination, StagedPages},
     telemetry::StagingMetrics,
     transfer::{Reached, Region, Transport, lock_for_device},
 };
@@ -98,19 +98,18 @@ impl Staging {
         pages <= all
     }
 
-    /// Where who moves pages in this way writes so many of them. To the pages themselves only when nothing that was
-    /// computed before still uses them.
-    pub(super) fn stage(&mut self, transport: Option<Transport>, pages: usize) -> Stage {
+    /// Where who moves pages in this way writes so many of them, if there is room. To the pages themselves only when
+    /// nothing that was computed before still uses them.
+    pub(super) fn stage(&mut self, transport: Option<Transport>, pages: usize) -> Option<Destination> {
         let direct = match transport {
-            Some(Transport::CudaIpc) => Some(Stage::Direct),
-            Some(Transport::Rdma) => self.reached.map(|_| Stage::ByAdapter),
+            Some(Transport::CudaIpc) => Some(Destination::InPlace),
+            Some(Transport::Rdma) => self.reached.map(|_| Destination::ByAdapter),
             Some(Transport::Shm | Transport::Tcp) | None => None,
         };
         match direct {
-            None if self.could_hold(pages) => self.take(pages).map_or(Stage::Full, Stage::Staged),
-            None => Stage::Full,
-            Some(direct) if self.settle() => direct,
-            Some(_) => Stage::Full,
+            None if self.could_hold(pages) => self.take(pages).map(Destination::Staged),
+            None => None,
+            Some(direct) => self.settle().then_some(direct),
         }
     }
 
@@ -348,7 +347,7 @@ pub(super) mod tests {
         let new = || staging(2).2;
         let mut pooled = new();
         assert!(pooled.lets_in(2, false, false) && !pooled.lets_in(3, true, true));
-        assert_eq!(pooled.stage(Some(Transport::Tcp), 3), Stage::Full);
+        assert_eq!(pooled.stage(Some(Transport::Tcp), 3), None);
         let mut exported = new().exported();
         assert!(exported.lets_in(3, true, false) && !exported.lets_in(3, false, true));
         let mut reached = new().reached(Reached { by: Registration::PeerMemory, flush: false });
@@ -368,19 +367,22 @@ pub(super) mod tests {
     #[test]
     fn adapters_that_reach_the_device_take_no_room_and_are_waited_for_where_that_is_needed() {
         let (driver, _memory, mut staging) = staging(2);
-        assert!(matches!(staging.stage(Some(Transport::Rdma), 2), Stage::Staged(_)), "they do not reach it");
+        assert!(
+            matches!(staging.stage(Some(Transport::Rdma), 2), Some(Destination::Staged(_))),
+            "they do not reach it"
+        );
         assert!(staging.flush() && driver.flushes() == 0, "nothing is written there");
         let by = Registration::PeerMemory;
         let mut staging = staging.reached(Reached { by, flush: false });
-        assert_eq!(staging.stage(Some(Transport::Rdma), 100), Stage::ByAdapter);
+        assert_eq!(staging.stage(Some(Transport::Rdma), 100), Some(Destination::ByAdapter));
         assert!(staging.flush() && driver.flushes() == 0, "the device keeps their order");
         let mut staging = staging.reached(Reached { by, flush: true });
         assert!(staging.flush() && driver.flushes() == 1);
-        assert_eq!(staging.stage(Some(Transport::CudaIpc), 100), Stage::Direct);
-        assert_eq!(staging.stage(Some(Transport::Tcp), 1), Stage::Full, "all are lent");
+        assert_eq!(staging.stage(Some(Transport::CudaIpc), 100), Some(Destination::InPlace));
+        assert_eq!(staging.stage(Some(Transport::Tcp), 1), None, "all are lent");
         driver.break_down();
         assert!(!staging.flush());
-        assert_eq!(staging.stage(Some(Transport::Rdma), 1), Stage::Full);
+        assert_eq!(staging.stage(Some(Transport::Rdma), 1), None);
     }
 
     #[test]
@@ -391,7 +393,7 @@ pub(super) mod tests {
         // SAFETY: its own memory, as large.
         unsafe { engine_kernels::cuda::HostMemory::start(&host).write_bytes(7, SHAPE.page_bytes) };
         driver.upload(&host, memory.address(), SHAPE.page_bytes).unwrap();
-        assert_eq!(staging.stage(Some(Transport::Rdma), 1), Stage::ByAdapter);
+        assert_eq!(staging.stage(Some(Transport::Rdma), 1), Some(Destination::ByAdapter));
         // SAFETY: the device's memory is the process's, and no work that could write there is left.
         let there = unsafe { std::slice::from_raw_parts(memory.address().0 as *const u8, SHAPE.page_bytes) };
         assert_eq!(there, [7; SHAPE.page_bytes], "the device was done with it");

@@ -119,9 +119,10 @@ impl LendingPort for Port {
         self.wires.permitted.lock().unwrap().push((slot, epoch, pages));
     }
 
-    fn stage(&mut self, session: SessionId, _: usize) -> Stage {
+    fn stage(&mut self, session: SessionId, _: usize) -> Option<Destination> {
         assert_eq!(session, SESSION);
-        if self.wires.by_adapter.load(Ordering::Relaxed) { Stage::ByAdapter } else { Stage::Direct }
+        let by_adapter = self.wires.by_adapter.load(Ordering::Relaxed);
+        Some(if by_adapter { Destination::ByAdapter } else { Destination::InPlace })
     }
 
     fn flush(&mut self) -> bool {
