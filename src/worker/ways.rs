@@ -5,7 +5,7 @@ use anyhow::{Context, Result, bail};
 use crate::{
     cli::{DeviceMemoryArg, TransportArg, TransportArgs},
     transfer::{
-        Adapters, RdmaError, Transport, Unreached,
+        Adapters, RdmaError, Reached, Transport, Unreached,
         rdma::{ChooseError, Wish},
     },
 };
@@ -104,22 +104,24 @@ impl Ways {
         Ok(registered)
     }
 
-    /// The same of pages in device memory, if adapters are open: why they do not reach them is no error, as pages can
-    /// be staged.
+    /// The same of pages in device memory, and, if adapters are open, how they reach these. Why they do not is no error,
+    /// as pages can be staged.
     pub(crate) async fn reach<T: Send + 'static>(
         &self,
-        register: impl FnOnce(&Adapters) -> Result<T, Unreached> + Send + 'static,
-    ) -> Result<Option<Result<T, Unreached>>> {
-        let Some(adapters) = self.adapters.clone() else { return Ok(None) };
+        register: impl FnOnce(&Adapters) -> Result<(T, Reached), Unreached> + Send + 'static,
+    ) -> Result<(Option<T>, Option<Result<Reached, Unreached>>)> {
+        let Some(adapters) = self.adapters.clone() else { return Ok((None, None)) };
         if !self.to_device {
-            return Ok(Some(Err(Unreached::Unwanted)));
+            return Ok((None, Some(Err(Unreached::Unwanted))));
         }
-        let reached = tokio::task::spawn_blocking(move || register(&adapters)).await;
-        let reached = reached.context("registering device memory panicked")?;
-        if reached.is_ok() {
-            self.tell_registered("KV memory on the device is registered for RDMA");
+        let registered = tokio::task::spawn_blocking(move || register(&adapters)).await;
+        match registered.context("registering device memory panicked")? {
+            Ok((registered, reached)) => {
+                self.tell_registered("KV memory on the device is registered for RDMA");
+                Ok((Some(registered), Some(Ok(reached))))
+            }
+            Err(unreached) => Ok((None, Some(Err(unreached)))),
         }
-        Ok(Some(reached))
     }
 
     fn tell_registered(&self, what: &str) {

@@ -98,12 +98,7 @@ impl Lendable {
             Ok(exported) => exported,
         };
         let (pages, words) = (device.clone(), mailbox.clone());
-        let direct = ways.reach(move |adapters| Target::on_device(adapters, &pages, &words)).await?;
-        let (direct, rdma) = match direct {
-            Some(Ok((target, reached))) => (Some(target), Some(Ok(reached))),
-            Some(Err(unreached)) => (None, Some(Err(unreached))),
-            None => (None, None),
-        };
+        let (direct, rdma) = ways.reach(move |adapters| Target::on_device(adapters, &pages, &words)).await?;
         // Where no page comes through host memory, none is staged.
         let wished = cli.disagg.kv_staging_memory.unwrap_or(STAGING_BYTES);
         let bytes = if ways.need_staging(direct.is_some()) { wished } else { 0 };

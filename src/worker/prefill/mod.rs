@@ -186,11 +186,7 @@ async fn sendable(pages: KvPages, cli: &WorkerArgs, ways: &Ways) -> Result<(Loca
         KvPages::Device(device) => device,
     };
     let pages = device.clone();
-    let (direct, rdma) = match ways.reach(move |adapters| Source::on_device(adapters, &pages)).await? {
-        Some(Ok((source, reached))) => (Some(source), Some(Ok(reached))),
-        Some(Err(unreached)) => (None, Some(Err(unreached))),
-        None => (None, None),
-    };
+    let (direct, rdma) = ways.reach(move |adapters| Source::on_device(adapters, &pages)).await?;
     let wished = cli.disagg.kv_staging_memory.unwrap_or(STAGING_BYTES);
     let ring = StagingRing::new(device, if ways.need_staging(direct.is_some()) { wished } else { 0 });
     let pages = LocalPages::Device(ring.context("cannot reserve memory to stage pages in")?);
