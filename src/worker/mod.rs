@@ -10,6 +10,7 @@ mod membership;
 mod model;
 mod notice;
 pub mod prefill;
+mod role;
 mod sizing;
 mod watchdog;
 mod ways;

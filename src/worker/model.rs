@@ -15,7 +15,7 @@ use super::{
     size_kv,
 };
 use crate::{
-    cli::{DeviceArg, EngineArgs, KvDTypeArg},
+    cli::{DeviceArg, EngineArgs, KvDTypeArg, WorkerArgs},
     cluster::{ModelCard, ModelKey, Versions},
     engine::{EngineConfig, MockRunner, ModelRunner, Runner},
     handoff::Job,
@@ -50,6 +50,19 @@ pub(super) struct Purpose {
     pub(super) max_waiting_requests: usize,
     /// As [`EngineConfig`] has it.
     pub(super) prefix_caching: bool,
+}
+
+impl Purpose {
+    /// What a worker's command line says of it. It shares no pages, and decodes nothing.
+    pub(super) fn of(cli: &WorkerArgs) -> Self {
+        Self {
+            shared: false,
+            decodes: false,
+            itl_target: cli.disagg.itl_target,
+            max_waiting_requests: cli.max_waiting_requests,
+            prefix_caching: !cli.no_prefix_caching,
+        }
+    }
 }
 
 /// A model that is ready to compute.

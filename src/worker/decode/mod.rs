@@ -7,20 +7,20 @@ mod view;
 
 use std::{net::SocketAddr, sync::Arc};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result};
 use engine_models::{ModelSource, Tokenizer};
 
 use super::{
     membership::{self, Particulars},
     model::{self, Loaded, Purpose},
-    watchdog,
+    role, watchdog,
     ways::Ways,
 };
 use crate::{
     api::{self, ApiConfig, ChatTemplate, ConnectionThreads, Defaults, HttpToken, Parsers, ServerConfig},
     cli::{DisaggArgs, WorkerArgs},
     cluster::{Cluster, Joined, Needs, Role, join},
-    engine::{Engine, EngineStatus},
+    engine::Engine,
     handoff::Limits,
     process::{Ready, Signals},
     telemetry::Metrics,
@@ -39,15 +39,8 @@ pub async fn run(cli: WorkerArgs, ready: impl FnOnce(Ready)) -> Result<()> {
     };
     let metrics = Metrics::new();
     let shared = ways.as_ref().is_some_and(|ways| ways.shm);
-    let loading = tokio::task::spawn_blocking(move || load(&cli, shared).map(|loaded| (loaded, cli)));
-    let ((config, loaded), cli) = tokio::select! {
-        loaded = loading => loaded.context("loading the model panicked")??,
-        // The loading thread cannot be told to stop: the process ends around it.
-        code = signals.next() => {
-            tracing::info!(code, "interrupted");
-            bail!("interrupted while the model was loading")
-        }
-    };
+    let work = move || load(&cli, shared).map(|loaded| (loaded, cli));
+    let ((config, loaded), cli) = role::load(&mut signals, work).await?;
     let (model, key) = (loaded.card(&cli.engine, config.model_names.clone()), loaded.key);
     metrics.set_model(&config.model_names[0], Role::Decode, &loaded.device, key);
     let step_time_max = cli.step_time_max(loaded.is_on_device());
@@ -79,26 +72,16 @@ pub async fn run(cli: WorkerArgs, ready: impl FnOnce(Ready)) -> Result<()> {
     ready(Ready { address, text: announcement(&config, address) });
     let server =
         ServerConfig { connections_max, drain_timeout: cli.shutdown_timeout, threads: ConnectionThreads::default() };
-    let failed = engine.clone();
+    let told_to_leave = role::told_to_leave(signals, engine.clone());
     let shutdown = async move {
-        tokio::select! {
-            _ = signals.next() => {}
-            _ = failed.stopped() => {}
-        }
-        // Whichever it was, whoever asks now does not want to wait for what still runs.
-        signals.leave_at_next();
+        told_to_leave.await;
         // Nobody is to send requests here any more, while those that are here end.
         if let Some(lease) = lease {
             lease.withdraw().await;
         }
     };
     api::serve(listener, config, engine.clone(), metrics, server, shutdown).await;
-    if let EngineStatus::Failed { reason } = engine.status() {
-        bail!("the engine failed: {reason}");
-    }
-    engine.stop();
-    engine.stopped().await;
-    Ok(())
+    role::end(&engine).await
 }
 
 /// The cluster to be part of, if any.
@@ -138,13 +121,7 @@ fn load(cli: &WorkerArgs, shared: bool) -> Result<(ApiConfig, Loaded)> {
     let source = model::open(&cli.engine)?;
     let tokenizer = Arc::new(source.tokenizer()?);
     let template = chat_template(cli, &source)?;
-    let purpose = Purpose {
-        shared,
-        decodes: true,
-        itl_target: cli.disagg.itl_target,
-        max_waiting_requests: cli.max_waiting_requests,
-        prefix_caching: !cli.no_prefix_caching,
-    };
+    let purpose = Purpose { shared, decodes: true, ..Purpose::of(cli) };
     let loaded = model::load(&cli.engine, &source, &purpose)?;
     Ok((api_config(cli, &source, tokenizer, template), loaded))
 }

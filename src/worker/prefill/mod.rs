@@ -24,16 +24,16 @@ use self::{
 };
 use super::{
     membership::{self, Particulars},
-    model,
+    model::{self, Purpose},
     notice::{OnDevice, warn_of_staging_flag},
-    watchdog,
+    role, watchdog,
     ways::{NEEDS_DEVICE, Ways},
 };
 use crate::{
     api::{self, ConnectionThreads, HttpToken, ServerConfig},
     cli::{KvDTypeArg, LoadFormatArg, WorkerArgs},
     cluster::{Cluster, ModelKey, Needs, Role, WorkerCard, WorkerFilter, WorkerSet, find_model, join},
-    engine::{Engine, EngineStatus},
+    engine::Engine,
     handoff::{Borrower, BorrowerConfig, BorrowerEvent, BorrowerTimeouts, ToPrefill, WorkerId},
     process::{Ready, Signals},
     telemetry::Metrics,
@@ -64,24 +64,12 @@ pub async fn run(mut cli: WorkerArgs, ready: impl FnOnce(Ready)) -> Result<()> {
         expected = Some(card.model_key);
     }
     let metrics = Metrics::new();
-    let loading = tokio::task::spawn_blocking(move || {
+    let work = move || {
         let source = model::open(&cli.engine)?;
-        let purpose = model::Purpose {
-            shared: false,
-            decodes: false,
-            itl_target: cli.disagg.itl_target,
-            max_waiting_requests: cli.max_waiting_requests,
-            prefix_caching: !cli.no_prefix_caching,
-        };
-        let loaded = model::load(&cli.engine, &source, &purpose)?;
-        let name = source.name().to_owned();
-        anyhow::Ok((loaded, name, cli))
-    });
-    let (loaded, name, cli) = tokio::select! {
-        loaded = loading => loaded.context("loading the model panicked")??,
-        // The loading thread cannot be told to stop: the process ends around it.
-        _ = signals.next() => bail!("interrupted while the model was loading"),
+        let loaded = model::load(&cli.engine, &source, &Purpose::of(&cli))?;
+        anyhow::Ok((loaded, source.name().to_owned(), cli))
     };
+    let (loaded, name, cli) = role::load(&mut signals, work).await?;
     if expected.is_some_and(|expected| expected != loaded.key) {
         bail!("{name} is not the same model here as in the cluster: its files differ, or these builds do");
     }
@@ -139,15 +127,6 @@ pub async fn run(mut cli: WorkerArgs, ready: impl FnOnce(Ready)) -> Result<()> {
         cluster_token: cli.cluster.cluster_token.as_deref().map(HttpToken::of),
         measure: measuring(&shop, &cli, ways)?,
     };
-    let failed = engine.clone();
-    let shutdown = async {
-        tokio::select! {
-            _ = signals.next() => {}
-            _ = failed.stopped() => {}
-        }
-        // Whichever it was, whoever asks now does not want to wait for what still runs.
-        signals.leave_at_next();
-    };
     let drain = async {
         leaving.send_replace(true);
         desk::on(&desk, BorrowerEvent::Drain);
@@ -163,13 +142,8 @@ pub async fn run(mut cli: WorkerArgs, ready: impl FnOnce(Ready)) -> Result<()> {
         drain_timeout: cli.shutdown_timeout,
         threads: ConnectionThreads::default(),
     };
-    status::serve(listener, shown, server, shutdown, drain).await;
-    if let EngineStatus::Failed { reason } = engine.status() {
-        bail!("the engine failed: {reason}");
-    }
-    engine.stop();
-    engine.stopped().await;
-    Ok(())
+    status::serve(listener, shown, server, role::told_to_leave(signals, engine.clone()), drain).await;
+    role::end(&engine).await
 }
 
 /// What pages are sent from: where they are, or where they are staged; what adapters read, if there are any; and what
