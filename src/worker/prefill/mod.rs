@@ -4,23 +4,20 @@ mod courier;
 mod desk;
 pub(super) mod measure;
 mod status;
+mod tasks;
 
-use std::{net::SocketAddr, sync::Arc, time::Duration};
+use std::net::SocketAddr;
 
 use anyhow::{Context, Result, bail};
 use clap::ValueEnum;
 use engine_kernels::KvPages;
-use prometheus::IntCounter;
-use serde::Deserialize;
-use tokio::{
-    sync::{mpsc, watch},
-    time::{sleep, timeout},
-};
+use tokio::sync::watch;
 
 use self::{
-    desk::{Desk, Note, SharedDesk},
+    desk::Desk,
     measure::Gauge,
     status::{Measure, Shown},
+    tasks::{CONNECT_TIME_MAX, Tasks},
 };
 use super::{
     membership::{self, Particulars},
@@ -32,20 +29,16 @@ use super::{
 use crate::{
     api::{self, ConnectionThreads, HttpToken, ServerConfig},
     cli::{KvDTypeArg, LoadFormatArg, WorkerArgs},
-    cluster::{Cluster, ModelKey, Needs, Role, WorkerCard, WorkerFilter, WorkerSet, find_model, join},
+    cluster::{Needs, Role, WorkerCard, WorkerFilter, find_model, join},
     engine::Engine,
-    handoff::{Borrower, BorrowerConfig, BorrowerEvent, BorrowerTimeouts, ToPrefill, WorkerId},
+    handoff::{Borrower, BorrowerConfig, BorrowerEvent, BorrowerTimeouts, WorkerId},
     process::{Ready, Signals},
     telemetry::Metrics,
-    transfer::{ConnectError, Connector, ConnectorConfig, LocalPages, SessionAddresses, Source, StagingRing},
+    transfer::{Connector, ConnectorConfig, LocalPages, Source, StagingRing},
 };
 
-/// How long opening a session may take.
-const CONNECT_TIME_MAX: Duration = Duration::from_secs(5);
 /// Host memory for staged pages unless a flag says how much: they stay there for as long as it takes to send them.
 const STAGING_BYTES: usize = 256 << 20;
-/// Between two looks at handoffs that take too long.
-const TICK: Duration = Duration::from_millis(100);
 
 /// Loads the model and computes prompts of the cluster's decode workers until a signal comes. `ready` hears when it
 /// begins to.
@@ -107,7 +100,7 @@ pub async fn run(mut cli: WorkerArgs, ready: impl FnOnce(Ready)) -> Result<()> {
     let worker = Particulars { role: Role::Prefill, address, model, key, sessions, transports, staging_notice };
     let lease = membership::register(&cluster, &cli, worker, &engine);
     let leaving = watch::Sender::new(false);
-    let shop = Shop {
+    let tasks = Tasks {
         desk: desk.clone(),
         connector,
         decode_workers: cluster.discovery.workers(WorkerFilter::of(key, Role::Decode)),
@@ -116,8 +109,8 @@ pub async fn run(mut cli: WorkerArgs, ready: impl FnOnce(Ready)) -> Result<()> {
         lease: lease.id(),
         dead_jobs: metrics.engine.handoffs.dead_jobs.clone(),
     };
-    tokio::spawn(shop.clone().take_notes(notes));
-    tokio::spawn(pull(shop.clone(), leaving.subscribe()));
+    tokio::spawn(tasks.clone().take_notes(notes));
+    tokio::spawn(tasks::pull(tasks.clone(), leaving.subscribe()));
     ready(Ready { address, text: announcement(&name, address) });
 
     let shown = Shown {
@@ -125,13 +118,13 @@ pub async fn run(mut cli: WorkerArgs, ready: impl FnOnce(Ready)) -> Result<()> {
         metrics,
         leaving: leaving.subscribe(),
         cluster_token: cli.cluster.cluster_token.as_deref().map(HttpToken::of),
-        measure: measuring(&shop, &cli, ways)?,
+        measure: measuring(&tasks, &cli, ways)?,
     };
     let drain = async {
         leaving.send_replace(true);
         desk::on(&desk, BorrowerEvent::Drain);
         // The lease is kept until no job is held: decode workers restart the handoffs of a worker whose lease has gone.
-        emptied(&desk).await;
+        tasks::emptied(&desk).await;
         lease.withdraw().await;
         // Otherwise jobs that are handed back would come to others only after a while, and those that are done as well.
         desk::settled(&desk).await;
@@ -181,9 +174,9 @@ async fn sendable(pages: KvPages, cli: &WorkerArgs, ways: &Ways) -> Result<(Loca
 }
 
 /// Measures ways to decode workers for whoever asks: how this worker's pages would go, if they are in host memory.
-fn measuring(shop: &Shop, cli: &WorkerArgs, ways: Ways) -> Result<Measure> {
+fn measuring(tasks: &Tasks, cli: &WorkerArgs, ways: Ways) -> Result<Measure> {
     let gauge = Gauge::new(ways, &cli.disagg.transports, cli.cluster.cluster_token.as_deref())?;
-    let (workers, own) = (shop.decode_workers.clone(), shop.lease.clone());
+    let (workers, own) = (tasks.decode_workers.clone(), tasks.lease.clone());
     Ok(Box::new(move |lease| {
         let (gauge, decode) = (gauge.clone(), workers.borrow().get(&lease).cloned());
         let own = own.borrow().unwrap_or(WorkerId::UNREGISTERED);
@@ -216,174 +209,4 @@ fn take_model(cli: &mut WorkerArgs, card: &WorkerCard) -> Result<()> {
     tracing::info!(model = %model.source, "taking the cluster's model");
     cli.engine.model = Some(model.source.clone());
     Ok(())
-}
-
-/// What the tasks of a prefill worker share.
-#[derive(Clone)]
-struct Shop {
-    desk: SharedDesk,
-    connector: Connector,
-    /// Those that are alive.
-    decode_workers: watch::Receiver<Arc<WorkerSet>>,
-    cluster: Cluster,
-    key: ModelKey,
-    lease: watch::Receiver<Option<WorkerId>>,
-    dead_jobs: IntCounter,
-}
-
-/// Takes jobs off the queue while there is room for them.
-async fn pull(shop: Shop, mut leaving: watch::Receiver<bool>) {
-    let mut jobs = shop.cluster.queue.consume(shop.key);
-    let mut alive = shop.decode_workers.clone();
-    let bell = desk::lock(&shop.desk).room_bell();
-    let pulling = async {
-        loop {
-            while !desk::lock(&shop.desk).has_room() {
-                bell.notified().await;
-            }
-            let rest = desk::lock(&shop.desk).rest(&alive.borrow_and_update());
-            if !rest.is_zero() {
-                // Whoever comes may be within reach.
-                let _ = timeout(rest, alive.changed()).await;
-            }
-            let Some(job) = jobs.next().await else { return };
-            desk::deliver(&shop.desk, job);
-        }
-    };
-    tokio::select! {
-        () = pulling => {}
-        _ = leaving.wait_for(|&leaving| leaving) => {}
-    }
-}
-
-impl Shop {
-    /// Takes in what the writers and the engine say, and looks at the clock.
-    async fn take_notes(self, mut notes: mpsc::UnboundedReceiver<Note>) {
-        let mut ticks = tokio::time::interval(TICK);
-        ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
-        loop {
-            tokio::select! {
-                note = notes.recv() => match note {
-                    Some(Note::Connect { decode, addresses }) => {
-                        tokio::spawn(self.clone().session(decode, addresses));
-                    }
-                    Some(note) => desk::take(&self.desk, note),
-                    None => return,
-                },
-                _ = ticks.tick() => {
-                    desk::on(&self.desk, BorrowerEvent::Tick);
-                    let dead = self.cluster.queue.dead_jobs();
-                    self.dead_jobs.inc_by(dead.saturating_sub(self.dead_jobs.get()));
-                }
-            }
-        }
-    }
-
-    /// Opens a session and listens to it until it ends.
-    async fn session(self, decode: WorkerId, addresses: serde_json::Value) {
-        let own = self.lease.borrow().unwrap_or(WorkerId::UNREGISTERED);
-        let (opened, tried, pause) = match SessionAddresses::deserialize(&addresses) {
-            Ok(addresses) => {
-                let opened = self.connector.connect(&addresses, own).await;
-                let tried = !matches!(opened, Err(ConnectError::Silent));
-                (opened.map_err(|error| error.to_string()), tried, self.connector.pause(&addresses))
-            }
-            Err(error) => (Err(format!("the job's addresses cannot be read: {error}")), false, Duration::ZERO),
-        };
-        let mut session = match opened {
-            Ok(session) => session,
-            Err(error) => {
-                let known = self.decode_workers.borrow().clone();
-                let alive = is_listed(&known, decode, &addresses);
-                tracing::warn!(worker = %decode, %error, alive, "no session to a decode worker");
-                // That it is missing says nothing before the set is known; then the job comes again, until it was tried
-                // enough.
-                let gone = !alive && !known.is_empty();
-                if tried && !gone {
-                    desk::lock(&self.desk).miss(decode);
-                }
-                return desk::on(&self.desk, BorrowerEvent::ConnectFailed { decode, gone, pause });
-            }
-        };
-        let id = session.id();
-        desk::connected(&self.desk, decode, &session);
-        let outlived = self.outlived(decode);
-        tokio::pin!(outlived);
-        loop {
-            let message = tokio::select! {
-                message = session.receive() => message,
-                () = &mut outlived => {
-                    tracing::info!(worker = %decode, "its lease has gone: its session is of no more use");
-                    break;
-                }
-            };
-            let Some(message) = message else { break };
-            match ToPrefill::decode(&message) {
-                Ok(message) => desk::on(&self.desk, BorrowerEvent::Message { session: id, message }),
-                Err(error) => {
-                    tracing::warn!(worker = %decode, %error, "a decode worker is left");
-                    break;
-                }
-            }
-        }
-        tracing::info!(worker = %decode, "the session to a decode worker ended");
-        // The writer stops first: what is said to be over must be.
-        drop(session);
-        desk::disconnected(&self.desk, id);
-    }
-
-    /// Returns when a decode worker's lease has gone and no job of it is left. If it lives on it does so under another
-    /// lease, and later jobs open a session by that name.
-    async fn outlived(&self, decode: WorkerId) {
-        let mut alive = self.decode_workers.clone();
-        // One that is not known yet may be soon.
-        let _ = timeout(CONNECT_TIME_MAX, alive.wait_for(|alive| alive.contains_key(&decode))).await;
-        // While nobody is known, that says nothing of any.
-        let gone = alive.wait_for(|alive| !alive.is_empty() && !alive.contains_key(&decode)).await.is_ok();
-        if !gone {
-            // Nobody looks any more.
-            return std::future::pending().await;
-        }
-        while desk::lock(&self.desk).holds_of(decode) {
-            sleep(TICK).await;
-        }
-    }
-}
-
-/// Whether a job's decode worker is alive: under the lease that the job names, or where it takes sessions, if it has
-/// lost that lease and is back under another.
-fn is_listed(workers: &WorkerSet, decode: WorkerId, addresses: &serde_json::Value) -> bool {
-    let instance = SessionAddresses::instance_of(addresses);
-    let is_back = |card: &Arc<WorkerCard>| SessionAddresses::instance_of(&card.session) == instance;
-    workers.contains_key(&decode) || (instance.is_some() && workers.values().any(is_back))
-}
-
-/// Returns when no job is held any more.
-async fn emptied(desk: &SharedDesk) {
-    let bell = desk::lock(desk).room_bell();
-    while desk::lock(desk).held() > 0 {
-        // The bell may have rung for the one who pulls.
-        let _ = timeout(TICK, bell.notified()).await;
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use serde_json::{Value, json};
-
-    use super::*;
-    use crate::cluster::tests::card;
-
-    #[test]
-    fn a_decode_worker_that_is_back_under_another_lease_is_known_by_where_it_takes_sessions() {
-        let at = |instance: &str| json!({ "instance": instance });
-        let carded =
-            |session| Arc::new(WorkerCard { session, ..card(Role::Decode, ModelKey::of(b"m"), "10.0.0.1:8000") });
-        let workers = WorkerSet::from([(WorkerId(2), carded(at("one"))), (WorkerId(3), carded(Value::Null))]);
-        for (lease, addresses, expected) in
-            [(2, at("another"), true), (1, at("one"), true), (1, at("another"), false), (1, Value::Null, false)]
-        {
-            assert_eq!(is_listed(&workers, WorkerId(lease), &addresses), expected, "{lease} {addresses}");
-        }
-    }
 }
