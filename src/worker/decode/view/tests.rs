@@ -253,12 +253,12 @@ async fn limits_from_the_cluster_reach_those_who_decide_and_those_who_cut_prompt
     let (local, key) = (Arc::new(Local::new()), ModelKey::of(b"a model"));
     let cluster = Cluster { discovery: local.clone(), queue: local.clone(), loads: local.clone() };
     let view = view(Limits::default());
-    let (post, Inbox(inbox, _)) = inbox();
+    let (post, inbox) = inbox();
     tokio::spawn(follow_limits(cluster, key, view.clone(), Limits::default(), post));
     let set = |config: &'static str| local.set_config(key, Some(Bytes::from_static(config.as_bytes())));
     let told = async || {
         for _ in 0..1000 {
-            match inbox.try_recv() {
+            match inbox.0.try_recv() {
                 Ok(Message::ItlTarget(target)) => return target,
                 Ok(_) => panic!("nothing else is said"),
                 Err(_) => tokio::task::yield_now().await,
