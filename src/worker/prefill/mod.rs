@@ -1,7 +1,7 @@
 //! The prefill role: jobs from the queue, prompts through the engine, pages into decode workers' memory.
 
-mod courier;
-mod desk;
+mod borrowing;
+mod grant_exporter;
 pub(super) mod measure;
 mod status;
 mod tasks;
@@ -14,7 +14,7 @@ use engine_kernels::KvPages;
 use tokio::sync::watch;
 
 use self::{
-    desk::Desk,
+    borrowing::{Borrowing, lock, settled},
     measure::Gauge,
     status::{Measure, Shown},
     tasks::{CONNECT_TIME_MAX, Tasks},
@@ -92,7 +92,8 @@ pub async fn run(mut cli: WorkerArgs, ready: impl FnOnce(Ready)) -> Result<()> {
     };
     let engine = Engine::start(loaded.runner, loaded.config, metrics.engine.clone())?;
     watchdog::watch(&engine, cli.step_time_max(on_device));
-    let (desk, notes) = Desk::new(Borrower::new(config), engine.clone(), layers, metrics.engine.handoffs.clone());
+    let (borrowing, notes) =
+        Borrowing::new(Borrower::new(config), engine.clone(), layers, metrics.engine.handoffs.clone());
 
     let listener = bound.listen()?;
     let address = listener.local_addr()?;
@@ -101,7 +102,7 @@ pub async fn run(mut cli: WorkerArgs, ready: impl FnOnce(Ready)) -> Result<()> {
     let lease = membership::register(&cluster, &cli, worker, &engine);
     let leaving = watch::Sender::new(false);
     let tasks = Tasks {
-        desk: desk.clone(),
+        borrowing: borrowing.clone(),
         connector,
         decode_workers: cluster.discovery.workers(WorkerFilter::of(key, Role::Decode)),
         cluster: cluster.clone(),
@@ -122,12 +123,12 @@ pub async fn run(mut cli: WorkerArgs, ready: impl FnOnce(Ready)) -> Result<()> {
     };
     let drain = async {
         leaving.send_replace(true);
-        desk::on(&desk, BorrowerEvent::Drain);
+        lock(&borrowing).on(BorrowerEvent::Drain);
         // The lease is kept until no job is held: decode workers restart the handoffs of a worker whose lease has gone.
-        tasks::emptied(&desk).await;
+        tasks::emptied(&borrowing).await;
         lease.withdraw().await;
         // Otherwise jobs that are handed back would come to others only after a while, and those that are done as well.
-        desk::settled(&desk).await;
+        settled(&borrowing).await;
         cluster.queue.flush().await;
     };
     let server = ServerConfig {

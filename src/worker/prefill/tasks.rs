@@ -1,4 +1,4 @@
-//! The tasks of a prefill worker beside its engine thread: one takes jobs off the queue, one carries to the desk what
+//! The tasks of a prefill worker beside its engine thread: one takes jobs off the queue, one carries to `borrowing` what
 //! the writers and the engine say, and one for each session listens to a decode worker.
 
 use std::{sync::Arc, time::Duration};
@@ -10,7 +10,7 @@ use tokio::{
     time::{sleep, timeout},
 };
 
-use super::desk::{self, Note, SharedDesk};
+use super::borrowing::{Note, SharedBorrowing, lock};
 use crate::{
     cluster::{Cluster, ModelKey, WorkerCard, WorkerSet},
     handoff::{BorrowerEvent, ToPrefill, WorkerId},
@@ -25,7 +25,7 @@ const TICK: Duration = Duration::from_millis(100);
 /// What the tasks of a prefill worker share.
 #[derive(Clone)]
 pub(super) struct Tasks {
-    pub(super) desk: SharedDesk,
+    pub(super) borrowing: SharedBorrowing,
     pub(super) connector: Connector,
     /// Those that are alive.
     pub(super) decode_workers: watch::Receiver<Arc<WorkerSet>>,
@@ -39,19 +39,19 @@ pub(super) struct Tasks {
 pub(super) async fn pull(tasks: Tasks, mut leaving: watch::Receiver<bool>) {
     let mut jobs = tasks.cluster.queue.consume(tasks.key);
     let mut alive = tasks.decode_workers.clone();
-    let bell = desk::lock(&tasks.desk).room_bell();
+    let room_changed = lock(&tasks.borrowing).room_changed();
     let pulling = async {
         loop {
-            while !desk::lock(&tasks.desk).has_room() {
-                bell.notified().await;
+            while !lock(&tasks.borrowing).has_room() {
+                room_changed.notified().await;
             }
-            let rest = desk::lock(&tasks.desk).rest(&alive.borrow_and_update());
+            let rest = lock(&tasks.borrowing).rest(&alive.borrow_and_update());
             if !rest.is_zero() {
                 // Whoever comes may be within reach.
                 let _ = timeout(rest, alive.changed()).await;
             }
             let Some(job) = jobs.next().await else { return };
-            desk::deliver(&tasks.desk, job);
+            lock(&tasks.borrowing).deliver(job);
         }
     };
     tokio::select! {
@@ -71,11 +71,11 @@ impl Tasks {
                     Some(Note::Connect { decode, addresses }) => {
                         tokio::spawn(self.clone().session(decode, addresses));
                     }
-                    Some(note) => desk::take(&self.desk, note),
+                    Some(note) => lock(&self.borrowing).take(note),
                     None => return,
                 },
                 _ = ticks.tick() => {
-                    desk::on(&self.desk, BorrowerEvent::Tick);
+                    lock(&self.borrowing).on(BorrowerEvent::Tick);
                     let dead = self.cluster.queue.dead_jobs();
                     self.dead_jobs.inc_by(dead.saturating_sub(self.dead_jobs.get()));
                 }
@@ -104,13 +104,13 @@ impl Tasks {
                 // enough.
                 let gone = !alive && !known.is_empty();
                 if tried && !gone {
-                    desk::lock(&self.desk).miss(decode);
+                    lock(&self.borrowing).miss(decode);
                 }
-                return desk::on(&self.desk, BorrowerEvent::ConnectFailed { decode, gone, pause });
+                return lock(&self.borrowing).on(BorrowerEvent::ConnectFailed { decode, gone, pause });
             }
         };
         let id = session.id();
-        desk::connected(&self.desk, decode, &session);
+        lock(&self.borrowing).connected(decode, &session);
         let outlived = self.outlived(decode);
         tokio::pin!(outlived);
         loop {
@@ -123,7 +123,7 @@ impl Tasks {
             };
             let Some(message) = message else { break };
             match ToPrefill::decode(&message) {
-                Ok(message) => desk::on(&self.desk, BorrowerEvent::Message { session: id, message }),
+                Ok(message) => lock(&self.borrowing).on(BorrowerEvent::Message { session: id, message }),
                 Err(error) => {
                     tracing::warn!(worker = %decode, %error, "a decode worker is left");
                     break;
@@ -133,7 +133,7 @@ impl Tasks {
         tracing::info!(worker = %decode, "the session to a decode worker ended");
         // The writer stops first: what is said to be over must be.
         drop(session);
-        desk::disconnected(&self.desk, id);
+        lock(&self.borrowing).disconnected(id);
     }
 
     /// Returns when a decode worker's lease has gone and no job of it is left. If it lives on it does so under another
@@ -148,7 +148,7 @@ impl Tasks {
             // Nobody looks any more.
             return std::future::pending().await;
         }
-        while desk::lock(&self.desk).holds_of(decode) {
+        while lock(&self.borrowing).holds_of(decode) {
             sleep(TICK).await;
         }
     }
@@ -163,11 +163,11 @@ fn is_listed(workers: &WorkerSet, decode: WorkerId, addresses: &serde_json::Valu
 }
 
 /// Returns when no job is held any more.
-pub(super) async fn emptied(desk: &SharedDesk) {
-    let bell = desk::lock(desk).room_bell();
-    while desk::lock(desk).held() > 0 {
-        // The bell may have rung for the one who pulls.
-        let _ = timeout(TICK, bell.notified()).await;
+pub(super) async fn emptied(borrowing: &SharedBorrowing) {
+    let room_changed = lock(borrowing).room_changed();
+    while lock(borrowing).held() > 0 {
+        // That may have been told to the one who pulls.
+        let _ = timeout(TICK, room_changed.notified()).await;
     }
 }
 

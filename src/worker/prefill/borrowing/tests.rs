@@ -14,9 +14,9 @@ use crate::{
 
 const DAVE: WorkerId = WorkerId(4);
 
-/// A desk, what it asks of its worker, and what the queue is told of its jobs.
+/// A prefill worker without tasks, what it asks of these, and what the queue is told of its jobs.
 struct Bench {
-    desk: SharedDesk,
+    borrowing: SharedBorrowing,
     _notes: mpsc::UnboundedReceiver<Note>,
     say: mpsc::UnboundedSender<&'static str>,
     told: mpsc::UnboundedReceiver<&'static str>,
@@ -27,9 +27,9 @@ impl Bench {
         let timeouts = BorrowerTimeouts { keep_alive: Duration::ZERO, ..BorrowerTimeouts::default() };
         let borrower = BorrowerConfig { model_key: "m".into(), block_size: BLOCK as u32, jobs_max: 8, timeouts };
         let (engine, metrics) = (start(config()).0, Metrics::new().engine.handoffs.clone());
-        let (desk, notes) = Desk::new(Borrower::new(borrower), engine, 1, metrics);
+        let (borrowing, notes) = Borrowing::new(Borrower::new(borrower), engine, 1, metrics);
         let (say, told) = mpsc::unbounded_channel();
-        Self { desk, _notes: notes, say, told }
+        Self { borrowing, _notes: notes, say, told }
     }
 
     /// The queue delivers the job of a prompt of so many tokens.
@@ -43,11 +43,11 @@ impl Bench {
             traceparent: None,
         };
         let settle = Box::new(Told(self.say.clone()));
-        deliver(&self.desk, Delivery::new(job.encode().into(), 1, settle));
+        lock(&self.borrowing).deliver(Delivery::new(job.encode().into(), 1, settle));
     }
 
     fn has_room(&self) -> bool {
-        lock(&self.desk).has_room()
+        lock(&self.borrowing).has_room()
     }
 }
 
@@ -88,7 +88,7 @@ async fn jobs_are_taken_one_at_a_time_unless_several_fit_one_step() {
     let (_server, session) = session().await;
     let reached = || {
         let bench = Bench::new();
-        connected(&bench.desk, DAVE, &session);
+        lock(&bench.borrowing).connected(DAVE, &session);
         bench
     };
     let bench = reached();
@@ -102,7 +102,7 @@ async fn jobs_are_taken_one_at_a_time_unless_several_fit_one_step() {
     assert!(!bench.has_room(), "they fill a step");
     // What is computed makes room.
     let half = step as usize / 2;
-    lock(&bench.desk).computed(HandoffId(3), half / 2, half, &bench.desk);
+    lock(&bench.borrowing).computed(HandoffId(3), half / 2, half);
     assert!(bench.has_room());
     let bench = reached();
     bench.deliver(1, 1000);
@@ -110,7 +110,7 @@ async fn jobs_are_taken_one_at_a_time_unless_several_fit_one_step() {
     let bench = Bench::new();
     bench.deliver(1, 1);
     assert!(!bench.has_room(), "whether it can be done is not known");
-    connected(&bench.desk, DAVE, &session);
+    lock(&bench.borrowing).connected(DAVE, &session);
     assert!(bench.has_room());
 }
 
@@ -118,13 +118,13 @@ async fn jobs_are_taken_one_at_a_time_unless_several_fit_one_step() {
 async fn the_queue_hears_that_a_job_is_worked_on_before_what_became_of_it() {
     let mut bench = Bench::new();
     bench.deliver(1, 10);
-    on(&bench.desk, BorrowerEvent::Tick);
-    on(&bench.desk, BorrowerEvent::ConnectFailed { decode: DAVE, gone: true, pause: Duration::ZERO });
-    settled(&bench.desk).await;
+    lock(&bench.borrowing).on(BorrowerEvent::Tick);
+    lock(&bench.borrowing).on(BorrowerEvent::ConnectFailed { decode: DAVE, gone: true, pause: Duration::ZERO });
+    settled(&bench.borrowing).await;
     let heard = async { [bench.told.recv().await, bench.told.recv().await] };
     let heard = tokio::time::timeout(Duration::from_secs(10), heard).await.expect("both are said");
     assert_eq!(heard, [Some("in progress"), Some("done")]);
-    assert_eq!(lock(&bench.desk).held(), 0);
+    assert_eq!(lock(&bench.borrowing).held(), 0);
 }
 
 /// A session to a decode worker of this process.
@@ -170,10 +170,10 @@ async fn who_reaches_no_decode_worker_asks_for_jobs_less_and_less_often() {
     let dave_alone = WorkerSet::from([(DAVE, carded())]);
     let two = WorkerSet::from([(DAVE, carded()), (WorkerId(5), carded())]);
     let three = WorkerSet::from([(DAVE, carded()), (WorkerId(5), carded()), (WorkerId(6), carded())]);
-    let rest = |alive| lock(&bench.desk).rest(alive).as_secs();
+    let rest = |alive| lock(&bench.borrowing).rest(alive).as_secs();
     assert_eq!(rest(&dave_alone), 0);
     for (alone, beside_another) in [(1, 0), (2, 2), (4, 4), (8, 4), (16, 4), (16, 4)] {
-        lock(&bench.desk).miss(DAVE);
+        lock(&bench.borrowing).miss(DAVE);
         assert_eq!(rest(&dave_alone), alone);
         assert_eq!(rest(&two), beside_another, "the other may be within reach, and may have no job to be tried by");
     }
@@ -181,13 +181,13 @@ async fn who_reaches_no_decode_worker_asks_for_jobs_less_and_less_often() {
     bench.deliver(1, 10);
     assert!(!bench.has_room(), "one at a time");
     let (_server, session) = session().await;
-    connected(&bench.desk, DAVE, &session);
+    lock(&bench.borrowing).connected(DAVE, &session);
     assert!(bench.has_room() && rest(&dave_alone) == 0);
-    disconnected(&bench.desk, session.id());
+    lock(&bench.borrowing).disconnected(session.id());
     assert_eq!(rest(&dave_alone), 0, "it was reached");
-    lock(&bench.desk).miss(DAVE);
+    lock(&bench.borrowing).miss(DAVE);
     assert_eq!((rest(&dave_alone), rest(&two)), (1, 0));
-    lock(&bench.desk).miss(WorkerId(5));
+    lock(&bench.borrowing).miss(WorkerId(5));
     assert_eq!(rest(&two), 2);
     assert_eq!(rest(&three), 0, "it has tried another each time");
 }

@@ -5,7 +5,7 @@
 
 use std::{
     collections::{HashMap, HashSet, VecDeque},
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{Arc, Mutex, MutexGuard, PoisonError, Weak},
     time::{Duration, Instant},
 };
 
@@ -16,7 +16,7 @@ use tokio::{
 };
 use tracing::{Instrument, Span, field::Empty};
 
-use super::courier::Courier;
+use super::grant_exporter::GrantExporter;
 use crate::{
     cluster::{Delivery, WorkerSet},
     engine::{EngineHandle, PrefillHandle, PrefillRequest, SubmitError},
@@ -47,7 +47,7 @@ enum Verdict {
     Bury(String),
 }
 
-/// Something for the desk that comes from where its lock must not be taken.
+/// Something for [`Borrowing`] that comes from where its lock must not be taken.
 #[derive(Debug)]
 pub(super) enum Note {
     /// A write ended; since when its pages were computed.
@@ -61,7 +61,9 @@ pub(super) enum Note {
 }
 
 /// All handoffs of a prefill worker.
-pub(super) struct Desk {
+pub(super) struct Borrowing {
+    /// Itself, for whoever passes on pages from the engine thread.
+    me: Weak<Mutex<Borrowing>>,
     borrower: Borrower,
     engine: EngineHandle,
     actions: Vec<BorrowerAction>,
@@ -116,48 +118,51 @@ struct Prompt {
     writing: u64,
 }
 
-/// The desk, for the engine thread and the tasks.
-pub(super) type SharedDesk = Arc<Mutex<Desk>>;
+/// The same for the engine thread and the tasks.
+pub(super) type SharedBorrowing = Arc<Mutex<Borrowing>>;
 
-pub(super) fn lock(desk: &Mutex<Desk>) -> MutexGuard<'_, Desk> {
+pub(super) fn lock(borrowing: &Mutex<Borrowing>) -> MutexGuard<'_, Borrowing> {
     // A panic while holding it fails that handoff, which times out; the others are whole.
-    desk.lock().unwrap_or_else(PoisonError::into_inner)
+    borrowing.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-impl Desk {
+impl Borrowing {
     pub(super) fn new(
         borrower: Borrower,
         engine: EngineHandle,
         layers: usize,
         metrics: HandoffMetrics,
-    ) -> (SharedDesk, mpsc::UnboundedReceiver<Note>) {
+    ) -> (SharedBorrowing, mpsc::UnboundedReceiver<Note>) {
         let (notes, received) = mpsc::unbounded_channel();
-        let desk = Self {
-            borrower,
-            block_size: engine.config().block_size,
-            engine,
-            actions: Vec::new(),
-            follow_ups: VecDeque::new(),
-            deliveries: HashMap::new(),
-            settling: JoinSet::new(),
-            next_delivery: 0,
-            sessions: HashMap::new(),
-            missed: HashSet::new(),
-            misses: 0,
-            again: false,
-            reached: false,
-            prompts: HashMap::new(),
-            notes,
-            room: Arc::default(),
-            started: Instant::now(),
-            layers,
-            metrics,
-        };
-        (Arc::new(Mutex::new(desk)), received)
+        let borrowing = Arc::new_cyclic(|me| {
+            Mutex::new(Self {
+                me: me.clone(),
+                borrower,
+                block_size: engine.config().block_size,
+                engine,
+                actions: Vec::new(),
+                follow_ups: VecDeque::new(),
+                deliveries: HashMap::new(),
+                settling: JoinSet::new(),
+                next_delivery: 0,
+                sessions: HashMap::new(),
+                missed: HashSet::new(),
+                misses: 0,
+                again: false,
+                reached: false,
+                prompts: HashMap::new(),
+                notes,
+                room: Arc::default(),
+                started: Instant::now(),
+                layers,
+                metrics,
+            })
+        });
+        (borrowing, received)
     }
 
     /// Rung whenever there may be room for a job.
-    pub(super) fn room_bell(&self) -> Arc<Notify> {
+    pub(super) fn room_changed(&self) -> Arc<Notify> {
         self.room.clone()
     }
 
@@ -202,27 +207,6 @@ impl Desk {
     }
 }
 
-/// Takes in a job from the queue.
-pub(super) fn deliver(desk: &SharedDesk, delivery: Delivery) {
-    let mut this = lock(desk);
-    let id = DeliveryId(this.next_delivery);
-    this.next_delivery += 1;
-    let (payload, attempt) = (delivery.payload().clone(), delivery.attempt());
-    let job = Job::decode(&payload, this.borrower.model_key()).ok();
-    let span = job.as_ref().map_or_else(Span::none, span);
-    let (handoff, tokens) = job.map_or((None, 0), |job| (Some(job.handoff), job.prompt_tokens as usize));
-    let (verdicts, received) = mpsc::unbounded_channel();
-    while this.settling.try_join_next().is_some() {}
-    this.settling.spawn(settle(delivery, received).instrument(span.clone()));
-    let now = this.started.elapsed();
-    let _entered = span.clone().entered();
-    tracing::debug!(attempt, "a job");
-    this.deliveries.insert(id, Held { verdicts, handoff, tokens, claimed: None, span });
-    let Desk { borrower, actions, .. } = &mut *this;
-    borrower.deliver(id, attempt, &payload, now, actions);
-    this.perform(desk);
-}
-
 /// What of this worker's log belongs to a job, and to its request's trace if it names one.
 fn span(job: &Job) -> Span {
     let trace = job.traceparent.as_ref().and_then(|text| text.parse::<TraceContext>().ok());
@@ -233,75 +217,82 @@ fn span(job: &Job) -> Span {
     span
 }
 
-/// Returns when the queue has been told what became of all jobs. None is held any more.
-pub(super) async fn settled(desk: &SharedDesk) {
-    let mut settling = std::mem::take(&mut lock(desk).settling);
-    while settling.join_next().await.is_some() {}
-}
+impl Borrowing {
+    /// Takes in a job from the queue.
+    pub(super) fn deliver(&mut self, delivery: Delivery) {
+        let id = DeliveryId(self.next_delivery);
+        self.next_delivery += 1;
+        let (payload, attempt) = (delivery.payload().clone(), delivery.attempt());
+        let job = Job::decode(&payload, self.borrower.model_key()).ok();
+        let span = job.as_ref().map_or_else(Span::none, span);
+        let (handoff, tokens) = job.map_or((None, 0), |job| (Some(job.handoff), job.prompt_tokens as usize));
+        let (verdicts, received) = mpsc::unbounded_channel();
+        while self.settling.try_join_next().is_some() {}
+        self.settling.spawn(settle(delivery, received).instrument(span.clone()));
+        let now = self.started.elapsed();
+        let _entered = span.clone().entered();
+        tracing::debug!(attempt, "a job");
+        self.deliveries.insert(id, Held { verdicts, handoff, tokens, claimed: None, span });
+        let Borrowing { borrower, actions, .. } = self;
+        borrower.deliver(id, attempt, &payload, now, actions);
+        self.perform();
+    }
 
-/// Takes in what happened.
-pub(super) fn on(desk: &SharedDesk, event: BorrowerEvent) {
-    lock(desk).on(event, desk);
-}
+    /// A session is open.
+    pub(super) fn connected(&mut self, decode: WorkerId, session: &Session) {
+        self.sessions.insert(session.id(), session.writer());
+        self.missed.clear();
+        self.misses = 0;
+        self.again = false;
+        self.reached = true;
+        self.room.notify_one();
+        self.on(BorrowerEvent::Connected { decode, session: session.id() });
+    }
 
-/// A session is open.
-pub(super) fn connected(desk: &SharedDesk, decode: WorkerId, session: &Session) {
-    let mut this = lock(desk);
-    this.sessions.insert(session.id(), session.writer());
-    this.missed.clear();
-    this.misses = 0;
-    this.again = false;
-    this.reached = true;
-    this.room.notify_one();
-    this.on(BorrowerEvent::Connected { decode, session: session.id() }, desk);
-}
+    /// A session has ended.
+    pub(super) fn disconnected(&mut self, session: SessionId) {
+        self.on(BorrowerEvent::SessionClosed { session });
+        self.sessions.remove(&session);
+    }
 
-/// A session has ended.
-pub(super) fn disconnected(desk: &SharedDesk, session: SessionId) {
-    let mut this = lock(desk);
-    this.on(BorrowerEvent::SessionClosed { session }, desk);
-    this.sessions.remove(&session);
-}
-
-/// Takes in a note, except one that asks for a session.
-pub(super) fn take(desk: &SharedDesk, note: Note) {
-    let mut this = lock(desk);
-    match note {
-        Note::Wrote { handoff, result } => this.wrote(handoff, result, desk),
-        // The session's end is reported by itself, and ends the job.
-        Note::Posted { result: Err(WriteError::Closed), .. } => {}
-        Note::Posted { handoff, result: Ok(()) } => this.posted(handoff, desk),
-        // Such as of a loan that was taken back.
-        Note::Posted { handoff, result: Err(error) } => {
-            this.log(handoff, &error);
-            this.on(BorrowerEvent::WriteFailed { handoff }, desk);
+    /// Takes in a note, except one that asks for a session.
+    pub(super) fn take(&mut self, note: Note) {
+        match note {
+            Note::Wrote { handoff, result } => self.wrote(handoff, result),
+            // The session's end is reported by itself, and ends the job.
+            Note::Posted { result: Err(WriteError::Closed), .. } => {}
+            Note::Posted { handoff, result: Ok(()) } => self.posted(handoff),
+            // Such as of a loan that was taken back.
+            Note::Posted { handoff, result: Err(error) } => {
+                self.log(handoff, &error);
+                self.on(BorrowerEvent::WriteFailed { handoff });
+            }
+            Note::Ended { handoff } => self.ended(handoff),
+            Note::Connect { .. } => {}
         }
-        Note::Ended { handoff } => this.ended(handoff, desk),
-        Note::Connect { .. } => {}
     }
-}
 
-impl Desk {
-    fn on(&mut self, event: BorrowerEvent, desk: &SharedDesk) {
+    /// Takes in what happened.
+    pub(super) fn on(&mut self, event: BorrowerEvent) {
         self.borrower.on(event, self.started.elapsed(), &mut self.actions);
-        self.perform(desk);
+        self.perform();
     }
 
-    fn perform(&mut self, desk: &SharedDesk) {
+    fn perform(&mut self) {
         loop {
             for action in std::mem::take(&mut self.actions) {
-                self.act(action, desk);
+                self.act(action);
             }
             let Some(event) = self.follow_ups.pop_front() else { return };
             self.borrower.on(event, self.started.elapsed(), &mut self.actions);
         }
     }
 
-    fn act(&mut self, action: BorrowerAction, desk: &SharedDesk) {
+    fn act(&mut self, action: BorrowerAction) {
         match action {
             BorrowerAction::Connect { decode, addresses } => self.note(Note::Connect { decode, addresses }),
             BorrowerAction::Send { session, message } => self.send(session, &message),
-            BorrowerAction::Prefill { session, grant } => self.prefill(session, grant, desk),
+            BorrowerAction::Prefill { session, grant } => self.prefill(session, grant),
             BorrowerAction::Cancel { handoff } => {
                 if let Some(prompt) = self.prompts.get_mut(&handoff) {
                     prompt.over = true;
@@ -350,7 +341,9 @@ impl Desk {
         }
     }
 
-    fn prefill(&mut self, session: SessionId, grant: Grant, desk: &SharedDesk) {
+    fn prefill(&mut self, session: SessionId, grant: Grant) {
+        // Whoever calls this has it.
+        let Some(borrowing) = self.me.upgrade() else { return };
         let Some(writer) = self.sessions.get(&session).cloned() else { return };
         let Grant { handoff, slot, epoch, tokens, salt, first, pages } = grant;
         let held = self.held_for(handoff).map(|held| (held.claimed, held.span.clone()));
@@ -360,8 +353,8 @@ impl Desk {
         }
         span.in_scope(|| tracing::debug!(tokens = tokens.len(), first, "granted"));
         let first_page = first as usize / self.block_size;
-        let courier = Courier {
-            desk: desk.clone(),
+        let exporter = GrantExporter {
+            borrowing,
             notes: self.notes.clone(),
             writer,
             handoff,
@@ -372,7 +365,7 @@ impl Desk {
             tokens: tokens.len(),
             layers: self.layers,
         };
-        match self.engine.prefill(PrefillRequest { tokens, salt, first_page, exporter: Box::new(courier) }) {
+        match self.engine.prefill(PrefillRequest { tokens, salt, first_page, exporter: Box::new(exporter) }) {
             Ok(pages) => {
                 let now = Instant::now();
                 let prompt =
@@ -390,25 +383,25 @@ impl Desk {
 
     /// Whether a write may be given to the writer, under the lock under which this was asked: nothing is written of
     /// what was cancelled. If so it counts as under way.
-    pub(super) fn begin_write(&mut self, handoff: HandoffId, desk: &SharedDesk) -> bool {
+    pub(super) fn begin_write(&mut self, handoff: HandoffId) -> bool {
         match self.prompts.get_mut(&handoff) {
             Some(prompt) if !prompt.over => prompt.writing += 1,
             _ => return false,
         }
-        self.on(BorrowerEvent::Writing { handoff, writes: 1 }, desk);
+        self.on(BorrowerEvent::Writing { handoff, writes: 1 });
         true
     }
 
     /// So many `of` a prompt's tokens are computed, and their pages are with the writer.
-    pub(super) fn computed(&mut self, handoff: HandoffId, tokens: usize, of: usize, desk: &SharedDesk) {
+    pub(super) fn computed(&mut self, handoff: HandoffId, tokens: usize, of: usize) {
         if let Some(held) = self.held_for(handoff) {
             held.tokens = of - tokens;
             self.room.notify_one();
         }
-        self.on(BorrowerEvent::Computed { handoff, tokens: tokens as u32 }, desk);
+        self.on(BorrowerEvent::Computed { handoff, tokens: tokens as u32 });
     }
 
-    fn wrote(&mut self, handoff: HandoffId, result: Result<Instant, WriteError>, desk: &SharedDesk) {
+    fn wrote(&mut self, handoff: HandoffId, result: Result<Instant, WriteError>) {
         if let Some(prompt) = self.prompts.get_mut(&handoff) {
             prompt.writing -= 1;
             prompt.computed = result.map_or(prompt.computed, |computed| prompt.computed.max(computed));
@@ -420,11 +413,11 @@ impl Desk {
                 BorrowerEvent::WriteFailed { handoff }
             }
         };
-        self.on(event, desk);
+        self.on(event);
         self.let_go(handoff);
     }
 
-    fn posted(&mut self, handoff: HandoffId, desk: &SharedDesk) {
+    fn posted(&mut self, handoff: HandoffId) {
         // All writes were answered before.
         if let Some(prompt) = self.prompts.get(&handoff) {
             self.metrics.observe(HandoffPhase::Compute, prompt.computed - prompt.granted);
@@ -433,7 +426,7 @@ impl Desk {
         if let Some(held) = self.held_for(handoff) {
             held.span.in_scope(|| tracing::debug!("done"));
         }
-        self.on(BorrowerEvent::Posted { handoff }, desk);
+        self.on(BorrowerEvent::Posted { handoff });
         if let Some(prompt) = self.prompts.get_mut(&handoff) {
             prompt.over = true;
         }
@@ -441,9 +434,9 @@ impl Desk {
     }
 
     /// The engine has passed on everything, or has failed.
-    fn ended(&mut self, handoff: HandoffId, desk: &SharedDesk) {
+    fn ended(&mut self, handoff: HandoffId) {
         if self.prompts.get(&handoff).is_some_and(|prompt| !prompt.is_passed_on && !prompt.over) {
-            self.on(BorrowerEvent::ComputeFailed { handoff }, desk);
+            self.on(BorrowerEvent::ComputeFailed { handoff });
         }
     }
 
@@ -468,6 +461,12 @@ impl Desk {
         // The task that takes them ends with the process.
         let _ = self.notes.send(note);
     }
+}
+
+/// Returns when the queue has been told what became of all jobs. None is held any more.
+pub(super) async fn settled(borrowing: &SharedBorrowing) {
+    let mut settling = std::mem::take(&mut lock(borrowing).settling);
+    while settling.join_next().await.is_some() {}
 }
 
 /// Says of one delivery what is decided about it, in order. Left without a last word, the job goes back to the queue.

@@ -2,7 +2,7 @@
 
 use tokio::sync::mpsc;
 
-use super::desk::{Note, SharedDesk, lock};
+use super::borrowing::{Note, SharedBorrowing, lock};
 use crate::{
     engine::Exporter,
     handoff::{Epoch, HandoffId, MailboxSlot},
@@ -10,8 +10,8 @@ use crate::{
 };
 
 /// Takes a prompt's pages from the engine thread to the writer of its session.
-pub(super) struct Courier {
-    pub(super) desk: SharedDesk,
+pub(super) struct GrantExporter {
+    pub(super) borrowing: SharedBorrowing,
     pub(super) notes: mpsc::UnboundedSender<Note>,
     pub(super) writer: Writer,
     pub(super) handoff: HandoffId,
@@ -26,24 +26,24 @@ pub(super) struct Courier {
     pub(super) layers: usize,
 }
 
-impl Courier {
+impl GrantExporter {
     fn write(&self, layer: usize, first: usize, pages: &[u32]) {
         let remote = &self.pages[first - self.first_page..];
         let copy = |(&local, &remote): (&u32, &u32)| PageCopy { layer: layer as u32, local, remote };
         let copies = pages.iter().zip(remote).map(copy).collect();
         let handoff = self.handoff;
-        let mut desk = lock(&self.desk);
-        if !desk.begin_write(handoff, &self.desk) {
+        let mut borrowing = lock(&self.borrowing);
+        if !borrowing.begin_write(handoff) {
             return;
         }
         let notes = self.notes.clone();
-        // The desk is not touched from within: the call back may come before the call returns.
+        // The lock is not taken from within: the call back may come before the call returns.
         let done = move |result| drop(notes.send(Note::Wrote { handoff, result }));
         self.writer.write(self.slot, self.epoch, copies, done);
     }
 }
 
-impl Exporter for Courier {
+impl Exporter for GrantExporter {
     fn layer(&mut self, layer: usize, first: usize, pages: &[u32]) {
         self.write(layer, first, pages);
     }
@@ -54,11 +54,11 @@ impl Exporter for Courier {
     }
 
     fn computed(&mut self, tokens: usize) {
-        lock(&self.desk).computed(self.handoff, tokens, self.tokens, &self.desk);
+        lock(&self.borrowing).computed(self.handoff, tokens, self.tokens);
     }
 }
 
-impl Drop for Courier {
+impl Drop for GrantExporter {
     fn drop(&mut self) {
         // Not under the lock, which whoever drops it may hold.
         let _ = self.notes.send(Note::Ended { handoff: self.handoff });
