@@ -9,8 +9,8 @@ use std::time::{Duration, Instant};
 use rand::seq::SliceRandom;
 use rand::{RngExt, SeedableRng};
 
-use super::{Adapters, Lane, Offer, Piece, RdmaError, RdmaLane, Source, Target, Wish};
 use crate::handoff::{Epoch, MailboxSlot, MailboxWord, SessionId, Status, WorkerId};
+use crate::transfer::rdma::{Adapters, Granted, Lane, Offer, Piece, RdmaError, RdmaLane, Source, Target, Wish};
 use crate::transfer::tests::support::{
     PATIENCE, all_layers, complete, connector_config, epoch, server_config, soon, write,
 };
@@ -58,14 +58,14 @@ fn content(region: &Region, layer: usize, page: u32) -> Option<u8> {
 struct Ends {
     region: Region,
     mailbox: Mailbox,
-    granted: super::Granted,
+    granted: Granted,
     lane: RdmaLane,
     source: Source,
     target: Target,
 }
 
 /// Connects `source` to `target`, after `change` has changed what it is told.
-fn connect(source: &Source, target: &Target, change: impl FnOnce(&mut Offer)) -> (super::Granted, RdmaLane) {
+fn connect(source: &Source, target: &Target, change: impl FnOnce(&mut Offer)) -> (Granted, RdmaLane) {
     let opening = source.open(1).unwrap();
     let (granted, mut offers) = target.accept(&opening.endpoints()).unwrap();
     change(&mut offers[0]);
@@ -481,7 +481,7 @@ async fn child() {
 async fn a_peer_that_is_killed_amid_its_writes_is_fenced_at_once() {
     let mut decode = Decode::start(SHAPE, &["rxe0"]).await;
     let mut command = Command::new(std::env::current_exe().unwrap());
-    command.args(["--exact", "transfer::rdma::device_tests::child", "--ignored", "--nocapture"]);
+    command.args(["--exact", "transfer::rdma::tests::devices::child", "--ignored", "--nocapture"]);
     command.env(ADDRESSES, serde_json::to_string(decode.server.addresses()).unwrap());
     let mut writer = Writer(command.stdout(Stdio::piped()).spawn().unwrap());
     let id = decode.opened().await;

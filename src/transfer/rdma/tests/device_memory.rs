@@ -9,9 +9,9 @@ use engine_kernels::cuda::AdapterAccess;
 use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
 use tokio::sync::oneshot;
 
-use super::device_tests::{adapters, settle};
-use super::{Granted, Lane, Piece, RdmaLane, Reached, Registration, Source, Target};
+use super::devices::{adapters, settle};
 use crate::handoff::{MailboxSlot, SessionId, Status, WorkerId};
+use crate::transfer::rdma::{Granted, Lane, Piece, RdmaLane, Reached, Registration, Source, Target};
 use crate::transfer::tests::device::{Pages, everything};
 use crate::transfer::tests::support::{
     SHAPE, SLOTS, complete, connector_config, epoch, holds, server_config, soon, write,
