@@ -253,13 +253,13 @@ impl Decode {
 }
 
 /// Copies pages from one made-up cache to the other as they are computed.
-struct Copier {
-    from: Arc<Control>,
-    to: Arc<Control>,
-    grant: Grant,
-    block_size: usize,
-    copied: usize,
-    done: Sender<Grant>,
+pub(super) struct Copier {
+    pub(super) from: Arc<Control>,
+    pub(super) to: Arc<Control>,
+    pub(super) grant: Grant,
+    pub(super) block_size: usize,
+    pub(super) copied: usize,
+    pub(super) done: Sender<Grant>,
 }
 
 impl Exporter for Copier {
