@@ -1,3 +1,5 @@
+//! From a checked plan to the engine and back: all choices of one HTTP answer.
+
 mod chunks;
 
 use std::{

@@ -1,3 +1,5 @@
+//! `POST /v1/chat/completions`.
+
 use std::sync::Arc;
 
 use axum::{

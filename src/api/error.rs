@@ -1,3 +1,5 @@
+//! Errors in the shape that OpenAI's clients read.
+
 use std::{borrow::Cow, ops::RangeInclusive};
 
 use axum::{

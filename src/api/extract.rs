@@ -1,3 +1,5 @@
+//! Request bodies: read within bounds of size, time and memory, and parsed into types.
+
 use std::{sync::Arc, time::Duration};
 
 use axum::{

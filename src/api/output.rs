@@ -1,3 +1,5 @@
+//! From an answer's tokens to the text that may be shown of it.
+
 use engine_models::DecodeStream;
 
 use super::{

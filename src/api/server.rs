@@ -1,3 +1,5 @@
+//! The HTTP server under every API here: it listens, serves connections, and drains them at the end.
+
 use std::{convert::Infallible, future::Future, io, mem, net::SocketAddr, sync::Arc, time::Duration};
 
 use axum::{Router, body::Body, extract::Request, response::Response};

@@ -1,3 +1,5 @@
+//! What the API's handlers share.
+
 use std::{
     sync::{Arc, OnceLock},
     time::{Duration, SystemTime, UNIX_EPOCH},

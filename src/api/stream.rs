@@ -1,3 +1,5 @@
+//! Answers as server-sent events.
+
 use std::{
     future::Future,
     io,

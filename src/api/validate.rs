@@ -1,3 +1,5 @@
+//! From a request's fields to a plan: ranges, defaults, and what is not supported.
+
 use std::ops::RangeInclusive;
 
 use engine_kernels::{MAX_TOP_LOGPROBS, SamplingParams};

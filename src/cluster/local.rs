@@ -1,3 +1,5 @@
+//! A cluster inside one process.
+
 use std::{
     collections::{BTreeMap, HashMap, VecDeque},
     sync::{

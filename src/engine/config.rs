@@ -1,3 +1,5 @@
+//! How an engine is started, and which limits go together.
+
 use std::time::Duration;
 
 /// The engine's limits and sizes, all fixed at start.

@@ -1,3 +1,5 @@
+//! A request's grammar as the engine thread follows it: what may be drawn next, and when the answer has ended.
+
 use std::sync::{Mutex, OnceLock, PoisonError};
 
 use super::FinishReason;

@@ -1,3 +1,5 @@
+//! The way of an answer from the engine thread to its reader, over rings that are allocated beforehand.
+
 use std::{
     pin::Pin,
     sync::{

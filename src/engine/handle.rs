@@ -1,3 +1,5 @@
+//! The way to the engine thread, for any number of other threads, and what it shares with them.
+
 use std::{
     num::NonZeroU64,
     sync::{

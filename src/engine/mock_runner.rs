@@ -1,3 +1,5 @@
+//! A runner in place of a model, for clusters that are tried out without hardware.
+
 use std::{
     io,
     ops::Range,

@@ -1,3 +1,5 @@
+//! What the engine thread keeps of a request beside its sequence: how it draws, and where the tokens go.
+
 use std::time::Instant;
 
 use engine_kernels::{RowTask, SampleRow, Sampled, SamplingParams, SequenceId};

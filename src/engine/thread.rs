@@ -1,3 +1,5 @@
+//! The engine thread: its turns, from what arrived to what readers hear.
+
 use std::{
     any::Any,
     panic::{AssertUnwindSafe, catch_unwind},

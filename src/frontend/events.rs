@@ -1,3 +1,5 @@
+//! A worker's event stream taken apart: what is for the client, and what is for the journal.
+
 use std::mem;
 
 use bytes::{Bytes, BytesMut};

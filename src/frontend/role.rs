@@ -1,3 +1,5 @@
+//! The frontend as a process: its flags, its cluster, its server.
+
 use anyhow::{Context, Result};
 use rustix::process::{Resource, getrlimit};
 

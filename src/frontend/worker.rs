@@ -1,3 +1,5 @@
+//! A decode worker as a frontend knows it: how busy it is, whether it answers, and its idle connections.
+
 use std::{
     io, mem,
     net::SocketAddrV4,

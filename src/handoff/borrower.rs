@@ -1,3 +1,5 @@
+//! The prefill worker's side, a state machine.
+
 use std::{collections::BTreeMap, time::Duration};
 
 use super::{

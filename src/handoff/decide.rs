@@ -1,3 +1,5 @@
+//! Whether a prompt is prefilled here or handed off.
+
 use std::time::Duration;
 
 use super::{HandoffCosts, Limits, Policy};

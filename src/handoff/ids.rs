@@ -1,3 +1,5 @@
+//! Names of handoffs, workers, sessions, and of loans in a mailbox.
+
 use std::{fmt, num::NonZeroU32, str::FromStr};
 
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de};

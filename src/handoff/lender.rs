@@ -1,3 +1,5 @@
+//! The decode worker's side, a state machine.
+
 use std::{collections::HashMap, time::Duration};
 
 use super::{

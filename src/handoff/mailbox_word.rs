@@ -1,3 +1,5 @@
+//! The one word by which a loan's holder says that it has finished.
+
 use super::Epoch;
 
 /// What the holder of a loan writes into the mailbox, once, after all data: `epoch << 32 | status`. 0 is an empty slot.

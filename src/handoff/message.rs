@@ -1,3 +1,5 @@
+//! What the two workers of a handoff say to each other.
+
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
 use super::{Epoch, HandoffId, MailboxSlot};
@@ -77,7 +79,7 @@ pub enum ToPrefill {
     NoScratch,
 }
 
-/// Leave to write a handoff's pages, given once in its life.
+/// Permission to write a handoff's pages, given once in its life.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Grant {
     /// What was claimed.

@@ -1,3 +1,5 @@
+//! A request's tokens, and how far they are computed.
+
 use engine_kernels::Batch;
 
 use crate::cache::{BlockTable, PageHash, PageHasher, Salt};

@@ -1,3 +1,5 @@
+//! The scheduler's sequences: which run, wait, or are away.
+
 use std::collections::VecDeque;
 
 use engine_kernels::Batch;

@@ -1,3 +1,5 @@
+//! How many pages the KV cache has, and how long a sequence may be.
+
 use engine_kernels::KvLayout;
 
 /// Most of the machine's free memory the KV cache takes by default: a quarter.

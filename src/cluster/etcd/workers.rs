@@ -1,3 +1,5 @@
+//! The live workers, from the keys they register.
+
 use std::{
     collections::BTreeMap,
     sync::Arc,

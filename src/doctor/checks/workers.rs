@@ -1,3 +1,5 @@
+//! What to say of a cluster's workers.
+
 use std::collections::BTreeMap;
 
 use super::{

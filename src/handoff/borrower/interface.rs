@@ -1,3 +1,5 @@
+//! What goes into the prefill worker's state machine, and what comes out.
+
 use std::time::Duration;
 
 use crate::handoff::{Grant, HandoffId, JobError, MailboxSlot, MailboxWord, SessionId, ToDecode, ToPrefill, WorkerId};

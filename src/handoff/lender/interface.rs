@@ -1,3 +1,5 @@
+//! What goes into the decode worker's state machine, and what comes out.
+
 use std::time::Duration;
 
 use crate::handoff::{Epoch, Gone, HandoffId, MailboxSlot, SessionId, ToDecode, WorkerId};

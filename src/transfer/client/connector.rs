@@ -1,3 +1,5 @@
+//! Opening a session: which way to a decode worker, in which order, and what for.
+
 use std::io;
 use std::path::Path;
 use std::sync::Arc;

@@ -1,3 +1,5 @@
+//! A session at the prefill worker, in one task, from its opening to its end.
+
 use std::collections::HashMap;
 use std::sync::Arc;
 use std::sync::mpsc::Sender;

@@ -1,3 +1,5 @@
+//! Writes and messages of a session, from any thread.
+
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::sync::mpsc::Sender;

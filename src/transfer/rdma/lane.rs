@@ -1,3 +1,5 @@
+//! Requests of a session on one adapter: chained, posted, and counted as they complete.
+
 use std::io;
 use std::mem::zeroed;
 use std::sync::Arc;
