@@ -219,7 +219,7 @@ impl Frontend {
                 Pick::Worker(worker) => worker,
                 Pick::Nobody { lost_lately } => {
                     let taken = key.is_some() || attempts.losses > 0;
-                    // Those who are there and refused say more than those who are not.
+                    // A refusal by a worker that is there says more than that others are missing.
                     let unreached = (lost_lately || attempts.lacking) && attempts.refused.is_none();
                     let missed = unreached || current.misses(asked.model());
                     attempts.waited |= missed;
@@ -341,7 +341,7 @@ impl Frontend {
                     return Err(ApiError::invalid("model", message));
                 }
             },
-            // Whoever it is will say what is wrong with the body.
+            // Any worker will say what is wrong with the body.
             None => {
                 anybody = table.anybody();
                 &anybody

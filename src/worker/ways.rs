@@ -14,6 +14,9 @@ use crate::{
 pub(super) const NEEDS_DEVICE: &str =
     "--transport cuda-ipc moves pages between CUDA devices, and this worker computes on the CPU: see --device";
 
+/// How adapters reach pages in device memory, or why they do not; none where no adapters are open.
+pub(crate) type Reach = Option<Result<Reached, Unreached>>;
+
 /// The ways that are allowed.
 #[derive(Clone)]
 pub struct Ways {
@@ -109,7 +112,7 @@ impl Ways {
     pub(crate) async fn reach<T: Send + 'static>(
         &self,
         register: impl FnOnce(&Adapters) -> Result<(T, Reached), Unreached> + Send + 'static,
-    ) -> Result<(Option<T>, Option<Result<Reached, Unreached>>)> {
+    ) -> Result<(Option<T>, Reach)> {
         let Some(adapters) = self.adapters.clone() else { return Ok((None, None)) };
         if !self.to_device {
             return Ok((None, Some(Err(Unreached::Unwanted))));

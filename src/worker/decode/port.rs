@@ -25,8 +25,8 @@ use crate::{
     transfer::{Mailbox, SessionEvent, SessionServer, Sink},
 };
 
-/// After a job that nobody has claimed, others would hardly fare better for as long: whoever takes them is busy, or
-/// does not reach this worker.
+/// How long nothing is handed off after a job that nobody has claimed: whoever takes jobs is busy, or does not reach
+/// this worker.
 const UNCLAIMED_PAUSE: Duration = Duration::from_secs(30);
 
 /// [`LendingPort`] over a real cluster.

@@ -23,8 +23,8 @@ use crate::{
 /// Between two looks at how long the queue is while it is not empty, or prompts are long enough for it to matter. Jobs
 /// of our own are counted as they go.
 const DEPTH_PERIOD: Duration = Duration::from_millis(250);
-/// As many periods pass between two looks while it does not matter: each look of each decode worker is a question to
-/// NATS.
+/// Periods between two looks while it does not matter how long the queue is: each look of each decode worker is a
+/// question to NATS.
 const IDLE_DEPTH_PERIODS: u32 = 8;
 /// After this many looks in a row, [`DEPTH_PERIOD`] apart, that find nobody working or waiting, the queue counts as
 /// deserted: a worker that is killed, or cannot reach the queue, stays registered until its lease runs out, if it does.
