@@ -16,7 +16,7 @@ RDMA   ?= yes
 FUZZ_SECONDS ?= 600
 SOAK_SECONDS ?= 120
 
-.PHONY: help setup setup-services setup-rdma run cluster demo-model test-assets test test-rdma fmt lint doc client bench bench-frontend bench-host bench-scale bench-rdma fuzz soak soak-round avx512 goldens cuda cuda-check gpu-check device-pages
+.PHONY: help setup setup-services setup-rdma run cluster demo-model test-assets test test-rdma fmt lint doc client bench bench-types bench-frontend bench-host bench-scale bench-rdma fuzz soak soak-round avx512 goldens cuda cuda-check gpu-check device-pages
 
 help: ## Print this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -49,7 +49,7 @@ test: $(if $(RDMA),setup-rdma,setup-services) demo-model test-assets ## Format c
 	$(CARGO) fmt --all --check
 	$(CARGO) test --workspace --locked --no-run
 	@nice -n 19 scripts/build-ahead.sh & ahead=$$!; \
-	$(CARGO) test --workspace --locked || { kill $$ahead; exit 1; }; wait $$ahead
+	$(CARGO) test --workspace --locked --no-fail-fast || { kill $$ahead; exit 1; }; wait $$ahead
 	$(MAKE) --no-print-directory lint cuda-check device-pages doc client $(if $(RDMA),test-rdma)
 
 test-rdma: setup-rdma ## The tests that need an RDMA device, in an emulated machine (QEMU) with soft-RoCE; part of make test
@@ -75,6 +75,11 @@ bench: setup-services bench-frontend $(if $(filter $(DEMO),$(MODEL)),demo-model)
 	$(CARGO) bench --locked --bench transfer -- --results benches/results $(if $(filter nixl,$(PEERS)),--nixl "$$(scripts/fetch-nixl.sh)")
 	$(CARGO) bench --locked --bench disaggregation -- --model $(MODEL) --results benches/results
 	$(CARGO) bench --locked --bench suite -- --model $(MODEL) --results benches/results $(if $(filter llama.cpp,$(PEERS)),--llama "$$(scripts/fetch-llama-cpp.sh)") $(ARGS)
+
+bench-types: setup ## Measure the forward pass beside llama.cpp on the shape of Qwen3-0.6B, in GGUF files of five types, made at the first run (3.1 GB)
+	scripts/fetch-llama-cpp.sh
+	scripts/make-shape-gguf.sh
+	$(CARGO) bench --locked --bench suite -- --types "$$(scripts/make-shape-gguf.sh)" --results benches/results --llama "$$(scripts/fetch-llama-cpp.sh)" $(ARGS)
 
 bench-frontend: setup-services ## Measure the frontend beside Dynamo's, fetched at the first run (PEERS= leaves it out); part of make bench
 	$(if $(filter dynamo,$(PEERS)),scripts/fetch-dynamo.sh)

@@ -11,6 +11,7 @@ use std::{
 };
 
 use cell::Cell;
+use engine::cluster::WorkerFilter;
 use program::Server;
 use serde_json::Value;
 
@@ -103,6 +104,11 @@ fn a_cluster_is_measured_from_its_prefill_workers_while_it_serves() {
     let mock = ["mock", "--decode-workers", "2", "--prefill-workers", "1", "--etcd", &cell.etcd.url(), "--nats"];
     let mock = Server::start_as(&[&mock[..], &[&cell.nats.url()], &token].concat());
     mock.wait_until("the prefill worker is known", |mock| mock.metric("engine_prefill_workers") == 1.0);
+    // The other decode worker may not have got so far.
+    tokio::runtime::Runtime::new().unwrap().block_on(async {
+        let cluster = cell::join(&cell).await;
+        cell::registered(&cluster, WorkerFilter::default(), |workers| workers.len() == 3).await;
+    });
     let (passed, findings) = in_cluster(&cell, &[&["--measure"], &token[..]].concat());
     assert!(passed, "{findings:?}\n{}", mock.log());
     assert_eq!(of(&findings, "worker").len(), 3, "{findings:?}");

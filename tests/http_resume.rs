@@ -107,13 +107,14 @@ fn an_answer_that_goes_on_elsewhere_keeps_its_salt() {
     let prompt = "Tell me something that nobody else may know of. ".repeat(4);
     let salted = |salt: Option<&str>| {
         json!({
-            "prompt": prompt, "max_tokens": 20, "ignore_eos": true, "cache_salt": salt, "stream": true,
+            "prompt": prompt, "max_tokens": 200, "ignore_eos": true, "cache_salt": salt, "stream": true,
             "stream_options": {"include_usage": true},
         })
     };
     let whole = relayed(&first, COMPLETIONS, &salted(Some("tea")), "");
-    let journal: String = whole[..4].iter().map(|event| event.progress.as_str()).collect();
-    relayed(&second, COMPLETIONS, &salted(Some("tea")), &journal);
+    // However many steps it tells of, it is not all of them.
+    let journal = &whole[0].progress;
+    relayed(&second, COMPLETIONS, &salted(Some("tea")), journal);
     // It left its pages with the second worker, for others with its salt.
     let found = |salt| {
         let usage = merged(&relayed(&second, COMPLETIONS, &salted(salt), "")).usage;
@@ -386,7 +387,8 @@ fn a_worker_that_would_answer_otherwise_says_so() {
     let first = start();
     let request = json!({"prompt": "a", "max_tokens": 8, "ignore_eos": true, "stream": true});
     let whole = relayed(&first, COMPLETIONS, &request, "");
-    let journal: String = whole[..4].iter().map(|event| event.progress.as_str()).collect();
+    // How many steps an event tells of is a matter of time.
+    let journal: String = whole[..whole.len() / 2].iter().map(|event| event.progress.as_str()).collect();
     let ask = |worker: &Worker, journal: &str, request: &Value, length: usize| {
         let length = length.to_string();
         let headers = [("Content-Type", "application/json"), ("X-Engine-Resume", length.as_str())];

@@ -1,9 +1,10 @@
-//! What the engine exists for, measured beside a peer: `make bench`.
+//! What the engine exists for, measured beside a peer: `make bench`; and the forward pass alone of one model in files of
+//! several types: `make bench-types`.
 //!
 //! Everything runs in processes of its own, ours and the peer's alternating (A B A B …), so that both meet the same
 //! machine in the same minutes; a figure is the median of its rounds. [`offline`] times the forward pass alone, as
 //! llama-bench does; [`serving`] times whole servers over HTTP; [`machine`] measures the memory bandwidth that the
-//! floors in the report are derived from.
+//! floors in the report are derived from. [`report`] writes the page of one file, [`types`] that of several.
 
 mod http;
 mod load;
@@ -13,13 +14,14 @@ mod report;
 mod server;
 mod serving;
 mod stats;
+mod types;
 
 use std::path::PathBuf;
 
 use anyhow::{Context, Result};
 use clap::{Parser, Subcommand};
 
-/// Compares the engine with llama.cpp on one GGUF file.
+/// Compares the engine with llama.cpp on one GGUF file, or its forward pass on several.
 #[derive(Parser)]
 struct Options {
     #[command(subcommand)]
@@ -27,6 +29,9 @@ struct Options {
     /// The model file.
     #[arg(long, env = "ENGINE_DEMO_MODEL")]
     model: Option<PathBuf>,
+    /// Folder of GGUF files of one model in several types: measures the forward pass alone, of each of them.
+    #[arg(long)]
+    types: Option<PathBuf>,
     /// Folder of llama-bench and llama-server; without it the engine is measured alone.
     #[arg(long)]
     llama: Option<PathBuf>,
@@ -62,25 +67,34 @@ fn main() -> Result<()> {
         println!("{}", offline::forward(&work)?);
         return Ok(());
     }
-    let model = options.model.context("--model names no file (make bench does)")?;
+    let (llama, rounds) = (options.llama.as_deref(), options.rounds);
     let threads = match options.threads {
         Some(threads) => threads,
         None => std::thread::available_parallelism()?.get(),
     };
-    let mut report = report::Report::new(&model, machine::describe()?, options.rounds, threads);
-    for threads in [1, threads] {
-        report.bandwidth(threads, machine::read_bandwidth(threads));
-    }
-    if !options.no_offline {
-        report.offline(offline::compare(&model, options.llama.as_deref(), options.rounds, threads)?);
-    }
-    if !options.no_serving {
-        report.serving(serving::compare(&model, options.llama.as_deref(), options.rounds, threads)?);
-    }
-    let text = report.markdown();
+    let machine = machine::describe()?;
+    let page = machine.page_name()?;
+    let (name, text) = if let Some(folder) = &options.types {
+        (format!("{page}-types.md"), types::page(folder, &machine, llama, rounds, threads)?)
+    } else {
+        let model = options.model.context("--model names no file (make bench does)")?;
+        let mut report = report::Report::new(&model, machine, rounds, threads);
+        for threads in [1, threads] {
+            report.bandwidth(threads, machine::read_bandwidth(threads));
+        }
+        if !options.no_offline {
+            report.offline(offline::compare(&model, llama, rounds, threads, &[512, 2048])?);
+        }
+        if !options.no_serving {
+            report.serving(serving::compare(&model, llama, rounds, threads)?);
+        }
+        (format!("{page}.md"), report.markdown())
+    };
     println!("\n{text}");
     if let Some(folder) = options.results {
-        let path = report.write(&folder, &text)?;
+        std::fs::create_dir_all(&folder)?;
+        let path = folder.join(name);
+        std::fs::write(&path, text)?;
         println!("written to {}", path.display());
     }
     Ok(())

@@ -61,9 +61,16 @@ pub(crate) struct Work {
     decode: usize,
 }
 
-/// Measures both sides, alternating.
-pub(crate) fn compare(model: &Path, llama: Option<&Path>, rounds: usize, threads: usize) -> Result<Vec<Row>> {
-    let mut work = vec![(Kind::Prefill(512), threads), (Kind::Prefill(2048), threads), (Kind::Decode(64), 1)];
+/// Measures both sides, alternating: prompts of these lengths, and decoding.
+pub(crate) fn compare(
+    model: &Path,
+    llama: Option<&Path>,
+    rounds: usize,
+    threads: usize,
+    prompts: &[usize],
+) -> Result<Vec<Row>> {
+    let mut work: Vec<_> = prompts.iter().map(|&tokens| (Kind::Prefill(tokens), threads)).collect();
+    work.push((Kind::Decode(64), 1));
     if threads > 1 {
         work.push((Kind::Decode(64), threads));
     }

@@ -1,9 +1,7 @@
 //! The report: one page of Markdown, with the machine, the floors and the ratios.
 
 use std::fmt::Write as _;
-use std::path::{Path, PathBuf};
-
-use anyhow::Result;
+use std::path::Path;
 
 use crate::machine::Machine;
 use crate::offline::{Kind, Row as OfflineRow};
@@ -121,14 +119,6 @@ impl Report {
         }
         Ok(())
     }
-
-    /// Writes the page to `folder`, named after the day and the processor.
-    pub(crate) fn write(&self, folder: &Path, text: &str) -> Result<PathBuf> {
-        std::fs::create_dir_all(folder)?;
-        let path = folder.join(format!("{}.md", self.machine.page_name()?));
-        std::fs::write(&path, text)?;
-        Ok(path)
-    }
 }
 
 fn figures(text: &mut String, clients: usize, name: &str, figures: &Figures) -> std::fmt::Result {
@@ -142,6 +132,7 @@ fn figures(text: &mut String, clients: usize, name: &str, figures: &Figures) -> 
     )
 }
 
-fn optional(value: Option<f64>, format: impl Fn(f64) -> String) -> String {
+/// What a cell of a table says of a value that may not be there.
+pub(crate) fn optional(value: Option<f64>, format: impl Fn(f64) -> String) -> String {
     value.map_or_else(|| "–".to_string(), format)
 }

@@ -144,8 +144,10 @@ pub(super) fn follow(
                         return;
                     }
                     let table = sender.borrow().next(&live.borrow_and_update());
-                    metrics.workers.set(table.len() as i64);
+                    let count = table.len();
                     sender.send_replace(Arc::new(table));
+                    // Only now: whoever reads it finds them.
+                    metrics.workers.set(count as i64);
                 }
                 report = loads.next(), if !reports_end => match report {
                     Some((lease, report)) => {

@@ -13,16 +13,22 @@ use std::{
     io::Write,
     net::{Ipv4Addr, TcpStream},
     sync::Arc,
+    time::Duration,
 };
 
-use engine::cluster::{Cluster, ClusterOptions, EtcdOptions, NatsOptions, Role, WorkerCard, WorkerFilter};
+use engine::cluster::{
+    Cluster, ClusterOptions, EtcdOptions, ModelKey, NatsOptions, Role, WorkerCard, WorkerFilter, WorkerSet,
+};
 use serde_json::{Value, json};
+use tokio::runtime::Runtime;
 
 use crate::{
     program::Server,
     services::{self, Service},
 };
 
+/// How long anything may take before a test gives up. Not a measurement: the machine may be very busy.
+const PATIENCE: Duration = Duration::from_secs(120);
 /// Tokens of a prompt that is handed off, in tests that set a threshold of 64, and of one that is not.
 pub(crate) const LONG: usize = 250;
 pub(crate) const SHORT: usize = 20;
@@ -54,10 +60,10 @@ impl Cell {
         Self { etcd: services::etcd(), nats, model, network: None, environment: Vec::new() }
     }
 
-    /// With the demo model, and prefill workers at the other end of a network.
-    pub(crate) fn across(network: Network) -> Self {
+    /// With this model, and prefill workers at the other end of a network.
+    pub(crate) fn across(network: Network, model: Model) -> Self {
         let (etcd, nats) = (services::etcd_on(network.here), services::nats_on(network.here));
-        Self { etcd, nats, model: Model::demo(), network: Some(network), environment: Vec::new() }
+        Self { etcd, nats, model, network: Some(network), environment: Vec::new() }
     }
 
     /// With these variables (`NAME=value`) in the environment of whatever is started from now on.
@@ -133,6 +139,12 @@ impl Cell {
             decode.metric("engine_prefill_workers") >= workers as f64
                 && decode.metric("engine_prefill_queue_depth") >= 0.0
         });
+        // They are known a moment before they ask for jobs.
+        let runtime = Runtime::new().unwrap();
+        let (cluster, key) = (runtime.block_on(join(self)), model_key(decode));
+        decode.wait_until("they ask for jobs", |_| {
+            runtime.block_on(cluster.queue.depth(key)).is_ok_and(|depth| depth.asking >= workers as u64)
+        });
     }
 }
 
@@ -143,11 +155,29 @@ pub(crate) async fn join(cell: &Cell) -> Cluster {
     Cluster::connect(ClusterOptions { namespace: "engine".to_owned(), etcd, nats }).await.unwrap()
 }
 
+/// The workers that are registered, once it `holds` for them.
+pub(crate) async fn registered(
+    cluster: &Cluster,
+    filter: WorkerFilter,
+    holds: impl FnMut(&Arc<WorkerSet>) -> bool,
+) -> Arc<WorkerSet> {
+    let mut workers = cluster.discovery.workers(filter);
+    let there = tokio::time::timeout(PATIENCE, workers.wait_for(holds)).await;
+    let there = there.expect("the workers are registered in time").unwrap();
+    there.clone()
+}
+
 /// The card of a worker of this role.
 pub(crate) async fn card(cluster: &Cluster, role: Role) -> Arc<WorkerCard> {
-    let mut workers = cluster.discovery.workers(WorkerFilter::role(role));
-    let workers = workers.wait_for(|workers| !workers.is_empty()).await.unwrap();
+    let workers = registered(cluster, WorkerFilter::role(role), |workers| !workers.is_empty()).await;
     workers.values().next().unwrap().clone()
+}
+
+/// What a worker's model is known by.
+fn model_key(worker: &Server) -> ModelKey {
+    let text = worker.get("/metrics").text();
+    let (_, key) = text.split_once("model_key=\"").unwrap_or_else(|| panic!("{text}"));
+    key.split('"').next().unwrap().parse().unwrap()
 }
 
 /// Those flags that are not there.

@@ -1,7 +1,7 @@
 use std::{sync::Arc, time::Duration};
 
 use bytes::Bytes;
-use engine::cluster::{Consumer, Delivery, ModelKey, Nats, Queue, QueueDepth, QueueError};
+use engine::cluster::{Consumer, Delivery, ModelKey, Nats, NatsOptions, Queue, QueueDepth, QueueError};
 use tokio::time::timeout;
 
 use crate::{
@@ -18,7 +18,7 @@ async fn next(consumer: &mut Consumer) -> Delivery {
 }
 
 /// Publishes until it works: what a decode worker does with its next requests.
-async fn publish(nats: &Nats, key: ModelKey, id: &str) {
+pub(crate) async fn publish(nats: &Nats, key: ModelKey, id: &str) {
     soon("a publish to work", async {
         while nats.publish(key, id.into(), Bytes::from(id.to_owned())).await.is_err() {
             tokio::time::sleep(Duration::from_millis(50)).await;
@@ -27,7 +27,7 @@ async fn publish(nats: &Nats, key: ModelKey, id: &str) {
     .await;
 }
 
-async fn wait_for_depth(nats: &Nats, key: ModelKey, depth: QueueDepth) {
+pub(crate) async fn wait_for_depth(nats: &Nats, key: ModelKey, depth: QueueDepth) {
     soon(&format!("{depth:?}"), async {
         while nats.depth(key).await != Ok(depth) {
             tokio::time::sleep(Duration::from_millis(20)).await;
@@ -133,13 +133,16 @@ async fn the_job_of_a_worker_that_dies_goes_to_another() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_job_somebody_is_at_is_not_given_to_another() {
     let service = services::nats();
-    let nats = nats_at(&service.url(), "a").await;
+    // Longer than a busy machine may keep a sign.
+    let ack_wait = 5 * ACK_WAIT;
+    let options = NatsOptions { ack_wait, ..NatsOptions::new(vec![service.url()]) };
+    let nats = Nats::new(options, "a").await.unwrap();
     publish(&nats, key("m"), "1").await;
     let job = next(&mut nats.consume(key("m"))).await;
     let mut other = nats.consume(key("m"));
     // Several times as long as a job may go without a sign of life.
-    let mut signs = tokio::time::interval(ACK_WAIT / 4);
-    for _ in 0..16 {
+    let mut signs = tokio::time::interval(ack_wait / 10);
+    for _ in 0..25 {
         tokio::select! {
             _ = signs.tick() => job.in_progress().await.unwrap(),
             stolen = other.next() => panic!("{stolen:?}"),

@@ -68,6 +68,7 @@ fn a_prompt_found_in_the_cache_is_not_handed_off_and_one_found_in_part_lacks_no_
     assert_eq!(decode.metric("engine_prefills_total{where=\"remote\"}"), 2.0);
     assert!(decode.metric("engine_prefix_hit_tokens_total") >= 2.0 * (LONG as f64 - 16.0));
     // The prefill worker found the same in its own cache.
+    cell::wait_until_idle(&prefill);
     assert!(prefill.metric("engine_kv_pages{state=\"cached\"}") >= (LONG / 16) as f64);
     let alone = Server::start(&["--max-model-len", "1024", "--kv-blocks", "256"]);
     assert_eq!(ask(&alone, &longer), answer);

@@ -12,7 +12,8 @@ use serde_json::{Value, json};
 
 use crate::{
     cell::{
-        self, Cell, SLOWLY, answer_to, ask, card, granted, handoffs, join, pages, prefills, prompt, wait_until_idle,
+        self, Cell, SLOWLY, answer_to, ask, card, granted, handoffs, join, pages, prefills, prompt, registered,
+        wait_until_idle,
     },
     program::Server,
     services,
@@ -127,6 +128,7 @@ fn a_client_that_leaves_while_its_prompt_is_queued_or_computed_frees_its_pages()
     wait_until_idle(&decode);
     assert_eq!(handoffs(&decode, "expired"), 1.0);
     prefill.signal("CONT");
+    cell.wait_for_prefill_worker(&decode);
     // The next one is being computed when its client leaves; the prefill worker stops.
     let connection = leave_behind(&decode);
     decode.wait_until("the prompt is claimed", |decode| granted(decode) == 1.0);
@@ -171,26 +173,24 @@ fn jobs_that_are_stale_or_cannot_be_read_harm_nobody() {
         b"\xff\x00 not a job".to_vec(),
     ];
     for (number, payload) in poison.into_iter().enumerate() {
-        let published = cluster.queue.publish(card.model_key, format!("poison {number}"), payload.into());
-        runtime.block_on(published).unwrap();
+        decode.wait_until("it is on the queue", |_| {
+            let id = format!("poison {number}");
+            runtime.block_on(cluster.queue.publish(card.model_key, id, payload.clone().into())).is_ok()
+        });
     }
     let alone = alone();
     for length in [150, 250] {
         is_answered_as(&alone, &decode, length);
     }
     assert_eq!(prefills(&decode, "remote"), 2.0);
-    runtime.block_on(async {
-        loop {
-            let depth = cluster.queue.depth(card.model_key).await.unwrap();
-            if depth.waiting + depth.delivered == 0 {
-                break;
-            }
-            tokio::task::yield_now().await;
-        }
+    decode.wait_until("the queue is empty", |_| {
+        runtime.block_on(cluster.queue.depth(card.model_key)).is_ok_and(|depth| depth.is_empty())
     });
     // What cannot be read, or is another model's, was given up and counted; what is stale was just done with.
     prefill.wait_until("dead jobs are counted", |prefill| prefill.metric("engine_dead_jobs_total") == 3.0);
-    assert_eq!(prefill.log().matches("gave up a prefill job").count(), 3, "{}", prefill.log());
+    let given_up = |prefill: &Server| prefill.log().matches("gave up a prefill job").count();
+    prefill.wait_until("it says so", |prefill| given_up(prefill) >= 3);
+    assert_eq!(given_up(&prefill), 3, "{}", prefill.log());
     wait_until_idle(&decode);
 }
 
@@ -388,8 +388,8 @@ fn workers_whose_pages_differ_never_pair() {
     let runtime = tokio::runtime::Runtime::new().unwrap();
     let keys = runtime.block_on(async {
         let cluster = join(&cell).await;
-        let mut workers = cluster.discovery.workers(WorkerFilter::default());
-        let workers = workers.wait_for(|workers| workers.len() == 1 + others.len()).await.unwrap();
+        let all = 1 + others.len();
+        let workers = registered(&cluster, WorkerFilter::default(), |workers| workers.len() == all).await;
         workers.values().map(|card| card.model_key).collect::<BTreeSet<_>>()
     });
     assert_eq!(keys.len(), 3, "{keys:?}");

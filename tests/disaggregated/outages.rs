@@ -6,7 +6,7 @@ use std::{
 };
 
 use crate::{
-    cell::{Cell, Model, ask, join, prefills, wait_for_decode_workers, wait_until_idle},
+    cell::{Cell, Model, ask, join, prefills, registered, wait_for_decode_workers, wait_until_idle},
     program::Server,
 };
 use engine::cluster::WorkerFilter;
@@ -69,8 +69,7 @@ impl Site {
         let runtime = tokio::runtime::Runtime::new().unwrap();
         runtime.block_on(async {
             let cluster = join(&self.cell).await;
-            let mut workers = cluster.discovery.workers(WorkerFilter::default());
-            workers.wait_for(|workers| workers.len() == 2).await.unwrap();
+            registered(&cluster, WorkerFilter::default(), |workers| workers.len() == 2).await;
         });
         let _another = self.cell.decode(&["--max-local-prefill-length", "64"]);
         wait_for_decode_workers(&self.frontend, 2);

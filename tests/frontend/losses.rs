@@ -20,24 +20,29 @@ fn a_worker_killed_mid_answer_shows_as_a_pause() {
     // The time is in a chat's prompt here, so only one kind can be compared between different answers.
     let request = streaming(COMPLETIONS);
     let expected = undisturbed(COMPLETIONS, &request);
-    for kill_after in [1, 7, 40] {
+    for steps in [1, 7, 25] {
         let (front, mut workers, _leases) = with_workers(3, slow);
+        workers.iter().for_each(|worker| worker.gate.only(steps));
         let mut events = Events::open(front.address, COMPLETIONS, &request);
-        for _ in 0..kill_after {
-            events.next().unwrap();
-        }
+        events.next().unwrap();
         // The one that answers, and then the next.
         for _ in 0..2 {
-            let Some(at) = workers.iter().position(busy) else { break };
+            let holds = |worker: &Worker| worker.gate.holds();
+            wait_until("one of them stands still", || workers.iter().any(holds));
+            let at = workers.iter().position(holds).unwrap();
             workers.remove(at).kill();
         }
-        assert_eq!(answer(&events.finish()), expected, "killed after {kill_after} events");
+        workers[0].gate.open();
+        assert_eq!(answer(&events.finish()), expected, "killed after {steps} steps");
     }
     let (front, mut workers, _leases) = with_workers(2, slow);
+    // Its answer is not at its end when it dies.
+    workers.iter().for_each(|worker| worker.gate.only(10));
     let mut events = Events::open(front.address, CHAT, &streaming(CHAT));
-    (0..5).for_each(|_| drop(events.next().unwrap()));
+    (0..2).for_each(|_| drop(events.next().unwrap()));
     let at = workers.iter().position(busy).unwrap();
     workers.remove(at).kill();
+    workers[0].gate.open();
     let chat = answer(&events.finish());
     assert_eq!((chat.choices[0].roles, chat.done, &chat.choices[0].finishes[..]), (1, 1, &[json!("length")][..]));
     assert_eq!(chat.usage[0]["completion_tokens"], 60);
@@ -53,7 +58,7 @@ fn an_answer_that_names_no_model_goes_on_though_another_model_has_come() {
     let mut request = streaming(COMPLETIONS);
     request.as_object_mut().unwrap().remove("model");
     let mut events = Events::open(front.address, COMPLETIONS, &request);
-    (0..3).for_each(|_| drop(events.next().unwrap()));
+    (0..2).for_each(|_| drop(events.next().unwrap()));
     let _other = front.register(other.address, "n/2");
     front.wait_until_there_are(3);
     let at = workers.iter().position(busy).unwrap();
@@ -93,8 +98,10 @@ fn a_worker_killed_before_it_said_anything_costs_nothing() {
 #[test]
 fn with_all_workers_dead_the_client_hears_of_it() {
     let (front, mut workers, leases) = with_workers(2, slow);
+    // The answer is not at its end when they die.
+    workers.iter().for_each(|worker| worker.gate.only(10));
     let mut events = Events::open(front.address, COMPLETIONS, &streaming(COMPLETIONS));
-    (0..3).for_each(|_| drop(events.next().unwrap()));
+    (0..2).for_each(|_| drop(events.next().unwrap()));
     workers.iter_mut().for_each(Worker::kill);
     let last = events.finish().pop().unwrap();
     assert_eq!(last["error"]["code"], "workers_lost", "{last}");
@@ -129,9 +136,11 @@ fn an_answer_waits_a_while_for_a_worker_to_come() {
     let mut first = Worker::start(slow());
     let lease = front.register(first.address, "m");
     front.wait_until_there_are(1);
+    // Its answer is not at its end when it dies.
+    first.gate.only(10);
     let request = streaming(COMPLETIONS);
     let mut events = Events::open(front.address, COMPLETIONS, &request);
-    (0..3).for_each(|_| drop(events.next().unwrap()));
+    (0..2).for_each(|_| drop(events.next().unwrap()));
     first.kill();
     drop(lease);
     front.wait_until_there_are(0);
@@ -287,7 +296,7 @@ fn full_workers_are_asked_to_continue_an_answer_ever_less_often() {
     // Its answer is not at its end when it dies.
     first.gate.only(10);
     let mut events = Events::open(front.address, COMPLETIONS, &streaming(COMPLETIONS));
-    (0..3).for_each(|_| drop(events.next().unwrap()));
+    (0..2).for_each(|_| drop(events.next().unwrap()));
     let full = [(); 2].map(|()| Door::start(|| FULL));
     let _leases_of_full: Vec<_> = full.iter().map(|full| front.register(full.address, "m")).collect();
     front.wait_until_there_are(3);

@@ -65,9 +65,10 @@ impl Gate {
         self.changed.notify_all();
     }
 
-    /// Whether a step is held back.
+    /// Whether a step is held back, and not just on its way through.
     pub(crate) fn holds(&self) -> bool {
-        self.held.load(Ordering::SeqCst)
+        let steps = self.steps.lock().unwrap();
+        *steps == Some(0) && self.held.load(Ordering::SeqCst)
     }
 
     fn pass(&self) {

@@ -149,7 +149,9 @@ async fn a_worker_that_dies_over_a_request_is_told_from_one_that_was_gone_before
         if !dies_over_it {
             serving.await.unwrap();
             // The poller hears of it.
-            yield_now().await;
+            while !worker.idle().iter().all(|kept| kept.connection.is_closed()) {
+                yield_now().await;
+            }
         }
         let error = worker.send(&request).await.err().unwrap();
         assert_eq!(matches!(error, LostError::Broken(_)), dies_over_it, "{error}");

@@ -9,7 +9,7 @@ mod support;
 use std::sync::{
     Arc,
     atomic::{AtomicBool, Ordering},
-    mpsc::channel,
+    mpsc::{RecvTimeoutError, channel},
 };
 
 use futures::{
@@ -57,9 +57,7 @@ fn a_prompt_prefilled_elsewhere_gets_the_same_answer() {
     let snapshot = decode.handle.snapshot();
     assert_eq!((snapshot.pages_owned, snapshot.pages_lent, snapshot.pages_quarantined), (0, 0, 0));
     // The handle was dropped, which the engine thread has yet to hear.
-    while prefill.snapshot().pages_owned > 0 {
-        std::thread::yield_now();
-    }
+    wait_until(|| prefill.snapshot().pages_owned == 0);
 }
 
 #[test]
@@ -98,9 +96,7 @@ fn without_prefix_caching_no_worker_keeps_what_one_computed_for_another() {
         assert_eq!(control.computed.load(Ordering::Relaxed), 69 * round);
     }
     decode.wait_until(|snapshot| snapshot.pages_free == 64);
-    while prefill.snapshot().pages_free < 64 {
-        std::thread::yield_now();
-    }
+    wait_until(|| prefill.snapshot().pages_free == 64);
 }
 
 #[test]
@@ -259,9 +255,7 @@ fn a_silent_worker_is_asked_then_fenced() {
     let (events, reason, _) = block_on(collect(&mut generation));
     assert_eq!((events, reason), model_answer(&asked, 128));
     assert!(matches!(decode.hears(), ToPrefill::Release { .. }));
-    while !decode.wires.fenced.load(Ordering::Relaxed) {
-        std::thread::yield_now();
-    }
+    wait_until(|| decode.wires.fenced.load(Ordering::Relaxed));
     assert_eq!(decode.handle.snapshot().pages_quarantined, grant.pages.len(), "time alone frees nothing");
     decode.post.lender(LenderEvent::SessionClosed { session: SESSION });
     decode.post.lender(LenderEvent::SessionFenced { session: SESSION });
@@ -307,14 +301,12 @@ fn a_prompt_that_is_cancelled_keeps_its_pages_until_nobody_reads_them() {
     handle.cancel();
     control.let_one();
     // The exporter is dropped without having passed on the end.
-    assert!(finished.recv().is_err());
+    assert_eq!(finished.recv_timeout(MINUTE), Err(RecvTimeoutError::Disconnected));
     assert_eq!(prefill.snapshot().pages_owned, 8);
     control.open();
     drop(handle);
     block_on(prefill.drain());
-    while prefill.snapshot().pages_owned > 0 {
-        std::thread::yield_now();
-    }
+    wait_until(|| prefill.snapshot().pages_owned == 0);
     assert_eq!(control.computed.load(Ordering::Relaxed), 32);
 }
 

@@ -18,7 +18,5 @@ fn all_pages_are_looked_at_when_nobody_has_come_for_a_moment_and_never_before_th
     let after_steps = if cfg!(debug_assertions) { requests } else { 0 };
     let others = looks().saturating_sub(after_steps);
     assert!(QUIET * others as u32 <= begun.elapsed(), "{others} of them");
-    while looks() <= after_steps {
-        std::thread::yield_now();
-    }
+    wait_until(|| looks() > after_steps);
 }

@@ -213,11 +213,11 @@ pub(super) fn decode_by(
 
 impl Decode {
     pub(super) fn next_job(&self) -> HandoffId {
-        self.jobs.lock().unwrap().recv().unwrap()
+        self.jobs.lock().unwrap().recv_timeout(MINUTE).unwrap()
     }
 
     pub(super) fn hears(&self) -> ToPrefill {
-        self.said.lock().unwrap().recv().unwrap()
+        self.said.lock().unwrap().recv_timeout(MINUTE).unwrap()
     }
 
     pub(super) fn says(&self, message: ToDecode) {
@@ -245,10 +245,19 @@ impl Decode {
         self.wires.words[grant.slot.0 as usize].store(word.raw(), Ordering::Release);
     }
 
+    #[track_caller]
     pub(super) fn wait_until(&self, holds: impl Fn(Snapshot) -> bool) {
-        while !holds(self.handle.snapshot()) {
-            std::thread::yield_now();
-        }
+        wait_until(|| holds(self.handle.snapshot()));
+    }
+}
+
+/// A test that hangs fails instead.
+#[track_caller]
+pub(super) fn wait_until(holds: impl Fn() -> bool) {
+    let begun = std::time::Instant::now();
+    while !holds() {
+        assert!(begun.elapsed() < MINUTE, "still waiting");
+        std::thread::yield_now();
     }
 }
 
@@ -312,5 +321,5 @@ pub(super) fn compute(grant: Grant, prefill: &EngineHandle, control: &Arc<Contro
     let request =
         PrefillRequest { tokens: grant.tokens.clone(), salt: grant.salt, first_page, exporter: Box::new(exporter) };
     let _handle = prefill.prefill(request).unwrap();
-    finished.recv().unwrap()
+    finished.recv_timeout(MINUTE).unwrap()
 }
