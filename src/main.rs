@@ -1,33 +1,36 @@
-//! Parses the command line and starts a role.
+//! Parses the command line and starts what it asks for.
 
 use std::{io, process::ExitCode};
 
 use engine::{
     bench, bench_kernels,
-    cli::{LogFormatArg, Role},
+    cli::{Invocation, LogFormatArg},
     doctor, frontend, mock,
+    process::Ready,
     telemetry::init_logging,
     transfer_bench,
-    worker::{Ready, decode, prefill},
+    worker::{decode, prefill},
 };
 use tokio::runtime::{Builder, Runtime};
 
 /// The runtime for HTTP and the cluster. Few threads beside an engine, which needs the cores; one a core where there is
 /// no model to speak of; one for a frontend, whose connections have their own.
-fn runtime(role: &Role) -> io::Result<Runtime> {
+fn runtime(invocation: &Invocation) -> io::Result<Runtime> {
     let cores = std::thread::available_parallelism().map_or(2, |cores| cores.get());
     let shared = |threads| Builder::new_multi_thread().worker_threads(threads).enable_all().build();
-    match role {
-        Role::Decode(_) | Role::Prefill(_) | Role::Bench(_) | Role::BenchKernels(_) => shared((cores / 4).clamp(2, 8)),
-        Role::Mock(_) | Role::Doctor(_) | Role::TransferBench(_) => shared(cores),
-        Role::Frontend(_) => Builder::new_current_thread().enable_all().build(),
+    match invocation {
+        Invocation::Decode(_) | Invocation::Prefill(_) | Invocation::Bench(_) | Invocation::BenchKernels(_) => {
+            shared((cores / 4).clamp(2, 8))
+        }
+        Invocation::Mock(_) | Invocation::Doctor(_) | Invocation::TransferBench(_) => shared(cores),
+        Invocation::Frontend(_) => Builder::new_current_thread().enable_all().build(),
     }
 }
 
 fn main() -> ExitCode {
-    let role = Role::from_command_line();
-    let log_format = role.log().log_format;
-    match start(role) {
+    let invocation = Invocation::from_command_line();
+    let log_format = invocation.log().log_format;
+    match start(invocation) {
         Ok(code) => code,
         Err(error) => {
             // Collectors of JSON drop lines that are none. Nor may it be lost where there is no log, or a silent one.
@@ -67,20 +70,20 @@ fn raise_limits() {
     }
 }
 
-fn start(role: Role) -> anyhow::Result<ExitCode> {
-    init_logging(&role.log().log_level, role.log().log_format.into())?;
+fn start(invocation: Invocation) -> anyhow::Result<ExitCode> {
+    init_logging(&invocation.log().log_level, invocation.log().log_format.into())?;
     raise_limits();
-    let runtime = runtime(&role)?;
+    let runtime = runtime(&invocation)?;
     let result = runtime.block_on(async {
-        match role {
-            Role::Decode(args) => decode::run(args, Ready::print).await?,
-            Role::Prefill(args) => prefill::run(args, Ready::print).await?,
-            Role::Frontend(args) => frontend::run(args).await?,
-            Role::Mock(args) => mock::run(args).await?,
-            Role::TransferBench(args) => transfer_bench::run(args).await?,
-            Role::Bench(args) => bench::run(args).await?,
-            Role::BenchKernels(args) => bench_kernels::run(&args)?,
-            Role::Doctor(args) => {
+        match invocation {
+            Invocation::Decode(args) => decode::run(args, Ready::print).await?,
+            Invocation::Prefill(args) => prefill::run(args, Ready::print).await?,
+            Invocation::Frontend(args) => frontend::run(args).await?,
+            Invocation::Mock(args) => mock::run(args).await?,
+            Invocation::TransferBench(args) => transfer_bench::run(args).await?,
+            Invocation::Bench(args) => bench::run(args).await?,
+            Invocation::BenchKernels(args) => bench_kernels::run(&args)?,
+            Invocation::Doctor(args) => {
                 if !doctor::run(args).await? {
                     return Ok(ExitCode::FAILURE);
                 }

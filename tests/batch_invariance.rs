@@ -4,8 +4,8 @@
 mod support;
 
 use engine::{
+    engine::{Engine, EngineConfig, EngineHandle, Event, FinishReason, Request, Runner, TokenOutput},
     telemetry::Metrics,
-    worker::{Engine, EngineConfig, EngineHandle, Event, FinishReason, Request, Runner, TokenOutput},
 };
 use engine_kernels::{
     Backend, SamplingParams,

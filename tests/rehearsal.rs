@@ -4,9 +4,9 @@
 mod support;
 
 use engine::{
+    engine::{Engine, EngineConfig, Event, FinishReason, ModelRunner, Request, Runner},
     grammar::{Source, Vocabulary},
     telemetry::Metrics,
-    worker::{Engine, EngineConfig, Event, FinishReason, ModelRunner, Request, Runner},
 };
 use engine_cuda_emulated::{Emulated, EmulatedBackend, Refusal};
 use engine_kernels::SamplingParams;

@@ -10,8 +10,8 @@ use std::{
 };
 
 use engine::{
+    engine::{Engine, EngineConfig, EngineStatus, Event, FinishReason, Request, Runner, RunnerError},
     telemetry::Metrics,
-    worker::{Engine, EngineConfig, EngineStatus, Event, FinishReason, Request, Runner, RunnerError},
 };
 use engine_kernels::{
     Batch, SampleRow, Sampled, SamplingParams,

@@ -22,8 +22,8 @@ use std::time::Duration;
 use anyhow::{Context, Result};
 use clap::Parser;
 
+use engine::engine::{Engine, EngineConfig, Event, ModelRunner, Request, Runner, RunnerError};
 use engine::telemetry::Metrics;
-use engine::worker::{Engine, EngineConfig, Event, ModelRunner, Request, Runner, RunnerError};
 use engine_kernels::cuda::CudaBackend;
 use engine_kernels::{Batch, KvDType, KvLayout, SampleRow, Sampled, SamplingParams};
 use engine_models::{ForwardLimits, LoadFormat, ModelSource, OpenOptions};
@@ -163,7 +163,7 @@ fn measure(sequences: usize, repetition_penalty: f32, ahead: bool) -> Result<Vec
                 tokens
             }))
         })
-        .collect::<Result<_, engine::worker::SubmitError>>()?;
+        .collect::<Result<_, engine::engine::SubmitError>>()?;
     for reader in readers {
         runtime.block_on(reader)?;
     }

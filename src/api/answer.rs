@@ -1,3 +1,5 @@
+//! From a checked plan to the engine and back: all choices of one HTTP answer.
+
 mod chunks;
 
 use std::{
@@ -19,13 +21,13 @@ use super::{
     logprobs::{ChatLogprobs, CompletionLogprobs},
     output::{Echo, Finish, Output},
     parser::Pieces,
-    progress::{self, Head, Past, ProgressWriter, Relay},
+    progress::{self, FrontendContext, Head, Past, ProgressWriter},
     validate::Plan,
     wire::{ChatChoice, ChatMessage, CompletionChoice, Envelope, ToolCall, Usage},
 };
 use crate::{
+    engine::{FinishReason, Generation, Request},
     grammar::{LostTrack, Matcher},
-    worker::{FinishReason, Generation, Request},
 };
 
 /// Which of the two generating endpoints answers.
@@ -82,7 +84,7 @@ impl Answer {
     pub(crate) fn start(
         serving: Arc<Serving>,
         in_flight: InFlight,
-        relay: Relay,
+        context: FrontendContext,
         endpoint: Endpoint,
         plan: &Plan,
         prompts: Vec<PreparedPrompt>,
@@ -90,21 +92,21 @@ impl Answer {
     ) -> Result<Self, ApiError> {
         let max_model_len = serving.max_model_len();
         let wanted = prompts.len() * plan.n;
-        let limits = serving.engine.limits();
-        let places = limits.max_num_seqs + limits.max_waiting_requests;
+        let config = serving.engine.config();
+        let places = config.max_num_seqs + config.max_waiting_requests;
         if wanted > places {
             // However often it is sent again: not a matter of the moment.
             let field = if plan.n > 1 { "n" } else { prompt_field };
             let message = format!("'{field}' asks for {wanted} answers at once; this server takes {places} at most");
             return Err(ApiError::invalid(field, message));
         }
-        let (created, trace, journal) = (relay.created(), relay.trace, relay.journal);
+        let (created, trace, journal) = (context.created(), context.trace, context.journal);
         if journal.is_some() && !plan.stream {
             return Err(progress::malformed());
         }
-        let (head, progress) = if relay.progress || journal.is_some() {
+        let (head, progress) = if context.progress || journal.is_some() {
             let echoed: Vec<_> = prompts.iter().map(|prompt| prompt.echo.is_some()).collect();
-            let model = (serving.model_name(), &limits.model_key);
+            let model = (serving.model_name(), &config.model_key);
             let digest = progress::digest(&prompts, &(endpoint, plan, max_model_len, model, echoed));
             if journal.as_ref().is_some_and(|journal| journal.head.digest != digest) {
                 return Err(progress::incompatible());
@@ -117,7 +119,7 @@ impl Answer {
                 Some(_) => ProgressWriter::continuing(),
                 None => ProgressWriter::beginning(head.clone()),
             };
-            (head, relay.progress.then_some(writer))
+            (head, context.progress.then_some(writer))
         } else {
             (Head { id: endpoint.new_id(), created, seed: plan.sampling.seed, digest: String::new() }, None)
         };

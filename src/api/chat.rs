@@ -1,3 +1,5 @@
+//! `POST /v1/chat/completions`.
+
 use std::sync::Arc;
 
 use axum::{
@@ -12,7 +14,7 @@ use super::{
     ApiError, ChatTemplate, Parsers, Serving,
     answer::{Answer, Endpoint, PreparedPrompt},
     error::shown,
-    extract::read_relayed,
+    extract::read_in_context,
     form::{Asked, asked},
     parser::{Thoughts, Wanted},
     prompt::{ChatOptions, Purpose},
@@ -32,11 +34,11 @@ pub(crate) async fn chat_completions(
     headers: HeaderMap,
     body: Body,
 ) -> Result<Response, ApiError> {
-    let (mut request, relay): (ChatRequest, _) = read_relayed(&headers, body, &serving).await?;
+    let (mut request, context): (ChatRequest, _) = read_in_context(&headers, body, &serving).await?;
     let in_flight = serving.enter()?;
     serving.check_model(request.model.as_deref())?;
     refuse_unsupported(&request, serving.config.parsers)?;
-    let mut plan = plan(&mut request, &serving, relay.seed())?;
+    let mut plan = plan(&mut request, &serving, context.seed())?;
     let messages = request.messages.ok_or_else(|| ApiError::missing("messages"))?.0;
     let mut kwargs = request.chat_template_kwargs;
     if let Some(effort) = request.reasoning_effort.as_ref().filter(|effort| !effort.is_empty()) {
@@ -66,7 +68,7 @@ pub(crate) async fn chat_completions(
         tools: tools.as_mut().map(|tools| std::mem::take(&mut tools.offered)).unwrap_or_default(),
         without_thoughts,
         ahead,
-        now: Some(relay.created()),
+        now: Some(context.created()),
     };
     let (tokens, thoughts) = serving.encode_chat(messages, options, Purpose::Answer).await?;
     plan.wanted = Wanted {
@@ -81,7 +83,7 @@ pub(crate) async fn chat_completions(
     // Last: it is the dearest.
     plan.grammar = serving.compile(form).await?;
     let prompts = vec![PreparedPrompt { tokens, echo: None }];
-    let answer = Answer::start(serving, in_flight, relay, Endpoint::Chat, &plan, prompts, "messages")?;
+    let answer = Answer::start(serving, in_flight, context, Endpoint::Chat, &plan, prompts, "messages")?;
     respond(answer, plan.stream).await
 }
 

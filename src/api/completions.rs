@@ -6,7 +6,7 @@ use super::{
     ApiError, Serving,
     answer::{Answer, Endpoint, PreparedPrompt},
     chat::respond,
-    extract::read_relayed,
+    extract::read_in_context,
     form::asked,
     prompt::Purpose,
     types::{CompletionRequest, Prompt},
@@ -22,12 +22,12 @@ pub(crate) async fn completions(
     headers: HeaderMap,
     body: Body,
 ) -> Result<Response, ApiError> {
-    let (mut request, relay): (CompletionRequest, _) = read_relayed(&headers, body, &serving).await?;
+    let (mut request, context): (CompletionRequest, _) = read_in_context(&headers, body, &serving).await?;
     let in_flight = serving.enter()?;
     serving.check_model(request.model.as_deref())?;
     refuse("suffix", request.suffix)?;
     refuse("prompt_embeds", request.prompt_embeds)?;
-    let mut plan = plan(&mut request, &serving, relay.seed())?;
+    let mut plan = plan(&mut request, &serving, context.seed())?;
     let prompts = request.prompt.take().ok_or_else(|| ApiError::missing("prompt"))?.0;
     if prompts.is_empty() {
         return Err(ApiError::invalid("prompt", "'prompt' is an empty list"));
@@ -44,7 +44,7 @@ pub(crate) async fn completions(
     }
     // Last: it is the dearest.
     plan.grammar = serving.compile(asked(request.response_format, request.structured_outputs)?).await?;
-    let answer = Answer::start(serving, in_flight, relay, Endpoint::Completion, &plan, prepared, "prompt")?;
+    let answer = Answer::start(serving, in_flight, context, Endpoint::Completion, &plan, prepared, "prompt")?;
     respond(answer, plan.stream).await
 }
 

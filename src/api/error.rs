@@ -1,3 +1,5 @@
+//! Errors in the shape that OpenAI's clients read.
+
 use std::{borrow::Cow, ops::RangeInclusive};
 
 use axum::{
@@ -6,7 +8,7 @@ use axum::{
 };
 use serde::Serialize;
 
-use crate::worker::SubmitError;
+use crate::engine::SubmitError;
 
 /// What a client is told when its request cannot be served: OpenAI's `{"error": {message, type, param, code}}`.
 #[derive(Debug, Clone, PartialEq)]

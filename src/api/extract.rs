@@ -1,3 +1,5 @@
+//! Request bodies: read within bounds of size, time and memory, and parsed into types.
+
 use std::{sync::Arc, time::Duration};
 
 use axum::{
@@ -15,7 +17,7 @@ use tokio::{
 use super::{
     ApiError, Serving,
     error::shown,
-    progress::{JOURNAL_BYTES_MAX, Journal, Relay, malformed},
+    progress::{FrontendContext, JOURNAL_BYTES_MAX, Journal, malformed},
     types::instead_of,
 };
 use crate::telemetry::TraceContext;
@@ -24,7 +26,7 @@ use crate::telemetry::TraceContext;
 const BODY_PAUSE_MAX: Duration = Duration::from_secs(30);
 /// How long a body may take, however steadily it trickles: 16 MiB in this time are 56 KB/s.
 const BODY_TIME_MAX: Duration = Duration::from_secs(300);
-/// Bodies up to this size need no leave to be kept in memory, and are parsed where they are read.
+/// Bodies up to this size need no reservation to be kept in memory, and are parsed where they are read.
 const SMALL_BODY_BYTES: usize = 64 << 10;
 /// What the larger ones may occupy together.
 const BODY_MEMORY_BYTES: usize = 256 << 20;
@@ -39,12 +41,12 @@ const MESSAGE_CHARS_MAX: usize = 300;
 /// Memory for bodies, or for what else is kept of requests. Small bodies are bounded by the number of connections.
 /// Cheap to clone.
 #[derive(Clone)]
-pub(crate) struct BodyMemory {
+pub(crate) struct MemoryBudget {
     free: Arc<Semaphore>,
     bytes: usize,
 }
 
-impl BodyMemory {
+impl MemoryBudget {
     /// For bodies that are being read and parsed: room for a few of `body_bytes_max` at least.
     pub(crate) fn new(body_bytes_max: usize) -> Self {
         Self::of(BODY_MEMORY_BYTES.max(body_bytes_max.saturating_mul(4)))
@@ -56,9 +58,9 @@ impl BodyMemory {
         Self { free: Arc::new(Semaphore::new(bytes)), bytes }
     }
 
-    /// Leave to keep so many bytes more, if there is any. Nobody waits for it: whoever has some already would wait for
+    /// Reserves so many bytes more, if they are free. Nobody waits for them: whoever has some already would wait for
     /// those who wait for it.
-    pub(crate) fn leave(&self, bytes: usize) -> Option<OwnedSemaphorePermit> {
+    pub(crate) fn reserve(&self, bytes: usize) -> Option<OwnedSemaphorePermit> {
         self.free.clone().try_acquire_many_owned(u32::try_from(bytes).ok()?).ok()
     }
 
@@ -68,7 +70,7 @@ impl BodyMemory {
     }
 }
 
-/// A body in memory, and the leave to keep it there.
+/// A body in memory, and the reservation that lets it stay there.
 pub(crate) struct Received {
     pub(crate) bytes: Vec<u8>,
     pub(crate) memory: Option<OwnedSemaphorePermit>,
@@ -79,11 +81,11 @@ struct BodyLimits<'a> {
     bytes: usize,
     pause: Duration,
     time: Duration,
-    memory: &'a BodyMemory,
+    memory: &'a MemoryBudget,
 }
 
 impl<'a> BodyLimits<'a> {
-    fn new(bytes: usize, memory: &'a BodyMemory) -> Self {
+    fn new(bytes: usize, memory: &'a MemoryBudget) -> Self {
         Self { bytes, pause: BODY_PAUSE_MAX, time: BODY_TIME_MAX, memory }
     }
 }
@@ -118,28 +120,28 @@ async fn parse_received<T: Send + 'static>(
 }
 
 /// As [`read_json`], for a request that generates: with what a frontend asks for in headers, and before the body.
-pub(crate) async fn read_relayed<T: DeserializeOwned + Send + 'static>(
+pub(crate) async fn read_in_context<T: DeserializeOwned + Send + 'static>(
     headers: &HeaderMap,
     body: Body,
     serving: &Arc<Serving>,
-) -> Result<(T, Relay), ApiError> {
+) -> Result<(T, FrontendContext), ApiError> {
     let limit = serving.config.body_bytes_max;
-    let (progress, journal_bytes) = Relay::from_headers(headers, serving.config.cluster_token.as_ref())?;
+    let (progress, journal_bytes) = FrontendContext::from_headers(headers, serving.config.cluster_token.as_ref())?;
     // One that cannot be read is ignored, as the standard says.
     let trace = headers.get(TraceContext::HEADER).and_then(|value| value.to_str().ok()?.parse().ok());
     let Some(journal_bytes) = journal_bytes else {
-        return Ok((read_json(headers, body, serving).await?, Relay { progress, journal: None, trace }));
+        return Ok((read_json(headers, body, serving).await?, FrontendContext { progress, journal: None, trace }));
     };
     if journal_bytes > JOURNAL_BYTES_MAX {
         return Err(malformed());
     }
     let limits = BodyLimits::new(limit + journal_bytes, &serving.bodies);
     let received = receive(headers, body, &limits).await?;
-    let vocab_size = serving.engine.limits().vocab_size;
+    let vocab_size = serving.engine.config().vocab_size;
     let parse = move |bytes: &[u8]| {
         let (journal, request) = bytes.split_at_checked(journal_bytes).ok_or_else(malformed)?;
         let journal = Journal::parse(journal, vocab_size)?;
-        Ok((parse_json(request)?, Relay { progress, journal: Some(journal), trace }))
+        Ok((parse_json(request)?, FrontendContext { progress, journal: Some(journal), trace }))
     };
     parse_received(received, serving, parse).await
 }
@@ -155,7 +157,7 @@ pub(crate) async fn read_body(
     headers: &HeaderMap,
     body: Body,
     limit: usize,
-    memory: &BodyMemory,
+    memory: &MemoryBudget,
 ) -> Result<Received, ApiError> {
     receive(headers, body, &BodyLimits::new(limit, memory)).await
 }
@@ -204,7 +206,7 @@ async fn receive(headers: &HeaderMap, body: Body, limits: &BodyLimits<'_>) -> Re
                 let total = bytes.len() + piece.len();
                 if total > SMALL_BODY_BYTES {
                     let missing = total - memory.as_ref().map_or(0, OwnedSemaphorePermit::num_permits);
-                    let Some(more) = limits.memory.leave(missing) else {
+                    let Some(more) = limits.memory.reserve(missing) else {
                         discard_rest(&mut pieces).await;
                         let message = "Too many large request bodies at a time; try again later";
                         return Err(ApiError::new(StatusCode::TOO_MANY_REQUESTS, "bodies_too_large", message));
@@ -356,7 +358,7 @@ mod tests {
         assert!(parse_json::<Outer>(ignored.as_bytes()).is_ok());
     }
 
-    fn limits(memory: &BodyMemory) -> BodyLimits<'_> {
+    fn limits(memory: &MemoryBudget) -> BodyLimits<'_> {
         BodyLimits::new(1 << 20, memory)
     }
 
@@ -375,7 +377,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_body_that_pauses_or_trickles_is_given_up() {
-        let memory = BodyMemory::new(1 << 20);
+        let memory = MemoryBudget::new(1 << 20);
         let pause = BodyLimits { pause: Duration::from_millis(1), ..limits(&memory) };
         assert_eq!(refused(body(9, 1, std::future::pending), pause).await, StatusCode::REQUEST_TIMEOUT);
         let trickle = || tokio::time::sleep(Duration::from_millis(1));
@@ -385,7 +387,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_compressed_body_is_not_taken_for_json() {
-        let memory = BodyMemory::new(1 << 20);
+        let memory = MemoryBudget::new(1 << 20);
         for (encoding, status) in
             [("gzip", 415), ("identity, br", 415), ("\u{fc}", 415), ("Identity", 200), ("", 200), (" identity ", 200)]
         {
@@ -399,7 +401,7 @@ mod tests {
 
     #[tokio::test]
     async fn large_bodies_share_a_bounded_memory_and_give_it_back() {
-        let memory = BodyMemory::of(200 << 10);
+        let memory = MemoryBudget::of(200 << 10);
         let ready = || std::future::ready(());
         let large = || body(100, 1 << 10, ready);
         let first = receive(&HeaderMap::new(), large(), &limits(&memory)).await.expect("there is room");
@@ -407,7 +409,7 @@ mod tests {
         assert_eq!((first.bytes.len(), memory.used()), (100 << 10, 200 << 10));
         assert_eq!(refused(large(), limits(&memory)).await, StatusCode::TOO_MANY_REQUESTS);
         let small = receive(&HeaderMap::new(), body(64, 1 << 10, ready), &limits(&memory)).await;
-        assert!(small.is_ok(), "small ones need no leave");
+        assert!(small.is_ok(), "small ones need no reservation");
         drop((first, second));
         assert_eq!(memory.used(), 0);
         assert_eq!(refused(body(1 << 20, 2, ready), limits(&memory)).await, StatusCode::TOO_MANY_REQUESTS);

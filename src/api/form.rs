@@ -45,7 +45,7 @@ impl Serving {
     /// The model's tokens, made ready for grammars by the first request that has one.
     fn vocabulary(&self) -> Result<&Vocabulary, GrammarError> {
         let made = self.vocabulary.get_or_init(|| {
-            Vocabulary::new(&self.config.tokenizer, self.engine.limits().vocab_size, &self.config.eos_token_ids)
+            Vocabulary::new(&self.config.tokenizer, self.engine.config().vocab_size, &self.config.eos_token_ids)
         });
         made.as_ref().map_err(GrammarError::clone)
     }

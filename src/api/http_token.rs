@@ -25,7 +25,7 @@ impl HttpToken {
     }
 
     /// Whether a request shows it, in a time that does not depend on how much of it is right.
-    pub(super) fn is_in(&self, headers: &HeaderMap) -> bool {
+    pub(crate) fn is_in(&self, headers: &HeaderMap) -> bool {
         let given = headers.get(CLUSTER_TOKEN_HEADER).map_or(&b""[..], |given| given.as_bytes());
         self.0.to_hex().as_bytes().ct_eq(given).into()
     }

@@ -8,7 +8,7 @@ use axum::{
 use serde::Serialize;
 
 use super::{ApiError, Json, Serving};
-use crate::worker::EngineStatus;
+use crate::engine::EngineStatus;
 
 /// A model in `/v1/models`.
 #[derive(Serialize)]

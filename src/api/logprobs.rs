@@ -1,3 +1,5 @@
+//! Log-probabilities in OpenAI's two forms.
+
 use engine_models::Tokenizer;
 use serde::{
     Serialize, Serializer,

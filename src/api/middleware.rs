@@ -60,7 +60,7 @@ pub(crate) fn request_id(request: &Request) -> HeaderValue {
 pub(crate) async fn require_model(State(serving): State<Arc<Serving>>, request: Request, next: Next) -> Response {
     let is_ours = |key: &HeaderValue| {
         let key: Option<ModelKey> = key.to_str().ok().and_then(|key| key.parse().ok());
-        key.is_some_and(|key| key.as_bytes()[..] == serving.engine.limits().model_key[..])
+        key.is_some_and(|key| key.as_bytes()[..] == serving.engine.config().model_key[..])
     };
     if request.headers().get(MODEL_KEY_HEADER).is_none_or(is_ours) {
         return next.run(request).await;

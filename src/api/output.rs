@@ -1,3 +1,5 @@
+//! From an answer's tokens to the text that may be shown of it.
+
 use engine_models::DecodeStream;
 
 use super::{
@@ -6,7 +8,7 @@ use super::{
     stop::StopMatcher,
     validate::Plan,
 };
-use crate::worker::{Event, FinishReason, TokenOutput};
+use crate::engine::{Event, FinishReason, TokenOutput};
 
 /// A token with its log-probability, and where in the text it stands.
 #[derive(Debug, Clone, PartialEq)]

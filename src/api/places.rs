@@ -1,3 +1,5 @@
+//! A server's connections: how many, and which idle one leaves for a new one.
+
 use std::{
     collections::BTreeMap,
     mem,

@@ -34,7 +34,7 @@ pub const JOURNAL_BYTES_MAX: usize = 64 << 20;
 
 /// What a frontend asks of a worker besides the answer.
 #[derive(Debug, Default)]
-pub(crate) struct Relay {
+pub(crate) struct FrontendContext {
     /// The stream shall carry progress.
     pub(crate) progress: bool,
     /// The answer has been begun elsewhere.
@@ -43,7 +43,7 @@ pub(crate) struct Relay {
     pub(crate) trace: Option<TraceContext>,
 }
 
-impl Relay {
+impl FrontendContext {
     /// Reads the headers, which mean nothing without `token`, if there is one. Returns also how many bytes of the body
     /// are the journal.
     pub(crate) fn from_headers(
@@ -301,7 +301,7 @@ mod tests {
     fn where_there_is_a_token_the_headers_mean_nothing_without_it() {
         let value = HeaderValue::from_static;
         let read = |pairs: &[(HeaderName, HeaderValue)], token: Option<&HttpToken>| {
-            Relay::from_headers(&pairs.iter().cloned().collect(), token).ok()
+            FrontendContext::from_headers(&pairs.iter().cloned().collect(), token).ok()
         };
         let (progress, resume) = ((PROGRESS_HEADER, value("1")), (RESUME_HEADER, value("12")));
         assert_eq!(read(&[], None), Some((false, None)));

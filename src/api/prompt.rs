@@ -1,3 +1,5 @@
+//! From a conversation or a text to the tokens of a prompt.
+
 use std::{ops::RangeInclusive, sync::Arc};
 
 use engine_models::EncodeError;

@@ -1,3 +1,5 @@
+//! The HTTP server under every API here: it listens, serves connections, and drains them at the end.
+
 use std::{convert::Infallible, future::Future, io, mem, net::SocketAddr, sync::Arc, time::Duration};
 
 use axum::{Router, body::Body, extract::Request, response::Response};
@@ -19,7 +21,7 @@ use super::{
     router::router,
     threads::ConnectionThreads,
 };
-use crate::{telemetry::Metrics, worker::EngineHandle};
+use crate::{engine::EngineHandle, telemetry::Metrics};
 
 /// How long a client may take to send a request's headers, or leave a connection idle.
 const HEADERS_TIME_MAX: Duration = Duration::from_secs(75);

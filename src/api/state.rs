@@ -1,3 +1,5 @@
+//! What the API's handlers share.
+
 use std::{
     sync::{Arc, OnceLock},
     time::{Duration, SystemTime, UNIX_EPOCH},
@@ -7,12 +9,12 @@ use engine_models::Tokenizer;
 use tokio::sync::Semaphore;
 
 use super::{
-    ApiError, ChatTemplate, Defaults, Drain, HttpToken, InFlight, Parsers, extract::BodyMemory, validate::Bounds,
+    ApiError, ChatTemplate, Defaults, Drain, HttpToken, InFlight, Parsers, extract::MemoryBudget, validate::Bounds,
 };
 use crate::{
+    engine::{EngineHandle, EngineStatus},
     grammar::{GrammarError, Vocabulary},
     telemetry::Metrics,
-    worker::{EngineHandle, EngineStatus},
 };
 
 /// Up to this much text is encoded where the request is handled: moving it to another thread would cost more.
@@ -56,7 +58,7 @@ pub(crate) struct Serving {
     /// Start of the server, seconds since 1970: the model's `created`.
     pub(crate) started: u64,
     /// What bodies may occupy.
-    pub(crate) bodies: BodyMemory,
+    pub(crate) bodies: MemoryBudget,
     /// What requests with grammars go through, once one has come.
     pub(super) vocabulary: OnceLock<Result<Vocabulary, GrammarError>>,
     /// Whether some of what conversations' answers are looked through for are special tokens of this model, which would
@@ -75,7 +77,7 @@ impl Serving {
         let threads = std::thread::available_parallelism().map_or(1, |threads| threads.get() / 2).max(1);
         let marks_are_special = marks_are_special(config.parsers, &config.tokenizer);
         Arc::new(Self {
-            bodies: BodyMemory::new(config.body_bytes_max),
+            bodies: MemoryBudget::new(config.body_bytes_max),
             config,
             engine,
             metrics,
@@ -118,14 +120,14 @@ impl Serving {
     }
 
     pub(crate) fn max_model_len(&self) -> usize {
-        self.engine.limits().max_model_len
+        self.engine.config().max_model_len
     }
 
     pub(crate) fn bounds(&self) -> Bounds<'_> {
         Bounds {
             defaults: &self.config.defaults,
             eos_token_ids: &self.config.eos_token_ids,
-            vocab_size: self.engine.limits().vocab_size,
+            vocab_size: self.engine.config().vocab_size,
         }
     }
 

@@ -1,3 +1,5 @@
+//! Answers as server-sent events.
+
 use std::{
     future::Future,
     io,
@@ -144,8 +146,8 @@ mod tests {
     use super::*;
     use crate::{
         api::{ApiConfig, ChatTemplate, Defaults, Parsers, Serving, router::router},
+        engine::{Engine, EngineConfig, Runner, RunnerError},
         telemetry::Metrics,
-        worker::{Engine, EngineConfig, Runner, RunnerError},
     };
 
     const TIME_MAX: Duration = Duration::from_secs(60);

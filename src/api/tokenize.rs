@@ -90,7 +90,7 @@ pub(crate) async fn detokenize(
 impl Serving {
     /// Refuses token ids that the model does not have.
     pub(crate) fn check_tokens(&self, tokens: &[u32], field: &'static str) -> Result<(), ApiError> {
-        let vocab_size = self.engine.limits().vocab_size;
+        let vocab_size = self.engine.config().vocab_size;
         match tokens.iter().find(|&&token| token as usize >= vocab_size) {
             Some(token) => {
                 let message = format!("'{field}' has token {token}, but the vocabulary has {vocab_size} tokens");

@@ -1,3 +1,5 @@
+//! From a request's fields to a plan: ranges, defaults, and what is not supported.
+
 use std::ops::RangeInclusive;
 
 use engine_kernels::{MAX_TOP_LOGPROBS, SamplingParams};
@@ -8,7 +10,7 @@ use super::{
     parser::Wanted,
     types::{Refused, SamplingFields, Strings},
 };
-use crate::{cache::Salt, grammar::Grammar, worker::Request};
+use crate::{cache::Salt, engine::Request, grammar::Grammar};
 
 /// Answers of one HTTP request at most: prompts times `n`.
 pub(crate) const CHOICES_MAX: usize = 128;

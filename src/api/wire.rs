@@ -1,3 +1,5 @@
+//! Answers and chunks as they are written to clients.
+
 use axum::{
     http::{HeaderValue, StatusCode, header},
     response::{IntoResponse, Response},

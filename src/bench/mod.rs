@@ -18,7 +18,8 @@ use engine_kernels::SamplingParams;
 
 use crate::{
     cli::BenchArgs,
-    worker::{Alone, Event, FinishReason, Generation, Request, SizingError},
+    engine::{Event, FinishReason, Generation, Request},
+    worker::{BareEngine, SizingError},
 };
 use report::{Report, Row};
 
@@ -34,27 +35,27 @@ const LEAD_MAX: usize = 256;
 /// Measures and prints.
 pub async fn run(mut args: BenchArgs) -> Result<()> {
     let unasked = fit(&mut args);
-    let (alone, args) = tokio::task::spawn_blocking(move || Alone::start(&args.engine).map(|alone| (alone, args)))
+    let (bare, args) = tokio::task::spawn_blocking(move || BareEngine::start(&args.engine).map(|bare| (bare, args)))
         .await
         .context("loading the model panicked")?
         .map_err(|error| explain(error, unasked))?;
     let report = Report { json: args.json };
-    report.start(&alone, &args);
-    let mut prompts = Prompts { vocabulary: alone.engine.limits().vocab_size as u64, state: 0 };
+    report.start(&bare, &args);
+    let mut prompts = Prompts { vocabulary: bare.engine.config().vocab_size as u64, state: 0 };
     let started = Instant::now();
     while started.elapsed() < WARM_UP {
-        token(&mut alone.engine.submit(request(prompts.next(args.context.min(WARM_UP_PROMPT)), 1))?).await?;
+        token(&mut bare.engine.submit(request(prompts.next(args.context.min(WARM_UP_PROMPT)), 1))?).await?;
     }
     for (index, &tokens) in args.prefill.iter().enumerate() {
-        let seconds = prefill(&alone, &mut prompts, tokens, args.rounds).await?;
+        let seconds = prefill(&bare, &mut prompts, tokens, args.rounds).await?;
         report.print(&Row::prefill(tokens, &seconds), index == 0);
     }
     for (index, &sequences) in args.decode.iter().enumerate() {
-        let steps = decode(&alone, &mut prompts, sequences, &args).await?;
-        report.print(&Row::decode(&alone, sequences, args.context + args.steps / 2, &steps), index == 0);
+        let steps = decode(&bare, &mut prompts, sequences, &args).await?;
+        report.print(&Row::decode(&bare, sequences, args.context + args.steps / 2, &steps), index == 0);
     }
-    alone.engine.stop();
-    alone.engine.stopped().await;
+    bare.engine.stop();
+    bare.engine.stopped().await;
     Ok(())
 }
 
@@ -84,12 +85,12 @@ fn explain(error: anyhow::Error, unasked: Option<usize>) -> anyhow::Error {
 }
 
 /// Seconds until the first token of prompts that nobody has seen before.
-async fn prefill(alone: &Alone, prompts: &mut Prompts, tokens: usize, rounds: usize) -> Result<Vec<f64>> {
+async fn prefill(bare: &BareEngine, prompts: &mut Prompts, tokens: usize, rounds: usize) -> Result<Vec<f64>> {
     let mut seconds = Vec::new();
     for _ in 0..ROUNDS_UNCOUNTED + rounds {
         let request = request(prompts.next(tokens), 1);
         let started = Instant::now();
-        let mut generation = alone.engine.submit(request)?;
+        let mut generation = bare.engine.submit(request)?;
         token(&mut generation).await?;
         seconds.push(started.elapsed().as_secs_f64());
     }
@@ -97,30 +98,30 @@ async fn prefill(alone: &Alone, prompts: &mut Prompts, tokens: usize, rounds: us
 }
 
 /// Steps that computed a token of each of `sequences` sequences.
-async fn decode(alone: &Alone, prompts: &mut Prompts, sequences: usize, args: &BenchArgs) -> Result<Steps> {
-    let limits = alone.engine.limits();
-    let pages = sequences * (args.context + LEAD_MAX + 1 + args.steps).div_ceil(limits.block_size);
+async fn decode(bare: &BareEngine, prompts: &mut Prompts, sequences: usize, args: &BenchArgs) -> Result<Steps> {
+    let config = bare.engine.config();
+    let pages = sequences * (args.context + LEAD_MAX + 1 + args.steps).div_ceil(config.block_size);
     ensure!(
-        pages <= limits.blocks,
+        pages <= config.blocks,
         "{sequences} sequences of {} tokens may need {pages} KV pages, and there are {}: raise --kv-cache-memory, or \
          lower --decode or --context",
         args.context + args.steps,
-        limits.blocks
+        config.blocks
     );
     let all: Vec<Vec<u32>> = (0..sequences).map(|_| prompts.next(args.context)).collect();
     // Each computes a page at most before it is decoded, so the first begins no more steps before the last.
-    let lead = (sequences * limits.block_size).div_ceil(limits.max_num_batched_tokens) + 1;
+    let lead = (sequences * config.block_size).div_ceil(config.max_num_batched_tokens) + 1;
     ensure!(lead <= LEAD_MAX, "{sequences} sequences begin too far apart: raise --max-num-batched-tokens");
     // From here on all but their last pages are found in the cache.
     for prompt in &all {
-        token(&mut alone.engine.submit(request(prompt.clone(), 1))?).await?;
+        token(&mut bare.engine.submit(request(prompt.clone(), 1))?).await?;
     }
     let mut steps = Steps::default();
     for round in 0..ROUNDS_UNCOUNTED + args.rounds {
         // The others outlive the one that is watched, whose first token begins what is timed.
         let submit = |(index, prompt): (usize, &Vec<u32>)| {
             let lead = if index + 1 < sequences { LEAD_MAX } else { 0 };
-            alone.engine.submit(request(prompt.clone(), lead + 1 + args.steps))
+            bare.engine.submit(request(prompt.clone(), lead + 1 + args.steps))
         };
         let mut running: Vec<Generation> = all.iter().enumerate().map(submit).collect::<Result<_, _>>()?;
         let mut last = running.pop().context("there is a sequence")?;
@@ -139,7 +140,7 @@ async fn decode(alone: &Alone, prompts: &mut Prompts, sequences: usize, args: &B
             steps.means.push((before - started).as_secs_f64() / args.steps as f64);
         }
         drop((running, last));
-        settle(alone).await;
+        settle(bare).await;
     }
     Ok(steps)
 }
@@ -154,8 +155,8 @@ struct Steps {
 }
 
 /// Waits until nobody is left of those who were cancelled.
-async fn settle(alone: &Alone) {
-    while alone.engine.snapshot().running > 0 {
+async fn settle(bare: &BareEngine) {
+    while bare.engine.snapshot().running > 0 {
         tokio::time::sleep(Duration::from_millis(1)).await;
     }
 }
@@ -207,11 +208,11 @@ impl Prompts {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::cli::Role;
+    use crate::cli::Invocation;
 
     fn args(line: &[&str]) -> BenchArgs {
-        match Role::try_parse_from([&["engine", "bench", "--model", "m"], line].concat()) {
-            Ok(Role::Bench(args)) => args,
+        match Invocation::try_parse_from([&["engine", "bench", "--model", "m"], line].concat()) {
+            Ok(Invocation::Bench(args)) => args,
             other => panic!("{other:?}"),
         }
     }

@@ -3,7 +3,7 @@
 use serde::Serialize;
 
 use super::Steps;
-use crate::{cli::BenchArgs, worker::Alone};
+use crate::{cli::BenchArgs, worker::BareEngine};
 
 /// One measurement.
 #[derive(Debug, Clone, PartialEq, Serialize)]
@@ -35,8 +35,8 @@ impl Row {
     }
 
     /// From how long steps took, in the middle of which a sequence had `context` tokens.
-    pub(super) fn decode(alone: &Alone, sequences: usize, context: usize, steps: &Steps) -> Self {
-        let bytes = alone.step_bytes as f64 + (sequences * context * alone.token_bytes) as f64;
+    pub(super) fn decode(bare: &BareEngine, sequences: usize, context: usize, steps: &Steps) -> Self {
+        let bytes = bare.step_bytes as f64 + (sequences * context * bare.token_bytes) as f64;
         let median = percentile(&steps.means, 50);
         Self::Decode {
             sequences,
@@ -84,20 +84,20 @@ pub(super) struct Report {
 
 impl Report {
     /// Says what is measured.
-    pub(super) fn start(&self, alone: &Alone, args: &BenchArgs) {
+    pub(super) fn start(&self, bare: &BareEngine, args: &BenchArgs) {
         if self.json {
             return;
         }
-        let Alone { name, device, step_bytes, token_bytes, .. } = alone;
-        let limits = alone.engine.limits();
+        let BareEngine { name, device, step_bytes, token_bytes, .. } = bare;
+        let config = bare.engine.config();
         println!(
             "engine {}, {name} on {device}: {:.1} MB of weights a step, {:.1} KB of keys and values a token, pages of \
              {} tokens, steps of up to {}; medians of {} rounds",
             env!("CARGO_PKG_VERSION"),
             *step_bytes as f64 / 1e6,
             *token_bytes as f64 / 1e3,
-            limits.block_size,
-            limits.max_num_batched_tokens,
+            config.block_size,
+            config.max_num_batched_tokens,
             args.rounds,
         );
     }

@@ -1,3 +1,5 @@
+//! Every page, and who has it.
+
 use super::{BlockTable, LentPage, Page, PageHash, SharedPage, prefix::PrefixIndex};
 
 /// Who has a page that is neither free nor published.

@@ -1,3 +1,5 @@
+//! Pages by the hash of the text up to their end.
+
 use super::PageHash;
 
 const NONE: u32 = u32::MAX;

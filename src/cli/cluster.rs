@@ -1,3 +1,5 @@
+//! Flags that name a cluster's services.
+
 use std::path::PathBuf;
 
 use clap::{Args, builder::NonEmptyStringValueParser};

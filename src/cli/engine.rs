@@ -1,7 +1,7 @@
 use clap::Args;
 
 use super::values::{DeviceArg, KvDTypeArg, LoadFormatArg, parse_device, parse_share, parse_size, parse_within};
-use crate::worker::MockModel;
+use crate::engine::MockModel;
 
 /// Flags of whoever computes a model: which, on what, and within which limits.
 #[derive(Debug, Args)]

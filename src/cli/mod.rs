@@ -64,7 +64,7 @@ enum Command {
 
 /// What the process is asked to be.
 #[derive(Debug)]
-pub enum Role {
+pub enum Invocation {
     /// A decode worker, alone or in a cluster.
     Decode(WorkerArgs),
     /// A prefill worker.
@@ -83,7 +83,7 @@ pub enum Role {
     TransferBench(TransferBenchArgs),
 }
 
-impl Role {
+impl Invocation {
     /// Reads the process's command line. Ends the process if it is wrong or asks for help.
     pub fn from_command_line() -> Self {
         Self::try_parse_from(std::env::args_os()).unwrap_or_else(|error| error.exit())
@@ -192,13 +192,13 @@ mod tests {
         handoff::{Limits, Policy},
     };
 
-    fn parse(line: &[&str]) -> Result<Role, String> {
-        Role::try_parse_from([&["engine"], line].concat()).map_err(|error| error.to_string())
+    fn parse(line: &[&str]) -> Result<Invocation, String> {
+        Invocation::try_parse_from([&["engine"], line].concat()).map_err(|error| error.to_string())
     }
 
     fn worker(line: &[&str]) -> WorkerArgs {
         match parse(line) {
-            Ok(Role::Decode(worker) | Role::Prefill(worker)) => worker,
+            Ok(Invocation::Decode(worker) | Invocation::Prefill(worker)) => worker,
             other => panic!("{other:?}"),
         }
     }
@@ -258,14 +258,14 @@ mod tests {
 
     #[test]
     fn flags_alone_are_a_worker_and_frontend_is_a_word() {
-        assert!(matches!(parse(&["--model", "m"]), Ok(Role::Decode(_))));
-        assert!(matches!(parse(&["--is-prefill-worker"]), Ok(Role::Prefill(_))));
-        assert!(matches!(parse(&["frontend"]), Ok(Role::Frontend(_))));
-        assert!(matches!(parse(&["mock", "--step-time", "0"]), Ok(Role::Mock(_))));
-        assert!(matches!(parse(&["bench", "--model", "m"]), Ok(Role::Bench(_))));
-        assert!(matches!(parse(&["bench-kernels", "--shape", "tiny,qwen3-8b"]), Ok(Role::BenchKernels(_))));
-        assert!(matches!(parse(&["doctor", "--json"]), Ok(Role::Doctor(_))));
-        assert!(matches!(parse(&["transfer-bench", "--serve"]), Ok(Role::TransferBench(_))));
+        assert!(matches!(parse(&["--model", "m"]), Ok(Invocation::Decode(_))));
+        assert!(matches!(parse(&["--is-prefill-worker"]), Ok(Invocation::Prefill(_))));
+        assert!(matches!(parse(&["frontend"]), Ok(Invocation::Frontend(_))));
+        assert!(matches!(parse(&["mock", "--step-time", "0"]), Ok(Invocation::Mock(_))));
+        assert!(matches!(parse(&["bench", "--model", "m"]), Ok(Invocation::Bench(_))));
+        assert!(matches!(parse(&["bench-kernels", "--shape", "tiny,qwen3-8b"]), Ok(Invocation::BenchKernels(_))));
+        assert!(matches!(parse(&["doctor", "--json"]), Ok(Invocation::Doctor(_))));
+        assert!(matches!(parse(&["transfer-bench", "--serve"]), Ok(Invocation::TransferBench(_))));
         assert!(parse(&["transfer-bench"]).is_err());
     }
 

@@ -1,3 +1,5 @@
+//! Flags of a worker.
+
 use std::{path::PathBuf, time::Duration};
 
 use clap::{Args, builder::NonEmptyStringValueParser};

@@ -1,3 +1,5 @@
+//! What a worker says of itself when it registers.
+
 use std::fmt;
 
 use serde::{Deserialize, Serialize};

@@ -6,10 +6,10 @@ use tokio::{
     task::JoinHandle,
 };
 
-use super::{LeaseId, ModelKey, Role, WorkerCard};
+use super::{ModelKey, Role, WorkerCard, WorkerId};
 
 /// The live workers a watcher asked for.
-pub type WorkerSet = BTreeMap<LeaseId, Arc<WorkerCard>>;
+pub type WorkerSet = BTreeMap<WorkerId, Arc<WorkerCard>>;
 
 /// Who is alive, and the configuration they share. Its methods start background tasks on the current tokio runtime and
 /// return at once, whether or not the service behind them can be reached.
@@ -54,7 +54,7 @@ impl WorkerFilter {
 /// A registration in force. Dropping it withdraws it in the background.
 #[derive(Debug)]
 pub struct Lease {
-    id: watch::Receiver<Option<LeaseId>>,
+    id: watch::Receiver<Option<WorkerId>>,
     /// Dropping it, or sending, ends the task.
     stop: Option<oneshot::Sender<()>>,
     task: Option<JoinHandle<()>>,
@@ -63,13 +63,13 @@ pub struct Lease {
 impl Lease {
     /// A lease that `task` keeps. It ends, having withdrawn the registration, when `stop`'s receiver resolves either
     /// way.
-    pub(crate) fn new(id: watch::Receiver<Option<LeaseId>>, stop: oneshot::Sender<()>, task: JoinHandle<()>) -> Self {
+    pub(crate) fn new(id: watch::Receiver<Option<WorkerId>>, stop: oneshot::Sender<()>, task: JoinHandle<()>) -> Self {
         Self { id, stop: Some(stop), task: Some(task) }
     }
 
     /// The worker's incarnation: `None` until the first is granted, and then always the last one granted. A change
     /// means that the others have seen the worker disappear: whatever was agreed under the old id is void.
-    pub fn id(&self) -> watch::Receiver<Option<LeaseId>> {
+    pub fn id(&self) -> watch::Receiver<Option<WorkerId>> {
         self.id.clone()
     }
 

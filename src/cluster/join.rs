@@ -1,3 +1,5 @@
+//! Joining the cluster that is named, or the one on this machine.
+
 use std::{fmt, path::PathBuf, sync::Arc, time::Duration};
 
 use tokio::{

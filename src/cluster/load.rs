@@ -4,7 +4,7 @@ use futures::stream::BoxStream;
 use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
 
-use super::LeaseId;
+use super::WorkerId;
 
 /// How busy a worker is. A reader ignores fields it does not know, and takes those that are missing for zero.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
@@ -34,12 +34,12 @@ impl LoadReport {
 }
 
 /// Reports as they come, each with whom it is about.
-pub type LoadStream = BoxStream<'static, (LeaseId, LoadReport)>;
+pub type LoadStream = BoxStream<'static, (WorkerId, LoadReport)>;
 
 /// Tells how busy workers are. Reports are hints: each may be lost, and none is waited for.
 pub trait Loads: Send + Sync {
     /// Tells the others. Never blocks.
-    fn report(&self, lease: LeaseId, report: &LoadReport);
+    fn report(&self, lease: WorkerId, report: &LoadReport);
 
     /// Everybody's reports from now on.
     fn reports(&self) -> LoadStream;
@@ -54,7 +54,7 @@ const REPEAT_PERIODS: u32 = 10;
 /// not, until the lease's holder is gone.
 pub async fn report_load(
     loads: Arc<dyn Loads>,
-    mut lease: watch::Receiver<Option<LeaseId>>,
+    mut lease: watch::Receiver<Option<WorkerId>>,
     sample: impl Fn() -> LoadReport + Send,
 ) {
     let mut ticks = tokio::time::interval(REPORT_PERIOD);
@@ -97,7 +97,7 @@ mod tests {
     struct Told(Mutex<Vec<LoadReport>>);
 
     impl Loads for Told {
-        fn report(&self, _: LeaseId, report: &LoadReport) {
+        fn report(&self, _: WorkerId, report: &LoadReport) {
             self.0.lock().unwrap().push(*report);
         }
 
@@ -109,7 +109,7 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn a_cache_that_fills_is_no_news_and_a_request_is() {
         let (told, asked, running) = (Arc::new(Told::default()), AtomicU32::new(0), Arc::new(AtomicU32::new(1)));
-        let (_lease, lease) = watch::channel(Some(LeaseId(7)));
+        let (_lease, lease) = watch::channel(Some(WorkerId(7)));
         let count = running.clone();
         let sample = move || LoadReport {
             running: count.load(Ordering::Relaxed),

@@ -1,3 +1,5 @@
+//! A cluster inside one process.
+
 use std::{
     collections::{BTreeMap, HashMap, VecDeque},
     sync::{
@@ -12,8 +14,8 @@ use futures::{FutureExt, StreamExt, future::BoxFuture};
 use tokio::sync::{Notify, broadcast, oneshot, watch};
 
 use super::{
-    Consumer, Delivery, Discovery, Lease, LeaseId, LoadReport, LoadStream, Loads, ModelKey, Queue, QueueDepth,
-    QueueError, Settle, WorkerCard, WorkerFilter, WorkerSet, queue::Supplier,
+    Consumer, Delivery, Discovery, Lease, LoadReport, LoadStream, Loads, ModelKey, Queue, QueueDepth, QueueError,
+    Settle, WorkerCard, WorkerFilter, WorkerId, WorkerSet, queue::Supplier,
 };
 
 /// Reports a reader may lag behind before it misses some.
@@ -25,7 +27,7 @@ const DELIVERIES_MAX: u32 = 5;
 pub struct Local {
     state: Arc<Mutex<State>>,
     queues: Arc<Queues>,
-    loads: broadcast::Sender<(LeaseId, LoadReport)>,
+    loads: broadcast::Sender<(WorkerId, LoadReport)>,
 }
 
 #[derive(Default)]
@@ -84,7 +86,7 @@ impl Discovery for Local {
     fn register(&self, card: WorkerCard) -> Lease {
         let mut state = lock(&self.state);
         state.leases += 1;
-        let id = LeaseId(state.leases);
+        let id = WorkerId(state.leases);
         state.workers.insert(id, Arc::new(card));
         state.tell();
         drop(state);
@@ -292,7 +294,7 @@ impl Settle for LocalSettle {
 }
 
 impl Loads for Local {
-    fn report(&self, lease: LeaseId, report: &LoadReport) {
+    fn report(&self, lease: WorkerId, report: &LoadReport) {
         // Nobody may be listening.
         let _ = self.loads.send((lease, *report));
     }

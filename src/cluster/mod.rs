@@ -6,7 +6,7 @@
 //! known to be wrong, publishing fails at once instead of hanging, and connections are made again in the background for
 //! ever.
 //!
-//! Jobs and session addresses are opaque here: bytes, and a JSON value.
+//! Jobs and session addresses are opaque here: bytes, and a JSON value. Workers go by what a handoff calls them.
 
 mod address;
 mod card;
@@ -14,7 +14,6 @@ mod discovery;
 mod etcd;
 mod find_model;
 mod join;
-mod lease;
 mod load;
 mod local;
 mod model_key;
@@ -27,12 +26,13 @@ pub use discovery::{Discovery, Lease, WorkerFilter, WorkerSet};
 pub use etcd::{Etcd, EtcdOptions};
 pub use find_model::{SeveralModels, find_model};
 pub use join::{ClusterError, ClusterOptions, Joined, LocalServices, Needs, join};
-pub use lease::LeaseId;
 pub use load::{LoadReport, LoadStream, Loads, report_load};
 pub use local::Local;
 pub use model_key::{ModelKey, ParseModelKeyError, Versions};
 pub use nats::{Nats, NatsAuth, NatsOptions, NatsServer};
 pub use queue::{Consumer, Delivery, Queue, QueueDepth, QueueError, Settle};
+
+pub use crate::handoff::WorkerId;
 
 #[cfg(test)]
 pub(crate) use card::tests;

@@ -1,3 +1,5 @@
+//! The queue of prefill jobs, whatever it is kept in.
+
 use std::time::Duration;
 
 use bytes::Bytes;

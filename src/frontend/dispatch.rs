@@ -26,7 +26,7 @@ use crate::{
         ApiError, CLUSTER_TOKEN_HEADER, MODEL_KEY_HEADER, Received,
         progress::{PROGRESS_HEADER, RESUME_HEADER},
     },
-    cluster::{LeaseId, ModelKey},
+    cluster::{ModelKey, WorkerId},
 };
 
 /// Bytes of a body that are read where it came in; more would keep others' tokens there waiting.
@@ -137,7 +137,7 @@ impl From<ApiError> for Failure {
 /// What has been tried for a request since it last got anywhere.
 #[derive(Default)]
 pub(super) struct Attempts {
-    tried: Vec<LeaseId>,
+    tried: Vec<WorkerId>,
     losses: usize,
     refusals: usize,
     /// Its model was served when the request came or a moment before, whether or not it is now.
@@ -219,7 +219,7 @@ impl Frontend {
                 Pick::Worker(worker) => worker,
                 Pick::Nobody { lost_lately } => {
                     let taken = key.is_some() || attempts.losses > 0;
-                    // Those who are there and refused say more than those who are not.
+                    // A refusal by a worker that is there says more than that others are missing.
                     let unreached = (lost_lately || attempts.lacking) && attempts.refused.is_none();
                     let missed = unreached || current.misses(asked.model());
                     attempts.waited |= missed;
@@ -341,7 +341,7 @@ impl Frontend {
                     return Err(ApiError::invalid("model", message));
                 }
             },
-            // Whoever it is will say what is wrong with the body.
+            // Any worker will say what is wrong with the body.
             None => {
                 anybody = table.anybody();
                 &anybody
@@ -446,7 +446,7 @@ mod tests {
     #[test]
     fn what_is_lacking_here_neither_counts_nor_speaks_against_a_worker() {
         let card = card(Role::Decode, ModelKey::of(b"model"), "127.0.0.1:1");
-        let worker = Worker::new(LeaseId(1), Arc::new(card));
+        let worker = Worker::new(WorkerId(1), Arc::new(card));
         let mut attempts = Attempts::default();
         let lacking = LostError::Lacking(io::ErrorKind::OutOfMemory.into());
         assert!((0..=LOSSES_MAX).all(|_| attempts.lost(&worker, &lacking).is_ok()));

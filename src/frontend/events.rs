@@ -1,3 +1,5 @@
+//! A worker's event stream taken apart: what is for the client, and what is for the journal.
+
 use std::mem;
 
 use bytes::{Bytes, BytesMut};
@@ -5,7 +7,7 @@ use memchr::{memchr, memmem};
 use tokio::sync::OwnedSemaphorePermit;
 
 use crate::api::{
-    BodyMemory,
+    MemoryBudget,
     progress::{JOURNAL_BYTES_MAX, PROGRESS_PREFIX},
 };
 
@@ -22,10 +24,10 @@ pub(super) struct Splitter {
     partial: BytesMut,
     /// All progress so far, a line each.
     journal: Vec<u8>,
-    /// Leave to keep it, as far as it has room.
-    leave: Option<OwnedSemaphorePermit>,
+    /// Memory for it, as far as it has room.
+    reservation: Option<OwnedSemaphorePermit>,
     /// What all answers' journals share.
-    memory: BodyMemory,
+    memory: MemoryBudget,
     /// Whether the journal was given up, for having grown too long or for want of memory. The answer goes on, and
     /// cannot move any more.
     incomplete: bool,
@@ -41,11 +43,11 @@ pub(super) struct Malformed;
 
 impl Splitter {
     /// Keeps its journal in `memory`.
-    pub(super) fn new(memory: BodyMemory) -> Self {
+    pub(super) fn new(memory: MemoryBudget) -> Self {
         Self {
             partial: BytesMut::new(),
             journal: Vec::new(),
-            leave: None,
+            reservation: None,
             memory,
             incomplete: false,
             started: false,
@@ -95,7 +97,7 @@ impl Splitter {
             return;
         }
         if !self.make_room(comments.len()) {
-            (self.journal, self.leave, self.incomplete) = (Vec::new(), None, true);
+            (self.journal, self.reservation, self.incomplete) = (Vec::new(), None, true);
             return;
         }
         let mut rest = comments;
@@ -108,7 +110,7 @@ impl Splitter {
 
     /// Lets the journal have so many bytes more. Returns whether it may.
     fn make_room(&mut self, bytes: usize) -> bool {
-        let room = self.leave.as_ref().map_or(0, OwnedSemaphorePermit::num_permits);
+        let room = self.reservation.as_ref().map_or(0, OwnedSemaphorePermit::num_permits);
         let needed = self.journal.len() + bytes;
         if needed <= room {
             return true;
@@ -117,11 +119,11 @@ impl Splitter {
             return false;
         }
         let wanted = needed.next_power_of_two().max(JOURNAL_BYTES_MIN);
-        let Some(more) = self.memory.leave(wanted - room) else { return false };
+        let Some(more) = self.memory.reserve(wanted - room) else { return false };
         self.journal.reserve_exact(wanted - self.journal.len());
-        match &mut self.leave {
-            Some(leave) => leave.merge(more),
-            None => self.leave = Some(more),
+        match &mut self.reservation {
+            Some(reservation) => reservation.merge(more),
+            None => self.reservation = Some(more),
         }
         true
     }
@@ -210,7 +212,7 @@ mod tests {
     const JOURNAL: &str = "{\"id\":\"a\"}\n{\"i\":0}\n{\"i\":0,\"t\":[1,2]}\n{\"i\":0,\"f\":true}\n";
 
     fn fresh() -> Splitter {
-        Splitter::new(BodyMemory::of(1 << 20))
+        Splitter::new(MemoryBudget::of(1 << 20))
     }
 
     fn push(splitter: &mut Splitter, bytes: &[u8]) -> Vec<u8> {
@@ -277,7 +279,7 @@ mod tests {
 
     #[test]
     fn an_answer_without_memory_for_its_journal_goes_on_and_cannot_move() {
-        let memory = BodyMemory::of(3 * JOURNAL_BYTES_MIN);
+        let memory = MemoryBudget::of(3 * JOURNAL_BYTES_MIN);
         let [mut long, mut short] = [(); 2].map(|()| Splitter::new(memory.clone()));
         let line = |bytes: usize| format!(": {{{}}}\ndata: x\n\n", "1".repeat(bytes));
         let goes_on = |splitter: &mut Splitter, bytes: usize| {
@@ -295,7 +297,7 @@ mod tests {
 
     #[test]
     fn a_journal_that_grows_too_long_frees_its_memory() {
-        let memory = BodyMemory::of(2 * JOURNAL_BYTES_MAX);
+        let memory = MemoryBudget::of(2 * JOURNAL_BYTES_MAX);
         let mut splitter = Splitter::new(memory.clone());
         let event = format!(": {{{}}}\ndata: x\n\n", "1".repeat(8 << 20));
         let event = Bytes::from(event);

@@ -9,13 +9,13 @@ use tokio::{
 };
 
 use super::{upstream::Payload, worker::Worker};
-use crate::cluster::{LeaseId, ModelKey, Role, tests::card};
+use crate::cluster::{ModelKey, Role, WorkerId, tests::card};
 
 /// Where a worker is to be, and that worker.
 pub(super) async fn bound() -> (TcpListener, Arc<Worker>) {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let card = card(Role::Decode, ModelKey::of(b"model"), &listener.local_addr().unwrap().to_string());
-    (listener, Worker::new(LeaseId(1), Arc::new(card)))
+    (listener, Worker::new(WorkerId(1), Arc::new(card)))
 }
 
 /// Something to ask.

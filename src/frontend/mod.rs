@@ -32,7 +32,7 @@ use hyper::{StatusCode, header::HeaderValue};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 
 use crate::{
-    api::{self, ApiError, BodyMemory, Drain, HttpToken, unix_seconds},
+    api::{self, ApiError, Drain, HttpToken, MemoryBudget, unix_seconds},
     cluster::{Cluster, Role, WorkerFilter},
 };
 
@@ -67,15 +67,15 @@ pub(crate) struct Frontend {
     token: Option<HeaderValue>,
     /// As many requests as may still be taken.
     admitted: Arc<Semaphore>,
-    bodies: BodyMemory,
+    bodies: MemoryBudget,
     /// What answers need to go on elsewhere.
-    journals: BodyMemory,
+    journals: MemoryBudget,
     /// Start, seconds since 1970: the models' `created`.
     started: u64,
     drain: Drain,
 }
 
-/// Leave to be answered, which a request needs from before its body is read until its answer has ended.
+/// Permission to be answered, which a request needs from before its body is read until its answer has ended.
 struct Admission {
     _permit: OwnedSemaphorePermit,
 }
@@ -84,7 +84,7 @@ struct Admission {
 struct InFlight {
     _drain_waits: api::InFlight,
     _admission: Admission,
-    /// Last, as it is dropped: who reads that nobody is there is admitted.
+    /// Declared last, because fields drop in order: whoever reads 0 in the gauge finds a free permit.
     _counted: Counted,
 }
 
@@ -112,8 +112,8 @@ impl Frontend {
             table: workers::follow(live, cluster.loads.reports(), config.patience, metrics.clone()),
             token,
             admitted: Arc::new(Semaphore::new(config.requests_max.min(Semaphore::MAX_PERMITS))),
-            bodies: BodyMemory::of(config.body_memory_max),
-            journals: BodyMemory::of(config.body_memory_max),
+            bodies: MemoryBudget::of(config.body_memory_max),
+            journals: MemoryBudget::of(config.body_memory_max),
             config,
             metrics,
             started: unix_seconds(),

@@ -46,8 +46,8 @@ pub(super) struct Relay {
 struct Pace {
     /// When the client last had everything that had come: at least every [`PULSE`], unless it is slow.
     caught_up: Instant,
-    /// It was so slow since this worker answers that the worker may have given it up. That shows only once everything
-    /// that had been sent before is taken.
+    /// Since this worker began to answer, the client was so slow once that the worker may have given it up. That shows
+    /// only when everything that had been sent before is taken.
     is_slow: bool,
 }
 
@@ -72,7 +72,7 @@ impl Pace {
 enum Source {
     /// A worker.
     Worker(Box<Placed>),
-    /// Somebody, soon. Comes back with what has been tried.
+    /// Another worker is being looked for. Comes back with what has been tried.
     Search(BoxFuture<'static, (Result<Placed, Failure>, Attempts)>),
     /// Everything has been sent.
     Nobody,

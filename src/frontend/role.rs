@@ -1,3 +1,5 @@
+//! The frontend as a process: its flags, its cluster, its server.
+
 use anyhow::{Context, Result};
 use rustix::process::{Resource, getrlimit};
 
@@ -6,7 +8,7 @@ use crate::{
     api::{CONNECTIONS_BESIDE_REQUESTS, ConnectionThreads, HttpToken, ServerConfig, bind},
     cli::FrontendArgs,
     cluster::{Needs, join},
-    worker::{Ready, Signals},
+    process::{Ready, Signals},
 };
 
 /// Open files that a frontend needs beside its connections to clients and workers: those to the cluster's services, and
@@ -110,11 +112,11 @@ mod tests {
     use std::time::Duration;
 
     use super::*;
-    use crate::cli::Role;
+    use crate::cli::Invocation;
 
     fn args(flags: &[&str]) -> FrontendArgs {
-        match Role::try_parse_from([&["engine", "frontend"], flags].concat()) {
-            Ok(Role::Frontend(args)) => args,
+        match Invocation::try_parse_from([&["engine", "frontend"], flags].concat()) {
+            Ok(Invocation::Frontend(args)) => args,
             other => panic!("{other:?}"),
         }
     }

@@ -1,3 +1,5 @@
+//! The frontend's endpoints.
+
 use std::{collections::BTreeMap, future::Future, sync::Arc};
 
 use axum::{

@@ -1,3 +1,5 @@
+//! A connection to a worker: HTTP/1.1 without a task of its own.
+
 use std::{
     future::poll_fn,
     io::{self, IoSlice},

@@ -1,3 +1,5 @@
+//! A decode worker as a frontend knows it: how busy it is, whether it answers, and its idle connections.
+
 use std::{
     io, mem,
     net::SocketAddrV4,
@@ -15,7 +17,7 @@ use tokio::time::{Instant, sleep, timeout};
 
 use super::upstream::{BrokenError, Connection, Exchange, Payload};
 use crate::{
-    cluster::{LeaseId, LoadReport, WorkerCard},
+    cluster::{LoadReport, WorkerCard, WorkerId},
     transfer::SessionAddresses,
 };
 
@@ -37,15 +39,17 @@ const PROBES_FAILED_MIN: u32 = 2;
 
 /// A decode worker in one incarnation. Requests hold on to it while they use it, even after its lease has gone.
 pub(super) struct Worker {
-    pub(super) lease: LeaseId,
+    pub(super) lease: WorkerId,
     pub(super) card: Arc<WorkerCard>,
     /// Stands for the run of its process, hence for its cache, where prompts are placed.
     pub(super) instance: u64,
     /// Tokens that requests through this frontend still have before them.
     outstanding: AtomicU64,
-    /// As the worker told last, in tokens, and when, in milliseconds since `started`; and what was outstanding then.
+    /// Tokens that the worker has before it, as it told last.
     reported: AtomicU64,
+    /// When it did, in milliseconds since `started`.
     reported_ms: AtomicU64,
+    /// What was outstanding then.
     outstanding_then: AtomicU64,
     started: Instant,
     /// Since when others are preferred, in milliseconds since `started`: a connection to it failed, and it has not
@@ -123,7 +127,7 @@ impl LostError {
 }
 
 impl Worker {
-    pub(super) fn new(lease: LeaseId, card: Arc<WorkerCard>) -> Arc<Self> {
+    pub(super) fn new(lease: WorkerId, card: Arc<WorkerCard>) -> Arc<Self> {
         Arc::new(Self {
             lease,
             instance: instance(&card),

@@ -11,11 +11,11 @@ use super::{
     FrontendMetrics,
     worker::{Worker, watch_over},
 };
-use crate::cluster::{LeaseId, LoadStream, Role, WorkerCard, WorkerSet};
+use crate::cluster::{LoadStream, Role, WorkerCard, WorkerId, WorkerSet};
 
 /// The decode workers that are alive.
 pub(super) struct Table {
-    workers: BTreeMap<LeaseId, Arc<Worker>>,
+    workers: BTreeMap<WorkerId, Arc<Worker>>,
     by_name: HashMap<String, Vec<Arc<Worker>>>,
     /// Models that nobody serves any more, and since when. They may be back in a moment: a worker is started anew, or
     /// an etcd that stood still for longer than a lease goes on, lets go of all workers, and they register again. Those
@@ -178,7 +178,7 @@ mod tests {
                 card.model.names = vec![model.into()];
                 Arc::new(card)
             };
-            workers.iter().map(|&(lease, model)| (LeaseId(lease), card(model))).collect()
+            workers.iter().map(|&(lease, model)| (WorkerId(lease), card(model))).collect()
         };
         let table = Table::new(PATIENCE).next(&live(&[(1, "a"), (2, "a"), (3, "b")]));
         let table = table.next(&live(&[(2, "a"), (3, "b")]));
@@ -205,7 +205,7 @@ mod tests {
                 card.model.names = vec![name.into()];
                 Arc::new(card)
             };
-            let live = (1..).zip(workers).map(|(lease, &(weights, name))| (LeaseId(lease), card(weights, name)));
+            let live = (1..).zip(workers).map(|(lease, &(weights, name))| (WorkerId(lease), card(weights, name)));
             let live: WorkerSet = live.collect();
             let table = Table::new(Duration::ZERO).next(&live);
             match table.serving(None) {

@@ -1,3 +1,5 @@
+//! Grammars that were compiled lately.
+
 use std::{
     collections::VecDeque,
     io::{self, Write},

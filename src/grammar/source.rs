@@ -1,3 +1,5 @@
+//! What a grammar is compiled from, and its limits.
+
 use llguidance::api::{GrammarWithLexer, TopLevelGrammar};
 use serde_json::{Value, json};
 

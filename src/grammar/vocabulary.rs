@@ -1,3 +1,5 @@
+//! A model's tokens, and the compiler of grammars over them.
+
 use std::{fmt, sync::Arc, thread};
 
 use engine_models::Tokenizer;

@@ -1,7 +1,9 @@
+//! The prefill worker's side, a state machine.
+
 use std::{collections::BTreeMap, time::Duration};
 
 use super::{
-    Epoch, Grant, HandoffId, Job, MailboxWord, SessionId, Slot, Status, ToDecode, ToPrefill, WorkerId,
+    Epoch, Grant, HandoffId, Job, MailboxSlot, MailboxWord, SessionId, Status, ToDecode, ToPrefill, WorkerId,
     clock::SteadyClock,
 };
 
@@ -68,7 +70,7 @@ enum Stage {
 #[derive(Debug)]
 struct Work {
     session: SessionId,
-    slot: Slot,
+    slot: MailboxSlot,
     epoch: Epoch,
     /// Tokens to compute, from 0.
     wanted: u32,
@@ -297,9 +299,9 @@ impl Borrower {
         }
     }
 
-    /// What a sign of life says of how far this worker is. It counts all prompts: one that waits its turn, or for the
-    /// pages of those before it, or for theirs to be written, is none that hangs. But what is computed is nothing that
-    /// one waits for whose pages are all with the writer.
+    /// How far this worker is, as a sign of life says it: another number once anything has moved that the prompt may be
+    /// waiting for. Chunks and writes of all prompts count, since a prompt that waits for those before it does not
+    /// hang. One whose pages are all with the writer (`posting`) waits for writes alone.
     fn moved(&self, posting: bool) -> u32 {
         if posting { self.writes } else { self.writes.wrapping_add(self.chunks) }
     }

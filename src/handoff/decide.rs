@@ -1,3 +1,5 @@
+//! Whether a prompt is prefilled here or handed off.
+
 use std::time::Duration;
 
 use super::{HandoffCosts, Limits, Policy};
@@ -49,14 +51,14 @@ pub enum Reason {
     /// [`HANDOFFS_MAX`] handoffs were lost, or as many as there are workers.
     Lost,
     /// No prefill worker is alive.
-    Alone,
+    NoPrefillWorkers,
     /// The queue cannot be reached.
     Unreachable,
     /// Within [`Limits::max_local_prefill_length`].
     Short,
     /// The queue is as long as [`Limits::max_prefill_queue_size`] allows.
     Busy,
-    /// The first token is expected earlier so.
+    /// The first token is expected earlier than from a prefill worker.
     Sooner,
 }
 
@@ -75,7 +77,7 @@ pub fn decide(limits: &Limits, situation: &Situation, costs: &HandoffCosts, now:
         return Decision::Local(Reason::Lost);
     }
     if situation.prefill_workers == 0 {
-        return Decision::Local(Reason::Alone);
+        return Decision::Local(Reason::NoPrefillWorkers);
     }
     let Some(queue_depth) = situation.queue_depth else {
         return Decision::Local(Reason::Unreachable);
@@ -153,7 +155,7 @@ mod tests {
         assert_eq!(decided(Situation { uncached_tokens: 1_000, ..situation() }), Decision::Local(Reason::Short));
         assert_eq!(decided(Situation { queue_depth: Some(5), ..situation() }), Decision::Remote);
         assert_eq!(decided(Situation { queue_depth: Some(6), ..situation() }), Decision::Local(Reason::Busy));
-        assert_eq!(decided(Situation { prefill_workers: 0, ..situation() }), Decision::Local(Reason::Alone));
+        assert_eq!(decided(Situation { prefill_workers: 0, ..situation() }), Decision::Local(Reason::NoPrefillWorkers));
         assert_eq!(decided(Situation { queue_depth: None, ..situation() }), Decision::Local(Reason::Unreachable));
         assert_eq!(decided(Situation { lost_handoffs: 2, ..situation() }), Decision::Local(Reason::Lost));
     }
@@ -176,7 +178,7 @@ mod tests {
         let eager = Situation { uncached_tokens: 2, queue_depth: Some(1_000), ..situation() };
         assert_eq!(decided(eager), Decision::Remote);
         assert_eq!(decided(Situation { uncached_tokens: 1, ..eager }), Decision::Local(Reason::Cached));
-        assert_eq!(decided(Situation { prefill_workers: 0, ..eager }), Decision::Local(Reason::Alone));
+        assert_eq!(decided(Situation { prefill_workers: 0, ..eager }), Decision::Local(Reason::NoPrefillWorkers));
         assert_eq!(decided(Situation { queue_depth: None, ..eager }), Decision::Local(Reason::Unreachable));
         assert_eq!(decided(Situation { lost_handoffs: 2, ..eager }), Decision::Local(Reason::Lost));
     }
@@ -207,7 +209,10 @@ mod tests {
         assert_eq!(auto(sooner(Some(60))), Decision::Local(Reason::Sooner));
         assert_eq!(auto(sooner(Some(61))), Decision::Remote);
         assert_eq!(auto(Situation { queue_depth: Some(6), ..sooner(Some(61)) }), Decision::Local(Reason::Sooner));
-        assert_eq!(auto(Situation { prefill_workers: 0, ..sooner(Some(61)) }), Decision::Local(Reason::Alone));
+        assert_eq!(
+            auto(Situation { prefill_workers: 0, ..sooner(Some(61)) }),
+            Decision::Local(Reason::NoPrefillWorkers)
+        );
     }
 
     #[test]

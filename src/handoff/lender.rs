@@ -1,6 +1,10 @@
+//! The decode worker's side, a state machine.
+
 use std::{collections::HashMap, time::Duration};
 
-use super::{Epoch, Gone, HandoffId, MailboxWord, SessionId, Slot, Status, ToDecode, WorkerId, clock::SteadyClock};
+use super::{
+    Epoch, Gone, HandoffId, MailboxSlot, MailboxWord, SessionId, Status, ToDecode, WorkerId, clock::SteadyClock,
+};
 
 mod interface;
 #[cfg(test)]
@@ -33,17 +37,17 @@ pub use interface::{LenderAction, LenderEvent, LenderTimeouts, Outcome};
 pub struct Lender<R, P> {
     timeouts: LenderTimeouts,
     clock: SteadyClock,
-    seats: Box<[Seat<R, P>]>,
+    entries: Box<[MailboxEntry<R, P>]>,
     /// Slots without a loan.
-    free: Vec<Slot>,
+    free: Vec<MailboxSlot>,
     /// Slots with one, in no order.
-    open: Vec<Slot>,
-    by_handoff: HashMap<HandoffId, Slot>,
+    open: Vec<MailboxSlot>,
+    by_handoff: HashMap<HandoffId, MailboxSlot>,
 }
 
 /// A slot of the mailbox.
 #[derive(Debug)]
-struct Seat<R, P> {
+struct MailboxEntry<R, P> {
     /// Of its present loan, or else of its next.
     epoch: Epoch,
     loan: Option<Loan<R, P>>,
@@ -90,19 +94,19 @@ impl<R: Copy, P> Lender<R, P> {
         Self {
             timeouts,
             clock: SteadyClock::new(unclaimed.min(silent).min(release).min(stalled) / 4),
-            seats: (0..slots).map(|_| Seat { epoch: Epoch::FIRST, loan: None }).collect(),
-            free: (0..slots).rev().map(Slot).collect(),
+            entries: (0..slots).map(|_| MailboxEntry { epoch: Epoch::FIRST, loan: None }).collect(),
+            free: (0..slots).rev().map(MailboxSlot).collect(),
             open: Vec::with_capacity(slots as usize),
             by_handoff: HashMap::with_capacity(slots as usize),
         }
     }
 
     /// Lends pages under a fresh `handoff`; then put the job on the queue. With no slot free they come back at once.
-    pub fn lend(&mut self, handoff: HandoffId, request: R, pages: P, now: Duration) -> Result<Slot, P> {
+    pub fn lend(&mut self, handoff: HandoffId, request: R, pages: P, now: Duration) -> Result<MailboxSlot, P> {
         debug_assert!(!self.by_handoff.contains_key(&handoff), "{handoff} was lent before");
         let Some(slot) = self.free.pop() else { return Err(pages) };
         let deadline = self.clock.advance(now) + self.timeouts.unclaimed;
-        self.seat(slot).loan = Some(Loan { handoff, pages, state: State::Queued { request }, deadline });
+        self.entry(slot).loan = Some(Loan { handoff, pages, state: State::Queued { request }, deadline });
         self.open.push(slot);
         self.by_handoff.insert(handoff, slot);
         Ok(slot)
@@ -117,7 +121,7 @@ impl<R: Copy, P> Lender<R, P> {
         handoff: HandoffId,
         pages: P,
         now: Duration,
-    ) -> Result<(Slot, Epoch), P> {
+    ) -> Result<(MailboxSlot, Epoch), P> {
         debug_assert!(!self.by_handoff.contains_key(&handoff), "{handoff} was lent before");
         if self.measures() {
             return Err(pages);
@@ -125,9 +129,9 @@ impl<R: Copy, P> Lender<R, P> {
         let Some(slot) = self.free.pop() else { return Err(pages) };
         let deadline = self.clock.advance(now) + self.timeouts.silent;
         let state = State::Scratch { holder: Holder { session, worker } };
-        let seat = self.seat(slot);
-        seat.loan = Some(Loan { handoff, pages, state, deadline });
-        let epoch = seat.epoch;
+        let entry = self.entry(slot);
+        entry.loan = Some(Loan { handoff, pages, state, deadline });
+        let epoch = entry.epoch;
         self.open.push(slot);
         self.by_handoff.insert(handoff, slot);
         Ok((slot, epoch))
@@ -135,25 +139,25 @@ impl<R: Copy, P> Lender<R, P> {
 
     /// Whether pages are lent to somebody who measures.
     pub fn measures(&self) -> bool {
-        let loans = self.open.iter().filter_map(|slot| self.seats[slot.0 as usize].loan.as_ref());
+        let loans = self.open.iter().filter_map(|slot| self.entries[slot.0 as usize].loan.as_ref());
         loans.into_iter().any(|loan| matches!(loan.state, State::Scratch { .. }))
     }
 
     /// The pages lent under `slot`, whose numbers go into the grant.
-    pub fn pages(&self, slot: Slot) -> Option<&P> {
-        self.seats.get(slot.0 as usize)?.loan.as_ref().map(|loan| &loan.pages)
+    pub fn pages(&self, slot: MailboxSlot) -> Option<&P> {
+        self.entries.get(slot.0 as usize)?.loan.as_ref().map(|loan| &loan.pages)
     }
 
     /// The pages of a loan that nobody has claimed yet, to add to what goes with them.
     pub fn unclaimed_mut(&mut self, handoff: HandoffId) -> Option<&mut P> {
         let &slot = self.by_handoff.get(&handoff)?;
-        let loan = self.seat(slot).loan.as_mut()?;
+        let loan = self.entry(slot).loan.as_mut()?;
         matches!(loan.state, State::Queued { .. }).then_some(&mut loan.pages)
     }
 
     /// Every lent page, for the integrity check: `true` for those in quarantine, as are those of who measures.
     pub fn lent(&self) -> impl Iterator<Item = (&P, bool)> {
-        self.open.iter().filter_map(|slot| self.seats[slot.0 as usize].loan.as_ref()).map(|loan| {
+        self.open.iter().filter_map(|slot| self.entries[slot.0 as usize].loan.as_ref()).map(|loan| {
             let quarantined = matches!(loan.state, State::Quarantined { .. } | State::Scratch { .. });
             (&loan.pages, quarantined)
         })
@@ -172,12 +176,17 @@ impl<R: Copy, P> Lender<R, P> {
     /// Looks into the mailbox: `load` reads a slot's word, with acquire ordering, so that the data it vouches for is
     /// visible too. Between any two steps of the engine; best before [`on`](Self::on), since a worker that completes
     /// and leaves does so in this order.
-    pub fn poll(&mut self, load: impl Fn(Slot) -> MailboxWord, now: Duration, actions: &mut Vec<LenderAction<R, P>>) {
+    pub fn poll(
+        &mut self,
+        load: impl Fn(MailboxSlot) -> MailboxWord,
+        now: Duration,
+        actions: &mut Vec<LenderAction<R, P>>,
+    ) {
         self.clock.advance(now);
         // Backwards, because resolving takes the slot out of the list.
         for place in (0..self.open.len()).rev() {
             let slot = self.open[place];
-            let Seat { epoch, loan: Some(loan) } = &self.seats[slot.0 as usize] else { continue };
+            let MailboxEntry { epoch, loan: Some(loan) } = &self.entries[slot.0 as usize] else { continue };
             // Nobody was granted a queued loan, so no word can be its own.
             if matches!(loan.state, State::Queued { .. }) {
                 continue;
@@ -235,7 +244,8 @@ impl<R: Copy, P> Lender<R, P> {
             ToDecode::Progress { handoff, epoch, moved: mark } => {
                 let Some(slot) = self.granted(handoff, epoch, from) else { return };
                 let LenderTimeouts { silent, stalled, .. } = self.timeouts;
-                let Some(Loan { state: State::Granted { moved, .. }, deadline, .. }) = &mut self.seat(slot).loan else {
+                let Some(Loan { state: State::Granted { moved, .. }, deadline, .. }) = &mut self.entry(slot).loan
+                else {
                     return;
                 };
                 if mark != moved.mark {
@@ -275,7 +285,7 @@ impl<R: Copy, P> Lender<R, P> {
             return;
         };
         let LenderTimeouts { silent, stalled, .. } = self.timeouts;
-        let Seat { epoch, loan: Some(loan) } = &mut self.seats[slot.0 as usize] else { return };
+        let MailboxEntry { epoch, loan: Some(loan) } = &mut self.entries[slot.0 as usize] else { return };
         let State::Queued { request } = loan.state else {
             actions.push(LenderAction::Gone { session, handoff, why: Gone::Claimed });
             return;
@@ -287,7 +297,7 @@ impl<R: Copy, P> Lender<R, P> {
 
     fn withdraw(&mut self, handoff: HandoffId, now: Duration, actions: &mut Vec<LenderAction<R, P>>) {
         let Some(&slot) = self.by_handoff.get(&handoff) else { return };
-        let Some(loan) = &mut self.seat(slot).loan else { return };
+        let Some(loan) = &mut self.entry(slot).loan else { return };
         match loan.state {
             State::Queued { .. } => self.expire(handoff, false, actions),
             State::Granted { holder, .. } => {
@@ -302,7 +312,7 @@ impl<R: Copy, P> Lender<R, P> {
     fn tick(&mut self, now: Duration, actions: &mut Vec<LenderAction<R, P>>) {
         for place in (0..self.open.len()).rev() {
             let slot = self.open[place];
-            let Some(loan) = &mut self.seats[slot.0 as usize].loan else { continue };
+            let Some(loan) = &mut self.entries[slot.0 as usize].loan else { continue };
             if now < loan.deadline {
                 continue;
             }
@@ -331,7 +341,7 @@ impl<R: Copy, P> Lender<R, P> {
     /// Ends a loan that nobody was granted; its pages are as good as never lent.
     fn expire(&mut self, handoff: HandoffId, restart: bool, actions: &mut Vec<LenderAction<R, P>>) {
         let Some(&slot) = self.by_handoff.get(&handoff) else { return };
-        let Some(Loan { state: State::Queued { request }, .. }) = self.seat(slot).loan else { return };
+        let Some(Loan { state: State::Queued { request }, .. }) = self.entry(slot).loan else { return };
         let Some(Loan { pages, .. }) = self.close(slot) else { return };
         actions.push(match restart {
             true => LenderAction::Restart { request, pages: Some(pages), again: false },
@@ -341,31 +351,31 @@ impl<R: Copy, P> Lender<R, P> {
     }
 
     /// The request goes on without its holder, whose pages are asked back.
-    fn give_up(&mut self, slot: Slot, now: Duration, actions: &mut Vec<LenderAction<R, P>>) {
+    fn give_up(&mut self, slot: MailboxSlot, now: Duration, actions: &mut Vec<LenderAction<R, P>>) {
         if let Some(holder) = self.quarantine(slot, actions) {
             self.reclaim(slot, holder.session, now, actions);
         }
     }
 
     /// Parts a granted loan from its request: the latter restarts, the pages stay. `None` if that was done before.
-    fn quarantine(&mut self, slot: Slot, actions: &mut Vec<LenderAction<R, P>>) -> Option<Holder> {
-        let loan = self.seat(slot).loan.as_mut()?;
+    fn quarantine(&mut self, slot: MailboxSlot, actions: &mut Vec<LenderAction<R, P>>) -> Option<Holder> {
+        let loan = self.entry(slot).loan.as_mut()?;
         let State::Granted { request, holder, .. } = loan.state else { return None };
         loan.state = State::Quarantined { holder };
         actions.push(LenderAction::Restart { request, pages: None, again: true });
         Some(holder)
     }
 
-    fn reclaim(&mut self, slot: Slot, session: SessionId, now: Duration, actions: &mut Vec<LenderAction<R, P>>) {
+    fn reclaim(&mut self, slot: MailboxSlot, session: SessionId, now: Duration, actions: &mut Vec<LenderAction<R, P>>) {
         self.set_deadline(slot, now + self.timeouts.release);
-        let Seat { epoch, loan: Some(loan) } = &self.seats[slot.0 as usize] else { return };
+        let MailboxEntry { epoch, loan: Some(loan) } = &self.entries[slot.0 as usize] else { return };
         actions.push(LenderAction::Reclaim { session, handoff: loan.handoff, slot, epoch: *epoch });
     }
 
     /// The end of a granted loan, and the one place where pages that somebody could write to are let go. Its callers
     /// are the three resolutions: a mailbox word of the loan's epoch or a message of its holder (who then writes no
     /// more), a revocation, and a fence (after which it cannot).
-    fn resolve(&mut self, slot: Slot, outcome: Outcome, actions: &mut Vec<LenderAction<R, P>>) {
+    fn resolve(&mut self, slot: MailboxSlot, outcome: Outcome, actions: &mut Vec<LenderAction<R, P>>) {
         let Some(Loan { pages, state, .. }) = self.close(slot) else { return };
         actions.push(match state {
             State::Granted { request, .. } if outcome == Outcome::Completed => LenderAction::Resume { request, pages },
@@ -385,41 +395,42 @@ impl<R: Copy, P> Lender<R, P> {
     }
 
     /// Takes the loan out of its slot, whose next loan is of another epoch.
-    fn close(&mut self, slot: Slot) -> Option<Loan<R, P>> {
-        let seat = self.seat(slot);
-        let loan = seat.loan.take()?;
-        seat.epoch = seat.epoch.next();
+    fn close(&mut self, slot: MailboxSlot) -> Option<Loan<R, P>> {
+        let entry = self.entry(slot);
+        let loan = entry.loan.take()?;
+        entry.epoch = entry.epoch.next();
         self.by_handoff.remove(&loan.handoff);
         self.open.retain(|&open| open != slot);
         self.free.push(slot);
         Some(loan)
     }
 
-    fn seat(&mut self, slot: Slot) -> &mut Seat<R, P> {
-        &mut self.seats[slot.0 as usize]
+    fn entry(&mut self, slot: MailboxSlot) -> &mut MailboxEntry<R, P> {
+        &mut self.entries[slot.0 as usize]
     }
 
-    fn set_deadline(&mut self, slot: Slot, deadline: Duration) {
-        if let Some(loan) = &mut self.seat(slot).loan {
+    fn set_deadline(&mut self, slot: MailboxSlot, deadline: Duration) {
+        if let Some(loan) = &mut self.entry(slot).loan {
             loan.deadline = deadline;
         }
     }
 
     /// The slot of a loan that `holder` was granted under this name and epoch.
-    fn granted(&self, handoff: HandoffId, epoch: Epoch, holder: Holder) -> Option<Slot> {
+    fn granted(&self, handoff: HandoffId, epoch: Epoch, holder: Holder) -> Option<MailboxSlot> {
         let slot = *self.by_handoff.get(&handoff)?;
         self.is_lent(slot, epoch, holder.session).then_some(slot)
     }
 
     /// Whether the slot's present loan is of this epoch and was granted on this session.
-    fn is_lent(&self, slot: Slot, epoch: Epoch, session: SessionId) -> bool {
-        let Some(seat) = self.seats.get(slot.0 as usize) else { return false };
-        seat.epoch == epoch && seat.loan.as_ref().and_then(Loan::holder).is_some_and(|holder| holder.session == session)
+    fn is_lent(&self, slot: MailboxSlot, epoch: Epoch, session: SessionId) -> bool {
+        let Some(entry) = self.entries.get(slot.0 as usize) else { return false };
+        entry.epoch == epoch
+            && entry.loan.as_ref().and_then(Loan::holder).is_some_and(|holder| holder.session == session)
     }
 
     /// Slots of the loans whose holder is like this.
-    fn held_by(&self, like: impl Fn(Holder) -> bool) -> Vec<Slot> {
-        let holder = |slot: &Slot| self.seats[slot.0 as usize].loan.as_ref().and_then(Loan::holder);
+    fn held_by(&self, like: impl Fn(Holder) -> bool) -> Vec<MailboxSlot> {
+        let holder = |slot: &MailboxSlot| self.entries[slot.0 as usize].loan.as_ref().and_then(Loan::holder);
         self.open.iter().copied().filter(|slot| holder(slot).is_some_and(&like)).collect()
     }
 }

@@ -1,6 +1,8 @@
+//! What the two workers of a handoff say to each other.
+
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
-use super::{Epoch, HandoffId, Slot};
+use super::{Epoch, HandoffId, MailboxSlot};
 use crate::cache::Salt;
 
 /// What a prefill worker says over its session to a decode worker.
@@ -67,7 +69,7 @@ pub enum ToPrefill {
     /// The answer to a wish to measure.
     Scratch {
         /// Where in the mailbox the end is announced.
-        slot: Slot,
+        slot: MailboxSlot,
         /// Goes with every write and with the mailbox word.
         epoch: Epoch,
         /// The decode worker's pages; perhaps fewer than were wished for.
@@ -77,13 +79,13 @@ pub enum ToPrefill {
     NoScratch,
 }
 
-/// Leave to write a handoff's pages, given once in its life.
+/// Permission to write a handoff's pages, given once in its life.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Grant {
     /// What was claimed.
     pub handoff: HandoffId,
     /// Where in the mailbox the end is announced.
-    pub slot: Slot,
+    pub slot: MailboxSlot,
     /// Goes with every write and with the mailbox word.
     pub epoch: Epoch,
     /// The prompt without its last token, which the decode worker computes itself: it needs that token's logits.
@@ -195,7 +197,7 @@ mod tests {
     use super::*;
 
     fn grant() -> Grant {
-        let (handoff, slot, epoch) = (HandoffId(9), Slot(3), Epoch::FIRST);
+        let (handoff, slot, epoch) = (HandoffId(9), MailboxSlot(3), Epoch::FIRST);
         let salt = Some(Salt::of("tea"));
         Grant { handoff, slot, epoch, tokens: (0..41).collect(), salt, first: 16, pages: vec![7, 4] }
     }

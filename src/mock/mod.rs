@@ -13,8 +13,10 @@ use anyhow::{Context, Result, bail};
 use tokio::{sync::mpsc, task::JoinSet};
 
 use crate::{
-    cli::{LoadFormatArg, MockArgs, Role, WorkerArgs},
-    worker::{MockModel, Ready, decode, prefill},
+    cli::{Invocation, LoadFormatArg, MockArgs, WorkerArgs},
+    engine::MockModel,
+    process::Ready,
+    worker::{decode, prefill},
 };
 
 /// The name of the made-up model.
@@ -95,7 +97,7 @@ fn announcement(args: &MockArgs, address: SocketAddr) -> String {
 fn worker(args: &MockArgs, folder: &Path, role: &[OsString]) -> Result<WorkerArgs> {
     let mut line: Vec<OsString> = vec!["engine".into(), "--model".into(), folder.into()];
     line.extend_from_slice(role);
-    let (Role::Decode(mut worker) | Role::Prefill(mut worker)) = Role::try_parse_from(line)? else {
+    let (Invocation::Decode(mut worker) | Invocation::Prefill(mut worker)) = Invocation::try_parse_from(line)? else {
         bail!("a mock is made of workers");
     };
     worker.cluster = args.cluster.clone();

@@ -1,6 +1,6 @@
 //! Sequences whose prompt another worker computes, and those computed for another worker.
 
-use super::{Loan, Scheduler, SlotId, sequence::Place};
+use super::{Loan, Scheduler, SlotId, sequence::PrefillAt};
 use crate::cache::LentPage;
 
 impl Scheduler {
@@ -15,7 +15,7 @@ impl Scheduler {
         }
         sequence.num_computed = sequence.tokens().len() - 1;
         sequence.from_afar = true;
-        sequence.place = Place::Here;
+        sequence.prefill_at = PrefillAt::Here;
         self.publish(slot);
         self.come_back(slot);
     }
@@ -32,7 +32,7 @@ impl Scheduler {
         sequence.table.release(&mut self.pool);
         sequence.restart();
         sequence.lost += u32::from(again);
-        sequence.place = if again { Place::Undecided } else { Place::HereForGood };
+        sequence.prefill_at = if again { PrefillAt::Undecided } else { PrefillAt::HereForGood };
         self.come_back(slot);
         // Were it to run, it would take the pages of all that came after it, and wait for those it lacks.
         if self.missing_pages(slot) > self.pages_within_reach() {
@@ -46,7 +46,7 @@ impl Scheduler {
         let count = wished.min(self.pool.available().saturating_sub(self.spoken_for(u64::MAX)) / 8);
         let Self { pool, .. } = self;
         let mut pages: Box<[_]> = (0..count).filter_map(|_| pool.allocate().map(|page| pool.lend(page))).collect();
-        // As those of a prompt come, so that what is measured is what moving one takes.
+        // In the order of a prompt's pages, so that what is measured is what moving a prompt takes.
         pages.sort_unstable_by_key(LentPage::number);
         for page in &pages {
             self.pool.quarantine(page.number());
@@ -87,7 +87,7 @@ impl Scheduler {
         }
         let Self { pool, slots, .. } = self;
         let mut pages: Box<[_]> = (0..needed).filter_map(|_| pool.allocate().map(|page| pool.lend(page))).collect();
-        // Those that were freed last come first, and so the other way round; neighbours are written in one go.
+        // The pool gives what was freed last first, so in reverse; in order, neighbours are written in one go.
         pages.sort_unstable_by_key(LentPage::number);
         let sequence = slots[slot.index()].as_mut()?;
         sequence.lent = pages.iter().map(LentPage::number).collect();

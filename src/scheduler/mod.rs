@@ -10,14 +10,14 @@
 mod loans;
 mod plan;
 mod planner;
-mod queue;
 mod route;
 mod sequence;
+mod state;
 
 pub use plan::{Loan, PlanEntry, StepPlan};
-pub use queue::{Scheduler, SchedulerLimits, SlotId};
 pub use route::{AllLocal, Candidate, Route, Router};
 pub use sequence::Sequence;
+pub use state::{Scheduler, SchedulerLimits, SlotId};
 
 #[cfg(test)]
 mod properties;

@@ -1,6 +1,6 @@
 //! Planning: who takes part in the next step, and with how many tokens.
 
-use super::{Candidate, PlanEntry, Route, Router, Scheduler, SlotId, StepPlan, sequence::Place};
+use super::{Candidate, PlanEntry, Route, Router, Scheduler, SlotId, StepPlan, sequence::PrefillAt};
 use crate::cache::{PageCounts, PageHash};
 
 impl Scheduler {
@@ -24,7 +24,8 @@ impl Scheduler {
         );
     }
 
-    /// Whether pages, sequences or what steps gave are elsewhere, and somebody here may be waiting for them.
+    /// Whether an empty plan is legitimate: pages are lent or in quarantine, sequences are away or held, or one waits
+    /// for what the step under way gives.
     fn is_held_up(&self) -> bool {
         let PageCounts { lent, quarantined, .. } = self.pages();
         let awaits_outcome = |&slot: &SlotId| self.sequence(slot).awaits_outcome();
@@ -134,7 +135,7 @@ impl Scheduler {
                     }
                     shorter += left;
                 }
-                if let Some(at) = self.place(slot) {
+                if let Some(at) = self.index_in_running(slot) {
                     budget -= self.plan_tokens(at, budget - kept, false, plan);
                 }
             }
@@ -162,7 +163,7 @@ impl Scheduler {
     }
 
     /// Where among those that run a sequence is, unless it has left them.
-    fn place(&self, slot: SlotId) -> Option<usize> {
+    fn index_in_running(&self, slot: SlotId) -> Option<usize> {
         let arrival = self.sequence(slot).arrival;
         let found = self.running.binary_search_by_key(&arrival, |&other| self.sequence(other).arrival);
         found.ok()
@@ -178,8 +179,8 @@ impl Scheduler {
         }
         let sequence = self.sequence_mut(slot);
         sequence.cached.get_or_insert(sequence.num_computed);
-        if sequence.place == Place::Undecided {
-            sequence.place = Place::Here;
+        if sequence.prefill_at == PrefillAt::Undecided {
+            sequence.prefill_at = PrefillAt::Here;
         }
         let start = sequence.num_computed;
         let arrival = sequence.arrival;
@@ -197,7 +198,7 @@ impl Scheduler {
 
     /// Whether a prompt is to be computed here, and now. It may leave for another worker, or wait for a page.
     fn stays(&mut self, slot: SlotId, ahead: Ahead, plan: &mut StepPlan, router: &mut dyn Router) -> bool {
-        let Some(at) = self.place(slot) else { return false };
+        let Some(at) = self.index_in_running(slot) else { return false };
         let next = self.next_page(slot, ahead.oldest, plan);
         if next == Next::BeingComputed {
             return false;
@@ -211,7 +212,7 @@ impl Scheduler {
     fn leaves(&self, slot: SlotId, ahead: Ahead, router: &mut dyn Router) -> bool {
         let sequence = self.sequence(slot);
         let all_but_last = sequence.tokens().len() - 1;
-        let may_leave = sequence.place == Place::Undecided && router.is_open();
+        let may_leave = sequence.prefill_at == PrefillAt::Undecided && router.is_open();
         if !may_leave || sequence.cacheable_tokens() < all_but_last || self.pages_to_lend(slot) == 0 {
             return false;
         }
@@ -316,7 +317,7 @@ impl Scheduler {
                 break covered;
             }
         };
-        // They may come the other way round; neighbours are written to a decode worker in one go.
+        // The pool may give them in reverse; in order, neighbours are written to a decode worker in one go.
         self.sequence_mut(slot).table.sort_from(held);
         reserved
     }
@@ -349,10 +350,10 @@ impl Scheduler {
     /// The same with one that was to leave for another worker, and now may again.
     pub fn stay_for_now(&mut self, slot: SlotId) {
         // It waits already if it is too long for the pages within reach.
-        if self.place(slot).is_some() {
+        if self.index_in_running(slot).is_some() {
             self.step_back(slot);
         }
-        self.sequence_mut(slot).place = Place::Undecided;
+        self.sequence_mut(slot).prefill_at = PrefillAt::Undecided;
     }
 
     /// Takes a sequence's pages and queues it where its arrival puts it.
@@ -387,17 +388,18 @@ struct Ahead {
     decoding: usize,
     /// Tokens of other prompts that are computed before all of it is, at most.
     queued: usize,
-    /// The oldest that is computed here, if that is another one: it takes part in the step whoever else does.
+    /// The oldest that is computed here, if that is another one: it takes part in the step in any case.
     oldest: Option<SlotId>,
 }
 
 /// The next page of a prompt.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Next {
-    /// Another one's step computes the same page: wait for it.
+    /// Another sequence's step computes the same page: wait for it.
     BeingComputed,
-    /// Another worker is, and half of what is missing at least: all of it comes at once.
+    /// A remote prefill under way brings it, with at least half of the full pages that this prompt lacks: they come all
+    /// at once.
     Elsewhere,
-    /// Nobody else is.
+    /// Nobody else computes it.
     Ours,
 }

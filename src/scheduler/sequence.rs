@@ -1,3 +1,5 @@
+//! A request's tokens, and how far they are computed.
+
 use engine_kernels::Batch;
 
 use crate::cache::{BlockTable, PageHash, PageHasher, Salt};
@@ -28,7 +30,7 @@ pub struct Sequence {
     pub(super) started: bool,
     /// Prompt tokens found in the cache when it was first looked at closely.
     pub(super) cached: Option<usize>,
-    pub(super) place: Place,
+    pub(super) prefill_at: PrefillAt,
     /// How often another worker took it on and did not bring it to an end.
     pub(super) lost: u32,
     /// Whether another worker's keys and values are what it continues from.
@@ -41,7 +43,7 @@ pub struct Sequence {
 
 /// Where the prompt of a sequence is computed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Place {
+pub(super) enum PrefillAt {
     /// Wherever the router says, which is asked until some of it is computed.
     Undecided,
     /// Here, until it has to start again.
@@ -73,7 +75,7 @@ impl Sequence {
             scored: if score_prompt { 1 } else { prompt.len() },
             started: false,
             cached: None,
-            place: Place::Undecided,
+            prefill_at: PrefillAt::Undecided,
             lost: 0,
             from_afar: false,
             lent: Vec::new(),
@@ -84,7 +86,7 @@ impl Sequence {
     /// A sequence whose keys and values are computed for another worker. All of it may come from the cache, nothing is
     /// sampled, and once computed it is held until [`Scheduler::remove`](super::Scheduler::remove).
     pub fn prefill_only(tokens: &[u32], hasher: &PageHasher) -> Self {
-        Self { prefill_only: true, place: Place::HereForGood, ..Self::new(tokens, 0, false, hasher) }
+        Self { prefill_only: true, prefill_at: PrefillAt::HereForGood, ..Self::new(tokens, 0, false, hasher) }
     }
 
     /// Continues an answer whose first tokens were generated elsewhere: as after a preemption, they are computed like a
@@ -151,8 +153,8 @@ impl Sequence {
         self.tokens.last().is_some_and(|token| token & Batch::DRAWN != 0)
     }
 
-    /// Whether there is nothing to compute of it: what its last step gave is on its way, and nothing follows that, or
-    /// nobody knows yet that something does.
+    /// Whether the next step has nothing to compute for it: either all its tokens are computed and what was sampled is
+    /// not known yet, or that unknown token is the last it may have.
     pub(super) fn awaits_outcome(&self) -> bool {
         let is_last = self.is_drawn_ahead() && self.tokens.len() == self.tokens_max;
         !self.prefill_only && (self.remaining() == 0 || is_last)
@@ -220,8 +222,8 @@ impl Sequence {
         debug_assert!(self.table.is_empty() && self.lent.is_empty(), "pages are given back first");
         self.num_computed = 0;
         self.from_afar = false;
-        if self.place == Place::Here {
-            self.place = Place::Undecided;
+        if self.prefill_at == PrefillAt::Here {
+            self.prefill_at = PrefillAt::Undecided;
         }
     }
 }

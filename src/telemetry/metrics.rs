@@ -1,3 +1,5 @@
+//! All metrics of a worker.
+
 use std::time::Duration;
 
 use prometheus::{

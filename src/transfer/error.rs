@@ -1,3 +1,5 @@
+//! Why there is no session, no server, or no write.
+
 use std::io;
 use std::path::PathBuf;
 

@@ -9,7 +9,7 @@
 
 use bytes::{BufMut, Bytes, BytesMut};
 
-use crate::handoff::{Epoch, MailboxWord, Slot};
+use crate::handoff::{Epoch, MailboxSlot, MailboxWord};
 
 /// Bytes of a frame's header.
 pub(super) const HEADER_BYTES: usize = 16;
@@ -19,7 +19,7 @@ const RUN_BYTES: usize = 12;
 pub(super) const RUNS_MAX: usize = 1024;
 
 /// A loan as the wire names it.
-pub(super) type Loan = (Slot, Epoch);
+pub(super) type Loan = (MailboxSlot, Epoch);
 
 /// Pages of one layer that follow each other in the receiver's memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -130,7 +130,7 @@ impl Frame {
         let kind = header.kind;
         let malformed = Violation::Malformed(kind);
         let empty = |frame: Self| if body.is_empty() { Ok(frame) } else { Err(malformed.clone()) };
-        let loan = || Epoch::new(header.epoch).map(|epoch| (Slot(header.slot), epoch)).ok_or(malformed.clone());
+        let loan = || Epoch::new(header.epoch).map(|epoch| (MailboxSlot(header.slot), epoch)).ok_or(malformed.clone());
         match kind {
             PING => empty(Self::Ping),
             MESSAGE => Ok(Self::Message(body)),
@@ -194,7 +194,7 @@ mod tests {
 
     #[test]
     fn frames_survive_the_wire() {
-        let loan = (Slot(3), Epoch::new(9).unwrap());
+        let loan = (MailboxSlot(3), Epoch::new(9).unwrap());
         let runs = vec![Run { layer: 1, page: 2, count: 3 }, Run { layer: 4, page: 5, count: 6 }];
         for frame in [
             Frame::Ping,

@@ -79,7 +79,7 @@ pub(super) enum HandshakeError {
     /// Somebody looked whether anybody listens, as workers that start do to find sockets left behind.
     #[error("it left without a word")]
     Silent,
-    /// Others came, and it had not proved who it is for longer than all that had not either.
+    /// Too many connections had yet to prove who they are, and this one had been about it for the longest.
     #[error("its place was needed for others")]
     Crowded,
     /// Whatever connected is no prefill worker.

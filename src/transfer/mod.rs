@@ -15,8 +15,8 @@
 //!
 //! Pages in device memory that neither go from device to device nor are reached by adapters are staged: copied to
 //! locked host memory at the prefill worker, sent from there by any of the other ways into locked host memory of the
-//! decode worker, and copied up by its engine thread ([`StagingRing`]; `worker/staging.rs`). Which adapters reach a
-//! device's memory is found out at start ([`Source::on_device`], [`Target::on_device`]); the two ends need not be
+//! decode worker, and copied up by its engine thread ([`StagingRing`]; `worker/decode/staging.rs`). Which adapters reach
+//! a device's memory is found out at start ([`Source::on_device`], [`Target::on_device`]); the two ends need not be
 //! alike.
 //!
 //! What is written under a loan is in place before the loan's mailbox word is, whichever way it went. When a loan can

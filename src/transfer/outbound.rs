@@ -161,11 +161,11 @@ mod tests {
     use super::super::frame::Run;
     use super::super::link::FrameReader;
     use super::*;
-    use crate::handoff::{Epoch, MailboxWord, Slot, Status};
+    use crate::handoff::{Epoch, MailboxSlot, MailboxWord, Status};
 
     /// More than a socket takes at once.
     const PAGES_BYTES: usize = 4 << 20;
-    const LOAN: Loan = (Slot(3), Epoch::FIRST);
+    const LOAN: Loan = (MailboxSlot(3), Epoch::FIRST);
 
     struct Pages([(*const u8, usize); 1]);
 

@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{MODEL_KEY, Pages, Place, memory::Readback};
 use crate::{
-    handoff::{Epoch, SessionId, Slot},
+    handoff::{Epoch, MailboxSlot, SessionId},
     transfer::{
         ClusterToken, Exported, Limits, Mailbox, ServerConfig, SessionAddresses, SessionEvent, SessionServer, Target,
         TransferMetrics, runtime_directory,
@@ -21,7 +21,7 @@ use crate::{
 };
 
 /// The loan there is, again and again under another epoch.
-pub(super) const SLOT: Slot = Slot(0);
+pub(super) const SLOT: MailboxSlot = MailboxSlot(0);
 
 /// "Lend me the first pages, as many as this, under this epoch."
 #[derive(Debug, Clone, Copy, Serialize, Deserialize)]

@@ -4,13 +4,13 @@ use std::{fs, net::SocketAddr, os::unix::fs::MetadataExt};
 
 use tokio::sync::watch;
 
-use super::EngineHandle;
 use crate::{
     cli::WorkerArgs,
     cluster::{
-        CARD_SCHEMA, Cluster, Lease, LeaseId, LoadReport, LocalView, ModelCard, ModelKey, Role, WorkerCard,
+        CARD_SCHEMA, Cluster, Lease, LoadReport, LocalView, ModelCard, ModelKey, Role, WorkerCard, WorkerId,
         advertised_host, host_id, report_load,
     },
+    engine::EngineHandle,
     transfer::{self, ClusterToken},
 };
 
@@ -25,13 +25,13 @@ pub(super) struct Particulars {
     pub(super) sessions: serde_json::Value,
     pub(super) transports: Vec<String>,
     /// How pages get into device memory or out of it, staged or not, if that is where they are.
-    pub(super) staging: String,
+    pub(super) staging_notice: String,
 }
 
 /// Registers a worker, and tells how busy its engine is for as long as it is registered: that of a decode worker,
 /// because frontends place by it. Jobs find prefill workers by themselves.
 pub(super) fn register(cluster: &Cluster, cli: &WorkerArgs, worker: Particulars, engine: &EngineHandle) -> Lease {
-    let Particulars { role, address, model, key, sessions, transports, staging } = worker;
+    let Particulars { role, address, model, key, sessions, transports, staging_notice } = worker;
     let card = WorkerCard {
         schema: CARD_SCHEMA,
         version: env!("CARGO_PKG_VERSION").to_owned(),
@@ -39,7 +39,7 @@ pub(super) fn register(cluster: &Cluster, cli: &WorkerArgs, worker: Particulars,
         address: format!("{}:{}", host(cli, address), address.port()),
         session: sessions,
         transports,
-        staging,
+        staging: staging_notice,
         host_id: host_id(),
         local: local_view(),
         model,
@@ -77,7 +77,7 @@ pub(super) fn token(cli: &WorkerArgs) -> ClusterToken {
     ClusterToken::new(cli.cluster.cluster_token.as_deref().unwrap_or_default())
 }
 
-async fn report(cluster: Cluster, lease: watch::Receiver<Option<LeaseId>>, engine: EngineHandle) {
+async fn report(cluster: Cluster, lease: watch::Receiver<Option<WorkerId>>, engine: EngineHandle) {
     let sample = move || {
         let load = engine.snapshot();
         let narrow = |value: usize| u32::try_from(value).unwrap_or(u32::MAX);
@@ -87,7 +87,7 @@ async fn report(cluster: Cluster, lease: watch::Receiver<Option<LeaseId>>, engin
             prompt_tokens: load.pending_tokens as u64,
             cached_tokens: load.computed_tokens as u64,
             pages_free: narrow(load.pages_free + load.pages_cached),
-            pages: narrow(engine.limits().blocks),
+            pages: narrow(engine.config().blocks),
         }
     };
     report_load(cluster.loads, lease, sample).await;
@@ -96,12 +96,12 @@ async fn report(cluster: Cluster, lease: watch::Receiver<Option<LeaseId>>, engin
 #[cfg(test)]
 pub(super) mod tests {
     use super::*;
-    use crate::cli::Role;
+    use crate::cli::Invocation;
 
     /// A worker's command line.
     pub(in crate::worker) fn worker(flags: &[&str]) -> WorkerArgs {
-        match Role::try_parse_from([&["engine", "--model", "m"], flags].concat()) {
-            Ok(Role::Decode(worker) | Role::Prefill(worker)) => worker,
+        match Invocation::try_parse_from([&["engine", "--model", "m"], flags].concat()) {
+            Ok(Invocation::Decode(worker) | Invocation::Prefill(worker)) => worker,
             other => panic!("{other:?}"),
         }
     }

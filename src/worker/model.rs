@@ -10,14 +10,14 @@ use engine_kernels::{
 use engine_models::{ForwardLimits, ModelSource, OpenOptions};
 
 use super::{
-    EngineConfig, KvRequest, ModelRunner, Runner, available_memory,
+    KvRequest, available_memory,
     device::{self, Chosen},
-    mock_runner::MockRunner,
     size_kv,
 };
 use crate::{
-    cli::{DeviceArg, EngineArgs, KvDTypeArg},
+    cli::{DeviceArg, EngineArgs, KvDTypeArg, WorkerArgs},
     cluster::{ModelCard, ModelKey, Versions},
+    engine::{EngineConfig, MockRunner, ModelRunner, Runner},
     handoff::Job,
     transfer::SESSION_VERSION,
 };
@@ -50,6 +50,19 @@ pub(super) struct Purpose {
     pub(super) max_waiting_requests: usize,
     /// As [`EngineConfig`] has it.
     pub(super) prefix_caching: bool,
+}
+
+impl Purpose {
+    /// What a worker's command line says of it. It shares no pages, and decodes nothing.
+    pub(super) fn of(cli: &WorkerArgs) -> Self {
+        Self {
+            shared: false,
+            decodes: false,
+            itl_target: cli.disagg.itl_target,
+            max_waiting_requests: cli.max_waiting_requests,
+            prefix_caching: !cli.no_prefix_caching,
+        }
+    }
 }
 
 /// A model that is ready to compute.
@@ -139,24 +152,41 @@ pub(super) fn load(cli: &EngineArgs, source: &ModelSource, purpose: &Purpose) ->
         model_key: key.as_bytes().to_vec(),
     };
     config.validate()?;
+    let name = device.to_string();
+    let (runner, pages, step_bytes) = runner(cli, threads, device, source, layout, &config, purpose)?;
+    Ok(Loaded { runner, config, device: name, step_bytes, pages, key, layout, page_order, fingerprint })
+}
+
+/// What computes steps, where its pages are, if others can reach them, and the bytes of weights that each step reads.
+type Computing = (Box<dyn Runner>, Option<KvPages>, u64);
+
+/// Makes what computes on `device`, or in place of a model.
+fn runner(
+    cli: &EngineArgs,
+    threads: usize,
+    device: Chosen,
+    source: &ModelSource,
+    layout: KvLayout,
+    config: &EngineConfig,
+    purpose: &Purpose,
+) -> Result<Computing> {
     let logit_rows = match device {
         Chosen::Cpu => LOGIT_ROWS_MAX,
         #[cfg(feature = "cuda")]
-        Chosen::Cuda { .. } if purpose.decodes => max_num_seqs.clamp(LOGIT_ROWS_MAX, DEVICE_LOGIT_ROWS_MAX),
+        Chosen::Cuda { .. } if purpose.decodes => config.max_num_seqs.clamp(LOGIT_ROWS_MAX, DEVICE_LOGIT_ROWS_MAX),
         #[cfg(feature = "cuda")]
         Chosen::Cuda { .. } => LOGIT_ROWS_MAX,
     };
     let limits = ForwardLimits {
-        max_tokens: max_num_batched_tokens,
-        max_logit_rows: logit_rows.min(max_num_batched_tokens).max(1),
-        max_positions: sizing.max_model_len,
+        max_tokens: config.max_num_batched_tokens,
+        max_logit_rows: logit_rows.min(config.max_num_batched_tokens).max(1),
+        max_positions: config.max_model_len,
     };
-    let name = device.to_string();
-    let (runner, pages, step_bytes) = match (&cli.mock, device) {
+    match (&cli.mock, device) {
         (Some(model), _) => {
             let region = KvRegion::shared(layout.region_shape()).context("cannot reserve a mock's pages")?;
             let runner: Box<dyn Runner> = Box::new(MockRunner::new(model.clone(), region.clone(), layout.block_size));
-            (runner, Some(KvPages::from(region)), 0)
+            Ok((runner, Some(KvPages::from(region)), 0))
         }
         (None, Chosen::Cpu) => {
             if cli.enforce_eager {
@@ -166,7 +196,7 @@ pub(super) fn load(cli: &EngineArgs, source: &ModelSource, purpose: &Purpose) ->
             if purpose.shared {
                 backend.share_kv_cache();
             }
-            load_into(backend, source, limits, layout, &config, purpose.decodes)?
+            load_into(backend, source, limits, layout, config, purpose.decodes)
         }
         #[cfg(feature = "cuda")]
         (None, Chosen::Cuda { device, .. }) => {
@@ -175,10 +205,9 @@ pub(super) fn load(cli: &EngineArgs, source: &ModelSource, purpose: &Purpose) ->
             if cli.enforce_eager {
                 backend = backend.with_graphs_max(0);
             }
-            load_into(backend, source, limits, layout, &config, purpose.decodes)?
+            load_into(backend, source, limits, layout, config, purpose.decodes)
         }
-    };
-    Ok(Loaded { runner, config, device: name, step_bytes, pages, key, layout, page_order, fingerprint })
+    }
 }
 
 fn load_into<B: Backend>(
@@ -188,7 +217,7 @@ fn load_into<B: Backend>(
     layout: KvLayout,
     config: &EngineConfig,
     decodes: bool,
-) -> Result<(Box<dyn Runner>, Option<KvPages>, u64)> {
+) -> Result<Computing> {
     let loaded = source.load(&mut backend, limits)?;
     let mut runner = ModelRunner::new(backend, loaded.model, layout, limits)?;
     runner.rehearse(config, decodes)?;

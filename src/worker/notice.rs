@@ -3,7 +3,17 @@
 use engine_kernels::RegionShape;
 
 use super::ways::Ways;
-use crate::transfer::{Reached, Unreached};
+use crate::{
+    cli::WorkerArgs,
+    transfer::{Reached, Unreached},
+};
+
+/// Says that a flag has no use where pages are in host memory.
+pub(super) fn warn_of_staging_flag(cli: &WorkerArgs) {
+    if cli.disagg.kv_staging_memory.is_some() {
+        tracing::warn!("--kv-staging-memory has no use on a worker that computes on the CPU");
+    }
+}
 
 /// How pages in device memory can go.
 pub(super) struct OnDevice<'a> {
@@ -13,9 +23,9 @@ pub(super) struct OnDevice<'a> {
     pub(super) cuda_ipc: bool,
     /// Whether adapters reach them, if there are any.
     pub(super) rdma: Option<&'a Result<Reached, Unreached>>,
-    /// What the others are staged in.
-    pub(super) staging: RegionShape,
-    /// When.
+    /// The host memory that pages are staged in on all other ways.
+    pub(super) staged_in: RegionShape,
+    /// When they are staged, as part of the sentence.
     pub(super) when: &'static str,
 }
 
@@ -52,8 +62,8 @@ impl OnDevice<'_> {
             said.push(format!(
                 "{except}pages are staged {}, in {} MiB of host memory ({} pages), because {}",
                 self.when,
-                self.staging.total_bytes() >> 20,
-                self.staging.pages,
+                self.staged_in.total_bytes() >> 20,
+                self.staged_in.pages,
                 because.join(" and "),
             ));
         }
@@ -72,7 +82,7 @@ mod tests {
 
     fn text(ways: &[Transport], cuda_ipc: bool, rdma: Option<&Result<Reached, Unreached>>) -> String {
         let ways = &Ways::among(ways);
-        OnDevice { ways, cuda_ipc, rdma, staging: SHAPE, when: "on their way to the device" }.text()
+        OnDevice { ways, cuda_ipc, rdma, staged_in: SHAPE, when: "on their way to the device" }.text()
     }
 
     #[test]

@@ -1,3 +1,5 @@
+//! How many pages the KV cache has, and how long a sequence may be.
+
 use engine_kernels::KvLayout;
 
 /// Most of the machine's free memory the KV cache takes by default: a quarter.
@@ -57,7 +59,7 @@ pub enum SizingError {
         /// Tokens they hold.
         fits: usize,
     },
-    /// Not even one page, of a device whose room nobody has divided.
+    /// Not even one page in what the device has left, and no flag says how many bytes pages may take.
     #[error(
         "weights, and what others use of the device, leave no room for a KV page ({page} bytes) within \
          --gpu-memory-utilization: see who uses it (nvidia-smi), take another (--device cuda:N), raise the flag, or \
@@ -111,7 +113,7 @@ pub fn size_kv(
             (default_bytes / page, format!("a quarter of the {free} MiB free, at most {} MiB", mib(DEFAULT_BYTES_MAX)))
         }
     };
-    // Who raised --kv-cache-memory here would be told to lower it, once the device's memory is used up.
+    // Not `NoPage`, which advises raising --kv-cache-memory: the device's memory is used up.
     if let KvRequest { blocks: None, bytes: None, device_bytes: Some(bytes), .. } = wish
         && bytes < page
     {

@@ -4,7 +4,7 @@ use std::{num::NonZeroU64, time::Duration};
 
 use tokio::time::{MissedTickBehavior, interval};
 
-use super::EngineHandle;
+use crate::engine::EngineHandle;
 
 /// How often one looks.
 const LOOK_PERIOD: Duration = Duration::from_secs(1);

@@ -5,10 +5,17 @@ use anyhow::{Context, Result, bail};
 use crate::{
     cli::{DeviceMemoryArg, TransportArg, TransportArgs},
     transfer::{
-        Adapters, RdmaError, Transport, Unreached,
+        Adapters, RdmaError, Reached, Transport, Unreached,
         rdma::{ChooseError, Wish},
     },
 };
+
+/// What is wrong with `--transport cuda-ipc` on a worker without a device.
+pub(super) const NEEDS_DEVICE: &str =
+    "--transport cuda-ipc moves pages between CUDA devices, and this worker computes on the CPU: see --device";
+
+/// How adapters reach pages in device memory, or why they do not; none where no adapters are open.
+pub(crate) type Reach = Option<Result<Reached, Unreached>>;
 
 /// The ways that are allowed.
 #[derive(Clone)]
@@ -100,22 +107,24 @@ impl Ways {
         Ok(registered)
     }
 
-    /// The same of pages in device memory, if adapters are open: why they do not reach them is no error, as pages can
-    /// be staged.
+    /// The same of pages in device memory, and, if adapters are open, how they reach these. Why they do not is no error,
+    /// as pages can be staged.
     pub(crate) async fn reach<T: Send + 'static>(
         &self,
-        register: impl FnOnce(&Adapters) -> Result<T, Unreached> + Send + 'static,
-    ) -> Result<Option<Result<T, Unreached>>> {
-        let Some(adapters) = self.adapters.clone() else { return Ok(None) };
+        register: impl FnOnce(&Adapters) -> Result<(T, Reached), Unreached> + Send + 'static,
+    ) -> Result<(Option<T>, Reach)> {
+        let Some(adapters) = self.adapters.clone() else { return Ok((None, None)) };
         if !self.to_device {
-            return Ok(Some(Err(Unreached::Unwanted)));
+            return Ok((None, Some(Err(Unreached::Unwanted))));
         }
-        let reached = tokio::task::spawn_blocking(move || register(&adapters)).await;
-        let reached = reached.context("registering device memory panicked")?;
-        if reached.is_ok() {
-            self.tell_registered("KV memory on the device is registered for RDMA");
+        let registered = tokio::task::spawn_blocking(move || register(&adapters)).await;
+        match registered.context("registering device memory panicked")? {
+            Ok((registered, reached)) => {
+                self.tell_registered("KV memory on the device is registered for RDMA");
+                Ok((Some(registered), Some(Ok(reached))))
+            }
+            Err(unreached) => Ok((None, Some(Err(unreached)))),
         }
-        Ok(Some(reached))
     }
 
     fn tell_registered(&self, what: &str) {
@@ -126,7 +135,7 @@ impl Ways {
         }
     }
 
-    /// What came of it; that nothing did is an error, or only said.
+    /// What came of it; a failure is an error if RDMA was asked for, and otherwise only said in the log.
     fn unless_needed<T>(&self, result: Result<T, RdmaError>) -> Result<Option<T>> {
         match result {
             Ok(value) => Ok(Some(value)),
@@ -147,7 +156,7 @@ impl Ways {
         self.shm || self.tcp || (self.rdma && !reached)
     }
 
-    /// Whether nothing is left of the ways that are allowed where pages are not in device memory.
+    /// Whether the only way that is allowed is from device to device, so that pages in host memory have none.
     pub(crate) fn needs_device(&self) -> bool {
         self.cuda_ipc && !self.shm && !self.rdma && !self.tcp
     }
@@ -167,11 +176,11 @@ impl Ways {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::cli::Role;
+    use crate::cli::Invocation;
 
     fn ways(flags: &[&str]) -> Result<Ways> {
-        match Role::try_parse_from([&["engine", "--is-prefill-worker"], flags].concat()).unwrap() {
-            Role::Prefill(worker) => Ways::of(&worker.disagg.transports),
+        match Invocation::try_parse_from([&["engine", "--is-prefill-worker"], flags].concat()).unwrap() {
+            Invocation::Prefill(worker) => Ways::of(&worker.disagg.transports),
             other => panic!("{other:?}"),
         }
     }

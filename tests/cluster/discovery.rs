@@ -1,6 +1,6 @@
 use std::sync::Arc;
 
-use engine::cluster::{Discovery, Etcd, EtcdOptions, LeaseId, Role, WorkerFilter, WorkerSet};
+use engine::cluster::{Discovery, Etcd, EtcdOptions, Role, WorkerFilter, WorkerId, WorkerSet};
 use etcd_client::Client;
 use tokio::sync::watch;
 
@@ -11,7 +11,7 @@ use crate::{
 };
 
 /// Waits until the set is exactly `ids`.
-async fn wait_for(workers: &mut watch::Receiver<Arc<WorkerSet>>, ids: &[LeaseId]) {
+async fn wait_for(workers: &mut watch::Receiver<Arc<WorkerSet>>, ids: &[WorkerId]) {
     let mut ids = ids.to_vec();
     ids.sort_unstable();
     let reached = workers.wait_for(|workers| workers.keys().copied().collect::<Vec<_>>() == ids);
@@ -203,7 +203,7 @@ async fn an_etcd_that_lost_its_data_is_noticed_though_it_has_counted_as_far_agai
     let lease = direct.register(card(Role::Decode, "m", "h:1"));
     let old = granted(&lease, None).await;
     // One that will not come back.
-    let gone = LeaseId(7);
+    let gone = WorkerId(7);
     let path = format!("/engine/a/workers/{}/decode/{gone}", key("m"));
     client(&service.url()).await.put(path, card(Role::Decode, "m", "h:2").to_json(), None).await.unwrap();
     wait_for(&mut workers, &[gone, old]).await;

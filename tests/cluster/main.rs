@@ -12,7 +12,7 @@ mod services;
 use std::time::Duration;
 
 use engine::cluster::{
-    CARD_SCHEMA, Etcd, EtcdOptions, Lease, LeaseId, ModelCard, ModelKey, Nats, NatsOptions, Role, WorkerCard,
+    CARD_SCHEMA, Etcd, EtcdOptions, Lease, ModelCard, ModelKey, Nats, NatsOptions, Role, WorkerCard, WorkerId,
 };
 
 /// How long anything may take before a test gives up. Not a measurement: the machine may be very busy.
@@ -73,7 +73,7 @@ async fn soon<T>(what: &str, future: impl Future<Output = T>) -> T {
 }
 
 /// The id once it is another than `old`.
-async fn granted(lease: &Lease, old: Option<LeaseId>) -> LeaseId {
+async fn granted(lease: &Lease, old: Option<WorkerId>) -> WorkerId {
     let mut id = lease.id();
     let new = soon("a lease", id.wait_for(|id| id.is_some() && *id != old)).await.unwrap();
     new.unwrap()

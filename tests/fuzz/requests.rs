@@ -7,8 +7,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use engine::api::{self, ApiConfig, ChatTemplate, Defaults, Parsers, ServerConfig};
+use engine::engine::{Engine, EngineConfig, Runner, RunnerError};
 use engine::telemetry::Metrics;
-use engine::worker::{Engine, EngineConfig, Runner, RunnerError};
 use engine_kernels::{Batch, RowTask, SampleRow, Sampled};
 use engine_models::Tokenizer;
 use engine_models::gguf::Gguf;

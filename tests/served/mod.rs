@@ -19,8 +19,8 @@ use std::{
 use engine::{
     api::{self, ApiConfig, ChatTemplate, Defaults, HttpToken, Parsers, ServerConfig},
     cluster::ModelKey,
+    engine::{Engine, EngineConfig, EngineHandle, Runner, RunnerError},
     telemetry::Metrics,
-    worker::{Engine, EngineConfig, EngineHandle, Runner, RunnerError},
 };
 use engine_kernels::{Batch, RowTask, SampleRow, Sampled};
 use engine_models::{ModelSource, OpenOptions, Tokenizer};

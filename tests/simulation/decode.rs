@@ -3,8 +3,8 @@
 use std::collections::VecDeque;
 
 use engine::handoff::{
-    Epoch, Grant, HANDOFFS_MAX, HandoffId, Lender, LenderAction, LenderEvent, LenderTimeouts, Limits, MailboxWord,
-    Outcome, Policy, SessionId, Slot, Status, ToDecode, ToPrefill, WorkerId,
+    Epoch, Grant, HANDOFFS_MAX, HandoffId, Lender, LenderAction, LenderEvent, LenderTimeouts, Limits, MailboxSlot,
+    MailboxWord, Outcome, Policy, SessionId, Status, ToDecode, ToPrefill, WorkerId,
 };
 
 use crate::{
@@ -48,7 +48,7 @@ pub(crate) struct Decode {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct Loan {
     link: LinkId,
-    slot: Slot,
+    slot: MailboxSlot,
     epoch: Epoch,
 }
 
@@ -89,7 +89,7 @@ pub(crate) enum State {
 /// What the engine of a decode worker finds when it looks.
 pub(crate) enum Heard {
     Message { session: SessionId, worker: WorkerId, message: Box<ToDecode> },
-    Revoked { session: SessionId, slot: Slot, epoch: Epoch },
+    Revoked { session: SessionId, slot: MailboxSlot, epoch: Epoch },
     Closed { session: SessionId },
     Fenced { session: SessionId },
     PublishFailed { handoff: HandoffId },
@@ -122,13 +122,13 @@ impl Decode {
     }
 
     /// Whether the transport would let this through.
-    pub(crate) fn accepts(&self, link: LinkId, slot: Slot, epoch: Epoch, page: Option<u32>) -> bool {
+    pub(crate) fn accepts(&self, link: LinkId, slot: MailboxSlot, epoch: Epoch, page: Option<u32>) -> bool {
         let loan = Loan { link, slot, epoch };
         let mut lends = self.lends.iter().filter(|(lent, _)| *lent == loan);
         lends.any(|(_, pages)| page.is_none_or(|page| pages.contains(&page)))
     }
 
-    pub(crate) fn revoke(&mut self, link: LinkId, slot: Slot, epoch: Epoch) {
+    pub(crate) fn revoke(&mut self, link: LinkId, slot: MailboxSlot, epoch: Epoch) {
         self.lends.retain(|(lent, _)| *lent != Loan { link, slot, epoch });
     }
 
@@ -224,7 +224,7 @@ impl World {
         let worker = &mut self.decodes[decode];
         let now = worker.life.clock(self.now);
         let (mailbox, ledger) = (&worker.mailbox, &worker.ledger);
-        let load = |slot: Slot| {
+        let load = |slot: MailboxSlot| {
             let word = mailbox[slot.0 as usize];
             let current = ledger.iter().flatten().find(|loan| loan.slot == slot);
             match current {
@@ -325,7 +325,7 @@ impl World {
         decode: usize,
         session: SessionId,
         handoff: HandoffId,
-        slot: Slot,
+        slot: MailboxSlot,
         epoch: Epoch,
         client: usize,
     ) {
@@ -359,11 +359,11 @@ impl World {
         let granted = State::HandedOff { handoff, granted: true };
         let Some(request) = worker.requests.iter().find(|request| request.state == granted) else { return false };
         let client = request.client;
-        let of_client = |slot: &u32| worker.lender.pages(Slot(*slot)).is_some_and(|pages| !pages.is_empty());
-        let loans = (0..SLOTS as u32).filter(of_client).map(Slot);
+        let of_client = |slot: &u32| worker.lender.pages(MailboxSlot(*slot)).is_some_and(|pages| !pages.is_empty());
+        let loans = (0..SLOTS as u32).filter(of_client).map(MailboxSlot);
         let first = (request.shared.len() * PAGE_TOKENS) as u32;
         let wanted = (self.clients[client].prompt.len() - 1 - first as usize).div_ceil(PAGE_TOKENS);
-        let like = |&slot: &Slot| worker.lender.pages(slot).is_some_and(|pages| pages.len() == wanted);
+        let like = |&slot: &MailboxSlot| worker.lender.pages(slot).is_some_and(|pages| pages.len() == wanted);
         let Some(slot) = loans.into_iter().find(like) else { return false };
         let Some(pages) = worker.lender.pages(slot).cloned() else { return false };
         let Some(loan) = worker.ledger[pages[0] as usize] else { return false };

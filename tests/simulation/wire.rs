@@ -5,7 +5,7 @@
 
 use std::collections::VecDeque;
 
-use engine::handoff::{Epoch, HandoffId, MailboxWord, SessionId, Slot, ToDecode, ToPrefill, WorkerId};
+use engine::handoff::{Epoch, HandoffId, MailboxSlot, MailboxWord, SessionId, ToDecode, ToPrefill, WorkerId};
 
 use crate::{
     decode::Heard,
@@ -51,7 +51,7 @@ pub(crate) struct Link {
     /// Whose page it wrote, or posted, last.
     wrote: Option<HandoffId>,
     /// Loans taken back: the writer does nothing more for them.
-    revoked: Vec<(Slot, Epoch)>,
+    revoked: Vec<(MailboxSlot, Epoch)>,
     stepping: bool,
 }
 
@@ -71,7 +71,7 @@ pub(crate) enum Task {
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Write {
     pub(crate) handoff: HandoffId,
-    pub(crate) slot: Slot,
+    pub(crate) slot: MailboxSlot,
     pub(crate) epoch: Epoch,
     pub(crate) page: u32,
     pub(crate) layer: usize,
@@ -81,7 +81,7 @@ pub(crate) struct Write {
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Word {
     pub(crate) handoff: HandoffId,
-    pub(crate) slot: Slot,
+    pub(crate) slot: MailboxSlot,
     pub(crate) epoch: Epoch,
     pub(crate) word: MailboxWord,
 }
@@ -108,7 +108,7 @@ impl Task {
         }
     }
 
-    fn loan(&self) -> (Slot, Epoch) {
+    fn loan(&self) -> (MailboxSlot, Epoch) {
         match self {
             Self::Write(Write { slot, epoch, .. }) | Self::Word(Word { slot, epoch, .. }) => (*slot, *epoch),
         }
@@ -315,7 +315,7 @@ impl World {
 
     /// The decode worker's transport takes a loan back. The receiver of a stream can do so alone; otherwise it takes
     /// the peer, whose writer then says that it stopped.
-    pub(crate) fn revoke(&mut self, session: SessionId, slot: Slot, epoch: Epoch) {
+    pub(crate) fn revoke(&mut self, session: SessionId, slot: MailboxSlot, epoch: Epoch) {
         let link = session.0 as LinkId;
         let Link { decode, transport, decode_open, .. } = self.links[link];
         if !decode_open {
@@ -330,7 +330,7 @@ impl World {
     }
 
     /// The prefill worker's transport hears that a loan was taken back.
-    pub(crate) fn taken_back(&mut self, link: LinkId, slot: Slot, epoch: Epoch) {
+    pub(crate) fn taken_back(&mut self, link: LinkId, slot: MailboxSlot, epoch: Epoch) {
         let Link { transport, prefill_open, cut, .. } = self.links[link];
         if prefill_open && !cut {
             self.links[link].revoked.push((slot, epoch));

@@ -7,7 +7,7 @@ use std::{
     time::Duration,
 };
 
-use engine::handoff::{DeliveryId, Epoch, HandoffId, Slot, ToDecode, ToPrefill, WorkerId};
+use engine::handoff::{DeliveryId, Epoch, HandoffId, MailboxSlot, ToDecode, ToPrefill, WorkerId};
 
 use crate::{
     decode::Decode,
@@ -60,7 +60,7 @@ pub(crate) enum Event {
     ToDecode(LinkId, Cargo),
     ToPrefill(LinkId, Box<ToPrefill>),
     /// The prefill worker's transport hears that a loan was taken back.
-    TakenBack(LinkId, Slot, Epoch),
+    TakenBack(LinkId, MailboxSlot, Epoch),
     /// What a prefill worker's adapter was given comes to the decode worker's.
     Lands(LinkId, u64),
     /// The decode worker's end notices that the session is over.
@@ -98,7 +98,7 @@ pub(crate) enum Cargo {
     Write(crate::wire::Write),
     Word(crate::wire::Word),
     /// The writer has stopped for a loan that was taken back.
-    Stopped(Slot, Epoch),
+    Stopped(MailboxSlot, Epoch),
 }
 
 struct Scheduled {

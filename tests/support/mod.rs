@@ -10,7 +10,7 @@ use std::{
 
 pub(crate) use assets::demo_model;
 
-use engine::worker::{ModelRunner, Runner, RunnerError};
+use engine::engine::{ModelRunner, Runner, RunnerError};
 use engine_kernels::{Backend, Batch, KvLayout, SampleRow, Sampled};
 use engine_models::{ForwardLimits, LoadFormat, ModelSource, OpenOptions};
 

@@ -1,3 +1,5 @@
+//! JSON as Python writes it, which is how models have seen it.
+
 use minijinja::{
     Error, ErrorKind,
     value::{Value, ValueKind},

@@ -1,3 +1,5 @@
+//! The fields of a chat.
+
 use std::fmt;
 
 use serde::{

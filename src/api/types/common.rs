@@ -1,3 +1,5 @@
+//! Fields that both generating endpoints have, and those that are refused by name.
+
 use std::fmt;
 
 use serde::{

@@ -1,3 +1,5 @@
+//! A connection to etcd, made again whenever it is lost.
+
 use std::{path::PathBuf, sync::Arc, time::Duration};
 
 use etcd_client::{Certificate, Client, ConnectOptions, Error, Identity, TlsOptions};

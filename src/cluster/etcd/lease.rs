@@ -7,7 +7,7 @@ use tokio::{
 };
 
 use super::connection::{Backoff, CALL_TIMEOUT, Connection, describe};
-use crate::cluster::{LeaseId, jitter};
+use crate::cluster::{WorkerId, jitter};
 
 /// Longest pause before a lost registration is made anew: those who lost theirs together do not come back together.
 const REGRANT_SPREAD: Duration = Duration::from_secs(1);
@@ -17,7 +17,7 @@ pub(super) struct Keeper {
     connection: Connection,
     directory: String,
     card: Vec<u8>,
-    id: watch::Sender<Option<LeaseId>>,
+    id: watch::Sender<Option<WorkerId>>,
 }
 
 /// Why renewing ended.
@@ -33,7 +33,7 @@ impl Keeper {
         connection: Connection,
         directory: String,
         card: Vec<u8>,
-        id: watch::Sender<Option<LeaseId>>,
+        id: watch::Sender<Option<WorkerId>>,
     ) -> Self {
         Self { connection, directory, card, id }
     }
@@ -49,7 +49,7 @@ impl Keeper {
             // If it cannot be revoked it runs out by itself.
             let revoked = self.connection.call(async |client| client.lease_client().revoke(lease).await).await;
             match revoked {
-                Ok(_) => tracing::info!(lease = %LeaseId(lease as u64), "deregistered"),
+                Ok(_) => tracing::info!(lease = %WorkerId(lease as u64), "deregistered"),
                 Err(error) => tracing::warn!("cannot deregister: {error}; the lease runs out by itself"),
             }
         }
@@ -67,7 +67,7 @@ impl Keeper {
                 }
             };
             backoff.succeeded("registering with etcd");
-            let id = LeaseId(lease as u64);
+            let id = WorkerId(lease as u64);
             tracing::info!(lease = %id, "registered");
             self.id.send_replace(Some(id));
             self.renew(lease, ttl).await;
@@ -86,7 +86,7 @@ impl Keeper {
         }
         let granted = self.connection.call(async |client| client.lease_client().grant(seconds, None).await).await?;
         *held = Some(granted.id());
-        let key = format!("{}/{}", self.directory, LeaseId(granted.id() as u64));
+        let key = format!("{}/{}", self.directory, WorkerId(granted.id() as u64));
         let options = PutOptions::new().with_lease(granted.id());
         self.connection.call(async |mut client| client.put(key, self.card.clone(), Some(options)).await).await?;
         Ok((granted.id(), Duration::from_secs(granted.ttl().max(1) as u64)))

@@ -1,3 +1,5 @@
+//! A range of etcd's keys, followed through losses of the connection, of history and of data.
+
 use std::{collections::VecDeque, time::Duration};
 
 use bytes::Bytes;

@@ -21,7 +21,7 @@ use bytes::Bytes;
 use etcd_client::{GetOptions, KeyValue};
 use tokio::sync::{oneshot, watch};
 
-use super::{ClusterError, Discovery, Lease, LeaseId, ModelKey, WorkerCard, WorkerFilter, WorkerSet};
+use super::{ClusterError, Discovery, Lease, ModelKey, WorkerCard, WorkerFilter, WorkerId, WorkerSet};
 use connection::Connection;
 use mirror::{Change, Mirror, Range};
 
@@ -44,7 +44,7 @@ impl Etcd {
     }
 
     /// All workers that are registered now, with their cards, or why those cannot be read.
-    pub async fn cards(&self) -> Result<Vec<(LeaseId, Result<WorkerCard, String>)>, String> {
+    pub async fn cards(&self) -> Result<Vec<(WorkerId, Result<WorkerCard, String>)>, String> {
         let (prefix, all) = (format!("{}/workers/", self.root), GetOptions::new().with_prefix());
         let listed = self.connection.call(async |mut client| client.get(prefix, Some(all)).await).await?;
         let card = |entry: &KeyValue| {

@@ -1,3 +1,5 @@
+//! The live workers, from the keys they register.
+
 use std::{
     collections::BTreeMap,
     sync::Arc,
@@ -8,7 +10,7 @@ use bytes::Bytes;
 use tokio::sync::watch;
 
 use super::mirror::{Change, Mirror};
-use crate::cluster::{LeaseId, WorkerCard, WorkerFilter, WorkerSet};
+use crate::cluster::{WorkerCard, WorkerFilter, WorkerId, WorkerSet};
 
 /// Follows `mirror` and tells `told` the workers in it until nobody listens.
 pub(super) async fn watch(
@@ -50,7 +52,7 @@ struct Workers {
     live: WorkerSet,
     /// Workers that a store which lost its data does not know. They are most likely alive and about to register again,
     /// so they stay until then, or until this time.
-    doubtful: BTreeMap<LeaseId, Instant>,
+    doubtful: BTreeMap<WorkerId, Instant>,
     /// Twice a lease's life: by then whoever lives has noticed the loss of its lease and registered again.
     patience: Duration,
 }
@@ -116,7 +118,7 @@ impl Workers {
         self.live.insert(id, Arc::new(card));
     }
 
-    fn remove(&mut self, id: LeaseId) {
+    fn remove(&mut self, id: WorkerId) {
         self.live.remove(&id);
         self.doubtful.remove(&id);
     }
@@ -133,7 +135,7 @@ impl Workers {
     }
 }
 
-pub(super) fn lease_of(key: &str) -> Option<LeaseId> {
+pub(super) fn lease_of(key: &str) -> Option<WorkerId> {
     key.rsplit('/').next()?.parse().ok()
 }
 
@@ -146,7 +148,7 @@ mod tests {
 
     fn entry(id: u64, address: &str) -> (String, Bytes) {
         let card = card(Role::Decode, ModelKey::of(b"m"), address);
-        (format!("/engine/n/workers/k/decode/{}", LeaseId(id)), card.to_json().into())
+        (format!("/engine/n/workers/k/decode/{}", WorkerId(id)), card.to_json().into())
     }
 
     fn put(id: u64, address: &str) -> Change {

@@ -142,8 +142,8 @@ async fn load_reports_reach_everybody_who_watches() {
     let local = Local::new();
     let mut watchers = [local.reports(), local.reports()];
     let report = LoadReport { running: 2, ..LoadReport::default() };
-    local.report(LeaseId(7), &report);
+    local.report(WorkerId(7), &report);
     for watcher in &mut watchers {
-        assert_eq!(watcher.next().await, Some((LeaseId(7), report)));
+        assert_eq!(watcher.next().await, Some((WorkerId(7), report)));
     }
 }

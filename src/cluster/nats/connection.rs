@@ -1,3 +1,5 @@
+//! A connection to NATS, made again for ever.
+
 use std::{
     path::PathBuf,
     sync::{Mutex, PoisonError},

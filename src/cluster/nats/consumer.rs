@@ -1,3 +1,5 @@
+//! Taking jobs off a NATS stream.
+
 use std::{
     sync::{Arc, atomic::Ordering},
     time::Duration,

@@ -1,3 +1,5 @@
+//! The stream of prefill jobs, and putting jobs on it.
+
 use std::{
     sync::atomic::{AtomicBool, AtomicU64, Ordering},
     time::Duration,

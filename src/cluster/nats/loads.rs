@@ -1,10 +1,10 @@
 use futures::{FutureExt, StreamExt};
 
 use super::connection::Connection;
-use crate::cluster::{LeaseId, LoadReport, LoadStream};
+use crate::cluster::{LoadReport, LoadStream, WorkerId};
 
 /// Sends a report if that can be done at once.
-pub(super) fn report(connection: &Connection, namespace: &str, lease: LeaseId, report: &LoadReport) {
+pub(super) fn report(connection: &Connection, namespace: &str, lease: WorkerId, report: &LoadReport) {
     // An old report is worth nothing: none is kept for a server that is away.
     if connection.check().is_err() {
         return;

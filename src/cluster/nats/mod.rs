@@ -17,7 +17,7 @@ use std::sync::{Arc, atomic::Ordering};
 use bytes::Bytes;
 use futures::{FutureExt, future::BoxFuture};
 
-use super::{ClusterError, Consumer, LeaseId, LoadReport, LoadStream, Loads, ModelKey, Queue, QueueDepth, QueueError};
+use super::{ClusterError, Consumer, LoadReport, LoadStream, Loads, ModelKey, Queue, QueueDepth, QueueError, WorkerId};
 use jobs::Jobs;
 
 /// [`Queue`] and [`Loads`] over NATS.
@@ -110,7 +110,7 @@ impl Queue for Nats {
 }
 
 impl Loads for Nats {
-    fn report(&self, lease: LeaseId, report: &LoadReport) {
+    fn report(&self, lease: WorkerId, report: &LoadReport) {
         loads::report(&self.connection, &self.namespace, lease, report);
     }
 

@@ -1,3 +1,5 @@
+//! What to say of the machine.
+
 use engine_kernels::cpu;
 
 use super::{Area, Finding, Level, size};

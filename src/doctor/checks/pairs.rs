@@ -1,3 +1,5 @@
+//! What to say of the ways between workers, by their cards.
+
 use std::collections::BTreeMap;
 
 use super::{Area, Finding, Level, MISSED_RDMA, Wanted};

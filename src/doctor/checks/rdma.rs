@@ -1,3 +1,5 @@
+//! What to say of RDMA devices.
+
 use super::{Area, Finding, Level, Wanted};
 use crate::{
     doctor::facts::RdmaFacts,

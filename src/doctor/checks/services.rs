@@ -1,3 +1,5 @@
+//! What to say of etcd and NATS.
+
 use super::{Area, Finding, Level};
 use crate::{
     cluster::NatsServer,

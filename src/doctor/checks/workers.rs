@@ -1,3 +1,5 @@
+//! What to say of a cluster's workers.
+
 use std::collections::BTreeMap;
 
 use super::{
@@ -159,13 +161,13 @@ fn versions(cards: &[&WorkerCard]) -> Option<Finding> {
 #[cfg(test)]
 pub(super) mod tests {
     use super::*;
-    use crate::cluster::{LeaseId, tests::card};
+    use crate::cluster::{WorkerId, tests::card};
     use crate::doctor::{checks::services::tests::facts, facts::Health};
 
     /// A worker that answers.
     pub(in super::super) fn worker(role: Role, key: &str, address: &str) -> Worker {
         let health = Ok(Health { status: 200, ahead_seconds: Some(0) });
-        Worker { lease: LeaseId(7), card: Ok(card(role, ModelKey::of(key.as_bytes()), address)), health }
+        Worker { lease: WorkerId(7), card: Ok(card(role, ModelKey::of(key.as_bytes()), address)), health }
     }
 
     fn with(mut worker: Worker, change: impl FnOnce(&mut WorkerCard)) -> Worker {

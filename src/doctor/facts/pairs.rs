@@ -5,7 +5,7 @@ use std::time::Duration;
 use super::{Worker, http};
 use crate::{
     api::{CLUSTER_TOKEN_HEADER, HttpToken},
-    cluster::{LeaseId, Role, WorkerCard},
+    cluster::{Role, WorkerCard},
     handoff::WorkerId,
     transfer::SessionAddresses,
     worker::{Gauge, Measured},
@@ -51,7 +51,7 @@ pub(in crate::doctor) async fn measure_pairs(workers: &[Worker], token: Option<&
 }
 
 /// Has a prefill worker measure.
-async fn ask(prefill: &WorkerCard, decode: LeaseId, token: Option<&str>) -> Result<Measured, String> {
+async fn ask(prefill: &WorkerCard, decode: WorkerId, token: Option<&str>) -> Result<Measured, String> {
     let shown = |token| format!("{CLUSTER_TOKEN_HEADER}: {}\r\n", HttpToken::of(token));
     let header = token.map(shown).unwrap_or_default();
     let answer = http::post(&prefill.address, &format!("/measure/{decode}"), &header, TIME_MAX).await?;

@@ -8,7 +8,7 @@ use tokio::time::timeout;
 use super::http;
 use crate::{
     cli::ClusterArgs,
-    cluster::{Etcd, LeaseId, LocalServices, Nats, NatsServer, WorkerCard},
+    cluster::{Etcd, LocalServices, Nats, NatsServer, WorkerCard, WorkerId},
 };
 
 /// How long a service may take to answer.
@@ -47,7 +47,7 @@ pub(in crate::doctor) struct ServicesFacts {
 /// A registered worker.
 #[derive(Debug, Clone)]
 pub(in crate::doctor) struct Worker {
-    pub(in crate::doctor) lease: LeaseId,
+    pub(in crate::doctor) lease: WorkerId,
     /// What it says of itself, or why that cannot be read.
     pub(in crate::doctor) card: Result<WorkerCard, String>,
     /// What it answers here.
@@ -116,7 +116,7 @@ async fn ask_etcd(etcd: &Etcd) -> (ServiceState<String>, Option<Vec<Worker>>) {
     }
 }
 
-async fn look_at((lease, card): (LeaseId, Result<WorkerCard, String>)) -> Worker {
+async fn look_at((lease, card): (WorkerId, Result<WorkerCard, String>)) -> Worker {
     let health = match &card {
         Ok(card) => http::get(&card.address, "/health").await,
         Err(_) => Err("its address is not known".to_owned()),

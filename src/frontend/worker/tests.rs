@@ -192,7 +192,7 @@ fn a_run_of_a_worker_has_the_same_number_under_any_lease_and_its_successor_anoth
         card.session["instance"] = instance.into();
         Arc::new(card)
     };
-    let instance = |lease, card: &Arc<WorkerCard>| Worker::new(LeaseId(lease), card.clone()).instance;
+    let instance = |lease, card: &Arc<WorkerCard>| Worker::new(WorkerId(lease), card.clone()).instance;
     let first = run("i", "127.0.0.1:1");
     assert_eq!(instance(1, &first), instance(2, &first));
     assert_ne!(instance(1, &first), instance(1, &run("j", "127.0.0.1:1")), "its cache is another");
@@ -218,7 +218,7 @@ async fn a_worker_has_something_to_do_as_long_as_anything_is_asked_of_it() {
 
 #[tokio::test(start_paused = true)]
 async fn what_is_sent_after_a_report_is_added_to_it() {
-    let worker = Worker::new(LeaseId(1), Arc::new(card(Role::Decode, ModelKey::of(b"model"), "127.0.0.1:1")));
+    let worker = Worker::new(WorkerId(1), Arc::new(card(Role::Decode, ModelKey::of(b"model"), "127.0.0.1:1")));
     let before = worker.book(100);
     worker.note(&LoadReport { prompt_tokens: 1000, ..LoadReport::default() });
     assert_eq!(worker.load(), 1000);

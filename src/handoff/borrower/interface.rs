@@ -1,6 +1,8 @@
+//! What goes into the prefill worker's state machine, and what comes out.
+
 use std::time::Duration;
 
-use crate::handoff::{Grant, HandoffId, JobError, MailboxWord, SessionId, Slot, ToDecode, ToPrefill, WorkerId};
+use crate::handoff::{Grant, HandoffId, JobError, MailboxSlot, MailboxWord, SessionId, ToDecode, ToPrefill, WorkerId};
 
 /// What a [`Borrower`](super::Borrower) needs to know about its worker.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -146,7 +148,7 @@ pub enum BorrowerAction {
         /// Which.
         handoff: HandoffId,
         /// Which word of the mailbox.
-        slot: Slot,
+        slot: MailboxSlot,
         /// Its value.
         word: MailboxWord,
     },

@@ -5,7 +5,7 @@ const SECOND: Duration = Duration::from_secs(1);
 const DAVE: WorkerId = WorkerId(4);
 const S: SessionId = SessionId(1);
 const H: HandoffId = HandoffId(7);
-const SLOT: Slot = Slot(3);
+const SLOT: MailboxSlot = MailboxSlot(3);
 const EPOCH: Epoch = Epoch::FIRST;
 
 struct Bench {

@@ -1,6 +1,8 @@
+//! What goes into the decode worker's state machine, and what comes out.
+
 use std::time::Duration;
 
-use crate::handoff::{Epoch, Gone, HandoffId, SessionId, Slot, ToDecode, WorkerId};
+use crate::handoff::{Epoch, Gone, HandoffId, MailboxSlot, SessionId, ToDecode, WorkerId};
 
 /// How long to wait for what. None of them frees a page.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -49,7 +51,7 @@ pub enum LenderEvent {
         /// The holder's.
         session: SessionId,
         /// The grant's.
-        slot: Slot,
+        slot: MailboxSlot,
         /// The grant's.
         epoch: Epoch,
     },
@@ -83,7 +85,7 @@ pub enum LenderAction<R, P> {
         /// Claimed.
         handoff: HandoffId,
         /// The loan's.
-        slot: Slot,
+        slot: MailboxSlot,
         /// The loan's.
         epoch: Epoch,
         /// Whose prompt it is.
@@ -111,7 +113,7 @@ pub enum LenderAction<R, P> {
         /// Granted.
         handoff: HandoffId,
         /// The loan's.
-        slot: Slot,
+        slot: MailboxSlot,
         /// The loan's.
         epoch: Epoch,
     },
@@ -121,7 +123,7 @@ pub enum LenderAction<R, P> {
         /// The holder's.
         session: SessionId,
         /// The loan's.
-        slot: Slot,
+        slot: MailboxSlot,
         /// The loan's.
         epoch: Epoch,
     },

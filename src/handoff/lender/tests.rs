@@ -28,7 +28,7 @@ impl Bench {
     }
 
     /// And granted to Alice.
-    fn granted() -> (Self, Slot, Epoch) {
+    fn granted() -> (Self, MailboxSlot, Epoch) {
         let mut bench = Self::queued();
         let actions = bench.claim(ALICE, H);
         let [LenderAction::Grant { session: SessionId(1), handoff: H, slot, epoch, request: 1 }] = actions[..] else {
@@ -38,7 +38,7 @@ impl Bench {
     }
 
     /// And given up after silence, so that its pages are in quarantine.
-    fn quarantined() -> (Self, Slot, Epoch) {
+    fn quarantined() -> (Self, MailboxSlot, Epoch) {
         let (mut bench, slot, epoch) = Self::granted();
         let actions = bench.pass(11);
         let (session, handoff) = (ALICE.0, H);
@@ -100,7 +100,7 @@ fn freed(outcome: Outcome) -> Actions {
 }
 
 /// What follows when Alice gives them back herself: the transport hears of it first.
-fn given_back((slot, epoch): (Slot, Epoch), then: Actions) -> Actions {
+fn given_back((slot, epoch): (MailboxSlot, Epoch), then: Actions) -> Actions {
     let mut actions = vec![LenderAction::Forget { session: ALICE.0, slot, epoch }];
     actions.extend(then);
     actions
@@ -270,7 +270,7 @@ fn only_the_holder_can_give_pages_back() {
     assert_eq!(bench.says(BOB, released.clone()), []);
     assert_eq!(bench.says(ALICE, ToDecode::Released { handoff: H, epoch: epoch.next() }), []);
     assert_eq!(bench.on(LenderEvent::Revoked { session: BOB.0, slot, epoch }), []);
-    assert_eq!(bench.on(LenderEvent::Revoked { session: ALICE.0, slot: Slot(1_000), epoch }), []);
+    assert_eq!(bench.on(LenderEvent::Revoked { session: ALICE.0, slot: MailboxSlot(1_000), epoch }), []);
     assert_eq!(bench.on(LenderEvent::SessionFenced { session: BOB.0 }), []);
     assert_eq!(bench.says(ALICE, released), given_back((slot, epoch), back(Outcome::Released)));
 }

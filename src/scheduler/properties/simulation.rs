@@ -1,3 +1,5 @@
+//! A scheduler under random arrivals, losses and loans, beside a cache that holds digests.
+
 use proptest::prelude::*;
 
 use super::super::{Candidate, Loan, PlanEntry, Route, Router, Scheduler, SchedulerLimits, Sequence, SlotId, StepPlan};

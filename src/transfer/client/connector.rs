@@ -1,5 +1,7 @@
+//! Opening a session: which way to a decode worker, in which order, and what for.
+
 use std::io;
-use std::path::Path as FilePath;
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::Sender;
@@ -12,7 +14,7 @@ use tokio::sync::mpsc;
 
 use super::copier::{self, Order, PeerMapping, PeerMemory, Standing, Work};
 use super::poster::Poster;
-use super::session::{ClientSession, MESSAGES_MAX, Path, Session};
+use super::session::{ClientSession, DataPath, MESSAGES_MAX, Session};
 use super::silent::Silent;
 use super::stager::{self, Task};
 use super::writer::{Inner, PageSource, Writer, order};
@@ -217,12 +219,7 @@ impl Connector {
     }
 
     /// From device to device.
-    async fn connect_device(
-        &self,
-        path: &FilePath,
-        to: &SessionAddresses,
-        own: WorkerId,
-    ) -> Result<Session, ConnectError> {
+    async fn connect_device(&self, path: &Path, to: &SessionAddresses, own: WorkerId) -> Result<Session, ConnectError> {
         let no = |why: &str| ConnectError::Device(why.to_owned());
         let Some(DeviceSide { pages, .. }) = &self.shared.device else {
             return Err(no("this worker's pages are not in device memory"));
@@ -257,12 +254,7 @@ impl Connector {
         .await
     }
 
-    async fn connect_shm(
-        &self,
-        path: &FilePath,
-        to: &SessionAddresses,
-        own: WorkerId,
-    ) -> Result<Session, ConnectError> {
+    async fn connect_shm(&self, path: &Path, to: &SessionAddresses, own: WorkerId) -> Result<Session, ConnectError> {
         let socket = self.prove_on(path, &self.hello(to, own, Transport::Shm)).await?;
         let this = self.clone();
         to_the_end(async move {
@@ -282,7 +274,7 @@ impl Connector {
     }
 
     /// A connection to a decode worker of this host that has our proof.
-    async fn prove_on(&self, path: &FilePath, hello: &Hello) -> Result<Socket, ConnectError> {
+    async fn prove_on(&self, path: &Path, hello: &Hello) -> Result<Socket, ConnectError> {
         let socket = Socket::new(UnixStream::connect(path).await?.into_std()?)?;
         handshake::prove(&socket, &self.shared.config.token, hello).await?;
         Ok(socket)
@@ -340,7 +332,7 @@ impl Connector {
             let standing = Arc::new(Standing::default());
             order(orders, id, &standing, &commands, Work::Open(memory));
             copier = Some((orders.clone(), standing.clone()));
-            Path::Mapped { orders: orders.clone(), standing }
+            DataPath::Mapped { orders: orders.clone(), standing }
         };
         let source = match (&way, device) {
             (_, None) => PageSource::Host,
@@ -354,8 +346,8 @@ impl Connector {
                 (Transport::CudaIpc, mapped(orders, memory))
             }
             Way::Shm(memory) => (Transport::Shm, mapped(orders, memory)),
-            Way::Rdma(poster) => (Transport::Rdma, Path::Rdma(poster)),
-            Way::Tcp => (Transport::Tcp, Path::tcp(region.clone(), welcome.frame_bytes as usize)),
+            Way::Rdma(poster) => (Transport::Rdma, DataPath::Rdma(poster)),
+            Way::Tcp => (Transport::Tcp, DataPath::tcp(region.clone(), welcome.frame_bytes as usize)),
         };
         let inner = Inner {
             session: id,

@@ -277,7 +277,7 @@ impl<L: Lane> Poster<L> {
         if let Some(free) = find(&self.lanes, self.next_lane) {
             return Ok(Some(free));
         }
-        // What is full may be the chains.
+        // A lane may be full of requests that are chained and not posted yet.
         self.ring()?;
         Ok(find(&self.lanes, self.next_lane))
     }

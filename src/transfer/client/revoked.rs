@@ -1,13 +1,13 @@
 use std::collections::HashMap;
 
-use crate::handoff::{Epoch, Slot};
+use crate::handoff::{Epoch, MailboxSlot};
 use crate::transfer::frame::Loan;
 
 /// The loans of a session that were taken back: each slot's last one. All earlier ones of the slot have ended with it,
 /// since a slot is lent again only when its loan is resolved; so a write that was held up for a while, as where pages
 /// are staged, is refused however many loans of its slot have come and gone meanwhile.
 #[derive(Debug, Default)]
-pub(super) struct Revoked(HashMap<Slot, Epoch>);
+pub(super) struct Revoked(HashMap<MailboxSlot, Epoch>);
 
 impl Revoked {
     /// Takes a loan back.
@@ -30,7 +30,7 @@ mod tests {
 
     #[test]
     fn a_loan_that_was_taken_back_stays_so_when_later_ones_of_its_slot_are() {
-        let loan = |slot, epoch| (Slot(slot), Epoch::new(epoch).unwrap());
+        let loan = |slot, epoch| (MailboxSlot(slot), Epoch::new(epoch).unwrap());
         let mut revoked = Revoked::default();
         revoked.add(loan(3, 1));
         revoked.add(loan(3, 2));

@@ -1,3 +1,5 @@
+//! A session at the prefill worker, in one task, from its opening to its end.
+
 use std::collections::HashMap;
 use std::sync::Arc;
 use std::sync::mpsc::Sender;
@@ -75,7 +77,7 @@ pub(super) enum Command {
 }
 
 /// How pages go, and what is needed for it.
-pub(super) enum Path {
+pub(super) enum DataPath {
     Tcp {
         local: Region,
         frame_bytes: usize,
@@ -92,7 +94,7 @@ pub(super) enum Path {
     Rdma(Box<Poster<RdmaLane>>),
 }
 
-impl Path {
+impl DataPath {
     /// Waits until something has happened that no socket tells of. Cancel safe.
     async fn event(&mut self) -> std::io::Result<()> {
         match self {
@@ -110,7 +112,7 @@ impl Path {
 pub(super) struct ClientSession {
     pub(super) id: SessionId,
     pub(super) socket: Socket,
-    pub(super) path: Path,
+    pub(super) path: DataPath,
     pub(super) limits: Limits,
     pub(super) outbound: Outbound<Pages>,
     pub(super) messages: mpsc::Sender<Bytes>,
@@ -129,13 +131,13 @@ impl ClientSession {
         // From here on writes fail; those that wait are told so as they are dropped.
         drop(commands);
         match self.path {
-            Path::Tcp { .. } => {}
-            Path::Rdma(poster) => {
+            DataPath::Tcp { .. } => {}
+            DataPath::Rdma(poster) => {
                 // The adapter is done with our pages before anybody hears that their writes have failed. That it
                 // cannot be awaited any more if the process ends is no loss.
                 let _ = tokio::task::spawn_blocking(move || poster.close()).await;
             }
-            Path::Mapped { orders, standing } => {
+            DataPath::Mapped { orders, standing } => {
                 standing.close();
                 let (unmapped, wait) = oneshot::channel();
                 order(&orders, self.id, &standing, &self.commands, Work::Close(unmapped));
@@ -209,7 +211,7 @@ impl ClientSession {
 
     /// Over RDMA, posts what there is room for, and sends what its turn has come for.
     fn post(&mut self) -> Result<(), LinkError> {
-        if let Path::Rdma(poster) = &mut self.path {
+        if let DataPath::Rdma(poster) = &mut self.path {
             let mut frames = Vec::new();
             poster.advance(&mut frames)?;
             frames.iter().try_for_each(|frame| self.send(frame))?;
@@ -220,8 +222,8 @@ impl ClientSession {
     /// Work that is not a copier's.
     fn work(&mut self, work: Work) -> Result<(), LinkError> {
         let (local, frame_bytes, completions, revoked) = match &mut self.path {
-            Path::Tcp { local, frame_bytes, completions, revoked } => (local, frame_bytes, completions, revoked),
-            Path::Rdma(poster) => {
+            DataPath::Tcp { local, frame_bytes, completions, revoked } => (local, frame_bytes, completions, revoked),
+            DataPath::Rdma(poster) => {
                 match work {
                     Work::Write(loan, runs, _, reply) => poster.write(loan, runs, reply),
                     Work::Complete(loan, word, reply) => poster.complete(loan, word, reply),
@@ -230,7 +232,7 @@ impl ClientSession {
                 }
                 return self.post();
             }
-            Path::Mapped { .. } => return Ok(()),
+            DataPath::Mapped { .. } => return Ok(()),
         };
         match work {
             Work::Write(loan, _, _, reply) | Work::Complete(loan, _, reply) if revoked.holds(loan) => {
@@ -258,11 +260,11 @@ impl ClientSession {
             (Frame::Message(message), _) => {
                 self.messages.try_send(message).map_err(|_| LinkError::Backlog)?;
             }
-            (Frame::Completed(loan, accepted), Path::Tcp { completions, .. }) => {
+            (Frame::Completed(loan, accepted), DataPath::Tcp { completions, .. }) => {
                 let reply = completions.remove(&loan).ok_or(Violation::NoSuchLoan)?;
                 reply.send(if accepted { Ok(()) } else { Err(WriteError::Revoked) });
             }
-            (Frame::Revoke(loan), Path::Tcp { revoked, .. }) => {
+            (Frame::Revoke(loan), DataPath::Tcp { revoked, .. }) => {
                 revoked.add(loan);
                 for pages in self.outbound.withdraw(loan) {
                     pages.reply.into_iter().for_each(|reply| reply.send(Err(WriteError::Revoked)));
@@ -270,16 +272,16 @@ impl ClientSession {
                 // Behind whatever of the loan could not be withdrawn any more.
                 self.outbound.push(&Frame::Stopped(loan));
             }
-            (Frame::Revoke(loan), Path::Mapped { orders, standing }) => {
+            (Frame::Revoke(loan), DataPath::Mapped { orders, standing }) => {
                 standing.revoke(loan);
                 // Through the copier, which has dropped or done all it had for the loan when it gets there.
                 order(orders, self.id, standing, &self.commands, Work::Send(Frame::Stopped(loan)));
             }
-            (Frame::Revoke(loan), Path::Rdma(poster)) => {
+            (Frame::Revoke(loan), DataPath::Rdma(poster)) => {
                 poster.revoke(loan);
                 self.post()?;
             }
-            (Frame::Completed(..), Path::Mapped { .. } | Path::Rdma(_))
+            (Frame::Completed(..), DataPath::Mapped { .. } | DataPath::Rdma(_))
             | (Frame::Data(..) | Frame::Complete(..) | Frame::Stopped(_) | Frame::Unmapped, _) => {
                 return Err(Violation::Direction.into());
             }

@@ -19,7 +19,7 @@ use engine_kernels::{PageCopies, PageRun};
 use super::copier::Work;
 use super::reply::Reply;
 use super::writer::Inner;
-use crate::handoff::{Epoch, MailboxWord, SessionId, Slot};
+use crate::handoff::{Epoch, MailboxSlot, MailboxWord, SessionId};
 use crate::transfer::frame::Loan;
 use crate::transfer::runs::coalesce;
 use crate::transfer::{PageCopy, RegionShape, StagingRing, WriteError};
@@ -59,7 +59,7 @@ struct Stager {
     /// Where pages are brought before they are handed over, unless they stay where they are.
     staging: Option<Staging>,
     /// Each slot's last loan of which a page could not be handed over: nothing more is done under it.
-    failed: HashMap<(SessionId, Slot), Epoch>,
+    failed: HashMap<(SessionId, MailboxSlot), Epoch>,
 }
 
 struct Staging {

@@ -1,3 +1,5 @@
+//! Writes and messages of a session, from any thread.
+
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::sync::mpsc::Sender;
@@ -11,7 +13,7 @@ use super::copier::{Order, Standing, Work};
 use super::reply::Reply;
 use super::session::Command;
 use super::stager::Task;
-use crate::handoff::{Epoch, MailboxWord, SessionId, Slot};
+use crate::handoff::{Epoch, MailboxSlot, MailboxWord, SessionId};
 use crate::transfer::frame::Frame;
 use crate::transfer::runs::{coalesce, in_order};
 use crate::transfer::{PageCopy, RegionShape, TransferMetrics, Transport, WriteError};
@@ -65,7 +67,7 @@ impl Writer {
     /// between it and the transfer.
     pub fn write(
         &self,
-        slot: Slot,
+        slot: MailboxSlot,
         epoch: Epoch,
         copies: Vec<PageCopy>,
         done: impl FnOnce(Result<Instant, WriteError>) + Send + 'static,
@@ -104,7 +106,7 @@ impl Writer {
     /// the decode worker will find it.
     pub fn complete(
         &self,
-        slot: Slot,
+        slot: MailboxSlot,
         epoch: Epoch,
         word: MailboxWord,
         done: impl FnOnce(Result<(), WriteError>) + Send + 'static,

@@ -1,3 +1,5 @@
+//! A completion queue and the file descriptor that it wakes its reader by.
+
 use std::io;
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::ptr::{NonNull, null_mut};

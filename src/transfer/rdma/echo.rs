@@ -1,3 +1,5 @@
+//! Reading one's own memory through an adapter, to know that what it wrote has landed.
+
 use std::io;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};

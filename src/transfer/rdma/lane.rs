@@ -1,3 +1,5 @@
+//! Requests of a session on one adapter: chained, posted, and counted as they complete.
+
 use std::io;
 use std::mem::zeroed;
 use std::sync::Arc;
@@ -10,7 +12,7 @@ use super::queue_pair::QueuePair;
 use super::requests::{Piece, RequestLimits};
 use super::source::{SCRATCH, SourceLane};
 use super::target::Offer;
-use crate::handoff::{MailboxWord, Slot};
+use crate::handoff::{MailboxSlot, MailboxWord};
 use crate::transfer::mailbox::SLOT_BYTES;
 
 /// Requests that are posted and not complete, at most, per connection: up to 64 MiB under way, several times what the
@@ -41,7 +43,7 @@ pub(in super::super) trait Lane {
     fn write(&mut self, to: u64, pieces: &[Piece]);
 
     /// Adds the write of a mailbox word.
-    fn word(&mut self, slot: Slot, word: MailboxWord);
+    fn word(&mut self, slot: MailboxSlot, word: MailboxWord);
 
     /// Adds a read of the memory that the peer has its pages in, for when all before it is complete. When it is
     /// complete too, what was written is not only accepted by the peer's adapter but in that memory, since the answer
@@ -148,7 +150,7 @@ impl Lane for RdmaLane {
         self.add(sys::ibv_wr_opcode::IBV_WR_RDMA_WRITE, address, key, pieces.len());
     }
 
-    fn word(&mut self, slot: Slot, word: MailboxWord) {
+    fn word(&mut self, slot: MailboxSlot, word: MailboxWord) {
         let address = self.offer.mailbox_address + u64::from(slot.0) * SLOT_BYTES as u64;
         // Inline: the address stands for the word itself until it is posted, which copies it.
         self.pieces.push(sys::ibv_sge { addr: word.raw(), length: 8, lkey: 0 });

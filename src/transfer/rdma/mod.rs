@@ -10,10 +10,6 @@
 mod adapter;
 mod choose;
 mod completions;
-#[cfg(test)]
-mod device_memory_tests;
-#[cfg(test)]
-mod device_tests;
 mod devices;
 mod echo;
 mod error;
@@ -42,6 +38,9 @@ pub use target::Target;
 pub(super) use target::{Granted, Offer};
 #[cfg(test)]
 pub(super) use {lane::CHAIN_MAX, requests::RequestLimits};
+
+#[cfg(test)]
+mod tests;
 
 /// Adapters a session may be striped over.
 pub(super) const LANES_MAX: usize = 8;

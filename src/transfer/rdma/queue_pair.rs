@@ -1,3 +1,5 @@
+//! A queue pair, from its making to its end.
+
 use std::ffi::c_int;
 use std::io;
 use std::mem::zeroed;

@@ -1,3 +1,5 @@
+//! Memory that is registered with an adapter.
+
 use std::ffi::{c_int, c_void};
 use std::io;
 use std::os::fd::AsRawFd;

@@ -1,3 +1,5 @@
+//! The decode worker's end: memory that sessions write to.
+
 use std::sync::Arc;
 
 use engine_kernels::DeviceRegion;

@@ -14,7 +14,7 @@ use tokio::task::JoinHandle;
 
 use super::doorstep::{Doorstep, Place};
 use super::loans::Loans;
-use super::session::{Reach, ServerSession};
+use super::session::{DataPath, ServerSession};
 use super::{Admitted, Command, Peer, Shared};
 use crate::handoff::{SessionId, WorkerId};
 use crate::transfer::handshake::{self, HandshakeError, Hello, Welcome};
@@ -168,17 +168,17 @@ async fn open(
         proved = prove(shared, socket, door) => proved?,
         _ = place => return Err(HandshakeError::Crowded),
     };
-    let reach = match (process.and_then(|process| process.ended), &shared.config.rdma) {
-        (Some(ended), _) => Reach::mapped(ended),
+    let path = match (process.and_then(|process| process.ended), &shared.config.rdma) {
+        (Some(ended), _) => DataPath::mapped(ended),
         (None, Some(target)) if hello.transport == Transport::Rdma => {
             let (target, peers) = (target.clone(), hello.rdma.clone());
             let accepting = tokio::task::spawn_blocking(move || target.accept(&peers));
             match accepting.await.map_err(io::Error::other)? {
-                Ok(accepted) => Reach::rdma(accepted),
+                Ok(accepted) => DataPath::rdma(accepted),
                 Err(error) => return handshake::refuse(&socket, Refusal::Rdma(error.to_string())).await,
             }
         }
-        (None, _) => Reach::Tcp(Loans::default()),
+        (None, _) => DataPath::Tcp(Loans::default()),
     };
     let id = shared.new_session();
     let (sender, commands) = mpsc::unbounded_channel();
@@ -188,7 +188,7 @@ async fn open(
     // From here on nothing can fail or be cancelled but in `run`, which reports the session's end and gives back its
     // place.
     let peer = Peer { worker: WorkerId(hello.worker), transport: hello.transport };
-    Ok((ServerSession::new(shared.clone(), id, socket, reach, peer), commands))
+    Ok((ServerSession::new(shared.clone(), id, socket, path, peer), commands))
 }
 
 /// Finds out who has connected, and whether it is one of the cluster and of this model.

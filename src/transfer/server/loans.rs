@@ -110,10 +110,10 @@ impl Loans {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::handoff::{Epoch, Slot};
+    use crate::handoff::{Epoch, MailboxSlot};
 
     const SHAPE: RegionShape = RegionShape { layers: 2, pages: 100, page_bytes: 10 };
-    const LOAN: Loan = (Slot(4), Epoch::FIRST);
+    const LOAN: Loan = (MailboxSlot(4), Epoch::FIRST);
 
     fn run(layer: u32, page: u32, count: u32) -> Run {
         Run { layer, page, count }
@@ -141,7 +141,7 @@ mod tests {
     #[test]
     fn another_slot_or_epoch_is_another_loan() {
         let loans = lent();
-        for loan in [(Slot(5), LOAN.1), (LOAN.0, LOAN.1.next())] {
+        for loan in [(MailboxSlot(5), LOAN.1), (LOAN.0, LOAN.1.next())] {
             assert_eq!(admit(&loans, loan, &[run(0, 9, 1)]), Err(Violation::NoSuchLoan));
         }
     }

@@ -17,7 +17,7 @@ use tokio::task::JoinHandle;
 
 use super::frame::Loan;
 use super::{Mailbox, Region, ServerConfig, ServerError, SessionAddresses, Target, Transport};
-use crate::handoff::{Epoch, SessionId, Slot, WorkerId};
+use crate::handoff::{Epoch, MailboxSlot, SessionId, WorkerId};
 
 /// Who opened a session.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -51,7 +51,7 @@ pub enum SessionEvent {
         /// Which.
         session: SessionId,
         /// The loan's slot.
-        slot: Slot,
+        slot: MailboxSlot,
         /// The loan's epoch.
         epoch: Epoch,
     },
@@ -169,19 +169,19 @@ impl SessionServer {
 
     /// Lends pages to a session, which may from now on write to them and end the loan with a word in `slot`. To be
     /// called before the message that tells the peer. Panics if the mailbox has no such slot.
-    pub fn lend(&self, session: SessionId, slot: Slot, epoch: Epoch, pages: Arc<[u32]>) {
+    pub fn lend(&self, session: SessionId, slot: MailboxSlot, epoch: Epoch, pages: Arc<[u32]>) {
         assert!(slot.0 < self.shared.mailbox.slots(), "a slot beyond the mailbox");
         self.command(session, Command::Lend((slot, epoch), pages));
     }
 
     /// Takes a loan back. [`SessionEvent::Revoked`] or [`SessionEvent::Fenced`] follows.
-    pub fn revoke(&self, session: SessionId, slot: Slot, epoch: Epoch) {
+    pub fn revoke(&self, session: SessionId, slot: MailboxSlot, epoch: Epoch) {
         self.command(session, Command::Revoke((slot, epoch)));
     }
 
     /// Strikes a loan off the record that its peer has given back by itself. Nothing follows; if the peer writes under
     /// it after all, over tcp its session ends.
-    pub fn forget(&self, session: SessionId, slot: Slot, epoch: Epoch) {
+    pub fn forget(&self, session: SessionId, slot: MailboxSlot, epoch: Epoch) {
         self.command(session, Command::Forget((slot, epoch)));
     }
 
@@ -189,11 +189,6 @@ impl SessionServer {
     /// unmapped the memory or has ended.
     pub fn fence(&self, session: SessionId) {
         self.command(session, Command::Fence);
-    }
-
-    /// Stops listening and closes all sessions.
-    pub fn shutdown(self) {
-        drop(self);
     }
 
     fn command(&self, session: SessionId, command: Command) {

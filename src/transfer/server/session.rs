@@ -20,7 +20,7 @@ use crate::transfer::rdma::{Granted, Offer};
 use crate::transfer::socket::Socket;
 
 /// How the peer writes, and what is known about that.
-pub(super) enum Reach {
+pub(super) enum DataPath {
     /// Through this task, which checks each write.
     Tcp(Loans),
     /// By itself, or its device, into memory that its process has mapped.
@@ -41,7 +41,7 @@ pub(super) enum Reach {
     },
 }
 
-impl Reach {
+impl DataPath {
     pub(super) fn mapped(ended: AsyncFd<OwnedFd>) -> Self {
         Self::Mapped { ended, revoking: HashSet::new() }
     }
@@ -71,7 +71,7 @@ pub(super) struct ServerSession {
     id: SessionId,
     peer: Peer,
     socket: Socket,
-    reach: Reach,
+    path: DataPath,
     reader: FrameReader,
     outbound: Outbound<NoPayload>,
     /// The data frame that is being received.
@@ -79,9 +79,9 @@ pub(super) struct ServerSession {
 }
 
 impl ServerSession {
-    pub(super) fn new(shared: Arc<Shared>, id: SessionId, socket: Socket, reach: Reach, peer: Peer) -> Self {
+    pub(super) fn new(shared: Arc<Shared>, id: SessionId, socket: Socket, path: DataPath, peer: Peer) -> Self {
         let reader = FrameReader::new(shared.config.limits.message_bytes);
-        Self { shared, id, peer, socket, reach, reader, outbound: Outbound::new(), landing: None }
+        Self { shared, id, peer, socket, path, reader, outbound: Outbound::new(), landing: None }
     }
 
     /// Serves the session, and reports when it is closed and when it is fenced.
@@ -104,16 +104,16 @@ impl ServerSession {
                 tracing::info!(session = session.0, worker = %self.peer.worker, transport, %reason, "session closed");
             }
         }
-        let Self { shared, socket, reach, mut reader, .. } = self;
+        let Self { shared, socket, path, mut reader, .. } = self;
         shared.emit(SessionEvent::Closed { session });
-        let fenced = match reach {
+        let fenced = match path {
             // This task was the writer, and it has ended: no byte of the session will be read any more.
-            Reach::Tcp(_) => true,
-            Reach::Mapped { ended, .. } => {
+            DataPath::Tcp(_) => true,
+            DataPath::Mapped { ended, .. } => {
                 socket.end_writing();
                 unmapped || wait_until_gone(&socket, &mut reader, &ended, &mut commands).await
             }
-            Reach::Rdma { granted, .. } => fence(granted, &mut commands).await,
+            DataPath::Rdma { granted, .. } => fence(granted, &mut commands).await,
         };
         drop(socket);
         shared.sessions().remove(&session);
@@ -125,9 +125,9 @@ impl ServerSession {
 
     /// Serves until it ends, for whatever reason.
     async fn serve(&mut self, commands: &mut UnboundedReceiver<Command>) -> Result<std::convert::Infallible, End> {
-        let offers = match &self.reach {
-            Reach::Tcp(_) | Reach::Mapped { .. } => Vec::new(),
-            Reach::Rdma { offers, .. } => offers.clone(),
+        let offers = match &self.path {
+            DataPath::Tcp(_) | DataPath::Mapped { .. } => Vec::new(),
+            DataPath::Rdma { offers, .. } => offers.clone(),
         };
         let files = self.shared.files(self.peer.transport);
         let limits = self.shared.config.limits;
@@ -177,13 +177,13 @@ impl ServerSession {
                 self.outbound.push(&Frame::Message(message));
             }
             Command::Lend(loan, pages) => {
-                if let Reach::Tcp(loans) = &mut self.reach {
+                if let DataPath::Tcp(loans) = &mut self.path {
                     loans.lend(loan, &pages);
                 }
             }
             Command::Revoke(loan) => self.revoke(loan),
             Command::Forget(loan) => {
-                if let Reach::Tcp(loans) = &mut self.reach {
+                if let DataPath::Tcp(loans) = &mut self.path {
                     // Whoever has given a loan back begins no frame of it any more, or breaks the protocol.
                     if let Some(landing) = &mut self.landing {
                         landing.revoke(loan);
@@ -197,8 +197,8 @@ impl ServerSession {
     }
 
     fn revoke(&mut self, loan: Loan) {
-        match &mut self.reach {
-            Reach::Tcp(loans) => {
+        match &mut self.path {
+            DataPath::Tcp(loans) => {
                 // The only reader of the socket is this task, and it is here: what it reads from now on goes elsewhere.
                 if let Some(landing) = &mut self.landing {
                     landing.revoke(loan);
@@ -208,7 +208,7 @@ impl ServerSession {
                 }
                 self.revoked(loan);
             }
-            Reach::Mapped { revoking, .. } | Reach::Rdma { revoking, .. } => {
+            DataPath::Mapped { revoking, .. } | DataPath::Rdma { revoking, .. } => {
                 if revoking.insert(loan) {
                     self.outbound.push(&Frame::Revoke(loan));
                 }
@@ -222,15 +222,15 @@ impl ServerSession {
 
     /// Does what the peer wants, if it may.
     fn frame(&mut self, frame: Frame) -> Result<(), End> {
-        match (frame, &mut self.reach) {
+        match (frame, &mut self.path) {
             (Frame::Ping, _) => {}
             (Frame::Message(message), _) => self.shared.emit(SessionEvent::Message { session: self.id, message }),
-            (Frame::Data(loan, runs), Reach::Tcp(loans)) => {
+            (Frame::Data(loan, runs), DataPath::Tcp(loans)) => {
                 let region = &self.shared.region;
                 let admission = loans.admit(loan, &runs, region.shape(), self.shared.frame_bytes())?;
                 self.landing = Some(Landing::new(loan, runs, admission, region.clone()));
             }
-            (Frame::Complete(loan, word), Reach::Tcp(loans)) => {
+            (Frame::Complete(loan, word), DataPath::Tcp(loans)) => {
                 if word.status_of(loan.1).is_none() {
                     return Err(Violation::WrongWord.into());
                 }
@@ -240,16 +240,16 @@ impl ServerSession {
                 }
                 self.outbound.push(&Frame::Completed(loan, accepted));
             }
-            (Frame::Stopped(loan), Reach::Tcp(loans)) => loans.stopped(loan)?,
-            (Frame::Stopped(loan), Reach::Mapped { revoking, .. } | Reach::Rdma { revoking, .. }) => {
+            (Frame::Stopped(loan), DataPath::Tcp(loans)) => loans.stopped(loan)?,
+            (Frame::Stopped(loan), DataPath::Mapped { revoking, .. } | DataPath::Rdma { revoking, .. }) => {
                 if !revoking.remove(&loan) {
                     return Err(Violation::NoSuchLoan.into());
                 }
                 self.revoked(loan);
             }
-            (Frame::Unmapped, Reach::Mapped { .. }) => return Err(End::Unmapped),
-            (Frame::Data(..) | Frame::Complete(..), Reach::Mapped { .. } | Reach::Rdma { .. })
-            | (Frame::Unmapped, Reach::Tcp(_) | Reach::Rdma { .. })
+            (Frame::Unmapped, DataPath::Mapped { .. }) => return Err(End::Unmapped),
+            (Frame::Data(..) | Frame::Complete(..), DataPath::Mapped { .. } | DataPath::Rdma { .. })
+            | (Frame::Unmapped, DataPath::Tcp(_) | DataPath::Rdma { .. })
             | (Frame::Completed(..) | Frame::Revoke(_), _) => return Err(Violation::Direction.into()),
         }
         Ok(())

@@ -10,7 +10,7 @@ use engine_kernels::cuda::{Driver, Memory};
 use tokio::sync::oneshot;
 
 use super::support::*;
-use crate::handoff::{Slot, Status, WorkerId};
+use crate::handoff::{MailboxSlot, Status, WorkerId};
 use crate::transfer::{
     ConnectError, Connector, ConnectorConfig, Exported, Limits, LocalPages, PageCopy, RegionShape, SessionEvent,
     StagingRing, Transport, WriteError,
@@ -82,7 +82,7 @@ async fn pages_are_staged_when_they_are_computed_whatever_way_they_go_and_throug
             let session = soon(connector.connect(decode.server.addresses(), WorkerId(7))).await.unwrap();
             let id = decode.opened().await;
             assert_eq!(session.transport(), transport);
-            let (slot, epoch) = (Slot(1), epoch(1));
+            let (slot, epoch) = (MailboxSlot(1), epoch(1));
             decode.server.lend(id, slot, epoch, (0..SHAPE.pages as u32).collect());
             let writer = session.writer();
             // Not awaited: the order of the calls is enough, for messages too.
@@ -126,7 +126,7 @@ async fn pages_go_from_device_to_device_when_they_are_computed_and_before_the_wo
     assert_eq!(session.transport(), Transport::CudaIpc);
     assert_eq!(decode.server.transport(id), Some(Transport::CudaIpc));
     assert_eq!(driver.open_handles(), 1);
-    let (slot, epoch) = (Slot(2), epoch(4));
+    let (slot, epoch) = (MailboxSlot(2), epoch(4));
     let writer = session.writer();
     writer.write(slot, epoch, everything(), |result| assert!(result.is_ok()));
     complete(&writer, slot, epoch, Status::Done).await.unwrap();
@@ -178,7 +178,7 @@ async fn who_writes_pages_is_told_when_they_were_computed_and_not_when_the_devic
         let (_pages, connector) = prefill(transport, &driver, 4);
         let session = soon(connector.connect(decode.server.addresses(), WorkerId(7))).await.unwrap();
         let id = decode.opened().await;
-        let (slot, epoch) = (Slot(0), epoch(1));
+        let (slot, epoch) = (MailboxSlot(0), epoch(1));
         decode.server.lend(id, slot, epoch, (0..SHAPE.pages as u32).collect());
         driver.keep_busy(true);
         let writer = session.writer();
@@ -200,11 +200,11 @@ async fn a_loan_that_is_taken_back_gets_no_further_copies_from_a_device() {
     let (_pages, connector) = prefill(Transport::CudaIpc, &driver, 1);
     let session = soon(connector.connect(decode.server.addresses(), WorkerId(7))).await.unwrap();
     let id = decode.opened().await;
-    decode.server.revoke(id, Slot(0), epoch(1));
-    assert_eq!(decode.event().await, SessionEvent::Revoked { session: id, slot: Slot(0), epoch: epoch(1) });
+    decode.server.revoke(id, MailboxSlot(0), epoch(1));
+    assert_eq!(decode.event().await, SessionEvent::Revoked { session: id, slot: MailboxSlot(0), epoch: epoch(1) });
     let writer = session.writer();
-    assert_eq!(write(&writer, Slot(0), epoch(1), everything()).await, Err(WriteError::Revoked));
-    assert_eq!(complete(&writer, Slot(0), epoch(1), Status::Done).await, Err(WriteError::Revoked));
+    assert_eq!(write(&writer, MailboxSlot(0), epoch(1), everything()).await, Err(WriteError::Revoked));
+    assert_eq!(complete(&writer, MailboxSlot(0), epoch(1), Status::Done).await, Err(WriteError::Revoked));
     assert!(written.page(0, 3).iter().all(|&byte| byte == 0));
 }
 
@@ -216,7 +216,7 @@ async fn after_a_device_fails_nothing_of_the_loan_is_done_the_word_least_of_all(
         let (_pages, connector) = prefill(transport, &driver, 4);
         let session = soon(connector.connect(decode.server.addresses(), WorkerId(7))).await.unwrap();
         let id = decode.opened().await;
-        let (slot, epoch) = (Slot(0), epoch(1));
+        let (slot, epoch) = (MailboxSlot(0), epoch(1));
         decode.server.lend(id, slot, epoch, (0..SHAPE.pages as u32).collect());
         driver.break_down();
         let writer = session.writer();
@@ -236,7 +236,7 @@ async fn copies_whose_end_nobody_can_tell_end_the_session_and_leave_the_fence_to
     let (_pages, connector) = prefill(Transport::CudaIpc, &driver, 1);
     let session = soon(connector.connect(decode.server.addresses(), WorkerId(7))).await.unwrap();
     let id = decode.opened().await;
-    let (slot, epoch) = (Slot(0), epoch(1));
+    let (slot, epoch) = (MailboxSlot(0), epoch(1));
     decode.server.lend(id, slot, epoch, (0..SHAPE.pages as u32).collect());
     driver.lose_copies();
     let (done, mut answer) = oneshot::channel();
@@ -281,9 +281,9 @@ async fn a_session_that_ends_while_pages_wait_to_be_staged_answers_for_all_of_th
     let id = decode.opened().await;
     // Nothing is lent: the first page ends the session. The others may have left by the time that is known here.
     let writer = session.writer();
-    let written = write(&writer, Slot(0), epoch(1), everything()).await;
+    let written = write(&writer, MailboxSlot(0), epoch(1), everything()).await;
     assert!(matches!(written, Ok(()) | Err(WriteError::Closed)), "{written:?}");
-    assert_eq!(complete(&writer, Slot(0), epoch(1), Status::Done).await, Err(WriteError::Closed));
+    assert_eq!(complete(&writer, MailboxSlot(0), epoch(1), Status::Done).await, Err(WriteError::Closed));
     decode.ended(id).await;
 }
 

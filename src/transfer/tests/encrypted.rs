@@ -8,7 +8,7 @@ use std::{
 use tokio::net::{TcpListener, TcpStream};
 
 use super::support::*;
-use crate::handoff::{MailboxWord, Slot, Status, WorkerId};
+use crate::handoff::{MailboxSlot, MailboxWord, Status, WorkerId};
 use crate::transfer::handshake;
 use crate::transfer::socket::Socket;
 use crate::transfer::tls::Tls;
@@ -84,10 +84,10 @@ async fn pages_and_messages_go_through_encrypted_sessions_and_back() {
         assert_eq!(soon(session.receive()).await.unwrap(), long);
         let lent: Vec<(u32, u32)> = (0..30).map(|i| (i, 2 * i)).collect();
         let pages: Vec<u32> = lent.iter().map(|&(_, remote)| remote).collect();
-        decode.server.lend(id, Slot(2), epoch(5), pages.as_slice().into());
-        write(&session.writer(), Slot(2), epoch(5), all_layers(&lent)).await.unwrap();
-        complete(&session.writer(), Slot(2), epoch(5), Status::Done).await.unwrap();
-        assert_eq!(decode.mailbox.load(Slot(2)), MailboxWord::new(epoch(5), Status::Done));
+        decode.server.lend(id, MailboxSlot(2), epoch(5), pages.as_slice().into());
+        write(&session.writer(), MailboxSlot(2), epoch(5), all_layers(&lent)).await.unwrap();
+        complete(&session.writer(), MailboxSlot(2), epoch(5), Status::Done).await.unwrap();
+        assert_eq!(decode.mailbox.load(MailboxSlot(2)), MailboxWord::new(epoch(5), Status::Done));
         for layer in 0..SHAPE.layers {
             for &(local, remote) in &lent {
                 assert!(holds(&decode.page(layer, remote), layer, local), "layer {layer}, page {remote}");

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::support::*;
-use crate::handoff::{SessionId, Slot, Status, WorkerId};
+use crate::handoff::{MailboxSlot, SessionId, Status, WorkerId};
 use crate::transfer::handshake;
 use crate::transfer::socket::Socket;
 use crate::transfer::{ClusterToken, ConnectError, Region, SessionAddresses, SessionEvent, Transport, WriteError};
@@ -84,7 +84,7 @@ async fn write_for_ever(addresses: SessionAddresses) {
     assert_eq!(session.transport(), Transport::Shm);
     assert!(session.receive().await.is_some(), "the grant");
     let pages: Vec<_> = (0..PAGES).map(|page| (page, page)).collect();
-    while write(&session.writer(), Slot(0), epoch(1), all_layers(&pages)).await.is_ok() {}
+    while write(&session.writer(), MailboxSlot(0), epoch(1), all_layers(&pages)).await.is_ok() {}
     await_go();
 }
 
@@ -97,8 +97,8 @@ async fn complete_rounds(addresses: SessionAddresses) {
         if session.receive().await.is_none() {
             return;
         }
-        session.writer().write(Slot(0), epoch(round), all_layers(&pages), |_| ());
-        let _ = complete(&session.writer(), Slot(0), epoch(round), Status::Done).await;
+        session.writer().write(MailboxSlot(0), epoch(round), all_layers(&pages), |_| ());
+        let _ = complete(&session.writer(), MailboxSlot(0), epoch(round), Status::Done).await;
     }
 }
 
@@ -132,7 +132,7 @@ async fn writing() -> (Decode, Process, SessionId) {
     .await;
     let process = Process::start("write for ever", Some(decode.server.addresses()));
     let session = decode.opened().await;
-    decode.server.lend(session, Slot(0), epoch(1), (0..PAGES).collect());
+    decode.server.lend(session, MailboxSlot(0), epoch(1), (0..PAGES).collect());
     decode.server.send(session, "grant".into());
     soon(async {
         while !holds(&decode.page(2, PAGES - 1), 2, PAGES - 1) {
@@ -184,7 +184,7 @@ async fn a_stopped_process_that_is_killed_is_fenced() {
 async fn a_revoked_loan_of_a_stopped_process_stays_unresolved() {
     let (mut decode, process, session) = writing().await;
     process.signal("STOP");
-    decode.server.revoke(session, Slot(0), epoch(1));
+    decode.server.revoke(session, MailboxSlot(0), epoch(1));
     decode.server.fence(session);
     assert_eq!(decode.event().await, SessionEvent::Closed { session });
     assert!(decode.no_event());
@@ -218,11 +218,11 @@ async fn whoever_reads_the_word_reads_the_pages() {
     for round in 1..=200 {
         // SAFETY: the last loan is completed and the next not made.
         unsafe { decode.region.base().write_bytes(0, SHAPE.total_bytes()) };
-        decode.server.lend(session, Slot(0), epoch(round), (0..PAGES).collect());
+        decode.server.lend(session, MailboxSlot(0), epoch(round), (0..PAGES).collect());
         decode.server.send(session, "grant".into());
         let (mailbox, region) = (decode.mailbox.clone(), decode.region.clone());
         let seen = tokio::task::spawn_blocking(move || {
-            while mailbox.load(Slot(0)).status_of(epoch(round)).is_none() {
+            while mailbox.load(MailboxSlot(0)).status_of(epoch(round)).is_none() {
                 std::hint::spin_loop();
                 std::thread::yield_now();
             }
@@ -252,7 +252,7 @@ async fn the_death_of_a_decode_worker_ends_sessions_and_writes() {
         let mut session = soon(prefill.connector.connect(&addresses, WorkerId(1))).await.unwrap();
         process.signal("KILL");
         assert_eq!(soon(session.receive()).await, None);
-        let result = write(&session.writer(), Slot(0), epoch(1), all_layers(&[(0, 0)])).await;
+        let result = write(&session.writer(), MailboxSlot(0), epoch(1), all_layers(&[(0, 0)])).await;
         assert_eq!(result, Err(WriteError::Closed));
         let again = soon(prefill.connector.connect(&addresses, WorkerId(1))).await;
         assert!(matches!(again, Err(ConnectError::Io(_))));
@@ -301,13 +301,13 @@ async fn another_user_is_refused_shared_memory() {
 #[tokio::test]
 async fn a_running_process_stops_writing_when_its_loan_is_revoked() {
     let (mut decode, mut process, session) = writing().await;
-    decode.server.revoke(session, Slot(0), epoch(1));
-    let revoked = SessionEvent::Revoked { session, slot: Slot(0), epoch: epoch(1) };
+    decode.server.revoke(session, MailboxSlot(0), epoch(1));
+    let revoked = SessionEvent::Revoked { session, slot: MailboxSlot(0), epoch: epoch(1) };
     assert_eq!(decode.event().await, revoked);
     // SAFETY: the loan is resolved: the pages are this process' alone.
     unsafe { decode.region.base().write_bytes(0, SHAPE.total_bytes()) };
     let (lent, another) = (Arc::from([40]), epoch(2));
-    decode.server.lend(session, Slot(0), another, lent);
+    decode.server.lend(session, MailboxSlot(0), another, lent);
     process.go();
     // Its end is the end of its session.
     decode.ended(session).await;

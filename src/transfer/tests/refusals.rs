@@ -7,7 +7,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream, UnixStream};
 
 use super::support::*;
-use crate::handoff::{MailboxWord, SessionId, Slot, Status, WorkerId};
+use crate::handoff::{MailboxSlot, MailboxWord, SessionId, Status, WorkerId};
 use crate::transfer::frame::{Frame, Loan, Run};
 use crate::transfer::handshake::{self, Hello, VERSION};
 use crate::transfer::socket::Socket;
@@ -233,18 +233,18 @@ async fn strangers_that_fill_the_door_keep_out_nobody_who_knows_the_token() {
 
 #[tokio::test]
 async fn writes_outside_of_what_was_lent_end_the_session_and_touch_nothing() {
-    let (slot, lent) = (Slot(2), epoch(4));
+    let (slot, lent) = (MailboxSlot(2), epoch(4));
     let bad: [(&str, Vec<u8>); 9] = [
         ("never lent", data((slot, lent), 0, 9, 1)),
         ("half lent", data((slot, lent), 0, 10, 3)),
-        ("another slot's", data((Slot(3), lent), 0, 10, 1)),
+        ("another slot's", data((MailboxSlot(3), lent), 0, 10, 1)),
         ("an earlier epoch's", data((slot, epoch(3)), 0, 10, 1)),
         ("a later epoch's", data((slot, epoch(5)), 0, 10, 1)),
         ("a layer too many", data((slot, lent), 3, 10, 1)),
         ("beyond the memory", data((slot, lent), 0, u32::MAX, 1)),
         (
             "another loan's word",
-            Frame::Complete((Slot(3), lent), MailboxWord::new(lent, Status::Done)).encode().to_vec(),
+            Frame::Complete((MailboxSlot(3), lent), MailboxWord::new(lent, Status::Done)).encode().to_vec(),
         ),
         (
             "another epoch's word",
@@ -268,14 +268,14 @@ async fn writes_outside_of_what_was_lent_end_the_session_and_touch_nothing() {
                 assert!(decode.page(layer, page).iter().all(|&byte| byte == 0), "{what}: {layer} {page}");
             }
         }
-        assert!((0..SLOTS).all(|slot| decode.mailbox.load(Slot(slot)) == MailboxWord::EMPTY), "{what}");
+        assert!((0..SLOTS).all(|slot| decode.mailbox.load(MailboxSlot(slot)) == MailboxWord::EMPTY), "{what}");
     }
 }
 
 #[tokio::test]
 async fn frames_that_a_prefill_worker_has_no_business_with_end_the_session() {
     let mut decode = Decode::start().await;
-    let loan = (Slot(0), epoch(1));
+    let loan = (MailboxSlot(0), epoch(1));
     for frame in [Frame::Revoke(loan), Frame::Completed(loan, true), Frame::Unmapped, Frame::Stopped(loan)] {
         let (id, socket) = raw(&mut decode).await;
         socket.write_all(&frame.encode()).await.unwrap();
@@ -294,7 +294,7 @@ async fn frames_that_a_prefill_worker_has_no_business_with_end_the_session() {
 async fn a_loan_revoked_in_the_middle_of_a_frame_gets_not_a_byte_more() {
     let mut decode = Decode::start().await;
     let (id, socket) = raw(&mut decode).await;
-    let (loan, pages) = ((Slot(0), epoch(1)), [20, 21, 22, 23]);
+    let (loan, pages) = ((MailboxSlot(0), epoch(1)), [20, 21, 22, 23]);
     decode.server.lend(id, loan.0, loan.1, Arc::from(pages));
     let frame = data(loan, 1, 20, 4);
     let (first, rest) = frame.split_at(frame.len() - 2 * SHAPE.page_bytes);
@@ -323,7 +323,7 @@ async fn a_loan_revoked_in_the_middle_of_a_frame_gets_not_a_byte_more() {
 async fn a_loan_that_was_given_back_lets_nobody_write() {
     let mut decode = Decode::start().await;
     let (id, socket) = raw(&mut decode).await;
-    let loan = (Slot(0), epoch(1));
+    let loan = (MailboxSlot(0), epoch(1));
     decode.server.lend(id, loan.0, loan.1, Arc::from([20]));
     decode.server.forget(id, loan.0, loan.1);
     // A peer that keeps its word writes nothing more; this one does.
@@ -341,8 +341,8 @@ async fn a_peer_that_hangs_is_noticed_by_either_side() {
     })
     .await;
     let (id, socket) = raw(&mut decode).await;
-    decode.server.lend(id, Slot(0), epoch(1), Arc::from([1]));
-    socket.write_all(&data((Slot(0), epoch(1)), 0, 1, 1)[..4000]).await.unwrap();
+    decode.server.lend(id, MailboxSlot(0), epoch(1), Arc::from([1]));
+    socket.write_all(&data((MailboxSlot(0), epoch(1)), 0, 1, 1)[..4000]).await.unwrap();
     decode.ended(id).await;
     // The prefill worker notices: what answers here opens a session and then says nothing.
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use bytes::Bytes;
 
 use super::support::*;
-use crate::handoff::{MailboxWord, Slot, Status};
+use crate::handoff::{MailboxSlot, MailboxWord, Status};
 use crate::transfer::{SessionEvent, Transport, WriteError};
 
 const BOTH: [Transport; 2] = [Transport::Shm, Transport::Tcp];
@@ -16,7 +16,7 @@ async fn pages_arrive_before_the_word_that_says_so() {
         let (mut decode, prefill) = (Decode::start().await, Prefill::new(transport));
         let (id, session) = decode.session(&prefill).await;
         assert_eq!(session.transport(), transport);
-        let (slot, epoch) = (Slot(5), epoch(3));
+        let (slot, epoch) = (MailboxSlot(5), epoch(3));
         // Neighbours and strays, backwards and forwards.
         let pages = [(0, 10), (1, 11), (2, 12), (40, 3), (39, 2), (7, 63)];
         decode.server.lend(id, slot, epoch, pages.map(|(_, remote)| remote).into());
@@ -67,7 +67,7 @@ async fn a_message_does_not_overtake_the_pages_written_before_it() {
         let (id, session) = decode.session(&prefill).await;
         let pages: Vec<_> = (0..64).map(|page| (page, page)).collect();
         for round in 1..20 {
-            let (slot, epoch) = (Slot(0), epoch(round));
+            let (slot, epoch) = (MailboxSlot(0), epoch(round));
             decode.server.lend(id, slot, epoch, (0..64).collect());
             session.writer().write(slot, epoch, all_layers(&pages), |result| assert!(result.is_ok()));
             session.send(Bytes::from_static(b"released"));
@@ -83,7 +83,7 @@ async fn a_message_does_not_overtake_the_pages_written_before_it() {
 async fn a_sign_of_life_overtakes_pages_that_are_still_to_be_sent() {
     let (mut decode, prefill) = (Decode::start().await, Prefill::new(Transport::Tcp));
     let (id, session) = decode.session(&prefill).await;
-    let (slot, epoch, writer) = (Slot(0), epoch(1), session.writer());
+    let (slot, epoch, writer) = (MailboxSlot(0), epoch(1), session.writer());
     let pages: Vec<_> = (0..64).map(|page| (page, page)).collect();
     decode.server.lend(id, slot, epoch, (0..64).collect());
     // In one go: the session's task has not looked in between.
@@ -99,7 +99,7 @@ async fn a_revoked_loan_is_written_to_no_more() {
     for transport in BOTH {
         let (mut decode, prefill) = (Decode::start().await, Prefill::new(transport));
         let (id, session) = decode.session(&prefill).await;
-        let (slot, epoch, writer) = (Slot(1), epoch(1), session.writer());
+        let (slot, epoch, writer) = (MailboxSlot(1), epoch(1), session.writer());
         decode.server.lend(id, slot, epoch, Arc::from([4, 5]));
         write(&writer, slot, epoch, all_layers(&[(4, 4)])).await.unwrap();
         decode.server.revoke(id, slot, epoch);
@@ -128,8 +128,8 @@ async fn a_fenced_session_ends_on_both_sides() {
         decode.ended(id).await;
         assert_eq!(soon(session.receive()).await, None);
         let writer = session.writer();
-        assert_eq!(write(&writer, Slot(0), epoch(1), all_layers(&[(0, 0)])).await, Err(WriteError::Closed));
-        assert_eq!(complete(&writer, Slot(0), epoch(1), Status::Done).await, Err(WriteError::Closed));
+        assert_eq!(write(&writer, MailboxSlot(0), epoch(1), all_layers(&[(0, 0)])).await, Err(WriteError::Closed));
+        assert_eq!(complete(&writer, MailboxSlot(0), epoch(1), Status::Done).await, Err(WriteError::Closed));
         assert!(!writer.send(Bytes::new()) && !writer.send_ahead(Bytes::new()));
         // A new one is a new one.
         let (again, _session) = decode.session(&prefill).await;
@@ -145,11 +145,11 @@ async fn what_one_side_does_not_have_is_refused_before_anything_is_written() {
         let (_, session) = decode.session(&prefill).await;
         let writer = session.writer();
         for (local, remote) in [(10, 0), (0, 64)] {
-            let result = write(&writer, Slot(0), epoch(1), all_layers(&[(1, 1), (local, remote)])).await;
+            let result = write(&writer, MailboxSlot(0), epoch(1), all_layers(&[(1, 1), (local, remote)])).await;
             assert_eq!(result, Err(WriteError::OutOfRange));
         }
-        assert_eq!(write(&writer, Slot(SLOTS), epoch(1), vec![]).await, Err(WriteError::OutOfRange));
-        assert_eq!(complete(&writer, Slot(SLOTS), epoch(1), Status::Done).await, Err(WriteError::OutOfRange));
+        assert_eq!(write(&writer, MailboxSlot(SLOTS), epoch(1), vec![]).await, Err(WriteError::OutOfRange));
+        assert_eq!(complete(&writer, MailboxSlot(SLOTS), epoch(1), Status::Done).await, Err(WriteError::OutOfRange));
         assert!(decode.page(0, 1).iter().all(|&byte| byte == 0));
     }
 }
@@ -161,13 +161,13 @@ async fn several_sessions_share_a_copier_and_a_server() {
         let mut sessions = Vec::new();
         for slot in 0..4 {
             let (id, session) = decode.session(&prefill).await;
-            decode.server.lend(id, Slot(slot), epoch(1), (slot * 16..slot * 16 + 16).collect());
+            decode.server.lend(id, MailboxSlot(slot), epoch(1), (slot * 16..slot * 16 + 16).collect());
             sessions.push(session);
         }
         let writes = sessions.iter().zip(0..).map(|(session, slot)| async move {
             let pages: Vec<_> = (slot * 16..slot * 16 + 16).map(|page| (page, page)).collect();
-            write(&session.writer(), Slot(slot), epoch(1), all_layers(&pages)).await.unwrap();
-            complete(&session.writer(), Slot(slot), epoch(1), Status::Done).await.unwrap();
+            write(&session.writer(), MailboxSlot(slot), epoch(1), all_layers(&pages)).await.unwrap();
+            complete(&session.writer(), MailboxSlot(slot), epoch(1), Status::Done).await.unwrap();
         });
         futures::future::join_all(writes).await;
         for page in 0..64 {

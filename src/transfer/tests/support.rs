@@ -8,7 +8,7 @@ use bytes::Bytes;
 use tokio::sync::mpsc::{self, UnboundedReceiver};
 use tokio::sync::oneshot;
 
-use crate::handoff::{Epoch, SessionId, Slot, WorkerId};
+use crate::handoff::{Epoch, MailboxSlot, SessionId, WorkerId};
 use crate::transfer::handshake::{Hello, VERSION};
 use crate::transfer::{
     ClusterToken, Connector, ConnectorConfig, Limits, Mailbox, PageCopy, Region, RegionShape, ServerConfig, Session,
@@ -203,7 +203,7 @@ pub(in crate::transfer) fn epoch(number: u32) -> Epoch {
 /// Writes and waits for the report.
 pub(in crate::transfer) async fn write(
     writer: &Writer,
-    slot: Slot,
+    slot: MailboxSlot,
     epoch: Epoch,
     copies: Vec<PageCopy>,
 ) -> Result<(), WriteError> {
@@ -215,7 +215,7 @@ pub(in crate::transfer) async fn write(
 /// Completes and waits for the report.
 pub(in crate::transfer) async fn complete(
     writer: &Writer,
-    slot: Slot,
+    slot: MailboxSlot,
     epoch: Epoch,
     status: crate::handoff::Status,
 ) -> Result<(), WriteError> {

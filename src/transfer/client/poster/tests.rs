@@ -11,7 +11,7 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::handoff::Status;
-use crate::handoff::{Epoch, Slot};
+use crate::handoff::{Epoch, MailboxSlot};
 use crate::transfer::PageCopy;
 use crate::transfer::rdma::{CHAIN_MAX, RdmaError, RequestLimits};
 use crate::transfer::runs::coalesce;
@@ -23,7 +23,7 @@ const LIMITS: RequestLimits = RequestLimits { bytes_max: 40, pieces_max: 3 };
 /// was written.
 struct Peer {
     memory: Vec<Option<u64>>,
-    words: Vec<(Slot, MailboxWord, Vec<Option<u64>>)>,
+    words: Vec<(MailboxSlot, MailboxWord, Vec<Option<u64>>)>,
     /// Pages are in another device's memory than words.
     apart: bool,
     /// Writes by lane that the adapter has taken, and that are not in memory yet.
@@ -32,7 +32,7 @@ struct Peer {
 
 enum Request {
     Write(u64, Vec<Piece>),
-    Word(Slot, MailboxWord),
+    Word(MailboxSlot, MailboxWord),
     ReadBack,
 }
 
@@ -70,7 +70,7 @@ impl Lane for FakeLane {
         self.add(Request::Write(to, pieces.to_vec()));
     }
 
-    fn word(&mut self, slot: Slot, word: MailboxWord) {
+    fn word(&mut self, slot: MailboxSlot, word: MailboxWord) {
         self.add(Request::Word(slot, word));
     }
 
@@ -265,7 +265,7 @@ fn nothing_is_proved_before_every_adapter_has_been_answered() {
 fn scattered_pages_go_128_with_one_doorbell_and_the_word_when_all_are_acknowledged() {
     let (mut poster, fabric) = start(1, 512);
     let (answers, mut frames) = (Answers::default(), Vec::new());
-    let (loan, copies) = ((Slot(1), epoch(1)), pages((0..64).map(|i| (2 * i, 2 * i))));
+    let (loan, copies) = ((MailboxSlot(1), epoch(1)), pages((0..64).map(|i| (2 * i, 2 * i))));
     poster.write(loan, runs(&copies), reply(&answers, 0));
     poster.complete(loan, MailboxWord::new(loan.1, Status::Done), reply(&answers, 1));
     poster.advance(&mut frames).unwrap();
@@ -284,14 +284,14 @@ fn scattered_pages_go_128_with_one_doorbell_and_the_word_when_all_are_acknowledg
     assert_eq!(*answers.lock().unwrap(), [(0, Ok(())), (1, Ok(()))]);
     let peer = fabric.peer.borrow();
     let [(slot, _, seen)] = &peer.words[..] else { panic!("one word") };
-    assert!(*slot == Slot(1) && Peer::holds(seen, &copies));
+    assert!(*slot == MailboxSlot(1) && Peer::holds(seen, &copies));
 }
 
 #[test]
 fn over_several_lanes_the_word_waits_until_the_data_of_each_was_read_back() {
     let (mut poster, fabric) = start(3, 64);
     let (answers, mut frames) = (Answers::default(), Vec::new());
-    let (loan, copies) = ((Slot(0), epoch(1)), pages((0..6).map(|i| (i, 2 * i))));
+    let (loan, copies) = ((MailboxSlot(0), epoch(1)), pages((0..6).map(|i| (i, 2 * i))));
     poster.write(loan, runs(&copies), reply(&answers, 0));
     poster.complete(loan, MailboxWord::new(loan.1, Status::Done), reply(&answers, 1));
     poster.advance(&mut frames).unwrap();
@@ -312,7 +312,7 @@ fn over_several_lanes_the_word_waits_until_the_data_of_each_was_read_back() {
 fn a_word_to_other_memory_than_the_pages_waits_until_these_were_read_back() {
     let (mut poster, fabric) = start_to(1, 64, true);
     let (answers, mut frames) = (Answers::default(), Vec::new());
-    let (loan, copies) = ((Slot(0), epoch(1)), pages([(0, 0)]));
+    let (loan, copies) = ((MailboxSlot(0), epoch(1)), pages([(0, 0)]));
     poster.write(loan, runs(&copies), reply(&answers, 0));
     poster.complete(loan, MailboxWord::new(loan.1, Status::Done), reply(&answers, 1));
     poster.advance(&mut frames).unwrap();
@@ -332,7 +332,7 @@ fn what_finds_no_room_waits_for_it() {
     let (mut poster, fabric) = start(1, 2);
     let (answers, mut frames) = (Answers::default(), Vec::new());
     let copies = pages((0..16).map(|i| (i, 2 * i)));
-    poster.write((Slot(0), epoch(1)), runs(&copies), reply(&answers, 0));
+    poster.write((MailboxSlot(0), epoch(1)), runs(&copies), reply(&answers, 0));
     poster.advance(&mut frames).unwrap();
     for taken in 0..copies.len() {
         assert!(fabric.lanes[0].0.borrow().len() <= 2);
@@ -347,7 +347,7 @@ fn what_finds_no_room_waits_for_it() {
 fn a_message_follows_what_was_written_before_it() {
     let (mut poster, fabric) = start(1, 64);
     let (answers, mut frames) = (Answers::default(), Vec::new());
-    poster.write((Slot(0), epoch(1)), runs(&pages([(0, 0)])), reply(&answers, 0));
+    poster.write((MailboxSlot(0), epoch(1)), runs(&pages([(0, 0)])), reply(&answers, 0));
     poster.send(Frame::Message("after".into()));
     poster.advance(&mut frames).unwrap();
     assert!(fabric.take(0, 0) && fabric.take(0, 0));
@@ -362,7 +362,7 @@ fn a_message_follows_what_was_written_before_it() {
 fn of_a_loan_that_is_taken_back_nothing_more_is_posted_and_stopped_follows_what_was() {
     let (mut poster, fabric) = start(1, 2);
     let (answers, mut frames) = (Answers::default(), Vec::new());
-    let (loan, other) = ((Slot(0), epoch(1)), (Slot(1), epoch(1)));
+    let (loan, other) = ((MailboxSlot(0), epoch(1)), (MailboxSlot(1), epoch(1)));
     poster.write(loan, runs(&pages((0..8).map(|i| (i, 2 * i)))), reply(&answers, 0));
     poster.complete(loan, MailboxWord::new(loan.1, Status::Done), reply(&answers, 1));
     poster.write(other, runs(&pages([(3, 31)])), reply(&answers, 2));
@@ -393,7 +393,7 @@ fn those_who_wait_hear_of_the_end_when_the_lanes_are_gone_also_if_posting_failed
         let lanes = Arc::downgrade(&fabric.alive);
         let heard = Arc::new(Mutex::new(None));
         let hears = heard.clone();
-        poster.write((Slot(0), epoch(1)), runs(&pages((0..8).map(|i| (i, 2 * i)))), {
+        poster.write((MailboxSlot(0), epoch(1)), runs(&pages((0..8).map(|i| (i, 2 * i)))), {
             Reply::new(move |result| *hears.lock().unwrap() = Some((result, lanes.strong_count())))
         });
         *fabric.broken.borrow_mut() = broken;
@@ -410,7 +410,7 @@ fn those_who_wait_hear_of_the_end_when_the_lanes_are_gone_also_if_posting_failed
 fn where_an_adapter_cannot_be_stopped_nobody_is_told_that_it_was() {
     let (mut poster, fabric) = start(1, 2);
     let answers = Answers::default();
-    poster.write((Slot(0), epoch(1)), runs(&pages([(0, 0)])), reply(&answers, 0));
+    poster.write((MailboxSlot(0), epoch(1)), runs(&pages([(0, 0)])), reply(&answers, 0));
     poster.advance(&mut Vec::new()).unwrap();
     *fabric.broken.borrow_mut() = true;
     poster.close();
@@ -454,7 +454,7 @@ proptest! {
         let mut completed = Vec::new();
         let (mut asked, mut revoked) = (0, 0);
         for step in steps {
-            let loan = |number: u32| (Slot(number), epoch(1));
+            let loan = |number: u32| (MailboxSlot(number), epoch(1));
             match step {
                 Step::Write(number, mut copies) => if let Some(written) = &mut written[number as usize] {
                     copies.sort_unstable_by_key(|&(_, to)| to);
@@ -466,7 +466,7 @@ proptest! {
                     asked += 1;
                 }
                 Step::Complete(number) => if let Some(copies) = written[number as usize].take() {
-                    completed.push((Slot(number), copies));
+                    completed.push((MailboxSlot(number), copies));
                     poster.complete(loan(number), MailboxWord::new(epoch(1), Status::Done), reply(&answers, asked));
                     asked += 1;
                 }
@@ -481,7 +481,7 @@ proptest! {
             let before = frames.len();
             poster.advance(&mut frames).unwrap();
             for frame in &frames[before..] {
-                let Frame::Stopped((Slot(number), _)) = frame else { panic!("{frame:?}") };
+                let Frame::Stopped((MailboxSlot(number), _)) = frame else { panic!("{frame:?}") };
                 prop_assert!(!fabric.is_under_way(number * 8..number * 8 + 8), "stopped, and still writing");
             }
         }
