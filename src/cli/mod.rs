@@ -1,5 +1,5 @@
-//! The command line: one struct a role. A flag that vLLM has too has its name, or takes it as an alias, and those of
-//! disaggregation have Dynamo's; each can also be given by environment where that is said.
+//! The command line: one struct for each kind of process. A flag that vLLM has too has its name, or takes it as an
+//! alias, and those of disaggregation have Dynamo's; each can also be given by environment where that is said.
 
 mod bench;
 mod bench_kernels;
@@ -151,7 +151,7 @@ fn where_models_go(mut error: clap::Error) -> clap::Error {
 /// What is worth knowing. NATS's client says in its own words what `cluster` says in ours.
 const DEFAULT_FILTER: &str = "info,async_nats=off";
 
-/// Logging, the same in every role.
+/// Logging, the same for every kind of process.
 #[derive(Debug, Args)]
 #[command(next_help_heading = "Log")]
 pub struct LogArgs {
