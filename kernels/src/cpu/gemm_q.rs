@@ -10,8 +10,9 @@
 //! instructions, and needs at least its own 56 bytes of the second-level cache. (Were activations to stay and weights
 //! to come, in tiles of four rows, it would be 160 or 136.) To need no more, a range of `k` is taken at a time:
 //!
-//! - Its weights of one group, those of fewer than 8 bits unpacked into a panel, stay in the first-level cache while all rows pass by.
-//!   All `k` of 8-bit weights stay only if that is less than 1,300 or so; otherwise 136 bytes come along every time.
+//! - Its weights of one group, those of fewer than 8 bits unpacked into a panel, stay in the first-level cache while
+//!   all rows pass by. All `k` of 8-bit weights stay only if that is less than 1,300 or so; otherwise 136 bytes come
+//!   along every time.
 //! - Its activations, 168 KiB for 128 rows, stay in the second-level cache while several groups take their turn. All
 //!   `k` of them stay in 512 KiB only if that is less than 2,300; otherwise the 56 bytes come from the third level for
 //!   each group instead of once for sixteen.
@@ -28,7 +29,7 @@ use super::quant::{BLOCK, BlockInfo, QuantizedView};
 
 /// Blocks of 32 `k` in a range: a panel of 15 KiB, half of a common first-level data cache.
 const PANEL_BLOCKS: usize = 24;
-/// A panel's block: 512 weights as bytes, 16 scales and 16 minimums as f32.
+/// A panel's block: 512 weights as bytes, 16 scales and 16 minimums or second scales as f32.
 const PANEL_STRIDE: usize = 512 + 2 * 4 * LANES;
 /// Groups of columns that a range's activations meet before the next range's turn.
 const GROUPS_PER_PASS: usize = 16;
@@ -68,13 +69,16 @@ trait Layout {
     const FORMAT: Format;
     /// Whether blocks have a minimum.
     const MIN: bool = matches!(Self::FORMAT, Format::U4 | Format::U5);
-    /// Whether their halves have scales of their own.
-    const HALVES: bool = matches!(Self::FORMAT, Format::U6);
+    /// Parts with scales of their own: blocks, or their halves.
+    const PARTS: usize = if matches!(Self::FORMAT, Format::U6) { 2 } else { 1 };
     /// Whether weights have to be unpacked, and many rows want that done once.
     const PACKED: bool = !matches!(Self::FORMAT, Format::I8);
-    /// Rows from which ranges and unpacking into a panel pay, measured on Zen 3: at 16 rows unpacking each time is 10 %
-    /// faster for 4-bit weights, and 25 % slower for those of 5 and 6 bits.
-    const PANEL_ROWS: usize = if matches!(Self::FORMAT, Format::U5 | Format::U6) { 12 } else { 33 };
+
+    /// Rows from which ranges and unpacking into a panel pay. With fewer, unpacking each time is up to 30 % faster, but
+    /// not where registers are few (AVX2) and bits lie in two places (measured on Zen 3 and Sapphire Rapids).
+    fn panel_rows<I: Isa>() -> usize {
+        if I::ROWS_MAX < 8 && matches!(Self::FORMAT, Format::U5 | Format::U6) { 12 } else { 33 }
+    }
 }
 
 macro_rules! layouts {
@@ -86,7 +90,7 @@ macro_rules! layouts {
     )*};
 }
 
-layouts! { U4 U5 U6 I4 I8 }
+layouts! { U4 U5 U6 Iq4 I8 }
 
 impl Kernel for QuantizedGemm<'_> {
     #[inline(always)]
@@ -95,7 +99,7 @@ impl Kernel for QuantizedGemm<'_> {
             Format::U4 => self.product::<I, U4>(isa),
             Format::U5 => self.product::<I, U5>(isa),
             Format::U6 => self.product::<I, U6>(isa),
-            Format::I4 => self.product::<I, I4>(isa),
+            Format::Iq4 => self.product::<I, Iq4>(isa),
             Format::I8 => self.product::<I, I8>(isa),
             Format::Bf16 | Format::F16 | Format::F32 | Format::F8 => unreachable!("float parts have their own kernel"),
         }
@@ -119,7 +123,7 @@ unsafe fn weights<I: Isa, L: Layout, const PANEL: bool>(isa: I, w: *const u8, pa
     }
 }
 
-/// Those of four `k` alone, the `four`-th such four.
+/// The weights of four `k` alone: of those from `4 × four` on.
 ///
 /// # Safety
 /// As for [`weights`], and `four` is below 8.
@@ -141,7 +145,7 @@ unsafe fn unpacked<I: Isa, L: Layout>(isa: I, w: *const u8, four: usize) -> I::W
     // SAFETY: the callers vouch for 512 weights.
     unsafe {
         match L::FORMAT {
-            Format::I4 | Format::I8 => isa.load_i8(w.add(four * 64)),
+            Format::Iq4 | Format::I8 => isa.load_i8(w.add(four * 64)),
             _ => isa.load_u8(w.add(four * 64)),
         }
     }
@@ -157,7 +161,7 @@ unsafe fn store_weights<I: Isa, L: Layout>(isa: I, to: *mut u8, pair: usize, wei
     // SAFETY: the callers vouch for room for 512 weights.
     unsafe {
         let (first, second) = (to.add(pair * 128), to.add(pair * 128 + 64));
-        if matches!(L::FORMAT, Format::I4 | Format::I8) {
+        if matches!(L::FORMAT, Format::Iq4 | Format::I8) {
             isa.store_signed(first, weights.0);
             isa.store_signed(second, weights.1);
         } else {
@@ -175,7 +179,7 @@ unsafe fn beyond_nibbles<I: Isa, L: Layout>(isa: I, w: *const u8, nibbles: I::W,
         match L::FORMAT {
             Format::U5 => isa.raise(nibbles, isa.load_u8(w.add(UPPER_BITS)), four, 1),
             Format::U6 => isa.raise(nibbles, isa.load_u8(w.add(UPPER_BITS + four as usize / 4 * 64)), four % 4 * 2, 3),
-            Format::I4 => isa.look_up(nibbles),
+            Format::Iq4 => isa.look_up(nibbles),
             _ => nibbles,
         }
     }
@@ -241,7 +245,7 @@ impl QuantizedGemm<'_> {
         assert!(self.rows.end * self.x.cols <= self.x.bytes.len() && self.rows.end * blocks <= self.x.infos.len());
         assert!(self.rows.len() <= ROWS_PER_CHUNK);
         let (panel, sums) = (self.space.panel.as_mut_ptr(), self.space.sums.as_mut_ptr());
-        let in_ranges = self.rows.len() >= L::PANEL_ROWS;
+        let in_ranges = self.rows.len() >= L::panel_rows::<I>();
         let step = if in_ranges { PANEL_BLOCKS } else { blocks };
         let mut pass = self.groups.start;
         while pass < self.groups.end {
@@ -329,7 +333,9 @@ impl QuantizedGemm<'_> {
             }
             accumulate::<I, L, R, PANEL>(isa, operands, &mut sums);
             if !place.is_last {
-                (0..R).for_each(|r| isa.store(place.sums.add(r * LANES), sums.get(isa, r)));
+                for r in 0..R {
+                    isa.store(place.sums.add(r * LANES), sums.get(isa, r));
+                }
                 return R;
             }
         }
@@ -352,6 +358,17 @@ impl QuantizedGemm<'_> {
     }
 }
 
+/// A block of weights, and of the rows of activations it meets.
+struct Block<I: Isa> {
+    w: *const u8,
+    bytes: *const i8,
+    infos: *const BlockInfo,
+    /// As [`scales`] gives them.
+    scales: (I::F, I::F),
+    /// Whose strides are meant.
+    operands: Operands,
+}
+
 /// Adds the products of `operands.blocks` blocks to the sums of `R` rows.
 #[inline(always)]
 unsafe fn accumulate<I: Isa, L: Layout, const R: usize, const PANEL: bool>(
@@ -360,8 +377,6 @@ unsafe fn accumulate<I: Isa, L: Layout, const R: usize, const PANEL: bool>(
     sums: &mut Sums<I, R>,
 ) {
     let stride = if PANEL { PANEL_STRIDE } else { L::FORMAT.unit().0 };
-    // A row's peak is anywhere in a block: where unpacking is much, each row takes its peak's weights from here.
-    let keeps = !PANEL && R > 1 && matches!(L::FORMAT, Format::U5 | Format::U6 | Format::I4);
     let mut unpacked = Unpacked([0; 512]);
     for block in 0..operands.blocks {
         if Sums::<I, R>::WAIT {
@@ -376,56 +391,65 @@ unsafe fn accumulate<I: Isa, L: Layout, const R: usize, const PANEL: bool>(
                     isa.prefetch(w.wrapping_add(PREFETCH_BYTES + 64 * line));
                 }
             }
-            let (scale, second) = if PANEL {
+            let scales = if PANEL {
                 (isa.load(w.add(512).cast()), isa.load(w.add(512 + 4 * LANES).cast()))
             } else {
                 scales::<I, L>(isa, w)
             };
-            let bytes = operands.bytes.add(block * BLOCK);
-            let infos = operands.infos.add(block);
-            let mut products = [isa.int_zero(); R];
-            for pair in 0..4 {
-                let (low, high) = weights::<I, L, PANEL>(isa, w, pair);
-                if keeps {
-                    store_weights::<I, L>(isa, unpacked.0.as_mut_ptr(), pair, (low, high));
-                }
-                for (r, product) in products.iter_mut().enumerate() {
-                    let a = bytes.add(r * operands.bytes_stride + pair * 8);
-                    *product = match L::FORMAT {
-                        Format::U4 => isa.dot_u4(isa.dot_u4(*product, low, a), high, a.add(4)),
-                        Format::U5 | Format::U6 => isa.dot_u6(*product, (low, high), a),
-                        _ => isa.dot_i8(isa.dot_i8(*product, low, a), high, a.add(4)),
-                    };
-                }
-                if L::HALVES && pair == 1 {
-                    for (r, product) in products.iter_mut().enumerate() {
-                        let info = &*infos.add(r * operands.infos_stride);
-                        let first = if keeps {
-                            finish::<I, L, true>(isa, *product, unpacked.0.as_ptr(), info, Some(0))
-                        } else {
-                            finish::<I, L, PANEL>(isa, *product, w, info, Some(0))
-                        };
-                        let factor = isa.mul(scale, isa.splat(info.scale));
-                        sums.set(isa, r, isa.fma(first, factor, sums.get(isa, r)));
-                        *product = isa.int_zero();
-                    }
-                }
+            let (bytes, infos) = (operands.bytes.add(block * BLOCK), operands.infos.add(block));
+            let block = Block { w, bytes, infos, scales, operands };
+            accumulate_part::<I, L, R, PANEL, 0>(isa, &block, &mut unpacked, sums);
+            if L::PARTS == 2 {
+                accumulate_part::<I, L, R, PANEL, 1>(isa, &block, &mut unpacked, sums);
             }
-            for (r, product) in products.into_iter().enumerate() {
-                let info = &*infos.add(r * operands.infos_stride);
-                let half = L::HALVES.then_some(1);
-                let product = if keeps {
-                    finish::<I, L, true>(isa, product, unpacked.0.as_ptr(), info, half)
-                } else {
-                    finish::<I, L, PANEL>(isa, product, w, info, half)
+        }
+    }
+}
+
+/// Adds the products of a block, or of its `PART`-th half.
+///
+/// # Safety
+/// The block and those of `R` rows are readable.
+#[inline(always)]
+unsafe fn accumulate_part<I: Isa, L: Layout, const R: usize, const PANEL: bool, const PART: usize>(
+    isa: I,
+    block: &Block<I>,
+    unpacked: &mut Unpacked,
+    sums: &mut Sums<I, R>,
+) {
+    // A row's peak is anywhere in a block: where unpacking is much, each row takes its peak's weights from here.
+    let keeps = !PANEL && R > 1 && matches!(L::FORMAT, Format::U5 | Format::U6 | Format::Iq4);
+    // SAFETY: as the function says.
+    unsafe {
+        let mut products = [isa.int_zero(); R];
+        for pair in PART * 4 / L::PARTS..(PART + 1) * 4 / L::PARTS {
+            let (low, high) = weights::<I, L, PANEL>(isa, block.w, pair);
+            if keeps {
+                store_weights::<I, L>(isa, unpacked.0.as_mut_ptr(), pair, (low, high));
+            }
+            for (r, product) in products.iter_mut().enumerate() {
+                let a = block.bytes.add(r * block.operands.bytes_stride + pair * 8);
+                *product = match L::FORMAT {
+                    Format::U4 => isa.dot_u4(isa.dot_u4(*product, low, a), high, a.add(4)),
+                    Format::U5 | Format::U6 => isa.dot_u6(*product, (low, high), a),
+                    _ => isa.dot_i8(isa.dot_i8(*product, low, a), high, a.add(4)),
                 };
-                let scale = if L::HALVES { second } else { scale };
-                let mut sum = isa.fma(product, isa.mul(scale, isa.splat(info.scale)), sums.get(isa, r));
-                if L::MIN {
-                    sum = isa.fma(second, isa.splat(info.scaled_sum), sum);
-                }
-                sums.set(isa, r, sum);
             }
+        }
+        let (first, second) = block.scales;
+        let scale = if PART == 0 { first } else { second };
+        for (r, product) in products.into_iter().enumerate() {
+            let info = &*block.infos.add(r * block.operands.infos_stride);
+            let product = if keeps {
+                finish::<I, L, true, PART>(isa, product, unpacked.0.as_ptr(), info)
+            } else {
+                finish::<I, L, PANEL, PART>(isa, product, block.w, info)
+            };
+            let mut sum = isa.fma(product, isa.mul(scale, isa.splat(info.scale)), sums.get(isa, r));
+            if L::MIN {
+                sum = isa.fma(second, isa.splat(info.scaled_sum), sum);
+            }
+            sums.set(isa, r, sum);
         }
     }
 }
@@ -439,38 +463,36 @@ unsafe fn scales<I: Isa, L: Layout>(isa: I, w: *const u8) -> (I::F, I::F) {
     // SAFETY: as the function says.
     unsafe {
         let scales = w.add(L::FORMAT.scales_at());
-        let second = if L::MIN || L::HALVES { isa.load_f16(scales.add(2 * LANES).cast()) } else { isa.zero() };
+        let second = if L::MIN || L::PARTS == 2 { isa.load_f16(scales.add(2 * LANES).cast()) } else { isa.zero() };
         (isa.load_f16(scales.cast()), second)
     }
 }
 
-/// The products of a block, or of one `half` of it, from those of the bytes and what the high bytes of the peak make
+/// The products of a block, or of its `PART`-th half, from those of the bytes and what the high bytes of the peak make
 /// with the block's weights at `w`, if it lies there.
 ///
 /// # Safety
 /// As for [`weights`].
 #[inline(always)]
-unsafe fn finish<I: Isa, L: Layout, const PANEL: bool>(
+unsafe fn finish<I: Isa, L: Layout, const PANEL: bool, const PART: usize>(
     isa: I,
     product: I::I,
     w: *const u8,
     info: &BlockInfo,
-    half: Option<u32>,
 ) -> I::F {
-    let elsewhere = half.is_some_and(|half| info.peak / 4 != half);
-    let high = if elsewhere { [0; 4] } else { info.peak_high };
+    // Where a peak lies cannot be foretold: a mask, no branch.
+    let lies_here = L::PARTS == 1 || info.peak as usize / 4 == PART;
+    let mask = u32::from(lies_here).wrapping_neg();
+    let high = (u32::from_ne_bytes(info.peak_high.map(|byte| byte as u8)) & mask).to_ne_bytes();
     // SAFETY: a peak is one of the block's eight fours.
     unsafe {
         let w = weights_of_four::<I, L, PANEL>(isa, w, info.peak);
-        let high = high.as_ptr();
+        let high = high.as_ptr().cast();
         let both = info.sums[0].wrapping_add(info.sums[1]);
         match L::FORMAT {
             Format::U4 => isa.finish_u4(product, w, high),
             Format::U5 => isa.finish_u6(isa.peak_u6(product, w, high), 0, 0),
-            Format::U6 => {
-                let activations = half.map_or(both, |half| info.sums[half as usize]);
-                isa.finish_u6(isa.peak_u6(product, w, high), U6_OFFSET, activations)
-            }
+            Format::U6 => isa.finish_u6(isa.peak_u6(product, w, high), U6_OFFSET, info.sums[PART]),
             _ => isa.finish_i8(isa.peak_i8(product, w, high), both),
         }
     }

@@ -8,16 +8,16 @@
 //! | `U4` | 4 × 64 bytes, 16 f16 scales, 16 f16 minimums | 5 | Q4_0, Q4_1, Q4_K |
 //! | `U5` | 4 × 64 bytes, 64 bytes of fifth bits, 16 f16 scales, 16 f16 minimums | 6 | Q5_0, Q5_1, Q5_K |
 //! | `U6` | 4 × 64 bytes, 2 × 64 of upper bits, 2 × 16 f16 scales: of the first and second sixteen `k` | 7 | Q6_K, Q3_K |
-//! | `I4` | 4 × 64 bytes, 16 f16 scales | 4.5 | IQ4_NL, IQ4_XS |
+//! | `Iq4` | 4 × 64 bytes, 16 f16 scales | 4.5 | IQ4_NL, IQ4_XS |
 //! | `I8` | 8 × 64 bytes, 16 f16 scales | 8.5 | Q8_0 |
 //!
 //! 64 bytes are 16 columns × 4 consecutive `k`; where a weight has but four bits in them, they are two such groups, the
-//! first in the low nibbles. Bit `f` of a fifth bits' byte belongs to the group `f`; upper bits are pairs, four groups to
-//! 64 bytes. A weight is `scale × q + minimum`: `q` is what is stored, in `U6` less 32, and in `I4` what IQ4's table has
-//! for it. Two-level scales, those of K-quants and IQ4_XS, are multiplied out and rounded to
-//! f16: one part in 2,000 of what a 4-bit weight is uncertain by anyway, and Q4_0's `-8 × scale` is exact. Float
-//! weights stay as they are, `[k][16]`; bf16 in pairs of `k`, `[k / 2][16][2]`; E4M3 in blocks of 128 `k`, 16 f32
-//! scales and then `[k][16]`.
+//! first in the low nibbles. Bit `f` of a fifth bits' byte belongs to the group `f`; upper bits are pairs, four groups
+//! to 64 bytes. A weight is `scale × q + minimum`: `q` is what is stored, in `U6` less 32, and in `Iq4` what IQ4's table
+//! has for it. Two-level scales, those of K-quants and IQ4_XS, are multiplied out and rounded to f16: one part in 2,000
+//! of what a 4-bit weight is uncertain by anyway. The minimums of Q4_0, `-8 × scale`, and Q5_0, `-16 × scale`, are exact
+//! (the latter if a scale is below 4,094). Float weights stay as they are, `[k][16]`; bf16 in pairs of `k`,
+//! `[k / 2][16][2]`; E4M3 in blocks of 128 `k`, 16 f32 scales and then `[k][16]`.
 
 use float8::F8E4M3;
 use half::f16;
@@ -34,7 +34,7 @@ pub(crate) enum Format {
     U4,
     U5,
     U6,
-    I4,
+    Iq4,
     I8,
     Bf16,
     F16,
@@ -60,7 +60,7 @@ impl Format {
             DType::Q4_0 | DType::Q4_1 | DType::Q4K => Self::U4,
             DType::Q5_0 | DType::Q5_1 | DType::Q5K => Self::U5,
             DType::Q6K | DType::Q3K => Self::U6,
-            DType::IQ4NL | DType::IQ4XS => Self::I4,
+            DType::IQ4NL | DType::IQ4XS => Self::Iq4,
             DType::Q8_0 => Self::I8,
             DType::BF16 => Self::Bf16,
             DType::F16 => Self::F16,
@@ -71,7 +71,7 @@ impl Format {
 
     /// Whether activations are quantised for it.
     pub(crate) fn is_quantized(self) -> bool {
-        matches!(self, Self::U4 | Self::U5 | Self::U6 | Self::I4 | Self::I8)
+        matches!(self, Self::U4 | Self::U5 | Self::U6 | Self::Iq4 | Self::I8)
     }
 
     /// Bytes of the smallest unit of a group and how many `k` it covers.
@@ -80,7 +80,7 @@ impl Format {
             Self::U4 => (256 + 64, BLOCK),
             Self::U5 => (256 + 64 + 64, BLOCK),
             Self::U6 => (256 + 2 * 64 + 64, BLOCK),
-            Self::I4 => (256 + 32, BLOCK),
+            Self::Iq4 => (256 + 32, BLOCK),
             Self::I8 => (512 + 32, BLOCK),
             Self::Bf16 => (4 * LANES, 2),
             Self::F16 => (2 * LANES, 1),
@@ -92,7 +92,7 @@ impl Format {
     /// Where the scales of a block of a quantised format begin.
     pub(crate) const fn scales_at(self) -> usize {
         match self {
-            Self::U4 | Self::I4 => 256,
+            Self::U4 | Self::Iq4 => 256,
             Self::U5 => UPPER_BITS + 64,
             Self::U6 => UPPER_BITS + 2 * 64,
             Self::I8 => 512,
@@ -167,7 +167,7 @@ fn pack_block(dtype: DType, row: &[u8], block: usize, lane: usize, out: &mut [u8
         let (four, place) = (i / 4, lane * 4 + i % 4);
         let stored = match format {
             Format::U6 => (i32::from(quant) + U6_OFFSET) as u8,
-            Format::I4 => IQ4_VALUES.partition_point(|&value| value < quant) as u8,
+            Format::Iq4 => IQ4_VALUES.partition_point(|&value| value < quant) as u8,
             _ => quant as u8,
         };
         if format == Format::I8 {
@@ -208,7 +208,7 @@ fn unpack(format: Format, block: &[u8], lane: usize, i: usize) -> f32 {
             let quant = f32::from(nibble() | upper << 4) - U6_OFFSET as f32;
             quant * if i < BLOCK / 2 { first() } else { second() }
         }
-        Format::I4 => first() * f32::from(IQ4_VALUES[usize::from(nibble())]),
+        Format::Iq4 => first() * f32::from(IQ4_VALUES[usize::from(nibble())]),
         Format::I8 => first() * f32::from(block[four * 64 + place] as i8),
         Format::Bf16 | Format::F16 | Format::F32 | Format::F8 => unreachable!("no quantised format"),
     }
@@ -228,7 +228,7 @@ pub(crate) fn unpack_row(format: Format, group: &[u8], lane: usize, out: &mut [f
                 }
                 Format::F16 => half(block, at(2)).to_f32(),
                 Format::Bf16 => half::bf16::from_le_bytes([block[at(2)], block[at(2) + 1]]).to_f32(),
-                Format::U4 | Format::U5 | Format::U6 | Format::I4 | Format::I8 => unpack(format, block, lane, i),
+                Format::U4 | Format::U5 | Format::U6 | Format::Iq4 | Format::I8 => unpack(format, block, lane, i),
             };
         }
     }

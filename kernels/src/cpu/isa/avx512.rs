@@ -199,7 +199,7 @@ impl Isa for Avx512 {
     }
     #[inline(always)]
     fn look_up(self, w: __m512i) -> __m512i {
-        // As those of `load_i8`.
+        // With 128 added, as `load_i8` returns them.
         const TABLE: [u8; 16] = {
             let mut table = [0; 16];
             let mut i = 0;

@@ -20,7 +20,8 @@ impl Kernel for Probe<'_> {
             let u4 = isa.dot_u4(isa.dot_u4(isa.int_zero(), low, activations), high, activations);
             let upper = isa.load_u8(self.bytes.as_ptr());
             let six = (isa.raise(low, upper, 4, 3), isa.raise(high, upper, 6, 1));
-            let eight = [self.activations[0]; 8];
+            let [p, q, r, s] = *self.activations;
+            let eight = [p, q, r, s, s, r, q, p];
             let u6 = isa.peak_u6(isa.dot_u6(isa.int_zero(), six, eight.as_ptr()), six.0, activations);
             let table = isa.look_up(high);
             let mut stored = [0; 64];

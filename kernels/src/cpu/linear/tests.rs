@@ -140,12 +140,17 @@ fn every_instruction_set_and_thread_count_gives_the_same_bits() {
     let mut portable = Machine::new(Level::Portable, 1).expect("always there");
     for dtype in ALL {
         let weight = weight(&mut portable.pool, dtype, cols);
-        let (x, bias) = (noise(40 * cols, 3), noise(37, 4));
-        let expected = portable.product(&x, &weight, &bias);
-        for level in [Level::Avx2, Level::Avx512] {
-            for threads in [1, 3] {
-                let Some(mut machine) = Machine::new(level, threads) else { continue };
-                assert!(machine.product(&x, &weight, &bias) == expected, "{dtype:?}, {level:?}, {threads} threads");
+        let bias = noise(37, 4);
+        // With a panel, without one in tiles of several heights, and one row alone.
+        for rows in [40, 11, 1] {
+            let x = noise(rows * cols, 3);
+            let expected = portable.product(&x, &weight, &bias);
+            for level in [Level::Avx2, Level::Avx512] {
+                for threads in [1, 3] {
+                    let Some(mut machine) = Machine::new(level, threads) else { continue };
+                    let product = machine.product(&x, &weight, &bias);
+                    assert!(product == expected, "{dtype:?}, {rows} rows, {level:?}, {threads} threads");
+                }
             }
         }
     }
@@ -200,13 +205,18 @@ fn the_largest_quants_do_not_overflow() {
             let bytes = block.repeat(16 * cols / dtype.block_len());
             let matrix = Matrix::new(dtype, 16, cols, &bytes).expect("matrix");
             let weight = Linear::new(&mut machine.pool, &mut Arena::default(), &[matrix]);
-            for sign in [1.0, -1.0] {
-                let x = vec![sign * 127.0; cols];
+            // Nowhere a peak, then one in a block's first half and one in its second.
+            for (sign, peak) in [1.0, -1.0].into_iter().flat_map(|sign| [None, Some(0), Some(28)].map(|at| (sign, at)))
+            {
+                let mut x = vec![sign * 127.0f32; cols];
+                for block in x.chunks_exact_mut(BLOCK) {
+                    if let Some(at) = peak {
+                        block[at..at + 4].fill(sign * 127.0 * 128.0);
+                    }
+                }
                 let product = machine.product(&x, weight.as_ref().expect("weight"), &[0.0; 16]);
-                assert!(
-                    product.iter().all(|&v| v == largest * 127.0 * sign * cols as f32),
-                    "{level:?} {dtype:?} {product:?}"
-                );
+                let want = largest * x.iter().sum::<f32>();
+                assert!(product.iter().all(|&v| v == want), "{level:?} {dtype:?} {peak:?} {product:?}, not {want}");
             }
         }
     }
