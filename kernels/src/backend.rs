@@ -62,7 +62,7 @@ pub struct Rehearsed {
 
 /// The fused operations one forward pass is made of.
 ///
-/// Methods with a body are fusions: the default composes other operations; a backend may override it with fewer kernels
+/// Operations with a body are fusions: the default composes other operations; a backend may override it with fewer kernels
 /// if the bits stay the same.
 ///
 /// Every operation treats each row (token) by itself and reduces in an order that depends on that row's shape alone, so
@@ -106,8 +106,8 @@ pub trait Backend: Send + 'static {
     /// Tells the backend of the step to come. Operations that take a batch are given this one until the next call.
     fn begin(&mut self, batch: &Batch);
 
-    /// Begins a step and computes it by `operations`, which do the same with every batch of the same size: a backend
-    /// may record what they enqueue and later enqueue that again, without calling them.
+    /// Begins a step and computes it by `operations`, which do the same with every batch of the same size that wants
+    /// logits: a backend may record what they enqueue and later enqueue that again, without calling them.
     fn step(&mut self, batch: &Batch, operations: &mut dyn FnMut(&mut Self)) {
         self.begin(batch);
         operations(self);

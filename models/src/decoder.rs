@@ -170,15 +170,21 @@ impl<B: Backend> Decoder<B> {
                 let rms_norm = RmsNorm { weight: &layer.attention_norm, eps };
                 backend.norm_linear(&mut b.residual, rms_norm, &layer.qkv, layer.qkv_bias.as_ref(), &mut b.qkv);
                 let qk_norm = layer.q_norm.as_ref().zip(layer.k_norm.as_ref()).map(|(q, k)| QkNorm { q, k, eps });
-                let output = Projection { weight: &layer.output, bias: layer.output_bias.as_ref() };
-                let attention = Attention { shape, scale, norm: qk_norm, rope, output };
-                let (qkv, mixed, residual) = (&mut b.qkv, &mut b.attention, &mut b.residual);
-                backend.add_attention(qkv, attention, cache, index, batch, mixed, residual, &mut |backend| {
+                let mut stored = |backend: &B| {
                     if !backend.is_recording() {
                         layer_done(index);
                         layers_done = index + 1;
                     }
-                });
+                };
+                if index + 1 == layers.len() && batch.logit_rows.is_empty() {
+                    // Keys and values are all that is wanted of this step: part of a prompt, or one of another worker.
+                    backend.rope_and_cache(&mut b.qkv, shape, qk_norm, rope, cache, index, batch);
+                    return stored(backend);
+                }
+                let output = Projection { weight: &layer.output, bias: layer.output_bias.as_ref() };
+                let attention = Attention { shape, scale, norm: qk_norm, rope, output };
+                let (qkv, mixed, residual) = (&mut b.qkv, &mut b.attention, &mut b.residual);
+                backend.add_attention(qkv, attention, cache, index, batch, mixed, residual, &mut stored);
 
                 let rms_norm = RmsNorm { weight: &layer.mlp_norm, eps };
                 let gate_up = Projection { weight: &layer.gate_up, bias: layer.gate_up_bias.as_ref() };

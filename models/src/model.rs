@@ -21,7 +21,7 @@ pub trait Model<B: Backend>: Send {
     /// Runs all layers over `batch` and writes the batch's keys and values to `cache`. Calls `layer_done` with the
     /// number of each layer, in order, once its keys and values are there, while the layer's products are still to
     /// come: whoever sends them elsewhere does so beside the rest of the pass. The final hidden states stay in the
-    /// model for [`Model::logits`].
+    /// model for [`Model::logits`]; where the batch wants no logits, the pass ends with the last keys and values.
     fn forward(&mut self, backend: &mut B, cache: &mut B::KvCache, batch: &Batch, layer_done: &mut dyn FnMut(usize));
 
     /// Prepares for passes over batches as large as this one ([`Backend::rehearse`]). What [`Model::logits`] gives then

@@ -199,19 +199,26 @@ fn a_layer_is_told_of_when_its_pages_are_there_and_the_next_is_not_begun() {
     let mut cache = backend.kv_cache(layout(&config)).unwrap();
     let Some(KvPages::Host(region)) = backend.kv_pages(&cache) else { panic!("pages are in host memory") };
     let (file, shape) = (region.file().unwrap(), region.shape());
-    let is_written = |layer, page| {
+    let page_of = |layer, page| {
         let mut bytes = vec![0; shape.page_bytes];
         file.read_exact_at(&mut bytes, shape.offset(layer, page, 1) as u64).unwrap();
-        bytes.iter().any(|&byte| byte != 0)
+        bytes
     };
-    let mut batch = Batch::default();
-    batch.push(&TOKENS, 0, &[5, 2, 7], 0);
-    let mut told = Vec::new();
-    model.forward(&mut backend, &mut cache, &batch, &mut |done| {
-        told.push(done);
-        for layer in 0..config.layers {
-            assert_eq!([5, 2, 7].map(|page| is_written(layer, page)), [layer <= done; 3], "layer {layer} at {done}");
-        }
-    });
-    assert_eq!(told, [0, 1, 2]);
+    // All logits, and none: the same keys and values are there, and all layers are told of.
+    for (logits_from, pages) in [(0, [5, 2, 7]), (TOKENS.len(), [1, 6, 3])] {
+        let mut batch = Batch::default();
+        batch.push(&TOKENS, 0, &pages, logits_from);
+        let mut told = Vec::new();
+        model.forward(&mut backend, &mut cache, &batch, &mut |done| {
+            told.push(done);
+            for layer in 0..config.layers {
+                let written = pages.map(|page| !page_of(layer, page).iter().all(|&byte| byte == 0));
+                assert_eq!(written, [layer <= done; 3], "layer {layer} at {done}");
+            }
+        });
+        assert_eq!(told, [0, 1, 2]);
+    }
+    for layer in 0..config.layers {
+        assert_eq!([5, 2, 7].map(|page| page_of(layer, page)), [1, 6, 3].map(|page| page_of(layer, page)));
+    }
 }
