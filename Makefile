@@ -76,7 +76,7 @@ bench: setup-services bench-frontend $(if $(filter $(DEMO),$(MODEL)),demo-model)
 	$(CARGO) bench --locked --bench disaggregation -- --model $(MODEL) --results benches/results
 	$(CARGO) bench --locked --bench suite -- --model $(MODEL) --results benches/results $(if $(filter llama.cpp,$(PEERS)),--llama "$$(scripts/fetch-llama-cpp.sh)") $(ARGS)
 
-bench-types: setup ## Measure the forward pass beside llama.cpp on the shape of Qwen3-0.6B, in GGUF files of five types, made at the first run (3.1 GB)
+bench-types: setup ## Measure the forward pass beside llama.cpp on the shape of Qwen3-0.6B, in GGUF files of five types; at the first run llama.cpp is built (10 to 25 minutes) and the files are made (3.1 GB)
 	scripts/fetch-llama-cpp.sh
 	scripts/make-shape-gguf.sh
 	$(CARGO) bench --locked --bench suite -- --types "$$(scripts/make-shape-gguf.sh)" --results benches/results --llama "$$(scripts/fetch-llama-cpp.sh)" $(ARGS)

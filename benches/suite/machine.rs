@@ -6,8 +6,8 @@ use std::time::Instant;
 
 use anyhow::Result;
 
-/// Bytes each thread reads in one pass: well beyond any cache.
-const BYTES: usize = 256 << 20;
+/// Bytes each thread reads in one pass, at least; all together read four times what the third-level cache holds, or more.
+const BYTES_MIN: usize = 256 << 20;
 const PASSES: usize = 5;
 
 /// What is printed about the machine.
@@ -20,6 +20,19 @@ pub(crate) struct Machine {
     pub(crate) features: Vec<&'static str>,
     /// Memory in GiB.
     pub(crate) memory_gib: f64,
+    /// MiB of the third-level cache, which machines that share a processor may share; 0 if the system does not say.
+    pub(crate) cache_mib: usize,
+}
+
+impl std::fmt::Display for Machine {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let Self { cpu, cores, features, memory_gib, cache_mib } = self;
+        write!(
+            f,
+            "{cpu}, {cores} cores, {memory_gib:.0} GiB, {cache_mib} MiB of third-level cache; {}",
+            features.join(", ")
+        )
+    }
 }
 
 impl Machine {
@@ -54,18 +67,25 @@ pub(crate) fn describe() -> Result<Machine> {
         cores: std::thread::available_parallelism()?.get(),
         features,
         memory_gib: kib / (1 << 20) as f64,
+        cache_mib: cache_mib(),
     })
+}
+
+fn cache_mib() -> usize {
+    let size = std::fs::read_to_string("/sys/devices/system/cpu/cpu0/cache/index3/size").unwrap_or_default();
+    size.trim().strip_suffix('K').and_then(|kib| kib.parse::<usize>().ok()).unwrap_or(0) >> 10
 }
 
 /// Bytes per second that `threads` threads read together, each from a buffer of its own; the best of a few passes.
 pub(crate) fn read_bandwidth(threads: usize) -> f64 {
+    let bytes = BYTES_MIN.max((4 * cache_mib() << 20) / threads);
     let barrier = Barrier::new(threads);
     let seconds = std::thread::scope(|scope| {
         let handles: Vec<_> = (0..threads)
             .map(|thread| {
                 let barrier = &barrier;
                 scope.spawn(move || {
-                    let buffer: Vec<u64> = (0..(BYTES / 8) as u64).map(|i| i ^ thread as u64).collect();
+                    let buffer: Vec<u64> = (0..(bytes / 8) as u64).map(|i| i ^ thread as u64).collect();
                     (0..PASSES)
                         .map(|_| {
                             barrier.wait();
@@ -82,7 +102,7 @@ pub(crate) fn read_bandwidth(threads: usize) -> f64 {
             .map(|pass| passes.iter().map(|thread| thread[pass]).fold(0.0, f64::max))
             .fold(f64::INFINITY, f64::min)
     });
-    (threads * BYTES) as f64 / seconds
+    (threads * bytes) as f64 / seconds
 }
 
 /// Adds everything up in independent lanes, which the compiler turns into vector loads.

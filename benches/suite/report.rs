@@ -59,9 +59,8 @@ impl Report {
     }
 
     fn write_markdown(&self, text: &mut String) -> std::fmt::Result {
-        let Machine { cpu, cores, features, memory_gib } = &self.machine;
         writeln!(text, "# {}, engine {}\n", self.model, env!("CARGO_PKG_VERSION"))?;
-        writeln!(text, "- Machine: {cpu}, {cores} cores, {memory_gib:.0} GiB; {}", features.join(", "))?;
+        writeln!(text, "- Machine: {}", self.machine)?;
         for (threads, bandwidth) in &self.bandwidth {
             writeln!(
                 text,

@@ -13,7 +13,7 @@ const TELLING_TOKENS: f64 = 32.0;
 /// After this many steps with prompts beside decodes, two go nearly without prompts, to measure what decoding takes by
 /// now: while prompts keep coming no other step would show it.
 const MIXED_MAX: u32 = 32;
-/// A step that takes more than this many times what was expected was held up by something else, which does not count.
+/// A step counts as this many times what was expected at most: what is beyond that was something else's.
 const STALL: f64 = 4.0;
 /// About how many seconds a step may take in which nobody decodes: whatever arrives meanwhile waits for its end, be it
 /// a short prompt or the claim of a prefill worker, which soon gives up.

@@ -1,3 +1,5 @@
+//! What the engine thread needs of a cluster to lend pages.
+
 use std::{sync::Arc, time::Duration};
 
 use crate::{

@@ -28,7 +28,8 @@ const DEPTH_PERIOD: Duration = Duration::from_millis(250);
 const IDLE_DEPTH_PERIODS: u32 = 8;
 /// After this many looks in a row, [`DEPTH_PERIOD`] apart, that find nobody working or waiting, the queue counts as
 /// deserted: a worker that is killed, or cannot reach the queue, stays registered until its lease runs out, if it does.
-/// After as many failed looks the queue counts as away: that is longer than a connection takes to be made again.
+/// A look that fails closes the queue to new prompts; after as many of these, prompts that are on it are prefilled here
+/// too: that is longer than a connection takes to be made again.
 const DESERTED_LOOKS: u32 = 3;
 /// Jobs on the way to the queue at a time.
 const PUBLISHING_MAX: usize = 64;

@@ -83,7 +83,7 @@ pub(super) struct Borrowing {
     reached: bool,
     prompts: HashMap<HandoffId, Prompt>,
     notes: mpsc::UnboundedSender<Note>,
-    /// Rung when a job has gone.
+    /// Notified whenever there may be room for a job.
     room: Arc<Notify>,
     started: Instant,
     block_size: usize,
@@ -161,7 +161,7 @@ impl Borrowing {
         (borrowing, received)
     }
 
-    /// Rung whenever there may be room for a job.
+    /// Notified whenever there may be room for a job.
     pub(super) fn room_changed(&self) -> Arc<Notify> {
         self.room.clone()
     }

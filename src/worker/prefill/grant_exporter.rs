@@ -49,7 +49,7 @@ impl Exporter for GrantExporter {
     }
 
     fn found(&mut self, first: usize, pages: &[u32]) {
-        // A write for each layer: each that ends is a sign of life for the decode worker.
+        // A write for each layer: each that ends lets the next sign of life say that something moved.
         (0..self.layers).for_each(|layer| self.write(layer, first, pages));
     }
 

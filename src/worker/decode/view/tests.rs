@@ -50,7 +50,7 @@ impl Bench {
         self.inbox.0.try_iter().filter_map(gone).collect()
     }
 
-    fn is_alone(&self) -> bool {
+    fn was_told_of_none(&self) -> bool {
         matches!(self.inbox.0.try_recv(), Ok(Message::NoPrefillWorkers))
     }
 }
@@ -77,9 +77,9 @@ async fn a_queue_that_nobody_works_on_is_left_until_somebody_does() {
     let bench = Bench::start(1);
     bench.publish().await;
     bench.pass(DESERTED_LOOKS - 1).await;
-    assert!(bench.view.prefill_workers() == 1 && !bench.is_alone(), "workers ask again in a moment");
+    assert!(bench.view.prefill_workers() == 1 && !bench.was_told_of_none(), "workers ask again in a moment");
     bench.pass(2).await;
-    assert!(bench.view.prefill_workers() == 0 && bench.is_alone());
+    assert!(bench.view.prefill_workers() == 0 && bench.was_told_of_none());
     let mut consumer = bench.cluster.queue.consume(bench.key);
     let job = consumer.next().await.unwrap();
     bench.pass(2).await;
@@ -87,10 +87,10 @@ async fn a_queue_that_nobody_works_on_is_left_until_somebody_does() {
     job.ack().await.unwrap();
     let asking = tokio::spawn(async move { consumer.next().await.is_some() });
     bench.pass(3 * IDLE_DEPTH_PERIODS).await;
-    assert!(bench.view.prefill_workers() == 1 && !bench.is_alone(), "somebody waits for one");
+    assert!(bench.view.prefill_workers() == 1 && !bench.was_told_of_none(), "somebody waits for one");
     asking.abort();
     bench.pass(IDLE_DEPTH_PERIODS + DESERTED_LOOKS).await;
-    assert!(bench.view.prefill_workers() == 0 && bench.is_alone());
+    assert!(bench.view.prefill_workers() == 0 && bench.was_told_of_none());
 }
 
 #[tokio::test(start_paused = true)]
@@ -99,7 +99,7 @@ async fn an_idle_queue_that_seems_deserted_is_soon_looked_at_again() {
     bench.pass(IDLE_DEPTH_PERIODS + DESERTED_LOOKS - 2).await;
     assert_eq!(bench.view.prefill_workers(), 1);
     bench.pass(2).await;
-    assert!(bench.view.prefill_workers() == 0 && bench.is_alone());
+    assert!(bench.view.prefill_workers() == 0 && bench.was_told_of_none());
     // Whoever was registered has gone; whoever comes is taken to be alive.
     bench.view.set_registered(0);
     bench.pass(2).await;
@@ -175,17 +175,17 @@ async fn jobs_in_a_queue_that_is_away_for_more_than_a_moment_are_not_waited_for(
     queue.away.store(true, Ordering::Relaxed);
     let bench = Bench::start_in(Cluster { queue: queue.clone(), ..Cluster::local() }, 1);
     bench.pass(DESERTED_LOOKS - 1).await;
-    assert!(bench.view.depth().is_none() && !bench.is_alone(), "it may be back in a moment");
+    assert!(bench.view.depth().is_none() && !bench.was_told_of_none(), "it may be back in a moment");
     queue.away.store(false, Ordering::Relaxed);
     bench.pass(1).await;
     assert_eq!(bench.view.depth(), Some(0));
     queue.away.store(true, Ordering::Relaxed);
     bench.pass(DESERTED_LOOKS - 1).await;
-    assert!(!bench.is_alone(), "it was back");
+    assert!(!bench.was_told_of_none(), "it was back");
     bench.pass(2).await;
-    assert!(bench.is_alone());
+    assert!(bench.was_told_of_none());
     bench.pass(10).await;
-    assert!(!bench.is_alone(), "once");
+    assert!(!bench.was_told_of_none(), "once");
 }
 
 #[tokio::test(start_paused = true)]
