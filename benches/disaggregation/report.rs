@@ -49,9 +49,8 @@ impl Report {
     }
 
     fn write_head(&self, text: &mut String) -> std::fmt::Result {
-        let Machine { cpu, cores, features, memory_gib } = &self.machine;
         writeln!(text, "# Disaggregation, engine {}\n", env!("CARGO_PKG_VERSION"))?;
-        writeln!(text, "- Machine: {cpu}, {cores} cores, {memory_gib:.0} GiB; {}", features.join(", "))?;
+        writeln!(text, "- Machine: {}", self.machine)?;
         match &self.device {
             Some(device) => writeln!(text, "- All workers compute on {device}, each in a process of its own"),
             None => writeln!(

@@ -53,12 +53,8 @@ impl Report {
 
     pub(crate) fn markdown(&self) -> Result<String> {
         let mut text = String::new();
-        let Machine { cpu, cores, memory_gib, .. } = &self.machine;
         writeln!(text, "# The frontend, engine {}\n", env!("CARGO_PKG_VERSION"))?;
-        writeln!(
-            text,
-            "- Machine: {cpu}, {cores} cores, {memory_gib:.0} GiB, shared by clients, frontend and workers"
-        )?;
+        writeln!(text, "- Machine: {}, shared by clients, frontend and workers", self.machine)?;
         writeln!(
             text,
             "- Streamed completions of {OUTPUT_TOKENS} tokens after prompts of {PROMPT_BYTES} bytes, over two workers \

@@ -62,9 +62,8 @@ struct Options {
 fn main() -> Result<()> {
     let options = Options::parse();
     let machine = machine::describe()?;
-    let machine::Machine { cpu, cores, memory_gib, .. } = &machine;
     let mut text = format!("# What a device waits for the host, engine {}\n\n", env!("CARGO_PKG_VERSION"));
-    writeln!(text, "- Machine: {cpu}, {cores} cores, {memory_gib:.0} GiB; the device is made believe")?;
+    writeln!(text, "- Machine: {machine}; the device is made believe")?;
     writeln!(
         text,
         "- {STEPS} steps of {} µs, in which all sequences decode, after {CONTEXT} tokens",

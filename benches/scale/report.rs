@@ -53,9 +53,8 @@ impl Report {
 
     pub(crate) fn markdown(&self) -> Result<String> {
         let mut text = String::new();
-        let Machine { cpu, cores, memory_gib, .. } = &self.machine;
         writeln!(text, "# Scale, engine {}\n", env!("CARGO_PKG_VERSION"))?;
-        writeln!(text, "- Machine: {cpu}, {cores} cores, {memory_gib:.0} GiB, shared by everything")?;
+        writeln!(text, "- Machine: {}, shared by everything", self.machine)?;
         writeln!(
             text,
             "- Mock workers (20 ms a step, 100 µs a prompt token) in processes of {} or fewer, one etcd, one NATS, one \

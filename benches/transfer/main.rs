@@ -117,9 +117,8 @@ fn measure(options: &Options, page_bytes: usize) -> Result<Vec<Row>> {
 
 fn markdown(machine: &machine::Machine, rows: &[Row], rounds: usize) -> Result<String> {
     let mut text = String::new();
-    let machine::Machine { cpu, cores, features, memory_gib } = machine;
     writeln!(text, "# KV transfers, engine {}\n", env!("CARGO_PKG_VERSION"))?;
-    writeln!(text, "- Machine: {cpu}, {cores} cores, {memory_gib:.0} GiB; {}", features.join(", "))?;
+    writeln!(text, "- Machine: {machine}")?;
     writeln!(text, "- Memory read by 1 thread: {:.1} GB/s", machine::read_bandwidth(1) / 1e9)?;
     writeln!(
         text,
