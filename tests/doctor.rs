@@ -44,6 +44,14 @@ fn in_cluster(cell: &Cell, flags: &[&str]) -> (bool, Vec<Value>) {
     doctor(&[&["--etcd", &cell.etcd.url(), "--nats", &cell.nats.url()], flags].concat())
 }
 
+/// Returns when so many workers are registered: one may know of another before it is registered itself.
+fn wait_for_workers(cell: &Cell, count: usize) {
+    tokio::runtime::Runtime::new().unwrap().block_on(async {
+        let cluster = cell::join(cell).await;
+        cell::registered(&cluster, WorkerFilter::default(), |workers| workers.len() == count).await;
+    });
+}
+
 #[test]
 fn a_model_is_measured_without_a_server() {
     let model = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/reference/models/qwen3");
@@ -104,11 +112,7 @@ fn a_cluster_is_measured_from_its_prefill_workers_while_it_serves() {
     let mock = ["mock", "--decode-workers", "2", "--prefill-workers", "1", "--etcd", &cell.etcd.url(), "--nats"];
     let mock = Server::start_as(&[&mock[..], &[&cell.nats.url()], &token].concat());
     mock.wait_until("the prefill worker is known", |mock| mock.metric("engine_prefill_workers") == 1.0);
-    // The other decode worker may not have got so far.
-    tokio::runtime::Runtime::new().unwrap().block_on(async {
-        let cluster = cell::join(&cell).await;
-        cell::registered(&cluster, WorkerFilter::default(), |workers| workers.len() == 3).await;
-    });
+    wait_for_workers(&cell, 3);
     let (passed, findings) = in_cluster(&cell, &[&["--measure"], &token[..]].concat());
     assert!(passed, "{findings:?}\n{}", mock.log());
     assert_eq!(of(&findings, "worker").len(), 3, "{findings:?}");
@@ -129,6 +133,7 @@ fn tcp_between_workers_is_a_failure_unless_it_is_wanted() {
     let mock = ["mock", "--prefill-workers", "1", "--transport", "tcp", "--etcd", &cell.etcd.url(), "--nats"];
     let mock = Server::start_as(&[&mock[..], &[&cell.nats.url()]].concat());
     mock.wait_until("the prefill worker is known", |mock| mock.metric("engine_prefill_workers") == 1.0);
+    wait_for_workers(&cell, 2);
     let (_, findings) = in_cluster(&cell, &["--measure"]);
     assert_eq!(failed(&findings), ["transport", "transfer"], "{findings:?}");
     let (passed, findings) = in_cluster(&cell, &["--measure", "--transport", "tcp"]);

@@ -7,13 +7,18 @@ mod program;
 mod services;
 mod support;
 
-use std::{thread, time::Duration};
+use std::{
+    thread,
+    time::{Duration, Instant},
+};
 
 use answer::Answer;
 use cell::Cell;
 use program::{Server, client::Events};
 use serde_json::{Value, json};
 
+/// How long anything may take before a test gives up. Not a measurement: the machine may be very busy.
+const PATIENCE: Duration = Duration::from_secs(120);
 const CHAT: &str = "/v1/chat/completions";
 const COMPLETIONS: &str = "/v1/completions";
 
@@ -26,9 +31,10 @@ fn know(frontend: &Server, workers: usize) {
         .wait_until("it knows the workers", |frontend| frontend.metric("engine_frontend_workers") == workers as f64);
 }
 
+/// So long an answer that a worker is still at it when a client has read its beginning.
 fn request() -> Value {
     json!({
-        "model": "demo", "prompt": "Once upon a time", "max_tokens": 160, "temperature": 0, "ignore_eos": true,
+        "model": "demo", "prompt": "Once upon a time", "max_tokens": 400, "temperature": 0, "ignore_eos": true,
         "stream": true, "stream_options": {"include_usage": true},
     })
 }
@@ -44,13 +50,14 @@ fn told(events: &[Value]) -> (String, Value) {
 /// The worker that is answering, as soon as one is: what the client reads may be the last one's words.
 fn busy(workers: &mut Vec<Server>) -> Server {
     let running = |worker: &Server| worker.metric("engine_running_requests") >= 1.0;
-    for _ in 0..10_000 {
+    let started = Instant::now();
+    loop {
         if let Some(at) = workers.iter().position(running) {
             return workers.remove(at);
         }
+        assert!(started.elapsed() < PATIENCE, "nobody answers");
         thread::sleep(Duration::from_millis(5));
     }
-    panic!("nobody answers");
 }
 
 #[test]
@@ -212,9 +219,7 @@ fn mocks_prefill_for_each_other_and_no_page_goes_astray() {
             ["--decode-workers", "2", "--prefill-workers", "2", "--namespace", transport, "--transport", transport];
         // It is the first decode worker that answers here.
         let mock = mock(&cell, &flags);
-        mock.wait_until("prefill workers are known", |mock| {
-            mock.metric("engine_prefill_workers") == 2.0 && mock.metric("engine_prefill_queue_depth") >= 0.0
-        });
+        cell.wait_for_prefill_workers_in(transport, &mock, 2);
         let prompts: Vec<String> = (0..6).map(|i| format!("{i} ").repeat(300)).collect();
         let texts: Vec<_> = prompts.iter().map(|prompt| text(&mock, prompt)).collect();
         assert_eq!(cell::prefills(&mock, "remote"), 6.0, "{}", mock.log());

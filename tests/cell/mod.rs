@@ -29,6 +29,8 @@ use crate::{
 
 /// How long anything may take before a test gives up. Not a measurement: the machine may be very busy.
 const PATIENCE: Duration = Duration::from_secs(120);
+/// Where workers are unless flags say otherwise.
+const NAMESPACE: &str = "engine";
 /// Tokens of a prompt that is handed off, in tests that set a threshold of 64, and of one that is not.
 pub(crate) const LONG: usize = 250;
 pub(crate) const SHORT: usize = 20;
@@ -135,24 +137,36 @@ impl Cell {
 
     /// Returns when a decode worker hands prompts off to `workers`.
     pub(crate) fn wait_for_prefill_workers(&self, decode: &Server, workers: usize) {
+        self.wait_for_prefill_workers_in(NAMESPACE, decode, workers);
+    }
+
+    /// The same in another namespace.
+    pub(crate) fn wait_for_prefill_workers_in(&self, namespace: &str, decode: &Server, workers: usize) {
         decode.wait_until("it knows the prefill workers and the queue", |decode| {
             decode.metric("engine_prefill_workers") >= workers as f64
                 && decode.metric("engine_prefill_queue_depth") >= 0.0
         });
-        // They are known a moment before they ask for jobs.
+        // They are known a moment before they ask for jobs. If that takes long, it finds the queue deserted meanwhile,
+        // and knows of none until it looks again.
         let runtime = Runtime::new().unwrap();
-        let (cluster, key) = (runtime.block_on(join(self)), model_key(decode));
-        decode.wait_until("they ask for jobs", |_| {
+        let (cluster, key) = (runtime.block_on(join_in(self, namespace)), model_key(decode));
+        decode.wait_until("they ask for jobs, and it knows that they do", |decode| {
             runtime.block_on(cluster.queue.depth(key)).is_ok_and(|depth| depth.asking >= workers as u64)
+                && decode.metric("engine_prefill_workers") >= workers as f64
         });
     }
 }
 
 /// The test's own way into the cluster.
 pub(crate) async fn join(cell: &Cell) -> Cluster {
+    join_in(cell, NAMESPACE).await
+}
+
+/// The same into another namespace.
+async fn join_in(cell: &Cell, namespace: &str) -> Cluster {
     let etcd = EtcdOptions::new(vec![cell.etcd.url()]);
     let nats = NatsOptions::new(vec![cell.nats.url()]);
-    Cluster::connect(ClusterOptions { namespace: "engine".to_owned(), etcd, nats }).await.unwrap()
+    Cluster::connect(ClusterOptions { namespace: namespace.to_owned(), etcd, nats }).await.unwrap()
 }
 
 /// The workers that are registered, once it `holds` for them.

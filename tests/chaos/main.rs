@@ -68,7 +68,7 @@ fn chaos(duration: Duration) {
     settled(&cell);
 
     // Everybody once, so that caches and buffers have had their size.
-    clients.everything_once(&frontend).check();
+    clients.everything_once(&frontend).check_quiet();
     at_rest();
     let memory_before = memory(&frontend, &decodes, &prefills);
 
@@ -96,7 +96,7 @@ fn chaos(duration: Duration) {
     let quiet = clock.now();
     settled(&cell);
     at_rest();
-    clients.everything_once(&frontend).check();
+    clients.everything_once(&frontend).check_quiet();
     at_rest();
     guard.wait_until_the_queue_is_empty(&cell.nats.url(), nats_was_killed);
     println!("all quiet after {:?}", clock.now() - quiet);
@@ -108,7 +108,7 @@ fn chaos(duration: Duration) {
         println!("{name}: {} KiB resident before, {} KiB after", before >> 10, after >> 10);
         assert!(after.saturating_sub(*before) < GROWTH_BYTES_MAX, "{name} grew from {before} to {after} bytes");
     }
-    tally.check();
+    tally.check_storm();
 }
 
 /// Resident bytes of the frontend and of all workers. Workers that are killed now and then are young; the first of

@@ -6,16 +6,19 @@ use std::{
     task::{Context, Wake, Waker},
 };
 
-use futures::{FutureExt, executor::block_on};
+use futures::FutureExt;
 
-use super::{assert_answers, collect, config, fake::Control, model_answer, request, start_ahead};
+use super::{
+    assert_answers, collect, config,
+    fake::Control,
+    model_answer, request, start_ahead,
+    waiting::{block_on, wait_until},
+};
 use crate::engine::*;
 
 /// Tokens computed, when there are as many at least: the step for nobody is computed when the readers are gone.
 fn computed(control: &Control, least: usize) -> usize {
-    while control.computed.load(Ordering::Relaxed) < least {
-        std::thread::yield_now();
-    }
+    wait_until(|| control.computed.load(Ordering::Relaxed) >= least);
     control.computed.load(Ordering::Relaxed)
 }
 
@@ -86,12 +89,12 @@ fn what_was_computed_in_vain_for_one_is_not_taken_for_another_s_in_its_place() {
     let pending = std::pin::pin!(leaves.next()).poll(&mut Context::from_waker(&waker)).is_pending();
     assert!(pending, "two steps gave three tokens");
     control.open();
-    let mut follows = loop {
-        match follower.submitted.lock().unwrap().take() {
-            Some(generation) => break generation,
-            None => std::thread::yield_now(),
-        }
-    };
+    let mut follows = None;
+    wait_until(|| {
+        follows = follower.submitted.lock().unwrap().take();
+        follows.is_some()
+    });
+    let mut follows = follows.unwrap();
     let (rest, reason, _) = block_on(collect(&mut leaves));
     events.extend(rest);
     assert_eq!((events, reason), model_answer(&ends, 128));

@@ -2,9 +2,7 @@
 
 use std::sync::atomic::Ordering;
 
-use futures::executor::block_on;
-
-use super::{STARTS, assert_answers, collect, config, fake::VOCAB_SIZE, request};
+use super::{STARTS, assert_answers, collect, config, fake::VOCAB_SIZE, request, waiting::block_on};
 use crate::{
     engine::*,
     grammar::{Grammar, Source, Vocabulary},

@@ -3,9 +3,9 @@
 use std::sync::mpsc;
 
 use engine_kernels::{Batch, SampleRow, Sampled};
-use futures::{FutureExt, executor::block_on};
+use futures::FutureExt;
 
-use super::{STARTS, collect, config, fake::Fault, request, start};
+use super::{STARTS, collect, config, fake::Fault, request, start, waiting::block_on};
 use crate::{engine::*, telemetry::Metrics};
 
 #[test]

@@ -11,6 +11,7 @@ use std::{
 
 use engine_kernels::{Batch, RowTask, SampleRow, Sampled, SamplingParams, SequenceId};
 
+use super::waiting::MINUTE;
 use crate::engine::{Runner, RunnerError, RunsAhead, mock_runner::mix};
 
 pub(super) const VOCAB_SIZE: usize = 1000;
@@ -67,9 +68,13 @@ impl Control {
     }
 
     /// Returns once a step is held back.
+    #[track_caller]
     pub(super) fn wait_until_held(&self) {
         let gate = self.gate.lock().unwrap();
-        drop(self.changed.wait_while(gate, |gate| !gate.held || gate.permits > 0).unwrap());
+        let waited = self.changed.wait_timeout_while(gate, MINUTE, |gate| !gate.held || gate.permits > 0);
+        let (gate, waited) = waited.unwrap();
+        drop(gate);
+        assert!(!waited.timed_out(), "still waiting for a step");
     }
 
     /// Lets the step that is held back go on, and no other.

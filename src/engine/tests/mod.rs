@@ -6,14 +6,18 @@ mod ending;
 mod fake;
 mod remote;
 mod resumed;
+mod waiting;
 
 use std::sync::{Arc, atomic::Ordering};
 
 use engine_kernels::{RowTask, SampleRow, Sampled, SamplingParams, SequenceId};
-use futures::{executor::block_on, future::join_all};
+use futures::future::join_all;
 use proptest::prelude::*;
 
-use self::fake::{Control, FakeRunner, NOTHING_FOLLOWS, VOCAB_SIZE, expected};
+use self::{
+    fake::{Control, FakeRunner, NOTHING_FOLLOWS, VOCAB_SIZE, expected},
+    waiting::{block_on, wait_until},
+};
 use super::*;
 use crate::{cache::Salt, telemetry::Metrics};
 
@@ -350,13 +354,13 @@ fn more_requests_than_may_wait_are_refused() {
     assert_eq!(handle.check_place().err(), refused, "nor need it be prepared");
     control.open();
     drop(rest);
-    let mut accepted = loop {
-        // Places are free again once the engine has looked.
-        match handle.submit(request(0..5, 3)) {
-            Ok(generation) => break generation,
-            Err(_) => std::thread::yield_now(),
-        }
-    };
+    // Places are free again once the engine has looked.
+    let mut accepted = None;
+    wait_until(|| {
+        accepted = handle.submit(request(0..5, 3)).ok();
+        accepted.is_some()
+    });
+    let mut accepted = accepted.unwrap();
     assert_eq!(block_on(collect(&mut accepted)).1, FinishReason::Length);
 }
 
@@ -467,8 +471,6 @@ fn the_step_under_way_is_known_and_while_there_is_nothing_to_compute_none_is() {
         assert!(handle.step_under_way().expect("another is") > first);
         control.open();
         block_on(collect(&mut generation));
-        while handle.step_under_way().is_some() {
-            std::thread::yield_now();
-        }
+        wait_until(|| handle.step_under_way().is_none());
     }
 }

@@ -1,9 +1,8 @@
 //! Answers that were begun elsewhere.
 
 use engine_kernels::SamplingParams;
-use futures::executor::block_on;
 
-use super::{config, fake::VOCAB_SIZE};
+use super::{config, fake::VOCAB_SIZE, waiting::block_on};
 use crate::engine::*;
 
 const MODEL_LEN: usize = 96;

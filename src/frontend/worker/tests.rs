@@ -11,6 +11,9 @@ use crate::{
     },
 };
 
+/// How long anything may take before a test gives up. Not a measurement: the machine may be very busy.
+const PATIENCE: Duration = Duration::from_secs(60);
+
 /// What is known of a worker that serves connections side by side.
 #[derive(Clone, Default)]
 struct Served {
@@ -100,6 +103,17 @@ async fn what_the_frontend_itself_lacks_says_nothing_of_a_worker() {
     assert!(worker.is_avoided());
 }
 
+/// Returns when the poller has heard that of so many `kept` connections all but the `first` few are closed.
+async fn hears_of_the_end(worker: &Worker, first: usize, kept: usize) {
+    assert_eq!(worker.idle().len(), kept);
+    let heard = async {
+        while !worker.idle().iter().skip(first).all(|kept| kept.connection.is_closed()) {
+            yield_now().await;
+        }
+    };
+    timeout(PATIENCE, heard).await.expect("the poller hears of it");
+}
+
 #[tokio::test]
 async fn with_a_kept_connection_go_those_that_are_closed_too_and_no_others() {
     let (listener, worker) = bound().await;
@@ -120,10 +134,7 @@ async fn with_a_kept_connection_go_those_that_are_closed_too_and_no_others() {
     exchanges.into_iter().for_each(|exchange| worker.keep(exchange));
     // The one that is used next, and the one before it.
     streams.truncate(1);
-    // The poller hears of it.
-    while !worker.idle().iter().skip(1).all(|kept| kept.connection.is_closed()) {
-        yield_now().await;
-    }
+    hears_of_the_end(&worker, 1, 3).await;
     let (_stream, exchange) = tokio::join!(answer(), worker.send(&request));
     assert!(exchange.is_ok());
     let kept = worker.idle();
@@ -148,10 +159,7 @@ async fn a_worker_that_dies_over_a_request_is_told_from_one_that_was_gone_before
         worker.probe().await;
         if !dies_over_it {
             serving.await.unwrap();
-            // The poller hears of it.
-            while !worker.idle().iter().all(|kept| kept.connection.is_closed()) {
-                yield_now().await;
-            }
+            hears_of_the_end(&worker, 0, 1).await;
         }
         let error = worker.send(&request).await.err().unwrap();
         assert_eq!(matches!(error, LostError::Broken(_)), dies_over_it, "{error}");

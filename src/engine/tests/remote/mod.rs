@@ -12,10 +12,7 @@ use std::sync::{
     mpsc::{RecvTimeoutError, channel},
 };
 
-use futures::{
-    executor::block_on,
-    future::{join, join_all},
-};
+use futures::future::{join, join_all};
 use proptest::prelude::*;
 
 use self::support::*;
@@ -23,6 +20,7 @@ use super::{
     BLOCK, STARTS, any_request, collect, config,
     fake::{Control, FakeRunner},
     model_answer, request, start,
+    waiting::{MINUTE, block_on, wait_until},
 };
 use crate::{
     cache::Salt,
@@ -310,6 +308,15 @@ fn a_prompt_that_is_cancelled_keeps_its_pages_until_nobody_reads_them() {
     assert_eq!(control.computed.load(Ordering::Relaxed), 32);
 }
 
+/// Says so when it goes, in a panic too: nobody could end before the other thread does.
+struct Finished<'a>(&'a AtomicBool);
+
+impl Drop for Finished<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
 proptest! {
     #![proptest_config(ProptestConfig { cases: 60, failure_persistence: None, ..ProptestConfig::default() })]
 
@@ -351,9 +358,8 @@ proptest! {
                     }
                 }
             });
-            let answers = block_on(join_all(generations.iter_mut().map(collect)));
-            finished.store(true, Ordering::Relaxed);
-            answers
+            let _finished = Finished(&finished);
+            block_on(join_all(generations.iter_mut().map(collect)))
         });
         for (request, (events, reason, _)) in requests.iter().zip(answers) {
             prop_assert_eq!((events, reason), model_answer(request, 128));

@@ -11,6 +11,7 @@ use crate::{
         tests::{
             BLOCK,
             fake::{Control, FakeRunner},
+            waiting::{MINUTE, wait_until},
         },
         *,
     },
@@ -171,8 +172,6 @@ pub(super) const PATIENT: LendingConfig = LendingConfig {
     timeouts: LenderTimeouts { unclaimed: MINUTE, silent: MINUTE, stalled: MINUTE, release: MINUTE },
 };
 
-pub(super) const MINUTE: std::time::Duration = std::time::Duration::from_secs(60);
-
 pub(super) fn decode_with(config: EngineConfig, threshold: usize, lending: LendingConfig) -> Decode {
     decode_by(FakeRunner::new, config, threshold, lending)
 }
@@ -248,16 +247,6 @@ impl Decode {
     #[track_caller]
     pub(super) fn wait_until(&self, holds: impl Fn(Snapshot) -> bool) {
         wait_until(|| holds(self.handle.snapshot()));
-    }
-}
-
-/// A test that hangs fails instead.
-#[track_caller]
-pub(super) fn wait_until(holds: impl Fn() -> bool) {
-    let begun = std::time::Instant::now();
-    while !holds() {
-        assert!(begun.elapsed() < MINUTE, "still waiting");
-        std::thread::yield_now();
     }
 }
 
