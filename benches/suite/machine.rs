@@ -78,7 +78,7 @@ fn cache_mib() -> usize {
 
 /// Bytes per second that `threads` threads read together, each from a buffer of its own; the best of a few passes.
 pub(crate) fn read_bandwidth(threads: usize) -> f64 {
-    let bytes = BYTES_MIN.max((4 * cache_mib() << 20) / threads);
+    let bytes = BYTES_MIN.max((4 * cache_mib() / threads) << 20);
     let barrier = Barrier::new(threads);
     let seconds = std::thread::scope(|scope| {
         let handles: Vec<_> = (0..threads)

@@ -199,9 +199,9 @@ fn a_layer_is_told_of_when_its_pages_are_there_and_the_next_is_not_begun() {
     let mut cache = backend.kv_cache(layout(&config)).unwrap();
     let Some(KvPages::Host(region)) = backend.kv_pages(&cache) else { panic!("pages are in host memory") };
     let (file, shape) = (region.file().unwrap(), region.shape());
-    let page_of = |layer, page| {
+    let page_of = |layer, page: u32| {
         let mut bytes = vec![0; shape.page_bytes];
-        file.read_exact_at(&mut bytes, shape.offset(layer, page, 1) as u64).unwrap();
+        file.read_exact_at(&mut bytes, shape.offset(layer, page as usize, 1) as u64).unwrap();
         bytes
     };
     // All logits, and none: the same keys and values are there, and all layers are told of.
