@@ -105,8 +105,33 @@ pub(crate) fn read_bandwidth(threads: usize) -> f64 {
     (threads * bytes) as f64 / seconds
 }
 
-/// Adds everything up in independent lanes, which the compiler turns into vector loads.
+/// Adds everything up, with loads as wide as the kernels' where the processor has them.
 fn sum(values: &[u64]) -> u64 {
+    #[cfg(target_arch = "x86_64")]
+    {
+        #[target_feature(enable = "avx512f")]
+        fn in_64_bytes(values: &[u64]) -> u64 {
+            sum_in_lanes(values)
+        }
+        #[target_feature(enable = "avx2")]
+        fn in_32_bytes(values: &[u64]) -> u64 {
+            sum_in_lanes(values)
+        }
+        if is_x86_feature_detected!("avx512f") {
+            // SAFETY: the processor has the instructions.
+            return unsafe { in_64_bytes(values) };
+        }
+        if is_x86_feature_detected!("avx2") {
+            // SAFETY: as above.
+            return unsafe { in_32_bytes(values) };
+        }
+    }
+    sum_in_lanes(values)
+}
+
+/// In so many independent sums that the compiler makes vectors of them, and these do not wait for each other.
+#[inline(always)]
+fn sum_in_lanes(values: &[u64]) -> u64 {
     let mut lanes = [0u64; 32];
     for chunk in values.chunks_exact(32) {
         for (lane, value) in lanes.iter_mut().zip(chunk) {
