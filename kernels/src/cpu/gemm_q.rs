@@ -10,9 +10,8 @@
 //! instructions, and needs at least its own 56 bytes of the second-level cache. (Were activations to stay and weights
 //! to come, in tiles of four rows, it would be 160 or 136.) To need no more, a range of `k` is taken at a time:
 //!
-//! - Its weights of one group, those of fewer than 8 bits unpacked into a panel, stay in the first-level cache while
-//!   all rows pass by. All `k` of 8-bit weights stay only if that is less than 1,300 or so; otherwise 136 bytes come
-//!   along every time.
+//! - Its weights of one group, unpacked into a panel as registers want them, stay in the first-level cache while all
+//!   rows pass by.
 //! - Its activations, 168 KiB for 128 rows, stay in the second-level cache while several groups take their turn. All
 //!   `k` of them stay in 512 KiB only if that is less than 2,300; otherwise the 56 bytes come from the third level for
 //!   each group instead of once for sixteen.
@@ -71,7 +70,7 @@ trait Layout {
     const MIN: bool = matches!(Self::FORMAT, Format::U4 | Format::U5);
     /// Parts with scales of their own: blocks, or their halves.
     const PARTS: usize = if matches!(Self::FORMAT, Format::U6) { 2 } else { 1 };
-    /// Whether weights have to be unpacked, and many rows want that done once.
+    /// Whether several weights share a byte, so that they have to be unpacked.
     const PACKED: bool = !matches!(Self::FORMAT, Format::I8);
 
     /// Rows from which ranges and unpacking into a panel pay. With fewer, unpacking each time is up to 30 % faster, but
@@ -115,7 +114,7 @@ unsafe fn weights<I: Isa, L: Layout, const PANEL: bool>(isa: I, w: *const u8, pa
     // SAFETY: as the function says.
     unsafe {
         if PANEL || !L::PACKED {
-            return (unpacked::<I, L>(isa, w, 2 * pair), unpacked::<I, L>(isa, w, 2 * pair + 1));
+            return (unpacked::<I, L, PANEL>(isa, w, 2 * pair), unpacked::<I, L, PANEL>(isa, w, 2 * pair + 1));
         }
         let (low, high) = isa.load_u4(w.add(pair * 64));
         let (first, second) = (2 * pair as u32, 2 * pair as u32 + 1);
@@ -132,7 +131,7 @@ unsafe fn weights_of_four<I: Isa, L: Layout, const PANEL: bool>(isa: I, w: *cons
     // SAFETY: as the function says.
     unsafe {
         if PANEL || !L::PACKED {
-            return unpacked::<I, L>(isa, w, four as usize);
+            return unpacked::<I, L, PANEL>(isa, w, four as usize);
         }
         let nibbles = isa.load_u4_half(w.add(four as usize / 2 * 64), four % 2 * 4);
         beyond_nibbles::<I, L>(isa, w, nibbles, four)
@@ -141,11 +140,12 @@ unsafe fn weights_of_four<I: Isa, L: Layout, const PANEL: bool>(isa: I, w: *cons
 
 /// The weights of four `k` where each has a byte.
 #[inline(always)]
-unsafe fn unpacked<I: Isa, L: Layout>(isa: I, w: *const u8, four: usize) -> I::W {
+unsafe fn unpacked<I: Isa, L: Layout, const PANEL: bool>(isa: I, w: *const u8, four: usize) -> I::W {
     // SAFETY: the callers vouch for 512 weights.
     unsafe {
         match L::FORMAT {
-            Format::Iq4 | Format::I8 => isa.load_i8(w.add(four * 64)),
+            Format::Iq4 | Format::I8 if PANEL => isa.load_signed(w.add(four * 64)),
+            Format::I8 => isa.load_i8(w.add(four * 64)),
             _ => isa.load_u8(w.add(four * 64)),
         }
     }
@@ -259,7 +259,7 @@ impl QuantizedGemm<'_> {
                     unsafe {
                         let weights = self.part.data[group * group_bytes..].as_ptr();
                         let packed = weights.add(first * L::FORMAT.unit().0);
-                        let w = if L::PACKED && in_ranges {
+                        let w = if in_ranges {
                             unpack_panel::<I, L>(isa, packed, count, panel);
                             panel.cast_const()
                         } else {
@@ -283,7 +283,7 @@ impl QuantizedGemm<'_> {
                                 is_first: first == 0,
                                 is_last: first + count == blocks,
                             };
-                            row += if L::PACKED && in_ranges {
+                            row += if in_ranges {
                                 self.some_rows::<I, L, true>(isa, operands, place)
                             } else {
                                 self.some_rows::<I, L, false>(isa, operands, place)

@@ -316,6 +316,11 @@ impl Isa for Avx2 {
         unsafe { self.store_u8(p, w) }
     }
     #[inline(always)]
+    unsafe fn load_signed(self, p: *const u8) -> Self::W {
+        // SAFETY: the caller vouches for 64 bytes.
+        unsafe { self.load_i8(p) }
+    }
+    #[inline(always)]
     unsafe fn dot_u4(self, sum: Self::I, w: Self::W, a: *const i8) -> Self::I {
         // SAFETY: the caller vouches for four activations.
         unsafe {

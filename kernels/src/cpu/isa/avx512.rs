@@ -230,7 +230,12 @@ impl Isa for Avx512 {
     #[inline(always)]
     unsafe fn store_signed(self, p: *mut u8, w: __m512i) {
         // SAFETY: the caller vouches for 64 bytes.
-        unsafe { self.store_u8(p, _mm512_xor_si512(w, _mm512_set1_epi8(-128))) }
+        unsafe { self.store_u8(p, w) }
+    }
+    #[inline(always)]
+    unsafe fn load_signed(self, p: *const u8) -> __m512i {
+        // SAFETY: the caller vouches for 64 bytes.
+        unsafe { self.load_u8(p) }
     }
     #[inline(always)]
     unsafe fn dot_u4(self, sum: __m512i, w: __m512i, a: *const i8) -> __m512i {

@@ -99,8 +99,10 @@ pub(crate) trait Isa: Copy + Send + Sync + 'static {
     unsafe fn store_u8(self, p: *mut u8, w: Self::W);
     /// Reads signed weights, 64 bytes.
     unsafe fn load_i8(self, p: *const u8) -> Self::W;
-    /// Writes what [`Isa::load_i8`] reads.
+    /// Writes signed weights as this has them in registers, 64 bytes.
     unsafe fn store_signed(self, p: *mut u8, w: Self::W);
+    /// Reads what [`Isa::store_signed`] wrote.
+    unsafe fn load_signed(self, p: *const u8) -> Self::W;
     /// Adds the products of 4-bit weights with four activations at `a`. At most eight such additions make a block.
     unsafe fn dot_u4(self, sum: Self::I, w: Self::W, a: *const i8) -> Self::I;
     /// Adds the products of weights of at most 6 bits with eight activations at `a`, four for each of the two.

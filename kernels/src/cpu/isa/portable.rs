@@ -191,6 +191,11 @@ impl Isa for Portable {
         unsafe { self.store_u8(p, w) }
     }
     #[inline(always)]
+    unsafe fn load_signed(self, p: *const u8) -> Self::W {
+        // SAFETY: see above; 64 bytes.
+        unsafe { self.load_i8(p) }
+    }
+    #[inline(always)]
     unsafe fn dot_u4(self, sum: Self::I, w: Self::W, a: *const i8) -> Self::I {
         // SAFETY: see above; four activations.
         dot(sum, &w, unsafe { a.cast::<[i8; 4]>().read_unaligned() })

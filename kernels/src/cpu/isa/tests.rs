@@ -26,8 +26,11 @@ impl Kernel for Probe<'_> {
             let table = isa.look_up(high);
             let mut stored = [0; 64];
             isa.store_signed(stored.as_mut_ptr(), table);
-            let signed =
-                isa.dot_i8(isa.dot_i8(isa.int_zero(), table, activations), isa.load_i8(stored.as_ptr()), activations);
+            let signed = isa.dot_i8(
+                isa.dot_i8(isa.int_zero(), table, activations),
+                isa.load_signed(stored.as_ptr()),
+                activations,
+            );
             let i8 = isa.dot_i8(isa.int_zero(), isa.load_i8(self.bytes.as_ptr()), activations);
             let i8 = isa.peak_i8(i8, isa.load_i8(self.bytes.as_ptr()), activations);
             let sum = self.activations.iter().map(|&a| i32::from(a)).sum::<i32>() * (1 + PEAK_UNIT);
