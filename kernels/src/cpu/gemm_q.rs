@@ -409,7 +409,7 @@ unsafe fn accumulate<I: Isa, L: Layout, const R: usize, const PANEL: bool>(
 /// Adds the products of a block, or of its `PART`-th half.
 ///
 /// # Safety
-/// The block and those of `R` rows are readable.
+/// `PART` is below `L::PARTS`, the block and those of `R` rows are readable, and `sums` are of as many.
 #[inline(always)]
 unsafe fn accumulate_part<I: Isa, L: Layout, const R: usize, const PANEL: bool, const PART: usize>(
     isa: I,

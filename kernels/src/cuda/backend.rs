@@ -174,7 +174,7 @@ impl<D: Driver> Backend for CudaBackend<D> {
 
     fn step(&mut self, batch: &Batch, operations: &mut dyn FnMut(&mut Self)) {
         self.begin(batch);
-        // Without logits, operations are others than those of a step that decodes, and of its size.
+        // Without logits a step has fewer operations than one that decodes, and may have its shape.
         if batch.logit_rows.is_empty() { operations(self) } else { self.run(operations) }
     }
 

@@ -205,7 +205,7 @@ fn the_largest_quants_do_not_overflow() {
             let bytes = block.repeat(16 * cols / dtype.block_len());
             let matrix = Matrix::new(dtype, 16, cols, &bytes).expect("matrix");
             let weight = Linear::new(&mut machine.pool, &mut Arena::default(), &[matrix]);
-            // Nowhere a peak, then one in a block's first half and one in its second.
+            // With a peak like the rest, then one of the largest in a block's first half and one in its second.
             for (sign, peak) in [1.0, -1.0].into_iter().flat_map(|sign| [None, Some(0), Some(28)].map(|at| (sign, at)))
             {
                 let mut x = vec![sign * 127.0f32; cols];
