@@ -34,7 +34,7 @@ const PEEKED_HERE_MAX: usize = 256 << 10;
 /// Workers that may be lost over a request without its getting any further. A request that kills whoever takes it must
 /// not go through the whole cluster.
 const LOSSES_MAX: usize = 3;
-/// Refusals (429, 503 and the like) after which the last one is the answer.
+/// Refusals (429 and the like) after which the last one is the answer. Those of workers that leave do not count.
 const REFUSALS_MAX: usize = 3;
 /// How often it is looked whether the worker one waits for is still there.
 pub(super) const PULSE: Duration = Duration::from_secs(1);
@@ -144,8 +144,8 @@ pub(super) struct Attempts {
     known: bool,
     /// A worker could not be reached, because this process lacks something (files, ports, memory).
     lacking: bool,
-    /// The last refusal, and whether asking again later could help.
-    refused: Option<(Failure, bool)>,
+    /// The last refusal, and its status.
+    refused: Option<(Failure, StatusCode)>,
     /// It has waited for workers to come back.
     waited: bool,
 }
@@ -219,13 +219,14 @@ impl Frontend {
                 Pick::Worker(worker) => worker,
                 Pick::Nobody { lost_lately } => {
                     let taken = key.is_some() || attempts.losses > 0;
-                    // A refusal by a worker that is there says more than that others are missing.
-                    let unreached = (lost_lately || attempts.lacking) && attempts.refused.is_none();
+                    // A refusal by a worker that stays says more than that others are missing.
+                    let is_refused = attempts.refused.as_ref().is_some_and(|&(_, status)| !leaves(status));
+                    let unreached = (lost_lately || attempts.lacking) && !is_refused;
                     let missed = unreached || current.misses(asked.model());
                     attempts.waited |= missed;
                     // The first to come back gets all who have waited. Whom it refuses waits for those after it.
                     let expected = taken || missed || attempts.waited && attempts.refused.is_some();
-                    let hopeless = attempts.refused.as_ref().is_some_and(|(_, may_pass)| !may_pass);
+                    let hopeless = attempts.refused.as_ref().is_some_and(|&(_, status)| !may_pass(status));
                     if expected && !hopeless && Instant::now() < patience_ends {
                         if rounds.next(&mut table, patience_ends).await {
                             attempts.tried.clear();
@@ -271,11 +272,11 @@ impl Frontend {
                         continue;
                     }
                     let refused = Failure::Refused(status, headers, body);
-                    attempts.refusals += usize::from(key.is_none() && !attempts.waited);
+                    attempts.refusals += usize::from(key.is_none() && !attempts.waited && !leaves(status));
                     if attempts.refusals >= REFUSALS_MAX {
                         return Err(refused);
                     }
-                    attempts.refused = Some((refused, may_pass(status)));
+                    attempts.refused = Some((refused, status));
                 }
                 Err(error) => attempts.lost(&worker, &error)?,
             }
@@ -387,6 +388,11 @@ fn may_pass(status: StatusCode) -> bool {
             | StatusCode::BAD_GATEWAY
             | StatusCode::MISDIRECTED_REQUEST
     )
+}
+
+/// Whether a worker that answers so is about to go, or its engine has: it says nothing of the others.
+fn leaves(status: StatusCode) -> bool {
+    status == StatusCode::SERVICE_UNAVAILABLE
 }
 
 /// When those that were tried in vain are tried again. Each time costs them the request's body and what there is of its

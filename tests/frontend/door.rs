@@ -17,6 +17,8 @@ pub(super) const ALIVE: &str = "HTTP/1.1 200 OK\r\nContent-Type: text/event-stre
                      Transfer-Encoding: chunked\r\n\r\n1\r\n\n\r\n";
 pub(super) const FULL: &str = "HTTP/1.1 429 Too Many Requests\r\nRetry-After: 1\r\nConnection: close\r\n\
                     Content-Length: 2\r\n\r\n{}";
+pub(super) const DRAINING: &str =
+    "HTTP/1.1 503 Service Unavailable\r\nRetry-After: 1\r\nConnection: close\r\nContent-Length: 2\r\n\r\n{}";
 pub(super) const OTHER_MODEL: &str =
     "HTTP/1.1 421 Misdirected Request\r\nConnection: close\r\nContent-Length: 2\r\n\r\n{}";
 

@@ -10,7 +10,7 @@ use std::{
 };
 
 use super::{
-    door::{ALIVE, Door, FULL, OTHER_MODEL},
+    door::{ALIVE, DRAINING, Door, FULL, OTHER_MODEL},
     served::NOTHING_FOLLOWS,
     *,
 };
@@ -184,6 +184,39 @@ fn a_request_that_waited_for_workers_to_come_back_is_not_for_the_first_of_them_t
         asked.join().unwrap()
     });
     assert_eq!(response.status, 200, "{}", response.text());
+}
+
+#[test]
+fn a_request_that_finds_one_worker_dead_and_one_leaving_waits_for_another() {
+    let front = Front::with(|config| config.patience = PATIENCE);
+    let (mut dead, leaving) = (Worker::start(Options::default()), Door::start(|| DRAINING));
+    let _leases = [dead.address, leaving.address].map(|address| front.register(address, "m"));
+    front.wait_until_there_are(2);
+    dead.kill();
+    let response = thread::scope(|scope| {
+        let asked = scope.spawn(|| front.post(COMPLETIONS, &json!({"model": "m", "prompt": "a", "max_tokens": 1})));
+        wait_until("it has come round again", || leaving.asked() > 1 || asked.is_finished());
+        let worker = Worker::start(Options::default());
+        let _lease = front.register(worker.address, "m");
+        asked.join().unwrap()
+    });
+    assert_eq!(response.status, 200, "{}", response.text());
+}
+
+#[test]
+fn however_many_workers_leave_a_request_is_for_the_one_that_stays() {
+    let front = Front::start();
+    let leaving: Vec<_> = (0..6).map(|_| Door::start(|| DRAINING)).collect();
+    let _leases: Vec<_> = leaving.iter().map(|door| front.register(door.address, "m")).collect();
+    let worker = Worker::start(Options::default());
+    let _lease = front.register(worker.address, "m");
+    front.wait_until_there_are(7);
+    for i in 0..10 {
+        let request = json!({"model": "m", "prompt": format!("{i} a"), "max_tokens": 1});
+        let response = front.post(COMPLETIONS, &request);
+        assert_eq!(response.status, 200, "{}", response.text());
+    }
+    assert!(leaving.iter().any(|door| door.asked() > 0));
 }
 
 #[test]
