@@ -59,18 +59,17 @@ mod avx {
     }
 }
 
-/// With vectors as long as a cache line, and four places copied at a time: each is in a page of memory of its own, so
-/// the hardware fetches ahead in four and looks up four addresses side by side. Against the one place of `avx`,
-/// measured on an Emerald Rapids with `engine transfer-bench` over shm: 1.17 times as fast for pages of 1 MiB, as fast
-/// for 64 KiB.
+/// With vectors as long as a cache line, and several places copied at a time: each is in a page of memory of its own, so
+/// the hardware fetches ahead in all of them and looks up their addresses side by side. Against the one place of `avx`,
+/// for pages of 1 MiB that are in no cache: 1.31 times as fast with four places, 1.36 with eight (on a Xeon with AMX,
+/// where eight copy at the speed at which one thread can read).
 #[cfg(target_arch = "x86_64")]
 mod avx512 {
     use std::arch::x86_64::{__m512i, _mm512_loadu_si512, _mm512_stream_si512};
 
     /// Bytes of a vector, of a cache line, and what the target of a streaming store is aligned to.
     const LINE: usize = 64;
-    /// Places that are copied side by side, and how far they are apart.
-    const PLACES: usize = 4;
+    /// How far the places that are copied side by side are apart.
     const APART: usize = 4096;
 
     /// # Safety
@@ -79,16 +78,31 @@ mod avx512 {
     #[target_feature(enable = "avx512f")]
     pub(super) unsafe fn copy(source: *const u8, target: *mut u8, bytes: usize) {
         let head = target.align_offset(LINE).min(bytes);
-        let blocks = (bytes - head) / (PLACES * APART);
-        // SAFETY: `head`, the blocks and the tail are the whole range once, within the caller's promise: a block is its
-        // places' lines. Targets of streaming stores are aligned, because `head` ends at such an address. The tail's copy
-        // orders them.
+        // SAFETY: the head, the blocks of eight places, those of four and the tail are the whole range once, within the
+        // caller's promise. Targets of streaming stores are aligned, because the head ends at such an address and a
+        // block is whole lines. The tail's copy orders them.
         unsafe {
             std::ptr::copy_nonoverlapping(source, target, head);
-            for block in 0..blocks {
-                for pair in 0..APART / (2 * LINE) {
-                    for place in 0..PLACES {
-                        let at = head + (block * PLACES + place) * APART + pair * 2 * LINE;
+            let done = head + copy_blocks::<8>(source.add(head), target.add(head), bytes - head);
+            let done = done + copy_blocks::<4>(source.add(done), target.add(done), bytes - done);
+            super::avx::copy(source.add(done), target.add(done), bytes - done);
+        }
+    }
+
+    /// Copies as many whole blocks of `PLACES` places as there are in `bytes`, and returns how many bytes these are.
+    ///
+    /// # Safety
+    ///
+    /// As for [`copy`]; `target` is at the beginning of a line.
+    #[target_feature(enable = "avx512f")]
+    unsafe fn copy_blocks<const PLACES: usize>(source: *const u8, target: *mut u8, bytes: usize) -> usize {
+        let blocks = bytes / (PLACES * APART);
+        for block in 0..blocks {
+            for pair in 0..APART / (2 * LINE) {
+                for place in 0..PLACES {
+                    let at = (block * PLACES + place) * APART + pair * 2 * LINE;
+                    // SAFETY: `at` and the two lines that follow are in a block, and so within the caller's promise.
+                    unsafe {
                         let (from, to) = (source.add(at).cast::<__m512i>(), target.add(at).cast::<__m512i>());
                         let lines = [_mm512_loadu_si512(from), _mm512_loadu_si512(from.add(1))];
                         _mm512_stream_si512(to, lines[0]);
@@ -96,9 +110,8 @@ mod avx512 {
                     }
                 }
             }
-            let done = head + blocks * PLACES * APART;
-            super::avx::copy(source.add(done), target.add(done), bytes - done);
         }
+        blocks * PLACES * APART
     }
 }
 
@@ -111,10 +124,10 @@ mod tests {
     proptest! {
         #[test]
         fn exactly_the_range_is_copied(
-            from in 0usize..70, to in 0usize..70, bytes in prop_oneof![0usize..1000, 15_000usize..50_000],
+            from in 0usize..70, to in 0usize..70, bytes in prop_oneof![0usize..1000, 15_000usize..90_000],
         ) {
-            let source: Vec<u8> = (0..50_100).map(|i| (i * 7 % 251) as u8 + 1).collect();
-            let mut target = vec![0; 50_100];
+            let source: Vec<u8> = (0..90_100).map(|i| (i * 7 % 251) as u8 + 1).collect();
+            let mut target = vec![0; 90_100];
             // SAFETY: both ranges lie within their vectors.
             unsafe { copy_streaming(source.as_ptr().add(from), target.as_mut_ptr().add(to), bytes) };
             prop_assert!(target[..to].iter().chain(&target[to + bytes..]).all(|&byte| byte == 0));
