@@ -1,10 +1,11 @@
-"""A model that calls functions, with the stock OpenAI client. `pip install openai`, then in another terminal a model that
-has been taught to: `engine --model Qwen/Qwen3-0.6B`."""
+"""A model that calls functions, with the stock OpenAI client. `pip install openai`, then in another terminal a model
+that has been taught to: `engine --model Qwen/Qwen3-0.6B`."""
 
 import json
 import os
+import sys
 
-from openai import OpenAI
+from openai import BadRequestError, OpenAI
 
 key = os.environ.get("ENGINE_API_KEY", "").split(",")[0] or "none"
 client = OpenAI(base_url=os.environ.get("ENGINE_URL", "http://127.0.0.1:8000") + "/v1", api_key=key)
@@ -19,9 +20,14 @@ city = {"type": "object", "properties": {"city": {"type": "string"}}, "required"
 tool = {"name": "weather", "description": "The weather of a city, now.", "parameters": city}
 messages = [{"role": "user", "content": "Is it warmer in Paris or in Rome?"}]
 for _ in range(5):
-    answer = client.chat.completions.create(
-        model=model, messages=messages, tools=[{"type": "function", "function": tool}], max_tokens=1000
-    )
+    try:
+        answer = client.chat.completions.create(
+            model=model, messages=messages, tools=[{"type": "function", "function": tool}], max_tokens=1000
+        )
+    except BadRequestError as error:
+        if error.param != "tools":
+            raise
+        sys.exit(f"{error.body['message']}. `engine --model Qwen/Qwen3-0.6B` serves a model that calls functions.")
     message = answer.choices[0].message
     print("thoughts:", getattr(message, "reasoning_content", None))
     messages.append(message)

@@ -256,8 +256,8 @@ fn what_cannot_be_a_grammar_is_refused_with_a_reason() {
     for (fields, param, reason) in [
         (format(json!({"type": "strange"})), "response_format.json_schema.schema", "strange"),
         (format(json!({"const": "a".repeat(100_000)})), "response_format.json_schema.schema", "too large"),
-        (outputs(json!({"regex": "a("})), "structured_outputs.regex", ""),
-        (outputs(json!({"regex": "(?=a)b"})), "structured_outputs.regex", ""),
+        (outputs(json!({"regex": "a("})), "structured_outputs.regex", "unclosed group (at '(')"),
+        (outputs(json!({"regex": "(?=a)b"})), "structured_outputs.regex", "look-around"),
         (outputs(json!({"choice": []})), "structured_outputs.choice", "nothing to choose"),
         (outputs(json!({"grammar": "start: missing"})), "structured_outputs.grammar", "missing"),
         (outputs(json!({"grammar": deep})), "structured_outputs.grammar", "too large"),

@@ -115,8 +115,8 @@ pub(crate) async fn respond(answer: Answer, as_stream: bool) -> Result<Response,
 fn plan(request: &mut ChatRequest, serving: &Serving, seed: u64) -> Result<Plan, ApiError> {
     let mut plan = Plan::new(request.take_sampling(), serving.bounds(), seed)?;
     plan.logprobs = chat_logprobs(request.logprobs, request.top_logprobs)?;
-    let older = max_tokens("max_tokens", request.max_tokens, 1)?;
-    let newer = max_tokens("max_completion_tokens", request.max_completion_tokens, 1)?;
+    let older = max_tokens("max_tokens", request.max_tokens, None)?;
+    let newer = max_tokens("max_completion_tokens", request.max_completion_tokens, None)?;
     // The newer holds, also where it says that there is none.
     plan.max_tokens = if request.max_completion_tokens.is_some() { newer } else { older };
     Ok(plan)

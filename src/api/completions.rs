@@ -53,8 +53,7 @@ fn plan(request: &mut CompletionRequest, serving: &Serving, seed: u64) -> Result
     let mut plan = Plan::new(request.take_sampling(), serving.bounds(), seed)?;
     plan.logprobs = completion_logprobs(request.logprobs)?;
     let wanted = request.max_tokens.unwrap_or(MAX_TOKENS_DEFAULT);
-    // Nothing but the prompt is an answer only where the prompt is shown.
-    plan.max_tokens = max_tokens("max_tokens", Some(wanted), i64::from(!echo))?;
+    plan.max_tokens = max_tokens("max_tokens", Some(wanted), Some(echo))?;
     if echo && (plan.logprobs.is_some() || wanted == 0) {
         plan.prompt_logprobs = Some(plan.logprobs.unwrap_or(0));
     }

@@ -24,8 +24,8 @@ use super::{
 /// What there is to ask of a worker or a frontend, for those who ask for something else. Other servers' names of the
 /// same are left out.
 pub(crate) const SERVED: &str = "POST /v1/chat/completions, POST /v1/completions, POST /tokenize, POST /detokenize, \
-                                 GET /v1/models, GET /health, GET /health/live, GET /health/ready, GET /version, \
-                                 GET /metrics";
+                                 GET /v1/models, GET /v1/models/{id}, GET /health, GET /health/live, \
+                                 GET /health/ready, GET /version, GET /metrics";
 
 /// All endpoints. Those that show nothing of the model's work are open; the others want a key if there is one.
 pub(crate) fn router(serving: Arc<Serving>) -> Router {

@@ -79,7 +79,8 @@ impl Tools {
             return Ok(None);
         }
         let Some(template) = template.filter(|template| template.reads_tools()) else {
-            let detail = "this model's chat template does not show them; --chat-template gives the server another";
+            let detail = "this model's chat template does not show them, so it has hardly been taught to call any; if \
+                          it has, --chat-template gives the server a template that does";
             return Err(ApiError::unsupported("tools", detail));
         };
         let Some(format) = parsers.calls else {

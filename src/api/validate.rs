@@ -181,10 +181,18 @@ pub(crate) fn refuse(field: &'static str, value: Option<Refused>) -> Result<(), 
     }
 }
 
-/// The token limit of a request, at least `min`.
-pub(crate) fn max_tokens(field: &'static str, value: Option<i64>, min: i64) -> Result<Option<u32>, ApiError> {
-    let value = value.filter(|&value| value != NO_LIMIT);
-    value.map(|value| Ok(integer(field, Some(value), min..=i64::from(u32::MAX), 0)? as u32)).transpose()
+/// The token limit of a request. `echo`: whether the prompt is shown, where a request can ask for that; only then it is
+/// an answer by itself.
+pub(crate) fn max_tokens(field: &'static str, value: Option<i64>, echo: Option<bool>) -> Result<Option<u32>, ApiError> {
+    let Some(value) = value.filter(|&value| value != NO_LIMIT) else { return Ok(None) };
+    let (min, max) = (i64::from(echo != Some(true)), i64::from(u32::MAX));
+    if (min..=max).contains(&value) {
+        return Ok(Some(value as u32));
+    }
+    let zero = if echo == Some(false) { " (with 'echo' from 0)" } else { "" };
+    let message =
+        format!("'{field}' is {value}, but has to be between {min} and {max}{zero}, or {NO_LIMIT} for no limit");
+    Err(ApiError::invalid(field, message))
 }
 
 /// `logprobs` of a completion.
@@ -336,7 +344,7 @@ mod tests {
         assert_eq!(chat_logprobs(None, Some(3)).unwrap_err().param(), Some("top_logprobs"));
         assert_eq!(chat_logprobs(Some(true), Some(21)).unwrap_err().param(), Some("top_logprobs"));
         assert_eq!(completion_logprobs(Some(21)).unwrap_err().param(), Some("logprobs"));
-        assert_eq!(max_tokens("max_tokens", Some(0), 1).unwrap_err().param(), Some("max_tokens"));
+        assert_eq!(max_tokens("max_tokens", Some(0), None).unwrap_err().param(), Some("max_tokens"));
     }
 
     #[test]
@@ -395,8 +403,22 @@ mod tests {
 
     #[test]
     fn a_token_limit_of_minus_one_is_none() {
-        let limit = |value: i64| max_tokens("max_tokens", Some(value), 1).map_err(|error| error.param().is_some());
+        let limit = |value: i64| max_tokens("max_tokens", Some(value), None).map_err(|error| error.param().is_some());
         assert_eq!([limit(7), limit(-1), limit(-2)], [Ok(Some(7)), Ok(None), Err(true)]);
+    }
+
+    #[test]
+    fn who_gives_a_wrong_token_limit_hears_of_every_right_one() {
+        let limit = |value: i64, echo: Option<bool>| max_tokens("max_tokens", Some(value), echo);
+        assert_eq!(limit(0, Some(true)), Ok(Some(0)));
+        for (value, echo, range) in [
+            (0, None, "between 1 and 4294967295, or -1"),
+            (0, Some(false), "between 1 and 4294967295 (with 'echo' from 0), or -1"),
+            (-2, Some(true), "between 0 and 4294967295, or -1"),
+        ] {
+            let refused = limit(value, echo).unwrap_err();
+            assert!(refused.to_json().contains(range), "{refused:?}");
+        }
     }
 
     #[test]

@@ -1,6 +1,11 @@
 //! Joining the cluster that is named, or the one on this machine.
 
-use std::{fmt, path::PathBuf, sync::Arc, time::Duration};
+use std::{
+    fmt,
+    path::PathBuf,
+    sync::{Arc, Once},
+    time::Duration,
+};
 
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
@@ -18,6 +23,8 @@ const LOCAL_NATS: &str = "127.0.0.1:4222";
 const PROBE_TIMEOUT: Duration = Duration::from_millis(500);
 /// How long services that were named are waited for before going on without them for now.
 const FIRST_CONTACT: Duration = Duration::from_secs(3);
+/// Whether it was said which services were found: once for all workers of a process, of which a mock has hundreds.
+static SAID: Once = Once::new();
 
 /// Which cluster to join.
 #[derive(Debug, Clone)]
@@ -182,10 +189,12 @@ async fn name_services(
                 return Ok(Some(found));
             }
             options.use_services_at(etcd, nats);
-            tracing::info!(
-                "found etcd and NATS on this machine: joining the cluster `{}` (--standalone serves alone)",
-                options.namespace
-            );
+            SAID.call_once(|| {
+                tracing::info!(
+                    "found etcd and NATS on this machine: joining the cluster `{}` (--standalone serves alone)",
+                    options.namespace
+                );
+            });
         }
         (true, false) => return Err(ClusterError::Option("--nats is given and --etcd is missing".into())),
         (false, true) if needs == Needs::EtcdAndNats => {

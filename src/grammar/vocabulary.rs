@@ -15,6 +15,8 @@ use super::{LostTrack, Matcher, Source, recent::Recent};
 const TOKEN_BYTES_MAX: usize = 512;
 /// Characters of what the compiler says that are passed on: it may quote the grammar.
 const MESSAGE_CHARS_MAX: usize = 300;
+/// Characters of a regular expression that are shown from where it is wrong.
+const WRONG_CHARS_MAX: usize = 20;
 /// The compiler follows rules into rules by calling itself; as many as fit into a grammar's text fit into this.
 const STACK_BYTES: usize = 256 << 20;
 
@@ -133,8 +135,8 @@ impl Vocabulary {
             let (init, says_nothing) = (GrammarInit::Serialized(grammar), Logger::new(0, 0));
             let parser = self.factory.create_parser_from_init_ext(init, says_nothing, Default::default(), limits);
             let with_lexer = parser.as_ref().ok().map(|parser| parser.parser.clone());
-            let start =
-                Matcher::new(parser, self.known.clone()).map_err(|error| GrammarError::Invalid(brief(&error)))?;
+            let start = Matcher::new(parser, self.known.clone())
+                .map_err(|error| GrammarError::Invalid(why(&source, &error)))?;
             let lost = |error: LostTrack| GrammarError::Invalid(brief(&error.to_string()));
             // Matchers of one grammar have a lexer together: what it learns here, none has to while others wait.
             for opening in source.openings() {
@@ -199,6 +201,40 @@ impl fmt::Debug for Grammar {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
         formatter.debug_tuple("Grammar").field(&self.source).finish()
     }
+}
+
+/// What the compiler says of a source. Of a grammar that was made around it, whoever wrote it knows nothing.
+fn why(source: &Source, message: &str) -> String {
+    match source {
+        Source::After { then, .. } => why(then, message),
+        Source::JsonSchema(_) | Source::Lark(_) => brief(message),
+        Source::Regex(_) => wrong_in_regex(message).unwrap_or_else(|| brief(&without_grammar(message))),
+        Source::Choice(_) | Source::Framed { .. } => brief(&without_grammar(message)),
+    }
+}
+
+/// What is wrong with a regular expression, and where in it.
+fn wrong_in_regex(message: &str) -> Option<String> {
+    // The crate regex-syntax shows the expression in a line, in the next marks below what is wrong, and then says what.
+    if let Some((shown, wrong)) = message.split_once("\nerror: ") {
+        let wrong = wrong.lines().next()?;
+        let mut lines = shown.lines().rev();
+        let (marks, regex) = (lines.next()?, lines.next()?);
+        let from: String = regex.chars().skip(marks.find('^')?).take(WRONG_CHARS_MAX).collect();
+        return Some(if from.is_empty() { wrong.to_owned() } else { format!("{wrong} (at '{from}')") });
+    }
+    let looks = message.contains("lookarounds not supported");
+    looks.then(|| "'^' and '$' within it, and borders of words, are not supported".to_owned())
+}
+
+/// Without the place in the grammar, which stands before what is said of it, and the lines around that, which stand
+/// behind: `at 1(8): … \n   1 | start: …`.
+fn without_grammar(message: &str) -> String {
+    let place = message.strip_prefix("at ").and_then(|rest| rest.split_once("): "));
+    let said = place.map_or(message, |(_, said)| said);
+    let is_number = |text: &str| text.bytes().all(|byte| byte.is_ascii_digit());
+    let is_of_grammar = |line: &str| line.trim_start().split_once(" | ").is_some_and(|(number, _)| is_number(number));
+    said.lines().take_while(|line| !is_of_grammar(line)).collect::<Vec<_>>().join("\n")
 }
 
 /// What the compiler says, without what it adds for its own developers.

@@ -191,7 +191,8 @@ pub(super) fn sink(post: Post, sessions: Weak<OnceLock<SessionServer>>) -> Sink 
         match event {
             SessionEvent::Opened { session, peer } => {
                 let transport = peer.transport.name();
-                tracing::info!(worker = %peer.worker, transport, "a prefill worker opened a session");
+                // A prefill worker, or somebody who measures in the place of one.
+                tracing::info!(worker = %peer.worker, transport, "a peer opened a session");
                 peers.insert(session, peer.worker);
             }
             SessionEvent::Message { session, message } => {
@@ -207,7 +208,7 @@ pub(super) fn sink(post: Post, sessions: Weak<OnceLock<SessionServer>>) -> Sink 
                         post.lender(LenderEvent::Message { session, worker, message });
                     }
                     Err(error) => {
-                        tracing::warn!(%worker, %error, "a prefill worker is cut off");
+                        tracing::warn!(%worker, %error, "a peer is cut off: what it says cannot be read");
                         if let Some(server) = sessions.upgrade().as_ref().and_then(|sessions| sessions.get()) {
                             server.fence(session);
                         }
@@ -219,7 +220,7 @@ pub(super) fn sink(post: Post, sessions: Weak<OnceLock<SessionServer>>) -> Sink 
             }
             SessionEvent::Closed { session } => {
                 if let Some(worker) = peers.get(&session) {
-                    tracing::info!(%worker, "a prefill worker's session ended");
+                    tracing::info!(%worker, "a peer's session ended");
                 }
                 post.lender(LenderEvent::SessionClosed { session });
             }
