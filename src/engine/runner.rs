@@ -61,19 +61,14 @@ const IS_AHEAD: &str = "the backend draws ahead";
 /// A model, the backend that computes it, and its KV cache.
 pub struct ModelRunner<B: Backend> {
     pub(super) backend: B,
-    pub(super) model: Box<dyn Model<B>>,
+    pub(super) model: Model<B>,
     pub(super) cache: B::KvCache,
     pub(super) max_logit_rows: usize,
 }
 
 impl<B: Backend> ModelRunner<B> {
     /// Reserves the KV cache, and room for what steps give. `limits` is what the model was loaded with.
-    pub fn new(
-        mut backend: B,
-        model: Box<dyn Model<B>>,
-        layout: KvLayout,
-        limits: ForwardLimits,
-    ) -> Result<Self, KernelError> {
+    pub fn new(mut backend: B, model: Model<B>, layout: KvLayout, limits: ForwardLimits) -> Result<Self, KernelError> {
         assert!(limits.max_logit_rows > 0, "a step needs logits");
         let cache = backend.kv_cache(layout)?;
         if let Some(ahead) = backend.ahead() {
