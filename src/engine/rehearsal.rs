@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use engine_kernels::{Backend, Batch, Rehearsed, RowTask, SampleRow, Sampled, SamplingParams, SequenceId};
+use engine_kernels::{Backend, Batch, Rehearsed, RowTask, SampleRow, Sampled, SamplingParams, SequenceId, TokenMask};
 
 use super::{EngineConfig, ModelRunner, RunnerError};
 
@@ -74,7 +74,7 @@ impl<B: Backend> ModelRunner<B> {
         let logits = model.logits(backend, rows);
         let params = SamplingParams::default();
         // Room is made for the masks of as many rows, should all have grammars.
-        let mask = vec![u32::MAX; vocab_size.div_ceil(32)];
+        let mask = TokenMask::all(vocab_size);
         let task = RowTask::Sample { params: &params, suppress: &[], mask: Some(&mask) };
         let row = |_| SampleRow { task, sequence: NOBODY, prompt: &[], output: &[], logprobs: None };
         backend.sample(logits, &row, &mut vec![Sampled::default(); rows.len()]);

@@ -130,6 +130,7 @@ impl Write for Text {
 
 #[cfg(test)]
 mod tests {
+    use engine_kernels::TokenMask;
     use serde_json::json;
 
     use super::{
@@ -146,7 +147,7 @@ mod tests {
     }
 
     /// What may come at each place of `text`, and whether that is all of an answer; to where it becomes too much.
-    fn followed(grammar: &Grammar, text: &str) -> (Vec<Vec<u32>>, bool) {
+    fn followed(grammar: &Grammar, text: &str) -> (Vec<TokenMask>, bool) {
         let mut matcher = grammar.matcher();
         let step = |byte| matcher.allowed().and_then(|mask| matcher.take(u32::from(byte)).map(|()| mask)).ok();
         let masks = text.bytes().map_while(step).collect();

@@ -2,6 +2,7 @@
 
 use std::{fmt, sync::Arc, thread};
 
+use engine_kernels::TokenMask;
 use engine_models::Tokenizer;
 use llguidance::{
     Logger, ParserFactory,
@@ -62,8 +63,8 @@ pub enum GrammarError {
 /// The tokens of a model, ordered for going through them.
 pub struct Vocabulary {
     factory: ParserFactory,
-    /// Tokens that are text, or end an answer: a bit a token.
-    known: Arc<[u32]>,
+    /// Tokens that are text, or end an answer.
+    known: Arc<TokenMask>,
     recent: Recent,
 }
 
@@ -83,9 +84,8 @@ impl Vocabulary {
         // That byte, of which there is none in UTF-8, tells special tokens in a trie.
         let has_no_place = |token: &[u8]| token.len() > TOKEN_BYTES_MAX || token.starts_with(&[0xff]);
         tokens.iter_mut().filter(|token| has_no_place(token)).for_each(Vec::clear);
-        let mut known = vec![0u32; tokens.len().div_ceil(32)];
-        let texts = tokens.iter().enumerate().filter(|(_, token)| !token.is_empty()).map(|(id, _)| id);
-        texts.chain(ends.iter().map(|&id| id as usize)).for_each(|id| known[id / 32] |= 1 << (id % 32));
+        let texts = tokens.iter().enumerate().filter(|(_, token)| !token.is_empty()).map(|(id, _)| id as u32);
+        let known = TokenMask::of_tokens(tokens.len(), texts.chain(ends.iter().copied()));
         let info = TokRxInfo::new(tokens.len() as u32, ends.first().copied().unwrap_or(INVALID_TOKEN));
         let mut trie = TokTrie::from(&info, &tokens);
         if !ends.is_empty() {
@@ -95,7 +95,7 @@ impl Vocabulary {
         let unusable = |error: anyhow::Error| GrammarError::Vocabulary(brief(&error.to_string()));
         let mut factory = ParserFactory::new_simple(&tokens).map_err(unusable)?;
         *factory.quiet().limits_mut() = LIMITS;
-        Ok(Self { factory, known: known.into(), recent: Recent::default() })
+        Ok(Self { factory, known: Arc::new(known), recent: Recent::default() })
     }
 
     /// The same with another limit to the states of a lexer.
@@ -142,7 +142,7 @@ impl Vocabulary {
                 for token in self.factory.tok_env().tok_trie().greedy_tokenize(opening.as_bytes()) {
                     matcher.take(token).map_err(lost)?;
                 }
-                if matcher.allowed().map_err(lost)?.iter().all(|&word| word == 0) {
+                if matcher.allowed().map_err(lost)?.is_empty() {
                     return Err(GrammarError::Invalid("no answer fits it".to_owned()));
                 }
             }
