@@ -275,7 +275,7 @@ tiny)
         --device cuda:0 --prefill 20 --decode 1,3 --context 24 --steps 4 --rounds 1 --kv-blocks 20 --log-level warn
     part "Kernels, small shapes" 300 "$here/engine" bench-kernels --shape tiny
     pages_between 60 --page-size 64KiB --pages 8 --rounds 3
-    # Workers rehearse their largest steps, which take long here.
+    # Workers warm up with their largest steps, which take long here.
     pair 600 tiny --flags "--kv-blocks 64 --max-num-batched-tokens 128 --max-num-seqs 4" --prompt-tokens 300 \
         --handoffs 1 --rounds 0
     beside_pytorch "Beside PyTorch, on the CPU" 600 --shape tiny --device cpu --prefill 64 --decode 1,2 --context 32 \

@@ -21,7 +21,7 @@ mod rope;
 mod sampling;
 mod token_mask;
 
-pub use backend::{Attention, AttentionShape, Backend, DrawsAhead, QkNorm, Rehearsed};
+pub use backend::{Attention, AttentionShape, Backend, DrawsAhead, QkNorm, WarmUp};
 pub use batch::{Batch, SequenceSpan};
 pub use dtype::{DType, Matrix};
 pub use error::KernelError;

@@ -1,4 +1,4 @@
-use engine_kernels::{Attention, AttentionShape, Backend, Batch, Projection, QkNorm, Rehearsed, Residual, RmsNorm};
+use engine_kernels::{Attention, AttentionShape, Backend, Batch, Projection, QkNorm, Residual, RmsNorm, WarmUp};
 
 use crate::weights::{Loader, WeightSource};
 use crate::{LoadReport, ModelConfig, ModelError, rope};
@@ -181,10 +181,10 @@ impl<B: Backend> Model<B> {
         self.with_step(backend, cache, batch, layer_done, |backend, operations| backend.step(batch, operations));
     }
 
-    /// Prepares for passes over batches as large as this one ([`Backend::rehearse`]). What [`Model::logits`] gives then
+    /// Prepares for passes over batches as large as this one ([`Backend::warm_up`]). What [`Model::logits`] gives then
     /// is of no use.
-    pub fn rehearse(&mut self, backend: &mut B, cache: &mut B::KvCache, batch: &Batch) -> Rehearsed {
-        self.with_step(backend, cache, batch, &mut |_| (), |backend, operations| backend.rehearse(batch, operations))
+    pub fn warm_up(&mut self, backend: &mut B, cache: &mut B::KvCache, batch: &Batch) -> WarmUp {
+        self.with_step(backend, cache, batch, &mut |_| (), |backend, operations| backend.warm_up(batch, operations))
     }
 
     /// Logits `[rows.len(), vocab_size]` of the named rows of the last [`Model::forward`]. At most
