@@ -307,8 +307,8 @@ pub trait Backend: Send + 'static {
 }
 
 /// A backend that only enqueues, so that the host can plan and enqueue the next step while the device computes one:
-/// tokens drawn on the device are what the next step reads ([`Batch::DRAWN`], also at the end of a row's output), and
-/// the host learns of them later.
+/// tokens drawn on the device are what the next step reads ([`Batch::PLACEHOLDER`], also at the end of a row's output),
+/// and the host learns of them later.
 ///
 /// A step is [`Backend::step`], [`DrawsAhead::draw`] for all of its rows, and [`DrawsAhead::fetch`]. One more may be
 /// enqueued before its samples are collected, or as much of one as does not hang on these.

@@ -92,9 +92,9 @@ pub struct SampleRow<'a> {
     pub sequence: SequenceId,
     /// Prompt of the request: its repetition penalty looks at it.
     pub prompt: &'a [u32],
-    /// Tokens generated so far; for a backend that draws ahead, the last may be [`Batch::DRAWN`](crate::Batch::DRAWN)
-    /// and a row. `prompt.len() + output.len()` is the position drawn, which with the seed determines the random
-    /// number.
+    /// Tokens generated so far; for a backend that draws ahead, the last may be a
+    /// [`Batch::PLACEHOLDER`](crate::Batch::PLACEHOLDER) and a row. `prompt.len() + output.len()` is the position
+    /// drawn, which with the seed determines the random number.
     pub output: &'a [u32],
     /// Alternatives to report, at most [`MAX_TOP_LOGPROBS`]; `None`: not even the token's own log-probability is
     /// wanted, and `Sampled::logprob` is unspecified.

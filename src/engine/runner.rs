@@ -28,11 +28,11 @@ pub trait Runner: Send + 'static {
 /// A runner whose device computes on its own, so that the next step can be planned and launched meanwhile.
 pub trait RunsAhead {
     /// Does what [`Runner::execute`] does but sample, and wait. Two steps may be on their way at a time. In the second,
-    /// tokens that the first draws are [`Batch::DRAWN`].
+    /// tokens that the first draws are [`Batch::PLACEHOLDER`].
     fn launch(&mut self, batch: &Batch, layer_done: &mut dyn FnMut(usize)) -> Result<(), RunnerError>;
 
     /// Samples what was launched last, without waiting. Rows' outputs may end with what the step before draws, as
-    /// [`Batch::DRAWN`].
+    /// [`Batch::PLACEHOLDER`].
     fn draw<'a>(&mut self, batch: &Batch, row: &(dyn Fn(usize) -> SampleRow<'a> + Sync)) -> Result<(), RunnerError>;
 
     /// Waits for the earlier one, and says what was sampled. The later one need not be drawn yet.

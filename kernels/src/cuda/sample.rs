@@ -305,12 +305,12 @@ impl<D: Driver> Sampler<D> {
             row.prompt.iter().for_each(|&id| entry(id, &|token| token.marks |= SEEN));
         }
         let output = if params.penalises() { row.output } else { &[] };
-        let known = output.iter().filter(|&&id| id & Batch::DRAWN == 0);
+        let known = output.iter().filter(|&&id| id & Batch::PLACEHOLDER == 0);
         known.for_each(|&id| entry(id, &|token| token.marks = (token.marks | SEEN) + 1));
         for token in &touched[first..] {
             places[token.id as usize] = 0;
         }
-        let drawn = output.last().filter(|&&id| id & Batch::DRAWN != 0);
+        let drawn = output.last().filter(|&&id| id & Batch::PLACEHOLDER != 0);
         touched.extend(drawn.map(|&id| Touched::latest(id)));
         drawn.is_some()
     }

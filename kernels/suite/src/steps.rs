@@ -364,7 +364,7 @@ pub fn draw_alike<D: Driver>(
             }
             drawn.push(known);
         }
-        next(&mut batch, &mut outputs, std::array::from_fn(|row| Batch::DRAWN | after(row) as u32));
+        next(&mut batch, &mut outputs, std::array::from_fn(|row| Batch::PLACEHOLDER | after(row) as u32));
     }
     drawn.push(ahead.drawn(ROWS));
     assert_eq!(drawn, expected);

@@ -266,8 +266,8 @@ impl Control {
             return Ok(false);
         };
         let told = batch.tokens.iter_mut().chain(rows.iter_mut().flat_map(|wish| &mut wish.output));
-        for token in told.filter(|token| **token & Batch::DRAWN != 0) {
-            *token = device.drawn[(*token & !Batch::DRAWN) as usize];
+        for token in told.filter(|token| **token & Batch::PLACEHOLDER != 0) {
+            *token = device.drawn[(*token & !Batch::PLACEHOLDER) as usize];
         }
         let mut out = vec![Sampled::default(); rows.len()];
         self.compute(block_size, &batch, &|i| rows[i].row(), &mut out, &mut |_| ())?;
