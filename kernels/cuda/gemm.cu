@@ -40,7 +40,7 @@ struct Tile {
     static_assert(ACROSS_A_WARP % 2 == 0 && SEGMENT % IN == 0 && STAGES > 1, "pairs of products, whole steps");
 };
 
-// src/cuda/product.rs chooses among them.
+// src/cuda/gemm.rs chooses among them.
 using Large = Tile<128, 128, 32, 3, 2, 4>;
 using Medium = Tile<64, 64, 64, 3, 2, 2>;
 using Small = Tile<64, 32, 64, 4, 4, 1>;

@@ -3,9 +3,9 @@
 use super::attention::{self, Partials};
 use super::buffer::{Activations, Buffer, KvCache, Linear, Rope, Staged, Vector, bytes_of};
 use super::driver::{Address, Arg, Driver};
+use super::gemm::Products;
 use super::graphs::Graphs;
 use super::plan::Plan;
-use super::product::Products;
 use super::rounded::Rounding;
 use super::sample::Sampler;
 use super::skinny::{self, Skinny, Then};

@@ -98,7 +98,7 @@ macro_rules! of_every_device {
                 boxes_end_in_zeros_amid_sixteen_bytes,
                 operands_and_sums_of_wgmma_lie_where_the_ptx_isa_says,
                 operands_that_are_stored_or_held_or_lie_across_are_multiplied_alike,
-                no_wide_tile_and_no_split_changes_a_bit,
+                no_hopper_tile_and_no_split_changes_a_bit,
                 no_tile_and_no_split_changes_a_bit,
                 activations_of_any_magnitude_are_multiplied,
                 rows_do_not_see_what_is_wrong_with_others,
