@@ -80,7 +80,7 @@ fn what_masks_cost() {
             let grammar = vocabulary.compile(source.clone()).unwrap();
             let compiled = started.elapsed();
             let started = Instant::now();
-            drop(vocabulary.compiled_lately(&source).unwrap());
+            drop(vocabulary.cached(&source).unwrap());
             let copied = started.elapsed();
             let tokens = tokenizer.encode(text, false).unwrap();
             let (first, _) = follow(&grammar, &tokens);

@@ -10,7 +10,7 @@ use llguidance::{
     toktrie::{ApproximateTokEnv, INVALID_TOKEN, TokEnv, TokRxInfo, TokTrie},
 };
 
-use super::{LostTrack, Matcher, Source, recent::Recent};
+use super::{LostTrack, Matcher, Source, cache::GrammarCache};
 
 /// Longer tokens have no place in the trie: runs of spaces, in vocabularies that exist.
 const TOKEN_BYTES_MAX: usize = 512;
@@ -65,7 +65,7 @@ pub struct Vocabulary {
     factory: ParserFactory,
     /// Tokens that are text, or end an answer.
     known: Arc<TokenMask>,
-    recent: Recent,
+    cache: GrammarCache,
 }
 
 impl Vocabulary {
@@ -95,7 +95,7 @@ impl Vocabulary {
         let unusable = |error: anyhow::Error| GrammarError::Vocabulary(brief(&error.to_string()));
         let mut factory = ParserFactory::new_simple(&tokens).map_err(unusable)?;
         *factory.quiet().limits_mut() = LIMITS;
-        Ok(Self { factory, known: Arc::new(known), recent: Recent::default() })
+        Ok(Self { factory, known: Arc::new(known), cache: GrammarCache::default() })
     }
 
     /// The same with another limit to the states of a lexer.
@@ -114,17 +114,17 @@ impl Vocabulary {
         ParserLimits { max_lexer_states: self.factory.limits().max_lexer_states, ..limits }
     }
 
-    /// What was made of the same text for another request, if that was lately. Takes a fraction of a millisecond, at
+    /// What was made of the same text for another request, if it is still kept. Takes a fraction of a millisecond, at
     /// most a few.
-    pub fn compiled_lately(&self, source: &Source) -> Option<Grammar> {
-        self.recent.find(source)
+    pub fn cached(&self, source: &Source) -> Option<Grammar> {
+        self.cache.find(source)
     }
 
     /// Makes a grammar of what a request asks for, and works out how an answer may begin. Takes milliseconds, or as
     /// long as somebody has found out how to make it take.
     pub fn compile(&self, source: Source) -> Result<Grammar, GrammarError> {
         // While this request waited to be let in, another may have had the same compiled.
-        if let Some(grammar) = self.compiled_lately(&source) {
+        if let Some(grammar) = self.cached(&source) {
             return Ok(grammar);
         }
         let grammar = source.for_compiler()?;
@@ -159,7 +159,7 @@ impl Vocabulary {
             )
         })?;
         let grammar = Grammar { source, start };
-        self.recent.keep(&grammar, lexer_bytes);
+        self.cache.keep(&grammar, lexer_bytes);
         Ok(grammar)
     }
 }
