@@ -183,5 +183,5 @@ __device__ __forceinline__ void product(const TensorMap& weights, const TensorMa
     HOPPER_GEMM(middle, Middle, SUFFIX, T) \
     HOPPER_GEMM(flat, Flat, SUFFIX, T)
 
-HOPPER_GEMMS(f16, Half)
-HOPPER_GEMMS(bf16, Brain)
+HOPPER_GEMMS(f16, F16)
+HOPPER_GEMMS(bf16, BF16)
