@@ -2,6 +2,7 @@
 #![allow(dead_code, unused_imports, reason = "each test uses some of it")]
 
 mod assets;
+mod random;
 
 use std::{
     path::Path,
@@ -9,6 +10,7 @@ use std::{
 };
 
 pub(crate) use assets::demo_model;
+pub(crate) use random::SplitMix64;
 
 use engine::engine::{ModelRunner, Runner, RunnerError};
 use engine_kernels::{Backend, Batch, KvLayout, SampleRow, Sampled};
