@@ -1,26 +1,20 @@
 //! `engine doctor --gpu` and `engine bench-kernels`, the engine built with CUDA, on the stand-in for libcuda that
 //! `scripts/check-device-pages.sh` builds, which can be told to break a kernel or to be of another version.
 
+mod program;
+mod support;
+
 use std::io::{BufRead, BufReader};
 use std::process::{Child, Command, Output, Stdio};
 
+use program::command::{engine, findings};
 use serde_json::Value;
-
-fn engine(flags: &[&str]) -> Command {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_engine"));
-    command.args(flags);
-    command
-}
 
 /// Whether the doctor is content, and what it found.
 fn doctor(words: &str, set: impl FnOnce(&mut Command)) -> (bool, Vec<Value>) {
     let mut command = engine(&["doctor", "--json", words]);
     set(&mut command);
-    let Output { status, stdout, stderr } = command.output().unwrap();
-    let said: Value = serde_json::from_slice(&stdout)
-        .unwrap_or_else(|error| panic!("{error}: {}", String::from_utf8_lossy(&[stdout, stderr].concat())));
-    assert_eq!(said["passed"], status.success(), "{said}");
-    (status.success(), said["findings"].as_array().unwrap().clone())
+    findings(&mut command)
 }
 
 fn seen(finding: &Value) -> &str {
