@@ -7,6 +7,7 @@ use std::thread;
 
 use program::Server;
 use serde_json::{Value, json};
+use support::with;
 
 const CHAT: &str = "/v1/chat/completions";
 const COMPLETIONS: &str = "/v1/completions";
@@ -46,11 +47,6 @@ fn assert_is_person(text: &str) {
     assert!((1..=3).contains(&drinks.len()), "{text}");
     assert!(drinks.iter().all(|drink| DRINKS.contains(&drink.as_str().unwrap())), "{text}");
     assert!(fields["adult"].is_boolean(), "{text}");
-}
-
-fn with(mut request: Value, fields: Value) -> Value {
-    request.as_object_mut().unwrap().extend(fields.as_object().unwrap().clone());
-    request
 }
 
 fn choices(server: &Server, path: &str, request: &Value) -> Vec<(String, String)> {

@@ -7,6 +7,7 @@ use std::sync::Arc;
 
 use program::{Server, client};
 use serde_json::{Value, json};
+use support::with;
 
 const CHAT: &str = "/v1/chat/completions";
 
@@ -39,11 +40,10 @@ fn tools() -> Value {
 }
 
 fn ask(fields: Value) -> Value {
-    let mut request = json!({
+    let request = json!({
         "messages": [{"role": "user", "content": "What is the weather in Rome?"}], "max_tokens": 150, "temperature": 1,
     });
-    request.as_object_mut().unwrap().extend(fields.as_object().unwrap().clone());
-    request
+    with(request, fields)
 }
 
 /// The same of an answer that is of a form from its beginning on.
@@ -256,8 +256,7 @@ fn a_server_may_say_what_the_template_is_told_where_a_request_does_not() {
     let kwargs = |thinking: Value| json!({"chat_template_kwargs": {"enable_thinking": thinking}});
     // The end of the prompt of what is asked so.
     let prompt = |server: &Server, fields: &Value| {
-        let mut body = json!({"messages": [{"role": "user", "content": "Hi"}]});
-        body.as_object_mut().unwrap().extend(fields.as_object().unwrap().clone());
+        let body = with(json!({"messages": [{"role": "user", "content": "Hi"}]}), fields.clone());
         let tokens = server.post("/tokenize", &body).json()["tokens"].clone();
         let text = server.post("/detokenize", &json!({ "tokens": tokens })).json()["prompt"].clone();
         text.as_str().unwrap().rsplit_once("assistant\n").unwrap().1.to_owned()
