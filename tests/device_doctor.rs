@@ -1,26 +1,20 @@
 //! `engine doctor --gpu` and `engine bench-kernels`, the engine built with CUDA, on the stand-in for libcuda that
 //! `scripts/check-device-pages.sh` builds, which can be told to break a kernel or to be of another version.
 
+mod program;
+mod support;
+
 use std::io::{BufRead, BufReader};
 use std::process::{Child, Command, Output, Stdio};
 
+use program::command::{engine, findings};
 use serde_json::Value;
-
-fn engine(flags: &[&str]) -> Command {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_engine"));
-    command.args(flags);
-    command
-}
 
 /// Whether the doctor is content, and what it found.
 fn doctor(words: &str, set: impl FnOnce(&mut Command)) -> (bool, Vec<Value>) {
     let mut command = engine(&["doctor", "--json", words]);
     set(&mut command);
-    let Output { status, stdout, stderr } = command.output().unwrap();
-    let said: Value = serde_json::from_slice(&stdout)
-        .unwrap_or_else(|error| panic!("{error}: {}", String::from_utf8_lossy(&[stdout, stderr].concat())));
-    assert_eq!(said["passed"], status.success(), "{said}");
-    (status.success(), said["findings"].as_array().unwrap().clone())
+    findings(&mut command)
 }
 
 fn seen(finding: &Value) -> &str {
@@ -67,7 +61,7 @@ fn a_kernel_that_does_not_is_found_and_named() {
         ("wgmma_check_bf16_128", "--gpu=sums of wgmma"),
         ("wgmma_check_stored_f16", "--gpu=stored or held"),
         ("wgmma_check_across_bf16_128", "--gpu=stored or held"),
-        ("wide_middle_f16", "--gpu=no wide tile"),
+        ("hopper_gemm_middle_f16", "--gpu=no hopper tile"),
         ("hopper_attention_128_bf16", "--gpu=no place in a tile"),
         ("sample_rows", "--gpu=mixed rows"),
     ] {
@@ -103,7 +97,7 @@ fn checks_after_one_that_breaks_the_device_have_processes_of_their_own() {
 fn what_is_wrong_with_wgmma_can_be_done_without() {
     for without in [false, true] {
         let (passed, findings) = doctor("--gpu=bias", |command| {
-            command.env("ENGINE_STANDIN_DEAD_KERNEL", "wide_flat_bf16");
+            command.env("ENGINE_STANDIN_DEAD_KERNEL", "hopper_gemm_flat_bf16");
             if without {
                 command.env("ENGINE_CUDA_WITHOUT_WGMMA", "1");
             }
@@ -146,9 +140,9 @@ fn steps_and_operations_are_measured_one_row_each() {
         "tiny: 8 × 20 tokens: norm, rms_norm",
         "tiny: 8 × 20 tokens: attention, attention_2x8_bf16",
         "tiny: 8 × 20 tokens: attention, attention_2x8_f8",
-        "tiny: 17 × 20 tokens: down, wide_flat_bf16",
+        "tiny: 17 × 20 tokens: down, hopper_gemm_flat_bf16",
         "tiny: 17 × 20 tokens: down, product_small_bf16",
-        "tiny: 17 × 20 tokens: logits, wide_flat_bf16",
+        "tiny: 17 × 20 tokens: logits, hopper_gemm_flat_bf16",
         "tiny: 20 of a prompt behind 9: rotation, rope_and_cache_bf16",
         "tiny: 20 of a prompt behind 9: attention, hopper_attention_64_bf16",
         "tiny: 20 of a prompt behind 9: attention, prefill_attention_64_bf16",

@@ -7,28 +7,19 @@ mod support;
 
 use std::{
     io::{BufRead, BufReader},
-    process::{Command, Output, Stdio},
+    process::Stdio,
 };
 
 use cell::Cell;
 use engine::cluster::WorkerFilter;
-use program::Server;
+use program::{
+    Server,
+    command::{engine, findings},
+};
 use serde_json::Value;
 
-fn engine(flags: &[&str]) -> Command {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_engine"));
-    // Whatever runs on this machine is not the test's business.
-    command.args(flags).env_remove("ETCD_ENDPOINTS").env_remove("NATS_SERVER").env_remove("ENGINE_CLUSTER_TOKEN");
-    command
-}
-
 fn doctor(flags: &[&str]) -> (bool, Vec<Value>) {
-    let output = engine(&[&["doctor", "--json"], flags].concat()).output().unwrap();
-    let Output { status, stdout, stderr } = output;
-    let said: Value = serde_json::from_slice(&stdout)
-        .unwrap_or_else(|error| panic!("{error}: {}", String::from_utf8_lossy(&[stdout, stderr].concat())));
-    assert_eq!(said["passed"], status.success(), "{said}");
-    (status.success(), said["findings"].as_array().unwrap().clone())
+    findings(&mut engine(&[&["doctor", "--json"], flags].concat()))
 }
 
 fn of<'a>(findings: &'a [Value], check: &str) -> Vec<&'a Value> {

@@ -85,8 +85,7 @@ fn an_answer_outlives_a_worker_that_is_killed_and_one_that_is_stopped() {
     // Whatever was cancelled is gone at the workers too.
     workers.iter().for_each(cell::wait_until_idle);
     let whole = json!({"model": "demo", "prompt": "Once upon a time", "max_tokens": 8, "temperature": 0});
-    let response = frontend.post(COMPLETIONS, &whole);
-    assert_eq!(response.status, 200, "{}", response.text());
+    frontend.answer(COMPLETIONS, &whole);
 }
 
 const DRINKS: [&str; 3] = ["tea", "coffee", "water"];
@@ -173,9 +172,7 @@ fn mock(cell: &Cell, flags: &[&str]) -> Server {
 
 fn text(server: &Server, prompt: &str) -> String {
     let request = json!({"model": "mock", "prompt": prompt, "max_tokens": 24, "temperature": 0, "ignore_eos": true});
-    let response = server.post(COMPLETIONS, &request);
-    assert_eq!(response.status, 200, "{}", response.text());
-    response.json()["choices"][0]["text"].as_str().unwrap().to_owned()
+    server.answer(COMPLETIONS, &request)["choices"][0]["text"].as_str().unwrap().to_owned()
 }
 
 #[test]

@@ -7,6 +7,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use program::{Server, client::post_bytes};
 use serde_json::{Value, json};
+use support::with;
 
 const CHAT: &str = "/v1/chat/completions";
 const COMPLETIONS: &str = "/v1/completions";
@@ -19,13 +20,6 @@ fn chat(fields: Value) -> Value {
 /// A completion request with `fields` put over a good one.
 fn completion(fields: Value) -> Value {
     with(json!({"model": "demo", "prompt": "Hi", "max_tokens": 4}), fields)
-}
-
-fn with(mut request: Value, fields: Value) -> Value {
-    for (name, value) in fields.as_object().unwrap() {
-        request[name] = value.clone();
-    }
-    request
 }
 
 /// Each is refused with the status, and its error names the field.

@@ -7,6 +7,7 @@ use std::thread;
 
 use program::Server;
 use serde_json::{Value, json};
+use support::with;
 
 const CHAT: &str = "/v1/chat/completions";
 const COMPLETIONS: &str = "/v1/completions";
@@ -48,15 +49,8 @@ fn assert_is_person(text: &str) {
     assert!(fields["adult"].is_boolean(), "{text}");
 }
 
-fn with(mut request: Value, fields: Value) -> Value {
-    request.as_object_mut().unwrap().extend(fields.as_object().unwrap().clone());
-    request
-}
-
 fn choices(server: &Server, path: &str, request: &Value) -> Vec<(String, String)> {
-    let response = server.post(path, request);
-    assert_eq!(response.status, 200, "{request}: {}", response.text());
-    let answer = response.json();
+    let answer = server.answer(path, request);
     let text = |choice: &Value| choice["text"].as_str().or(choice["message"]["content"].as_str()).unwrap().to_owned();
     let finish = |choice: &Value| choice["finish_reason"].as_str().unwrap().to_owned();
     answer["choices"].as_array().unwrap().iter().map(|choice| (text(choice), finish(choice))).collect()
@@ -67,7 +61,7 @@ fn answer(server: &Server, path: &str, request: &Value) -> (String, String) {
 }
 
 fn streamed(server: &Server, path: &str, request: &Value) -> (String, String) {
-    let chunks = server.stream(path, &with(request.clone(), json!({"stream": true}))).finish();
+    let chunks = server.streamed(path, request);
     let choices: Vec<&Value> = chunks.iter().flat_map(|chunk| chunk["choices"].as_array().unwrap()).collect();
     let text = choices.iter().filter_map(|choice| choice["text"].as_str().or(choice["delta"]["content"].as_str()));
     let finish = choices.last().unwrap()["finish_reason"].as_str().unwrap();

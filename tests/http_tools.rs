@@ -7,6 +7,7 @@ use std::sync::Arc;
 
 use program::{Server, client};
 use serde_json::{Value, json};
+use support::with;
 
 const CHAT: &str = "/v1/chat/completions";
 
@@ -39,11 +40,10 @@ fn tools() -> Value {
 }
 
 fn ask(fields: Value) -> Value {
-    let mut request = json!({
+    let request = json!({
         "messages": [{"role": "user", "content": "What is the weather in Rome?"}], "max_tokens": 150, "temperature": 1,
     });
-    request.as_object_mut().unwrap().extend(fields.as_object().unwrap().clone());
-    request
+    with(request, fields)
 }
 
 /// The same of an answer that is of a form from its beginning on.
@@ -54,17 +54,13 @@ fn formed(fields: Value) -> Value {
 }
 
 fn answered(server: &Server, request: &Value) -> Value {
-    let response = server.post(CHAT, request);
-    assert_eq!(response.status, 200, "{request}: {}", response.text());
-    response.json()["choices"].clone()
+    server.answer(CHAT, request)["choices"].clone()
 }
 
 /// A streamed answer's message, as clients put it together, and how it ended.
 fn streamed(server: &Server, request: &Value) -> (Value, Value) {
-    let mut request = request.clone();
-    request["stream"] = true.into();
     let (mut thoughts, mut content, mut calls, mut finish) = (String::new(), String::new(), Vec::new(), Value::Null);
-    for chunk in server.stream(CHAT, &request).finish() {
+    for chunk in server.streamed(CHAT, request) {
         for choice in chunk["choices"].as_array().unwrap() {
             let delta = &choice["delta"];
             assert_eq!(delta["reasoning"], delta["reasoning_content"]);
@@ -260,16 +256,13 @@ fn a_server_may_say_what_the_template_is_told_where_a_request_does_not() {
     let kwargs = |thinking: Value| json!({"chat_template_kwargs": {"enable_thinking": thinking}});
     // The end of the prompt of what is asked so.
     let prompt = |server: &Server, fields: &Value| {
-        let mut body = json!({"messages": [{"role": "user", "content": "Hi"}]});
-        body.as_object_mut().unwrap().extend(fields.as_object().unwrap().clone());
+        let body = with(json!({"messages": [{"role": "user", "content": "Hi"}]}), fields.clone());
         let tokens = server.post("/tokenize", &body).json()["tokens"].clone();
         let text = server.post("/detokenize", &json!({ "tokens": tokens })).json()["prompt"].clone();
         text.as_str().unwrap().rsplit_once("assistant\n").unwrap().1.to_owned()
     };
     let prompt_tokens = |server: &Server, fields: Value| {
-        let response = server.post(CHAT, &ask(briefly(fields)));
-        assert_eq!(response.status, 200, "{}", response.text());
-        response.json()["usage"]["prompt_tokens"].as_u64().unwrap()
+        server.answer(CHAT, &ask(briefly(fields)))["usage"]["prompt_tokens"].as_u64().unwrap()
     };
     let closed = "<think>\n\n</think>\n\n";
     let (plain, quiet) = (server(&[]), server(&["--default-chat-template-kwargs", "{\"enable_thinking\": false}"]));
@@ -460,11 +453,7 @@ fn calls_in_a_list_behind_a_mark_are_calls_and_their_ids_are_such_as_the_templat
     }
 
     // One that has to be made is opened by the prompt; one that may be is the model's to open.
-    let prompt_tokens = |fields: Value| {
-        let response = server.post(CHAT, &ask(fields));
-        assert_eq!(response.status, 200, "{}", response.text());
-        response.json()["usage"]["prompt_tokens"].as_u64().unwrap()
-    };
+    let prompt_tokens = |fields: Value| server.answer(CHAT, &ask(fields))["usage"]["prompt_tokens"].as_u64().unwrap();
     let may = briefly(json!({"tools": tools()}));
     assert!(prompt_tokens(of_one(time, 0)) > prompt_tokens(may.clone()));
     let (parts, finish) = whole(&answered(&server, &ask(may))[0]);

@@ -13,6 +13,7 @@ use std::{
 
 use program::Server;
 use serde_json::{Value, json};
+use support::SplitMix64;
 
 /// How much resident memory may grow once every client has been served: buffers of the allocator and the pages of the
 /// KV cache that were never touched before, which is why these are few and all touched by then.
@@ -20,19 +21,6 @@ const GROWTH_BYTES_MAX: usize = 64 << 20;
 
 const SUBJECTS: [&str; 8] =
     ["the sea", "a lighthouse", "two brothers", "the number seven", "rain", "an old clock", "bread", "the north wind"];
-
-/// A small generator of pseudo-random numbers (splitmix64): a soak that fails is run again with the same numbers.
-struct Random(u64);
-
-impl Random {
-    fn below(&mut self, bound: u64) -> u64 {
-        self.0 = self.0.wrapping_add(0x9E37_79B9_7F4A_7C15);
-        let mut x = self.0;
-        x = (x ^ (x >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
-        x = (x ^ (x >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
-        (x ^ (x >> 31)) % bound
-    }
-}
 
 /// A client's question: prompts and answers of mixed length, some of whose prompts begin alike.
 fn question(number: usize) -> Value {
@@ -63,7 +51,8 @@ fn soak(clients: usize, duration: Duration) {
             for (number, (question, alone)) in questions.iter().zip(&alone).enumerate() {
                 let (server, answered, broken_off) = (&server, &answered, &broken_off);
                 scope.spawn(move || {
-                    let mut random = Random(number as u64);
+                    // A soak that fails is run again with the same numbers.
+                    let mut random = SplitMix64::new(number as u64);
                     loop {
                         if disconnects && random.below(3) == 0 {
                             let part = ask(server, question, random.below(12) as usize);

@@ -133,7 +133,7 @@ fn measure(sequences: usize, repetition_penalty: f32, ahead: bool) -> Result<Vec
         prefix_caching: true,
         model_key: Vec::new(),
     };
-    runner.rehearse(&config, true)?;
+    runner.warm_up(&config, true)?;
     let runner: Box<dyn Runner> = if ahead { Box::new(runner) } else { Box::new(Waits(runner)) };
     let engine = Engine::start(runner, config, Metrics::new().engine)?;
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;

@@ -84,7 +84,7 @@ __device__ __forceinline__ void sum_over_sides(float (&values)[8]) {
 template <class T, int HEADS, int LANES>
 __device__ __forceinline__ void attention(const float* qkv, Rows rows, const int* items, const Rotation& rotation,
                                           Pages<T> pages, int heads, int shared_by, float scale, Partials partials,
-                                          int* arrived, float* out, Brain* rounded) {
+                                          int* arrived, float* out, BF16* rounded) {
     static_assert(HEADS <= WARPS && HEADS <= LANES, "a warp a head when merging, a lane when scores are added up");
     using Eight = Streamed<Floats<T>>;
     using Raw = typename Eight::Raw;
@@ -485,7 +485,7 @@ constexpr int blocks(int heads, int lanes) {
         const float* qkv, const int* positions, const int* table_starts, const int* block_tables, const int* items,    \
         const float* cos, const float* sin, int pairs, const float* q_norm, const float* k_norm, float eps,            \
         void* pages, int heads, int kv_heads, int shared_by, int head_dim, int block_size, float scale,                \
-        float* partials, int* arrived, float* out, Brain* rounded) {                                                   \
+        float* partials, int* arrived, float* out, BF16* rounded) {                                                    \
         attention::attention<T, HEADS, LANES>(                                                                         \
             qkv, Rows{positions, table_starts, block_tables}, items, Rotation{cos, sin, pairs, q_norm, k_norm, eps},   \
             Pages<T>{static_cast<T*>(pages), kv_heads, head_dim, block_size}, heads, shared_by, scale,                 \
@@ -508,6 +508,6 @@ constexpr int blocks(int heads, int lanes) {
     ATTENTION(4, 32, SUFFIX, T)
 
 ALL_ATTENTION(f32, float)
-ALL_ATTENTION(f16, Half)
-ALL_ATTENTION(bf16, Brain)
-ALL_ATTENTION(f8, Quarter)
+ALL_ATTENTION(f16, F16)
+ALL_ATTENTION(bf16, BF16)
+ALL_ATTENTION(f8, F8)

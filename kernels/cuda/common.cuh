@@ -54,22 +54,22 @@ __device__ __forceinline__ int lane_id() { return threadIdx.x % WARP; }
 __device__ __forceinline__ int warp_id() { return threadIdx.x / WARP; }
 
 /// IEEE half precision and bfloat16, as bits.
-struct Half {
+struct F16 {
     uint16_t bits;
 };
-struct Brain {
+struct BF16 {
     uint16_t bits;
 };
 /// E4M3: KvDType::F8 of src/kv.rs.
-struct Quarter {
+struct F8 {
     uint8_t bits;
 };
 
 #ifdef __CUDACC__
-__device__ __forceinline__ float to_float(Half x) { return __half2float(__ushort_as_half(x.bits)); }
-__device__ __forceinline__ Half to_half(float x) { return {__half_as_ushort(__float2half_rn(x))}; }
-__device__ __forceinline__ Brain to_brain(float x) { return {__bfloat16_as_ushort(__float2bfloat16_rn(x))}; }
-__device__ __forceinline__ Quarter to_quarter(float x) {
+__device__ __forceinline__ float to_float(F16 x) { return __half2float(__ushort_as_half(x.bits)); }
+__device__ __forceinline__ F16 to_f16(float x) { return {__half_as_ushort(__float2half_rn(x))}; }
+__device__ __forceinline__ BF16 to_bf16(float x) { return {__bfloat16_as_ushort(__float2bfloat16_rn(x))}; }
+__device__ __forceinline__ F8 to_f8(float x) {
     return {__nv_cvt_float_to_fp8(x, __NV_SATFINITE, __NV_E4M3)};
 }
 /// Two f16, 256 times each.
@@ -79,43 +79,43 @@ __device__ __forceinline__ unsigned times_256(unsigned halves) {
     return products;
 }
 #else
-inline float to_float(Half x) { return simt::half_to_float(x.bits); }
-inline Half to_half(float x) { return {simt::float_to_half(x)}; }
-inline Brain to_brain(float x) { return {simt::float_to_brain(x)}; }
-inline Quarter to_quarter(float x) { return {simt::float_to_quarter(x)}; }
+inline float to_float(F16 x) { return simt::f16_to_float(x.bits); }
+inline F16 to_f16(float x) { return {simt::float_to_f16(x)}; }
+inline BF16 to_bf16(float x) { return {simt::float_to_bf16(x)}; }
+inline F8 to_f8(float x) { return {simt::float_to_f8(x)}; }
 inline unsigned times_256(unsigned halves) {
     const auto product = [](unsigned half) -> unsigned {
-        return simt::float_to_half(256.0f * simt::half_to_float(half));
+        return simt::float_to_f16(256.0f * simt::f16_to_float(half));
     };
     return product(halves & 0xffffu) | product(halves >> 16) << 16;
 }
 #endif
-__device__ __forceinline__ float to_float(Brain x) { return __uint_as_float(static_cast<unsigned>(x.bits) << 16); }
+__device__ __forceinline__ float to_float(BF16 x) { return __uint_as_float(static_cast<unsigned>(x.bits) << 16); }
 
 /// E4M3 in the upper bytes of a word's halves, as f16 that are 256 times too small: bits of exponent and mantissa mean
 /// the same but for the exponent's bias. One that is NaN becomes a number.
-__device__ __forceinline__ unsigned small_halves(unsigned quarters) {
-    return (quarters & 0x80008000u) | (quarters >> 1 & 0x3f803f80u);
+__device__ __forceinline__ unsigned small_halves(unsigned f8s) {
+    return (f8s & 0x80008000u) | (f8s >> 1 & 0x3f803f80u);
 }
 
 /// Two E4M3 as f16, which has all of them: the first in the lower half, each way.
-__device__ __forceinline__ unsigned halves_of(uint16_t quarters) {
+__device__ __forceinline__ unsigned halves_of(uint16_t f8s) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 890
-    const __half2_raw both = __nv_cvt_fp8x2_to_halfraw2(quarters, __NV_E4M3);
+    const __half2_raw both = __nv_cvt_fp8x2_to_halfraw2(f8s, __NV_E4M3);
     return both.x | static_cast<unsigned>(both.y) << 16;
 #else
     // Where that is no instruction, it is branches and a loop for each. Multiplied like this, none is rounded, however
     // small. Of what was NaN and is 480 now, one bit of the exponent is not set.
-    const unsigned upper = (quarters & 0xff00u) << 16 | (quarters & 0xffu) << 8;
+    const unsigned upper = (f8s & 0xff00u) << 16 | (f8s & 0xffu) << 8;
     const unsigned are_nan = ((upper & 0x7f007f00u) + 0x01000100u) & 0x80008000u;
     return times_256(small_halves(upper)) | are_nan >> 2;
 #endif
 }
 
 __device__ __forceinline__ void store(float* to, float x) { *to = x; }
-__device__ __forceinline__ void store(Half* to, float x) { *to = to_half(x); }
-__device__ __forceinline__ void store(Brain* to, float x) { *to = to_brain(x); }
-__device__ __forceinline__ void store(Quarter* to, float x) { *to = to_quarter(x); }
+__device__ __forceinline__ void store(F16* to, float x) { *to = to_f16(x); }
+__device__ __forceinline__ void store(BF16* to, float x) { *to = to_bf16(x); }
+__device__ __forceinline__ void store(F8* to, float x) { *to = to_f8(x); }
 
 /// Eight consecutive elements, from an address that is a multiple of their size.
 __device__ __forceinline__ void load8(const float* from, float (&to)[8]) {
@@ -124,7 +124,7 @@ __device__ __forceinline__ void load8(const float* from, float (&to)[8]) {
     to[4] = high.x, to[5] = high.y, to[6] = high.z, to[7] = high.w;
 }
 
-template <class T> // Half or Brain
+template <class T> // F16 or BF16
 __device__ __forceinline__ void load8(const T* from, float (&to)[8]) {
     uint4 raw = *reinterpret_cast<const uint4*>(from);
     const unsigned words[4] = {raw.x, raw.y, raw.z, raw.w};

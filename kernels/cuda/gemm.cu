@@ -40,7 +40,7 @@ struct Tile {
     static_assert(ACROSS_A_WARP % 2 == 0 && SEGMENT % IN == 0 && STAGES > 1, "pairs of products, whole steps");
 };
 
-// src/cuda/product.rs chooses among them.
+// src/cuda/gemm.rs chooses among them.
 using Large = Tile<128, 128, 32, 3, 2, 4>;
 using Medium = Tile<64, 64, 64, 3, 2, 2>;
 using Small = Tile<64, 32, 64, 4, 4, 1>;
@@ -65,7 +65,7 @@ struct Operand<Floats<T>> {
 /// or through registers: fetched before a step's products, unpacked after them.
 template <class Matrix>
 struct Quantised {
-    using Element = Half;
+    using Element = F16;
     using Eight = typename Matrix::Eight;
 
     static __device__ __forceinline__ Eight begin(const Matrix& matrix, size_t start, int at, bool valid, Chunk*) {
@@ -74,8 +74,8 @@ struct Quantised {
     static __device__ __forceinline__ void end(Eight eight, bool valid, Chunk* to) {
         float w[8];
         Matrix::unpack(eight, w);
-        const Chunk chunk = {pair<Half>(w[0], w[1]), pair<Half>(w[2], w[3]), pair<Half>(w[4], w[5]),
-                             pair<Half>(w[6], w[7])};
+        const Chunk chunk = {pair<F16>(w[0], w[1]), pair<F16>(w[2], w[3]), pair<F16>(w[4], w[5]),
+                             pair<F16>(w[6], w[7])};
         *to = valid ? chunk : Chunk{0, 0, 0, 0};
     }
 };
@@ -86,7 +86,7 @@ struct Operand<Bytes> : Quantised<Bytes> {};
 template <>
 struct Operand<FineBytes> : Quantised<FineBytes> {};
 template <>
-struct Operand<Quarters> : Quantised<Quarters> {};
+struct Operand<ScaledF8> : Quantised<ScaledF8> {};
 
 /// out[r][first + o] = scales[r] (weight[o] . x[r]) + bias[first + o]. With more than one segment in the grid: the sums
 /// of a segment, to `segments` [segments, rows, features].
@@ -235,12 +235,12 @@ __device__ __forceinline__ void product(Matrix matrix, const uint16_t* x, const 
     PRODUCT(medium, Medium, SUFFIX, MATRIX)  \
     PRODUCT(small, Small, SUFFIX, MATRIX)
 
-PRODUCTS(f16, Floats<Half>)
-PRODUCTS(bf16, Floats<Brain>)
+PRODUCTS(f16, Floats<F16>)
+PRODUCTS(bf16, Floats<BF16>)
 PRODUCTS(nibbles, Nibbles)
 PRODUCTS(bytes, Bytes)
 PRODUCTS(fine_bytes, FineBytes)
-PRODUCTS(f8, Quarters)
+PRODUCTS(f8, ScaledF8)
 
 // What `product` does behind the last segment, for segments that were computed side by side.
 // Grid: (features / 128, rows). Bytes: 4 a segment and result, and 4 a result. Operations: an addition each.
@@ -272,5 +272,5 @@ REGISTER(add_segments);
     }                                                                                                                  \
     REGISTER(round_rows_##SUFFIX)
 
-ROUND_ROWS(f16, Half);
-ROUND_ROWS(bf16, Brain);
+ROUND_ROWS(f16, F16);
+ROUND_ROWS(bf16, BF16);

@@ -2,4 +2,4 @@
 
 #include "hopper_attention.cu"
 #include "hopper_check.cu"
-#include "wide.cu"
+#include "hopper_gemm.cu"

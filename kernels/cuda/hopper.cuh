@@ -281,8 +281,8 @@ __device__ __forceinline__ void multiply_held(float (&sums)[COUNT], const unsign
     MULTIPLY(T, TYPE, 64, "128", "64", "65", "66", "67", "68")                                                         \
     MULTIPLY(T, TYPE, 96, "192", "96", "97", "98", "99", "100")                                                        \
     MULTIPLY(T, TYPE, 128, "256", "128", "129", "130", "131", "132")
-MULTIPLY_BY(Half, "f16")
-MULTIPLY_BY(Brain, "bf16")
+MULTIPLY_BY(F16, "f16")
+MULTIPLY_BY(BF16, "bf16")
 #undef MULTIPLY_BY
 #undef MULTIPLY
 #undef SUMS_128

@@ -359,11 +359,11 @@ __device__ __forceinline__ void attention(const TensorMap& pages, const float* q
     }                                                                                                                  \
     REGISTER(hopper_attention_##HEAD_DIM##_##SUFFIX)
 
-HOPPER_ATTENTION(64, 128, f16, Half);
-HOPPER_ATTENTION(96, 128, f16, Half);
-HOPPER_ATTENTION(128, 128, f16, Half);
-HOPPER_ATTENTION(256, 64, f16, Half);
-HOPPER_ATTENTION(64, 128, bf16, Brain);
-HOPPER_ATTENTION(96, 128, bf16, Brain);
-HOPPER_ATTENTION(128, 128, bf16, Brain);
-HOPPER_ATTENTION(256, 64, bf16, Brain);
+HOPPER_ATTENTION(64, 128, f16, F16);
+HOPPER_ATTENTION(96, 128, f16, F16);
+HOPPER_ATTENTION(128, 128, f16, F16);
+HOPPER_ATTENTION(256, 64, f16, F16);
+HOPPER_ATTENTION(64, 128, bf16, BF16);
+HOPPER_ATTENTION(96, 128, bf16, BF16);
+HOPPER_ATTENTION(128, 128, bf16, BF16);
+HOPPER_ATTENTION(256, 64, bf16, BF16);

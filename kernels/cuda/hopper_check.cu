@@ -130,12 +130,12 @@ REGISTER(box_check);
     }                                                                                                                  \
     REGISTER(wgmma_check_##SUFFIX##_##N)
 
-WGMMA_CHECK(f16, Half, 64);
-WGMMA_CHECK(f16, Half, 128);
-WGMMA_CHECK(f16, Half, 192);
-WGMMA_CHECK(bf16, Brain, 64);
-WGMMA_CHECK(bf16, Brain, 128);
-WGMMA_CHECK(bf16, Brain, 192);
+WGMMA_CHECK(f16, F16, 64);
+WGMMA_CHECK(f16, F16, 128);
+WGMMA_CHECK(f16, F16, 192);
+WGMMA_CHECK(bf16, BF16, 64);
+WGMMA_CHECK(bf16, BF16, 128);
+WGMMA_CHECK(bf16, BF16, 192);
 
 // wgmma_check_stored_{type}: the same for N = 64, with an `a` that is not copied as a box. Grid as above.
 #define WGMMA_CHECK_STORED(SUFFIX, T)                                                                                  \
@@ -145,8 +145,8 @@ WGMMA_CHECK(bf16, Brain, 192);
     }                                                                                                                  \
     REGISTER(wgmma_check_stored_##SUFFIX)
 
-WGMMA_CHECK_STORED(f16, Half);
-WGMMA_CHECK_STORED(bf16, Brain);
+WGMMA_CHECK_STORED(f16, F16);
+WGMMA_CHECK_STORED(bf16, BF16);
 
 // wgmma_check_across_{type}_{N}: out = a b, for an `a` of [64, 64] that is in registers, b of [64, N] and out of [64,
 // N]. Grid as above.
@@ -157,9 +157,9 @@ WGMMA_CHECK_STORED(bf16, Brain);
     }                                                                                                                  \
     REGISTER(wgmma_check_across_##SUFFIX##_##N)
 
-WGMMA_CHECK_ACROSS(f16, Half, 64);
-WGMMA_CHECK_ACROSS(f16, Half, 128);
-WGMMA_CHECK_ACROSS(f16, Half, 256);
-WGMMA_CHECK_ACROSS(bf16, Brain, 64);
-WGMMA_CHECK_ACROSS(bf16, Brain, 128);
-WGMMA_CHECK_ACROSS(bf16, Brain, 256);
+WGMMA_CHECK_ACROSS(f16, F16, 64);
+WGMMA_CHECK_ACROSS(f16, F16, 128);
+WGMMA_CHECK_ACROSS(f16, F16, 256);
+WGMMA_CHECK_ACROSS(bf16, BF16, 64);
+WGMMA_CHECK_ACROSS(bf16, BF16, 128);
+WGMMA_CHECK_ACROSS(bf16, BF16, 256);

@@ -74,7 +74,7 @@ __device__ __forceinline__ void tiled(Matrix matrix, const float* x, const float
 }
 
 /// out[t] = rows[tokens[t]], between `first` and `first + features` the rows of this matrix. A token with its highest
-/// bit set is that which was drawn in a row of the step before (`Batch::DRAWN` of src/batch.rs).
+/// bit set is that which was drawn in a row of the step before (`Batch::PLACEHOLDER` of src/batch.rs).
 template <class Matrix>
 __device__ __forceinline__ void embed(Matrix matrix, const int* tokens, const int* drawn, float* out, int cols,
                                       int features, int first) {

@@ -47,12 +47,12 @@ __device__ __forceinline__ unsigned pair(float low, float high);
 #ifdef __CUDACC__
 
 template <>
-__device__ __forceinline__ unsigned pair<Half>(float low, float high) {
+__device__ __forceinline__ unsigned pair<F16>(float low, float high) {
     const __half2 both = __floats2half2_rn(low, high);
     return static_cast<unsigned>(__half_as_ushort(both.x)) | static_cast<unsigned>(__half_as_ushort(both.y)) << 16;
 }
 template <>
-__device__ __forceinline__ unsigned pair<Brain>(float low, float high) {
+__device__ __forceinline__ unsigned pair<BF16>(float low, float high) {
     const __nv_bfloat162 both = __floats2bfloat162_rn(low, high);
     return static_cast<unsigned>(__bfloat16_as_ushort(both.x)) |
            static_cast<unsigned>(__bfloat16_as_ushort(both.y)) << 16;
@@ -92,8 +92,8 @@ __device__ __forceinline__ void multiply_add(float (&c)[4], const unsigned (&a)[
                      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])                                                \
                      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b_low), "r"(b_high));                         \
     }
-MULTIPLY_ADD(Half, "f16")
-MULTIPLY_ADD(Brain, "bf16")
+MULTIPLY_ADD(F16, "f16")
+MULTIPLY_ADD(BF16, "bf16")
 #undef MULTIPLY_ADD
 
 /// Copies a chunk to shared memory, or zeros if it is not `valid`, some time before this thread's `wait_for_copies`
@@ -116,12 +116,12 @@ __device__ __forceinline__ void wait_for_copies() {
 #else
 
 template <>
-inline unsigned pair<Half>(float low, float high) {
-    return to_half(low).bits | static_cast<unsigned>(to_half(high).bits) << 16;
+inline unsigned pair<F16>(float low, float high) {
+    return to_f16(low).bits | static_cast<unsigned>(to_f16(high).bits) << 16;
 }
 template <>
-inline unsigned pair<Brain>(float low, float high) {
-    return to_brain(low).bits | static_cast<unsigned>(to_brain(high).bits) << 16;
+inline unsigned pair<BF16>(float low, float high) {
+    return to_bf16(low).bits | static_cast<unsigned>(to_bf16(high).bits) << 16;
 }
 
 inline void load_matrices(unsigned (&to)[4], const Chunk* row, int line = __builtin_LINE()) {

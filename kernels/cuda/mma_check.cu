@@ -50,7 +50,7 @@ __device__ __forceinline__ void multiply(const uint16_t* a, const uint16_t* b, f
     }                                                                                                                  \
     REGISTER(mma_check_##NAME)
 
-MMA_CHECK(f16, Half, false);
-MMA_CHECK(f16_transposed, Half, true);
-MMA_CHECK(bf16, Brain, false);
-MMA_CHECK(bf16_transposed, Brain, true);
+MMA_CHECK(f16, F16, false);
+MMA_CHECK(f16_transposed, F16, true);
+MMA_CHECK(bf16, BF16, false);
+MMA_CHECK(bf16_transposed, BF16, true);

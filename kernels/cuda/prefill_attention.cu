@@ -40,11 +40,11 @@ struct Carried {
 };
 
 template <>
-struct Carried<Quarter> {
-    using Multiplied = Half;
+struct Carried<F8> {
+    using Multiplied = F16;
     uint2 held;
 
-    __device__ __forceinline__ void fetch(Chunk*, const Quarter* from, bool valid) {
+    __device__ __forceinline__ void fetch(Chunk*, const F8* from, bool valid) {
         held = valid ? *reinterpret_cast<const uint2*>(from) : uint2{0, 0};
     }
     __device__ __forceinline__ void settle(Chunk* to) const {
@@ -260,15 +260,15 @@ __device__ __forceinline__ void attention(const float* qkv, Rows rows, const int
     }                                                                                                                  \
     REGISTER(prefill_attention_##HEAD_DIM##_##SUFFIX)
 
-PREFILL_ATTENTION(64, 64, f16, Half);
-PREFILL_ATTENTION(96, 64, f16, Half);
-PREFILL_ATTENTION(128, 64, f16, Half);
-PREFILL_ATTENTION(256, 16, f16, Half);
-PREFILL_ATTENTION(64, 64, bf16, Brain);
-PREFILL_ATTENTION(96, 64, bf16, Brain);
-PREFILL_ATTENTION(128, 64, bf16, Brain);
-PREFILL_ATTENTION(256, 16, bf16, Brain);
-PREFILL_ATTENTION(64, 64, f8, Quarter);
-PREFILL_ATTENTION(96, 64, f8, Quarter);
-PREFILL_ATTENTION(128, 64, f8, Quarter);
-PREFILL_ATTENTION(256, 16, f8, Quarter);
+PREFILL_ATTENTION(64, 64, f16, F16);
+PREFILL_ATTENTION(96, 64, f16, F16);
+PREFILL_ATTENTION(128, 64, f16, F16);
+PREFILL_ATTENTION(256, 16, f16, F16);
+PREFILL_ATTENTION(64, 64, bf16, BF16);
+PREFILL_ATTENTION(96, 64, bf16, BF16);
+PREFILL_ATTENTION(128, 64, bf16, BF16);
+PREFILL_ATTENTION(256, 16, bf16, BF16);
+PREFILL_ATTENTION(64, 64, f8, F8);
+PREFILL_ATTENTION(96, 64, f8, F8);
+PREFILL_ATTENTION(128, 64, f8, F8);
+PREFILL_ATTENTION(256, 16, f8, F8);

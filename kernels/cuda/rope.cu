@@ -53,6 +53,6 @@ __device__ __forceinline__ void rope_and_cache(float* qkv, Rows rows, const Rota
     REGISTER(rope_and_cache_##SUFFIX)
 
 ROPE_AND_CACHE(f32, float);
-ROPE_AND_CACHE(f16, Half);
-ROPE_AND_CACHE(bf16, Brain);
-ROPE_AND_CACHE(f8, Quarter);
+ROPE_AND_CACHE(f16, F16);
+ROPE_AND_CACHE(bf16, BF16);
+ROPE_AND_CACHE(f8, F8);

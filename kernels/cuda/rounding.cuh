@@ -9,9 +9,9 @@
 template <class T>
 constexpr bool HAS_SCALES = false;
 template <>
-constexpr bool HAS_SCALES<Half> = true;
+constexpr bool HAS_SCALES<F16> = true;
 
-/// Rows rounded to T, which is Half or Brain: `[rows, padded(cols)]`, what pads them zero; of Half with a scale each,
+/// Rows rounded to T, which is F16 or BF16: `[rows, padded(cols)]`, what pads them zero; of F16 with a scale each,
 /// which results are to be multiplied by.
 template <class T>
 struct RoundedRows {
@@ -40,7 +40,7 @@ struct RoundedRows {
         uint16_t* const out = values + static_cast<size_t>(row) * padded(cols);
         for (int i = thread * 2; i < padded(cols); i += THREADS * 2) {
             const float low = i < cols ? at(i) : 0.0f, high = i + 1 < cols ? at(i + 1) : 0.0f;
-            // Times 1, for Brain: the same bits.
+            // Times 1, for BF16: the same bits.
             *reinterpret_cast<unsigned*>(out + i) = pair<T>(low * inverse, high * inverse);
         }
     }

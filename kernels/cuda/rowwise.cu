@@ -74,8 +74,8 @@ extern "C" __global__ void __launch_bounds__(rowwise::THREADS)
     REGISTER(rms_norm_##SUFFIX);                                                                                     \
     REGISTER(add_rms_norm_##SUFFIX)
 
-ROUNDED_NORMS(f16, Half);
-ROUNDED_NORMS(bf16, Brain);
+ROUNDED_NORMS(f16, F16);
+ROUNDED_NORMS(bf16, BF16);
 
 // out = silu(gate) * up, for gate_up of [rows, 2 * ffn], gate first, and out of [rows, ffn].
 // Grid: (rows, ffn / 256). Bytes: 12 a value of out. Operations: an exponential and a division a value.
@@ -102,14 +102,14 @@ extern "C" __global__ void __launch_bounds__(rowwise::THREADS)
     const float* both = gate_up + row * padded(2 * ffn) + i;
     const float low = i < ffn ? gated(both[0], both[ffn]) : 0.0f;
     const float high = i + 1 < ffn ? gated(both[1], both[ffn + 1]) : 0.0f;
-    *reinterpret_cast<unsigned*>(static_cast<uint16_t*>(out) + row * padded(ffn) + i) = pair<Brain>(low, high);
+    *reinterpret_cast<unsigned*>(static_cast<uint16_t*>(out) + row * padded(ffn) + i) = pair<BF16>(low, high);
 }
 extern "C" __global__ void __launch_bounds__(rowwise::ROW_THREADS)
     silu_mul_f16(const float* gate_up, void* out, float* scales, int ffn) {
     follow();
     const int row = static_cast<int>(blockIdx.x);
     const float* both = gate_up + static_cast<size_t>(row) * padded(2 * ffn);
-    RoundedRows<Half>(out, scales).store<rowwise::ROW_THREADS / WARP>(
+    RoundedRows<F16>(out, scales).store<rowwise::ROW_THREADS / WARP>(
         row, ffn, [&](int i) { return gated(both[i], both[ffn + i]); });
 }
 

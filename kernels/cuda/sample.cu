@@ -42,7 +42,7 @@ struct Row {
 
 /// A token whose logit is changed before the draw, and the logit as it was. With the topmost bit set, which only one
 /// that is to be counted in may have, `id` is a row: the token is that which was drawn there in the step before, which
-/// the host does not know yet (`Batch::DRAWN` of src/batch.rs).
+/// the host does not know yet (`Batch::PLACEHOLDER` of src/batch.rs).
 struct Touched {
     int id;
     float bias;

@@ -186,9 +186,9 @@ constexpr int blocks(int rows, int features) {
 
 FOR_EACH_MATRIX(ALL_SKINNY)
 
-SKINNY(1, 8, f16, Floats<Half>)
-SKINNY(2, 8, f16, Floats<Half>)
-SKINNY(1, 8, bf16, Floats<Brain>)
-SKINNY(2, 8, bf16, Floats<Brain>)
-SKINNY(1, 8, f8, Quarters)
-SKINNY(2, 8, f8, Quarters)
+SKINNY(1, 8, f16, Floats<F16>)
+SKINNY(2, 8, f16, Floats<F16>)
+SKINNY(1, 8, bf16, Floats<BF16>)
+SKINNY(2, 8, bf16, Floats<BF16>)
+SKINNY(1, 8, f8, ScaledF8)
+SKINNY(2, 8, f8, ScaledF8)

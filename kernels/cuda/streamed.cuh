@@ -74,7 +74,7 @@ __device__ __forceinline__ void replace(uint2& words, const void* shared, bool w
 #endif
 }
 
-/// Half of eight elements whose bits are in `raw`, 16 bytes (Half or Brain) or 32 (float).
+/// Half of eight elements whose bits are in `raw`, 16 bytes (F16 or BF16) or 32 (float).
 __device__ __forceinline__ void four_of(const uint4 (&raw)[2], int half, float (&to)[4], float) {
     const uint4 bits = raw[half];
     to[0] = __uint_as_float(bits.x), to[1] = __uint_as_float(bits.y);
@@ -124,28 +124,28 @@ struct Streamed<Floats<T>> {
 };
 
 template <>
-struct Streamed<Floats<Quarter>> {
+struct Streamed<Floats<F8>> {
     struct Raw {
         uint2 bits;
     };
-    __device__ __forceinline__ static Raw fetch(const Floats<Quarter>& matrix, size_t start, int at) {
+    __device__ __forceinline__ static Raw fetch(const Floats<F8>& matrix, size_t start, int at) {
         return {stream8(matrix.values + start + at)};
     }
     __device__ __forceinline__ static void clear(Raw& raw) { ::clear(raw.bits.x), ::clear(raw.bits.y); }
-    __device__ __forceinline__ static void replace(Raw& raw, const Quarter* shared, bool wanted) {
+    __device__ __forceinline__ static void replace(Raw& raw, const F8* shared, bool wanted) {
         ::replace(raw.bits, shared, wanted);
     }
     __device__ __forceinline__ static void unpack(const Raw& raw, int half, float (&to)[4]) {
         const unsigned four = half ? raw.bits.y : raw.bits.x;
         const unsigned low = halves_of(static_cast<uint16_t>(four)), high = halves_of(four >> 16);
-        to[0] = to_float(Half{static_cast<uint16_t>(low)}), to[1] = to_float(Half{static_cast<uint16_t>(low >> 16)});
-        to[2] = to_float(Half{static_cast<uint16_t>(high)}), to[3] = to_float(Half{static_cast<uint16_t>(high >> 16)});
+        to[0] = to_float(F16{static_cast<uint16_t>(low)}), to[1] = to_float(F16{static_cast<uint16_t>(low >> 16)});
+        to[2] = to_float(F16{static_cast<uint16_t>(high)}), to[3] = to_float(F16{static_cast<uint16_t>(high >> 16)});
     }
 };
 
 /// The halves of a word, an f16 each.
-__device__ __forceinline__ float scale_of(unsigned pair) { return to_float(Half{static_cast<uint16_t>(pair)}); }
-__device__ __forceinline__ float minimum_of(unsigned pair) { return to_float(Half{static_cast<uint16_t>(pair >> 16)}); }
+__device__ __forceinline__ float scale_of(unsigned pair) { return to_float(F16{static_cast<uint16_t>(pair)}); }
+__device__ __forceinline__ float minimum_of(unsigned pair) { return to_float(F16{static_cast<uint16_t>(pair >> 16)}); }
 
 /// Small numbers become floats without a conversion: as the last bits of 2^23, they are so much more than 2^23.
 constexpr unsigned UNIT_BITS = 0x4b000000;
@@ -170,16 +170,16 @@ struct Streamed<Nibbles> {
 };
 
 template <>
-struct Streamed<Quarters> {
+struct Streamed<ScaledF8> {
     struct Raw {
         uint2 quants;
         float scale;
     };
-    __device__ __forceinline__ static Raw fetch(const Quarters& matrix, size_t start, int at) {
+    __device__ __forceinline__ static Raw fetch(const ScaledF8& matrix, size_t start, int at) {
         return {stream8(matrix.quants + (start + at) / 8), matrix.scales[(start + at) / 128]};
     }
     __device__ __forceinline__ static void unpack(const Raw& raw, int half, float (&to)[4]) {
-        small_quarters(half ? raw.quants.y : raw.quants.x, to[0], to[1], to[2], to[3]);
+        small_f8(half ? raw.quants.y : raw.quants.x, to[0], to[1], to[2], to[3]);
 #pragma unroll
         for (int i = 0; i < 4; i++) to[i] *= raw.scale;
     }

@@ -1,10 +1,10 @@
-// What the products on tensor cores of gemm.cu and wide.cu have in common: where a block's tile lies, and where the
-// sums of a row are cut, which is what their bits depend on.
+// What the products on tensor cores of gemm.cu and hopper_gemm.cu have in common: where a block's tile lies, and where
+// the sums of a row are cut, which is what their bits depend on.
 #pragma once
 
 #include "common.cuh"
 
-/// Input features that are added up by themselves. src/cuda/product.rs knows it too.
+/// Input features that are added up by themselves. src/cuda/gemm.rs knows it too.
 constexpr int SEGMENT = 512;
 
 /// Tiles of rows that go through the features side by side, so that weights are fetched once for all of them.

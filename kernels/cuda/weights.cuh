@@ -19,7 +19,7 @@ struct Floats {
 
 /// Two f16: what a quant is multiplied by, and what is added then.
 struct alignas(4) ScaleAndMinimum {
-    Half scale, minimum;
+    F16 scale, minimum;
 };
 
 /// Four bits a quant, the first in the lowest; a scale and a minimum for 32. Q4_0, Q4_1 and Q4_K.
@@ -57,14 +57,14 @@ __device__ __forceinline__ void signed_bytes(uint2 words, float (&to)[8]) {
 /// Eight bits a quant, an f16 scale for 32. Q8_0, Q5_0, IQ4_NL and IQ4_XS.
 struct Bytes {
     const uint2* quants;
-    const Half* scales;
+    const F16* scales;
 
     __device__ __forceinline__ Bytes(const void* quants, const void* scales)
-        : quants(static_cast<const uint2*>(quants)), scales(static_cast<const Half*>(scales)) {}
+        : quants(static_cast<const uint2*>(quants)), scales(static_cast<const F16*>(scales)) {}
 
     struct Eight {
         uint2 quants;
-        Half scale;
+        F16 scale;
     };
     __device__ __forceinline__ Eight fetch(size_t start, int at) const {
         return {quants[(start + at) / 8], scales[(start + at) / 32]};
@@ -102,23 +102,23 @@ struct FineBytes {
     __device__ __forceinline__ void load(size_t start, int at, float (&to)[8]) const { unpack(fetch(start, at), to); }
 };
 
-/// Four E4M3, none of them NaN, as floats, each QUARTER_UNIT times too small. (Not by `halves_of`, which minds NaN, and
+/// Four E4M3, none of them NaN, as floats, each F8_UNIT times too small. (Not by `halves_of`, which minds NaN, and
 /// is an instruction on some devices only.)
-constexpr float QUARTER_UNIT = 256.0f;
-__device__ __forceinline__ void small_quarters(unsigned four, float& first, float& second, float& third,
-                                               float& fourth) {
+constexpr float F8_UNIT = 256.0f;
+__device__ __forceinline__ void small_f8(unsigned four, float& first, float& second, float& third,
+                                         float& fourth) {
     const unsigned even = small_halves(four << 8), odd = small_halves(four);
-    first = to_float(Half{static_cast<uint16_t>(even)}), third = to_float(Half{static_cast<uint16_t>(even >> 16)});
-    second = to_float(Half{static_cast<uint16_t>(odd)}), fourth = to_float(Half{static_cast<uint16_t>(odd >> 16)});
+    first = to_float(F16{static_cast<uint16_t>(even)}), third = to_float(F16{static_cast<uint16_t>(even >> 16)});
+    second = to_float(F16{static_cast<uint16_t>(odd)}), fourth = to_float(F16{static_cast<uint16_t>(odd >> 16)});
 }
 
-/// E4M3, none of them NaN, and for 128 a scale: QUARTER_UNIT times what they are multiplied by. Rows are a multiple of
-/// 128 long. F8.
-struct Quarters {
+/// E4M3, none of them NaN, and for 128 a scale: F8_UNIT times what they are multiplied by. Rows are a multiple of
+/// 128 long. DType::F8.
+struct ScaledF8 {
     const uint2* quants;
     const float* scales;
 
-    __device__ __forceinline__ Quarters(const void* quants, const void* scales)
+    __device__ __forceinline__ ScaledF8(const void* quants, const void* scales)
         : quants(static_cast<const uint2*>(quants)), scales(static_cast<const float*>(scales)) {}
 
     struct Eight {
@@ -129,8 +129,8 @@ struct Quarters {
         return {quants[(start + at) / 8], scales[(start + at) / 128]};
     }
     static __device__ __forceinline__ void unpack(Eight eight, float (&to)[8]) {
-        small_quarters(eight.quants.x, to[0], to[1], to[2], to[3]);
-        small_quarters(eight.quants.y, to[4], to[5], to[6], to[7]);
+        small_f8(eight.quants.x, to[0], to[1], to[2], to[3]);
+        small_f8(eight.quants.y, to[4], to[5], to[6], to[7]);
 #pragma unroll
         for (int i = 0; i < 8; i++) to[i] *= eight.scale;
     }
@@ -140,9 +140,9 @@ struct Quarters {
 /// Calls MACRO(suffix, type) for each kind of matrix; the suffixes are those of src/cuda/weight.rs.
 #define FOR_EACH_MATRIX(MACRO)   \
     MACRO(f32, Floats<float>)    \
-    MACRO(f16, Floats<Half>)     \
-    MACRO(bf16, Floats<Brain>)   \
+    MACRO(f16, Floats<F16>)      \
+    MACRO(bf16, Floats<BF16>)    \
     MACRO(nibbles, Nibbles)      \
     MACRO(bytes, Bytes)          \
     MACRO(fine_bytes, FineBytes) \
-    MACRO(f8, Quarters)
+    MACRO(f8, ScaledF8)

@@ -51,9 +51,9 @@ pub struct Attention<'a, L, V, R> {
     pub output: Projection<'a, L, V>,
 }
 
-/// What a rehearsal ([`Backend::rehearse`]) left behind.
+/// What a warm-up ([`Backend::warm_up`]) left behind.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub struct Rehearsed {
+pub struct WarmUp {
     /// Steps that were recorded.
     pub recorded: usize,
     /// Bytes of a device's memory that were taken.
@@ -113,17 +113,17 @@ pub trait Backend: Send + 'static {
         operations(self);
     }
 
-    /// Of how many sequences, up to so many, steps that decode should be rehearsed, smallest first; none where that is
+    /// Of how many sequences, up to so many, steps that decode should be prepared, smallest first; none where that is
     /// of no use.
-    fn sizes_to_rehearse(&self, _sequences: usize) -> Vec<usize> {
+    fn warm_up_sizes(&self, _sequences: usize) -> Vec<usize> {
         Vec::new()
     }
 
     /// Prepares for steps as large as `batch`, or a little smaller, by calling `operations`, perhaps several times:
     /// makes what they need, and records them if they decode. Contexts are no longer then than those of `batch`, and
     /// all block tables together no longer than its own. No page is written or read, and results are nobody's.
-    fn rehearse(&mut self, _batch: &Batch, _operations: &mut dyn FnMut(&mut Self)) -> Rehearsed {
-        Rehearsed::default()
+    fn warm_up(&mut self, _batch: &Batch, _operations: &mut dyn FnMut(&mut Self)) -> WarmUp {
+        WarmUp::default()
     }
 
     /// Whether what is enqueued now is only recorded, and runs when [`Backend::step`] has ended: nothing of it is done,
@@ -307,8 +307,8 @@ pub trait Backend: Send + 'static {
 }
 
 /// A backend that only enqueues, so that the host can plan and enqueue the next step while the device computes one:
-/// tokens drawn on the device are what the next step reads ([`Batch::DRAWN`], also at the end of a row's output), and
-/// the host learns of them later.
+/// tokens drawn on the device are what the next step reads ([`Batch::PLACEHOLDER`], also at the end of a row's output),
+/// and the host learns of them later.
 ///
 /// A step is [`Backend::step`], [`DrawsAhead::draw`] for all of its rows, and [`DrawsAhead::fetch`]. One more may be
 /// enqueued before its samples are collected, or as much of one as does not hang on these.

@@ -18,7 +18,7 @@ pub struct SequenceSpan {
 /// `block_tables[table_start + i / block_size]` at offset `i % block_size`.
 #[derive(Debug, Default)]
 pub struct Batch {
-    /// Token ids, `[tokens]`; or [`Batch::DRAWN`] and a row, for a backend that draws ahead.
+    /// Token ids, `[tokens]`; or [`Batch::PLACEHOLDER`] and a row, for a backend that draws ahead.
     pub tokens: Vec<u32>,
     /// Position of each token in its own sequence, `[tokens]`.
     pub positions: Vec<u32>,
@@ -32,9 +32,9 @@ pub struct Batch {
 }
 
 impl Batch {
-    /// Added to a row of the step before: the token that is drawn there, which the host may not know yet. See
-    /// [`DrawsAhead`](crate::DrawsAhead).
-    pub const DRAWN: u32 = 1 << 31;
+    /// Added to a row of the step before: stands for the token that is drawn there, which the host may not know yet.
+    /// See [`DrawsAhead`](crate::DrawsAhead).
+    pub const PLACEHOLDER: u32 = 1 << 31;
 
     /// An empty batch that will not allocate below these sizes.
     pub fn with_capacity(tokens: usize, sequences: usize, blocks: usize) -> Self {

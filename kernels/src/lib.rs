@@ -19,8 +19,9 @@ mod region;
 mod residual;
 mod rope;
 mod sampling;
+mod token_mask;
 
-pub use backend::{Attention, AttentionShape, Backend, DrawsAhead, QkNorm, Rehearsed};
+pub use backend::{Attention, AttentionShape, Backend, DrawsAhead, QkNorm, WarmUp};
 pub use batch::{Batch, SequenceSpan};
 pub use dtype::{DType, Matrix};
 pub use error::KernelError;
@@ -31,3 +32,4 @@ pub use region::{KvRegion, RegionShape};
 pub use residual::{Projection, Residual, RmsNorm};
 pub use rope::RopeTable;
 pub use sampling::{MAX_TOP_LOGPROBS, RowTask, SampleRow, Sampled, SamplingParams, SequenceId};
+pub use token_mask::TokenMask;

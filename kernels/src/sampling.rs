@@ -1,3 +1,5 @@
+use crate::TokenMask;
+
 /// Most alternatives a request may ask log-probabilities for (OpenAI's limit for chat).
 pub const MAX_TOP_LOGPROBS: usize = 20;
 
@@ -65,9 +67,9 @@ pub enum RowTask<'a> {
         params: &'a SamplingParams,
         /// Tokens that must not be drawn now (end-of-sequence below `min_tokens`).
         suppress: &'a [u32],
-        /// The tokens that may be drawn at all, where a grammar says so: a bit a token, the lowest id in the lowest bit
-        /// of the first word. As long as the vocabulary at least; whatever stands behind that is not looked at.
-        mask: Option<&'a [u32]>,
+        /// The tokens that may be drawn at all, where a grammar says so. It covers the vocabulary at least; whatever
+        /// stands behind that is not looked at.
+        mask: Option<&'a TokenMask>,
     },
     /// The token is known (a prompt's log-probabilities): only look it up.
     Score {
@@ -90,9 +92,9 @@ pub struct SampleRow<'a> {
     pub sequence: SequenceId,
     /// Prompt of the request: its repetition penalty looks at it.
     pub prompt: &'a [u32],
-    /// Tokens generated so far; for a backend that draws ahead, the last may be [`Batch::DRAWN`](crate::Batch::DRAWN)
-    /// and a row. `prompt.len() + output.len()` is the position drawn, which with the seed determines the random
-    /// number.
+    /// Tokens generated so far; for a backend that draws ahead, the last may be a
+    /// [`Batch::PLACEHOLDER`](crate::Batch::PLACEHOLDER) and a row. `prompt.len() + output.len()` is the position
+    /// drawn, which with the seed determines the random number.
     pub output: &'a [u32],
     /// Alternatives to report, at most [`MAX_TOP_LOGPROBS`]; `None`: not even the token's own log-probability is
     /// wanted, and `Sampled::logprob` is unspecified.
@@ -129,11 +131,6 @@ pub(crate) fn uniform(seed: u64, position: u64) -> f64 {
     let bits = mix(mix(seed).wrapping_add((position + 1).wrapping_mul(GOLDEN_GAMMA)));
     // The 53 bits an f64 holds exactly.
     (bits >> 11) as f64 * (1.0 / (1u64 << 53) as f64)
-}
-
-/// Whether a mask lets a token be drawn.
-pub(crate) fn is_allowed(mask: &[u32], id: usize) -> bool {
-    mask[id / 32] >> (id % 32) & 1 != 0
 }
 
 const GOLDEN_GAMMA: u64 = 0x9e37_79b9_7f4a_7c15;

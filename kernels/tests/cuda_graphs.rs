@@ -58,29 +58,29 @@ fn bits(values: &[f32]) -> Vec<u32> {
 }
 
 #[test]
-fn after_a_rehearsal_nothing_is_recorded_and_results_are_those_without() {
-    let (mut rehearsed, mut eager) = (device(), device_with(0));
-    let recorded = rehearsed.rehearse();
-    assert_eq!(rehearsed.backend.graphs(), recorded);
+fn after_a_warm_up_nothing_is_recorded_and_results_are_those_without() {
+    let (mut warm, mut eager) = (device(), device_with(0));
+    let recorded = warm.warm_up();
+    assert_eq!(warm.backend.graphs(), recorded);
     assert!(recorded > 10, "{recorded}");
-    let asked_for = rehearsed.backend.driver().recordings();
+    let asked_for = warm.backend.driver().recordings();
     for batch in all_kinds() {
-        let (ours, theirs) = (rehearsed.step(&batch), eager.step(&batch));
+        let (ours, theirs) = (warm.step(&batch), eager.step(&batch));
         // That no page was touched shows here too.
         assert_eq!(bits(&ours), bits(&theirs), "{:?}", batch.sequences);
     }
-    assert_eq!(rehearsed.backend.driver().recordings(), asked_for);
-    assert_eq!(rehearsed.backend.graphs(), recorded, "nothing was recorded in vain");
+    assert_eq!(warm.backend.driver().recordings(), asked_for);
+    assert_eq!(warm.backend.graphs(), recorded, "nothing was recorded in vain");
     assert_eq!(eager.backend.driver().recordings(), 0);
-    assert_eq!(rehearsed.rehearse(), 0, "what is there is not recorded again");
+    assert_eq!(warm.warm_up(), 0, "what is there is not recorded again");
 }
 
 #[test]
-fn whoever_wants_no_recordings_has_nothing_to_rehearse() {
+fn whoever_wants_no_recordings_has_nothing_to_warm_up() {
     let mut eager = device_with(0);
-    assert_eq!(eager.backend.sizes_to_rehearse(ROWS_MAX), []);
-    assert_eq!(eager.rehearse(), 0);
-    assert_eq!(device().backend.sizes_to_rehearse(40), [1, 2, 4, 8, 16, 32, 40]);
+    assert_eq!(eager.backend.warm_up_sizes(ROWS_MAX), []);
+    assert_eq!(eager.warm_up(), 0);
+    assert_eq!(device().backend.warm_up_sizes(40), [1, 2, 4, 8, 16, 32, 40]);
 }
 
 #[test]
@@ -107,11 +107,11 @@ fn a_step_that_cannot_be_recorded_is_enqueued_and_is_not_tried_again() {
 }
 
 #[test]
-fn a_rehearsal_that_records_nothing_fails_nothing() {
+fn a_warm_up_that_records_nothing_fails_nothing() {
     for refusal in [Refusal::AtBegin, Refusal::Amid, Refusal::AtEnd] {
         let (mut layer, mut eager) = (device(), device_with(0));
         layer.backend.driver().refuse_recordings(Some(refusal));
-        assert_eq!(layer.rehearse(), 0);
+        assert_eq!(layer.warm_up(), 0);
         let asked_for = layer.backend.driver().recordings();
         assert!(asked_for > 10);
         for batch in all_kinds().step_by(5) {
@@ -147,7 +147,7 @@ fn no_more_steps_are_recorded_than_there_is_room_for() {
     }
     assert_eq!((layer.backend.graphs(), layer.backend.driver().recordings()), (2, 2));
     let mut layer = device_with(2);
-    assert_eq!(layer.rehearse(), 2);
+    assert_eq!(layer.warm_up(), 2);
     assert_eq!(layer.backend.graphs(), 2);
 }
 
@@ -155,7 +155,7 @@ fn no_more_steps_are_recorded_than_there_is_room_for() {
 fn recordings_leave_some_of_the_device_s_memory_to_others() {
     let mut layer = device();
     layer.backend.driver().leave_free(64 << 20);
-    assert_eq!(layer.rehearse(), 0);
+    assert_eq!(layer.warm_up(), 0);
     let mut reference = Layer::new(ReferenceBackend);
     for turn in 0..4 {
         let batch = decode(&[30 + turn, 40], turn);

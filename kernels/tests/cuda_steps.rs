@@ -85,7 +85,7 @@ fn keys_and_values_are_said_to_be_stored_behind_the_kernel_that_stores_them() {
 #[test]
 fn kernels_that_are_noted_do_nothing_until_they_are_enqueued() {
     notes(Emulated::default(), &["round_rows_bf16", "product_small_bf16", "add_segments"]);
-    notes(EmulatedHopper::default(), &["round_rows_bf16", "wide_flat_bf16", "add_segments"]);
+    notes(EmulatedHopper::default(), &["round_rows_bf16", "hopper_gemm_flat_bf16", "add_segments"]);
 }
 
 fn notes<D: Driver>(driver: D, kernels: &[&str]) {

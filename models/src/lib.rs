@@ -6,7 +6,6 @@
 
 mod bounded_file;
 mod config;
-mod decoder;
 mod defaults;
 mod error;
 mod family;

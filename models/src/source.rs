@@ -6,7 +6,6 @@ use crate::bounded_file::{TOKENIZER_BYTES_MAX, read_bounded};
 use crate::config::json::Fields;
 use crate::config::quantization::Fp8;
 use crate::config::{gguf as gguf_config, hf};
-use crate::decoder::Decoder;
 use crate::defaults::read_json;
 use crate::fingerprint::Fingerprint;
 use crate::gguf::{Gguf, GgufError, TensorInfo};
@@ -80,7 +79,7 @@ struct Description {
 /// A model in a backend.
 pub struct LoadedModel<B: Backend> {
     /// The model.
-    pub model: Box<dyn Model<B>>,
+    pub model: Model<B>,
     /// What was loaded.
     pub report: LoadReport,
     /// The KV cache's element type unless the user says otherwise: that of the weights that are not quantised, f16 for
@@ -296,9 +295,9 @@ impl ModelSource {
                 &gguf
             }
         };
-        let (decoder, report) = Decoder::load(source, backend, &self.config, limits, self.progress)?;
+        let (model, report) = Model::load(source, backend, &self.config, limits, self.progress)?;
         tracing::info!(model = self.name, "loaded {report}");
-        Ok(LoadedModel { model: Box::new(decoder), report, kv_dtype: self.kv_dtype() })
+        Ok(LoadedModel { model, report, kv_dtype: self.kv_dtype() })
     }
 }
 

@@ -25,7 +25,7 @@ impl Serving {
         let Some((source, field)) = asked else { return Ok(None) };
         // Most requests ask for what another has asked for before.
         if let Some(Ok(vocabulary)) = self.vocabulary.get()
-            && let Some(grammar) = vocabulary.compiled_lately(&source)
+            && let Some(grammar) = vocabulary.cached(&source)
         {
             return Ok(Some(grammar));
         }

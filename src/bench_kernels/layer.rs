@@ -1,4 +1,4 @@
-//! A step as the decoder computes it (`models/src/decoder.rs`), with made-up weights: whole, and as the kernels that
+//! A step as the decoder computes it (`models/src/model.rs`), with made-up weights: whole, and as the kernels that
 //! each of its layers launches. Operations are called here and kernels noted, none of which is named: what runs is what
 //! is measured.
 

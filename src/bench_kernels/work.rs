@@ -41,7 +41,7 @@ struct Product {
 pub(super) type Purpose = (String, Work);
 
 fn is_tensor(kernel: &str) -> bool {
-    kernel.starts_with("product_") || kernel.starts_with("wide_")
+    kernel.starts_with("product_") || kernel.starts_with("hopper_gemm_")
 }
 
 impl Size {
@@ -120,7 +120,7 @@ impl Size {
                 _ => bail!("nobody knows what {kernel} does"),
             };
             let per_ms = match kernel {
-                _ if kernel.starts_with("wide_") || kernel.starts_with("hopper_") => WGMMA_PER_MS,
+                _ if kernel.starts_with("hopper_") => WGMMA_PER_MS,
                 _ if kernel.starts_with("product_") || kernel.starts_with("prefill_") => MMA_PER_MS,
                 _ => FMA_PER_MS,
             };

@@ -16,7 +16,7 @@ impl<R: Runner> Engine<R> {
             rows += count;
             let generates = terms[entry.slot.index()].as_ref().is_some_and(Terms::generates);
             if scheduler.has(entry) && generates && scheduler.sequence(entry.slot).is_computed() {
-                scheduler.push_drawn(entry.slot, rows - 1);
+                scheduler.push_placeholder(entry.slot, rows - 1);
             }
         }
         std::mem::swap(step, under_way);
@@ -53,7 +53,7 @@ impl<R: Runner> Engine<R> {
             && *constrained > 0
             && under_way.plan.entries().iter().any(|entry| {
                 let is_constrained = terms[entry.slot.index()].as_ref().is_some_and(Terms::is_constrained);
-                is_constrained && scheduler.has(entry) && scheduler.sequence(entry.slot).is_drawn_ahead()
+                is_constrained && scheduler.has(entry) && scheduler.sequence(entry.slot).has_placeholder()
             })
     }
 

@@ -2,6 +2,8 @@
 
 use std::sync::{Mutex, OnceLock, PoisonError};
 
+use engine_kernels::TokenMask;
+
 use super::FinishReason;
 use crate::grammar::Matcher;
 
@@ -20,8 +22,8 @@ pub(super) struct Constraint {
 
 /// What may be drawn next.
 enum Next {
-    /// One of these: a bit a token.
-    Among(Vec<u32>),
+    /// One of these.
+    Among(TokenMask),
     /// No token, and the answer is complete without one.
     Nothing,
     /// The answer cannot go on: the matcher failed, or no token may be drawn although the grammar is not complete.
@@ -38,7 +40,7 @@ impl Constraint {
 
     /// The tokens that may be drawn, `suppressed` ones not; none if whatever is drawn will mean nothing. Worked out
     /// when it is first asked for: a device computes meanwhile.
-    pub(super) fn mask(&self, suppressed: &[u32]) -> Option<&[u32]> {
+    pub(super) fn mask(&self, suppressed: &[u32]) -> Option<&TokenMask> {
         match self.next.get_or_init(|| self.look(suppressed)) {
             Next::Among(mask) => Some(mask),
             Next::Nothing | Next::Lost => None,
@@ -56,15 +58,9 @@ impl Constraint {
                 return Next::Lost;
             }
         };
-        let has =
-            |mask: &[u32], token: u32| mask.get(token as usize / 32).is_some_and(|word| word >> (token % 32) & 1 == 1);
-        let may_end = is_complete || self.ends.iter().any(|&token| has(&mask, token));
-        for &token in self.ignored.iter().chain(suppressed) {
-            if let Some(word) = mask.get_mut(token as usize / 32) {
-                *word &= !(1 << (token % 32));
-            }
-        }
-        if mask.iter().all(|&word| word == 0) {
+        let may_end = is_complete || self.ends.iter().any(|&token| mask.allows(token));
+        self.ignored.iter().chain(suppressed).for_each(|&token| mask.forbid(token));
+        if mask.is_empty() {
             if !may_end {
                 tracing::warn!("nothing that may be drawn goes on in a request's grammar: it is aborted");
                 return Next::Lost;
@@ -130,10 +126,9 @@ mod tests {
     /// Those of `a`, `b` and the token that ends answers that may be drawn.
     fn drawable(constraint: &Constraint, suppressed: &[u32]) -> String {
         let mask = constraint.mask(suppressed).unwrap();
-        let is_allowed = |token: u32| mask[token as usize / 32] >> (token % 32) & 1 == 1;
         [('a', u32::from(b'a')), ('b', u32::from(b'b')), ('.', END)]
             .into_iter()
-            .filter_map(|(name, token)| is_allowed(token).then_some(name))
+            .filter_map(|(name, token)| mask.allows(token).then_some(name))
             .collect()
     }
 

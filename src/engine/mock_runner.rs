@@ -8,7 +8,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use engine_kernels::{Batch, KvRegion, RowTask, SampleRow, Sampled, SequenceSpan};
+use engine_kernels::{Batch, KvRegion, RowTask, SampleRow, Sampled, SequenceSpan, TokenMask};
 
 use super::{Runner, RunnerError};
 
@@ -42,9 +42,8 @@ pub(super) fn mix(state: u64, value: u64) -> u64 {
 }
 
 /// One of the tokens that a mask allows.
-fn among(mask: &[u32], suppress: &[u32], state: u64) -> u32 {
-    let is_allowed = |id: &u32| mask[*id as usize / 32] >> (id % 32) & 1 == 1 && !suppress.contains(id);
-    let allowed = || (0..mask.len() as u32 * 32).filter(is_allowed);
+fn among(mask: &TokenMask, suppress: &[u32], state: u64) -> u32 {
+    let allowed = || mask.tokens().filter(move |id| !suppress.contains(id));
     let count = allowed().count().max(1);
     allowed().nth((state >> 32) as usize % count).unwrap_or(0)
 }

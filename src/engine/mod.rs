@@ -14,12 +14,12 @@ mod lending;
 mod mock_runner;
 mod pace;
 mod post;
-mod rehearsal;
 mod request;
 mod request_state;
 mod runner;
 mod step;
 mod thread;
+mod warm_up;
 
 pub use config::{ConfigError, EngineConfig};
 pub use export::{Exporter, PrefillHandle, PrefillRequest};

@@ -28,11 +28,11 @@ pub trait Runner: Send + 'static {
 /// A runner whose device computes on its own, so that the next step can be planned and launched meanwhile.
 pub trait RunsAhead {
     /// Does what [`Runner::execute`] does but sample, and wait. Two steps may be on their way at a time. In the second,
-    /// tokens that the first draws are [`Batch::DRAWN`].
+    /// tokens that the first draws are [`Batch::PLACEHOLDER`].
     fn launch(&mut self, batch: &Batch, layer_done: &mut dyn FnMut(usize)) -> Result<(), RunnerError>;
 
     /// Samples what was launched last, without waiting. Rows' outputs may end with what the step before draws, as
-    /// [`Batch::DRAWN`].
+    /// [`Batch::PLACEHOLDER`].
     fn draw<'a>(&mut self, batch: &Batch, row: &(dyn Fn(usize) -> SampleRow<'a> + Sync)) -> Result<(), RunnerError>;
 
     /// Waits for the earlier one, and says what was sampled. The later one need not be drawn yet.
@@ -61,19 +61,14 @@ const IS_AHEAD: &str = "the backend draws ahead";
 /// A model, the backend that computes it, and its KV cache.
 pub struct ModelRunner<B: Backend> {
     pub(super) backend: B,
-    pub(super) model: Box<dyn Model<B>>,
+    pub(super) model: Model<B>,
     pub(super) cache: B::KvCache,
     pub(super) max_logit_rows: usize,
 }
 
 impl<B: Backend> ModelRunner<B> {
     /// Reserves the KV cache, and room for what steps give. `limits` is what the model was loaded with.
-    pub fn new(
-        mut backend: B,
-        model: Box<dyn Model<B>>,
-        layout: KvLayout,
-        limits: ForwardLimits,
-    ) -> Result<Self, KernelError> {
+    pub fn new(mut backend: B, model: Model<B>, layout: KvLayout, limits: ForwardLimits) -> Result<Self, KernelError> {
         assert!(limits.max_logit_rows > 0, "a step needs logits");
         let cache = backend.kv_cache(layout)?;
         if let Some(ahead) = backend.ahead() {

@@ -2,7 +2,7 @@ use std::{ops::Range, time::Instant};
 
 use engine_kernels::{Batch, RowTask, SampleRow, Sampled};
 
-use super::{EngineConfig, rehearsal::NOBODY, request_state::Terms};
+use super::{EngineConfig, request_state::Terms, warm_up::NOBODY};
 use crate::scheduler::{PlanEntry, Scheduler, SlotId, StepPlan};
 
 /// A row of logits and whose it is: what comes after `position` is wanted.

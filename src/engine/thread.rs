@@ -386,7 +386,7 @@ impl<R: Runner> Engine<R> {
                 if let Some(token) = known {
                     request.prompt_token(token, sampled);
                 } else {
-                    if scheduler.sequence(entry.slot).is_drawn_ahead() {
+                    if scheduler.sequence(entry.slot).has_placeholder() {
                         scheduler.reveal(entry.slot, sampled.token);
                     } else {
                         scheduler.push_token(entry.slot, sampled.token);

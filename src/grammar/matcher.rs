@@ -1,5 +1,6 @@
 use std::{fmt, sync::Arc};
 
+use engine_kernels::TokenMask;
 use llguidance::api::StopReason;
 
 use super::vocabulary::brief;
@@ -8,8 +9,8 @@ use super::vocabulary::brief;
 #[derive(Clone)]
 pub struct Matcher {
     inner: llguidance::Matcher,
-    /// Tokens that are text, or end an answer: a bit a token. Grammars can name others by their ids.
-    known: Arc<[u32]>,
+    /// Tokens that are text, or end an answer. Grammars can name others by their ids.
+    known: Arc<TokenMask>,
 }
 
 /// A grammar became too much to follow, or was not followed: the answer cannot go on.
@@ -19,7 +20,7 @@ pub struct LostTrack(String);
 
 impl Matcher {
     /// At the beginning of what `parser` reads.
-    pub(super) fn new(parser: anyhow::Result<llguidance::TokenParser>, known: Arc<[u32]>) -> Result<Self, String> {
+    pub(super) fn new(parser: anyhow::Result<llguidance::TokenParser>, known: Arc<TokenMask>) -> Result<Self, String> {
         let inner = llguidance::Matcher::new(parser);
         match inner.get_error() {
             None => Ok(Self { inner, known }),
@@ -42,21 +43,20 @@ impl Matcher {
         self.inner.is_stopped() && self.inner.stop_reason().is_ok()
     }
 
-    /// The tokens that may come next: a bit a token, as [`RowTask::Sample`](engine_kernels::RowTask::Sample) has it,
-    /// those that end an answer among them where it may end. No bit at all if nothing may come.
-    pub fn allowed(&mut self) -> Result<Vec<u32>, LostTrack> {
+    /// The tokens that may come next, those that end an answer among them where it may end. None if nothing may come.
+    pub fn allowed(&mut self) -> Result<TokenMask, LostTrack> {
         if self.is_complete() {
-            return Ok(Vec::new());
+            return Ok(TokenMask::default());
         }
         match self.inner.compute_mask() {
             Ok(mask) => {
-                let mut mask = Vec::from(mask);
-                mask.iter_mut().zip(&*self.known).for_each(|(word, known)| *word &= known);
+                let mut mask = TokenMask::from_words(mask.into());
+                mask.intersect(&self.known);
                 Ok(mask)
             }
             Err(error) => match brief(&error.to_string()) {
                 // What was left had no token to be said with.
-                dead_end if dead_end == StopReason::NoExtensionBias.to_string() => Ok(Vec::new()),
+                dead_end if dead_end == StopReason::NoExtensionBias.to_string() => Ok(TokenMask::default()),
                 error => Err(LostTrack(error)),
             },
         }

@@ -8,10 +8,10 @@
 //! Requests compile on threads that may take their time; the engine thread has a matcher for each sequence and asks it
 //! for a mask before each draw.
 
+mod cache;
 #[cfg(test)]
 mod costs;
 mod matcher;
-mod recent;
 mod schema;
 mod source;
 #[cfg(test)]

@@ -25,9 +25,7 @@ fn matcher(source: Source) -> Matcher {
 }
 
 fn allowed(matcher: &mut Matcher) -> Vec<u32> {
-    let mask = matcher.allowed().unwrap();
-    let bit = |id: u32| mask.get(id as usize / 32).is_some_and(|word| word >> (id % 32) & 1 == 1);
-    (0..2 * VOCABULARY as u32).filter(|&id| bit(id)).collect()
+    matcher.allowed().unwrap().tokens().collect()
 }
 
 /// Whether a text, byte by byte, fits, and an answer may end with it.
@@ -503,8 +501,7 @@ fn grammars_that_are_made_to_take_long_are_refused_or_end_in_an_error() {
         // As a model would that has no mind of its own.
         for step in 0..300u64 {
             let Ok(mask) = matcher.allowed() else { break };
-            let ids: Vec<u32> =
-                (0..VOCABULARY as u32).filter(|&id| mask[id as usize / 32] >> (id % 32) & 1 == 1).collect();
+            let ids: Vec<u32> = mask.tokens().collect();
             let id = ids[(step.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 33) as usize % ids.len()];
             if matcher.take(id).is_err() || matcher.is_complete() {
                 break;

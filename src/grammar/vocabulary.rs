@@ -2,6 +2,7 @@
 
 use std::{fmt, sync::Arc, thread};
 
+use engine_kernels::TokenMask;
 use engine_models::Tokenizer;
 use llguidance::{
     Logger, ParserFactory,
@@ -9,7 +10,7 @@ use llguidance::{
     toktrie::{ApproximateTokEnv, INVALID_TOKEN, TokEnv, TokRxInfo, TokTrie},
 };
 
-use super::{LostTrack, Matcher, Source, recent::Recent};
+use super::{LostTrack, Matcher, Source, cache::GrammarCache};
 
 /// Longer tokens have no place in the trie: runs of spaces, in vocabularies that exist.
 const TOKEN_BYTES_MAX: usize = 512;
@@ -64,9 +65,9 @@ pub enum GrammarError {
 /// The tokens of a model, ordered for going through them.
 pub struct Vocabulary {
     factory: ParserFactory,
-    /// Tokens that are text, or end an answer: a bit a token.
-    known: Arc<[u32]>,
-    recent: Recent,
+    /// Tokens that are text, or end an answer.
+    known: Arc<TokenMask>,
+    cache: GrammarCache,
 }
 
 impl Vocabulary {
@@ -85,9 +86,8 @@ impl Vocabulary {
         // That byte, of which there is none in UTF-8, tells special tokens in a trie.
         let has_no_place = |token: &[u8]| token.len() > TOKEN_BYTES_MAX || token.starts_with(&[0xff]);
         tokens.iter_mut().filter(|token| has_no_place(token)).for_each(Vec::clear);
-        let mut known = vec![0u32; tokens.len().div_ceil(32)];
-        let texts = tokens.iter().enumerate().filter(|(_, token)| !token.is_empty()).map(|(id, _)| id);
-        texts.chain(ends.iter().map(|&id| id as usize)).for_each(|id| known[id / 32] |= 1 << (id % 32));
+        let texts = tokens.iter().enumerate().filter(|(_, token)| !token.is_empty()).map(|(id, _)| id as u32);
+        let known = TokenMask::of_tokens(tokens.len(), texts.chain(ends.iter().copied()));
         let info = TokRxInfo::new(tokens.len() as u32, ends.first().copied().unwrap_or(INVALID_TOKEN));
         let mut trie = TokTrie::from(&info, &tokens);
         if !ends.is_empty() {
@@ -97,7 +97,7 @@ impl Vocabulary {
         let unusable = |error: anyhow::Error| GrammarError::Vocabulary(brief(&error.to_string()));
         let mut factory = ParserFactory::new_simple(&tokens).map_err(unusable)?;
         *factory.quiet().limits_mut() = LIMITS;
-        Ok(Self { factory, known: known.into(), recent: Recent::default() })
+        Ok(Self { factory, known: Arc::new(known), cache: GrammarCache::default() })
     }
 
     /// The same with another limit to the states of a lexer.
@@ -116,17 +116,17 @@ impl Vocabulary {
         ParserLimits { max_lexer_states: self.factory.limits().max_lexer_states, ..limits }
     }
 
-    /// What was made of the same text for another request, if that was lately. Takes a fraction of a millisecond, at
+    /// What was made of the same text for another request, if it is still kept. Takes a fraction of a millisecond, at
     /// most a few.
-    pub fn compiled_lately(&self, source: &Source) -> Option<Grammar> {
-        self.recent.find(source)
+    pub fn cached(&self, source: &Source) -> Option<Grammar> {
+        self.cache.find(source)
     }
 
     /// Makes a grammar of what a request asks for, and works out how an answer may begin. Takes milliseconds, or as
     /// long as somebody has found out how to make it take.
     pub fn compile(&self, source: Source) -> Result<Grammar, GrammarError> {
         // While this request waited to be let in, another may have had the same compiled.
-        if let Some(grammar) = self.compiled_lately(&source) {
+        if let Some(grammar) = self.cached(&source) {
             return Ok(grammar);
         }
         let grammar = source.for_compiler()?;
@@ -144,7 +144,7 @@ impl Vocabulary {
                 for token in self.factory.tok_env().tok_trie().greedy_tokenize(opening.as_bytes()) {
                     matcher.take(token).map_err(lost)?;
                 }
-                if matcher.allowed().map_err(lost)?.iter().all(|&word| word == 0) {
+                if matcher.allowed().map_err(lost)?.is_empty() {
                     return Err(GrammarError::Invalid("no answer fits it".to_owned()));
                 }
             }
@@ -161,7 +161,7 @@ impl Vocabulary {
             )
         })?;
         let grammar = Grammar { source, start };
-        self.recent.keep(&grammar, lexer_bytes);
+        self.cache.keep(&grammar, lexer_bytes);
         Ok(grammar)
     }
 }

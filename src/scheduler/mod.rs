@@ -5,7 +5,7 @@
 //! and preemption are all changes of `num_computed`, and so is a prompt that another worker has prefilled. Planning
 //! does no I/O and knows no clock; a step is [`Scheduler::plan`], the computation itself elsewhere,
 //! [`Scheduler::commit`], and [`Scheduler::push_token`] for what was sampled. Where it takes a while for that to be
-//! known, [`Scheduler::push_drawn`] stands in for it, and [`Scheduler::reveal`] follows before the next commit.
+//! known, [`Scheduler::push_placeholder`] stands in for it, and [`Scheduler::reveal`] follows before the next commit.
 
 mod loans;
 mod plan;

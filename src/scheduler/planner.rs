@@ -40,7 +40,7 @@ impl Scheduler {
         while self.running.len() + self.away.len() < self.limits.max_num_seqs {
             let Some(slot) = self.first_that_could_enter() else { return };
             // What was on its way when one was preempted is known by the next plan.
-            debug_assert!(!self.sequence(slot).is_drawn_ahead() && !self.sequence(slot).awaits_outcome());
+            debug_assert!(!self.sequence(slot).has_placeholder() && !self.sequence(slot).awaits_outcome());
             if !self.enters(slot) {
                 return;
             }

@@ -8,7 +8,7 @@ use crate::cache::{BlockTable, PageHash, PageHasher, Salt};
 /// need, so that nothing is allocated while it runs.
 #[derive(Debug)]
 pub struct Sequence {
-    /// Prompt, then output; the last may be [`Batch::DRAWN`] and a row.
+    /// Prompt, then output; the last may be [`Batch::PLACEHOLDER`] and a row.
     tokens: Vec<u32>,
     prompt_len: usize,
     /// Tokens it ends with at the latest.
@@ -107,8 +107,8 @@ impl Sequence {
         self.hasher.salt()
     }
 
-    /// Prompt and output. As long as the last token is not known, [`Batch::DRAWN`] and the row of the step under way
-    /// that it is drawn in stand for it.
+    /// Prompt and output. As long as the last token is not known, [`Batch::PLACEHOLDER`] and the row of the step under
+    /// way that it is drawn in stand for it.
     pub fn tokens(&self) -> &[u32] {
         &self.tokens
     }
@@ -148,15 +148,15 @@ impl Sequence {
         self.from_afar
     }
 
-    /// Whether its last token is on its way.
-    pub fn is_drawn_ahead(&self) -> bool {
-        self.tokens.last().is_some_and(|token| token & Batch::DRAWN != 0)
+    /// Whether its last token is not known yet: a placeholder stands for it.
+    pub fn has_placeholder(&self) -> bool {
+        self.tokens.last().is_some_and(|token| token & Batch::PLACEHOLDER != 0)
     }
 
     /// Whether the next step has nothing to compute for it: either all its tokens are computed and what was sampled is
     /// not known yet, or that unknown token is the last it may have.
     pub(super) fn awaits_outcome(&self) -> bool {
-        let is_last = self.is_drawn_ahead() && self.tokens.len() == self.tokens_max;
+        let is_last = self.has_placeholder() && self.tokens.len() == self.tokens_max;
         !self.prefill_only && (self.remaining() == 0 || is_last)
     }
 
@@ -172,12 +172,12 @@ impl Sequence {
 
     pub(super) fn push_token(&mut self, token: u32) {
         debug_assert_eq!(self.remaining(), 0, "a token follows from all those before it");
-        debug_assert!(!self.is_drawn_ahead() && self.tokens.len() < self.tokens_max, "the sequence is at its limit");
+        debug_assert!(!self.has_placeholder() && self.tokens.len() < self.tokens_max, "the sequence is at its limit");
         self.tokens.push(token);
     }
 
     pub(super) fn reveal(&mut self, token: u32) {
-        debug_assert!(self.is_drawn_ahead(), "a token is revealed once");
+        debug_assert!(self.has_placeholder(), "a token is revealed once");
         if let Some(last) = self.tokens.last_mut() {
             *last = token;
         }

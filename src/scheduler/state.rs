@@ -198,7 +198,7 @@ impl Scheduler {
             }
             let sequence = self.sequence_mut(entry.slot);
             // Others would be given pages of another text.
-            assert!(!sequence.is_drawn_ahead(), "pages are found by their tokens");
+            assert!(!sequence.has_placeholder(), "pages are found by their tokens");
             sequence.advance(entry.len);
             let done = sequence.prefill_only && sequence.remaining() == 0;
             self.publish(entry.slot);
@@ -232,13 +232,13 @@ impl Scheduler {
         self.sequence_mut(slot).push_token(token);
     }
 
-    /// The same with a token that will be known later: it is drawn in this row of the step that was planned last. What
-    /// follows it can be planned at once, and committed after [`Scheduler::reveal`].
-    pub fn push_drawn(&mut self, slot: SlotId, row: usize) {
-        self.sequence_mut(slot).push_token(Batch::DRAWN | row as u32);
+    /// The same with a placeholder for a token that will be known later: it is drawn in this row of the step that was
+    /// planned last. What follows it can be planned at once, and committed after [`Scheduler::reveal`].
+    pub fn push_placeholder(&mut self, slot: SlotId, row: usize) {
+        self.sequence_mut(slot).push_token(Batch::PLACEHOLDER | row as u32);
     }
 
-    /// Says which token it is that [`Scheduler::push_drawn`] appended.
+    /// Says which token it is that [`Scheduler::push_placeholder`] appended.
     pub fn reveal(&mut self, slot: SlotId, token: u32) {
         self.sequence_mut(slot).reveal(token);
     }

@@ -246,7 +246,7 @@ fn one_whose_last_token_is_on_its_way_gives_its_pages_and_loses_nothing() {
     assert_eq!(fixture.plan(), [(a, 3, 1), (b, 4, 1)]);
     fixture.scheduler.commit(&fixture.plan);
     fixture.scheduler.push_token(a, 9999);
-    fixture.scheduler.push_drawn(b, 1);
+    fixture.scheduler.push_placeholder(b, 1);
     // `a` needs a second page, and `b` has two.
     assert_eq!(fixture.step(), [(a, 4, 1)]);
     assert_eq!((fixture.scheduler.waiting(), fixture.plan.preempted()), (1, 0));
@@ -259,7 +259,7 @@ fn nor_does_it_need_a_page_for_that_token() {
     fixture.step();
     fixture.plan();
     fixture.scheduler.commit(&fixture.plan);
-    fixture.scheduler.push_drawn(ends, 0);
+    fixture.scheduler.push_placeholder(ends, 0);
     assert!(!fixture.scheduler.is_short(u64::MAX));
 }
 

@@ -220,7 +220,7 @@ fn load_into<B: Backend>(
 ) -> Result<Computing> {
     let loaded = source.load(&mut backend, limits)?;
     let mut runner = ModelRunner::new(backend, loaded.model, layout, limits)?;
-    runner.rehearse(config, decodes)?;
+    runner.warm_up(config, decodes)?;
     let pages = runner.pages();
     Ok((Box::new(runner), pages, loaded.report.step_bytes))
 }

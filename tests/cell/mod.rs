@@ -225,9 +225,7 @@ pub(crate) fn ask(server: &Server, prompt: &[u32]) -> Value {
 
 /// The answer to a request for a completion.
 pub(crate) fn answer_to(server: &Server, request: &Value) -> Value {
-    let response = server.post("/v1/completions", request);
-    assert_eq!(response.status, 200, "{}\n{}", response.text(), server.log());
-    response.json()["choices"][0].clone()
+    server.answer("/v1/completions", request)["choices"][0].clone()
 }
 
 /// Sends a request and does not wait for the answer.

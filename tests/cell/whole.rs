@@ -31,9 +31,7 @@ fn length(question: &Value) -> usize {
 /// The text, the tokens and all their log-probabilities.
 fn ask(server: &Server, question: &Value) -> Value {
     if question["stream"] == false {
-        let response = server.post(COMPLETIONS, question);
-        assert_eq!(response.status, 200, "{}\n{}", response.text(), server.log());
-        return response.json()["choices"].clone();
+        return server.answer(COMPLETIONS, question)["choices"].clone();
     }
     let events = server.stream(COMPLETIONS, question).finish();
     let choice = |event: &Value| event["choices"][0].clone();

@@ -1,22 +1,20 @@
 use std::time::Duration;
 
-/// A small generator of pseudo-random numbers (splitmix64), so that a seed decides everything that is drawn.
-pub(crate) struct Random(u64);
+use crate::support::SplitMix64;
+
+/// A seed decides everything that is drawn.
+pub(crate) struct Random(SplitMix64);
 
 impl Random {
     /// The numbers of one of several that draw for themselves.
     pub(crate) fn of(seed: u64, lane: u64) -> Self {
-        let mut random = Self(seed ^ lane.wrapping_mul(0xD6E8_FEB8_6659_FD93));
+        let mut random = Self(SplitMix64::new(seed ^ lane.wrapping_mul(0xD6E8_FEB8_6659_FD93)));
         random.below(2);
         random
     }
 
     pub(crate) fn below(&mut self, bound: u64) -> u64 {
-        self.0 = self.0.wrapping_add(0x9E37_79B9_7F4A_7C15);
-        let mut x = self.0;
-        x = (x ^ (x >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
-        x = (x ^ (x >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
-        (x ^ (x >> 31)) % bound
+        self.0.below(bound)
     }
 
     pub(crate) fn within(&mut self, from_ms: u64, to_ms: u64) -> Duration {

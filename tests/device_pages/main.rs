@@ -28,8 +28,8 @@ const LENGTHS: [usize; 8] = [20, 64, 65, 66, 80, 81, 211, 420];
 /// How far log-probabilities may be from each other. Rows of large steps and of small ones are added up in different
 /// orders, and who prefills decides which a row is in; the rest is the same, so this is less than a wrong page makes.
 const TOLERANCE: f64 = 1e-4;
-/// On the device, unless they are given otherwise. Workers rehearse their largest steps before they take requests, and
-/// an emulated device takes long for those of the default size.
+/// On the device, unless they are given otherwise. Workers warm up with their largest steps before they take requests,
+/// and an emulated device takes long for those of the default size.
 const FLAGS: [(&str, &str); 3] = [("--device", "cuda:0"), ("--max-num-seqs", "8"), ("--max-num-batched-tokens", "256")];
 
 /// A model that an emulated device is fast enough for.

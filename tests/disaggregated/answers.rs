@@ -87,9 +87,7 @@ fn a_prompt_is_found_by_requests_with_its_salt_alone_wherever_it_was_prefilled()
     };
     let ask = |decode: &Server, salt: Option<&str>| {
         let request = json!({"prompt": prompt(LONG), "max_tokens": 8, "temperature": 0, "cache_salt": salt});
-        let response = decode.post("/v1/completions", &request);
-        assert_eq!(response.status, 200, "{}\n{}", response.text(), decode.log());
-        response.json()["usage"]["prompt_tokens_details"]["cached_tokens"].as_u64().unwrap()
+        decode.answer("/v1/completions", &request)["usage"]["prompt_tokens_details"]["cached_tokens"].as_u64().unwrap()
     };
     let pages = (LONG / 16) as f64;
     for (salts, salt) in [Some("of one tenant"), Some("of another"), None].into_iter().enumerate() {

@@ -8,6 +8,8 @@
 mod driver;
 mod memory;
 mod mutate;
+#[path = "../support/random.rs"]
+mod random;
 mod requests;
 mod targets;
 

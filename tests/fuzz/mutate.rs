@@ -1,25 +1,19 @@
 //! Seeded random changes to inputs: the kinds of damage that find bugs in parsers.
 
-/// SplitMix64 (Steele, Lea and Flood 2014): small, and a seed is a whole run.
-pub(crate) struct Rng(u64);
+use crate::random::SplitMix64;
+
+/// A seed is a whole run.
+pub(crate) struct Rng(SplitMix64);
 
 impl Rng {
     /// The run of `seed`.
     pub(crate) fn new(seed: u64) -> Self {
-        Self(seed)
-    }
-
-    fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9E37_79B9_7F4A_7C15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
-        z ^ (z >> 31)
+        Self(SplitMix64::new(seed))
     }
 
     /// A number below `bound` (0 if that is 0).
     pub(crate) fn below(&mut self, bound: usize) -> usize {
-        (self.next() % bound.max(1) as u64) as usize
+        self.0.below(bound.max(1) as u64) as usize
     }
 }
 

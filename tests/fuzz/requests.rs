@@ -177,7 +177,7 @@ impl Runner for Dice {
                 RowTask::Sample { mask, .. } => {
                     let first = row.prompt.len() * 7 + row.output.len() * 5;
                     let mut from = (first..first + VOCABULARY).map(|token| token % VOCABULARY);
-                    let is_allowed = |&token: &usize| mask.is_none_or(|mask| mask[token / 32] >> (token % 32) & 1 == 1);
+                    let is_allowed = |&token: &usize| mask.is_none_or(|mask| mask.allows(token as u32));
                     from.find(is_allowed).unwrap_or(0) as u32
                 }
             };

@@ -112,6 +112,20 @@ impl Server {
         client::request(self.address, method, path, headers, body)
     }
 
+    /// The answer to JSON that is sent by `POST`, which has to be one.
+    pub(crate) fn answer(&self, path: &str, request: &Value) -> Value {
+        let response = self.post(path, request);
+        assert_eq!(response.status, 200, "{:.500}: {}\n{}", request.to_string(), response.text(), self.log());
+        response.json()
+    }
+
+    /// The same answer as a stream: all its events.
+    pub(crate) fn streamed(&self, path: &str, request: &Value) -> Vec<Value> {
+        let mut request = request.clone();
+        request["stream"] = true.into();
+        self.stream(path, &request).finish()
+    }
+
     /// `POST path` with JSON, to be read event by event.
     pub(crate) fn stream(&self, path: &str, body: &Value) -> Events {
         Events::open(self.address, path, body)

@@ -116,8 +116,7 @@ impl Runner for Digests {
                 }
                 RowTask::Sample { mask: None, .. } => {}
                 RowTask::Sample { suppress, mask: Some(mask), .. } => {
-                    let is_allowed = |id: &u32| mask[*id as usize / 32] >> (id % 32) & 1 == 1 && !suppress.contains(id);
-                    let allowed: Vec<u32> = (0..mask.len() as u32 * 32).filter(is_allowed).collect();
+                    let allowed: Vec<u32> = mask.tokens().filter(|id| !suppress.contains(id)).collect();
                     token = allowed[(state >> 33) as usize % allowed.len()];
                 }
             }

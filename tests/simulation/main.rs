@@ -18,6 +18,8 @@ mod model;
 mod mutation;
 mod prefill;
 mod queue;
+#[path = "../support/random.rs"]
+mod random;
 mod rng;
 mod serving;
 mod wire;

@@ -1,7 +1,7 @@
 //! A language model that shows what it read: its "keys and values" are hashes of the tokens so far, and a token it
 //! generates is a hash of all pages. One wrong write anywhere, and the answer is another.
 
-use crate::rng::mix;
+use crate::random::mix;
 
 /// Tokens of a page.
 pub(crate) const PAGE_TOKENS: usize = 4;

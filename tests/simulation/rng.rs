@@ -1,22 +1,19 @@
-/// SplitMix64 (Steele, Lea, Flood 2014): the same numbers for a seed on every machine and in every version.
-pub(crate) struct Rng(u64);
+use crate::random::SplitMix64;
+
+/// What a run draws: a seed decides all of it.
+pub(crate) struct Rng(SplitMix64);
 
 impl Rng {
     pub(crate) fn new(seed: u64) -> Self {
-        let mut rng = Self(seed);
-        rng.next();
+        let mut rng = Self(SplitMix64::new(seed));
+        rng.0.bits();
         rng
-    }
-
-    fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        mix(self.0)
     }
 
     /// Below `bound`.
     pub(crate) fn below(&mut self, bound: u64) -> u64 {
         // The high half of a product: no division, and a bias nobody can see.
-        ((u128::from(self.next()) * u128::from(bound)) >> 64) as u64
+        ((u128::from(self.0.bits()) * u128::from(bound)) >> 64) as u64
     }
 
     /// From `low` up to and with `high`.
@@ -33,11 +30,4 @@ impl Rng {
     pub(crate) fn index(&mut self, length: usize) -> usize {
         self.below(length as u64) as usize
     }
-}
-
-/// Spreads every bit over all.
-pub(crate) fn mix(mut x: u64) -> u64 {
-    x = (x ^ (x >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-    x = (x ^ (x >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-    x ^ (x >> 31)
 }

@@ -2,6 +2,7 @@
 #![allow(dead_code, unused_imports, reason = "each test uses some of it")]
 
 mod assets;
+mod random;
 
 use std::{
     path::Path,
@@ -9,10 +10,20 @@ use std::{
 };
 
 pub(crate) use assets::demo_model;
+pub(crate) use random::SplitMix64;
 
 use engine::engine::{ModelRunner, Runner, RunnerError};
 use engine_kernels::{Backend, Batch, KvLayout, SampleRow, Sampled};
 use engine_models::{ForwardLimits, LoadFormat, ModelSource, OpenOptions};
+use serde_json::Value;
+
+/// A request with `fields` put over its own.
+pub(crate) fn with(mut request: Value, fields: Value) -> Value {
+    for (name, value) in fields.as_object().unwrap() {
+        request[name] = value.clone();
+    }
+    request
+}
 
 /// A model with made-up weights of the shape that `config`, a `config.json`, describes.
 pub(crate) fn made_up(config: &str) -> ModelSource {

@@ -178,7 +178,7 @@ inline float of_bits(std::uint32_t bits) {
     return x;
 }
 
-inline float half_to_float(std::uint16_t half) {
+inline float f16_to_float(std::uint16_t half) {
     const std::uint32_t sign = (half & 0x8000u) << 16, exponent = half >> 10 & 31, mantissa = half & 1023;
     if (exponent == 31) return of_bits(sign | 0x7f800000u | mantissa << 13);
     if (exponent > 0) return of_bits(sign | (exponent + 112) << 23 | mantissa << 13);
@@ -187,7 +187,7 @@ inline float half_to_float(std::uint16_t half) {
     return sign ? -magnitude : magnitude;
 }
 
-inline std::uint16_t float_to_half(float x) {
+inline std::uint16_t float_to_f16(float x) {
     const std::uint32_t bits = bits_of(x), magnitude = bits & 0x7fffffffu;
     const std::uint16_t sign = bits >> 16 & 0x8000u;
     if (magnitude > 0x7f800000u) return sign | 0x7fffu;
@@ -199,14 +199,14 @@ inline std::uint16_t float_to_half(float x) {
     return sign | static_cast<std::uint16_t>((magnitude - 0x38000000u + 0xfffu + (magnitude >> 13 & 1)) >> 13);
 }
 
-inline std::uint16_t float_to_brain(float x) {
+inline std::uint16_t float_to_bf16(float x) {
     const std::uint32_t bits = bits_of(x);
     if ((bits & 0x7fffffffu) > 0x7f800000u) return bits >> 16 | 0x40u;
     return (bits + 0x7fffu + (bits >> 16 & 1)) >> 16;
 }
 
 /// E4M3: to the nearest, ties to even; at most 448.
-inline std::uint8_t float_to_quarter(float x) {
+inline std::uint8_t float_to_f8(float x) {
     const std::uint32_t magnitude = bits_of(x) & 0x7fffffffu;
     const std::uint8_t sign = bits_of(x) >> 24 & 0x80u;
     if (magnitude > 0x7f800000u) return sign | 0x7fu;

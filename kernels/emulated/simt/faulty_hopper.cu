@@ -58,7 +58,7 @@ __device__ void multiply(const TensorMap& map, float* out) {
     if (MISTAKE != Mistake::NoFence) begin_products();
     for (int at = 0; at < BOX_ROW; at += PRODUCT_COLS * 2) {
         if (MISTAKE == Mistake::OneWarpLess && warp_id() == 3) continue;
-        multiply_boxes<Half>(sums, rows + further(at), rows + further(at));
+        multiply_boxes<F16>(sums, rows + further(at), rows + further(at));
     }
     commit_products();
     if (MISTAKE == Mistake::Touched) sums[threadIdx.x % 32] = 0.0f;
@@ -94,7 +94,7 @@ __device__ void multiply_ones(const TensorMap& map, float* out) {
     __syncthreads();
     wait_for(&barrier, 0);
     // The first sixteen rows become ones.
-    const unsigned two = pair<Half>(1.0f, 1.0f);
+    const unsigned two = pair<F16>(1.0f, 1.0f);
     store_operand(box, threadIdx.x / 8, threadIdx.x % 8, uint4{two, two, two, two});
     if (MISTAKE != Mistake::NotShown && MISTAKE != Mistake::ShownLate) show_operands();
     __syncthreads();
@@ -103,7 +103,7 @@ __device__ void multiply_ones(const TensorMap& map, float* out) {
     if (MISTAKE != Mistake::HeldUnfenced) begin_products(sums, held);
     if (MISTAKE == Mistake::HeldUnfenced) begin_products();
     if (MISTAKE == Mistake::HeldLate) held[0][threadIdx.x % 4] = 0;
-    multiply_held<Half>(sums, held[0], operand_across(shared_place(box), 0) + (MISTAKE == Mistake::NotAcross ? 8 : 0));
+    multiply_held<F16>(sums, held[0], operand_across(shared_place(box), 0) + (MISTAKE == Mistake::NotAcross ? 8 : 0));
     if (MISTAKE == Mistake::HeldTouched) held[0][threadIdx.x % 4] = 0;
     commit_products();
     wait_for_products(sums);

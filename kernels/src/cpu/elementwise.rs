@@ -8,7 +8,7 @@ use std::ops::Range;
 use super::buffer::Shared;
 use super::isa::{Isa, Kernel, LANES};
 use super::kv::KvCache;
-use super::tile::Quarter;
+use super::tile::F8;
 use crate::{AttentionShape, Batch, KvDType, RopeTable, SequenceSpan};
 
 /// Calls `$body` for each sixteen (in the end fewer) of `$len` elements, with the start and the count.
@@ -275,7 +275,7 @@ unsafe fn scatter<I: Isa>(isa: I, x: &[f32], dtype: KvDType, to: *mut u8, start:
         each_vector!(x.len(), |at, count| {
             let mut values = [0.0; LANES];
             values[..count].copy_from_slice(&x[at..at + count]);
-            for (i, &bits) in values.map(Quarter::bits_of)[..count].iter().enumerate() {
+            for (i, &bits) in values.map(F8::bits_of)[..count].iter().enumerate() {
                 // SAFETY: the caller vouches for it.
                 unsafe { to.add(start + (at + i) * stride).write(bits) };
             }

@@ -16,7 +16,7 @@ use super::buffer::{Aligned, Shared};
 use super::isa::{Isa, Kernel, LANES};
 use super::linear::Part;
 use super::pack::{F8_BLOCK, F8_VALUES, Format};
-use super::tile::{Half, tile, tile_f8, tile_pairs};
+use super::tile::{F16, tile, tile_f8, tile_pairs};
 
 /// `k` in a panel of sixteen f32 columns: 16 KiB.
 const PANEL_DEPTH: usize = 256;
@@ -100,7 +100,7 @@ impl FloatGemm<'_> {
             match self.part.format {
                 Format::Bf16 => tile_pairs(isa, x, self.depth, weights.cast(), stride / 2, self.depth, &mut acc),
                 Format::F16 => {
-                    let weights = weights.cast::<Half>();
+                    let weights = weights.cast::<F16>();
                     tile(isa, x, self.depth, weights, LANES, stride / 2, self.depth, &mut acc);
                 }
                 Format::F8 => tile_f8(isa, x, self.depth, weights, stride, self.depth, &mut acc),

@@ -10,7 +10,7 @@ use key::{key, logit_and_id};
 use scan::Weighing;
 
 use crate::sampling::{finite_or_impossible, penalized, uniform};
-use crate::{RowTask, SampleRow, Sampled, SamplingParams};
+use crate::{RowTask, SampleRow, Sampled, SamplingParams, TokenMask};
 
 /// Working memory of one thread for [`sample_row`].
 #[derive(Debug)]
@@ -111,9 +111,10 @@ fn clean_peak(logits: &mut [f32]) -> scan::Peak {
 }
 
 /// Makes every token impossible that the mask does not allow.
-fn forbid(logits: &mut [f32], mask: &[u32]) {
-    assert!(mask.len() >= logits.len().div_ceil(32), "a mask has a bit for every token");
-    for (logits, &word) in logits.chunks_mut(32).zip(mask) {
+fn forbid(logits: &mut [f32], mask: &TokenMask) {
+    let words = mask.words();
+    assert!(words.len() >= logits.len().div_ceil(32), "a mask has a bit for every token");
+    for (logits, &word) in logits.chunks_mut(32).zip(words) {
         match word {
             u32::MAX => {}
             // As most are.

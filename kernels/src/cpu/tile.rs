@@ -23,19 +23,19 @@ pub(crate) trait Element: Copy + Send + Sync + 'static {
 /// The bits of an f16.
 #[derive(Clone, Copy)]
 #[repr(transparent)]
-pub(crate) struct Half(u16);
+pub(crate) struct F16(u16);
 
 /// The bits of a bf16.
 #[derive(Clone, Copy)]
 #[repr(transparent)]
-pub(crate) struct Brain(u16);
+pub(crate) struct BF16(u16);
 
 /// The bits of an E4M3: see [`KvDType::F8`](crate::KvDType::F8).
 #[derive(Clone, Copy)]
 #[repr(transparent)]
-pub(crate) struct Quarter(u8);
+pub(crate) struct F8(u8);
 
-impl Quarter {
+impl F8 {
     /// The nearest to `x`, ties to even. Without a branch, so that loops over it become vector instructions.
     #[inline(always)]
     pub(crate) fn bits_of(x: f32) -> u8 {
@@ -67,7 +67,7 @@ impl Element for f32 {
     }
 }
 
-impl Element for Half {
+impl Element for F16 {
     #[inline(always)]
     unsafe fn load<I: Isa>(isa: I, p: *const Self) -> I::F {
         // SAFETY: as the trait says.
@@ -80,7 +80,7 @@ impl Element for Half {
     }
 }
 
-impl Element for Brain {
+impl Element for BF16 {
     #[inline(always)]
     unsafe fn load<I: Isa>(isa: I, p: *const Self) -> I::F {
         // SAFETY: as the trait says.
@@ -93,7 +93,7 @@ impl Element for Brain {
     }
 }
 
-impl Element for Quarter {
+impl Element for F8 {
     #[inline(always)]
     unsafe fn load<I: Isa>(isa: I, p: *const Self) -> I::F {
         // SAFETY: as the trait says.
@@ -230,7 +230,7 @@ mod tests {
     #[test]
     fn every_number_rounds_to_the_nearest_of_eight_bits() {
         let check = |x: f32| {
-            let (ours, want) = (Quarter::bits_of(x), F8E4M3::from_f32(x).to_bits());
+            let (ours, want) = (F8::bits_of(x), F8E4M3::from_f32(x).to_bits());
             // Which NaN a NaN becomes is nobody's business.
             assert!(ours == want || ours | want | 0x80 == 0xff && x.is_nan(), "{x:e}: {ours:#x}, should be {want:#x}");
         };

@@ -3,16 +3,16 @@
 use super::attention::{self, Partials};
 use super::buffer::{Activations, Buffer, KvCache, Linear, Rope, Staged, Vector, bytes_of};
 use super::driver::{Address, Arg, Driver};
+use super::gemm::Products;
 use super::graphs::Graphs;
 use super::plan::Plan;
-use super::product::Products;
 use super::rounded::Rounding;
 use super::sample::Sampler;
 use super::skinny::{self, Skinny, Then};
 use super::stream::Stream;
 use crate::{
     Attention, AttentionShape, Backend, Batch, DeviceRegion, DrawsAhead, KernelError, KvLayout, KvPages, Matrix,
-    Projection, QkNorm, Rehearsed, Residual, RmsNorm, RopeTable, SampleRow, Sampled,
+    Projection, QkNorm, Residual, RmsNorm, RopeTable, SampleRow, Sampled, WarmUp,
 };
 
 /// Threads of a block of the row-wise kernels (`kernels/cuda/rowwise.cu`).
@@ -178,11 +178,11 @@ impl<D: Driver> Backend for CudaBackend<D> {
         if batch.logit_rows.is_empty() { operations(self) } else { self.run(operations) }
     }
 
-    fn sizes_to_rehearse(&self, sequences: usize) -> Vec<usize> {
+    fn warm_up_sizes(&self, sequences: usize) -> Vec<usize> {
         self.bucket_sizes(sequences)
     }
 
-    fn rehearse(&mut self, batch: &Batch, operations: &mut dyn FnMut(&mut Self)) -> Rehearsed {
+    fn warm_up(&mut self, batch: &Batch, operations: &mut dyn FnMut(&mut Self)) -> WarmUp {
         self.prepare(batch, operations)
     }
 

@@ -7,7 +7,7 @@ use super::backend::CudaBackend;
 use super::buffer::{SPARE_BYTES, bytes_of};
 use super::driver::{Driver, DriverError};
 use super::plan::{RECORDED_ROWS_MAX, Shape, bucket};
-use crate::{Batch, Rehearsed};
+use crate::{Batch, WarmUp};
 
 /// Most steps that are recorded, if nobody says otherwise. There are fewer shapes that decoding steps can have, on any
 /// device of up to 192 multiprocessors and with any heads and contexts (a test counts them), so this is met by mistake
@@ -156,9 +156,9 @@ impl<D: Driver> CudaBackend<D> {
     }
 
     /// Prepares for steps of a batch's size.
-    pub(super) fn prepare(&mut self, batch: &Batch, operations: &mut dyn FnMut(&mut Self)) -> Rehearsed {
+    pub(super) fn prepare(&mut self, batch: &Batch, operations: &mut dyn FnMut(&mut Self)) -> WarmUp {
         if self.graphs.most == 0 {
-            return Rehearsed::default();
+            return WarmUp::default();
         }
         let (free, count) = (self.memory_free(), self.graphs.count);
         let bytes = self.plan.words_max(batch) * size_of::<i32>();
@@ -185,7 +185,7 @@ impl<D: Driver> CudaBackend<D> {
             }
         }
         let device_bytes = free.saturating_sub(self.memory_free());
-        Rehearsed { recorded: self.graphs.count.saturating_sub(count), device_bytes }
+        WarmUp { recorded: self.graphs.count.saturating_sub(count), device_bytes }
     }
 
     /// Whether the device has memory for another recording, and some to spare; if not, that is said once.

@@ -346,7 +346,7 @@ mod tests {
     }
 
     #[test]
-    fn every_step_that_decodes_has_one_of_the_shapes_that_are_rehearsed() {
+    fn every_step_that_decodes_has_one_of_the_shapes_that_warming_up_records() {
         let mut state = 1u64;
         let mut random = |below: usize| {
             state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);

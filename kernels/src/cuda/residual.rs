@@ -82,8 +82,8 @@ impl<D: Driver> CudaBackend<D> {
         let [values, scales] = to.args();
         let args = [gate_up.address().into(), values, scales, to.cols.into()];
         match to.rounding {
-            Rounding::Half => self.stream.launch("silu_mul_f16", [to.rows, 1, 1], ROW_THREADS, &args),
-            Rounding::Brain => {
+            Rounding::F16 => self.stream.launch("silu_mul_f16", [to.rows, 1, 1], ROW_THREADS, &args),
+            Rounding::BF16 => {
                 let grid = [to.rows, to.cols.div_ceil(2 * ROWWISE_THREADS), 1];
                 self.stream.launch("silu_mul_bf16", grid, ROWWISE_THREADS, &args);
             }
@@ -192,7 +192,7 @@ impl<D: Driver> CudaBackend<D> {
         // Rows of f16 have scales, and no block of attention sees a whole row.
         let rows = qkv.computed_rows();
         let rounding = rounding(rows, output.weight)
-            .filter(|&rounding| rounding == Rounding::Brain && decodes_all(&self.plan, &cache.layout));
+            .filter(|&rounding| rounding == Rounding::BF16 && decodes_all(&self.plan, &cache.layout));
         let rounded = rounding.map(|rounding| self.place(rounding, rows, output.weight));
         assert!([output.weight.cols, mixed.cols] == [shape.q_width(); 2], "columns of attention's output");
         mixed.set_rows(qkv.rows);

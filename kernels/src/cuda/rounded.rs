@@ -12,9 +12,9 @@ const THREADS: usize = 128;
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Rounding {
     /// f16, each row times a power of two.
-    Half,
+    F16,
     /// bf16.
-    Brain,
+    BF16,
 }
 
 impl Rounding {
@@ -22,8 +22,8 @@ impl Rounding {
     pub(super) const fn of(form: Form) -> Option<Self> {
         match form {
             Form::F32 => None,
-            Form::BF16 => Some(Self::Brain),
-            Form::F16 | Form::Nibbles | Form::Bytes | Form::FineBytes | Form::F8 => Some(Self::Half),
+            Form::BF16 => Some(Self::BF16),
+            Form::F16 | Form::Nibbles | Form::Bytes | Form::FineBytes | Form::F8 => Some(Self::F16),
         }
     }
 
@@ -35,10 +35,10 @@ impl Rounding {
     }
 
     /// Of two kernels, the one that does it.
-    pub(super) fn choose(self, [half, brain]: [&'static str; 2]) -> &'static str {
+    pub(super) fn choose(self, [f16, bf16]: [&'static str; 2]) -> &'static str {
         match self {
-            Self::Half => half,
-            Self::Brain => brain,
+            Self::F16 => f16,
+            Self::BF16 => bf16,
         }
     }
 }
@@ -60,7 +60,7 @@ pub(super) struct Rounded {
 impl Rounded {
     /// Where they go in memory that has room for them: see [`Rounded::bytes`].
     pub(super) fn at(start: Address, rounding: Rounding, rows: usize, cols: usize) -> Self {
-        let scales = if rounding == Rounding::Half { start } else { Address::NULL };
+        let scales = if rounding == Rounding::F16 { start } else { Address::NULL };
         Self { rounding, values: start.offset(Self::scales_bytes(rows)), scales, rows, cols }
     }
 

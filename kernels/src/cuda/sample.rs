@@ -5,7 +5,7 @@ use super::driver::{Address, Driver};
 use super::seats::{SEAT_TOKENS, SEATS, Seats};
 use super::stream::Stream;
 use crate::sampling::uniform;
-use crate::{Batch, MAX_TOP_LOGPROBS, RowTask, SampleRow, Sampled, SamplingParams};
+use crate::{Batch, MAX_TOP_LOGPROBS, RowTask, SampleRow, Sampled, SamplingParams, TokenMask};
 
 /// Threads of a block (`kernels/cuda/sample.cu`).
 const THREADS: usize = 1024;
@@ -251,9 +251,9 @@ impl<D: Driver> Sampler<D> {
     }
 
     /// Lists a mask; its place among those of this call.
-    fn list_mask(&mut self, mask: &[u32], vocabulary: usize) -> usize {
+    fn list_mask(&mut self, mask: &TokenMask, vocabulary: usize) -> usize {
         let words = vocabulary.div_ceil(u32::BITS as usize);
-        self.masks.extend_from_slice(&mask[..words]);
+        self.masks.extend_from_slice(&mask.words()[..words]);
         self.masks.len() / words - 1
     }
 
@@ -305,12 +305,12 @@ impl<D: Driver> Sampler<D> {
             row.prompt.iter().for_each(|&id| entry(id, &|token| token.marks |= SEEN));
         }
         let output = if params.penalises() { row.output } else { &[] };
-        let known = output.iter().filter(|&&id| id & Batch::DRAWN == 0);
+        let known = output.iter().filter(|&&id| id & Batch::PLACEHOLDER == 0);
         known.for_each(|&id| entry(id, &|token| token.marks = (token.marks | SEEN) + 1));
         for token in &touched[first..] {
             places[token.id as usize] = 0;
         }
-        let drawn = output.last().filter(|&&id| id & Batch::DRAWN != 0);
+        let drawn = output.last().filter(|&&id| id & Batch::PLACEHOLDER != 0);
         touched.extend(drawn.map(|&id| Touched::latest(id)));
         drawn.is_some()
     }

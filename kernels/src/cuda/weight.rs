@@ -27,8 +27,8 @@ pub(super) enum Form {
 
 /// Elements that share a scale in [`Form::F8`].
 const F8_BLOCK: usize = DType::F8.block_len();
-/// What scales of [`Form::F8`] are multiplied by (`QUARTER_UNIT` of the kernels).
-const QUARTER_UNIT: f32 = 256.0;
+/// What scales of [`Form::F8`] are multiplied by (`F8_UNIT` of the kernels).
+const F8_UNIT: f32 = 256.0;
 
 impl Form {
     /// That of a matrix of so many columns. Kernels find an element's scale by counting elements, so rows of E4M3 have
@@ -190,7 +190,7 @@ impl Unpacked {
             return;
         }
         for block in matrix.data().chunks_exact(DType::F8.block_bytes()) {
-            let scale = f32::from_le_bytes([block[0], block[1], block[2], block[3]]) * QUARTER_UNIT;
+            let scale = f32::from_le_bytes([block[0], block[1], block[2], block[3]]) * F8_UNIT;
             self.scales.extend(scale.to_le_bytes());
             self.values.extend_from_slice(&block[4..]);
         }

@@ -1,5 +1,5 @@
-use crate::sampling::{finite_or_impossible, is_allowed, penalized, uniform};
-use crate::{RowTask, SampleRow, Sampled, SamplingParams};
+use crate::sampling::{finite_or_impossible, penalized, uniform};
+use crate::{RowTask, SampleRow, Sampled, SamplingParams, TokenMask};
 
 /// Samples or scores one row straight from the definitions: sort everything, then filter.
 pub(crate) fn sample_row(logits: &[f32], row: &SampleRow<'_>) -> Sampled {
@@ -41,13 +41,13 @@ fn draw(
     logits: &[f32],
     params: &SamplingParams,
     suppress: &[u32],
-    mask: Option<&[u32]>,
+    mask: Option<&TokenMask>,
     row: &SampleRow<'_>,
 ) -> Option<u32> {
     let mut logits = logits.to_vec();
     if let Some(mask) = mask {
         for (id, logit) in logits.iter_mut().enumerate() {
-            if !is_allowed(mask, id) {
+            if !mask.allows(id as u32) {
                 *logit = f32::NEG_INFINITY;
             }
         }

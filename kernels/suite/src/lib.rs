@@ -98,7 +98,7 @@ macro_rules! of_every_device {
                 boxes_end_in_zeros_amid_sixteen_bytes,
                 operands_and_sums_of_wgmma_lie_where_the_ptx_isa_says,
                 operands_that_are_stored_or_held_or_lie_across_are_multiplied_alike,
-                no_wide_tile_and_no_split_changes_a_bit,
+                no_hopper_tile_and_no_split_changes_a_bit,
                 no_tile_and_no_split_changes_a_bit,
                 activations_of_any_magnitude_are_multiplied,
                 rows_do_not_see_what_is_wrong_with_others,
@@ -106,8 +106,8 @@ macro_rules! of_every_device {
                 a_score_far_above_the_others_takes_all;
             steps:
                 steps_that_are_replayed_compute_what_the_reference_does,
-                steps_that_were_rehearsed_compute_what_others_do,
-                rehearsed_steps_of_whole_layers_compute_what_others_do,
+                steps_that_were_warmed_up_for_compute_what_others_do,
+                warmed_up_steps_of_whole_layers_compute_what_others_do,
                 tokens_drawn_ahead_are_what_the_next_step_reads,
                 contexts_of_several_partitions_are_split_replayed_and_merged,
                 a_block_table_that_outgrows_its_place_is_recorded_anew,

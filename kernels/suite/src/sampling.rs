@@ -1,7 +1,7 @@
 //! Drawing and scoring whole batches. What a single draw has to fulfil is tested beside the code.
 
 use engine_kernels::reference::ReferenceBackend;
-use engine_kernels::{Backend, RowTask, SampleRow, Sampled, SamplingParams, SequenceId};
+use engine_kernels::{Backend, RowTask, SampleRow, Sampled, SamplingParams, SequenceId, TokenMask};
 
 use crate::support::{Random, Subject};
 use crate::watched;
@@ -17,7 +17,7 @@ struct Rows {
     params: Vec<SamplingParams>,
     outputs: Vec<Vec<u32>>,
     /// Of those rows that have one, which tokens there are to draw from.
-    masks: Vec<Option<Vec<u32>>>,
+    masks: Vec<Option<TokenMask>>,
     logprobs: Vec<Option<u32>>,
 }
 
@@ -96,13 +96,13 @@ impl Rows {
                 bits[words - 1] |= u32::MAX.checked_shl((self.vocabulary - 32 * (words - 1)) as u32).unwrap_or(0);
                 bits.push(word(random));
             }
-            *mask = Some(bits);
+            *mask = Some(TokenMask::from_words(bits));
         }
         self
     }
 
     fn row(&self, i: usize) -> SampleRow<'_> {
-        let (params, mask) = (&self.params[i], self.masks[i].as_deref());
+        let (params, mask) = (&self.params[i], self.masks[i].as_ref());
         let task = match i % 5 {
             4 if self.has_tasks => RowTask::Score { token: (i * 31 % VOCAB) as u32 },
             3 if self.has_tasks => RowTask::Sample { params, suppress: &[3, 700], mask },
@@ -220,8 +220,7 @@ pub(crate) fn masked_rows_match_the_reference<B: Subject>() {
             assert_near(ours, want, &row, &format!("{name}, {} tokens, row {i}", rows.vocabulary));
             // Known outright, whatever the reference says.
             if let (RowTask::Sample { mask: Some(mask), .. }, false) = (row.task, ours.impossible) {
-                let is_allowed = mask[ours.token as usize / 32] >> (ours.token % 32) & 1 == 1;
-                assert!(is_allowed, "{name}, row {i}: {} is not in the mask", ours.token);
+                assert!(mask.allows(ours.token), "{name}, row {i}: {} is not in the mask", ours.token);
             }
         }
         watched::held();

@@ -1,11 +1,11 @@
-//! Steps of the CUDA backend as a whole: recorded, replayed, rehearsed. The layer they are steps of is there for other
+//! Steps of the CUDA backend as a whole: recorded, replayed, warmed up. The layer they are steps of is there for other
 //! tests too.
 
 use engine_kernels::cuda::{CudaBackend, Driver, Start};
 use engine_kernels::reference::ReferenceBackend;
 use engine_kernels::{
     Attention, AttentionShape, Backend, Batch, DType, DrawsAhead, KvDType, KvLayout, Matrix, Projection, QkNorm,
-    Rehearsed, Residual, RmsNorm, RopeTable, RowTask, SampleRow, Sampled, SamplingParams, SequenceId,
+    Residual, RmsNorm, RopeTable, RowTask, SampleRow, Sampled, SamplingParams, SequenceId, WarmUp,
 };
 
 use crate::{OnDevice, Watched, watched};
@@ -195,17 +195,17 @@ impl<D: Driver> Layer<CudaBackend<D>> {
         out.iter().map(|sampled| (sampled.token, sampled.logprob.to_bits())).collect()
     }
 
-    /// Rehearses all that the layer can compute; how many steps were recorded.
-    pub fn rehearse(&mut self) -> usize {
+    /// Warms up for all that the layer can compute; how many steps were recorded.
+    pub fn warm_up(&mut self) -> usize {
         let mut largest = Batch::default();
         largest.push(&[0; ROWS_MAX], 0, &[0; ROWS_MAX * BLOCKS], 0);
-        let sizes = self.backend.sizes_to_rehearse(ROWS_MAX);
+        let sizes = self.backend.warm_up_sizes(ROWS_MAX);
         let decoding = sizes.into_iter().map(|size| decode(&vec![CONTEXT_MAX; size], 0));
         let steps: Vec<Batch> = std::iter::once(largest).chain(decoding).collect();
-        let rehearsed = |batch: &Batch| -> Rehearsed {
-            self.with_step(batch, |backend, operations| backend.rehearse(batch, operations))
+        let warm_up = |batch: &Batch| -> WarmUp {
+            self.with_step(batch, |backend, operations| backend.warm_up(batch, operations))
         };
-        steps.iter().map(rehearsed).map(|rehearsed| rehearsed.recorded).sum()
+        steps.iter().map(warm_up).map(|warm_up| warm_up.recorded).sum()
     }
 }
 
@@ -274,35 +274,35 @@ pub(crate) fn steps_that_are_replayed_compute_what_the_reference_does<D: Start>(
     assert_eq!(layer.backend.graphs(), 2, "one for a sequence, one for three or four");
 }
 
-pub(crate) fn steps_that_were_rehearsed_compute_what_others_do<D: Start>() {
-    let (mut rehearsed, mut reference) = (device::<D>(), Layer::new(ReferenceBackend));
+pub(crate) fn steps_that_were_warmed_up_for_compute_what_others_do<D: Start>() {
+    let (mut warm, mut reference) = (device::<D>(), Layer::new(ReferenceBackend));
     let mut eager = Layer::new(OnDevice::<D>::new(Watched::start()).with_graphs_max(0));
-    let recorded = rehearsed.rehearse();
+    let recorded = warm.warm_up();
     assert!(recorded > 10, "{recorded}");
     for batch in all_kinds() {
-        let ours = rehearsed.step(&batch);
+        let ours = warm.step(&batch);
         // That no page was touched shows here too.
         let bits = |values: &[f32]| values.iter().map(|x| x.to_bits()).collect::<Vec<_>>();
         assert_eq!(bits(&ours), bits(&eager.step(&batch)), "{:?}", batch.sequences);
         assert_near(&ours, &reference.step(&batch));
     }
-    assert_eq!(rehearsed.backend.graphs(), recorded, "nothing was recorded in vain");
+    assert_eq!(warm.backend.graphs(), recorded, "nothing was recorded in vain");
 }
 
 /// With what rounds activations for the products behind it among what is recorded.
-pub(crate) fn rehearsed_steps_of_whole_layers_compute_what_others_do<D: Start>() {
+pub(crate) fn warmed_up_steps_of_whole_layers_compute_what_others_do<D: Start>() {
     for dtype in [DType::BF16, DType::F16] {
-        let mut rehearsed = Layer::whole(OnDevice::<D>::new(Watched::start()), dtype);
+        let mut warm = Layer::whole(OnDevice::<D>::new(Watched::start()), dtype);
         let mut eager = Layer::whole(OnDevice::<D>::new(Watched::start()).with_graphs_max(0), dtype);
         let mut reference = Layer::whole(ReferenceBackend, dtype);
-        let recorded = rehearsed.rehearse();
+        let recorded = warm.warm_up();
         for batch in all_kinds() {
-            let ours = rehearsed.step(&batch);
+            let ours = warm.step(&batch);
             let bits = |values: &[f32]| values.iter().map(|x| x.to_bits()).collect::<Vec<_>>();
             assert_eq!(bits(&ours), bits(&eager.step(&batch)), "{dtype:?}, {:?}", batch.sequences);
             assert_near(&ours, &reference.step(&batch));
         }
-        assert_eq!(rehearsed.backend.graphs(), recorded, "nothing was recorded in vain");
+        assert_eq!(warm.backend.graphs(), recorded, "nothing was recorded in vain");
     }
 }
 
@@ -364,7 +364,7 @@ pub fn draw_alike<D: Driver>(
             }
             drawn.push(known);
         }
-        next(&mut batch, &mut outputs, std::array::from_fn(|row| Batch::DRAWN | after(row) as u32));
+        next(&mut batch, &mut outputs, std::array::from_fn(|row| Batch::PLACEHOLDER | after(row) as u32));
     }
     drawn.push(ahead.drawn(ROWS));
     assert_eq!(drawn, expected);

@@ -225,10 +225,10 @@ pub(crate) fn operands_that_are_stored_or_held_or_lie_across_are_multiplied_alik
     }
 }
 
-/// Sizes of tiles of `kernels/cuda/wide.cu`: their rows, and stages.
-const WIDE_TILES: [(&str, usize, usize); 3] = [("tall", 192, 5), ("middle", 128, 6), ("flat", 64, 4)];
+/// Sizes of tiles of `kernels/cuda/hopper_gemm.cu`: their rows, and stages.
+const HOPPER_TILES: [(&str, usize, usize); 3] = [("tall", 192, 5), ("middle", 128, 6), ("flat", 64, 4)];
 
-pub(crate) fn no_wide_tile_and_no_split_changes_a_bit<D: Start>() {
+pub(crate) fn no_hopper_tile_and_no_split_changes_a_bit<D: Start>() {
     let driver = Watched::<D>::start();
     if !driver.has_wgmma() {
         return;
@@ -253,7 +253,7 @@ pub(crate) fn no_wide_tile_and_no_split_changes_a_bit<D: Start>() {
                 .map(|(of, rows, box_rows)| map(&driver, of.address(), [rows, cols], box_rows));
             let args = [&behind[..], &[sums.address().into(), rows.into(), cols.into()], &sizes].concat();
             let grid = [rows.div_ceil(tile_rows) * features.div_ceil(128), 1, if split { segments } else { 1 }];
-            let (kernel, shared) = (&format!("wide_{size}_{suffix}"), stages * (128 + tile_rows) * 128 + 1008);
+            let (kernel, shared) = (&format!("hopper_gemm_{size}_{suffix}"), stages * (128 + tile_rows) * 128 + 1008);
             driver.launch(&Launch { kernel, grid, block: 256, shared, maps: &maps, args: &args }).unwrap();
             if split {
                 let args =
@@ -265,9 +265,9 @@ pub(crate) fn no_wide_tile_and_no_split_changes_a_bit<D: Start>() {
             }
             floats(&driver, out.address(), rows * width.next_multiple_of(8))
         };
-        let whole = run(WIDE_TILES[0], false);
+        let whole = run(HOPPER_TILES[0], false);
         assert!(whole.iter().filter(|x| **x != 0.0).count() >= rows * features, "{suffix}");
-        for tile in WIDE_TILES {
+        for tile in HOPPER_TILES {
             for split in [false, true] {
                 assert_same_bits(&run(tile, split), &whole, &format!("{} {suffix}, split: {split}", tile.0));
             }

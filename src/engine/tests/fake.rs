@@ -9,7 +9,7 @@ use std::{
     },
 };
 
-use engine_kernels::{Batch, RowTask, SampleRow, Sampled, SamplingParams, SequenceId};
+use engine_kernels::{Batch, RowTask, SampleRow, Sampled, SamplingParams, SequenceId, TokenMask};
 
 use super::waiting::MINUTE;
 use crate::engine::{Runner, RunnerError, RunsAhead, mock_runner::mix};
@@ -130,7 +130,7 @@ struct Wish {
     known: Option<u32>,
     params: SamplingParams,
     suppress: Vec<u32>,
-    mask: Option<Vec<u32>>,
+    mask: Option<TokenMask>,
     sequence: SequenceId,
     output: Vec<u32>,
     logprobs: Option<u32>,
@@ -146,7 +146,7 @@ impl Wish {
                 Self { known: Some(token), params, suppress, mask: None, sequence, output, logprobs }
             }
             RowTask::Sample { params, suppress, mask } => {
-                let (params, suppress, mask) = (params.clone(), suppress.to_vec(), mask.map(<[u32]>::to_vec));
+                let (params, suppress, mask) = (params.clone(), suppress.to_vec(), mask.cloned());
                 Self { known: None, params, suppress, mask, sequence, output, logprobs }
             }
         }
@@ -156,7 +156,7 @@ impl Wish {
         let Self { known, params, suppress, mask, sequence, output, logprobs } = self;
         let task = match *known {
             Some(token) => RowTask::Score { token },
-            None => RowTask::Sample { params, suppress, mask: mask.as_deref() },
+            None => RowTask::Sample { params, suppress, mask: mask.as_ref() },
         };
         SampleRow { task, sequence: *sequence, prompt: &[], output, logprobs: *logprobs }
     }
@@ -192,7 +192,7 @@ fn answer(state: u64, row: &SampleRow<'_>) -> Sampled {
                 state = row.output.iter().fold(state, |state, &token| mix(state, token.into()));
             }
             let mut token = (state >> 32) as u32 % VOCAB_SIZE as u32;
-            let is_allowed = |token: u32| mask.is_none_or(|mask| mask[token as usize / 32] >> (token % 32) & 1 == 1);
+            let is_allowed = |token: u32| mask.is_none_or(|mask| mask.allows(token));
             while suppress.contains(&token) || !is_allowed(token) {
                 state = mix(state, 1);
                 token = (state >> 32) as u32 % VOCAB_SIZE as u32;
@@ -266,8 +266,8 @@ impl Control {
             return Ok(false);
         };
         let told = batch.tokens.iter_mut().chain(rows.iter_mut().flat_map(|wish| &mut wish.output));
-        for token in told.filter(|token| **token & Batch::DRAWN != 0) {
-            *token = device.drawn[(*token & !Batch::DRAWN) as usize];
+        for token in told.filter(|token| **token & Batch::PLACEHOLDER != 0) {
+            *token = device.drawn[(*token & !Batch::PLACEHOLDER) as usize];
         }
         let mut out = vec![Sampled::default(); rows.len()];
         self.compute(block_size, &batch, &|i| rows[i].row(), &mut out, &mut |_| ())?;

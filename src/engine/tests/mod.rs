@@ -98,13 +98,13 @@ fn model_answer(request: &Request, max_model_len: usize) -> (Vec<Event>, FinishR
         let mask = matcher.as_mut().map(|matcher| {
             let mut mask = matcher.allowed().unwrap();
             let ends = matcher.eos_token_ids().into_iter().filter(|end| !request.stop_token_ids.contains(end));
-            ends.chain(suppress.iter().copied()).for_each(|id| mask[id as usize / 32] &= !(1 << (id % 32)));
+            ends.chain(suppress.iter().copied()).for_each(|id| mask.forbid(id));
             mask
         });
-        if mask.as_ref().is_some_and(|mask| mask.iter().all(|&word| word == 0)) {
+        if mask.as_ref().is_some_and(|mask| mask.is_empty()) {
             return (events, FinishReason::Stop);
         }
-        let task = RowTask::Sample { params: &request.sampling, suppress, mask: mask.as_deref() };
+        let task = RowTask::Sample { params: &request.sampling, suppress, mask: mask.as_ref() };
         let row = SampleRow {
             task,
             sequence: SequenceId(0),

@@ -262,7 +262,7 @@ impl Simulation {
             let generates = |live: &Live| live.slot == entry.slot && live.max_tokens > 0;
             let generates = self.scheduler.has(&entry) && self.live.iter().any(generates);
             if generates && self.scheduler.sequence(entry.slot).is_computed() {
-                self.scheduler.push_drawn(entry.slot, row);
+                self.scheduler.push_placeholder(entry.slot, row);
             }
             self.under_way.push(entry);
         }
@@ -343,7 +343,7 @@ impl Simulation {
                 live.scored += 1;
             }
         }
-        let drawn = sequence.is_drawn_ahead();
+        let drawn = sequence.has_placeholder();
         let known = &sequence.tokens()[..sequence.tokens().len() - usize::from(drawn)];
         if end < known.len() {
             return;

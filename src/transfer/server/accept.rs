@@ -12,8 +12,8 @@ use tokio::net::{TcpListener, UnixListener, UnixStream};
 use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 
-use super::doorstep::{Doorstep, Place};
 use super::loans::Loans;
+use super::pending_handshakes::{PendingHandshakes, Place};
 use super::session::{DataPath, ServerSession};
 use super::{Admitted, Command, Peer, Shared};
 use crate::handoff::{SessionId, WorkerId};
@@ -54,16 +54,16 @@ pub(super) struct Listening {
 /// Listens wherever the configuration says.
 pub(super) async fn listen(shared: &Arc<Shared>) -> Result<Listening, ServerError> {
     let mut listening = Listening { tasks: Vec::new(), unix: None, tcp: None };
-    let doorstep = Arc::new(Doorstep::new(shared.config.limits.handshakes));
+    let pending = Arc::new(PendingHandshakes::new(shared.config.limits.handshakes));
     if let Some(address) = shared.config.tcp {
         let failed = |source| ServerError::Tcp { address, source };
         let listener = TcpListener::bind(address).await.map_err(failed)?;
         let bound = listener.local_addr().map_err(failed)?;
         let host = shared.config.advertise.clone();
         listening.tcp = Some(host.map_or_else(|| bound.to_string(), |host| join_host(&host, bound)));
-        let (shared, doorstep) = (shared.clone(), doorstep.clone());
+        let (shared, pending) = (shared.clone(), pending.clone());
         listening.tasks.push(tokio::spawn(async move {
-            accept_all(&shared, &doorstep, Door::Tcp, async || {
+            accept_all(&shared, &pending, Door::Tcp, async || {
                 let (stream, _) = listener.accept().await?;
                 Socket::tcp(stream)
             })
@@ -75,9 +75,9 @@ pub(super) async fn listen(shared: &Arc<Shared>) -> Result<Listening, ServerErro
         remove_stale_sockets(folder);
         let (listener, path) = bind_unix(folder, &shared.instance).map_err(failed)?;
         listening.unix = Some(path);
-        let (shared, doorstep) = (shared.clone(), doorstep.clone());
+        let (shared, pending) = (shared.clone(), pending.clone());
         listening.tasks.push(tokio::spawn(async move {
-            accept_all(&shared, &doorstep, Door::Unix, async || {
+            accept_all(&shared, &pending, Door::Unix, async || {
                 let (stream, _) = listener.accept().await?;
                 Socket::new(UnixStream::into_std(stream)?)
             })
@@ -118,7 +118,7 @@ fn remove_stale_sockets(folder: &Path) {
 }
 
 /// Accepts for ever.
-async fn accept_all<A, F>(shared: &Arc<Shared>, doorstep: &Doorstep, door: Door, accept: A)
+async fn accept_all<A, F>(shared: &Arc<Shared>, pending: &PendingHandshakes, door: Door, accept: A)
 where
     A: Fn() -> F,
     F: Future<Output = io::Result<Socket>>,
@@ -132,7 +132,7 @@ where
                 continue;
             }
         };
-        let (shared, place) = (shared.clone(), doorstep.come());
+        let (shared, place) = (shared.clone(), pending.begin());
         tokio::spawn(async move {
             let opening = open(&shared, socket, door, place);
             match tokio::time::timeout(shared.config.limits.handshake, opening).await {

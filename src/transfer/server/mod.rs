@@ -1,9 +1,9 @@
 //! The decode worker's end of sessions.
 
 mod accept;
-mod doorstep;
 mod landing;
 mod loans;
+mod pending_handshakes;
 mod session;
 
 use std::collections::HashMap;

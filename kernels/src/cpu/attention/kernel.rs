@@ -5,7 +5,7 @@ use super::merge::{Partition, finish_rows, merge_rows};
 use crate::KvDType;
 use crate::cpu::buffer::{Aligned, Shared};
 use crate::cpu::isa::{Dispatch, Isa, Kernel, LANES};
-use crate::cpu::tile::{Brain, Element, Half, Quarter, tile};
+use crate::cpu::tile::{BF16, Element, F8, F16, tile};
 
 /// Keys of one partition. Part of what determines the bits of a result.
 pub(crate) const PARTITION: usize = 256;
@@ -126,9 +126,9 @@ impl Kernel for OnePartition<'_, '_> {
     fn run<I: Isa>(mut self, isa: I) {
         match self.call.cache.layout().dtype {
             KvDType::F32 => self.compute::<I, f32>(isa),
-            KvDType::F16 => self.compute::<I, Half>(isa),
-            KvDType::BF16 => self.compute::<I, Brain>(isa),
-            KvDType::F8 => self.compute::<I, Quarter>(isa),
+            KvDType::F16 => self.compute::<I, F16>(isa),
+            KvDType::BF16 => self.compute::<I, BF16>(isa),
+            KvDType::F8 => self.compute::<I, F8>(isa),
         }
     }
 }

@@ -1,7 +1,8 @@
-//! Products by wgmma (`kernels/cuda/wide.cu`), for weights that it takes as they are: which tiles, and their launches.
+//! Products by wgmma (`kernels/cuda/hopper_gemm.cu`), for weights that it takes as they are: which tiles, and their
+//! launches.
 
 use super::driver::{Address, Boxes, Driver, Launch};
-use super::product::{Cut, Operands, Tile};
+use super::gemm::{Cut, Operands, Tile};
 use super::stream::Stream;
 use super::weight::Form;
 
@@ -28,8 +29,8 @@ pub(super) type Kernels = [&'static str; 3];
 /// Those of a form that wgmma takes as it is.
 pub(super) const fn kernels(form: Form) -> Option<&'static Kernels> {
     match form {
-        Form::F16 => Some(&["wide_flat_f16", "wide_middle_f16", "wide_tall_f16"]),
-        Form::BF16 => Some(&["wide_flat_bf16", "wide_middle_bf16", "wide_tall_bf16"]),
+        Form::F16 => Some(&["hopper_gemm_flat_f16", "hopper_gemm_middle_f16", "hopper_gemm_tall_f16"]),
+        Form::BF16 => Some(&["hopper_gemm_flat_bf16", "hopper_gemm_middle_bf16", "hopper_gemm_tall_bf16"]),
         Form::F32 | Form::Nibbles | Form::Bytes | Form::FineBytes | Form::F8 => None,
     }
 }

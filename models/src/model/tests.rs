@@ -1,4 +1,4 @@
-//! The decoder on the reference backend against candle-transformers' models: other people's code, the same weights.
+//! A model on the reference backend against candle-transformers' models: other people's code, the same weights.
 
 use std::borrow::Cow;
 use std::cell::RefCell;
@@ -90,7 +90,7 @@ fn logits_of_every_position(config: &Value, source: &Lively, chunks: &[usize]) -
     let config = hf::parse(&Fields::new(Path::new("config.json"), config).unwrap()).unwrap();
     let mut backend = ReferenceBackend;
     let limits = ForwardLimits { max_tokens: 16, max_logit_rows: 16, max_positions: 32 };
-    let (mut model, report) = Decoder::load(source, &mut backend, &config, limits, false).unwrap();
+    let (mut model, report) = Model::load(source, &mut backend, &config, limits, false).unwrap();
     assert_eq!(report.parameters, config.parameters());
     let mut cache = backend.kv_cache(layout(&config)).unwrap();
     let mut all = Vec::new();
@@ -195,7 +195,7 @@ fn a_layer_is_told_of_when_its_pages_are_there_and_the_next_is_not_begun() {
     // What others find there while the model computes.
     backend.share_kv_cache();
     let limits = ForwardLimits { max_tokens: 16, max_logit_rows: 16, max_positions: 32 };
-    let (mut model, _) = Decoder::load(&Lively::new(1), &mut backend, &config, limits, false).unwrap();
+    let (mut model, _) = Model::load(&Lively::new(1), &mut backend, &config, limits, false).unwrap();
     let mut cache = backend.kv_cache(layout(&config)).unwrap();
     let Some(KvPages::Host(region)) = backend.kv_pages(&cache) else { panic!("pages are in host memory") };
     let (file, shape) = (region.file().unwrap(), region.shape());

@@ -1,4 +1,4 @@
-//! Grammars that were compiled lately.
+//! Grammars that were compiled before, the most recently used.
 
 use std::{
     collections::VecDeque,
@@ -18,17 +18,17 @@ const TEXT_BYTES_MAX: usize = 16 << 10;
 /// as there are many.
 const LEXER_BYTES_MAX: usize = 1 << 20;
 
-/// Grammars that were compiled lately: most requests ask for what another has asked for before.
+/// The most recently used grammars: most requests ask for what another has asked for before.
 ///
 /// What is kept is never followed, and whoever asks for it gets a copy with a lexer of its own. So a copy is as new as
 /// what has just been compiled, and neither its tables nor its errors are those of others' answers.
 #[derive(Default)]
-pub(super) struct Recent {
+pub(super) struct GrammarCache {
     /// The one that nobody has asked for for longest comes first.
     kept: Mutex<VecDeque<(Hash, Arc<Grammar>)>>,
 }
 
-impl Recent {
+impl GrammarCache {
     /// A copy of what was made of the same text, if that is kept.
     pub(super) fn find(&self, source: &Source) -> Option<Grammar> {
         let wanted = key(source)?;
@@ -130,6 +130,7 @@ impl Write for Text {
 
 #[cfg(test)]
 mod tests {
+    use engine_kernels::TokenMask;
     use serde_json::json;
 
     use super::{
@@ -146,7 +147,7 @@ mod tests {
     }
 
     /// What may come at each place of `text`, and whether that is all of an answer; to where it becomes too much.
-    fn followed(grammar: &Grammar, text: &str) -> (Vec<Vec<u32>>, bool) {
+    fn followed(grammar: &Grammar, text: &str) -> (Vec<TokenMask>, bool) {
         let mut matcher = grammar.matcher();
         let step = |byte| matcher.allowed().and_then(|mask| matcher.take(u32::from(byte)).map(|()| mask)).ok();
         let masks = text.bytes().map_while(step).collect();
@@ -164,12 +165,12 @@ mod tests {
             (Source::Lark(of_rules), "abbacca"),
         ] {
             let vocabulary = vocabulary();
-            assert!(vocabulary.compiled_lately(&source).is_none());
+            assert!(vocabulary.cached(&source).is_none());
             let first = vocabulary.compile(source.clone()).unwrap();
             let expected = followed(&first, text);
             assert_eq!(expected.0.len(), text.len());
             for _ in 0..2 {
-                let again = vocabulary.compiled_lately(&source).expect("it is kept");
+                let again = vocabulary.cached(&source).expect("it is kept");
                 assert_eq!(again, first);
                 assert_eq!(followed(&again, text), expected);
             }
@@ -220,10 +221,10 @@ mod tests {
             after(None, "a", "ab"),
         ];
         for source in sources {
-            assert!(vocabulary.compiled_lately(&source).is_none(), "{source:?}");
+            assert!(vocabulary.cached(&source).is_none(), "{source:?}");
             vocabulary.compile(source).unwrap();
         }
-        let (text, grammar) = (r#"{"b":1,"a":1}"#, vocabulary.compiled_lately(&object("b", "a")).unwrap());
+        let (text, grammar) = (r#"{"b":1,"a":1}"#, vocabulary.cached(&object("b", "a")).unwrap());
         assert!(followed(&grammar, text).1);
     }
 
@@ -236,7 +237,7 @@ mod tests {
         let first = followed(&vocabulary.compile(source.clone()).unwrap(), &text);
         assert!(!first.0.is_empty() && first.0.len() < text.len());
         for _ in 0..2 {
-            assert_eq!(followed(&vocabulary.compiled_lately(&source).unwrap(), &text), first);
+            assert_eq!(followed(&vocabulary.cached(&source).unwrap(), &text), first);
         }
     }
 
@@ -247,32 +248,32 @@ mod tests {
         vocabulary.compile(used.clone()).unwrap();
         vocabulary.compile(unused.clone()).unwrap();
         for other in 0..KEPT_MAX - 1 {
-            assert!(vocabulary.compiled_lately(&used).is_some());
+            assert!(vocabulary.cached(&used).is_some());
             vocabulary.compile(regex(&format!("other {other}"))).unwrap();
         }
-        assert!(vocabulary.compiled_lately(&used).is_some());
-        assert!(vocabulary.compiled_lately(&unused).is_none());
-        assert!(vocabulary.compiled_lately(&regex("other 0")).is_some(), "one had to go");
+        assert!(vocabulary.cached(&used).is_some());
+        assert!(vocabulary.cached(&unused).is_none());
+        assert!(vocabulary.cached(&regex("other 0")).is_some(), "one had to go");
 
         let wrong = regex("a(");
         assert!(vocabulary.compile(wrong.clone()).is_err());
-        assert!(vocabulary.compiled_lately(&wrong).is_none());
+        assert!(vocabulary.cached(&wrong).is_none());
         let border = r#"{"type":"null","description":""}"#.len();
         for (more, is_kept) in [(0, true), (1, false)] {
             let long = "a".repeat(TEXT_BYTES_MAX - border + more);
             let long = Source::JsonSchema(json!({"type": "null", "description": long}));
             vocabulary.compile(long.clone()).unwrap();
-            assert_eq!(vocabulary.compiled_lately(&long).is_some(), is_kept);
+            assert_eq!(vocabulary.cached(&long).is_some(), is_kept);
         }
     }
 
     #[test]
     fn what_has_a_large_lexer_is_not_kept() {
-        let (vocabulary, recent) = (vocabulary(), Recent::default());
+        let (vocabulary, cache) = (vocabulary(), GrammarCache::default());
         let small = vocabulary.compile(regex("ab")).unwrap();
         for (bytes, is_kept) in [(LEXER_BYTES_MAX + 1, false), (LEXER_BYTES_MAX, true)] {
-            recent.keep(&small, bytes);
-            assert_eq!(recent.find(small.source()).is_some(), is_kept);
+            cache.keep(&small, bytes);
+            assert_eq!(cache.find(small.source()).is_some(), is_kept);
         }
         // Each of the last twelve characters may have been the one: a state for every set of them. They are such as the
         // compiler does not know all of at once.
@@ -281,6 +282,6 @@ mod tests {
         let words = (0..1u32 << 12).map(|word| (0..12).map(|bit| 1 + (word >> bit & 1) as u8).collect());
         let vocabulary = Vocabulary::of_tokens(tokens.chain(words).collect(), &[]).unwrap();
         vocabulary.compile(large.clone()).unwrap();
-        assert!(vocabulary.compiled_lately(&large).is_none());
+        assert!(vocabulary.cached(&large).is_none());
     }
 }

@@ -1,4 +1,4 @@
-//! A worker on a CUDA device, an emulated one here, that has rehearsed its steps before the first request comes: steady
+//! A worker on a CUDA device, an emulated one here, that has warmed up before the first request comes: steady
 //! decoding records nothing any more, and answers are those of one that never records.
 
 mod support;
@@ -70,11 +70,11 @@ fn load(backend: EmulatedBackend) -> ModelRunner<EmulatedBackend> {
 }
 
 /// All answers of an engine, and how many recordings were asked for before its first step, and at last.
-fn answers(backend: EmulatedBackend, rehearsed: bool, requests: Vec<Request>) -> (Vec<Answer>, [u64; 2]) {
+fn answers(backend: EmulatedBackend, is_warm: bool, requests: Vec<Request>) -> (Vec<Answer>, [u64; 2]) {
     let driver = backend.driver().clone();
     let mut runner = load(backend);
-    if rehearsed {
-        runner.rehearse(&config(), true).unwrap();
+    if is_warm {
+        runner.warm_up(&config(), true).unwrap();
     }
     let before = driver.recordings();
     (answers_of(runner, requests), [before, driver.recordings()])
@@ -105,7 +105,7 @@ fn backend() -> EmulatedBackend {
 }
 
 #[test]
-fn a_worker_that_has_rehearsed_records_nothing_more_and_answers_as_ever() {
+fn a_worker_that_has_warmed_up_records_nothing_more_and_answers_as_ever() {
     let (expected, asked_for) = answers(backend().with_graphs_max(0), true, requests());
     assert_eq!(asked_for, [0, 0]);
     // Which steps these make depends on when each request comes, so that those of one alone are counted too: all of its
@@ -114,8 +114,8 @@ fn a_worker_that_has_rehearsed_records_nothing_more_and_answers_as_ever() {
     assert!(plain == expected && before == 0, "{before} recordings");
     let (alone, asked_for) = answers(backend(), false, requests()[..1].to_vec());
     assert!(alone == expected[..1] && asked_for == [0, 1], "{asked_for:?}");
-    let (rehearsed, [before, after]) = answers(backend(), true, requests());
-    assert_eq!(rehearsed, expected);
+    let (warm, [before, after]) = answers(backend(), true, requests());
+    assert_eq!(warm, expected);
     assert!(before > 5 && after == before, "{before} recordings, then {after}");
 }
 
@@ -127,7 +127,7 @@ fn who_decodes_makes_room_to_remember_sequences_at_start_even_if_nothing_is_reco
             let driver = backend.driver().clone();
             let mut runner = load(backend);
             let before = driver.bytes_allocated();
-            runner.rehearse(&config(), decodes).unwrap();
+            runner.warm_up(&config(), decodes).unwrap();
             let made = driver.bytes_allocated() - before;
             assert_eq!(made >= 64 << 20, decodes, "{made} bytes, at most {graphs_max} recordings");
         }

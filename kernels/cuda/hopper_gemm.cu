@@ -16,7 +16,7 @@
 #include "hopper.cuh"
 #include "tiles.cuh"
 
-namespace wide {
+namespace hopper_gemm {
 
 constexpr int GROUPS = 2;
 constexpr int THREADS = GROUPS * WARPGROUP;
@@ -34,7 +34,7 @@ struct Tile {
     static_assert(STAGES > REST && (STAGES * STAGE + BOX_ALIGNMENT) * BLOCKS <= 226 << 10, "shared memory there is");
 };
 
-// src/cuda/wide.rs chooses among them, and asks for their shared memory.
+// src/cuda/hopper_gemm.rs chooses among them, and asks for their shared memory.
 using Tall = Tile<192, 5, 1>;
 using Middle = Tile<128, 6, 1>;
 using Flat = Tile<64, 4, 2>;
@@ -155,31 +155,33 @@ __device__ __forceinline__ void product(const TensorMap& weights, const TensorMa
     }
 }
 
-}  // namespace wide
+}  // namespace hopper_gemm
 
-// wide_{size of tiles}_{type}: out[r][first + o] = scales[r] (weight[o] . x[r]) + bias[first + o], without scales 1 and
-// without bias 0. x: [rows, cols] and weight: [features, cols], both in that type; out: [rows, width]. With a third
-// dimension of the grid, the sums of each segment without scales and bias. Grid: (tiles, 1, segments or 1). Shared
-// memory: 201 KiB, 193 KiB and 97 KiB a block; an SM holds one block of the tall and the middle tile, two of the flat.
-// Bytes: the matrix once for up to 16 tiles of rows (3,072 rows by the tall tile), x once for a wave of blocks.
-// Operations: 2 a weight and row. Floor: the larger of the matrix's bytes over the bandwidth and the operations over
-// the rate of wgmma, 990 Tflop/s on an H100 at its highest clock and some 800 as its power allows. Where it should end
-// up: for 16 input features the tall tile's products are 192 cycles of an SM's tensor cores; reading their operands
+// hopper_gemm_{size of tiles}_{type}: out[r][first + o] = scales[r] (weight[o] . x[r]) + bias[first + o], without
+// scales 1 and without bias 0. x: [rows, cols] and weight: [features, cols], both in that type; out: [rows, width].
+// With a third dimension of the grid, the sums of each segment without scales and bias. Grid: (tiles, 1, segments or
+// 1). Shared memory: 201 KiB, 193 KiB and 97 KiB a block; an SM holds one block of the tall and the middle tile, two of
+// the flat. Bytes: the matrix once for up to 16 tiles of rows (3,072 rows by the tall tile), x once for a wave of
+// blocks. Operations: 2 a weight and row. Floor: the larger of the matrix's bytes over the bandwidth and the operations
+// over the rate of wgmma, 990 Tflop/s on an H100 at its highest clock and some 800 as its power allows. Where it should
+// end up: for 16 input features the tall tile's products are 192 cycles of an SM's tensor cores; reading their operands
 // from shared memory takes 128, and copies fill it in 80. If these two take turns, that is 92 % of the peak (the middle
 // tile 80 %, and the flat one 57 %, which is for as few rows as take less time than the weights do). Besides, a block
 // multiplies nothing while it begins and while it writes its tile: some 7 % of its time with 4,096 input features.
-#define WIDE(SIZE, TILE, SUFFIX, T)                                                                                    \
-    extern "C" __global__ void __launch_bounds__(wide::THREADS, wide::TILE::BLOCKS) wide_##SIZE##_##SUFFIX(            \
-        const __grid_constant__ TensorMap weights, const __grid_constant__ TensorMap x, const float* row_scales,       \
-        const float* bias, float* out, float* segments, int rows, int cols, int features, int width, int first) {      \
-        wide::product<T, wide::TILE>(weights, x, row_scales, bias, out, segments, rows, cols, features, width, first); \
+#define HOPPER_GEMM(SIZE, TILE, SUFFIX, T)                                                                             \
+    extern "C" __global__ void __launch_bounds__(hopper_gemm::THREADS, hopper_gemm::TILE::BLOCKS)                      \
+        hopper_gemm_##SIZE##_##SUFFIX(const __grid_constant__ TensorMap weights, const __grid_constant__ TensorMap x,  \
+                                      const float* row_scales, const float* bias, float* out, float* segments,         \
+                                      int rows, int cols, int features, int width, int first) {                        \
+        hopper_gemm::product<T, hopper_gemm::TILE>(weights, x, row_scales, bias, out, segments, rows, cols, features,  \
+                                                   width, first);                                                      \
     }                                                                                                                  \
-    REGISTER(wide_##SIZE##_##SUFFIX);
+    REGISTER(hopper_gemm_##SIZE##_##SUFFIX);
 
-#define WIDES(SUFFIX, T)           \
-    WIDE(tall, Tall, SUFFIX, T)    \
-    WIDE(middle, Middle, SUFFIX, T) \
-    WIDE(flat, Flat, SUFFIX, T)
+#define HOPPER_GEMMS(SUFFIX, T)            \
+    HOPPER_GEMM(tall, Tall, SUFFIX, T)     \
+    HOPPER_GEMM(middle, Middle, SUFFIX, T) \
+    HOPPER_GEMM(flat, Flat, SUFFIX, T)
 
-WIDES(f16, Half)
-WIDES(bf16, Brain)
+HOPPER_GEMMS(f16, F16)
+HOPPER_GEMMS(bf16, BF16)

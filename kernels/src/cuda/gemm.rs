@@ -1,13 +1,13 @@
-//! Products on tensor cores (`kernels/cuda/gemm.cu` and `wide.cu`): which tiles, what memory they need besides, and
-//! their launches.
+//! Products on tensor cores (`kernels/cuda/gemm.cu` and `hopper_gemm.cu`): which tiles, what memory they need besides,
+//! and their launches.
 
 use super::backend::address_of;
 use super::buffer::{Activations, Buffer, Linear, Part, Vector};
 use super::driver::{Address, Arg, Driver};
+use super::hopper_gemm;
 use super::rounded::{Rounded, Rounding};
 use super::stream::Stream;
 use super::weight::Form;
-use super::wide;
 
 /// Input features that are added up by themselves.
 pub(super) const SEGMENT: usize = 512;
@@ -163,15 +163,15 @@ impl<D: Driver> Products<D> {
         self.wgmma = wgmma;
     }
 
-    fn is_wide(&self, form: Form) -> bool {
-        self.wgmma && wide::kernels(form).is_some()
+    fn is_by_wgmma(&self, form: Form) -> bool {
+        self.wgmma && hopper_gemm::kernels(form).is_some()
     }
 
     /// Makes room for products of so many rows, or fewer, with `weight`. Whether something lies elsewhere now, so that
     /// what was recorded is void.
     pub(super) fn reserve(&mut self, stream: &Stream<D>, rows: usize, weight: &Linear<D>) -> bool {
         let parts = weight.parts.iter().filter(|part| Rounding::of(part.form).is_some());
-        let smallest = |part: &Part<D>| if self.is_wide(part.form) { wide::SMALLEST } else { SMALLEST };
+        let smallest = |part: &Part<D>| if self.is_by_wgmma(part.form) { hopper_gemm::SMALLEST } else { SMALLEST };
         let processors = stream.driver().processors();
         let sums = parts.map(|part| sums_bytes(smallest(part), processors, [rows, weight.cols, part.rows]));
         let Some(sums) = sums.max() else { return false };
@@ -197,8 +197,8 @@ impl<D: Driver> Products<D> {
         let Some(kernels) = kernels(part.form) else { return };
         let segments = self.segments.address();
         let operands = Operands { x, part, bias: address_of(bias), out, segments };
-        let count = match wide::kernels(part.form) {
-            Some(kernels) if self.wgmma => wide::multiply(stream, kernels, &operands),
+        let count = match hopper_gemm::kernels(part.form) {
+            Some(kernels) if self.wgmma => hopper_gemm::multiply(stream, kernels, &operands),
             _ => multiply(stream, kernels, &operands),
         };
         if count > 1 {
@@ -267,7 +267,7 @@ mod tests {
     #[test]
     fn room_for_many_rows_is_room_for_fewer() {
         type Cutting = fn(usize, usize, usize, usize) -> Cut;
-        let ways = [(SMALLEST, Cut::of as Cutting), (wide::SMALLEST, wide::cut)];
+        let ways = [(SMALLEST, Cut::of as Cutting), (hopper_gemm::SMALLEST, hopper_gemm::cut)];
         for (processors, (smallest, cut)) in DEVICES.into_iter().flat_map(|device| ways.map(|way| (device, way))) {
             let mut splits = 0;
             for features in [1, 32, 33, 512, 1024, 1536, 2112, 2113, 4096] {
