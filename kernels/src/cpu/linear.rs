@@ -7,7 +7,7 @@ use super::gemm_q::{self, QuantizedGemm};
 use super::isa::{Dispatch, LANES};
 use super::pack::{Format, pack_group, unpack_row};
 use super::pool::Pool;
-use super::quant::{BLOCK, QuantizedRows, quantize};
+use super::quant::{QuantizedRows, quantize};
 use crate::{KernelError, Matrix};
 
 /// Rows that pass by one panel: as many as leave their activations of a panel's `k` in a second-level cache.
@@ -61,9 +61,9 @@ impl Scratch {
         Self { quantized: QuantizedRows::new(), panels: PerThread::new(threads, panels) }
     }
 
-    /// Makes room for activations of `values` elements.
-    pub(crate) fn reserve(&mut self, values: usize) {
-        self.quantized.reserve(values);
+    /// Makes room for activations of the shape `[rows, cols]`.
+    pub(crate) fn reserve(&mut self, rows: usize, cols: usize) {
+        self.quantized.reserve(rows, cols);
     }
 }
 
@@ -191,17 +191,13 @@ impl Linear {
 
 fn quantize_rows(dispatch: Dispatch, pool: &mut Pool, quantized: &mut QuantizedRows, x: &Activations) {
     let (rows, cols) = (x.rows(), x.cols());
-    let (bytes, infos) = quantized.start(rows, cols);
+    let (blocks, strips) = quantized.start(rows, cols);
     let rows_per_chunk = (SERIAL_WORK / cols.max(1)).max(1);
     pool.run(rows.div_ceil(rows_per_chunk), &|_, chunk| {
         let first = chunk * rows_per_chunk;
         let count = rows_per_chunk.min(rows - first);
         // SAFETY: chunks are different rows.
-        let (bytes, infos) = unsafe {
-            let blocks = cols / BLOCK;
-            (bytes.slice(first * cols, count * cols), infos.slice(first * blocks, count * blocks))
-        };
-        quantize(dispatch, &x.values()[first * cols..][..count * cols], bytes, infos);
+        unsafe { quantize(dispatch, &x.values()[first * cols..][..count * cols], first, blocks, strips) };
     });
 }
 

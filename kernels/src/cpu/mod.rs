@@ -143,7 +143,7 @@ impl Backend for CpuBackend {
     }
 
     fn activations(&mut self, rows_max: usize, cols: usize) -> Activations {
-        self.linear.reserve(rows_max * cols);
+        self.linear.reserve(rows_max, cols);
         self.rows_max = self.rows_max.max(rows_max);
         Activations::new(rows_max, cols)
     }

@@ -88,6 +88,8 @@ impl Isa for Avx2 {
     type I = [__m256i; 2];
     const ROWS_MAX: usize = 6;
     const SUMS_MAX: usize = 1;
+    const GROUPS_MAX: usize = 1;
+    const PEAK_FIRST: bool = false;
 
     #[inline(always)]
     fn splat(self, x: f32) -> Self::F {
@@ -235,7 +237,18 @@ impl Isa for Avx2 {
         }
     }
     #[inline(always)]
-    unsafe fn store_i8(self, p: *mut i8, x: Self::F) -> i32 {
+    fn max_of_fours(self, a: Self::F) -> Self::F {
+        let twos = both!(a, |a| _mm256_max_ps(a, _mm256_permute_ps::<0b01_00_11_10>(a)));
+        both!(twos, |a| _mm256_max_ps(a, _mm256_permute_ps::<0b10_11_00_01>(a)))
+    }
+    #[inline(always)]
+    fn mask_not_lt(self, a: Self::F, b: Self::F) -> u32 {
+        // SAFETY: an `Avx2` exists only where the instructions do.
+        let [low, high] = [0, 1].map(|i| unsafe { _mm256_movemask_ps(_mm256_cmp_ps::<_CMP_NLT_UQ>(a[i], b[i])) });
+        (low | high << 8) as u32
+    }
+    #[inline(always)]
+    unsafe fn store_i8(self, p: *mut i8, x: Self::F) {
         // SAFETY: the caller vouches for sixteen bytes.
         unsafe {
             let (low, high) = (_mm256_cvtps_epi32(x[0]), _mm256_cvtps_epi32(x[1]));
@@ -243,10 +256,6 @@ impl Isa for Avx2 {
             let words = _mm256_permute4x64_epi64::<0b11_01_10_00>(_mm256_packs_epi32(low, high));
             let bytes = _mm_packs_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256::<1>(words));
             _mm_storeu_si128(p.cast(), bytes);
-            let eight = _mm256_add_epi32(low, high);
-            let four = _mm_add_epi32(_mm256_castsi256_si128(eight), _mm256_extracti128_si256::<1>(eight));
-            let two = _mm_add_epi32(four, _mm_shuffle_epi32::<0b01_00_11_10>(four));
-            _mm_cvtsi128_si32(_mm_add_epi32(two, _mm_shuffle_epi32::<0b10_11_00_01>(two)))
         }
     }
 
@@ -351,12 +360,9 @@ impl Isa for Avx2 {
         lanewise!(_mm256_add_epi32, sum, products)
     }
     #[inline(always)]
-    unsafe fn finish_u4(self, sum: Self::I, w: Self::W, high: *const i8) -> Self::F {
-        // SAFETY: the caller vouches for four activations.
-        let peak = unsafe { self.peak_u6(self.int_zero(), w, high) };
-        let rest = both!(sum, |s| _mm256_madd_epi16(s, _mm256_set1_epi16(1)));
-        let all = lanewise!(_mm256_add_epi32, rest, peak);
-        both!(all, |s| _mm256_cvtepi32_ps(s))
+    fn widen_u4(self, sum: Self::I) -> Self::I {
+        // SAFETY: an `Avx2` exists only where the instructions do.
+        both!(sum, |s| _mm256_madd_epi16(s, _mm256_set1_epi16(1)))
     }
     #[inline(always)]
     unsafe fn peak_u6(self, sum: Self::I, w: Self::W, high: *const i8) -> Self::I {
@@ -367,19 +373,17 @@ impl Isa for Avx2 {
         lanewise!(_mm256_add_epi32, sum, peak)
     }
     #[inline(always)]
-    unsafe fn peak_i8(self, sum: Self::I, w: Self::W, high: *const i8) -> Self::I {
+    unsafe fn peak_i8(self, sum: Self::I, w: Self::W, high: *const i8, _less: i32) -> Self::I {
         // SAFETY: the caller vouches for four activations.
         let products = unsafe { self.products_i8::<{ PEAK_UNIT as i16 }>(w, high) };
         lanewise!(_mm256_add_epi32, sum, products)
     }
     #[inline(always)]
-    fn finish_u6(self, sum: Self::I, offset: i32, activations: i32) -> Self::F {
-        // SAFETY: an `Avx2` exists only where the instructions do.
-        let off = unsafe { _mm256_set1_epi32(activations.wrapping_mul(offset)) };
-        both!(sum, |s| _mm256_cvtepi32_ps(_mm256_sub_epi32(s, off)))
+    fn int_add(self, sum: Self::I, x: i32) -> Self::I {
+        both!(sum, |s| _mm256_add_epi32(s, _mm256_set1_epi32(x)))
     }
     #[inline(always)]
-    fn finish_i8(self, sum: Self::I, _activations: i32) -> Self::F {
+    fn int_to_f32(self, sum: Self::I) -> Self::F {
         both!(sum, |s| _mm256_cvtepi32_ps(s))
     }
 }

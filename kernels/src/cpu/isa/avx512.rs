@@ -21,6 +21,9 @@ pub(super) unsafe fn run<K: Kernel>(kernel: K) {
     kernel.run(Avx512(()));
 }
 
+/// The bits that [`PEAK_UNIT`] shifts by.
+const PEAK_SHIFT: u32 = PEAK_UNIT.trailing_zeros();
+
 /// An intrinsic without memory operands.
 macro_rules! pure {
     ($call:expr) => {
@@ -35,6 +38,8 @@ impl Isa for Avx512 {
     type I = __m512i;
     const ROWS_MAX: usize = 12;
     const SUMS_MAX: usize = 8;
+    const GROUPS_MAX: usize = 2;
+    const PEAK_FIRST: bool = true;
 
     #[inline(always)]
     fn splat(self, x: f32) -> __m512 {
@@ -154,13 +159,20 @@ impl Isa for Avx512 {
         pure!(_mm512_reduce_max_ps(a))
     }
     #[inline(always)]
-    unsafe fn store_i8(self, p: *mut i8, x: __m512) -> i32 {
+    fn max_of_fours(self, a: __m512) -> __m512 {
+        pure!({
+            let twos = _mm512_max_ps(a, _mm512_permute_ps::<0b01_00_11_10>(a));
+            _mm512_max_ps(twos, _mm512_permute_ps::<0b10_11_00_01>(twos))
+        })
+    }
+    #[inline(always)]
+    fn mask_not_lt(self, a: __m512, b: __m512) -> u32 {
+        pure!(u32::from(_mm512_cmp_ps_mask::<_CMP_NLT_UQ>(a, b)))
+    }
+    #[inline(always)]
+    unsafe fn store_i8(self, p: *mut i8, x: __m512) {
         // SAFETY: the caller vouches for sixteen bytes.
-        unsafe {
-            let integers = _mm512_cvtps_epi32(x);
-            _mm_storeu_si128(p.cast(), _mm512_cvtsepi32_epi8(integers));
-            _mm512_reduce_add_epi32(integers)
-        }
+        unsafe { _mm_storeu_si128(p.cast(), _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(x))) }
     }
 
     #[inline(always)]
@@ -253,27 +265,30 @@ impl Isa for Avx512 {
         unsafe { self.dot_u4(sum, w, a) }
     }
     #[inline(always)]
-    unsafe fn finish_u4(self, sum: __m512i, w: __m512i, high: *const i8) -> __m512 {
-        // SAFETY: the caller vouches for four activations.
-        unsafe { _mm512_cvtepi32_ps(self.peak_i8(sum, w, high)) }
+    fn widen_u4(self, sum: __m512i) -> __m512i {
+        sum
     }
     #[inline(always)]
     unsafe fn peak_u6(self, sum: __m512i, w: __m512i, high: *const i8) -> __m512i {
         // SAFETY: the caller vouches for four activations.
-        unsafe { self.peak_i8(sum, w, high) }
+        unsafe { _mm512_add_epi32(sum, _mm512_slli_epi32::<PEAK_SHIFT>(self.dot_u4(self.int_zero(), w, high))) }
     }
     #[inline(always)]
-    unsafe fn peak_i8(self, sum: __m512i, w: __m512i, high: *const i8) -> __m512i {
-        const SHIFT: u32 = PEAK_UNIT.trailing_zeros();
+    unsafe fn peak_i8(self, sum: __m512i, w: __m512i, high: *const i8, less: i32) -> __m512i {
+        // What is to be taken off is as many times `less` as a unit of the peak counts.
+        const { assert!(PEAK_UNIT == 128) };
         // SAFETY: the caller vouches for four activations.
-        unsafe { _mm512_add_epi32(sum, _mm512_slli_epi32::<SHIFT>(self.dot_u4(self.int_zero(), w, high))) }
+        unsafe {
+            let peak = self.dot_u4(_mm512_set1_epi32(less), w, high);
+            _mm512_add_epi32(sum, _mm512_slli_epi32::<PEAK_SHIFT>(peak))
+        }
     }
     #[inline(always)]
-    fn finish_u6(self, sum: __m512i, offset: i32, activations: i32) -> __m512 {
-        pure!(_mm512_cvtepi32_ps(_mm512_sub_epi32(sum, _mm512_set1_epi32(activations.wrapping_mul(offset)))))
+    fn int_add(self, sum: __m512i, x: i32) -> __m512i {
+        pure!(_mm512_add_epi32(sum, _mm512_set1_epi32(x)))
     }
     #[inline(always)]
-    fn finish_i8(self, sum: __m512i, activations: i32) -> __m512 {
-        self.finish_u6(sum, 128, activations)
+    fn int_to_f32(self, sum: __m512i) -> __m512 {
+        pure!(_mm512_cvtepi32_ps(sum))
     }
 }

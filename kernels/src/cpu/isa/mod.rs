@@ -35,6 +35,11 @@ pub(crate) trait Isa: Copy + Send + Sync + 'static {
     const ROWS_MAX: usize;
     /// Rows of the tallest tiles whose f32 sums fit into registers beside the integer sums of a block and its weights.
     const SUMS_MAX: usize;
+    /// Groups of columns whose weights meet a tile's rows together, so that each activation is read once for all.
+    const GROUPS_MAX: usize;
+    /// Whether a block's integer sums begin with what peaks add: cheaper where [`Isa::widen_u4`] does nothing and
+    /// registers are many.
+    const PEAK_FIRST: bool;
 
     /// All lanes `x`.
     fn splat(self, x: f32) -> Self::F;
@@ -80,8 +85,12 @@ pub(crate) trait Isa: Copy + Send + Sync + 'static {
     fn reduce_add(self, a: Self::F) -> f32;
     /// Greatest lane.
     fn reduce_max(self, a: Self::F) -> f32;
-    /// Rounds sixteen values within ±127 to bytes, writes them, and returns their sum.
-    unsafe fn store_i8(self, p: *mut i8, x: Self::F) -> i32;
+    /// In each lane, the greatest of its four: of lanes `4 i` to `4 i + 3`.
+    fn max_of_fours(self, a: Self::F) -> Self::F;
+    /// A bit for each lane that is not `a < b`.
+    fn mask_not_lt(self, a: Self::F, b: Self::F) -> u32;
+    /// Rounds sixteen values within ±127 to bytes and writes them.
+    unsafe fn store_i8(self, p: *mut i8, x: Self::F);
 
     /// All sums zero.
     fn int_zero(self) -> Self::I;
@@ -109,19 +118,18 @@ pub(crate) trait Isa: Copy + Send + Sync + 'static {
     unsafe fn dot_u6(self, sum: Self::I, w: (Self::W, Self::W), a: *const i8) -> Self::I;
     /// Adds the products of signed 8-bit weights with four activations (none of them -128) at `a`.
     unsafe fn dot_i8(self, sum: Self::I, w: Self::W, a: *const i8) -> Self::I;
-    /// The sums made by [`Isa::dot_u4`], and [`PEAK_UNIT`] times the products of `w` with four more activations at
-    /// `high`.
-    unsafe fn finish_u4(self, sum: Self::I, w: Self::W, high: *const i8) -> Self::F;
+    /// The sums made by [`Isa::dot_u4`], in the form of all others.
+    fn widen_u4(self, sum: Self::I) -> Self::I;
     /// Adds [`PEAK_UNIT`] times the products of weights of at most 6 bits with four activations at `high`.
     unsafe fn peak_u6(self, sum: Self::I, w: Self::W, high: *const i8) -> Self::I;
     /// Adds [`PEAK_UNIT`] times the products of signed 8-bit weights with four activations (none of them -128) at
-    /// `high`.
-    unsafe fn peak_i8(self, sum: Self::I, w: Self::W, high: *const i8) -> Self::I;
-    /// The sums made by [`Isa::dot_u6`], less `offset` for each weight; `activations` is the sum of all activations
-    /// that went in, those of peaks times [`PEAK_UNIT`].
-    fn finish_u6(self, sum: Self::I, offset: i32, activations: i32) -> Self::F;
-    /// The sums made by [`Isa::dot_i8`]; `activations` as above.
-    fn finish_i8(self, sum: Self::I, activations: i32) -> Self::F;
+    /// `high`. `less` is the sum of all activations that go in, those of peaks times [`PEAK_UNIT`], negated: for
+    /// instruction sets whose products want unsigned weights.
+    unsafe fn peak_i8(self, sum: Self::I, w: Self::W, high: *const i8, less: i32) -> Self::I;
+    /// Adds `x` to each sum.
+    fn int_add(self, sum: Self::I, x: i32) -> Self::I;
+    /// The sums as f32.
+    fn int_to_f32(self, sum: Self::I) -> Self::F;
 
     /// Asks for the cache line at `p`, which may be anywhere.
     #[inline(always)]

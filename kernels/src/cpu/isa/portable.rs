@@ -33,6 +33,8 @@ impl Isa for Portable {
     type I = [i32; LANES];
     const ROWS_MAX: usize = 1;
     const SUMS_MAX: usize = 1;
+    const GROUPS_MAX: usize = 1;
+    const PEAK_FIRST: bool = false;
 
     #[inline(always)]
     fn splat(self, x: f32) -> Lanes {
@@ -140,11 +142,18 @@ impl Isa for Portable {
         a.into_iter().fold(f32::NEG_INFINITY, |a, b| if a > b { a } else { b })
     }
     #[inline(always)]
-    unsafe fn store_i8(self, p: *mut i8, x: Lanes) -> i32 {
-        let bytes = x.map(|x| x.round_ties_even() as i8);
+    fn max_of_fours(self, a: Lanes) -> Lanes {
+        let max = |a: Lanes, other: usize| self.max(a, std::array::from_fn(|i| a[i ^ other]));
+        max(max(a, 2), 1)
+    }
+    #[inline(always)]
+    fn mask_not_lt(self, a: Lanes, b: Lanes) -> u32 {
+        a.iter().zip(b).enumerate().fold(0, |mask, (i, (&a, b))| mask | u32::from(!(a < b)) << i)
+    }
+    #[inline(always)]
+    unsafe fn store_i8(self, p: *mut i8, x: Lanes) {
         // SAFETY: see above.
-        unsafe { p.cast::<[i8; LANES]>().write_unaligned(bytes) };
-        bytes.into_iter().map(i32::from).sum()
+        unsafe { p.cast::<[i8; LANES]>().write_unaligned(x.map(|x| x.round_ties_even() as i8)) }
     }
 
     #[inline(always)]
@@ -211,27 +220,26 @@ impl Isa for Portable {
         dot(sum, &w, unsafe { a.cast::<[i8; 4]>().read_unaligned() })
     }
     #[inline(always)]
-    unsafe fn finish_u4(self, sum: Self::I, w: Self::W, high: *const i8) -> Lanes {
-        // SAFETY: see above; four activations.
-        unsafe { self.peak_i8(sum, w, high) }.map(|s| s as f32)
+    fn widen_u4(self, sum: Self::I) -> Self::I {
+        sum
     }
     #[inline(always)]
     unsafe fn peak_u6(self, sum: Self::I, w: Self::W, high: *const i8) -> Self::I {
-        // SAFETY: see above; four activations.
-        unsafe { self.peak_i8(sum, w, high) }
-    }
-    #[inline(always)]
-    unsafe fn peak_i8(self, sum: Self::I, w: Self::W, high: *const i8) -> Self::I {
         // SAFETY: see above; four activations.
         let products = dot([0; LANES], &w, unsafe { high.cast::<[i8; 4]>().read_unaligned() });
         std::array::from_fn(|i| sum[i] + PEAK_UNIT * products[i])
     }
     #[inline(always)]
-    fn finish_u6(self, sum: Self::I, offset: i32, activations: i32) -> Lanes {
-        sum.map(|s| (s - offset * activations) as f32)
+    unsafe fn peak_i8(self, sum: Self::I, w: Self::W, high: *const i8, _less: i32) -> Self::I {
+        // SAFETY: see above; four activations.
+        unsafe { self.peak_u6(sum, w, high) }
     }
     #[inline(always)]
-    fn finish_i8(self, sum: Self::I, _activations: i32) -> Lanes {
+    fn int_add(self, sum: Self::I, x: i32) -> Self::I {
+        sum.map(|s| s.wrapping_add(x))
+    }
+    #[inline(always)]
+    fn int_to_f32(self, sum: Self::I) -> Lanes {
         sum.map(|s| s as f32)
     }
 }

@@ -32,8 +32,11 @@ impl Kernel for Probe<'_> {
                 activations,
             );
             let i8 = isa.dot_i8(isa.int_zero(), isa.load_i8(self.bytes.as_ptr()), activations);
-            let i8 = isa.peak_i8(i8, isa.load_i8(self.bytes.as_ptr()), activations);
-            let sum = self.activations.iter().map(|&a| i32::from(a)).sum::<i32>() * (1 + PEAK_UNIT);
+            let sum = self.activations.iter().map(|&a| i32::from(a)).sum::<i32>();
+            let i8 = isa.peak_i8(i8, isa.load_i8(self.bytes.as_ptr()), activations, -sum * (1 + PEAK_UNIT));
+            let [u4_low, u4_high] = [0, 4].map(|shift| isa.load_u4_half(self.bytes.as_ptr(), shift));
+            let signed = isa.peak_i8(signed, table, [0; 4].as_ptr(), -sum * 2);
+            let widened = isa.widen_u4(u4);
             let finite = self.bytes.map(|byte| if byte & 0x7f == 0x7f { 0 } else { byte });
             let (first, second) = isa.load_bf16_pairs(self.bytes.as_ptr().cast());
             for lanes in [
@@ -45,14 +48,15 @@ impl Kernel for Probe<'_> {
                 isa.max(a, b),
                 isa.min(a, b),
                 isa.abs(a),
+                isa.max_of_fours(a),
                 isa.round(a),
                 isa.exp(a),
                 isa.zero_if_lt(a, b, a),
-                isa.finish_u4(u4, isa.load_u4_half(self.bytes.as_ptr(), 0), activations),
-                isa.finish_u4(u4, isa.load_u4_half(self.bytes.as_ptr(), 4), activations),
-                isa.finish_u6(u6, 32, sum),
-                isa.finish_i8(signed, sum / (1 + PEAK_UNIT) * 2),
-                isa.finish_i8(i8, sum),
+                isa.int_to_f32(isa.peak_u6(widened, u4_low, activations)),
+                isa.int_to_f32(isa.peak_u6(widened, u4_high, activations)),
+                isa.int_to_f32(isa.int_add(u6, -32 * sum)),
+                isa.int_to_f32(signed),
+                isa.int_to_f32(i8),
                 isa.splat(isa.reduce_add(a)),
                 isa.splat(isa.reduce_max(a)),
                 first,
@@ -71,9 +75,9 @@ impl Kernel for Probe<'_> {
             isa.store_f16(halves.as_mut_ptr(), a);
             self.out.extend(halves.map(u32::from));
             let mut quants = [0i8; LANES];
-            let total = isa.store_i8(quants.as_mut_ptr(), a);
+            isa.store_i8(quants.as_mut_ptr(), a);
             self.out.extend(quants.map(|q| q as u32));
-            self.out.push(total as u32);
+            self.out.push(isa.mask_not_lt(a, b));
         }
     }
 }
