@@ -9,7 +9,7 @@ pub struct EngineArgs {
     /// A directory with config.json and safetensors, a .gguf file, or a model of the Hugging Face hub
     /// (Qwen/Qwen3-0.6B, or Qwen/Qwen3-0.6B-GGUF:Q8_0 for a GGUF file of one); a prefill worker can take it from the
     /// cluster
-    #[arg(long, value_name = "PATH|ID", help_heading = "Model")]
+    #[arg(short, long, value_name = "PATH|ID", help_heading = "Model")]
     pub model: Option<String>,
 
     /// Branch, tag or commit of a model on the hub
