@@ -323,6 +323,14 @@ mod tests {
     }
 
     #[test]
+    fn an_answer_may_take_some_time() {
+        for role in [&["--model", "m"][..], &["frontend"]] {
+            let refused = parse(&[role, &["--request-timeout", "0"]].concat()).unwrap_err();
+            assert!(refused.contains("has to be above 0"), "{refused}");
+        }
+    }
+
+    #[test]
     fn several_keys_may_be_given() {
         let worker = worker(&["--model", "m", "--api-key", "a", "--api-key", "b,c"]);
         assert_eq!(worker.api_key, ["a", "b", "c"]);

@@ -264,6 +264,15 @@ pub(super) fn parse_seconds(text: &str) -> Result<Duration, String> {
     Ok(Duration::from_secs_f64(seconds))
 }
 
+/// A duration that has to leave time for something.
+pub(super) fn parse_seconds_above_zero(text: &str) -> Result<Duration, String> {
+    let duration = parse_seconds(text)?;
+    if duration.is_zero() {
+        return Err(format!("'{text}' seconds are no time: it has to be above 0, and at most 1e9"));
+    }
+    Ok(duration)
+}
+
 /// A duration from a number of milliseconds.
 pub(super) fn parse_millis(text: &str) -> Result<Duration, String> {
     let millis: f64 = text.parse().map_err(|_| format!("'{text}' is no number of milliseconds"))?;
@@ -386,6 +395,15 @@ mod tests {
         assert_eq!(parse_size("4096"), Ok(4096));
         for bad in ["", "GiB", "1XB", "-1", "0", "1e9GiB", "99999999TiB"] {
             assert!(parse_size(bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn a_time_that_has_to_be_one_is_above_zero() {
+        assert_eq!(parse_seconds("0"), Ok(Duration::ZERO));
+        assert_eq!(parse_seconds_above_zero("0.05"), Ok(Duration::from_millis(50)));
+        for bad in ["0", "0.0", "-1", "1e-12", "2e9", "x"] {
+            assert!(parse_seconds_above_zero(bad).is_err(), "{bad}");
         }
     }
 

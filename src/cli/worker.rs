@@ -8,8 +8,8 @@ use serde_json::{Map, Value};
 use super::{
     ClusterArgs, EngineArgs, LogArgs, TransportArgs,
     values::{
-        DisaggPolicyArg, ReasoningParserArg, ToolCallParserArg, parse_millis, parse_origin, parse_seconds, parse_size,
-        parse_template_kwargs, parse_within,
+        DisaggPolicyArg, ReasoningParserArg, ToolCallParserArg, parse_millis, parse_origin, parse_seconds,
+        parse_seconds_above_zero, parse_size, parse_template_kwargs, parse_within,
     },
 };
 use crate::api::{CONNECTIONS_BESIDE_REQUESTS, CallFormat, Parsers};
@@ -151,7 +151,7 @@ pub struct WorkerArgs {
     #[arg(
         long,
         value_name = "SECONDS",
-        value_parser = parse_seconds,
+        value_parser = parse_seconds_above_zero,
         default_value = "3600",
         conflicts_with = "is_prefill_worker",
         help_heading = "Server"
