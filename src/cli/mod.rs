@@ -331,6 +331,12 @@ mod tests {
     }
 
     #[test]
+    fn tokens_may_be_given_in_thousands() {
+        let engine = worker(&["--model", "m", "--max-model-len", "32k", "--max-num-batched-tokens", "8K"]).engine;
+        assert_eq!((engine.max_model_len, engine.max_num_batched_tokens), (Some(32_000), Some(8192)));
+    }
+
+    #[test]
     fn several_keys_may_be_given() {
         let worker = worker(&["--model", "m", "--api-key", "a", "--api-key", "b,c"]);
         assert_eq!(worker.api_key, ["a", "b", "c"]);

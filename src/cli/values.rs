@@ -245,6 +245,17 @@ pub(super) fn parse_size(text: &str) -> Result<usize, String> {
     Ok(bytes as usize)
 }
 
+/// A number of tokens, in thousands too, which vLLM has as `k` and `K`.
+pub(super) fn parse_tokens(text: &str) -> Result<usize, String> {
+    let (number, factor) = match (text.strip_suffix('k'), text.strip_suffix('K')) {
+        (Some(number), _) => (number, 1000),
+        (_, Some(number)) => (number, 1024),
+        (None, None) => (text, 1),
+    };
+    let tokens = number.parse().ok().and_then(|number: usize| number.checked_mul(factor));
+    tokens.ok_or_else(|| format!("'{text}' is no number of tokens; expected one as 4096, 32k (32000) or 32K (32768)"))
+}
+
 /// A count in a range: what is beyond would be refused later, and less clearly.
 pub(super) fn parse_within<const MIN: usize, const MAX: usize>(text: &str) -> Result<usize, String> {
     let count: usize = text.parse().map_err(|_| format!("'{text}' is no number"))?;
@@ -395,6 +406,16 @@ mod tests {
         assert_eq!(parse_size("4096"), Ok(4096));
         for bad in ["", "GiB", "1XB", "-1", "0", "1e9GiB", "99999999TiB"] {
             assert!(parse_size(bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn tokens_are_counted_in_thousands_as_vllm_counts_them() {
+        for (text, tokens) in [("4096", 4096), ("32k", 32_000), ("32K", 32_768)] {
+            assert_eq!(parse_tokens(text), Ok(tokens));
+        }
+        for bad in ["", "k", "-1", "1.5k", "8kK", "auto", "99999999999999999999", "9999999999999999999K"] {
+            assert!(parse_tokens(bad).unwrap_err().contains("32K (32768)"), "{bad}");
         }
     }
 

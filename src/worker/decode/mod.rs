@@ -93,8 +93,8 @@ async fn cluster(cli: &WorkerArgs) -> Result<Option<Cluster>> {
     member(join(cli.cluster.options(), Needs::EtcdAndNats).await?, &cli.disagg)
 }
 
-/// Without a cluster the worker serves alone, and the log says which services it lacks; unless it is to have RDMA, which
-/// nobody has looked for then.
+/// Without a cluster the worker serves alone, and the log says which services it lacks. Nobody looks for RDMA then, so
+/// it is an error if that has to be there.
 fn member(joined: Joined, disagg: &DisaggArgs) -> Result<Option<Cluster>> {
     match joined {
         Joined::Member(cluster) => Ok(Some(cluster)),
