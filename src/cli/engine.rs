@@ -22,8 +22,8 @@ pub struct EngineArgs {
     #[arg(long, value_enum, value_name = "FORMAT", default_value = "auto", help_heading = "Model")]
     pub load_format: LoadFormatArg,
 
-    /// Tokens of a prompt and its answer together, as 32768 or 32K [default: what the model was made for, or what the KV
-    /// cache holds]
+    /// Tokens of a prompt and its answer together, as 32768 or 32K [default: what the model was made for, or what the
+    /// KV cache holds]
     #[arg(long, value_name = "TOKENS", value_parser = parse_tokens, help_heading = "Engine")]
     pub max_model_len: Option<usize>,
 
