@@ -62,7 +62,7 @@ fn instead_of(flag: &str) -> Option<&'static str> {
         "-t" => "--threads has no short name",
         "--gpu-layers" | "--n-gpu-layers" | "-ngl" => "--device says what computes, and all layers are on it",
         "--cache-type-k" | "-ctk" | "--cache-type-v" | "-ctv" => "--kv-cache-dtype is the type of keys and values",
-        "--hf-repo" | "-hfr" => OF_THE_HUB,
+        "--hf-repo" => OF_THE_HUB,
         "--alias" | "-a" => "--served-model-name gives a model other names",
         "--chat-template-file" => "--chat-template takes a file",
         "--reasoning-format" => "--reasoning-parser says how thoughts are told from the rest of an answer",
