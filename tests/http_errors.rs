@@ -228,7 +228,11 @@ fn what_other_servers_call_otherwise_is_refused_with_a_hint() {
     for (param, hint) in [
         ("enable_thinking", "chat_template_kwargs"),
         ("n_predict", "max_tokens"),
+        ("num_predict", "max_tokens"),
         ("max_new_tokens", "max_tokens"),
+        ("thinking", "reasoning_effort"),
+        ("reasoning_format", "reasoning_effort"),
+        ("content", "'prompt'"),
         ("repeat_penalty", "repetition_penalty"),
         ("cache_prompt", "cache_salt"),
         ("grammar", "Lark's syntax"),

@@ -1,6 +1,8 @@
 use clap::Args;
 
-use super::values::{DeviceArg, KvDTypeArg, LoadFormatArg, parse_device, parse_share, parse_size, parse_within};
+use super::values::{
+    DeviceArg, KvDTypeArg, LoadFormatArg, parse_device, parse_share, parse_size, parse_tokens, parse_within,
+};
 use crate::engine::MockModel;
 
 /// Flags of whoever computes a model: which, on what, and within which limits.
@@ -9,7 +11,7 @@ pub struct EngineArgs {
     /// A directory with config.json and safetensors, a .gguf file, or a model of the Hugging Face hub
     /// (Qwen/Qwen3-0.6B, or Qwen/Qwen3-0.6B-GGUF:Q8_0 for a GGUF file of one); a prefill worker can take it from the
     /// cluster
-    #[arg(long, value_name = "PATH|ID", help_heading = "Model")]
+    #[arg(short, long, value_name = "PATH|ID", help_heading = "Model")]
     pub model: Option<String>,
 
     /// Branch, tag or commit of a model on the hub
@@ -20,8 +22,9 @@ pub struct EngineArgs {
     #[arg(long, value_enum, value_name = "FORMAT", default_value = "auto", help_heading = "Model")]
     pub load_format: LoadFormatArg,
 
-    /// Tokens of a prompt and its answer together [default: what the model was made for, or the KV cache holds]
-    #[arg(long, value_name = "TOKENS", help_heading = "Engine")]
+    /// Tokens of a prompt and its answer together, as 32768 or 32K [default: what the model was made for, or what the
+    /// KV cache holds]
+    #[arg(long, value_name = "TOKENS", value_parser = parse_tokens, help_heading = "Engine")]
     pub max_model_len: Option<usize>,
 
     /// Sequences computed at the same time [default: 64, on a CUDA device 256]
@@ -30,7 +33,7 @@ pub struct EngineArgs {
 
     /// Tokens computed in one step at most: longer prompts are prefilled in several, between which others generate
     /// [default: 512, on a CUDA device 2048, and no less than --max-num-seqs]
-    #[arg(long, value_name = "TOKENS", help_heading = "Engine")]
+    #[arg(long, value_name = "TOKENS", value_parser = parse_tokens, help_heading = "Engine")]
     pub max_num_batched_tokens: Option<usize>,
 
     /// What computes: cpu, cuda:N, or auto for the first CUDA device if there is one
@@ -52,7 +55,7 @@ pub struct EngineArgs {
     /// KV pages [default: as --kv-cache-memory says]
     #[arg(
         long,
-        alias = "num-gpu-blocks-override",
+        visible_alias = "num-gpu-blocks-override",
         value_name = "PAGES",
         value_parser = parse_within::<1, 268_435_456>,
         help_heading = "KV cache"
@@ -66,7 +69,7 @@ pub struct EngineArgs {
     /// Memory of the KV cache, as 2GiB or 512MiB [default: on a CPU a quarter of what is free, at most 4 GiB]
     #[arg(
         long,
-        alias = "kv-cache-memory-bytes",
+        visible_alias = "kv-cache-memory-bytes",
         value_name = "SIZE",
         value_parser = parse_size,
         conflicts_with = "kv_blocks",

@@ -4,7 +4,7 @@ use clap::{Args, builder::NonEmptyStringValueParser};
 
 use super::{
     ClusterArgs, LogArgs,
-    values::{parse_origin, parse_seconds, parse_size, parse_within},
+    values::{parse_origin, parse_seconds, parse_seconds_above_zero, parse_size, parse_within},
     worker::DEFAULT_PORT,
 };
 
@@ -64,7 +64,13 @@ pub struct FrontendArgs {
     pub connection_threads: Option<usize>,
 
     /// Seconds an answer may take, waiting and moving to another worker included
-    #[arg(long, value_name = "SECONDS", value_parser = parse_seconds, default_value = "3600", help_heading = "Server")]
+    #[arg(
+        long,
+        value_name = "SECONDS",
+        value_parser = parse_seconds_above_zero,
+        default_value = "3600",
+        help_heading = "Server"
+    )]
     pub request_timeout: Duration,
 
     /// Seconds that an answer whose worker was lost, or a request whose model's last worker has just gone, waits for

@@ -7,6 +7,7 @@ mod cluster;
 mod doctor;
 mod engine;
 mod frontend;
+mod instead;
 mod mock;
 mod transfer_bench;
 mod transport;
@@ -29,10 +30,7 @@ pub use worker::{DisaggArgs, WorkerArgs};
 
 use std::ffi::OsString;
 
-use clap::{
-    Args, CommandFactory, FromArgMatches, Id, Parser, Subcommand,
-    error::{ContextKind, ContextValue, ErrorKind},
-};
+use clap::{Args, CommandFactory, FromArgMatches, Id, Parser, Subcommand, error::ErrorKind};
 
 /// Serves large language models behind the OpenAI API, alone or as part of a cluster.
 #[derive(Debug, Parser)]
@@ -104,7 +102,7 @@ impl Invocation {
             let leads_there = |id: &Id| id != "cluster_token" && cluster.get_arguments().any(|arg| arg.get_id() == id);
             cli = cli.mut_args(|arg| if leads_there(arg.get_id()) { arg.env(None::<&str>) } else { arg });
         }
-        let matches = cli.try_get_matches_from_mut(line).map_err(where_models_go)?;
+        let matches = cli.try_get_matches_from_mut(&line).map_err(|error| instead::explained(error, &line))?;
         let Cli { command, worker } = Cli::from_arg_matches(&matches).map_err(|error| error.format(&mut cli))?;
         match command {
             Some(Command::Frontend(frontend)) => Ok(Self::Frontend(frontend)),
@@ -137,15 +135,6 @@ impl Invocation {
 fn model_is_missing() -> clap::Error {
     let say = "--model is missing: a directory, a .gguf file, or a model of the hub as Qwen/Qwen3-0.6B";
     Cli::command().error(ErrorKind::MissingRequiredArgument, say)
-}
-
-/// Adds to an error about a word that is no command what other servers' users have to know: they give a model as one.
-fn where_models_go(mut error: clap::Error) -> clap::Error {
-    if error.kind() == ErrorKind::InvalidSubcommand {
-        let say = "a model is named with --model, as in engine --model Qwen/Qwen3-0.6B";
-        error.insert(ContextKind::Suggested, ContextValue::StyledStrs(vec![say.into()]));
-    }
-    error
 }
 
 /// What is worth knowing. NATS's client says in its own words what `cluster` says in ours.
@@ -259,6 +248,7 @@ mod tests {
     #[test]
     fn flags_alone_are_a_worker_and_frontend_is_a_word() {
         assert!(matches!(parse(&["--model", "m"]), Ok(Invocation::Decode(_))));
+        assert!(matches!(parse(&["-m", "m"]), Ok(Invocation::Decode(_))));
         assert!(matches!(parse(&["--is-prefill-worker"]), Ok(Invocation::Prefill(_))));
         assert!(matches!(parse(&["frontend"]), Ok(Invocation::Frontend(_))));
         assert!(matches!(parse(&["mock", "--step-time", "0"]), Ok(Invocation::Mock(_))));
@@ -274,14 +264,6 @@ mod tests {
         assert!(parse(&[]).unwrap_err().contains("--model"));
         assert!(parse(&["bench"]).unwrap_err().contains("--model"));
         assert!(parse(&["--is-prefill-worker"]).is_ok());
-    }
-
-    #[test]
-    fn who_gives_a_model_as_a_word_is_told_where_it_goes() {
-        for line in [&["serve", "some/model"][..], &["some/model"], &["./model.gguf"]] {
-            let refused = parse(line).unwrap_err();
-            assert!(refused.contains(line[0]) && refused.contains("--model Qwen/Qwen3-0.6B"), "{refused}");
-        }
     }
 
     #[test]
@@ -338,6 +320,20 @@ mod tests {
             let refused = parse(line).unwrap_err();
             assert!(refused.contains("'0' is not between 1 and"), "{refused}");
         }
+    }
+
+    #[test]
+    fn an_answer_may_take_some_time() {
+        for role in [&["--model", "m"][..], &["frontend"]] {
+            let refused = parse(&[role, &["--request-timeout", "0"]].concat()).unwrap_err();
+            assert!(refused.contains("has to be above 0"), "{refused}");
+        }
+    }
+
+    #[test]
+    fn tokens_may_be_given_in_thousands() {
+        let engine = worker(&["--model", "m", "--max-model-len", "32k", "--max-num-batched-tokens", "8K"]).engine;
+        assert_eq!((engine.max_model_len, engine.max_num_batched_tokens), (Some(32_000), Some(8192)));
     }
 
     #[test]

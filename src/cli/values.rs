@@ -245,6 +245,17 @@ pub(super) fn parse_size(text: &str) -> Result<usize, String> {
     Ok(bytes as usize)
 }
 
+/// A number of tokens, in thousands too, which vLLM has as `k` and `K`.
+pub(super) fn parse_tokens(text: &str) -> Result<usize, String> {
+    let (number, factor) = match (text.strip_suffix('k'), text.strip_suffix('K')) {
+        (Some(number), _) => (number, 1000),
+        (_, Some(number)) => (number, 1024),
+        (None, None) => (text, 1),
+    };
+    let tokens = number.parse().ok().and_then(|number: usize| number.checked_mul(factor));
+    tokens.ok_or_else(|| format!("'{text}' is no number of tokens; expected one as 4096, 32k (32000) or 32K (32768)"))
+}
+
 /// A count in a range: what is beyond would be refused later, and less clearly.
 pub(super) fn parse_within<const MIN: usize, const MAX: usize>(text: &str) -> Result<usize, String> {
     let count: usize = text.parse().map_err(|_| format!("'{text}' is no number"))?;
@@ -262,6 +273,15 @@ pub(super) fn parse_seconds(text: &str) -> Result<Duration, String> {
         return Err(format!("'{text}' is not between 0 and 1e9 seconds"));
     }
     Ok(Duration::from_secs_f64(seconds))
+}
+
+/// A duration that has to leave time for something.
+pub(super) fn parse_seconds_above_zero(text: &str) -> Result<Duration, String> {
+    let duration = parse_seconds(text)?;
+    if duration.is_zero() {
+        return Err(format!("'{text}' seconds are no time: it has to be above 0, and at most 1e9"));
+    }
+    Ok(duration)
 }
 
 /// A duration from a number of milliseconds.
@@ -386,6 +406,25 @@ mod tests {
         assert_eq!(parse_size("4096"), Ok(4096));
         for bad in ["", "GiB", "1XB", "-1", "0", "1e9GiB", "99999999TiB"] {
             assert!(parse_size(bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn tokens_are_counted_in_thousands_as_vllm_counts_them() {
+        for (text, tokens) in [("4096", 4096), ("32k", 32_000), ("32K", 32_768)] {
+            assert_eq!(parse_tokens(text), Ok(tokens));
+        }
+        for bad in ["", "k", "-1", "1.5k", "8kK", "auto", "99999999999999999999", "9999999999999999999K"] {
+            assert!(parse_tokens(bad).unwrap_err().contains("32K (32768)"), "{bad}");
+        }
+    }
+
+    #[test]
+    fn a_time_that_has_to_be_one_is_above_zero() {
+        assert_eq!(parse_seconds("0"), Ok(Duration::ZERO));
+        assert_eq!(parse_seconds_above_zero("0.05"), Ok(Duration::from_millis(50)));
+        for bad in ["0", "0.0", "-1", "1e-12", "2e9", "x"] {
+            assert!(parse_seconds_above_zero(bad).is_err(), "{bad}");
         }
     }
 

@@ -8,8 +8,8 @@ use serde_json::{Map, Value};
 use super::{
     ClusterArgs, EngineArgs, LogArgs, TransportArgs,
     values::{
-        DisaggPolicyArg, ReasoningParserArg, ToolCallParserArg, parse_millis, parse_origin, parse_seconds, parse_size,
-        parse_template_kwargs, parse_within,
+        DisaggPolicyArg, ReasoningParserArg, ToolCallParserArg, parse_millis, parse_origin, parse_seconds,
+        parse_seconds_above_zero, parse_size, parse_template_kwargs, parse_within,
     },
 };
 use crate::api::{CONNECTIONS_BESIDE_REQUESTS, CallFormat, Parsers};
@@ -86,7 +86,7 @@ pub struct WorkerArgs {
 
     /// Keep no KV pages beyond their request: prompts that begin alike are computed each by itself, and nobody can tell
     /// from the time it takes what others have asked
-    #[arg(long, alias = "no-enable-prefix-caching", help_heading = "KV cache")]
+    #[arg(long, visible_alias = "no-enable-prefix-caching", help_heading = "KV cache")]
     pub no_prefix_caching: bool,
 
     /// vLLM's word for what is so anyway, as the next two are.
@@ -109,7 +109,7 @@ pub struct WorkerArgs {
     #[arg(long, value_name = "PORT", help_heading = "Server")]
     pub port: Option<u16>,
 
-    /// Key that clients have to send; may be given several times
+    /// Key that clients have to send; may be given several times. A prefill worker has no clients, and no use for it
     #[arg(
         long,
         value_name = "KEY",
@@ -151,7 +151,7 @@ pub struct WorkerArgs {
     #[arg(
         long,
         value_name = "SECONDS",
-        value_parser = parse_seconds,
+        value_parser = parse_seconds_above_zero,
         default_value = "3600",
         conflicts_with = "is_prefill_worker",
         help_heading = "Server"

@@ -328,5 +328,16 @@ pub(crate) mod tests {
             assert!(text.contains(expected), "{expected} not in\n{text}");
         }
         assert_documented(&text);
+        assert_dashboard_finds_all(&text);
+    }
+
+    /// Every metric that the dashboard asks for is among those that are rendered.
+    fn assert_dashboard_finds_all(rendered: &str) {
+        let dashboard = include_str!("../../examples/grafana.json");
+        let words = dashboard.split(|c: char| !(c.is_ascii_lowercase() || c.is_ascii_digit() || c == '_'));
+        for name in words.filter(|word| word.starts_with("engine_")) {
+            let name = name.strip_suffix("_bucket").unwrap_or(name);
+            assert!(rendered.contains(&format!("# TYPE {name} ")), "{name}");
+        }
     }
 }

@@ -7,7 +7,7 @@ mod view;
 
 use std::{net::SocketAddr, sync::Arc};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use engine_models::{ModelSource, Tokenizer};
 
 use super::{
@@ -32,9 +32,10 @@ pub async fn run(cli: WorkerArgs, ready: impl FnOnce(Ready)) -> Result<()> {
     // An address that cannot be had is said now, not after minutes of loading.
     let bound = api::bind(&cli.host, cli.port()).await?;
     let limits = limits(&cli.disagg)?;
+    let ways = Ways::of(&cli.disagg.transports)?;
     let cluster = cluster(&cli).await?;
     let ways = match &cluster {
-        Some(_) => Some(Ways::of(&cli.disagg.transports)?.open().await?),
+        Some(_) => Some(ways.open().await?),
         None => None,
     };
     let metrics = Metrics::new();
@@ -89,16 +90,20 @@ async fn cluster(cli: &WorkerArgs) -> Result<Option<Cluster>> {
     if cli.disagg.standalone {
         return Ok(None);
     }
-    Ok(member(join(cli.cluster.options(), Needs::EtcdAndNats).await?))
+    member(join(cli.cluster.options(), Needs::EtcdAndNats).await?, &cli.disagg)
 }
 
-/// Without a cluster the worker serves alone; the log says which services it lacks.
-fn member(joined: Joined) -> Option<Cluster> {
+/// Without a cluster the worker serves alone, and the log says which services it lacks. Nobody looks for RDMA then, so
+/// it is an error if that has to be there.
+fn member(joined: Joined, disagg: &DisaggArgs) -> Result<Option<Cluster>> {
     match joined {
-        Joined::Member(cluster) => Some(cluster),
+        Joined::Member(cluster) => Ok(Some(cluster)),
+        Joined::Alone(found) if disagg.transports.require_rdma => {
+            bail!("--require-rdma is about pages of a cluster, and there is none: {found}; or say --standalone")
+        }
         Joined::Alone(found) => {
             tracing::info!("serving alone. To share prefills with other processes, join a cluster: {found}");
-            None
+            Ok(None)
         }
     }
 }
@@ -208,11 +213,28 @@ fn announcement(config: &ApiConfig, address: SocketAddr) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::cluster::LocalServices;
+    use crate::{cli::Invocation, cluster::LocalServices};
+
+    const NO_STREAMS: LocalServices = LocalServices { etcd: true, nats: true, jetstream: false };
+
+    fn disagg(flags: &[&str]) -> DisaggArgs {
+        match Invocation::try_parse_from([&["engine", "--model", "m"], flags].concat()).unwrap() {
+            Invocation::Decode(worker) => worker.disagg,
+            other => panic!("{other:?}"),
+        }
+    }
 
     #[test]
     fn without_a_cluster_a_decode_worker_serves_alone() {
-        assert!(member(Joined::Alone(LocalServices { etcd: true, nats: true, jetstream: false })).is_none());
-        assert!(member(Joined::Member(Cluster::local())).is_some());
+        assert!(member(Joined::Alone(NO_STREAMS), &disagg(&[])).unwrap().is_none());
+        assert!(member(Joined::Member(Cluster::local()), &disagg(&[])).unwrap().is_some());
+    }
+
+    #[test]
+    fn a_decode_worker_that_has_to_have_rdma_does_not_serve_alone() {
+        let disagg = disagg(&["--require-rdma"]);
+        let refused = member(Joined::Alone(NO_STREAMS), &disagg).unwrap_err().to_string();
+        assert!(refused.contains("--require-rdma") && refused.contains("keeps no streams"), "{refused}");
+        assert!(member(Joined::Member(Cluster::local()), &disagg).unwrap().is_some());
     }
 }
