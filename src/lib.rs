@@ -13,6 +13,7 @@ pub mod engine;
 pub mod frontend;
 pub mod grammar;
 pub mod handoff;
+pub mod http;
 pub mod mock;
 pub mod process;
 pub mod scheduler;

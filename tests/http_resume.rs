@@ -8,7 +8,7 @@ mod support;
 
 use std::{collections::BTreeSet, time::Duration};
 
-use engine::api::HttpToken;
+use engine::http::HttpToken;
 use serde_json::{Value, json};
 use served::{Answer, Options, Worker};
 

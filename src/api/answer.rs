@@ -17,7 +17,7 @@ use tokio::{
 use uuid::Uuid;
 
 use super::{
-    ApiError, InFlight, Serving,
+    Serving,
     logprobs::{ChatLogprobs, CompletionLogprobs},
     output::{Echo, Finish, Output},
     parser::Pieces,
@@ -28,6 +28,7 @@ use super::{
 use crate::{
     engine::{FinishReason, Generation, Request},
     grammar::{LostTrack, Matcher},
+    http::{ApiError, InFlight},
 };
 
 /// Which of the two generating endpoints answers.

@@ -11,9 +11,8 @@ use axum::{
 use serde_json::{Map, Value};
 
 use super::{
-    ApiError, ChatTemplate, Parsers, Serving,
+    ChatTemplate, Parsers, Serving,
     answer::{Answer, Endpoint, PreparedPrompt},
-    error::shown,
     extract::read_in_context,
     form::{Asked, asked},
     parser::{Thoughts, Wanted},
@@ -23,7 +22,10 @@ use super::{
     types::ChatRequest,
     validate::{Plan, chat_logprobs, max_tokens, refuse},
 };
-use crate::grammar::Source;
+use crate::{
+    grammar::Source,
+    http::{ApiError, shown},
+};
 
 /// What `reasoning_effort` may be: OpenAI's words, and vLLM's last.
 const EFFORTS: [&str; 7] = ["none", "minimal", "low", "medium", "high", "xhigh", "max"];

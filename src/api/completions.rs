@@ -3,7 +3,7 @@ use std::sync::Arc;
 use axum::{body::Body, extract::State, http::HeaderMap, response::Response};
 
 use super::{
-    ApiError, Serving,
+    Serving,
     answer::{Answer, Endpoint, PreparedPrompt},
     chat::respond,
     extract::read_in_context,
@@ -12,6 +12,7 @@ use super::{
     types::{CompletionRequest, Prompt},
     validate::{CHOICES_MAX, Plan, completion_logprobs, max_tokens, refuse},
 };
+use crate::http::ApiError;
 
 /// Tokens of a completion that names no limit: OpenAI's default.
 const MAX_TOKENS_DEFAULT: i64 = 16;

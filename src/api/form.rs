@@ -6,12 +6,14 @@ use serde_json::Value;
 use tokio::{sync::Semaphore, time::timeout};
 
 use super::{
-    ApiError, Serving,
-    error::shown,
+    Serving,
     types::{ResponseFormat, StructuredOutputs},
     validate::refuse,
 };
-use crate::grammar::{Grammar, GrammarError, Source, Vocabulary};
+use crate::{
+    grammar::{Grammar, GrammarError, Source, Vocabulary},
+    http::{ApiError, shown},
+};
 
 /// How long a grammar may take to compile, and how long a place for that is waited for.
 const COMPILE_TIME_MAX: Duration = Duration::from_secs(10);

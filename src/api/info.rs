@@ -2,13 +2,15 @@ use std::sync::Arc;
 
 use axum::{
     extract::{Path, State},
-    http::{HeaderValue, header},
-    response::{IntoResponse, Response},
+    response::Response,
 };
 use serde::Serialize;
 
-use super::{ApiError, Json, Serving};
-use crate::engine::EngineStatus;
+use super::Serving;
+use crate::{
+    engine::EngineStatus,
+    http::{ApiError, Json, exposition},
+};
 
 /// A model in `/v1/models`.
 #[derive(Serialize)]
@@ -60,11 +62,6 @@ pub(crate) async fn model(
     Ok(Json(listed(&serving, &name)))
 }
 
-/// `GET /health/live`, and a frontend's `/health`: 200 for as long as the process runs. Restarting it helps nobody.
-pub(crate) async fn live() -> &'static str {
-    "ok\n"
-}
-
 /// `GET /health`, or `/health/ready`: 200 while requests are taken.
 pub(crate) async fn health(State(serving): State<Arc<Serving>>) -> Result<&'static str, ApiError> {
     match serving.engine.status() {
@@ -74,24 +71,7 @@ pub(crate) async fn health(State(serving): State<Arc<Serving>>) -> Result<&'stat
     }
 }
 
-/// `/version`.
-#[derive(Serialize)]
-pub(crate) struct Version {
-    version: &'static str,
-}
-
-/// `GET /version`.
-pub(crate) async fn version() -> Json<Version> {
-    Json(Version { version: env!("CARGO_PKG_VERSION") })
-}
-
 /// `GET /metrics`, in Prometheus' text format.
 pub(crate) async fn metrics(State(serving): State<Arc<Serving>>) -> Response {
     exposition(serving.metrics.render())
-}
-
-/// The answer with a process's metrics.
-pub(crate) fn exposition(text: String) -> Response {
-    let kind = HeaderValue::from_static("text/plain; version=0.0.4; charset=utf-8");
-    ([(header::CONTENT_TYPE, kind)], text).into_response()
 }

@@ -19,8 +19,11 @@ use bytes::BytesMut;
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
-use super::{ApiError, HttpToken, answer::PreparedPrompt, output::Output, state::unix_seconds, validate::CHOICES_MAX};
-use crate::telemetry::TraceContext;
+use super::{answer::PreparedPrompt, output::Output, state::unix_seconds, validate::CHOICES_MAX};
+use crate::{
+    http::{ApiError, HttpToken},
+    telemetry::TraceContext,
+};
 
 /// Header of a request whose stream shall carry progress.
 pub const PROGRESS_HEADER: HeaderName = HeaderName::from_static("x-engine-progress");
@@ -268,7 +271,7 @@ mod tests {
     use axum::http::HeaderValue;
 
     use super::*;
-    use crate::api::http_token::CLUSTER_TOKEN_HEADER;
+    use crate::http::CLUSTER_TOKEN_HEADER;
 
     const HEAD: &str = r#"{"id":"a","created":5,"seed":18446744073709551615,"digest":"d"}"#;
 

@@ -6,12 +6,12 @@ use engine_models::EncodeError;
 use serde_json::{Map, Value, json};
 
 use super::{
-    ApiError, RESERVED_NAMES, RenderOptions, Serving, TemplateError,
-    error::shown,
+    RESERVED_NAMES, RenderOptions, Serving, TemplateError,
     parser::Thoughts,
     types::{Content, ContentPart, MESSAGES_MAX, Message, ToolCall},
     validate::too_long,
 };
+use crate::http::{ApiError, shown};
 
 /// Bytes of text for each token of the context whose tokens are counted: of English, four contexts.
 const COUNTED_BYTES_PER_TOKEN: usize = 16;

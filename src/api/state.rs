@@ -8,12 +8,11 @@ use std::{
 use engine_models::Tokenizer;
 use tokio::sync::Semaphore;
 
-use super::{
-    ApiError, ChatTemplate, Defaults, Drain, HttpToken, InFlight, Parsers, extract::MemoryBudget, validate::Bounds,
-};
+use super::{ChatTemplate, Defaults, Parsers, validate::Bounds};
 use crate::{
     engine::{EngineHandle, EngineStatus},
     grammar::{GrammarError, Vocabulary},
+    http::{ApiError, Drain, HttpToken, InFlight, MemoryBudget},
     telemetry::Metrics,
 };
 

@@ -17,7 +17,8 @@ use bytes::{Bytes, BytesMut};
 use futures::Stream;
 use tokio::time::{Instant, Sleep};
 
-use super::{ApiError, answer::Answer};
+use super::answer::Answer;
+use crate::http::ApiError;
 
 /// After this long without an event something is sent that is none, so that proxies keep the connection.
 const SILENCE_MAX: Duration = Duration::from_secs(15);

@@ -4,13 +4,14 @@ use axum::{body::Body, extract::State, http::HeaderMap};
 use serde::Serialize;
 
 use super::{
-    ApiError, Json, Serving,
+    Serving,
     extract::read_json,
     prompt::{ChatOptions, Purpose},
     tools::Tools,
     types::{DetokenizeRequest, Messages, TokenizeRequest},
     validate::refuse,
 };
+use crate::http::{ApiError, Json};
 
 /// Answer of `POST /tokenize`.
 #[derive(Serialize)]

@@ -2,8 +2,11 @@
 
 use serde_json::{Map, Value, json};
 
-use super::{ApiError, ChatTemplate, Parsers, error::shown, parser::CallFormat, types::ToolList};
-use crate::grammar::{Frame, Source};
+use super::{ChatTemplate, Parsers, parser::CallFormat, types::ToolList};
+use crate::{
+    grammar::{Frame, Source},
+    http::{ApiError, shown},
+};
 
 /// Functions at most where an answer has to fit one: each is a grammar.
 const FORMS_MAX: usize = 128;

@@ -5,12 +5,12 @@ use std::ops::RangeInclusive;
 use engine_kernels::{MAX_TOP_LOGPROBS, SamplingParams};
 
 use super::{
-    ApiError, Defaults,
+    Defaults,
     defaults::{MIN_P, REPETITION_PENALTY, TEMPERATURE, TOP_P},
     parser::Wanted,
     types::{Refused, SamplingFields, Strings},
 };
-use crate::{cache::Salt, engine::Request, grammar::Grammar};
+use crate::{cache::Salt, engine::Request, grammar::Grammar, http::ApiError};
 
 /// Answers of one HTTP request at most: prompts times `n`.
 pub(crate) const CHOICES_MAX: usize = 128;

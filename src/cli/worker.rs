@@ -12,7 +12,10 @@ use super::{
         parse_seconds_above_zero, parse_size, parse_template_kwargs, parse_within,
     },
 };
-use crate::api::{CONNECTIONS_BESIDE_REQUESTS, CallFormat, Parsers};
+use crate::{
+    api::{CallFormat, Parsers},
+    http::CONNECTIONS_BESIDE_REQUESTS,
+};
 
 /// Port of a decode worker, and of a frontend.
 pub(super) const DEFAULT_PORT: u16 = 8000;

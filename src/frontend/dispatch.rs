@@ -23,10 +23,11 @@ use super::{
 };
 use crate::{
     api::{
-        ApiError, CLUSTER_TOKEN_HEADER, MODEL_KEY_HEADER, Received,
+        MODEL_KEY_HEADER,
         progress::{PROGRESS_HEADER, RESUME_HEADER},
     },
     cluster::{ModelKey, WorkerId},
+    http::{ApiError, CLUSTER_TOKEN_HEADER, Received},
 };
 
 /// Bytes of a body that are read where it came in; more would keep others' tokens there waiting.

@@ -6,9 +6,9 @@ use bytes::{Bytes, BytesMut};
 use memchr::{memchr, memmem};
 use tokio::sync::OwnedSemaphorePermit;
 
-use crate::api::{
-    MemoryBudget,
-    progress::{JOURNAL_BYTES_MAX, PROGRESS_PREFIX},
+use crate::{
+    api::progress::{JOURNAL_BYTES_MAX, PROGRESS_PREFIX},
+    http::MemoryBudget,
 };
 
 /// Bytes of an event that has not ended; far above what one can have, log-probabilities included.

@@ -32,8 +32,9 @@ use hyper::{StatusCode, header::HeaderValue};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 
 use crate::{
-    api::{self, ApiError, Drain, HttpToken, MemoryBudget, unix_seconds},
+    api::unix_seconds,
     cluster::{Cluster, Role, WorkerFilter},
+    http::{self, ApiError, Drain, HttpToken, MemoryBudget},
 };
 
 /// A frontend's limits and secrets.
@@ -82,7 +83,7 @@ struct Admission {
 
 /// Held while a request is answered.
 struct InFlight {
-    _drain_waits: api::InFlight,
+    _drain_waits: http::InFlight,
     _admission: Admission,
     /// Declared last, because fields drop in order: whoever reads 0 in the gauge finds a free permit.
     _counted: Counted,

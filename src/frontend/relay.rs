@@ -20,8 +20,8 @@ use super::{
     worker::LostError,
 };
 use crate::{
-    api::{ApiError, WRITE_STALL_MAX},
     cluster::ModelKey,
+    http::{ApiError, WRITE_STALL_MAX},
 };
 
 /// An answer's body. When a worker is lost it finds another to go on; when it is dropped, as happens when the client
@@ -262,12 +262,12 @@ mod tests {
 
     use super::*;
     use crate::{
-        api::Received,
         cluster::Cluster,
         frontend::{
             FrontendConfig, FrontendMetrics,
             fake::{bound, is_asked, request},
         },
+        http::Received,
     };
 
     const TIME_MAX: Duration = Duration::from_secs(3600);

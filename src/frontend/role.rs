@@ -5,9 +5,9 @@ use rustix::process::{Resource, getrlimit};
 
 use super::{FrontendConfig, FrontendMetrics, serve};
 use crate::{
-    api::{CONNECTIONS_BESIDE_REQUESTS, ConnectionThreads, HttpToken, ServerConfig, bind},
     cli::FrontendArgs,
     cluster::{Needs, join},
+    http::{CONNECTIONS_BESIDE_REQUESTS, ConnectionThreads, HttpToken, ServerConfig, bind},
     process::{Ready, Signals},
 };
 

@@ -20,11 +20,12 @@ use super::{
     relay::Relay,
 };
 use crate::{
-    api::{
-        ApiError, Json, ListedModel, ModelList, SERVED, ServerConfig, cors, discard, exposition, fallbacks, live,
-        probes, read_body, request_id, require_key, serve_router,
-    },
+    api::{ListedModel, ModelList, SERVED},
     cluster::{Cluster, WorkerCard},
+    http::{
+        ApiError, Json, ServerConfig, cors, discard, exposition, fallbacks, live, probes, read_body, request_id,
+        require_key, serve_router,
+    },
 };
 
 /// Headers of an answer that are about its connection (RFC 9110, 7.6.1), or that are set again.

@@ -19,9 +19,9 @@ use std::{
 
 use client::{Events, Response};
 use engine::{
-    api::{self, ConnectionThreads, HttpToken, ServerConfig},
     cluster::{CARD_SCHEMA, Cluster, Lease, ModelCard, ModelKey, Role, WorkerCard},
     frontend::{FrontendConfig, FrontendMetrics, serve},
+    http::{self, ConnectionThreads, HttpToken, ServerConfig},
 };
 use serde_json::{Value, json};
 use served::{Answer, Options, Worker};
@@ -60,7 +60,7 @@ impl Front {
         };
         change(&mut config);
         let (cluster, metrics) = (Cluster::local(), FrontendMetrics::new());
-        let bound = runtime.block_on(api::bind("127.0.0.1", 0)).unwrap();
+        let bound = runtime.block_on(http::bind("127.0.0.1", 0)).unwrap();
         let (shutdown, told) = oneshot::channel();
         let guard = runtime.enter();
         let listener = bound.listen().unwrap();

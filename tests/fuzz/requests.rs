@@ -6,8 +6,9 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
 
-use engine::api::{self, ApiConfig, ChatTemplate, Defaults, Parsers, ServerConfig};
+use engine::api::{self, ApiConfig, ChatTemplate, Defaults, Parsers};
 use engine::engine::{Engine, EngineConfig, Runner, RunnerError};
+use engine::http::{self, ConnectionThreads, ServerConfig};
 use engine::telemetry::Metrics;
 use engine_kernels::{Batch, RowTask, SampleRow, Sampled};
 use engine_models::Tokenizer;
@@ -66,15 +67,12 @@ impl RequestBody {
         };
         let metrics = Metrics::new();
         let engine = Engine::start(Dice, engine, metrics.engine.clone()).unwrap();
-        let bound = runtime.block_on(api::bind("127.0.0.1", 0)).unwrap();
+        let bound = runtime.block_on(http::bind("127.0.0.1", 0)).unwrap();
         let _guard = runtime.enter();
         let listener = bound.listen().unwrap();
         let address = listener.local_addr().unwrap();
-        let server = ServerConfig {
-            connections_max: 4,
-            drain_timeout: Duration::ZERO,
-            threads: api::ConnectionThreads::default(),
-        };
+        let server =
+            ServerConfig { connections_max: 4, drain_timeout: Duration::ZERO, threads: ConnectionThreads::default() };
         runtime.spawn(api::serve(listener, api, engine, metrics, server, std::future::pending()));
         Self { runtime: Rc::new(runtime), address, connection: None }
     }

@@ -17,9 +17,10 @@ use std::{
 };
 
 use engine::{
-    api::{self, ApiConfig, ChatTemplate, Defaults, HttpToken, Parsers, ServerConfig},
+    api::{self, ApiConfig, ChatTemplate, Defaults, Parsers},
     cluster::ModelKey,
     engine::{Engine, EngineConfig, EngineHandle, Runner, RunnerError},
+    http::{self, ConnectionThreads, HttpToken, ServerConfig},
     telemetry::Metrics,
 };
 use engine_kernels::{Batch, RowTask, SampleRow, Sampled};
@@ -214,14 +215,14 @@ impl Worker {
         let metrics = Metrics::new();
         let runner = Digests { palette, end, gate: gate.clone(), step: options.step };
         let engine = Engine::start(runner, config, metrics.engine.clone()).unwrap();
-        let bound = runtime.block_on(api::bind("127.0.0.1", 0)).unwrap();
+        let bound = runtime.block_on(http::bind("127.0.0.1", 0)).unwrap();
         let _guard = runtime.enter();
         let listener = bound.listen().unwrap();
         let address = listener.local_addr().unwrap();
         let server = ServerConfig {
             connections_max: 1024,
             drain_timeout: Duration::ZERO,
-            threads: api::ConnectionThreads::default(),
+            threads: ConnectionThreads::default(),
         };
         runtime.spawn(api::serve(listener, api, engine.clone(), metrics, server, std::future::pending()));
         drop(_guard);

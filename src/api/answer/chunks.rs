@@ -8,11 +8,13 @@ use serde::Serialize;
 use serde_json::ser::Formatter;
 
 use super::{Answer, Endpoint, unwritable};
-use crate::api::{
-    ApiError,
-    logprobs::{ChatLogprobs, CompletionLogprobs},
-    parser::Pieces,
-    wire::{ChatChunkChoice, CompletionChoice, Delta, Envelope, Usage},
+use crate::{
+    api::{
+        logprobs::{ChatLogprobs, CompletionLogprobs},
+        parser::Pieces,
+        wire::{ChatChunkChoice, CompletionChoice, Delta, Envelope, Usage},
+    },
+    http::ApiError,
 };
 
 impl Answer {

@@ -7,7 +7,7 @@ use serde::{
     de::{self, IgnoredAny, MapAccess, SeqAccess, Visitor},
 };
 
-use crate::api::error::shown;
+use crate::http::shown;
 
 /// A field of OpenAI's API, or vLLM's, that this server does not have. It is read only to tell whether it asks for
 /// anything: null, `false`, an empty string, list or object do not.

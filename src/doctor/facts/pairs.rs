@@ -4,9 +4,9 @@ use std::time::Duration;
 
 use super::{Worker, http};
 use crate::{
-    api::{CLUSTER_TOKEN_HEADER, HttpToken},
     cluster::{Role, WorkerCard},
     handoff::WorkerId,
+    http::{CLUSTER_TOKEN_HEADER, HttpToken},
     transfer::SessionAddresses,
     worker::{Gauge, Measured},
 };

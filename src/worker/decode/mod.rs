@@ -17,11 +17,12 @@ use super::{
     ways::Ways,
 };
 use crate::{
-    api::{self, ApiConfig, ChatTemplate, ConnectionThreads, Defaults, HttpToken, Parsers, ServerConfig},
+    api::{self, ApiConfig, ChatTemplate, Defaults, Parsers},
     cli::{DisaggArgs, WorkerArgs},
     cluster::{Cluster, Joined, Needs, Role, join},
     engine::Engine,
     handoff::Limits,
+    http::{self, ConnectionThreads, HttpToken, ServerConfig},
     process::{Ready, Signals},
     telemetry::Metrics,
 };
@@ -30,7 +31,7 @@ use crate::{
 pub async fn run(cli: WorkerArgs, ready: impl FnOnce(Ready)) -> Result<()> {
     let mut signals = Signals::new()?;
     // An address that cannot be had is said now, not after minutes of loading.
-    let bound = api::bind(&cli.host, cli.port()).await?;
+    let bound = http::bind(&cli.host, cli.port()).await?;
     let limits = limits(&cli.disagg)?;
     let ways = Ways::of(&cli.disagg.transports)?;
     let cluster = cluster(&cli).await?;

@@ -27,11 +27,11 @@ use super::{
     ways::{NEEDS_DEVICE, Ways},
 };
 use crate::{
-    api::{self, ConnectionThreads, HttpToken, ServerConfig},
     cli::{KvDTypeArg, LoadFormatArg, WorkerArgs},
     cluster::{Needs, Role, WorkerCard, WorkerFilter, find_model, join},
     engine::Engine,
     handoff::{Borrower, BorrowerConfig, BorrowerEvent, BorrowerTimeouts, WorkerId},
+    http::{self, ConnectionThreads, HttpToken, ServerConfig},
     process::{Ready, Signals},
     telemetry::Metrics,
     transfer::{Connector, ConnectorConfig, LocalPages, Source, StagingRing},
@@ -44,7 +44,7 @@ const STAGING_BYTES: usize = 256 << 20;
 /// begins to.
 pub async fn run(mut cli: WorkerArgs, ready: impl FnOnce(Ready)) -> Result<()> {
     let mut signals = Signals::new()?;
-    let bound = api::bind(&cli.host, cli.port()).await?;
+    let bound = http::bind(&cli.host, cli.port()).await?;
     let cluster = join(cli.cluster.options(), Needs::EtcdAndNats).await?.needed_by("a prefill worker")?;
     let ways = Ways::of(&cli.disagg.transports)?.open().await?;
     let mut expected = None;

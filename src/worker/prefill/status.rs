@@ -17,9 +17,9 @@ use tokio::{
 
 use super::measure::Measured;
 use crate::{
-    api::{HttpToken, Json, ServerConfig, exposition, fallbacks, probes, serve_router},
     cluster::WorkerId,
     engine::{EngineHandle, EngineStatus},
+    http::{HttpToken, Json, ServerConfig, exposition, fallbacks, probes, serve_router},
     telemetry::Metrics,
 };
 

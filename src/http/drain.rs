@@ -14,7 +14,7 @@ pub(crate) struct Drain {
 pub(crate) struct InFlight {
     _receiver: watch::Receiver<()>,
     /// When it was counted in.
-    pub(super) since: Instant,
+    pub(crate) since: Instant,
 }
 
 impl Drain {

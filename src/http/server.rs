@@ -15,13 +15,10 @@ use tokio::{
 use tower::ServiceExt;
 
 use super::{
-    ApiConfig, Serving,
     patient::Patient,
     places::{Answering, Place, Places},
-    router::router,
     threads::ConnectionThreads,
 };
-use crate::{engine::EngineHandle, telemetry::Metrics};
 
 /// How long a client may take to send a request's headers, or leave a connection idle.
 const HEADERS_TIME_MAX: Duration = Duration::from_secs(75);
@@ -119,20 +116,6 @@ impl ServerError {
             _ => Self::Listen { address, source },
         }
     }
-}
-
-/// Serves until `shutdown` resolves, then drains: new requests get 503, running ones end, the connections close.
-pub async fn serve(
-    listener: TcpListener,
-    api: ApiConfig,
-    engine: EngineHandle,
-    metrics: Metrics,
-    config: ServerConfig,
-    shutdown: impl Future<Output = ()>,
-) {
-    let serving = Serving::new(api, engine, metrics);
-    let drained = serving.clone();
-    serve_router(listener, router(serving), config, shutdown, async move { drained.drain.run().await }).await;
 }
 
 /// Serves `router` until `shutdown` resolves; then `drain` is to refuse new requests, and to resolve when the running
