@@ -1,3 +1,5 @@
+use std::cmp::Ordering;
+
 use float8::F8E4M3;
 use half::{bf16, f16};
 
@@ -148,7 +150,10 @@ impl Isa for Portable {
     }
     #[inline(always)]
     fn mask_not_lt(self, a: Lanes, b: Lanes) -> u32 {
-        a.iter().zip(b).enumerate().fold(0, |mask, (i, (&a, b))| mask | u32::from(!(a < b)) << i)
+        a.iter()
+            .zip(b)
+            .enumerate()
+            .fold(0, |mask, (i, (&a, b))| mask | u32::from(a.partial_cmp(&b) != Some(Ordering::Less)) << i)
     }
     #[inline(always)]
     unsafe fn store_i8(self, p: *mut i8, x: Lanes) {

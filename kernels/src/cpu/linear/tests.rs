@@ -1,5 +1,6 @@
 use half::f16;
 
+use super::super::quant::BLOCK;
 use super::*;
 use crate::DType;
 use crate::cpu::isa::Level;
