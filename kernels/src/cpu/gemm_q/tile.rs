@@ -107,6 +107,7 @@ pub(super) unsafe fn accumulate<I: Isa, L: Layout, const G: usize, const R: usiz
 /// # Safety
 /// `PART` is below `L::PARTS`, the blocks of `G` groups and those of `R` rows are readable, and `sums` are of as many.
 #[inline(always)]
+#[expect(clippy::needless_range_loop, reason = "with iterators over both, two groups are as slow as one after the other")]
 unsafe fn accumulate_part<I: Isa, L: Layout, const G: usize, const R: usize, const PANEL: bool, const PART: usize>(
     isa: I,
     block: &Block<I, G>,
@@ -119,35 +120,38 @@ unsafe fn accumulate_part<I: Isa, L: Layout, const G: usize, const R: usize, con
     // SAFETY: as the function says.
     unsafe {
         let rows: [&QuantizedBlock; R] = std::array::from_fn(|r| &*block.rows.add(r));
-        let mut products = [[isa.int_zero(); G]; R];
+        let mut products = [[isa.int_zero(); R]; G];
         if peak_first {
-            for (products, row) in products.iter_mut().zip(rows) {
-                for (product, w) in products.iter_mut().zip(block.w) {
-                    *product = add_peak::<I, L, PANEL, PART>(isa, isa.int_zero(), w, row);
+            for r in 0..R {
+                for g in 0..G {
+                    products[g][r] = add_peak::<I, L, PANEL, PART>(isa, isa.int_zero(), block.w[g], rows[r]);
                 }
             }
         }
         for pair in PART * 4 / L::PARTS..(PART + 1) * 4 / L::PARTS {
             let mut w = [weights::<I, L, PANEL>(isa, block.w[0], pair); G];
-            for (w, &from) in w.iter_mut().zip(&block.w).skip(1) {
-                *w = weights::<I, L, PANEL>(isa, from, pair);
+            for g in 1..G {
+                w[g] = weights::<I, L, PANEL>(isa, block.w[g], pair);
             }
             if keeps {
                 store_weights::<I, L>(isa, unpacked.0.as_mut_ptr(), pair, w[0]);
             }
-            for (products, row) in products.iter_mut().zip(rows) {
-                let a = row.bytes.as_ptr().add(pair * 8);
-                for (product, (low, high)) in products.iter_mut().zip(w) {
-                    *product = match L::FORMAT {
-                        Format::U4 => isa.dot_u4(isa.dot_u4(*product, low, a), high, a.add(4)),
-                        Format::U5 | Format::U6 => isa.dot_u6(*product, (low, high), a),
-                        _ => isa.dot_i8(isa.dot_i8(*product, low, a), high, a.add(4)),
+            for r in 0..R {
+                let a = rows[r].bytes.as_ptr().add(pair * 8);
+                for g in 0..G {
+                    let (product, (low, high)) = (products[g][r], w[g]);
+                    products[g][r] = match L::FORMAT {
+                        Format::U4 => isa.dot_u4(isa.dot_u4(product, low, a), high, a.add(4)),
+                        Format::U5 | Format::U6 => isa.dot_u6(product, (low, high), a),
+                        _ => isa.dot_i8(isa.dot_i8(product, low, a), high, a.add(4)),
                     };
                 }
             }
         }
-        for (r, (products, row)) in products.into_iter().zip(rows).enumerate() {
-            for (g, product) in products.into_iter().enumerate() {
+        for r in 0..R {
+            let row = rows[r];
+            for g in 0..G {
+                let product = products[g][r];
                 let product = if peak_first {
                     product
                 } else if keeps {
