@@ -107,7 +107,10 @@ pub(super) unsafe fn accumulate<I: Isa, L: Layout, const G: usize, const R: usiz
 /// # Safety
 /// `PART` is below `L::PARTS`, the blocks of `G` groups and those of `R` rows are readable, and `sums` are of as many.
 #[inline(always)]
-#[expect(clippy::needless_range_loop, reason = "with iterators over both, two groups are as slow as one after the other")]
+#[expect(
+    clippy::needless_range_loop,
+    reason = "with iterators over both, two groups are as slow as one after the other"
+)]
 unsafe fn accumulate_part<I: Isa, L: Layout, const G: usize, const R: usize, const PANEL: bool, const PART: usize>(
     isa: I,
     block: &Block<I, G>,
