@@ -220,6 +220,24 @@ fn however_many_workers_leave_a_request_is_for_the_one_that_stays() {
 }
 
 #[test]
+fn a_worker_that_is_there_under_several_leases_refuses_once_and_is_lost_once() {
+    for says in [FULL, ""] {
+        let (front, bad) = (Front::start(), Door::start(move || says));
+        // As many as would end a request, and again as many, so that most requests come to three of them first.
+        let _leases_of_bad: Vec<_> = (0..6).map(|_| front.register(bad.address, "m")).collect();
+        let worker = Worker::start(Options::default());
+        let _lease = front.register(worker.address, "m");
+        front.wait_until_there_are(7);
+        for i in 0..40 {
+            let request = json!({"model": "m", "prompt": format!("{i} a"), "max_tokens": 1});
+            let response = front.post(COMPLETIONS, &request);
+            assert_eq!(response.status, 200, "{}", response.text());
+        }
+        assert!(bad.asked() > 0);
+    }
+}
+
+#[test]
 fn a_request_that_finds_the_last_worker_dead_waits_for_another_before_its_lease_has_run_out() {
     let front = Front::with(|config| config.patience = PATIENCE);
     let mut first = Worker::start(Options::default());
