@@ -144,7 +144,7 @@ pub(super) struct Attempts {
     known: bool,
     /// A worker could not be reached, because this process lacks something (files, ports, memory).
     lacking: bool,
-    /// The last refusal, and its status.
+    /// The refusal that says most, the last of several such, and its status.
     refused: Option<(Failure, StatusCode)>,
     /// It has waited for workers to come back.
     waited: bool,
@@ -179,6 +179,13 @@ impl Attempts {
             tracing::info!(worker = %worker.lease, %error, "a slow client's answer is asked for again");
         }
         Ok(())
+    }
+
+    /// Notes that a worker would not, unless another has said more: in which order they are asked decides nothing.
+    fn refused(&mut self, refusal: Failure, status: StatusCode) {
+        if self.refused.as_ref().is_none_or(|&(_, before)| weight(before) <= weight(status)) {
+            self.refused = Some((refusal, status));
+        }
     }
 }
 
@@ -276,7 +283,7 @@ impl Frontend {
                     if attempts.refusals >= REFUSALS_MAX {
                         return Err(refused);
                     }
-                    attempts.refused = Some((refused, status));
+                    attempts.refused(refused, status);
                 }
                 Err(error) => attempts.lost(&worker, &error)?,
             }
@@ -395,6 +402,12 @@ fn leaves(status: StatusCode) -> bool {
     status == StatusCode::SERVICE_UNAVAILABLE
 }
 
+/// How much a refusal says: most if its worker may take the request in a moment, less if it leaves, and least if it
+/// never will.
+fn weight(status: StatusCode) -> u8 {
+    if leaves(status) { 1 } else { 2 * u8::from(may_pass(status)) }
+}
+
 /// When those that were tried in vain are tried again. Each time costs them the request's body and what there is of its
 /// answer, and all who wait would come at once: so pauses grow, and no two are alike.
 struct Rounds {
@@ -461,6 +474,30 @@ mod tests {
         let gone = LostError::Connect(io::ErrorKind::ConnectionRefused.into());
         assert!((0..=LOSSES_MAX).all(|_| attempts.lost(&worker, &gone).is_ok()));
         assert!(worker.is_avoided());
+    }
+
+    #[test]
+    fn who_may_take_it_in_a_moment_says_more_than_who_leaves_and_both_more_than_who_never_will() {
+        let [full, unreached] = [StatusCode::TOO_MANY_REQUESTS, StatusCode::BAD_GATEWAY];
+        let [leaving, never] = [StatusCode::SERVICE_UNAVAILABLE, StatusCode::CONFLICT];
+        for (refusals, kept) in [
+            (&[full, leaving][..], full),
+            (&[leaving, full], full),
+            (&[full, never], full),
+            (&[never, full], full),
+            (&[leaving, never], leaving),
+            (&[never, leaving], leaving),
+            (&[never], never),
+            (&[full, leaving, unreached, never], unreached),
+        ] {
+            let mut attempts = Attempts::default();
+            for &status in refusals {
+                attempts.refused(Failure::Refused(status, HeaderMap::new(), Bytes::new()), status);
+            }
+            let (refusal, status) = attempts.refused.unwrap();
+            assert_eq!(status, kept, "{refusals:?}");
+            assert!(matches!(refusal, Failure::Refused(status, ..) if status == kept));
+        }
     }
 
     #[tokio::test(start_paused = true)]

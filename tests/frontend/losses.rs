@@ -10,7 +10,7 @@ use std::{
 };
 
 use super::{
-    door::{ALIVE, DRAINING, Door, FULL, OTHER_MODEL},
+    door::{ALIVE, DRAINING, Door, FULL, OTHER_ANSWER, OTHER_MODEL},
     served::NOTHING_FOLLOWS,
     *,
 };
@@ -360,6 +360,47 @@ fn full_workers_are_asked_to_continue_an_answer_ever_less_often() {
         assert!((1..=ROUNDS_MAX).contains(&full.asked()), "{} times", full.asked());
     }
     assert_eq!(front.counts("engine_frontend_retries_total"), 0.0, "the client had something");
+}
+
+#[test]
+fn an_answer_waits_for_a_full_worker_though_others_will_never_continue_it() {
+    let front = Front::with(|config| config.patience = Duration::from_secs(3));
+    let mut first = Worker::start(slow());
+    let lease = front.register(first.address, "m");
+    front.wait_until_there_are(1);
+    // Its answer is not at its end when it dies.
+    first.gate.only(10);
+    let mut events = Events::open(front.address, COMPLETIONS, &streaming(COMPLETIONS));
+    (0..2).for_each(|_| drop(events.next().unwrap()));
+    let full = Door::start(|| FULL);
+    // So many that one of them is asked last, most likely.
+    let others: Vec<_> = (0..7).map(|_| Door::start(|| OTHER_ANSWER)).collect();
+    let _leases: Vec<_> = others.iter().chain([&full]).map(|door| front.register(door.address, "m")).collect();
+    front.wait_until_there_are(9);
+    // Nobody else is asked.
+    drop(lease);
+    front.wait_until_there_are(8);
+    first.kill();
+    assert_eq!(events.finish().pop().unwrap()["error"]["code"], "workers_lost");
+    assert!(full.asked() > 1, "{} times", full.asked());
+}
+
+#[test]
+fn a_full_worker_says_more_than_one_that_leaves_whichever_is_asked_last() {
+    let front = Front::with(|config| {
+        config.patience = PATIENCE;
+        config.request_timeout = Duration::from_secs(20);
+    });
+    let mut dead = Worker::start(Options::default());
+    let (leaving, full) = (Door::start(|| DRAINING), Door::start(|| FULL));
+    // For the one that is dead alone, requests would wait.
+    let _leases = [dead.address, leaving.address, full.address].map(|address| front.register(address, "m"));
+    front.wait_until_there_are(3);
+    dead.kill();
+    for _ in 0..10 {
+        let response = front.post(COMPLETIONS, &json!({"model": "m", "prompt": "a", "max_tokens": 1}));
+        assert_eq!(response.status, 429, "{}", response.text());
+    }
 }
 
 #[test]
