@@ -209,7 +209,8 @@ fn no_connection() -> ApiError {
 impl Frontend {
     /// Gets a request to a worker that answers it, until its head. With `key` it continues the answer of `journal`, on
     /// a worker of that model. A request that some worker has taken already waits a while for another to come, and so
-    /// does any while those who would answer it have been lost for no longer than that, or are back and refuse it.
+    /// does any while those who would answer it leave, have been lost for no longer than that, or are back and refuse
+    /// it.
     pub(super) async fn place(
         &self,
         asked: &Asked,
@@ -226,14 +227,16 @@ impl Frontend {
                 Pick::Worker(worker) => worker,
                 Pick::Nobody { lost_lately } => {
                     let taken = key.is_some() || attempts.losses > 0;
-                    // A refusal by a worker that stays says more than that others are missing.
-                    let is_refused = attempts.refused.as_ref().is_some_and(|&(_, status)| !leaves(status));
-                    let unreached = (lost_lately || attempts.lacking) && !is_refused;
+                    let refusal = attempts.refused.as_ref().map(|&(_, status)| status);
+                    // Whoever leaves may be back in a moment, as after its lease is gone. A refusal by a worker that
+                    // stays says more than that others are missing.
+                    let left = refusal.is_some_and(leaves);
+                    let unreached = left || (lost_lately || attempts.lacking) && refusal.is_none();
                     let missed = unreached || current.misses(asked.model());
                     attempts.waited |= missed;
                     // The first to come back gets all who have waited. Whom it refuses waits for those after it.
-                    let expected = taken || missed || attempts.waited && attempts.refused.is_some();
-                    let hopeless = attempts.refused.as_ref().is_some_and(|&(_, status)| !may_pass(status));
+                    let expected = taken || missed || attempts.waited && refusal.is_some();
+                    let hopeless = refusal.is_some_and(|status| !may_pass(status));
                     if expected && !hopeless && Instant::now() < patience_ends {
                         if rounds.next(&mut table, patience_ends).await {
                             attempts.tried.clear();

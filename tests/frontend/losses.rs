@@ -204,6 +204,30 @@ fn a_request_that_finds_one_worker_dead_and_one_leaving_waits_for_another() {
 }
 
 #[test]
+fn a_request_that_finds_only_workers_that_leave_waits_for_another() {
+    let front = Front::with(|config| config.patience = PATIENCE);
+    // As if their leases could not be given back.
+    let leaving = [(); 2].map(|()| Door::start(|| DRAINING));
+    let _leases = leaving.each_ref().map(|door| front.register(door.address, "m"));
+    front.wait_until_there_are(2);
+    let response = thread::scope(|scope| {
+        let asked = scope.spawn(|| front.post(COMPLETIONS, &json!({"model": "m", "prompt": "a", "max_tokens": 1})));
+        let again = || leaving.iter().map(Door::asked).sum::<usize>() > 2;
+        wait_until("it has come round again", || again() || asked.is_finished());
+        let worker = Worker::start(Options::default());
+        let _lease = front.register(worker.address, "m");
+        asked.join().unwrap()
+    });
+    assert_eq!(response.status, 200, "{}", response.text());
+    // If nobody comes, it hears what they say.
+    let front = Front::start();
+    let _lease = front.register(leaving[0].address, "m");
+    front.wait_until_there_are(1);
+    let response = front.post(COMPLETIONS, &json!({"model": "m", "prompt": "a"}));
+    assert_eq!((response.status, response.text().trim()), (503, "{}"));
+}
+
+#[test]
 fn however_many_workers_leave_a_request_is_for_the_one_that_stays() {
     let front = Front::start();
     let leaving: Vec<_> = (0..6).map(|_| Door::start(|| DRAINING)).collect();
