@@ -145,7 +145,7 @@ pub(super) struct Attempts {
     known: bool,
     /// A worker could not be reached, because this process lacks something (files, ports, memory).
     lacking: bool,
-    /// The last refusal, and its status.
+    /// The refusal that says most, the last of several such, and its status.
     refused: Option<(Failure, StatusCode)>,
     /// It has waited for workers to come back.
     waited: bool,
@@ -181,6 +181,13 @@ impl Attempts {
         }
         Ok(())
     }
+
+    /// Notes that a worker would not, unless another has said more: in which order they are asked decides nothing.
+    fn refused(&mut self, refusal: Failure, status: StatusCode) {
+        if self.refused.as_ref().is_none_or(|&(_, before)| weight(before) <= weight(status)) {
+            self.refused = Some((refusal, status));
+        }
+    }
 }
 
 /// 502: those who should have answered are gone.
@@ -203,7 +210,8 @@ fn no_connection() -> ApiError {
 impl Frontend {
     /// Gets a request to a worker that answers it, until its head. With `key` it continues the answer of `journal`, on
     /// a worker of that model. A request that some worker has taken already waits a while for another to come, and so
-    /// does any while those who would answer it have been lost for no longer than that, or are back and refuse it.
+    /// does any while those who would answer it leave, have been lost for no longer than that, or are back and refuse
+    /// it.
     pub(super) async fn place(
         &self,
         asked: &Asked,
@@ -220,14 +228,16 @@ impl Frontend {
                 Pick::Worker(worker) => worker,
                 Pick::Nobody { lost_lately } => {
                     let taken = key.is_some() || attempts.losses > 0;
-                    // A refusal by a worker that stays says more than that others are missing.
-                    let is_refused = attempts.refused.as_ref().is_some_and(|&(_, status)| !leaves(status));
-                    let unreached = (lost_lately || attempts.lacking) && !is_refused;
+                    let refusal = attempts.refused.as_ref().map(|&(_, status)| status);
+                    // Whoever leaves may be back in a moment, as after its lease is gone. A refusal by a worker that
+                    // stays says more than that others are missing.
+                    let left = refusal.is_some_and(leaves);
+                    let unreached = left || (lost_lately || attempts.lacking) && refusal.is_none();
                     let missed = unreached || current.misses(asked.model());
                     attempts.waited |= missed;
                     // The first to come back gets all who have waited. Whom it refuses waits for those after it.
-                    let expected = taken || missed || attempts.waited && attempts.refused.is_some();
-                    let hopeless = attempts.refused.as_ref().is_some_and(|&(_, status)| !may_pass(status));
+                    let expected = taken || missed || attempts.waited && refusal.is_some();
+                    let hopeless = refusal.is_some_and(|status| !may_pass(status));
                     if expected && !hopeless && Instant::now() < patience_ends {
                         if rounds.next(&mut table, patience_ends).await {
                             attempts.tried.clear();
@@ -277,7 +287,7 @@ impl Frontend {
                     if attempts.refusals >= REFUSALS_MAX {
                         return Err(refused);
                     }
-                    attempts.refused = Some((refused, status));
+                    attempts.refused(refused, status);
                 }
                 Err(error) => attempts.lost(&worker, &error)?,
             }
@@ -396,6 +406,12 @@ fn leaves(status: StatusCode) -> bool {
     status == StatusCode::SERVICE_UNAVAILABLE
 }
 
+/// How much a refusal says: most if its worker may take the request in a moment, less if it leaves, and least if it
+/// never will.
+fn weight(status: StatusCode) -> u8 {
+    if leaves(status) { 1 } else { 2 * u8::from(may_pass(status)) }
+}
+
 /// When those that were tried in vain are tried again. Each time costs them the request's body and what there is of its
 /// answer, and all who wait would come at once: so pauses grow, and no two are alike.
 struct Rounds {
@@ -462,6 +478,30 @@ mod tests {
         let gone = LostError::Connect(io::ErrorKind::ConnectionRefused.into());
         assert!((0..=LOSSES_MAX).all(|_| attempts.lost(&worker, &gone).is_ok()));
         assert!(worker.is_avoided());
+    }
+
+    #[test]
+    fn who_may_take_it_in_a_moment_says_more_than_who_leaves_and_both_more_than_who_never_will() {
+        let [full, unreached] = [StatusCode::TOO_MANY_REQUESTS, StatusCode::BAD_GATEWAY];
+        let [leaving, never] = [StatusCode::SERVICE_UNAVAILABLE, StatusCode::CONFLICT];
+        for (refusals, kept) in [
+            (&[full, leaving][..], full),
+            (&[leaving, full], full),
+            (&[full, never], full),
+            (&[never, full], full),
+            (&[leaving, never], leaving),
+            (&[never, leaving], leaving),
+            (&[never], never),
+            (&[full, leaving, unreached, never], unreached),
+        ] {
+            let mut attempts = Attempts::default();
+            for &status in refusals {
+                attempts.refused(Failure::Refused(status, HeaderMap::new(), Bytes::new()), status);
+            }
+            let (refusal, status) = attempts.refused.unwrap();
+            assert_eq!(status, kept, "{refusals:?}");
+            assert!(matches!(refusal, Failure::Refused(status, ..) if status == kept));
+        }
     }
 
     #[tokio::test(start_paused = true)]

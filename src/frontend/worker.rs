@@ -51,7 +51,8 @@ pub(super) struct Worker {
     reported_ms: AtomicU64,
     /// What was outstanding then.
     outstanding_then: AtomicU64,
-    started: Instant,
+    /// When this frontend first heard of it.
+    pub(super) started: Instant,
     /// Since when others are preferred, in milliseconds since `started`: a connection to it failed, and it has not
     /// answered since. 0: they are not.
     avoided_ms: AtomicU64,

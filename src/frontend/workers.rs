@@ -15,7 +15,9 @@ use crate::cluster::{LoadStream, Role, WorkerCard, WorkerId, WorkerSet};
 
 /// The decode workers that are alive.
 pub(super) struct Table {
+    /// By lease, of which a process that was started again may have several for a while.
     workers: BTreeMap<WorkerId, Arc<Worker>>,
+    /// Who serves a model, every process once.
     by_name: HashMap<String, Vec<Arc<Worker>>>,
     /// Models that nobody serves any more, and since when. They may be back in a moment: a worker is started anew, or
     /// an etcd that stood still for longer than a lease goes on, lets go of all workers, and they register again. Those
@@ -42,10 +44,22 @@ impl Table {
                 tokio::spawn(watch_over(Arc::downgrade(&worker)));
                 worker
             });
-            for name in &card.model.names {
-                table.by_name.entry(name.clone()).or_default().push(worker.clone());
-            }
             table.workers.insert(lease, worker);
+        }
+        // A process that is back at its address is there under its old lease too until that runs out, which an etcd
+        // that is started again puts off. Whatever is sent to either, one process gets it, unless it has another model.
+        let mut newest = BTreeMap::new();
+        for worker in table.workers.values() {
+            let WorkerCard { address, model, model_key, .. } = &*worker.card;
+            for name in &model.names {
+                let known = newest.entry((name, address, *model_key)).or_insert(worker);
+                if worker.started >= known.started {
+                    *known = worker;
+                }
+            }
+        }
+        for ((name, ..), worker) in newest {
+            table.by_name.entry(name.clone()).or_default().push(worker.clone());
         }
         for (lease, _) in self.workers.iter().filter(|(lease, _)| !table.workers.contains_key(lease)) {
             tracing::info!(worker = %lease, "a decode worker has gone");
@@ -200,12 +214,12 @@ mod tests {
     #[tokio::test]
     async fn a_request_that_names_no_model_is_for_the_only_name_whatever_weights_it_stands_for() {
         let serving = |workers: &[(&str, &str)]| {
-            let card = |weights: &str, name: &str| {
-                let mut card = card(Role::Decode, ModelKey::of(weights.as_bytes()), "127.0.0.1:1");
+            let card = |port: u64, weights: &str, name: &str| {
+                let mut card = card(Role::Decode, ModelKey::of(weights.as_bytes()), &format!("127.0.0.1:{port}"));
                 card.model.names = vec![name.into()];
                 Arc::new(card)
             };
-            let live = (1..).zip(workers).map(|(lease, &(weights, name))| (WorkerId(lease), card(weights, name)));
+            let live = (1..).zip(workers).map(|(at, &(weights, name))| (WorkerId(at), card(at, weights, name)));
             let live: WorkerSet = live.collect();
             let table = Table::new(Duration::ZERO).next(&live);
             match table.serving(None) {
@@ -216,5 +230,32 @@ mod tests {
         assert_eq!(serving(&[("old", "a"), ("new", "a"), ("old", "a")]), Some(3), "in the midst of an update");
         assert_eq!(serving(&[("w", "a"), ("w", "b")]), Some(1), "one model under two names");
         assert_eq!(serving(&[("v", "a"), ("w", "b")]), None);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_process_is_asked_under_the_lease_that_came_last_and_under_each_name_that_it_has_or_had() {
+        let card = |weights: &str, port: u64, names: &[&str]| {
+            let mut card = card(Role::Decode, ModelKey::of(weights.as_bytes()), &format!("127.0.0.1:{port}"));
+            card.model.names = names.iter().map(ToString::to_string).collect();
+            Arc::new(card)
+        };
+        let leases = |table: &Table, name: &str| {
+            let mut leases: Vec<u64> = table.by_name[name].iter().map(|worker| worker.lease.0).collect();
+            leases.sort_unstable();
+            leases
+        };
+        let old = [(5, card("w", 1, &["a", "b"])), (6, card("w", 2, &["a"]))];
+        // A lease's number says nothing of when it was granted, unless both are found at once.
+        let new = [(3, card("w", 1, &["a"])), (4, card("w", 1, &["a", "c"])), (7, card("v", 1, &["a"]))];
+        let live = |workers: &[(u64, Arc<WorkerCard>)]| -> WorkerSet {
+            workers.iter().map(|(lease, card)| (WorkerId(*lease), card.clone())).collect()
+        };
+        let table = Table::new(Duration::ZERO).next(&live(&old));
+        assert_eq!((leases(&table, "a"), leases(&table, "b")), (vec![5, 6], vec![5]));
+        tokio::time::advance(Duration::from_secs(1)).await;
+        let table = table.next(&live(&[&old[..], &new].concat()));
+        assert_eq!(leases(&table, "a"), [4, 6, 7], "another model at the same address is another worker");
+        assert_eq!((leases(&table, "b"), leases(&table, "c")), (vec![5], vec![4]));
+        assert_eq!(table.len(), 5);
     }
 }

@@ -40,9 +40,24 @@ use story::Story;
 const CLIENTS: usize = 32;
 const DECODE_WORKERS: usize = 3;
 const PREFILL_WORKERS: usize = 3;
+/// Lines of the frontend's log that are told when the test fails.
+const LAST_WORDS: usize = 300;
 /// How much the resident memory of a process may grow from before the storm to after it. Its caches are full by then;
 /// what remains is the allocator's.
 const GROWTH_BYTES_MAX: usize = 48 << 20;
+
+/// Tells, should the test fail, what a server has written last.
+struct LastWords<'a>(&'a Server);
+
+impl Drop for LastWords<'_> {
+    fn drop(&mut self) {
+        if thread::panicking() {
+            let log = self.0.log();
+            let lines: Vec<_> = log.lines().collect();
+            println!("the frontend's last words:\n{}", lines[lines.len().saturating_sub(LAST_WORDS)..].join("\n"));
+        }
+    }
+}
 
 fn number(variable: &str) -> Option<u64> {
     std::env::var(variable).ok()?.parse().ok()
@@ -58,6 +73,7 @@ fn chaos(duration: Duration) {
     let clock = Clock::start();
     let clients = Clients::new(&cell.model, seed, clock.clone());
     let frontend = cell.frontend(&[]);
+    let _last_words = LastWords(&frontend);
     let seats = |role, count| (0..count).map(|number| Seat::new(&cell, role, number)).collect::<Vec<_>>();
     let (decodes, prefills) = (seats(Role::Decode, DECODE_WORKERS), seats(Role::Prefill, PREFILL_WORKERS));
     let settled = |cell: &Cell| {

@@ -1,13 +1,13 @@
 //! What is done to workers and services.
 
 use std::{
-    collections::HashMap,
+    collections::BTreeMap,
     net::SocketAddr,
     sync::{Arc, Mutex},
     time::Duration,
 };
 
-use engine::cluster::{Cluster, ModelKey, QueueDepth, Role, WorkerFilter, WorkerSet};
+use engine::cluster::{Cluster, ModelKey, QueueDepth, Role, WorkerFilter, WorkerId, WorkerSet};
 use tokio::sync::watch;
 
 use crate::{
@@ -30,16 +30,26 @@ const ACK_WAIT: Duration = Duration::from_secs(8);
 /// Longer than jobs are kept for a worker that is gone.
 const PATIENCE: Duration = Duration::from_secs(120);
 
+/// Who is registered, where, and since when.
+type Registered = BTreeMap<WorkerId, (String, Duration)>;
+
+/// Whoever has a decode worker's seat.
+struct Seated {
+    address: SocketAddr,
+    /// Nobody else who may have had its address has registered since.
+    came: Duration,
+    /// Since when it is well; `None`: something is being done to it.
+    well: Option<Duration>,
+}
+
 /// Sees to it that at any time one decode worker is well, and known to be.
 pub(crate) struct Guard {
     clock: Clock,
     runtime: tokio::runtime::Runtime,
     cluster: Cluster,
     key: ModelKey,
-    /// Since when each address is registered.
-    registered: Arc<Mutex<HashMap<String, Duration>>>,
-    /// Since when each is well, and where; `None`: something is being done to it.
-    well: Mutex<Vec<Option<(Duration, SocketAddr)>>>,
+    registered: Arc<Mutex<Registered>>,
+    seated: Mutex<Vec<Seated>>,
 }
 
 impl Guard {
@@ -53,34 +63,38 @@ impl Guard {
             (cluster, key, workers)
         });
         let now = clock.now();
-        let registered = Arc::new(Mutex::new(HashMap::new()));
+        let registered = Arc::new(Mutex::new(Registered::new()));
         runtime.spawn(follow(workers, registered.clone(), clock.clone()));
-        let well = decodes.iter().map(|seat| Some((now, seat.with(|decode| decode.address)))).collect();
-        Self { clock, runtime, cluster, key, registered, well: Mutex::new(well) }
+        let seated = |seat: &Seat| Seated { address: seat.with(|decode| decode.address), came: now, well: Some(now) };
+        let seated = Mutex::new(decodes.iter().map(seated).collect());
+        Self { clock, runtime, cluster, key, registered, seated }
     }
 
     /// Takes a decode worker for harm, unless it is the last one that everybody can find.
     fn take(&self, number: usize) -> bool {
         let now = self.clock.now();
         let registered = self.registered.lock().unwrap();
-        let known = |address: &SocketAddr| {
-            registered.get(&address.to_string()).is_some_and(|&since| now.saturating_sub(since) >= SETTLING_TIME)
+        let settled = |since: Duration| now.saturating_sub(since) >= SETTLING_TIME;
+        let known = |worker: &Seated| {
+            let address = worker.address.to_string();
+            // A lease from before is that of one who sat at the same address.
+            registered.values().any(|(at, since)| *at == address && *since >= worker.came && settled(*since))
         };
-        let mut well = self.well.lock().unwrap();
-        let another = well.iter().enumerate().any(|(other, state)| {
-            let settled = |(since, address): &(Duration, SocketAddr)| {
-                now.saturating_sub(*since) >= SETTLING_TIME && known(address)
-            };
-            other != number && state.as_ref().is_some_and(settled)
-        });
+        let mut seated = self.seated.lock().unwrap();
+        let found = |worker: &Seated| worker.well.is_some_and(settled) && known(worker);
+        let another = seated.iter().enumerate().any(|(other, worker)| other != number && found(worker));
         if another {
-            well[number] = None;
+            seated[number].well = None;
         }
         another
     }
 
-    fn is_well(&self, seat: &Seat) {
-        self.well.lock().unwrap()[seat.number] = Some((self.clock.now(), seat.with(|decode| decode.address)));
+    /// A worker is well again, or, where another `came` since then, that one.
+    fn is_well(&self, seat: &Seat, came: Option<Duration>) {
+        let address = seat.with(|decode| decode.address);
+        let mut seated = self.seated.lock().unwrap();
+        let came = came.unwrap_or(seated[seat.number].came);
+        seated[seat.number] = Seated { address, came, well: Some(self.clock.now()) };
     }
 
     /// Returns when no job is on the queue, waiting or with anybody, while everybody is at rest.
@@ -115,19 +129,15 @@ impl Guard {
 }
 
 /// Keeps note of who is registered, and for how long.
-async fn follow(
-    mut workers: watch::Receiver<Arc<WorkerSet>>,
-    registered: Arc<Mutex<HashMap<String, Duration>>>,
-    clock: Clock,
-) {
+async fn follow(mut workers: watch::Receiver<Arc<WorkerSet>>, registered: Arc<Mutex<Registered>>, clock: Clock) {
     loop {
         let now = clock.now();
-        let addresses: Vec<_> = workers.borrow_and_update().values().map(|card| card.address.clone()).collect();
+        let live = workers.borrow_and_update().clone();
         {
             let mut registered = registered.lock().unwrap();
-            registered.retain(|address, _| addresses.contains(address));
-            for address in addresses {
-                registered.entry(address).or_insert(now);
+            registered.retain(|lease, _| live.contains_key(lease));
+            for (&lease, card) in live.iter() {
+                registered.entry(lease).or_insert_with(|| (card.address.clone(), now));
             }
         }
         if workers.changed().await.is_err() {
@@ -147,28 +157,31 @@ pub(crate) fn harm_worker(seat: &Seat, guard: &Guard, story: &Story, mut random:
         if seat.role == Role::Decode && !guard.take(seat.number) {
             continue;
         }
-        let (choice, pause) = (random.below(8), random.pause());
-        match choice {
+        let (choice, pause, begins) = (random.below(8), random.pause(), clock.now());
+        let came = match choice {
             0..=2 if !seat.lives_long() => {
                 story.tell(format!("{} for {pause:?}: killed", seat.name()));
                 seat.with(|worker| worker.signal("KILL"));
                 clock.rest(pause, until);
                 seat.restart();
+                Some(begins)
             }
             3 if !seat.lives_long() => {
                 story.tell(format!("{}: drained", seat.name()));
                 seat.with(|worker| worker.signal("TERM"));
                 seat.restart();
+                Some(begins)
             }
             _ => {
                 story.tell(format!("{} for {pause:?}: stopped", seat.name()));
                 seat.with(|worker| worker.signal("STOP"));
                 clock.rest(pause, until);
                 seat.with(|worker| worker.signal("CONT"));
+                None
             }
-        }
+        };
         if seat.role == Role::Decode {
-            guard.is_well(seat);
+            guard.is_well(seat, came);
         }
     }
 }

@@ -1,4 +1,4 @@
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 
 use engine::cluster::{Discovery, Etcd, EtcdOptions, Role, WorkerFilter, WorkerId, WorkerSet};
 use etcd_client::Client;
@@ -216,6 +216,32 @@ async fn an_etcd_that_lost_its_data_is_noticed_though_it_has_counted_as_far_agai
     }
     proxy.mend();
     wait_for(&mut workers, &[new]).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_etcd_that_lost_its_data_and_is_away_before_anybody_could_register_takes_away_nobody() {
+    // Long enough for what happens until etcd is away, on a busy machine.
+    const LEASE: Duration = Duration::from_secs(5);
+    let mut service = services::etcd();
+    let options = EtcdOptions { lease_ttl: LEASE, ..EtcdOptions::new(vec![service.url()]) };
+    let mut workers = Etcd::new(options, "a").unwrap().workers(WorkerFilter::default());
+    let (old, new) = (WorkerId(7), WorkerId(8));
+    let put = async |url: &str, id: WorkerId, address: &str| {
+        let path = format!("/engine/a/workers/{}/decode/{id}", key("m"));
+        let card = card(Role::Decode, "m", address).to_json();
+        client(url).await.put(path, card, None).await
+    };
+    put(&service.url(), old, "h:1").await.unwrap();
+    wait_for(&mut workers, &[old]).await;
+    service.restart_empty();
+    let url = service.url();
+    soon("etcd", async { while put(&url, new, "h:2").await.is_err() {} }).await;
+    // The new, empty store has been read.
+    wait_for(&mut workers, &[old, new]).await;
+    service.kill();
+    // Time has to pass here: that is the fault.
+    tokio::time::sleep(3 * LEASE).await;
+    assert!(workers.borrow().contains_key(&old));
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -22,6 +22,9 @@ pub(super) const DRAINING: &str =
 pub(super) const OTHER_MODEL: &str =
     "HTTP/1.1 421 Misdirected Request\r\nConnection: close\r\nContent-Length: 2\r\n\r\n{}";
 
+/// Of a worker that is to continue an answer, and would have given another.
+pub(super) const OTHER_ANSWER: &str = "HTTP/1.1 409 Conflict\r\nConnection: close\r\nContent-Length: 2\r\n\r\n{}";
+
 /// A worker of which there is no more than the door: it is healthy, and says the same to every request. With that the
 /// connection ends.
 pub(super) struct Door {

@@ -10,7 +10,7 @@ use std::{
 };
 
 use super::{
-    door::{ALIVE, DRAINING, Door, FULL, OTHER_MODEL},
+    door::{ALIVE, DRAINING, Door, FULL, OTHER_ANSWER, OTHER_MODEL},
     served::NOTHING_FOLLOWS,
     *,
 };
@@ -204,6 +204,30 @@ fn a_request_that_finds_one_worker_dead_and_one_leaving_waits_for_another() {
 }
 
 #[test]
+fn a_request_that_finds_only_workers_that_leave_waits_for_another() {
+    let front = Front::with(|config| config.patience = PATIENCE);
+    // As if their leases could not be given back.
+    let leaving = [(); 2].map(|()| Door::start(|| DRAINING));
+    let _leases = leaving.each_ref().map(|door| front.register(door.address, "m"));
+    front.wait_until_there_are(2);
+    let response = thread::scope(|scope| {
+        let asked = scope.spawn(|| front.post(COMPLETIONS, &json!({"model": "m", "prompt": "a", "max_tokens": 1})));
+        let again = || leaving.iter().map(Door::asked).sum::<usize>() > 2;
+        wait_until("it has come round again", || again() || asked.is_finished());
+        let worker = Worker::start(Options::default());
+        let _lease = front.register(worker.address, "m");
+        asked.join().unwrap()
+    });
+    assert_eq!(response.status, 200, "{}", response.text());
+    // If nobody comes, it hears what they say.
+    let front = Front::start();
+    let _lease = front.register(leaving[0].address, "m");
+    front.wait_until_there_are(1);
+    let response = front.post(COMPLETIONS, &json!({"model": "m", "prompt": "a"}));
+    assert_eq!((response.status, response.text().trim()), (503, "{}"));
+}
+
+#[test]
 fn however_many_workers_leave_a_request_is_for_the_one_that_stays() {
     let front = Front::start();
     let leaving: Vec<_> = (0..6).map(|_| Door::start(|| DRAINING)).collect();
@@ -217,6 +241,24 @@ fn however_many_workers_leave_a_request_is_for_the_one_that_stays() {
         assert_eq!(response.status, 200, "{}", response.text());
     }
     assert!(leaving.iter().any(|door| door.asked() > 0));
+}
+
+#[test]
+fn a_worker_that_is_there_under_several_leases_refuses_once_and_is_lost_once() {
+    for says in [FULL, ""] {
+        let (front, bad) = (Front::start(), Door::start(move || says));
+        // As many as would end a request, and again as many, so that most requests come to three of them first.
+        let _leases_of_bad: Vec<_> = (0..6).map(|_| front.register(bad.address, "m")).collect();
+        let worker = Worker::start(Options::default());
+        let _lease = front.register(worker.address, "m");
+        front.wait_until_there_are(7);
+        for i in 0..40 {
+            let request = json!({"model": "m", "prompt": format!("{i} a"), "max_tokens": 1});
+            let response = front.post(COMPLETIONS, &request);
+            assert_eq!(response.status, 200, "{}", response.text());
+        }
+        assert!(bad.asked() > 0);
+    }
 }
 
 #[test]
@@ -342,6 +384,47 @@ fn full_workers_are_asked_to_continue_an_answer_ever_less_often() {
         assert!((1..=ROUNDS_MAX).contains(&full.asked()), "{} times", full.asked());
     }
     assert_eq!(front.counts("engine_frontend_retries_total"), 0.0, "the client had something");
+}
+
+#[test]
+fn an_answer_waits_for_a_full_worker_though_others_will_never_continue_it() {
+    let front = Front::with(|config| config.patience = Duration::from_secs(3));
+    let mut first = Worker::start(slow());
+    let lease = front.register(first.address, "m");
+    front.wait_until_there_are(1);
+    // Its answer is not at its end when it dies.
+    first.gate.only(10);
+    let mut events = Events::open(front.address, COMPLETIONS, &streaming(COMPLETIONS));
+    (0..2).for_each(|_| drop(events.next().unwrap()));
+    let full = Door::start(|| FULL);
+    // So many that one of them is asked last, most likely.
+    let others: Vec<_> = (0..7).map(|_| Door::start(|| OTHER_ANSWER)).collect();
+    let _leases: Vec<_> = others.iter().chain([&full]).map(|door| front.register(door.address, "m")).collect();
+    front.wait_until_there_are(9);
+    // Nobody else is asked.
+    drop(lease);
+    front.wait_until_there_are(8);
+    first.kill();
+    assert_eq!(events.finish().pop().unwrap()["error"]["code"], "workers_lost");
+    assert!(full.asked() > 1, "{} times", full.asked());
+}
+
+#[test]
+fn a_full_worker_says_more_than_one_that_leaves_whichever_is_asked_last() {
+    let front = Front::with(|config| {
+        config.patience = PATIENCE;
+        config.request_timeout = Duration::from_secs(20);
+    });
+    let mut dead = Worker::start(Options::default());
+    let (leaving, full) = (Door::start(|| DRAINING), Door::start(|| FULL));
+    // For the one that is dead alone, requests would wait.
+    let _leases = [dead.address, leaving.address, full.address].map(|address| front.register(address, "m"));
+    front.wait_until_there_are(3);
+    dead.kill();
+    for _ in 0..10 {
+        let response = front.post(COMPLETIONS, &json!({"model": "m", "prompt": "a", "max_tokens": 1}));
+        assert_eq!(response.status, 429, "{}", response.text());
+    }
 }
 
 #[test]

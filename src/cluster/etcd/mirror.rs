@@ -92,6 +92,11 @@ impl Mirror {
         !self.pending.is_empty()
     }
 
+    /// Whether the server is followed, for all that is known.
+    pub(super) fn is_following(&self) -> bool {
+        self.stream.is_some()
+    }
+
     /// Lists, opens the watch, or waits for its next message: whatever is next.
     async fn advance(&mut self) -> Result<(), String> {
         let Some(position) = self.position.filter(|_| self.listed) else {

@@ -30,7 +30,11 @@ pub(super) async fn watch(
         };
         tokio::select! {
             change = mirror.next() => workers.apply(change, Instant::now()),
-            () = forget => workers.forget(Instant::now()),
+            () = forget => match mirror.is_following() {
+                true => workers.forget(Instant::now()),
+                // Nor can anybody register.
+                false => workers.put_off(Instant::now()),
+            },
             () = told.closed() => return,
         }
         if mirror.has_more() {
@@ -53,7 +57,8 @@ struct Workers {
     /// Workers that a store which lost its data does not know. They are most likely alive and about to register again,
     /// so they stay until then, or until this time.
     doubtful: BTreeMap<WorkerId, Instant>,
-    /// Twice a lease's life: by then whoever lives has noticed the loss of its lease and registered again.
+    /// Twice a lease's life with a store that can be reached: by then whoever lives has noticed the loss of its lease
+    /// and registered again.
     patience: Duration,
 }
 
@@ -77,7 +82,8 @@ impl Workers {
                     if continuous {
                         self.remove(id);
                     } else {
-                        self.doubtful.entry(id).or_insert(now + self.patience);
+                        // The store may have been away since the last list.
+                        self.doubtful.insert(id, now + self.patience);
                     }
                 }
                 for (key, value) in entries {
@@ -125,6 +131,12 @@ impl Workers {
 
     fn next_deadline(&self) -> Option<Instant> {
         self.doubtful.values().min().copied()
+    }
+
+    /// Gives all that are doubtful as much time as if the store had lost its data now.
+    fn put_off(&mut self, now: Instant) {
+        let until = now + self.patience;
+        self.doubtful.values_mut().for_each(|deadline| *deadline = until);
     }
 
     fn forget(&mut self, now: Instant) {
@@ -185,6 +197,29 @@ mod tests {
         workers.forget(now + 2 * TTL);
         assert_eq!(ids(&workers), [7], "the other did not come back");
         assert_eq!(workers.next_deadline(), None);
+    }
+
+    #[test]
+    fn while_an_empty_store_is_away_nobody_can_register_and_nobody_is_forgotten() {
+        let mut workers = Workers::new(WorkerFilter::default(), TTL);
+        let mut now = Instant::now();
+        workers.apply(all(&[(1, "a:1")], true), now);
+        workers.apply(all(&[], false), now);
+        for _ in 0..3 {
+            now += 2 * TTL;
+            assert_eq!(workers.next_deadline(), Some(now));
+            workers.put_off(now);
+            workers.forget(now);
+            assert_eq!(ids(&workers), [1]);
+        }
+        // It is back, and away for a while once more, and back again.
+        for _ in 0..3 {
+            now += TTL;
+            workers.apply(all(&[], false), now);
+        }
+        assert_eq!(workers.next_deadline(), Some(now + 2 * TTL));
+        workers.forget(now + 2 * TTL);
+        assert_eq!(ids(&workers), [0; 0]);
     }
 
     #[test]
