@@ -24,7 +24,7 @@ pub(super) fn explained(mut error: Error, line: &[OsString]) -> Error {
             }
         }
         // It begins as -h does.
-        ErrorKind::DisplayHelp if line.iter().any(|word| word == "-hf") => {
+        ErrorKind::DisplayHelp if of_an_engine(line) && line.iter().any(|word| word == "-hf") => {
             let say = format!("unexpected argument '-hf' found: {OF_THE_HUB}");
             return Cli::command().error(ErrorKind::UnknownArgument, say);
         }

@@ -1,6 +1,6 @@
 //! Getting a request to a worker that answers it: placing it, and going to the next worker when one refuses or is lost.
 
-use std::{future::Future, sync::Arc, time::Duration};
+use std::{borrow::Cow, future::Future, sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use hyper::{
@@ -8,6 +8,7 @@ use hyper::{
     header::{self, HeaderMap, HeaderValue},
     http::uri::PathAndQuery,
 };
+use serde::Deserialize;
 use tokio::{
     sync::{OwnedSemaphorePermit, watch},
     time::{Instant, sleep_until},
@@ -282,12 +283,15 @@ impl Frontend {
                         attempts.lost(&worker, &LostError::Replaced)?;
                         continue;
                     }
-                    let refused = Failure::Refused(status, headers, body);
+                    if was_aborted(status, &body) {
+                        attempts.lost(&worker, &LostError::Silent("its engine failed over the request"))?;
+                        continue;
+                    }
+                    attempts.refused(Failure::Refused(status, headers, body), status);
                     attempts.refusals += usize::from(key.is_none() && !attempts.waited && !leaves(status));
-                    if attempts.refusals >= REFUSALS_MAX {
+                    if let Some((refused, _)) = attempts.refused.take_if(|_| attempts.refusals >= REFUSALS_MAX) {
                         return Err(refused);
                     }
-                    attempts.refused(refused, status);
                 }
                 Err(error) => attempts.lost(&worker, &error)?,
             }
@@ -406,10 +410,29 @@ fn leaves(status: StatusCode) -> bool {
     status == StatusCode::SERVICE_UNAVAILABLE
 }
 
-/// How much a refusal says: most if its worker may take the request in a moment, less if it leaves, and least if it
-/// never will.
+/// Whether a worker says so of a request that it had taken and over which its engine failed: its process ends as well.
+fn was_aborted(status: StatusCode, body: &Bytes) -> bool {
+    #[derive(Deserialize)]
+    struct Answer<'a> {
+        #[serde(borrow)]
+        error: Told<'a>,
+    }
+    #[derive(Deserialize)]
+    struct Told<'a> {
+        #[serde(borrow)]
+        code: Cow<'a, str>,
+    }
+    leaves(status) && serde_json::from_slice(body).is_ok_and(|answer: Answer<'_>| answer.error.code == "aborted")
+}
+
+/// How much a refusal says: most if its worker is full and may take the request in a moment, less if something between
+/// fails, still less if it leaves, and least if it never will.
 fn weight(status: StatusCode) -> u8 {
-    if leaves(status) { 1 } else { 2 * u8::from(may_pass(status)) }
+    match status {
+        StatusCode::TOO_MANY_REQUESTS => 3,
+        _ if leaves(status) => 1,
+        _ => 2 * u8::from(may_pass(status)),
+    }
 }
 
 /// When those that were tried in vain are tried again. Each time costs them the request's body and what there is of its
@@ -492,7 +515,8 @@ mod tests {
             (&[leaving, never], leaving),
             (&[never, leaving], leaving),
             (&[never], never),
-            (&[full, leaving, unreached, never], unreached),
+            (&[full, leaving, unreached, never], full),
+            (&[leaving, unreached, never], unreached),
         ] {
             let mut attempts = Attempts::default();
             for &status in refusals {

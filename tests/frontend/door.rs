@@ -19,6 +19,9 @@ pub(super) const FULL: &str = "HTTP/1.1 429 Too Many Requests\r\nRetry-After: 1\
                     Content-Length: 2\r\n\r\n{}";
 pub(super) const DRAINING: &str =
     "HTTP/1.1 503 Service Unavailable\r\nRetry-After: 1\r\nConnection: close\r\nContent-Length: 2\r\n\r\n{}";
+/// Of a worker whose engine failed over the request.
+pub(super) const ABORTED: &str = "HTTP/1.1 503 Service Unavailable\r\nConnection: close\r\nContent-Length: 28\r\n\r\n\
+                                  {\"error\":{\"code\":\"aborted\"}}";
 pub(super) const OTHER_MODEL: &str =
     "HTTP/1.1 421 Misdirected Request\r\nConnection: close\r\nContent-Length: 2\r\n\r\n{}";
 

@@ -10,7 +10,7 @@ use std::{
 };
 
 use super::{
-    door::{ALIVE, DRAINING, Door, FULL, OTHER_ANSWER, OTHER_MODEL},
+    door::{ABORTED, ALIVE, DRAINING, Door, FULL, OTHER_ANSWER, OTHER_MODEL},
     served::NOTHING_FOLLOWS,
     *,
 };
@@ -225,6 +225,27 @@ fn a_request_that_finds_only_workers_that_leave_waits_for_another() {
     front.wait_until_there_are(1);
     let response = front.post(COMPLETIONS, &json!({"model": "m", "prompt": "a"}));
     assert_eq!((response.status, response.text().trim()), (503, "{}"));
+}
+
+#[test]
+fn a_request_that_makes_engines_fail_does_not_go_through_the_cluster() {
+    let front = Front::with(|config| config.patience = PATIENCE);
+    let failing: Vec<_> = (0..6).map(|_| Door::start(|| ABORTED)).collect();
+    let _leases: Vec<_> = failing.iter().map(|door| front.register(door.address, "m")).collect();
+    front.wait_until_there_are(6);
+    let request = json!({"model": "m", "prompt": "a", "max_tokens": 1});
+    let response = front.post(COMPLETIONS, &request);
+    assert_eq!((response.status, response.json()["error"]["code"].as_str()), (502, Some("workers_lost")));
+    assert_eq!(failing.iter().map(Door::asked).sum::<usize>(), 3);
+    // Where others are, one that failed costs nothing.
+    let front = Front::start();
+    let _failing = front.register(failing[0].address, "m");
+    let worker = Worker::start(Options::default());
+    let _lease = front.register(worker.address, "m");
+    front.wait_until_there_are(2);
+    for _ in 0..10 {
+        assert_eq!(front.post(COMPLETIONS, &request).status, 200);
+    }
 }
 
 #[test]

@@ -33,7 +33,8 @@ pub(crate) trait Isa: Copy + Send + Sync + 'static {
     /// Rows of the tallest tiles: as many as the vector registers hold sums for. Plain Rust has no use for tiles, and
     /// is compiled for single rows alone.
     const ROWS_MAX: usize;
-    /// Rows of the tallest tiles whose f32 sums fit into registers beside the integer sums of a block and its weights.
+    /// The most f32 sums of a tile, rows times groups, that fit into registers beside the integer sums of a block and its
+    /// weights.
     const SUMS_MAX: usize;
     /// Groups of columns whose weights meet a tile's rows together, so that each activation is read once for all.
     const GROUPS_MAX: usize;
