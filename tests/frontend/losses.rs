@@ -186,6 +186,18 @@ fn a_request_that_waited_for_workers_to_come_back_is_not_for_the_first_of_them_t
     assert_eq!(response.status, 200, "{}", response.text());
 }
 
+/// A request is answered, though the worker that answers it comes only once the request `waits`.
+fn waits_for_a_worker_that_comes(front: &Front, waits: impl Fn() -> bool) {
+    let response = thread::scope(|scope| {
+        let asked = scope.spawn(|| front.post(COMPLETIONS, &json!({"model": "m", "prompt": "a", "max_tokens": 1})));
+        wait_until("it waits", || waits() || asked.is_finished());
+        let worker = Worker::start(Options::default());
+        let _lease = front.register(worker.address, "m");
+        asked.join().unwrap()
+    });
+    assert_eq!(response.status, 200, "{}", response.text());
+}
+
 #[test]
 fn a_request_that_finds_one_worker_dead_and_one_leaving_waits_for_another() {
     let front = Front::with(|config| config.patience = PATIENCE);
@@ -193,14 +205,7 @@ fn a_request_that_finds_one_worker_dead_and_one_leaving_waits_for_another() {
     let _leases = [dead.address, leaving.address].map(|address| front.register(address, "m"));
     front.wait_until_there_are(2);
     dead.kill();
-    let response = thread::scope(|scope| {
-        let asked = scope.spawn(|| front.post(COMPLETIONS, &json!({"model": "m", "prompt": "a", "max_tokens": 1})));
-        wait_until("it has come round again", || leaving.asked() > 1 || asked.is_finished());
-        let worker = Worker::start(Options::default());
-        let _lease = front.register(worker.address, "m");
-        asked.join().unwrap()
-    });
-    assert_eq!(response.status, 200, "{}", response.text());
+    waits_for_a_worker_that_comes(&front, || leaving.asked() > 1);
 }
 
 #[test]
@@ -210,15 +215,7 @@ fn a_request_that_finds_only_workers_that_leave_waits_for_another() {
     let leaving = [(); 2].map(|()| Door::start(|| DRAINING));
     let _leases = leaving.each_ref().map(|door| front.register(door.address, "m"));
     front.wait_until_there_are(2);
-    let response = thread::scope(|scope| {
-        let asked = scope.spawn(|| front.post(COMPLETIONS, &json!({"model": "m", "prompt": "a", "max_tokens": 1})));
-        let again = || leaving.iter().map(Door::asked).sum::<usize>() > 2;
-        wait_until("it has come round again", || again() || asked.is_finished());
-        let worker = Worker::start(Options::default());
-        let _lease = front.register(worker.address, "m");
-        asked.join().unwrap()
-    });
-    assert_eq!(response.status, 200, "{}", response.text());
+    waits_for_a_worker_that_comes(&front, || leaving.iter().map(Door::asked).sum::<usize>() > 2);
     // If nobody comes, it hears what they say.
     let front = Front::start();
     let _lease = front.register(leaving[0].address, "m");
@@ -289,14 +286,7 @@ fn a_request_that_finds_the_last_worker_dead_waits_for_another_before_its_lease_
     let _dead = front.register(first.address, "m");
     front.wait_until_there_are(1);
     first.kill();
-    let response = thread::scope(|scope| {
-        let asked = scope.spawn(|| front.post(COMPLETIONS, &json!({"model": "m", "prompt": "a", "max_tokens": 1})));
-        wait_until("it has come", || front.counts("engine_frontend_requests_in_flight") == 1.0);
-        let second = Worker::start(Options::default());
-        let _lease = front.register(second.address, "m");
-        asked.join().unwrap()
-    });
-    assert_eq!(response.status, 200, "{}", response.text());
+    waits_for_a_worker_that_comes(&front, || front.counts("engine_frontend_requests_in_flight") == 1.0);
 }
 
 #[test]

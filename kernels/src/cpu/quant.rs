@@ -38,7 +38,7 @@ pub(crate) struct QuantizedBlock {
     pub(crate) less: i32,
     /// [`U6_OFFSET`] times that of the first and second sixteen.
     pub(crate) less_u6: [i32; 2],
-    /// High bytes of the peak, none of them -128.
+    /// High bytes of the peak; like the others, none of a finite activation is -128.
     pub(crate) peak_high: [i8; GROUP],
     /// Which four the peak is: below 8.
     pub(crate) peak: u32,

@@ -119,6 +119,7 @@ unsafe fn accumulate_part<I: Isa, L: Layout, const G: usize, const R: usize, con
 ) {
     // A row's peak is anywhere in a block: where unpacking is much, each row takes its peak's weights from here.
     let keeps = !PANEL && R > 1 && matches!(L::FORMAT, Format::U5 | Format::U6 | Format::Iq4);
+    // Of packed weights it pays only where it takes an offset off as well.
     let peak_first = I::PEAK_FIRST && !keeps && (PANEL || !L::MIN);
     // SAFETY: as the function says.
     unsafe {
